@@ -1,0 +1,45 @@
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint fmt bench doctor clean
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+REQUIREMENTS := requirements/dev.txt requirements/no-deps.txt
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY) ## see it work on this machine; options with ARGS="..."
+	@$(PY) -m lorafuse demo $(ARGS)
+
+test: $(READY) ## run all tests, lint included; pytest options with ARGS="..."
+	@$(PY) -m pytest $(ARGS)
+
+lint: $(READY) ## check style, format and types; edits nothing
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+
+fmt: $(READY) ## sort imports, apply ruff's safe fixes and format
+	@$(PY) -m ruff check --fix . ; $(PY) -m ruff format .
+
+bench: $(READY) ## measure this machine; options with ARGS="..."
+	@$(PY) -m lorafuse bench $(ARGS)
+
+doctor: $(READY) ## versions, devices, backends, and a numerical self-test
+	@$(PY) -m lorafuse doctor $(ARGS)
+
+clean: ## remove .venv, caches and build output
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): $(REQUIREMENTS)
+	@command -v $(PYTHON) >/dev/null || { echo "make: no '$(PYTHON)' on PATH: install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1), lorafuse needs 3.10 or newer: name one with make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) cannot create virtual environments (no ensurepip): on Debian and Ubuntu run 'apt install python3-venv'"; exit 1; }
+	@$(PY) -c 'import pip' 2>/dev/null || { echo "creating $(VENV) with $$($(PYTHON) -V)"; $(PYTHON) -m venv --clear $(VENV); }
+	@echo "installing what development needs into $(VENV); the first time this takes minutes"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/no-deps.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@

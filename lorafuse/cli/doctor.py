@@ -1,0 +1,252 @@
+"""Say what lorafuse finds on this machine, what it cannot use and how to fix that, and check the arithmetic.
+
+Exit status 0 when lorafuse can run and its self-test is right, 1 when not.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from lorafuse import env, functional
+from lorafuse.backends import base
+from lorafuse.errors import MissingDependency
+from lorafuse.testing import numerics
+
+SUMMARY = "versions, devices, compilers, backends, and a numerical self-test"
+
+__all__ = ["MINIMUM_VERSIONS", "SUMMARY", "Finding", "add_arguments", "findings", "run"]
+
+# The least version of each package that lorafuse works with; a test holds them equal to pyproject.toml's.
+MINIMUM_VERSIONS = {"torch": "2.11", "triton": "3.6", "peft": "0.21", "transformers": "5.7"}
+_PURPOSES = {
+    "torch": "required",
+    "triton": "optional: the triton backend",
+    "numpy": "optional: Triton's interpreter, plots",
+    "peft": "optional: lorafuse.patch",
+    "transformers": "optional: lorafuse.patch on mixture-of-experts models",
+    "accelerate": "optional: Hugging Face Trainer",
+}
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. `status` is "ok", "warn" (works, with less) or "fail" (lorafuse does not work)."""
+
+    section: str
+    name: str
+    value: str
+    status: str = "ok"
+    fix: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON; needs no rich")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings; 1 if any of them is a failure, else 0."""
+    if not args.json:
+        _require_rich()
+    found = list(findings())
+    healthy = all(finding.status != "fail" for finding in found)
+    if args.json:
+        print(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in found]}, indent=2))
+    else:
+        _render(found, healthy)
+    return 0 if healthy else 1
+
+
+def findings() -> Iterator[Finding]:
+    """Everything the doctor looks at, section by section."""
+    yield from _versions()
+    yield from _devices()
+    yield from _compilers()
+    yield from _backends()
+    yield from _environment()
+    yield from _self_test()
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """`"2.13.0+cpu"` as `(2, 13, 0)`; what follows the first part that is not a number is left out."""
+    parts: list[int] = []
+    for part in version.split("+")[0].split("."):
+        if not part.isdigit():
+            break
+        parts.append(int(part))
+    return tuple(parts)
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("versions", "lorafuse", _installed("lorafuse") or f"not installed, run from {Path.cwd()}")
+    yield Finding("versions", "python", f"{platform.python_version()} ({sys.executable})")
+    for package, purpose in _PURPOSES.items():
+        yield _version(package, purpose, _installed(package), _installed("triton"))
+
+
+def _version(package: str, purpose: str, version: str | None, triton: str | None) -> Finding:
+    at_least = MINIMUM_VERSIONS.get(package)
+    fix = f'pip install "{package}>={at_least}"' if at_least else f"pip install {package}"
+    bad = "fail" if purpose == "required" else "warn"
+    if version is None:
+        return Finding("versions", package, f"not installed ({purpose})", bad, fix)
+    if at_least and _release(version) < _release(at_least):
+        return Finding("versions", package, f"{version}, older than {at_least} ({purpose})", bad, fix)
+    if package == "numpy" and triton and _release(triton)[:2] == (3, 6) and _release(version) >= (2, 4):
+        value = f"{version}; Triton {triton}'s interpreter fails with numpy 2.4 and newer"
+        return Finding("versions", package, value, "warn", 'pip install "numpy<2.4"')
+    return Finding("versions", package, version)
+
+
+def _devices() -> Iterator[Finding]:
+    model, flags = _cpu()
+    units = [label for label, flag in (("AVX-512", "avx512f"), ("bf16", "avx512_bf16"), ("AMX", "amx_bf16")) if flag in flags]
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+    yield Finding("devices", "cpu", f"{model}, {cores}, {', '.join(units) or 'no bf16 units'}")
+    smi = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    driver = smi.splitlines()[0] if smi else "unknown"
+    if not torch.cuda.is_available():
+        if smi and torch.version.cuda is None:
+            value = f"the driver ({driver}) shows a GPU, but this torch ({torch.__version__}) is built without CUDA"
+            yield Finding("devices", "cuda", value, "warn", "install a CUDA build of torch: https://pytorch.org/get-started")
+        else:
+            yield Finding("devices", "cuda", "no device")
+        return
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        value = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {memory}, driver {driver}, CUDA {torch.version.cuda}"
+        yield Finding("devices", f"cuda:{index}", value)
+
+
+def _cpu() -> tuple[str, set[str]]:
+    """Model name and feature flags, from /proc/cpuinfo where there is one."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor() or platform.machine(), set()
+    fields = dict(
+        (key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in cpuinfo.read_text().splitlines())
+    )
+    return fields.get("model name", platform.machine()), set(fields.get("flags", "").split())
+
+
+def _output(*command: str) -> str:
+    """What a program prints, "" when it is absent or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _compilers() -> Iterator[Finding]:
+    for name in ("nvcc", "g++"):
+        lines = [line for line in _output(name, "--version").splitlines() if "release" in line or name in line.split(" ")[0]]
+        where = shutil.which(name)
+        yield Finding("compilers", name, f"{lines[-1].strip()} ({where})" if lines else "not found; nothing here needs it today")
+
+
+def _backends() -> Iterator[Finding]:
+    for name in base.BACKENDS:
+        state = base.availability(name)
+        if state.ok:
+            yield Finding("backends", name, "available")
+        else:
+            yield Finding("backends", name, f"not available: {state.reason}", "warn", state.fix)
+
+
+def _environment() -> Iterator[Finding]:
+    for variable in env.VARIABLES.values():
+        value = env.get(variable.name)
+        yield Finding("environment", variable.name, value + (" (default)" if value == variable.default else ""))
+
+
+def _self_test() -> Iterator[Finding]:
+    devices = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    for device in devices:
+        for backend in base.candidates(torch.device(device).type):
+            for dtype in (torch.float32, torch.bfloat16):
+                yield _self_test_one(backend, device, dtype)
+
+
+def _self_test_one(backend: str, device: str, dtype: torch.dtype) -> Finding:
+    """The worst relative L2 error of y and of every gradient against the formula in fp64, for one backend."""
+    name = f"{backend} {device} {str(dtype).removeprefix('torch.')}"
+    scale = 2.0
+    generator = torch.Generator().manual_seed(0)
+    # b is not zero: at LoRA's initialization the whole low-rank term could be missing unseen
+    x, w, a, b, dy = (
+        torch.randn(shape, generator=generator).to(dtype).double()
+        for shape in ((64, 96), (80, 96), (8, 96), (80, 8), (64, 80))
+    )
+    expected = _formula(x, w, a, b, dy, scale)
+    leaf_x, leaf_a, leaf_b = (t.to(device, dtype).requires_grad_() for t in (x, a, b))
+    try:
+        y = functional.lora_linear(leaf_x, w.to(device, dtype), leaf_a, leaf_b, scale=scale, backend=backend)
+        dx, da, db = torch.autograd.grad(y, (leaf_x, leaf_a, leaf_b), dy.to(device, dtype))
+    except RuntimeError as error:
+        return Finding("self-test", name, f"raised {type(error).__name__}: {error}", "fail", "please report it with this output")
+    actual = {"y": y.detach(), "dx": dx, "da": da, "db": db}
+    errors = {key: numerics.relative_l2(actual[key].double().cpu(), expected[key]) for key in expected}
+    worst = max(errors, key=lambda key: errors[key])
+    bound = numerics.tolerance(dtype)
+    # written so that a NaN error fails
+    ok = all(error <= bound for error in errors.values())
+    value = f"worst relative error {errors[worst]:.1e} ({worst}), bound {bound:.1e}"
+    return Finding("self-test", name, value, "ok" if ok else "fail", "" if ok else "please report it with this output")
+
+
+def _formula(
+    x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dy: torch.Tensor, scale: float
+) -> dict[str, torch.Tensor]:
+    dyb = dy @ b
+    return {
+        "y": x @ w.t() + scale * (x @ a.t()) @ b.t(),
+        "dx": dy @ w + scale * dyb @ a,
+        "da": scale * dyb.t() @ x,
+        "db": scale * dy.t() @ (x @ a.t()),
+    }
+
+
+def _require_rich() -> None:
+    if _installed("rich") is None:
+        raise MissingDependency("the table needs rich, which is not installed: pip install rich, or use --json")
+
+
+def _render(found: list[Finding], healthy: bool) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("", "what", "found"):
+        table.add_column(title, overflow="fold")
+    section = ""
+    for finding in found:
+        if finding.section != section:
+            section = finding.section
+            table.add_section()
+            table.add_row("", f"[bold]{section}[/bold]", "")
+        mark = f"[{_COLOURS[finding.status]}]{finding.status}[/]"
+        fix = f"\nfix: {escape(finding.fix)}" if finding.fix else ""
+        table.add_row(mark, finding.name, escape(finding.value) + fix)
+    console = Console()
+    console.print(table)
+    failed = [finding.name for finding in found if finding.status == "fail"]
+    console.print("\nhealthy" if healthy else f"\nnot healthy: {', '.join(failed)}")

@@ -1,0 +1,6 @@
+"""Where lorafuse meets other libraries. Each is imported when it is used, never before."""
+
+from lorafuse.integrations.patching import patch, unpatch
+from lorafuse.integrations.report import PatchReport
+
+__all__ = ["PatchReport", "patch", "unpatch"]

@@ -1,0 +1,164 @@
+"""PEFT's LoRA layers, run by lorafuse.
+
+A patched layer is the same object with its class changed from `peft.tuners.lora.Linear` to `FusedLinear`, a subclass that
+replaces `forward` only. PEFT stays the owner of everything else. Each forward reads the layer's present state, so adapters
+may be switched, scaled, added, deleted, merged or disabled at any time.
+"""
+
+import functools
+import warnings
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from lorafuse.backends import base as backends
+from lorafuse.functional import run_linear
+from lorafuse.integrations.report import Patched, PatchReport, Skipped
+
+__all__ = ["FusedLinear", "adopt", "release", "survey"]
+
+
+class FusedLinear(PeftLinear):
+    """`peft.tuners.lora.Linear` whose forward is one lorafuse operator; created by `lorafuse.patch`, not by hand."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        # per-sample adapters (kwargs), disabled and merged adapters are PEFT's own paths and cost no more there
+        if not (args or kwargs or self._disable_adapters or self.merged_adapters):
+            operands = _operands(self)
+            if type(operands) is tuple:
+                return run_linear(x, *operands, None, self._lorafuse_backend)
+            if operands is not None and not torch.compiler.is_compiling():
+                _warn_once(operands)
+        return super().forward(x, *args, **kwargs)
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"a patched layer runs as PEFT ships it: {reason}", stacklevel=4)
+
+
+def _altered(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward (hooks, a replaced forward)."""
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
+
+
+def _operands(layer: PeftLinear) -> tuple | str | None:
+    """`(weight, a, b, scale, bias, dropout_p)` of the layer's present state.
+
+    None when no adapter is active in this layer, so that there is nothing to fuse; a str, the reason, when there is but it
+    cannot be fused. The one statement of which layers lorafuse takes: the report and every forward ask here.
+    """
+    modules = layer._modules
+    lora_a, lora_b = modules["lora_A"]._modules, modules["lora_B"]._modules
+    active = layer._active_adapter
+    names = [active] if type(active) is str else active
+    if len(names) != 1 or names[0] not in lora_a:
+        names = [name for name in names if name in lora_a]
+        if not names:
+            return None
+    base = modules["base_layer"]
+    if type(base).forward is not nn.Linear.forward:
+        return f"its base is a {type(base).__name__}, not an nn.Linear"
+    if layer.fan_in_fan_out:
+        return "fan_in_fan_out: its base stores the weight transposed"
+    weight = base._parameters.get("weight")
+    if type(weight) is not nn.Parameter and type(weight) is not Tensor:
+        return f"its base weight is a {type(weight).__name__}, not an ordinary parameter"
+    if weight.requires_grad:
+        return "its base weight is trainable; lorafuse computes no gradient for it"
+    bias = base._parameters["bias"]
+    if _altered(base):
+        return "its base layer has hooks or a replaced forward"
+    factors = []
+    for name in names:
+        if name in layer.lora_variant:
+            return f"its adapter is a variant of LoRA ({type(layer.lora_variant[name]).__name__.removesuffix('LinearVariant')})"
+        a, b = lora_a[name], lora_b[name]
+        if type(a) is not nn.Linear or type(b) is not nn.Linear or _altered(a) or _altered(b):
+            return "its lora_A or lora_B is not a plain nn.Linear without hooks"
+        dropout = modules["lora_dropout"]._modules[name]
+        if type(dropout) is nn.Identity:
+            p = 0.0
+        elif type(dropout) is nn.Dropout:
+            p = dropout.p if dropout.training else 0.0
+        else:
+            return f"its dropout is a {type(dropout).__name__}, not nn.Dropout"
+        scale = layer.scaling[name]
+        b_bias = b._parameters["bias"]
+        if b_bias is not None:
+            b_bias = (b_bias * scale).to(weight.dtype)
+            bias = b_bias if bias is None else bias + b_bias
+        factors.append((a._parameters["weight"], b._parameters["weight"], scale, p))
+    if len(factors) == 1:
+        a, b, scale, p = factors[0]
+        return weight, a, b, scale, bias, p
+    if any(p for *_, p in factors):
+        return "several active adapters with dropout; PEFT draws a mask for each"
+    # active adapters add up, so together they are one adapter of the summed rank
+    a = torch.cat([a for a, *_ in factors])
+    b = torch.cat([b * scale for _, b, scale, _ in factors], dim=1)
+    return weight, a, b, 1.0, bias, 0.0
+
+
+def _kind(layer: BaseTunerLayer) -> str:
+    name = "experts" if type(layer).__name__ == "ParamWrapper" else type(layer).__name__.lower()
+    return "linear" if isinstance(layer, PeftLinear) else name
+
+
+def _reason(layer: BaseTunerLayer) -> str:
+    """Why a layer is left to PEFT, or "" if lorafuse takes it."""
+    if not isinstance(layer, LoraLayer):
+        return f"{type(layer).__module__.split('.')[2]} adapters are not LoRA"
+    if type(layer) not in (PeftLinear, FusedLinear):
+        return f"{type(layer).__module__}.{type(layer).__qualname__} is not a LoRA layer over nn.Linear"
+    with torch.no_grad():
+        operands = _operands(layer)
+    return operands if type(operands) is str else ""
+
+
+def survey(model: nn.Module, backend: str) -> tuple[PatchReport, list[PeftLinear]]:
+    """The report on every adapted layer of the model, and the layers lorafuse takes. Changes nothing."""
+    report, layers = PatchReport(), []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        reason = _reason(layer)
+        if reason:
+            report.skipped.append(Skipped(name, _kind(layer), reason))
+            continue
+        able = backends.candidates(layer.get_base_layer().weight.device.type)
+        chosen = able[0] if backend == "auto" and len(able) == 1 else backend
+        report.patched.append(Patched(name, "linear", chosen))
+        layers.append(layer)
+    return report, layers
+
+
+def adopt(layer: PeftLinear, backend: str) -> None:
+    """Make a layer that `survey` listed a `FusedLinear`."""
+    layer.__class__ = FusedLinear
+    layer._lorafuse_backend = backend
+
+
+def release(model: nn.Module) -> int:
+    """Make every `FusedLinear` of the model PEFT's class again; returns how many."""
+    layers = [layer for layer in model.modules() if isinstance(layer, FusedLinear)]
+    for layer in layers:
+        if type(layer) is not FusedLinear:
+            raise RuntimeError(
+                f"cannot unpatch a {type(layer).__name__}: its class was changed after lorafuse.patch (fully_shard does "
+                "that to a layer passed to it); unpatch before it, or shard whole blocks"
+            )
+    for layer in layers:
+        layer.__class__ = PeftLinear
+        del layer._lorafuse_backend
+    return len(layers)

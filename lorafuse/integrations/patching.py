@@ -1,0 +1,79 @@
+"""`patch` and `unpatch`: give the adapted layers of a model to lorafuse, and give them back."""
+
+import warnings
+from types import ModuleType
+
+from torch import nn
+
+from lorafuse.backends import base
+from lorafuse.errors import MissingDependency
+from lorafuse.integrations.report import PatchReport
+
+__all__ = ["patch", "unpatch"]
+
+_PEFT_AT_LEAST = (0, 21)
+
+
+def _hf_peft() -> ModuleType:
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingDependency("lorafuse.patch works on PEFT models: pip install 'peft>=0.21'") from error
+    if tuple(int(part) for part in peft.__version__.split(".")[:2]) < _PEFT_AT_LEAST:
+        raise MissingDependency(f"lorafuse.patch needs peft >= 0.21, found {peft.__version__}: pip install -U peft")
+    from lorafuse.integrations import hf_peft
+
+    return hf_peft
+
+
+def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False) -> PatchReport:
+    """Run every LoRA layer of a PEFT model fused, in place; the rest of the model and its files stay as they are.
+
+    Parameters, state dict, configuration and adapter management remain PEFT's: train, save, load, merge, switch, add and
+    delete adapters as before. A layer that cannot run fused is left to PEFT and listed with the reason. Calling it again
+    is safe: it takes in layers that came since (an adapter added on new target modules) and reports the present state.
+
+    Args:
+        model: a `PeftModel`, or any module that contains PEFT's LoRA layers.
+        backend: "auto", or the one every patched layer must use.
+        strict: raise ValueError, leaving the model as it was, if any adapted layer would be left to PEFT, or none found.
+
+    Returns:
+        a `PatchReport`; `print(report)` shows it as a table.
+
+    Raises:
+        TypeError: model is not an `nn.Module`.
+        ValueError: unknown backend; with `strict`, see above.
+        BackendUnavailable: the backend cannot run here.
+        MissingDependency: PEFT is missing or older than 0.21.
+
+    Warns (UserWarning) when nothing was patched, naming why.
+    """
+    base.require(backend)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"lorafuse.patch got a {type(model).__name__}; it takes a torch.nn.Module, such as a PeftModel")
+    hf_peft = _hf_peft()
+    report, layers = hf_peft.survey(model, backend)
+    problem = ""
+    if not report.patched and not report.skipped:
+        problem = f"{type(model).__name__} has no adapted layer: make it a PEFT model first (peft.get_peft_model), then patch it"
+    elif not report.patched or (strict and report.skipped):
+        problem = str(report)
+    if problem and strict:
+        raise ValueError(f"lorafuse.patch(strict=True) changed nothing: {problem}")
+    if problem:
+        warnings.warn(f"lorafuse.patch patched nothing: {problem}", stacklevel=2)
+    for layer in layers:
+        hf_peft.adopt(layer, backend)
+    return report
+
+
+def unpatch(model: nn.Module) -> int:
+    """Give every patched layer back to PEFT, exactly as it was; returns how many there were.
+
+    Raises TypeError when model is not an `nn.Module`, and RuntimeError, changing nothing, for a layer that was itself
+    passed to `fully_shard` after patching.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"lorafuse.unpatch got a {type(model).__name__}; it takes a torch.nn.Module")
+    return _hf_peft().release(model)

@@ -1,0 +1,1 @@
+"""The operators as torch sees them: one schema, one shape rule and one autograd.Function each."""

@@ -1,0 +1,63 @@
+"""The dropout mask of every backend: Philox 4x32-10 counters, written in torch integer operations.
+
+This file is the definition; kernels must reproduce it bit for bit. For an input of `M` rows and `K` columns, element
+`(m, k)` has the index `i = m * K + k`. Its random word is word `i % 4` of Philox 4x32-10 with
+
+    counter = (lo32(i // 4), hi32(i // 4), 0, 0)        key = (lo32(seed), hi32(seed))
+
+and the element is kept when `word >= floor(p * 2**32)`. Kept elements are not rescaled here: `1 / (1 - p)` is part of the
+scale of the low-rank path. No mask is ever stored: forward and backward compute it again from the seed.
+
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["draw_seed", "keep_mask", "philox_4x32", "row_chunks"]
+
+_LO32 = 0xFFFFFFFF
+_MUL_0, _MUL_1 = 0xD2511F53, 0xCD9E8D57
+_KEY_STEP_0, _KEY_STEP_1 = 0x9E3779B9, 0xBB67AE85
+_ROUNDS = 10
+# elements of a mask that exist at a time; int64 words of one chunk stay inside a CPU's L2, or are small beside GPU memory
+_CHUNK = {"cpu": 1 << 17, "cuda": 1 << 22}
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A fresh seed, int64 `[1]` on `device`, from torch's default generator (so that it replays under checkpointing)."""
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Four words of Philox 4x32-10. All tensors are int64 that hold unsigned 32-bit values; they broadcast."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # the int64 products wrap, yet their 64 bits are those of the unsigned product
+        p0, p1 = c0 * _MUL_0, c2 * _MUL_1
+        c0 = (p1 >> 32).bitwise_and_(_LO32).bitwise_xor_(c1 ^ k0)
+        c2 = (p0 >> 32).bitwise_and_(_LO32).bitwise_xor_(c3 ^ k1)
+        c1, c3 = p1.bitwise_and_(_LO32), p0.bitwise_and_(_LO32)
+        k0, k1 = (k0 + _KEY_STEP_0) & _LO32, (k1 + _KEY_STEP_1) & _LO32
+    return c0, c1, c2, c3
+
+
+def keep_mask(seed: Tensor, p: float, rows: slice, columns: int) -> Tensor:
+    """Which elements of rows `rows.start … rows.stop` survive dropout: bool `[rows, columns]` on the seed's device.
+
+    `seed` is int64 `[1]`; `0 <= p <= 1`; the mask of a row does not depend on which other rows are asked for.
+    """
+    first, last = rows.start * columns, rows.stop * columns
+    group = torch.arange(first // 4, -(-last // 4), dtype=torch.int64, device=seed.device)
+    zero = torch.zeros_like(group)
+    words = philox_4x32((group & _LO32, (group >> 32) & _LO32, zero, zero), (seed & _LO32, (seed >> 32) & _LO32))
+    keep = torch.stack(words, dim=1) >= int(p * 2**32)
+    skip = first % 4
+    return keep.flatten()[skip : skip + last - first].view(rows.stop - rows.start, columns)
+
+
+def row_chunks(x: Tensor) -> list[slice]:
+    """Row ranges of a 2-D tensor over which masks are made one at a time, so that no full-size mask ever exists."""
+    rows = max(1, _CHUNK.get(x.device.type, _CHUNK["cuda"]) // max(1, x.shape[1]))
+    return [slice(i, min(i + rows, x.shape[0])) for i in range(0, x.shape[0], rows)]

@@ -1,0 +1,71 @@
+"""What every test gets: a fixed seed, NaN in memory nobody wrote, no network, and a last word on what was skipped."""
+
+import os
+
+# Before transformers is imported: tests build their models from configurations and never download.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import random
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+
+_POISONED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def _poisoned(allocate):
+    def allocate_nan(*args, **kwargs):
+        out = allocate(*args, **kwargs)
+        if out.dtype in _POISONED_DTYPES:
+            with torch.no_grad():
+                out.fill_(float("nan"))
+        return out
+
+    return allocate_nan
+
+
+@pytest.fixture(autouse=True)
+def _poison(request, monkeypatch):
+    """Uninitialized float memory reads as NaN, so that an output element that no one writes fails its test."""
+    if request.node.get_closest_marker("no_poison"):
+        return
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, this machine has none"))
+
+
+def skipped_by_reason(reports):
+    """`{reason: [test id or file, …]}` of skipped reports, in the order in which they came."""
+    groups = defaultdict(list)
+    for report in reports:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        groups[reason.removeprefix("Skipped: ")].append(report.nodeid)
+    return dict(groups)
+
+
+def pytest_terminal_summary(terminalreporter):
+    groups = skipped_by_reason(terminalreporter.stats.get("skipped", []))
+    terminalreporter.section("what was skipped and why")
+    if not groups:
+        terminalreporter.line("nothing was skipped")
+    for reason, tests in groups.items():
+        shown = ", ".join(tests[:3]) + (f" and {len(tests) - 3} more" if len(tests) > 3 else "")
+        terminalreporter.line(f"{len(tests)} x {reason}: {shown}")

@@ -1,0 +1,122 @@
+"""The command line (T1): what each command prints, and its exit status."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorafuse import cli, functional
+from lorafuse.backends import base
+from lorafuse.cli import doctor
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_help_lists_every_command():
+    done = subprocess.run([sys.executable, "-m", "lorafuse", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert all(re.search(rf"^\s+{name}\s", done.stdout, re.MULTILINE) for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_each_command(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"lorafuse {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [[], ["docter"], ["doctor", "--jsn"]])
+def test_bad_command_is_status_2_and_says_what_is_known(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "usage: lorafuse" in error
+    assert argv[-1:] == ["--jsn"] or "doctor" in error or "COMMAND" in error
+
+
+def test_doctor_is_healthy_here(capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "self-test" in out
+    assert torch.__version__ in out
+    assert out.rstrip().endswith("healthy")
+
+
+def test_doctor_json(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["healthy"] is True
+    found = {(f["section"], f["name"]): f for f in report["findings"]}
+    assert {section for section, _ in found} == {
+        "versions",
+        "devices",
+        "compilers",
+        "backends",
+        "environment",
+        "self-test",
+    }
+    assert {name for section, name in found if section == "backends"} == set(base.BACKENDS)
+    for finding in report["findings"]:
+        assert finding["status"] == "ok" or finding["fix"], finding
+
+
+@pytest.mark.parametrize("wrong", ["double the scale", "no low-rank term", "NaN", "detached A"])
+def test_doctor_sees_wrong_arithmetic(monkeypatch, capsys, wrong):
+    right = functional.lora_linear
+
+    def lora_linear(x, w, a, b, *, scale, backend):
+        if wrong == "double the scale":
+            return right(x, w, a, b, scale=2 * scale, backend=backend)
+        if wrong == "no low-rank term":
+            return right(x, w, a, b, scale=0.0, backend=backend)
+        if wrong == "NaN":
+            return right(x, w, a, b, scale=scale, backend=backend) * float("nan")
+        return right(x, w, a.detach(), b, scale=scale, backend=backend) + 0 * a.sum()
+
+    monkeypatch.setattr(functional, "lora_linear", lora_linear)
+    assert cli.main(["doctor", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert {f["section"] for f in report["findings"] if f["status"] == "fail"} == {"self-test"}
+
+
+def test_doctor_without_rich_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_installed", lambda package: None if package == "rich" else "99")
+    assert cli.main(["doctor"]) == 2
+    assert "pip install rich" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "triton", "status"),
+    [
+        ("torch", None, None, "fail"),
+        ("torch", "2.10.1", None, "fail"),
+        ("torch", "2.11.0+cu130", None, "ok"),
+        ("peft", None, None, "warn"),
+        ("peft", "0.9.0", None, "warn"),
+        ("peft", "0.21.0.dev0", None, "ok"),
+        ("numpy", "2.4.0", "3.6.0", "warn"),
+        ("numpy", "2.3.5", "3.6.0", "ok"),
+        ("numpy", "2.4.0", None, "ok"),
+    ],
+)
+def test_doctor_judges_versions(package, version, triton, status):
+    finding = doctor._version(package, doctor._PURPOSES[package], version, triton)
+    assert finding.status == status
+    assert status == "ok" or "pip install" in finding.fix
+
+
+def test_doctor_asks_for_the_versions_that_the_package_asks_for():
+    declared = dict(re.findall(r'"(\w+)>=([\d.]+)', (ROOT / "pyproject.toml").read_text()))
+    assert {name: declared[name] for name in doctor.MINIMUM_VERSIONS} == doctor.MINIMUM_VERSIONS
+
+
+def test_doctor_shows_markup_as_text(capsys):
+    doctor._render([doctor.Finding("backends", "eager", "why [red]not[/red]", "warn", 'pip install "lorafuse[cli]"')], True)
+    out = capsys.readouterr().out
+    assert "[red]not[/red]" in out
+    assert "lorafuse[cli]" in out

@@ -1,0 +1,130 @@
+"""What the documentation names exists (T0): paths, make targets, flags, variables. Each checker is shown to fail, too."""
+
+import argparse
+import fnmatch
+import re
+from pathlib import Path
+
+import pytest
+
+from lorafuse import cli, env
+
+pytestmark = pytest.mark.no_poison
+
+ROOT = Path(__file__).parents[1]
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SUFFIXES = {".py", ".md", ".toml", ".txt", ".json", ".cpp", ".cu", ".cuh", ".h", ".sh", ".cfg", ".ini", ".yml", ".png", ".svg"}
+OTHER_PROGRAMS = re.compile(r"\b(pip|pytest|ruff|mypy|git|apt|apt-get|nvcc|torchrun|accelerate)\b")
+
+
+def code_of(markdown):
+    """Lines of fenced blocks and contents of backtick spans: the places where a document names things."""
+    fences = re.findall(r"^```\w*\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```\w*\n.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL)
+    spans = re.findall(r"`([^`\n]+)`", prose)
+    links = re.findall(r"\]\(([^)#\s]+)\)", prose)
+    return [line for block in fences for line in block.splitlines()] + spans + links
+
+
+def missing_paths(markdown, root=ROOT):
+    """Tokens that look like paths of this repository, and are not there. Generated (git-ignored) ones may be absent."""
+    ignored = [line.strip().strip("/") for line in (ROOT / ".gitignore").read_text().splitlines() if line.strip()]
+    top = {path.name for path in root.iterdir()}
+    missing = []
+    for code in code_of(markdown):
+        for token in re.findall(r"(?<![\w/:.~$-])[\w.*<>-]+(?:/[\w.*<>-]*)*", code):
+            path = token.rstrip(".,")
+            parts = [part for part in path.split("/") if part]
+            in_a_folder = "/" in path and (parts[0] in top or Path(path).suffix in SUFFIXES or path.endswith("/"))
+            if not in_a_folder and not ("/" not in path and Path(path).suffix in SUFFIXES):
+                continue
+            if any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in ignored):
+                continue
+            if not list(root.glob(re.sub(r"<[^>]*>", "*", path.rstrip("/")))):
+                missing.append(path)
+    return missing
+
+
+def missing_targets(markdown, makefile):
+    known = set(re.findall(r"^([a-z][\w-]*):", makefile, re.MULTILINE))
+    named = {name for code in code_of(markdown) for name in re.findall(r"(?:^|[\s;&$])make ([a-z][\w-]*)", code)}
+    return sorted(named - known)
+
+
+def flags_by_command():
+    """`{command: its flags}` from the argparse parsers themselves."""
+    found = {}
+    for name in cli.COMMANDS:
+        parser = argparse.ArgumentParser()
+        cli.importlib.import_module(f"lorafuse.cli.{name}").add_arguments(parser)
+        found[name] = {flag for action in parser._actions for flag in action.option_strings}
+    return found
+
+
+def missing_flags(markdown, known):
+    """Flags that the named command lacks, or, where none is named, that no command has."""
+    missing = []
+    for code in code_of(markdown):
+        command = re.search(rf"(?:lorafuse|make) ({'|'.join(known)})\b", code)
+        allowed = known[command[1]] if command else set().union(*known.values())
+        for flag in re.finditer(r"(?<![\w-])--[a-z][\w-]*", code):
+            if flag[0] not in allowed and not OTHER_PROGRAMS.search(code[: flag.start()]):
+                missing.append(flag[0])
+    return missing
+
+
+def missing_variables(markdown):
+    return sorted(set(re.findall(r"LORAFUSE_[A-Z_]+", markdown)) - set(env.VARIABLES))
+
+
+def table_of_variables(markdown):
+    """`(name, default, meaning)` of each row of the environment table."""
+    return re.findall(r"^\| `(LORAFUSE_\w+)` \| `([^`]*)` \| (.*) \|$", markdown, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+class TestEveryDocument:
+    def test_paths_exist(self, path):
+        assert missing_paths(path.read_text()) == []
+
+    def test_make_targets_exist(self, path):
+        assert missing_targets(path.read_text(), (ROOT / "Makefile").read_text()) == []
+
+    def test_flags_exist(self, path):
+        assert missing_flags(path.read_text(), flags_by_command()) == []
+
+    def test_variables_exist(self, path):
+        assert missing_variables(path.read_text()) == []
+
+
+def test_the_environment_table_is_the_code():
+    expected = [(v.name, v.default, v.doc) for v in env.VARIABLES.values()]
+    assert table_of_variables((ROOT / "README.md").read_text()) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["see `lorafuse/absent.py`", "`absent.md`", "```\nlorafuse/absent/  a folder\n```", "[x](docs/absent.md)", "`bench/absent_*.json`"],
+)
+def test_a_missing_path_is_seen(text):
+    assert missing_paths(text)
+
+
+def test_what_is_no_path_is_left_alone():
+    text = "`q/k/v` and `x.shape` at `https://example.org/a.html`, `.venv/bin/python`, `lora_A.weight`, `lorafuse/`, `README.md`"
+    assert missing_paths(text) == []
+
+
+def test_a_missing_target_is_seen():
+    assert missing_targets("`make tset` makes sure\n```\nmake demo\n```", "demo: x\ntest: y\n") == ["tset"]
+
+
+def test_a_missing_flag_is_seen():
+    known = {"demo": {"--seconds"}, "doctor": {"--json"}}
+    assert missing_flags("`--json`, `--jsn` and `pip install --no-deps`", known) == ["--jsn"]
+    assert missing_flags("```\nlorafuse demo --json\nmake demo ARGS=--seconds=3\n```", known) == ["--json"]
+
+
+def test_a_missing_variable_is_seen():
+    assert missing_variables("set LORAFUSE_ABSENT") == ["LORAFUSE_ABSENT"]
+    assert table_of_variables("| `LORAFUSE_A` | `0` | wrong |") == [("LORAFUSE_A", "0", "wrong")]

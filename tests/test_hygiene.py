@@ -1,0 +1,246 @@
+"""Structure (T0): which file may import what, what no file may hold, and lint. Each checker is shown to fail, too."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorafuse import env
+
+pytestmark = pytest.mark.no_poison
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(p for folder in ("lorafuse", "tests", "bench") for p in (ROOT / folder).rglob("*.py"))
+PACKAGE = sorted((ROOT / "lorafuse").rglob("*.py"))
+TEXTS = SOURCES + [
+    path
+    for pattern in ("*.md", "*.toml", "Makefile", "setup.py", ".ci/*", "docs/**/*.md", "requirements/*", "csrc/**/*.*")
+    for path in sorted(ROOT.glob(pattern))
+    if path.is_file()
+]
+MAX_LINES = 400
+
+# part of the package: (parts of lorafuse it may import, packages outside the standard library it may import).
+# Imports point one way, from the public surface down to the kernels; every part may import itself.
+_LEAVES = {"errors", "env"}
+_BASE = _LEAVES | {"philox"}
+_OPERATORS = _BASE | {"quant", "kernels", "backends", "plan", "ops"}
+_LIBRARY = _OPERATORS | {"functional", "nn", "integrations", "__init__"}
+_TOOLS = _LIBRARY | {"testing", "advise"}
+_HUGGING_FACE = {"peft", "transformers", "accelerate"}
+LAYERS = {
+    "errors": (set(), set()),
+    "env": ({"errors"}, set()),
+    "philox": (_LEAVES, {"torch"}),
+    "kernels": (_BASE, {"torch", "triton"}),
+    "quant": (_BASE | {"kernels"}, {"torch"}),
+    "backends": (_BASE | {"kernels", "quant"}, {"torch", "triton"}),
+    "plan": (_LEAVES, set()),
+    "ops": (_BASE | {"quant", "backends", "plan"}, {"torch"}),
+    "functional": (_OPERATORS, {"torch"}),
+    "nn": (_BASE | {"quant", "functional"}, {"torch"}),
+    "integrations": (_OPERATORS | {"functional", "nn"}, {"torch"} | _HUGGING_FACE),
+    "advise": (_LEAVES | {"plan"}, {"torch"}),
+    "__init__": (_LIBRARY, set()),
+    "testing": (_TOOLS, {"torch", "numpy"} | _HUGGING_FACE),
+    "study": (_TOOLS, {"torch", "numpy", "matplotlib"} | _HUGGING_FACE),
+    "demo": (_TOOLS, {"torch", "numpy", "rich", "matplotlib", "gguf", "reasoning_gym"} | _HUGGING_FACE),
+    "cli": (_TOOLS | {"demo", "study"}, {"torch", "numpy", "rich", "matplotlib"} | _HUGGING_FACE),
+    "__main__": ({"cli"}, set()),
+}
+
+
+def imported_modules(tree, module):
+    """Absolute names of what a module imports, at the top or inside functions, relative imports resolved."""
+    package = module if module.endswith("__init__") else module.rpartition(".")[0]
+    package = package.removesuffix(".__init__")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join(parents + ([base] if base else []))
+            # `from lorafuse import nn` names a part, `from lorafuse.nn import LoRALinear` does not
+            yield from (f"{base}.{alias.name}" if base == "lorafuse" else base for alias in node.names)
+
+
+def forbidden_imports(source, module):
+    """Imports of a module (dotted name, `__init__` spelled out) that `LAYERS` does not allow."""
+    part = module.split(".")[1]
+    if part not in LAYERS:
+        return [f"{module}: {part} is not in LAYERS: give it a row"]
+    inner, outer = LAYERS[part]
+    found = []
+    for name in imported_modules(ast.parse(source), module):
+        top, _, rest = name.partition(".")
+        if top == "lorafuse":
+            target = rest.split(".")[0]
+            target = target if target in LAYERS else "__init__"
+            if target != part and target not in inner:
+                found.append(f"{module} imports {name}")
+        elif top not in sys.stdlib_module_names and top not in outer:
+            found.append(f"{module} imports {name}")
+    return sorted(set(found))
+
+
+def test_imports_point_one_way():
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in PACKAGE}
+    assert [line for path in PACKAGE for line in forbidden_imports(path.read_text(), names[path])] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("lorafuse.ops.linear", "from lorafuse import functional"),
+        ("lorafuse.ops.linear", "from lorafuse.nn.linear import LoRALinear"),
+        ("lorafuse.ops.linear", "from ..nn import linear"),
+        ("lorafuse.backends.eager", "def f():\n    import lorafuse.plan.select"),
+        ("lorafuse.plan.select", "import torch"),
+        ("lorafuse.functional", "import triton.language as tl"),
+        ("lorafuse.nn.linear", "from peft import LoraConfig"),
+        ("lorafuse.nn.linear", "from lorafuse import use_backend"),
+        ("lorafuse.novelty", "import torch"),
+    ],
+)
+def test_a_wrong_import_is_seen(module, source):
+    assert forbidden_imports(source, module)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("lorafuse.ops.linear", "import torch\nfrom lorafuse.backends import base\nfrom . import _define"),
+        ("lorafuse.nn.__init__", "from .linear import LoRALinear"),
+        ("lorafuse.cli.demo", "from lorafuse import patch"),
+    ],
+)
+def test_a_right_import_is_not_reported(module, source):
+    assert forbidden_imports(source, module) == []
+
+
+def _loaded_after(statement):
+    """Names out of a short list that are loaded, and whether CUDA is initialized, after a statement in a new process."""
+    code = (
+        f"{statement}\nimport sys, torch\n"
+        "print(*[m for m in ('triton', 'peft', 'transformers', 'rich') if m in sys.modules], torch.cuda.is_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return done.stdout.split()
+
+
+def test_import_is_lean():
+    assert _loaded_after("import lorafuse") == ["False"]
+
+
+def test_a_heavy_import_is_seen():
+    assert _loaded_after("import lorafuse, rich") == ["rich", "False"]
+
+
+def swallowed_exceptions(source):
+    """Line numbers of handlers whose whole body is `pass`."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ExceptHandler) and all(isinstance(child, ast.Pass) for child in node.body)
+    ]
+
+
+def calls_to_print(source):
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+
+
+def environment_reads(source):
+    """Line numbers that name `os.environ` or `os.getenv`, however os is imported."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        names = {node.attr} if isinstance(node, ast.Attribute) else set()
+        if isinstance(node, ast.ImportFrom):
+            names = {alias.name for alias in node.names}
+        if names & {"environ", "environb", "getenv", "putenv"}:
+            lines.append(node.lineno)
+    return lines
+
+
+def forbidden_words(text):
+    """Line numbers with notes to self, or with paths that exist on one machine only."""
+    notes = re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X)\b")
+    # home folders, and folders that lie beside a checkout and not in it
+    machine = re.compile(r"(?<![\w.~-])/(home|root|work|Users)/|[.]library\b|(?<![\w-])shared[/]")
+    return [i for i, line in enumerate(text.splitlines(), 1) if notes.search(line) or machine.search(line)]
+
+
+def _report(checker, paths):
+    return [f"{path.relative_to(ROOT)}:{line}" for path in paths for line in checker(path.read_text())]
+
+
+def test_no_exception_is_swallowed():
+    assert _report(swallowed_exceptions, SOURCES) == []
+    assert swallowed_exceptions("try:\n    f()\nexcept ValueError:\n    pass") == [3]
+
+
+def test_only_commands_print():
+    quiet = [p for p in PACKAGE if p.relative_to(ROOT).parts[1] not in ("cli", "demo")]
+    assert _report(calls_to_print, quiet) == []
+    assert calls_to_print("x = 1\nprint(x)") == [2]
+
+
+def test_only_env_reads_the_environment():
+    assert _report(environment_reads, [p for p in PACKAGE if p.name != "env.py"]) == []
+    for source in ("import os\nos.environ['A']", "import os\nos.getenv('A')", "1\nfrom os import environ"):
+        assert environment_reads(source) == [2]
+
+
+def test_every_variable_is_listed():
+    used = {name for path in PACKAGE for name in re.findall(r"LORAFUSE_[A-Z_]+", path.read_text())}
+    assert used <= set(env.VARIABLES)
+
+
+def test_no_notes_to_self_and_no_machine_paths():
+    assert _report(forbidden_words, TEXTS) == []
+    for planted in ("# TO" "DO: later", "cd /" "work/x", "see ../shared" "/x", "/" "root/.cache", "the ." "library"):
+        assert forbidden_words(f"fine\n{planted}") == [2], planted
+    assert forbidden_words("in shared memory, work/unit, https://x.org/work") == []
+
+
+def too_long(lines_by_name):
+    return [name for name, count in lines_by_name.items() if count > MAX_LINES]
+
+
+def test_no_file_has_two_jobs():
+    assert too_long({str(path.relative_to(ROOT)): path.read_text().count("\n") for path in SOURCES}) == []
+    assert too_long({"a.py": MAX_LINES, "b.py": MAX_LINES + 1}) == ["b.py"]
+
+
+def _lint(*command, cwd=ROOT):
+    done = subprocess.run([sys.executable, "-m", *command], cwd=cwd, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+LINTERS = {"check": ("ruff", "check", "."), "format": ("ruff", "format", "--check", "."), "types": ("mypy",)}
+
+
+@pytest.mark.parametrize("linter", LINTERS)
+def test_lint(linter):
+    code, output = _lint(*LINTERS[linter])
+    assert code == 0, output
+
+
+@pytest.mark.parametrize("linter", LINTERS)
+def test_lint_can_fail(linter, tmp_path):
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    (tmp_path / "setup.py").write_text("import os\nx : int = 'one'\n")
+    for folder in ("lorafuse", "bench"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.py").write_text("")
+    code, output = _lint(*LINTERS[linter], cwd=tmp_path)
+    assert code == 1, output
+    assert "setup.py" in output
