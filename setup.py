@@ -1,4 +1,4 @@
-"""Everything else is in pyproject.toml; the version is read here without importing lorafuse, which needs torch."""
+"""The rest is in pyproject.toml. The version is read here without importing lorafuse, which needs torch."""
 
 import ast
 from pathlib import Path
@@ -7,7 +7,7 @@ from setuptools import setup
 
 
 def read_version() -> str:
-    """`__version__` as assigned in lorafuse/__init__.py; raises RuntimeError if it is not a plain string there."""
+    """`__version__` of lorafuse/__init__.py; raises RuntimeError if it is not assigned there."""
     path = Path(__file__).parent / "lorafuse" / "__init__.py"
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and any(getattr(t, "id", "") == "__version__" for t in node.targets):

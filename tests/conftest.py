@@ -1,4 +1,4 @@
-"""What every test gets: a fixed seed, NaN in memory nobody wrote, no network, and a last word on what was skipped."""
+"""What every test gets: a fixed seed, NaN in memory nobody wrote, no network; skips are listed at the end."""
 
 import os
 
@@ -35,7 +35,7 @@ def _poisoned(allocate):
 
 @pytest.fixture(autouse=True)
 def _poison(request, monkeypatch):
-    """Uninitialized float memory reads as NaN, so that an output element that no one writes fails its test."""
+    """Uninitialized float memory reads as NaN, so that an output element nobody writes fails its test."""
     if request.node.get_closest_marker("no_poison"):
         return
     for name in ("empty", "empty_like", "empty_strided"):

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_help_lists_every_command():
-    done = subprocess.run([sys.executable, "-m", "lorafuse", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "lorafuse", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert all(re.search(rf"^\s+{name}\s", done.stdout, re.MULTILINE) for name in cli.COMMANDS)
 
 
@@ -116,7 +117,8 @@ def test_doctor_asks_for_the_versions_that_the_package_asks_for():
 
 
 def test_doctor_shows_markup_as_text(capsys):
-    doctor._render([doctor.Finding("backends", "eager", "why [red]not[/red]", "warn", 'pip install "lorafuse[cli]"')], True)
+    finding = doctor.Finding("backends", "eager", "why [red]not[/red]", "warn", 'pip install "lorafuse[cli]"')
+    doctor._render([finding], healthy=True)
     out = capsys.readouterr().out
     assert "[red]not[/red]" in out
     assert "lorafuse[cli]" in out

@@ -1,4 +1,4 @@
-"""Structure (T0): which file may import what, what no file may hold, and lint. Each checker is shown to fail, too."""
+"""Structure (T0): which file may import what, what no file may hold, and lint. Each checker can fail."""
 
 import ast
 import re
@@ -15,12 +15,18 @@ pytestmark = pytest.mark.no_poison
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(p for folder in ("lorafuse", "tests", "bench") for p in (ROOT / folder).rglob("*.py"))
 PACKAGE = sorted((ROOT / "lorafuse").rglob("*.py"))
-TEXTS = SOURCES + [
-    path
-    for pattern in ("*.md", "*.toml", "Makefile", "setup.py", ".ci/*", "docs/**/*.md", "requirements/*", "csrc/**/*.*")
-    for path in sorted(ROOT.glob(pattern))
-    if path.is_file()
+_TEXT_PATTERNS = [
+    "*.md",
+    "*.toml",
+    "Makefile",
+    "setup.py",
+    ".ci/*",
+    "docs/**/*.md",
+    "requirements/*",
+    "csrc/**/*",
 ]
+_OTHER_TEXTS = {path for pattern in _TEXT_PATTERNS for path in ROOT.glob(pattern) if path.is_file()}
+TEXTS = SOURCES + sorted(_OTHER_TEXTS)
 MAX_LINES = 400
 
 # part of the package: (parts of lorafuse it may import, packages outside the standard library it may import).
@@ -124,10 +130,10 @@ def test_a_right_import_is_not_reported(module, source):
 
 
 def _loaded_after(statement):
-    """Names out of a short list that are loaded, and whether CUDA is initialized, after a statement in a new process."""
+    """Which heavy packages a new process has loaded after a statement, and whether CUDA is initialized."""
     code = (
-        f"{statement}\nimport sys, torch\n"
-        "print(*[m for m in ('triton', 'peft', 'transformers', 'rich') if m in sys.modules], torch.cuda.is_initialized())"
+        f"{statement}\nimport sys, torch\nheavy = 'triton', 'peft', 'transformers', 'rich'\n"
+        "print(*[name for name in heavy if name in sys.modules], torch.cuda.is_initialized())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     return done.stdout.split()
@@ -172,7 +178,7 @@ def environment_reads(source):
 
 def forbidden_words(text):
     """Line numbers with notes to self, or with paths that exist on one machine only."""
-    notes = re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X)\b")
+    notes = re.compile(r"\b(TO[D]O|FIX[M]E|XX[X])\b")
     # home folders, and folders that lie beside a checkout and not in it
     machine = re.compile(r"(?<![\w.~-])/(home|root|work|Users)/|[.]library\b|(?<![\w-])shared[/]")
     return [i for i, line in enumerate(text.splitlines(), 1) if notes.search(line) or machine.search(line)]
@@ -206,8 +212,9 @@ def test_every_variable_is_listed():
 
 def test_no_notes_to_self_and_no_machine_paths():
     assert _report(forbidden_words, TEXTS) == []
-    for planted in ("# TO" "DO: later", "cd /" "work/x", "see ../shared" "/x", "/" "root/.cache", "the ." "library"):
-        assert forbidden_words(f"fine\n{planted}") == [2], planted
+    # a stroke stands where the forbidden text is cut, or this file would report itself
+    for planted in ("# TO|DO: later", "cd /wo|rk/x", "../sha|red/x", "/ro|ot/.cache", "the .lib|rary"):
+        assert forbidden_words(f"fine\n{planted.replace('|', '')}") == [2], planted
     assert forbidden_words("in shared memory, work/unit, https://x.org/work") == []
 
 
@@ -221,7 +228,8 @@ def test_no_file_has_two_jobs():
 
 
 def _lint(*command, cwd=ROOT):
-    done = subprocess.run([sys.executable, "-m", *command], cwd=cwd, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", *command]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -238,9 +246,8 @@ def test_lint(linter):
 def test_lint_can_fail(linter, tmp_path):
     (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
     (tmp_path / "setup.py").write_text("import os\nx : int = 'one'\n")
-    for folder in ("lorafuse", "bench"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "a.py").write_text("")
+    (tmp_path / "lorafuse").mkdir()
+    (tmp_path / "lorafuse" / "__init__.py").write_text("")
     code, output = _lint(*LINTERS[linter], cwd=tmp_path)
     assert code == 1, output
     assert "setup.py" in output

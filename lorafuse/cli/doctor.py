@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -37,11 +38,13 @@ _PURPOSES = {
     "accelerate": "optional: Hugging Face Trainer",
 }
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+_CPU_UNITS = {"avx512f": "AVX-512", "avx512_bf16": "AVX-512 bf16", "amx_bf16": "AMX bf16", "bf16": "Arm bf16"}
+_REPORT_IT = "please report it with this output"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. `status` is "ok", "warn" (works, with less) or "fail" (lorafuse does not work)."""
+    """One line of the report; `status` is "ok", "warn" (works, with less) or "fail" (does not work)."""
 
     section: str
     name: str
@@ -117,22 +120,24 @@ def _version(package: str, purpose: str, version: str | None, triton: str | None
 
 def _devices() -> Iterator[Finding]:
     model, flags = _cpu()
-    units = [label for label, flag in (("AVX-512", "avx512f"), ("bf16", "avx512_bf16"), ("AMX", "amx_bf16")) if flag in flags]
+    units = [label for flag, label in _CPU_UNITS.items() if flag in flags]
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
     yield Finding("devices", "cpu", f"{model}, {cores}, {', '.join(units) or 'no bf16 units'}")
     smi = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     driver = smi.splitlines()[0] if smi else "unknown"
     if not torch.cuda.is_available():
         if smi and torch.version.cuda is None:
-            value = f"the driver ({driver}) shows a GPU, but this torch ({torch.__version__}) is built without CUDA"
-            yield Finding("devices", "cuda", value, "warn", "install a CUDA build of torch: https://pytorch.org/get-started")
+            value = f"driver {driver} shows a GPU, but torch {torch.__version__} is built without CUDA"
+            fix = "install a CUDA build of torch: https://pytorch.org/get-started"
+            yield Finding("devices", "cuda", value, "warn", fix)
         else:
             yield Finding("devices", "cuda", "no device")
         return
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         memory = f"{gpu.total_memory / 2**30:.0f} GiB"
-        value = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {memory}, driver {driver}, CUDA {torch.version.cuda}"
+        value = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {memory}"
+        value += f", driver {driver}, CUDA {torch.version.cuda}"
         yield Finding("devices", f"cuda:{index}", value)
 
 
@@ -141,10 +146,10 @@ def _cpu() -> tuple[str, set[str]]:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return platform.processor() or platform.machine(), set()
-    fields = dict(
-        (key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in cpuinfo.read_text().splitlines())
-    )
-    return fields.get("model name", platform.machine()), set(fields.get("flags", "").split())
+    lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+    fields = {key.strip(): value.strip() for key, _, value in lines}
+    flags = fields.get("flags") or fields.get("Features") or ""
+    return fields.get("model name", platform.machine()), set(flags.split())
 
 
 def _output(*command: str) -> str:
@@ -157,9 +162,9 @@ def _output(*command: str) -> str:
 
 def _compilers() -> Iterator[Finding]:
     for name in ("nvcc", "g++"):
-        lines = [line for line in _output(name, "--version").splitlines() if "release" in line or name in line.split(" ")[0]]
-        where = shutil.which(name)
-        yield Finding("compilers", name, f"{lines[-1].strip()} ({where})" if lines else "not found; nothing here needs it today")
+        version = re.search(r"\d+\.\d+(\.\d+)?", _output(name, "--version"))
+        found = f"{version[0]} ({shutil.which(name)})" if version else "not found; not needed today"
+        yield Finding("compilers", name, found)
 
 
 def _backends() -> Iterator[Finding]:
@@ -174,7 +179,8 @@ def _backends() -> Iterator[Finding]:
 def _environment() -> Iterator[Finding]:
     for variable in env.VARIABLES.values():
         value = env.get(variable.name)
-        yield Finding("environment", variable.name, value + (" (default)" if value == variable.default else ""))
+        note = " (default)" if value == variable.default else ""
+        yield Finding("environment", variable.name, value + note)
 
 
 def _self_test() -> Iterator[Finding]:
@@ -201,7 +207,7 @@ def _self_test_one(backend: str, device: str, dtype: torch.dtype) -> Finding:
         y = functional.lora_linear(leaf_x, w.to(device, dtype), leaf_a, leaf_b, scale=scale, backend=backend)
         dx, da, db = torch.autograd.grad(y, (leaf_x, leaf_a, leaf_b), dy.to(device, dtype))
     except RuntimeError as error:
-        return Finding("self-test", name, f"raised {type(error).__name__}: {error}", "fail", "please report it with this output")
+        return Finding("self-test", name, f"raised {type(error).__name__}: {error}", "fail", _REPORT_IT)
     actual = {"y": y.detach(), "dx": dx, "da": da, "db": db}
     errors = {key: numerics.relative_l2(actual[key].double().cpu(), expected[key]) for key in expected}
     worst = max(errors, key=lambda key: errors[key])
@@ -209,7 +215,7 @@ def _self_test_one(backend: str, device: str, dtype: torch.dtype) -> Finding:
     # written so that a NaN error fails
     ok = all(error <= bound for error in errors.values())
     value = f"worst relative error {errors[worst]:.1e} ({worst}), bound {bound:.1e}"
-    return Finding("self-test", name, value, "ok" if ok else "fail", "" if ok else "please report it with this output")
+    return Finding("self-test", name, value, "ok" if ok else "fail", "" if ok else _REPORT_IT)
 
 
 def _formula(
@@ -226,7 +232,7 @@ def _formula(
 
 def _require_rich() -> None:
     if _installed("rich") is None:
-        raise MissingDependency("the table needs rich, which is not installed: pip install rich, or use --json")
+        raise MissingDependency("the table needs rich: pip install rich, or use --json")
 
 
 def _render(found: list[Finding], healthy: bool) -> None:
