@@ -34,9 +34,9 @@ clean: ## remove .venv, caches and build output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): $(REQUIREMENTS)
-	@command -v $(PYTHON) >/dev/null || { echo "make: no '$(PYTHON)' on PATH: install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1), lorafuse needs 3.10 or newer: name one with make PYTHON=/path/to/python3"; exit 1; }
-	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) cannot create virtual environments (no ensurepip): on Debian and Ubuntu run 'apt install python3-venv'"; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "make: no '$(PYTHON)' on PATH: install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1), lorafuse needs 3.10 or newer: name one with make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) cannot create virtual environments (no ensurepip): on Debian and Ubuntu run 'apt install python3-venv'" >&2; exit 1; }
 	@$(PY) -c 'import pip' 2>/dev/null || { echo "creating $(VENV) with $$($(PYTHON) -V)"; $(PYTHON) -m venv --clear $(VENV); }
 	@echo "installing what development needs into $(VENV); the first time this takes minutes"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt

@@ -17,7 +17,6 @@ VARIABLES: dict[str, Variable] = {
     v.name: v
     for v in (
         Variable("LORAFUSE_BACKEND", "auto", "backend for calls that do not name one: auto, eager, triton or cuda"),
-        Variable("LORAFUSE_SKIP_CUDA_BUILD", "0", "1: `setup.py build_ext` builds no CUDA extension (read at install)"),
     )
 }
 

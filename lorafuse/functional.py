@@ -40,7 +40,8 @@ def lora_linear(
         backend: "eager", "triton", "cuda" or "auto"; None takes that of `lorafuse.use_backend`.
 
     Returns:
-        y `[..., N]` in x's dtype; under autocast in autocast's dtype. Gradients reach x, a, b and bias, each in its own dtype.
+        y `[..., N]` in x's dtype; under autocast in autocast's dtype. Gradients reach x, a, b and bias, each in its
+        own dtype.
 
     Raises:
         ValueError: shapes, devices, dropout_p or the backend name do not fit; the message shows them and the rule.
@@ -51,15 +52,15 @@ def lora_linear(
     device = x.device
     if weight.device != device or a.device != device or b.device != device:
         raise ValueError(
-            f"lora_linear got x on {device}, weight on {weight.device}, a on {a.device}, b on {b.device}; all tensors must "
-            "be on one device: move them with .to()"
+            f"lora_linear got x on {device}, weight on {weight.device}, a on {a.device}, b on {b.device}; all tensors "
+            "must be on one device: move them with .to()"
         )
     if not (a.is_floating_point() and b.is_floating_point()):
         raise TypeError(f"lora_linear got a {a.dtype} and b {b.dtype}; adapters must be floating")
     if weight.requires_grad:
         raise NotImplementedError(
-            f"lora_linear got a weight {list(weight.shape)} that requires a gradient; it never computes one: freeze it with "
-            "weight.requires_grad_(False), or use torch.nn.functional.linear to train it"
+            f"lora_linear got a weight {list(weight.shape)} that requires a gradient; it never computes one: freeze it "
+            "with weight.requires_grad_(False), or use torch.nn.functional.linear to train it"
         )
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p={dropout_p} is not a probability; it must be between 0 and 1")
@@ -101,7 +102,8 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
         return torch.tensor([seed], dtype=torch.int64, device=device)
     if seed.dtype is not torch.int64 or seed.shape != (1,) or seed.device != device:
         raise ValueError(
-            f"seed is a {seed.dtype} tensor {list(seed.shape)} on {seed.device}; it must be int64, of shape [1], on {device}"
+            f"seed is a {seed.dtype} tensor {list(seed.shape)} on {seed.device}; it must be int64, of shape [1], on "
+            f"{device}"
         )
     return seed
 

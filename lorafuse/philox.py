@@ -5,8 +5,8 @@ This file is the definition; kernels must reproduce it bit for bit. For an input
 
     counter = (lo32(i // 4), hi32(i // 4), 0, 0)        key = (lo32(seed), hi32(seed))
 
-and the element is kept when `word >= floor(p * 2**32)`. Kept elements are not rescaled here: `1 / (1 - p)` is part of the
-scale of the low-rank path. No mask is ever stored: forward and backward compute it again from the seed.
+and the element is kept when `word >= floor(p * 2**32)`. Kept elements are not rescaled here: `1 / (1 - p)` is part of
+the scale of the low-rank path. No mask is ever stored: forward and backward compute it again from the seed.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -20,27 +20,29 @@ _LO32 = 0xFFFFFFFF
 _MUL_0, _MUL_1 = 0xD2511F53, 0xCD9E8D57
 _KEY_STEP_0, _KEY_STEP_1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
-# elements of a mask that exist at a time; int64 words of one chunk stay inside a CPU's L2, or are small beside GPU memory
-_CHUNK = {"cpu": 1 << 17, "cuda": 1 << 22}
+# elements of a mask that exist at a time, whose words take 32 bytes each while they are made: enough work for every
+# thread, and small beside the tensors it serves
+_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A fresh seed, int64 `[1]` on `device`, from torch's default generator (so that it replays under checkpointing)."""
+    """A fresh seed, int64 `[1]` on `device`, from torch's default generator, so that checkpointing replays it."""
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
 def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Four words of Philox 4x32-10. All tensors are int64 that hold unsigned 32-bit values; they broadcast."""
+    """Four words of Philox 4x32-10. Tensors are int64 holding unsigned 32-bit values; the counter's have one shape."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # the int64 products wrap, yet their 64 bits are those of the unsigned product
+        # the int64 products wrap, yet their 64 bits are those of the unsigned product; c1 and c3 keep the high halves
+        # too, which the mask behind the next xor removes
         p0, p1 = c0 * _MUL_0, c2 * _MUL_1
-        c0 = (p1 >> 32).bitwise_and_(_LO32).bitwise_xor_(c1 ^ k0)
-        c2 = (p0 >> 32).bitwise_and_(_LO32).bitwise_xor_(c3 ^ k1)
-        c1, c3 = p1.bitwise_and_(_LO32), p0.bitwise_and_(_LO32)
+        c0 = (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_LO32)
+        c2 = (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_LO32)
+        c1, c3 = p1, p0
         k0, k1 = (k0 + _KEY_STEP_0) & _LO32, (k1 + _KEY_STEP_1) & _LO32
-    return c0, c1, c2, c3
+    return c0, c1 & _LO32, c2, c3 & _LO32
 
 
 def keep_mask(seed: Tensor, p: float, rows: slice, columns: int) -> Tensor:
@@ -57,7 +59,7 @@ def keep_mask(seed: Tensor, p: float, rows: slice, columns: int) -> Tensor:
     return keep.flatten()[skip : skip + last - first].view(rows.stop - rows.start, columns)
 
 
-def row_chunks(x: Tensor) -> list[slice]:
-    """Row ranges of a 2-D tensor over which masks are made one at a time, so that no full-size mask ever exists."""
-    rows = max(1, _CHUNK.get(x.device.type, _CHUNK["cuda"]) // max(1, x.shape[1]))
-    return [slice(i, min(i + rows, x.shape[0])) for i in range(0, x.shape[0], rows)]
+def row_chunks(rows: int, columns: int, device: torch.device) -> list[slice]:
+    """Row ranges over which masks are made one at a time, so that no full-size mask ever exists."""
+    step = max(1, _CHUNK.get(device.type, _CHUNK["cuda"]) // max(1, columns))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -22,6 +22,16 @@ def _seed():
     torch.manual_seed(0)
 
 
+def _method(new, function):
+    def allocate(self, *args, dtype=None, device=None, **kwargs):
+        # Dynamo cannot trace a method descriptor of torch.Tensor that it meets outside the class
+        if torch.compiler.is_compiling():
+            return function(*args, dtype=dtype or self.dtype, device=device or self.device, **kwargs)
+        return new(self, *args, dtype=dtype, device=device, **kwargs)
+
+    return allocate
+
+
 def _poisoned(allocate):
     def allocate_nan(*args, **kwargs):
         out = allocate(*args, **kwargs)
@@ -40,8 +50,9 @@ def _poison(request, monkeypatch):
         return
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
-    for name in ("new_empty", "new_empty_strided"):
-        monkeypatch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
+    for name in ("empty", "empty_strided"):
+        method = _poisoned(_method(getattr(torch.Tensor, f"new_{name}"), getattr(torch, name)))
+        monkeypatch.setattr(torch.Tensor, f"new_{name}", method)
 
 
 def pytest_collection_modifyitems(items):

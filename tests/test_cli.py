@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,6 +110,26 @@ def test_doctor_judges_versions(package, version, triton, status):
     finding = doctor._version(package, doctor._PURPOSES[package], version, triton)
     assert finding.status == status
     assert status == "ok" or "pip install" in finding.fix
+
+
+def test_doctor_describes_each_gpu(monkeypatch):
+    gpu = SimpleNamespace(name="GPU X", major=9, minor=0, total_memory=139 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(doctor, "_output", lambda *command: "580.1\n580.1")
+    found = {finding.name: finding.value for finding in doctor._devices()}
+    assert set(found) == {"cpu", "cuda:0", "cuda:1"}
+    assert found["cuda:1"].startswith("GPU X, compute capability 9.0, 139 GiB, driver 580.1")
+
+
+def test_doctor_sees_a_gpu_that_torch_cannot_use(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(doctor, "_output", lambda *command: "580.1")
+    finding = list(doctor._devices())[-1]
+    assert (finding.name, finding.status) == ("cuda", "warn")
+    assert "CUDA build of torch" in finding.fix
 
 
 def test_doctor_asks_for_the_versions_that_the_package_asks_for():

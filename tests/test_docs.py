@@ -1,7 +1,10 @@
-"""What the documentation names exists (T0): paths, make targets, flags, variables. Each checker can fail."""
+"""What the documentation names exists (T0): paths, targets, flags, variables, Python names."""
 
 import argparse
+import ast
 import fnmatch
+import importlib
+import pkgutil
 import re
 from pathlib import Path
 
@@ -72,7 +75,7 @@ def flags_by_command():
     found = {}
     for name in cli.COMMANDS:
         parser = argparse.ArgumentParser()
-        cli.importlib.import_module(f"lorafuse.cli.{name}").add_arguments(parser)
+        importlib.import_module(f"lorafuse.cli.{name}").add_arguments(parser)
         found[name] = {flag for action in parser._actions for flag in action.option_strings}
     return found
 
@@ -93,6 +96,30 @@ def missing_variables(markdown):
     return sorted(set(re.findall(r"LORAFUSE_[A-Z_]+", markdown)) - set(env.VARIABLES))
 
 
+def missing_names(markdown):
+    """Dotted names `lorafuse.x.y` that lead to no module or attribute."""
+    missing = []
+    for name in {
+        match for code in code_of(markdown) for match in re.findall(r"\blorafuse(?:\.[A-Za-z_]\w*)+", code)
+    }:
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            missing.append(name)
+    return sorted(missing)
+
+
+def broken_examples(markdown):
+    """Python blocks that do not parse."""
+    broken = []
+    for block in re.findall(r"^```python\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL):
+        try:
+            ast.parse(block)
+        except SyntaxError as error:
+            broken.append(f"{error}: {block}")
+    return broken
+
+
 def table_of_variables(markdown):
     """`(name, default, meaning)` of each row of the environment table."""
     return re.findall(r"^\| `(LORAFUSE_\w+)` \| `([^`]*)` \| (.*) \|$", markdown, re.MULTILINE)
@@ -111,6 +138,12 @@ class TestEveryDocument:
 
     def test_variables_exist(self, path):
         assert missing_variables(path.read_text()) == []
+
+    def test_python_names_exist(self, path):
+        assert missing_names(path.read_text()) == []
+
+    def test_examples_parse(self, path):
+        assert broken_examples(path.read_text()) == []
 
 
 def test_the_environment_table_is_the_code():
@@ -145,6 +178,17 @@ def test_a_missing_flag_is_seen():
     known = {"demo": {"--seconds"}, "doctor": {"--json"}}
     assert missing_flags("`--json`, `--jsn` and `pip install --no-deps`", known) == ["--jsn"]
     assert missing_flags("```\nlorafuse demo --json\nmake demo ARGS=--seconds=3\n```", known) == ["--json"]
+
+
+def test_a_missing_python_name_is_seen():
+    assert missing_names("`lorafuse.patch(model)` and `lorafuse.pach`, `lorafuse.nn.absent`") == [
+        "lorafuse.nn.absent",
+        "lorafuse.pach",
+    ]
+
+
+def test_a_broken_example_is_seen():
+    assert broken_examples("```python\nx = (\n```\n")
 
 
 def test_a_missing_variable_is_seen():

@@ -180,7 +180,7 @@ def forbidden_words(text):
     """Line numbers with notes to self, or with paths that exist on one machine only."""
     notes = re.compile(r"\b(TO[D]O|FIX[M]E|XX[X])\b")
     # home folders, and folders that lie beside a checkout and not in it
-    machine = re.compile(r"(?<![\w.~-])/(home|root|work|Users)/|[.]library\b|(?<![\w-])shared[/]")
+    machine = re.compile(r"(?<![\w.~-])/(home|root|work|Users)/|(?<!\w)[.]library\b|(?<![\w-])shared[/]")
     return [i for i, line in enumerate(text.splitlines(), 1) if notes.search(line) or machine.search(line)]
 
 

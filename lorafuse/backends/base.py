@@ -10,7 +10,17 @@ from types import ModuleType
 from lorafuse import env
 from lorafuse.errors import BackendUnavailable
 
-__all__ = ["BACKENDS", "Availability", "availability", "candidates", "check_name", "current", "load", "require", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "Availability",
+    "availability",
+    "candidates",
+    "check_name",
+    "current",
+    "load",
+    "require",
+    "use_backend",
+]
 
 BACKENDS = ("eager", "triton", "cuda")
 

@@ -4,10 +4,10 @@
     dx = dy w + drop(dyb a)                   dyb = scale' · dy b
     da = dybᵀ drop(x)     db = scale' · dyᵀ xa     dbias = Σ dy
 
-Shapes: x [..., K], w [N, K], bias [N], a [R, K], b [N, R], y [..., N], xa and dyb [M, R] with M the product of x's leading
-sizes; drop() masks without rescaling. Fused: nothing full-size is scaled, cast or added outside a GEMM: of each pair of
-products the second accumulates onto the first (beta = 1). Saved for backward: x, xa. Dropout works in row chunks, so that
-neither a mask nor drop(x) exists at full size. Sums over tokens run in a fixed order.
+Shapes: x [..., K], w [N, K], bias [N], a [R, K], b [N, R], y [..., N], xa and dyb [M, R] with M the product of x's
+leading sizes; drop() masks without rescaling. Fused: nothing full-size is scaled, cast or added outside a GEMM: of
+each pair of products the second accumulates onto the first (beta = 1). Saved for backward: x, xa. Dropout works in
+row chunks, so that neither a mask nor drop(x) exists at full size. Sums over tokens run in a fixed order.
 
 Cost forward: 2MNK + 2MR(N + K) FLOPs; beyond the base product one read of x, and of y a write and a read.
 Cost backward: 2MNK + 4MR(N + K) FLOPs; beyond the base product two reads of dy, one of x, and of dx a write and a read.
@@ -41,7 +41,7 @@ def linear_forward(
     else:
         scale = _effective_scale(scale, p)
         xa = flat.new_empty((flat.shape[0], a.shape[0]))
-        for rows in row_chunks(flat):
+        for rows in row_chunks(flat.shape[0], flat.shape[1], flat.device):
             torch.mm(flat[rows] * keep_mask(seed, p, rows, flat.shape[1]), a.t(), out=xa[rows])
     if x.is_cuda:
         # accumulating the base product onto the low-rank one hides the read of y behind the large GEMM
@@ -101,14 +101,17 @@ def linear_backward(
     return dx, da, db, dbias
 
 
-def _dropout_backward(dx: Tensor | None, x: Tensor | None, dyb: Tensor, a: Tensor, seed: Tensor, p: float) -> Tensor | None:
-    """Mask `dx` in place and return `da`, from one mask per row chunk; either side may be absent."""
+def _dropout_backward(
+    dx: Tensor | None, x: Tensor | None, dyb: Tensor, a: Tensor, seed: Tensor, p: float
+) -> Tensor | None:
+    """Mask `dx` in place and return `da`, from one mask per row chunk; either of dx and x may be absent."""
     flat = None if x is None else x.reshape(-1, x.shape[-1])
-    da = None if flat is None else torch.zeros(a.shape, dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
-    for rows in row_chunks(dx if dx is not None else flat):
+    wide = torch.promote_types(a.dtype, torch.float32)
+    da = None if flat is None else torch.zeros(a.shape, dtype=wide, device=a.device)
+    for rows in row_chunks(dyb.shape[0], a.shape[1], dyb.device):
         keep = keep_mask(seed, p, rows, a.shape[1])
         if dx is not None:
             dx[rows] *= keep
-        if da is not None:
+        if da is not None and flat is not None:
             da += torch.mm(dyb[rows].t(), flat[rows] * keep)
     return None if da is None else da.to(a.dtype)

@@ -1,16 +1,16 @@
 """PEFT's LoRA layers, run by lorafuse.
 
-A patched layer is the same object with its class changed from `peft.tuners.lora.Linear` to `FusedLinear`, a subclass that
-replaces `forward` only. PEFT stays the owner of everything else. Each forward reads the layer's present state, so adapters
-may be switched, scaled, added, deleted, merged or disabled at any time.
+A patched layer is the same object with its class changed from `peft.tuners.lora.Linear` to `FusedLinear`, a subclass
+that replaces `forward` only. PEFT stays the owner of everything else. Each forward reads the layer's present state,
+so adapters may be switched, scaled, added, deleted, merged or disabled at any time.
 """
 
 import functools
 import warnings
 
 import torch
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -21,6 +21,10 @@ from lorafuse.integrations.report import Patched, PatchReport, Skipped
 __all__ = ["FusedLinear", "adopt", "release", "survey"]
 
 
+# weight, a, b, scale, bias, dropout_p
+_Operands = tuple[Tensor, Tensor, Tensor, float, Tensor | None, float]
+
+
 class FusedLinear(PeftLinear):
     """`peft.tuners.lora.Linear` whose forward is one lorafuse operator; created by `lorafuse.patch`, not by hand."""
 
@@ -28,7 +32,7 @@ class FusedLinear(PeftLinear):
         # per-sample adapters (kwargs), disabled and merged adapters are PEFT's own paths and cost no more there
         if not (args or kwargs or self._disable_adapters or self.merged_adapters):
             operands = _operands(self)
-            if type(operands) is tuple:
+            if isinstance(operands, tuple):
                 return run_linear(x, *operands, None, self._lorafuse_backend)
             if operands is not None and not torch.compiler.is_compiling():
                 _warn_once(operands)
@@ -52,11 +56,11 @@ def _altered(module: nn.Module) -> bool:
     )
 
 
-def _operands(layer: PeftLinear) -> tuple | str | None:
+def _operands(layer: PeftLinear) -> _Operands | str | None:
     """`(weight, a, b, scale, bias, dropout_p)` of the layer's present state.
 
-    None when no adapter is active in this layer, so that there is nothing to fuse; a str, the reason, when there is but it
-    cannot be fused. The one statement of which layers lorafuse takes: the report and every forward ask here.
+    None when no adapter is active in this layer, so that there is nothing to fuse; a str, the reason, when there is
+    but it cannot be fused. The one statement of which layers lorafuse takes: the report and every forward ask here.
     """
     modules = layer._modules
     lora_a, lora_b = modules["lora_A"]._modules, modules["lora_B"]._modules
@@ -82,7 +86,8 @@ def _operands(layer: PeftLinear) -> tuple | str | None:
     factors = []
     for name in names:
         if name in layer.lora_variant:
-            return f"its adapter is a variant of LoRA ({type(layer.lora_variant[name]).__name__.removesuffix('LinearVariant')})"
+            variant = type(layer.lora_variant[name]).__name__.removesuffix("LinearVariant")
+            return f"its adapter is a variant of LoRA ({variant})"
         a, b = lora_a[name], lora_b[name]
         if type(a) is not nn.Linear or type(b) is not nn.Linear or _altered(a) or _altered(b):
             return "its lora_A or lora_B is not a plain nn.Linear without hooks"
@@ -123,7 +128,7 @@ def _reason(layer: BaseTunerLayer) -> str:
         return f"{type(layer).__module__}.{type(layer).__qualname__} is not a LoRA layer over nn.Linear"
     with torch.no_grad():
         operands = _operands(layer)
-    return operands if type(operands) is str else ""
+    return operands if isinstance(operands, str) else ""
 
 
 def survey(model: nn.Module, backend: str) -> tuple[PatchReport, list[PeftLinear]]:

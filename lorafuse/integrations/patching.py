@@ -29,14 +29,16 @@ def _hf_peft() -> ModuleType:
 def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False) -> PatchReport:
     """Run every LoRA layer of a PEFT model fused, in place; the rest of the model and its files stay as they are.
 
-    Parameters, state dict, configuration and adapter management remain PEFT's: train, save, load, merge, switch, add and
-    delete adapters as before. A layer that cannot run fused is left to PEFT and listed with the reason. Calling it again
-    is safe: it takes in layers that came since (an adapter added on new target modules) and reports the present state.
+    Parameters, state dict, configuration and adapter management remain PEFT's: train, save, load, merge, switch, add
+    and delete adapters as before. A layer that cannot run fused is left to PEFT and listed with the reason. Calling
+    it again is safe: it takes in layers that came since (an adapter added on new target modules) and reports the
+    present state.
 
     Args:
         model: a `PeftModel`, or any module that contains PEFT's LoRA layers.
         backend: "auto", or the one every patched layer must use.
-        strict: raise ValueError, leaving the model as it was, if any adapted layer would be left to PEFT, or none found.
+        strict: raise ValueError, leaving the model as it was, if any adapted layer would be left to PEFT, or none
+        found.
 
     Returns:
         a `PatchReport`; `print(report)` shows it as a table.

@@ -3,8 +3,8 @@
     y = x wᵀ + bias + scale · (drop(x) aᵀ) bᵀ
 
 `xa = drop(x) aᵀ`, `[M, R]` in x's dtype, where drop() masks and does not rescale; with x it is all that backward needs
-besides the parameters. There is no gradient of w. The backend is an argument, so that backward runs where forward ran and a compiled
-graph shows the choice.
+besides the parameters. There is no gradient of w. The backend is an argument, so that backward runs where forward ran
+and a compiled graph shows the choice.
 """
 
 import math
@@ -23,13 +23,13 @@ LIBRARY.define(
     " str backend) -> (Tensor y, Tensor xa)"
 )
 LIBRARY.define(
-    "lora_linear_backward(Tensor dy, Tensor? x, Tensor? xa, Tensor weight, Tensor a, Tensor b, Tensor? seed, float scale,"
-    " float dropout_p, bool[] needs, str backend) -> (Tensor dx, Tensor da, Tensor db, Tensor dbias)"
+    "lora_linear_backward(Tensor dy, Tensor? x, Tensor? xa, Tensor weight, Tensor a, Tensor b, Tensor? seed,"
+    " float scale, float dropout_p, bool[] needs, str backend) -> (Tensor dx, Tensor da, Tensor db, Tensor dbias)"
 )
 
 
 def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> None:
-    """The one statement of which shapes fit, for real and fake kernels. Raises ValueError with the shapes and the rule."""
+    """The one statement of which shapes fit, for real and fake kernels. Raises ValueError with shapes and rule."""
     if (
         weight.dim() == a.dim() == b.dim() == 2
         and 1 <= x.dim() <= 4

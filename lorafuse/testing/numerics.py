@@ -1,7 +1,8 @@
 """How results are compared: the one tolerance table, and the three-way rule. No switch loosens either.
 
-A result passes when its error is below twice that of plain torch in the same dtype, both against an fp64 reference, plus a
-floor of one rounding of that dtype (so that an error-free torch result does not demand an error-free one of ours).
+A result passes when its error is below twice that of plain torch in the same dtype, both against an fp64 reference,
+plus a floor of one rounding of that dtype (so that an error-free torch result does not demand an error-free one of
+ours).
 """
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 __all__ = ["assert_three_way", "relative_l2", "rounding", "tolerance"]
 
-# relative L2 error against an fp64 reference: about four roundings of the dtype, and for fp32 what PEFT equality demands
+# relative L2 error against an fp64 reference: about four roundings of the dtype, and for fp32 what PEFT equality
+# demands
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # half a unit in the last place, relative
 _ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}

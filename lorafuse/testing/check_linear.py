@@ -1,0 +1,169 @@
+"""The correctness gate of the LoRA linear: runs one case forward and backward and judges every tensor by name.
+
+Tests and benchmarks ask here, so that a result that counts as right is right everywhere in the same sense.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from lorafuse import functional
+from lorafuse.philox import keep_mask
+from lorafuse.testing.numerics import assert_three_way
+
+__all__ = [
+    "GATE",
+    "LinearCase",
+    "Operands",
+    "check_linear",
+    "gradients",
+    "make_operands",
+    "plain_lora_linear",
+]
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """One problem. `leading` are x's sizes before K; `base` multiplies w: at 0 the result is the delta alone.
+
+    At scale 1 the delta is as large as the base. `adapter_dtype` None means `dtype`.
+    """
+
+    leading: tuple[int, ...] = (63,)
+    N: int = 96
+    K: int = 67
+    R: int = 8
+    dtype: torch.dtype = torch.float32
+    adapter_dtype: torch.dtype | None = None
+    bias: bool = True
+    dropout_p: float = 0.0
+    scale: float = 1.7
+    base: float = 1.0
+    seed: int = 2**40 + 7
+
+
+@dataclass
+class Operands:
+    """Tensors of one case, in the order of the formula; b is never zero."""
+
+    x: Tensor
+    w: Tensor
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    dy: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Operands":
+        return Operands(*(None if t is None else t.to(dtype) for t in vars(self).values()))
+
+    def clone(self) -> "Operands":
+        return Operands(*(None if t is None else t.clone() for t in vars(self).values()))
+
+
+# what a change to the operator must keep right before anything else is worth running: every dtype, both sides of each
+# switch, and two shapes off every block
+GATE = (
+    LinearCase(),
+    LinearCase(base=0.0, bias=False, scale=-0.5),
+    LinearCase(dropout_p=0.25, R=13),
+    LinearCase(leading=(3, 21), N=65, K=130, R=6, dtype=torch.bfloat16),
+    LinearCase(
+        leading=(3, 21), N=65, K=130, R=6, dtype=torch.bfloat16, adapter_dtype=torch.float32, dropout_p=0.5
+    ),
+    LinearCase(leading=(2, 3, 21), N=65, K=130, R=16, dtype=torch.float16),
+)
+
+
+def make_operands(case: LinearCase, seed: int = 0) -> Operands:
+    """Operands of a case from a generator of their own; products of them have unit size."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, size: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).mul_(size).to(dtype)
+
+    adapter = case.adapter_dtype or case.dtype
+    return Operands(
+        x=normal(*case.leading, case.K),
+        w=normal(case.N, case.K, size=case.base / math.sqrt(case.K)),
+        a=normal(case.R, case.K, size=1 / math.sqrt(case.K), dtype=adapter),
+        b=normal(case.N, case.R, size=1 / math.sqrt(case.R), dtype=adapter),
+        bias=normal(case.N) if case.bias else None,
+        dy=normal(*case.leading, case.N),
+    )
+
+
+def plain_lora_linear(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """The formula as one writes it in torch, with lorafuse's dropout mask; adapters are cast to x's dtype."""
+    low = x
+    if dropout_p:
+        tokens = math.prod(x.shape[:-1])
+        keep = keep_mask(torch.tensor([seed]), dropout_p, slice(0, tokens), x.shape[-1]).view(x.shape)
+        low = x * keep / (1.0 - dropout_p) if dropout_p < 1.0 else x * 0.0
+    return linear(x, w, bias) + scale * linear(linear(low, a.to(x.dtype)), b.to(x.dtype))
+
+
+def gradients(y: Tensor, operands: Operands) -> dict[str, Tensor]:
+    """`{"y": …, "dx": …, …}`: y and the gradient of each operand that has one."""
+    wanted = {"dx": operands.x, "da": operands.a, "db": operands.b}
+    if operands.bias is not None:
+        wanted["dbias"] = operands.bias
+    return {
+        "y": y.detach(),
+        **dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), operands.dy), strict=True)),
+    }
+
+
+def _prepare(operands: Operands) -> Operands:
+    for tensor in (operands.x, operands.a, operands.b, operands.bias):
+        if tensor is not None:
+            tensor.requires_grad_()
+    return operands
+
+
+def check_linear(case: LinearCase, backend: str = "eager") -> dict[str, Tensor]:
+    """Assert y, dx, da, db and dbias of one case by the three-way rule, and return them. The message starts with the
+    name.
+
+    Also asserted: dtypes and shapes; that no gradient is zero where the formula's is not; that no operand was
+    written; and that calls before and after, on another input, leave the result alone.
+    """
+    settings = {"scale": case.scale, "dropout_p": case.dropout_p, "seed": case.seed}
+
+    def run(function, o: Operands, **more: str) -> Tensor:
+        return function(o.x, o.w, o.a, o.b, bias=o.bias, **settings, **more)
+
+    given = make_operands(case)
+    ours, theirs, exact = _prepare(given.clone()), _prepare(given.clone()), _prepare(given.to(torch.float64))
+    other = _prepare(make_operands(case, seed=1))
+    run(functional.lora_linear, other, backend=backend)
+    y = run(functional.lora_linear, ours, backend=backend)
+    run(functional.lora_linear, other, backend=backend)
+    actual = gradients(y, ours)
+    same_dtype = gradients(run(plain_lora_linear, theirs), theirs)
+    reference = gradients(run(plain_lora_linear, exact), exact)
+
+    for name, before in vars(given).items():
+        after = getattr(ours, name)
+        assert before is None or torch.equal(before, after.detach()), f"{name}: the operand was written"
+    assert actual.keys() == reference.keys()
+    empty_sum = math.prod(case.leading) == 0
+    no_delta = case.scale == 0.0 or case.dropout_p == 1.0
+    for name, tensor in actual.items():
+        assert tensor.dtype is same_dtype[name].dtype, f"{name}: {tensor.dtype}, not {same_dtype[name].dtype}"
+        assert_three_way(name, tensor, same_dtype[name], reference[name])
+        if not (empty_sum or (no_delta and name in ("dx", "da", "db"))):
+            assert tensor.count_nonzero() > 0, f"{name}: all zero"
+    return actual
