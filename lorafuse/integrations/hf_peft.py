@@ -160,8 +160,8 @@ def release(model: nn.Module) -> int:
     for layer in layers:
         if type(layer) is not FusedLinear:
             raise RuntimeError(
-                f"cannot unpatch a {type(layer).__name__}: its class was changed after lorafuse.patch (fully_shard does "
-                "that to a layer passed to it); unpatch before it, or shard whole blocks"
+                f"cannot unpatch a {type(layer).__name__}: its class was changed after lorafuse.patch (fully_shard "
+                "does that to a layer passed to it); unpatch before it, or shard whole blocks"
             )
     for layer in layers:
         layer.__class__ = PeftLinear

@@ -58,7 +58,10 @@ def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False) -> P
     report, layers = hf_peft.survey(model, backend)
     problem = ""
     if not report.patched and not report.skipped:
-        problem = f"{type(model).__name__} has no adapted layer: make it a PEFT model first (peft.get_peft_model), then patch it"
+        problem = (
+            f"{type(model).__name__} has no adapted layer: make it a PEFT model first (peft.get_peft_model), "
+            "then patch it"
+        )
     elif not report.patched or (strict and report.skipped):
         problem = str(report)
     if problem and strict:
