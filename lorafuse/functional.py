@@ -55,6 +55,11 @@ def lora_linear(
             f"lora_linear got x on {device}, weight on {weight.device}, a on {a.device}, b on {b.device}; all tensors "
             "must be on one device: move them with .to()"
         )
+    if bias is not None and bias.device != device:
+        raise ValueError(
+            f"lora_linear got x on {device}, bias on {bias.device}; all tensors must be on one device: move the bias "
+            "with .to()"
+        )
     if not (a.is_floating_point() and b.is_floating_point()):
         raise TypeError(f"lora_linear got a {a.dtype} and b {b.dtype}; adapters must be floating")
     if weight.requires_grad:
@@ -81,7 +86,8 @@ def run_linear(
 ) -> Tensor:
     """`lora_linear` for callers that already know that the parameters fit each other and the backend can run here."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
+    # torch knows no autocast for meta tensors and raises when asked
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.dtype is not weight.dtype or not x.is_floating_point():
@@ -89,8 +95,14 @@ def run_linear(
             f"lora_linear got x {x.dtype} and weight {weight.dtype}; they must have one floating dtype: cast x, or run "
             "under torch.autocast"
         )
-    if backend == "auto":
-        backend = _AUTO.get(kind) or plan_linear(x, weight, a, bias=bias, dropout_p=dropout_p).backend
+    if bias is not None and bias.dtype is not x.dtype:
+        raise TypeError(f"lora_linear got x {x.dtype} and bias {bias.dtype}; they must have one dtype: cast the bias")
+    if backend == "auto" and kind in _AUTO:
+        backend = _AUTO[kind]
+    elif backend == "auto":
+        # a plan of operands that do not fit each other has no meaning
+        _linear.check_shapes(x, weight, bias, a, b)
+        backend = plan_linear(x, weight, a, bias=bias, dropout_p=dropout_p).backend
     seed = _seed_tensor(seed, x.device) if dropout_p else None
     return _linear.lora_linear(x, weight, bias, a, b, seed, scale, dropout_p, backend)
 

@@ -57,9 +57,7 @@ def test_known_answers(counter, key, answer):
     [(4, slice(0, 9)), (67, slice(3, 6)), (1, slice(5, 22)), (6, slice(2**33, 2**33 + 3))],
 )
 def test_mask_is_the_definition(seed, columns, rows):
-    expected = [
-        [kept(seed, 0.4, m, k, columns) for k in range(columns)] for m in range(rows.start, rows.stop)
-    ]
+    expected = [[kept(seed, 0.4, m, k, columns) for k in range(columns)] for m in range(rows.start, rows.stop)]
     assert keep_mask(seed_of(seed), 0.4, rows, columns).tolist() == expected
 
 

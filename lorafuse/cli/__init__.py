@@ -6,7 +6,7 @@ import sys
 
 from lorafuse.errors import BackendUnavailable, MissingDependency
 
-COMMANDS = ("demo", "bench", "doctor")
+COMMANDS = ("demo", "doctor")
 
 __all__ = ["COMMANDS", "main"]
 

@@ -1,0 +1,194 @@
+"""Fine-tune a real model twice, as PEFT ships it and patched by lorafuse, and compare speed, memory and loss curves."""
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafuse.errors import MissingDependency
+from lorafuse.integrations import patch
+from lorafuse.testing.conditions import conditions, describe
+from lorafuse.testing.numerics import relative_l2, tolerance
+
+SUMMARY = "train a real model with PEFT and with lorafuse, side by side"
+
+__all__ = ["SUMMARY", "add_arguments", "run"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="Hugging Face model directory (SmolLM2-135M-Instruct)"
+    )
+    parser.add_argument("--data", type=Path, metavar="FILE", help="JSON lines of questions and answers (word problems)")
+    parser.add_argument("--device", default="", help="cuda, cuda:1, cpu, … (cuda where there is one)")
+    parser.add_argument("--dtype", default="float32", choices=_DTYPES, help="of the base model (float32)")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each side (40)")
+    parser.add_argument("--batch-size", type=int, default=4, help="sequences a step (4)")
+    parser.add_argument("--seq-len", type=int, default=128, help="tokens a sequence (128)")
+    parser.add_argument("--rank", type=int, default=16, help="of every adapter (16)")
+    parser.add_argument("--lr", type=float, default=5e-4, help="of AdamW, constant (5e-4)")
+    parser.add_argument("--seed", type=int, default=0, help="of the data and the adapters (0)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="where plot, report and adapter go (runs/demo)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when all checks hold; 1 when the loss curves of an fp32 run differ, or the saved adapter does not reload."""
+    _check(args)
+    console = _console()
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    from lorafuse.demo import data, report
+    from lorafuse.demo.model import load, with_adapter
+    from lorafuse.demo.train import Leg
+
+    examples = data.read(args.data) if args.data else data.generate(1 + args.steps * args.batch_size, args.seed)
+    with console.status("loading the model"):
+        base, tokenizer = load(args.model, _DTYPES[args.dtype], device)
+    stock = with_adapter(base, args.rank, args.seed)
+    patched = copy.deepcopy(stock)
+    console.print(str(patch(patched)), highlight=False)
+    # the first example is never trained on; it is asked at the end
+    blocks = data.blocks(tokenizer, examples[1:], args.steps * args.batch_size, args.seq_len).to(device)
+    legs = [Leg("PEFT as shipped", stock, args.lr), Leg("patched by lorafuse", patched, args.lr)]
+    finished = _train(console, legs, blocks, args)
+    if not legs[1].seconds:
+        console.print("stopped before the first step; nothing to report")
+        return 130
+
+    found = conditions(device) | {"dtype": args.dtype}
+    result = report.figures(legs, args.batch_size * args.seq_len)
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = args.model.name if args.model else "SmolLM2-135M-Instruct"
+    shape = (
+        f"{name}, LoRA r = {args.rank} on all linear layers, {args.dtype}, {args.batch_size} × {args.seq_len} tokens"
+    )
+    report.plot(args.out / "loss.png", legs, f"{shape}\n{found['device']}, torch {found['torch']}, {found['date']}")
+    settings = {key: str(value) for key, value in vars(args).items() if key not in ("run", "command")}
+    report.write_json(args.out / "report.json", found | settings, legs, result)
+    _print_table(console, legs, result, f"{shape}; {describe(found)}")
+    good = _judge_losses(console, result["largest_loss_difference"], args.dtype)
+    good &= _check_saved(console, patched, base_of=(args.model, args.dtype), blocks=blocks[:1], out=args.out)
+    if finished:
+        _ask(console, patched, tokenizer, data.text(tokenizer, examples[0][0], None), examples[0])
+    console.print(f"wrote loss.png, report.json and adapter/ to {args.out}", highlight=False)
+    return (0 if good else 1) if finished else 130
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("steps", "batch_size", "rank"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least 1")
+    if args.seq_len < 2:
+        raise ValueError(f"--seq-len {args.seq_len}: it must be at least 2, a token and the one after it")
+    if args.model is not None and not args.model.is_dir():
+        raise FileNotFoundError(f"--model {args.model}: no such directory; it must be a Hugging Face model directory")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device {args.device}: torch {torch.__version__} sees no CUDA device here; use --device cpu"
+        )
+
+
+def _console() -> Any:
+    try:
+        import matplotlib  # noqa: F401
+        import peft  # noqa: F401
+        from rich.console import Console
+    except ImportError as error:
+        raise MissingDependency("the demo needs peft, rich and matplotlib: pip install 'lorafuse[peft,cli]'") from error
+    return Console()
+
+
+def _train(console: Any, legs: list[Any], blocks: torch.Tensor, args: argparse.Namespace) -> bool:
+    """Train with live progress; False when interrupted, with what was done until then in the legs."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from lorafuse.demo.train import train
+
+    def on_step(index: int) -> None:
+        shown = "  ".join(f"{leg.name}: loss {leg.losses[-1]:.4f} {leg.seconds[-1]:.2f} s" for leg in legs)
+        bar.update(task, completed=index + 1, shown=shown)
+        if not console.is_terminal and (index % 10 == 0 or index + 1 == args.steps):
+            console.print(f"step {index + 1}/{args.steps}  {shown}", highlight=False)
+
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[shown]}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("train", total=args.steps, shown="measuring memory")
+        try:
+            train(legs, blocks, args.batch_size, on_step)
+        except KeyboardInterrupt:
+            done = min(len(leg.losses) for leg in legs)
+            for leg in legs:
+                del leg.losses[done:], leg.seconds[done:]
+            console.print(f"interrupted after {done} of {args.steps} steps; reporting those")
+            return False
+    return True
+
+
+def _print_table(console: Any, legs: list[Any], result: dict[str, Any], title: str) -> None:
+    from rich.table import Table
+
+    table = Table("", *(leg.name for leg in legs), caption=title, title="the same training run, twice")
+    rows = [result[leg.name] for leg in legs]
+    table.add_row("median step", *(f"{row['step_seconds_median'] * 1e3:.0f} ms" for row in rows))
+    table.add_row("tokens/s", *(f"{row['tokens_per_second']:.0f}" for row in rows))
+    table.add_row("peak memory of a step", *(f"{row['peak_bytes_of_a_step'] / 2**20:.0f} MiB" for row in rows))
+    table.add_row("final loss", *(f"{row['final_loss']:.4f}" for row in rows))
+    console.print(table)
+    console.print(f"speed-up {result['speedup']:.2f}×")
+
+
+def _judge_losses(console: Any, difference: float, dtype: str) -> bool:
+    from lorafuse.demo.report import LOSS_BOUND
+
+    line = f"largest difference of the loss curves: {difference:.2e}"
+    if dtype != "float32":
+        console.print(f"{line} (shown as it is: {dtype} rounds)", highlight=False)
+        return True
+    good = difference <= LOSS_BOUND
+    console.print(f"{line}, bound {LOSS_BOUND:.0e}: {'ok' if good else 'FAILED'}", highlight=False)
+    return good
+
+
+@torch.no_grad()
+def _check_saved(console: Any, model: Any, base_of: tuple[Path | None, str], blocks: torch.Tensor, out: Path) -> bool:
+    """Save the adapter, load it with stock PEFT into a fresh base, and compare the logits."""
+    from peft import PeftModel
+
+    from lorafuse.demo.model import load
+
+    model.eval()
+    model.save_pretrained(str(out / "adapter"))
+    directory, dtype = base_of
+    with console.status("reloading the adapter with stock PEFT"):
+        fresh, _ = load(directory, _DTYPES[dtype], blocks.device)
+        reloaded = PeftModel.from_pretrained(fresh, str(out / "adapter")).eval()
+    error = relative_l2(model(input_ids=blocks).logits, reloaded(input_ids=blocks).logits)
+    # the two sides are each within the tolerance of the exact result
+    bound = 2 * tolerance(_DTYPES[dtype])
+    verdict = "ok" if error <= bound else "FAILED"
+    console.print(
+        f"adapter saved and reloaded with stock PEFT: logits differ by {error:.1e}, bound {bound:.0e}: {verdict}"
+    )
+    return error <= bound
+
+
+@torch.no_grad()
+def _ask(console: Any, model: Any, tokenizer: Any, prompt: str, example: tuple[str, str]) -> None:
+    from rich.text import Text
+
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+
+    def answer() -> str:
+        ids = model.generate(**inputs, max_new_tokens=64, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        reply: str = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return reply.strip()
+
+    with model.disable_adapter():
+        before = answer()
+    for label, value in (("question", example[0]), ("before", before), ("after", answer()), ("right", example[1])):
+        console.print(Text(f"{label:9s}", style="bold") + Text(value))

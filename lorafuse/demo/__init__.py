@@ -1,0 +1,1 @@
+"""What `lorafuse demo` is made of: `data`, `model`, `train`, `report`."""

