@@ -23,8 +23,9 @@ lint: $(READY) ## check style, format and types; edits nothing
 fmt: $(READY) ## sort imports, apply ruff's safe fixes and format
 	@$(PY) -m ruff check --fix . ; $(PY) -m ruff format .
 
-bench: $(READY) ## measure this machine; options with ARGS="..."
-	@$(PY) -m lorafuse bench $(ARGS)
+bench: $(READY) ## measure this machine: call overhead, then a layer; options with ARGS="..."
+	@$(PY) -m pytest bench
+	@$(PY) -m lorafuse bench linear $(ARGS)
 
 doctor: $(READY) ## versions, devices, backends, and a numerical self-test
 	@$(PY) -m lorafuse doctor $(ARGS)

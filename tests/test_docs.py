@@ -99,9 +99,7 @@ def missing_variables(markdown):
 def missing_names(markdown):
     """Dotted names `lorafuse.x.y` that lead to no module or attribute."""
     missing = []
-    for name in {
-        match for code in code_of(markdown) for match in re.findall(r"\blorafuse(?:\.[A-Za-z_]\w*)+", code)
-    }:
+    for name in {match for code in code_of(markdown) for match in re.findall(r"\blorafuse(?:\.[A-Za-z_]\w*)+", code)}:
         try:
             pkgutil.resolve_name(name)
         except (ImportError, AttributeError):

@@ -98,9 +98,9 @@ def tiny(family="llama", dtype=torch.float32):
     model = model_class(config_class(**settings)).eval()
     with torch.no_grad():
         # weights of a trained size, so that base and delta both count
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.7 / parameter.shape[1] ** 0.5)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 or name.endswith("bias"):
+                parameter.normal_(std=0.7 / parameter.shape[-1] ** 0.5 if parameter.dim() == 2 else 0.4)
     return model.to(dtype)
 
 

@@ -6,7 +6,7 @@ import sys
 
 from lorafuse.errors import BackendUnavailable, MissingDependency
 
-COMMANDS = ("demo", "doctor")
+COMMANDS = ("demo", "bench", "doctor")
 
 __all__ = ["COMMANDS", "main"]
 

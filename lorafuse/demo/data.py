@@ -49,9 +49,7 @@ def read(path: Path) -> list[Example]:
             ) from error
         examples.append((str(question), str(answer)))
     if len(examples) < 2:
-        raise ValueError(
-            f"--data {path} holds {len(examples)} examples; it must hold at least 2, one is kept for the end"
-        )
+        raise ValueError(f"--data {path} holds {len(examples)} examples; it must hold at least 2, one kept for the end")
     return examples
 
 

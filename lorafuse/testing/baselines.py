@@ -1,0 +1,169 @@
+"""The ways to run one LoRA linear that benchmarks compare, each as its users run it, with the same numbers in it.
+
+`frozen` is the floor that the LoRA tax is measured from, `full` what full fine-tuning pays.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafuse.integrations import patch
+from lorafuse.testing.cases import Case
+from lorafuse.testing.numerics import relative_l2, tolerance
+
+__all__ = ["VARIANTS", "Inputs", "Variant", "build", "check", "inputs"]
+
+SCALE = 2.0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """`x [M, K]`, `w [N, K]`, `a [R, K]`, `b [N, R]`, `dy [M, N]` of one case; b is not zero."""
+
+    x: Tensor
+    w: Tensor
+    a: Tensor
+    b: Tensor
+    dy: Tensor
+
+
+@dataclass
+class Variant:
+    """One way to run the layer: `forward()` gives y, whose gradient is asked for the tensors in `wanted`, by name."""
+
+    name: str
+    call: Callable[[Tensor], Tensor]
+    x: Tensor
+    dy: Tensor
+    wanted: dict[str, Tensor]
+
+    def forward(self) -> Tensor:
+        return self.call(self.x)
+
+    def backward(self, y: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, tuple(self.wanted.values()), self.dy)
+
+
+def inputs(case: Case, m: int, rank: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
+    """Normal numbers; base and low-rank part of y are of one size, the adapters in fp32 as PEFT's are."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int, std: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        return (torch.randn(*size, generator=generator, device=device) * std).to(dtype)
+
+    return Inputs(
+        x=normal(m, case.K),
+        w=normal(case.N, case.K, std=case.K**-0.5),
+        a=normal(rank, case.K, std=case.K**-0.5, dtype=torch.float32),
+        b=normal(case.N, rank, std=rank**-0.5 / SCALE, dtype=torch.float32),
+        dy=normal(m, case.N),
+    )
+
+
+def _linear(given: Inputs, trainable: bool) -> nn.Linear:
+    layer = nn.Linear(given.w.shape[1], given.w.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(given.w.clone(), requires_grad=trainable)
+    return layer
+
+
+def _peft(given: Inputs, autocast_adapter_dtype: bool = True) -> tuple[Any, dict[str, Tensor]]:
+    from peft import LoraConfig, get_peft_model
+
+    rank = given.a.shape[0]
+    config = LoraConfig(r=rank, lora_alpha=int(SCALE * rank), target_modules=["0"])
+    model = get_peft_model(
+        nn.Sequential(_linear(given, trainable=False)), config, autocast_adapter_dtype=autocast_adapter_dtype
+    )
+    layer = model.base_model.model[0]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    if not autocast_adapter_dtype:
+        a.data, b.data = a.data.to(given.w.dtype), b.data.to(given.w.dtype)
+    with torch.no_grad():
+        a.copy_(given.a)
+        b.copy_(given.b)
+    return model, {"da": a, "db": b}
+
+
+def _frozen(given: Inputs) -> tuple[Any, dict[str, Tensor]]:
+    return _linear(given, trainable=False), {}
+
+
+def _full(given: Inputs) -> tuple[Any, dict[str, Tensor]]:
+    layer = _linear(given, trainable=True)
+    return layer, {"dw": layer.weight}
+
+
+def _peft_half(given: Inputs) -> tuple[Any, dict[str, Tensor]]:
+    return _peft(given, autocast_adapter_dtype=False)
+
+
+def _lorafuse(given: Inputs) -> tuple[Any, dict[str, Tensor]]:
+    model, wanted = _peft(given)
+    patch(model, strict=True)
+    return model.base_model.model[0], wanted
+
+
+class _AddmmFunction(torch.autograd.Function):
+    """The base product, then the low-rank one added into its result; only x is saved, so backward computes xa again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w, a, b)
+        return torch.mm(x, w.t()).addmm_(torch.mm(x, a.t()), b.t(), alpha=SCALE)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, w, a, b = ctx.saved_tensors
+        dyb = torch.mm(dy, b)
+        da = torch.mm(dyb.t(), x).mul_(SCALE)
+        db = torch.mm(dy.t(), torch.mm(x, a.t())).mul_(SCALE)
+        dx = torch.mm(dy, w).addmm_(dyb, a, alpha=SCALE)
+        return dx, None, da, db
+
+
+def _addmm(given: Inputs) -> tuple[Any, dict[str, Tensor]]:
+    w = given.w.clone()
+    a, b = (t.to(w.dtype).requires_grad_() for t in (given.a, given.b))
+    return (lambda x: _AddmmFunction.apply(x, w, a, b)), {"da": a, "db": b}
+
+
+VARIANTS: dict[str, Callable[[Inputs], tuple[Any, dict[str, Tensor]]]] = {
+    "frozen": _frozen,
+    "full": _full,
+    "peft": _peft,
+    "peft-half": _peft_half,
+    "addmm": _addmm,
+    "lorafuse": _lorafuse,
+}
+
+
+def build(name: str, given: Inputs) -> Variant:
+    """A variant by name: `peft` as shipped (fp32 adapters), `peft-half` with adapters in the base's dtype, `addmm` the
+    base GEMM and `addmm_` in one autograd.Function, `full` fine-tuning, `lorafuse` a patched PEFT layer."""
+    call, parameters = VARIANTS[name](given)
+    if isinstance(call, nn.Module) and name.startswith("peft"):
+        call = call.base_model.model[0]
+    x = given.x.clone().requires_grad_()
+    return Variant(name, call, x, given.dy, {"dx": x, **parameters})
+
+
+def check(variant: Variant, given: Inputs) -> str:
+    """ "" when y and every gradient are those of the formula in fp64 and not zero; else what is wrong."""
+    x, w, a, b, dy = (t.double() for t in (given.x, given.w, given.a, given.b, given.dy))
+    if "da" in variant.wanted:
+        dyb = SCALE * (dy @ b)
+        expected = {"y": x @ w.t() + SCALE * (x @ a.t()) @ b.t(), "dx": dy @ w + dyb @ a}
+        expected |= {"da": dyb.t() @ x, "db": SCALE * (dy.t() @ (x @ a.t()))}
+    else:
+        expected = {"y": x @ w.t(), "dx": dy @ w, "dw": dy.t() @ x}
+    y = variant.forward()
+    actual = {"y": y, **dict(zip(variant.wanted, variant.backward(y), strict=True))}
+    bound = tolerance(given.x.dtype)
+    for name, tensor in actual.items():
+        error = relative_l2(tensor, expected[name])
+        if error > bound or not tensor.any():
+            return f"{variant.name}: {name} is wrong by {error:.2e} relative, the bound is {bound:.0e}"
+    return ""

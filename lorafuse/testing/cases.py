@@ -1,0 +1,61 @@
+"""The layer shapes that tests and benchmarks share: those of real models, by name, and those that bite."""
+
+import difflib
+from dataclasses import dataclass
+
+__all__ = ["CASES", "UGLY_K", "UGLY_M", "UGLY_N", "UGLY_R", "Case", "find"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A linear layer of a model: `N` out features, `K` in features."""
+
+    name: str
+    N: int
+    K: int
+
+
+# hidden, heads · head size, key-value heads · head size, intermediate: from the models' published configurations
+_MODELS = {
+    "smollm2-135m": (576, 576, 192, 1536),
+    "llama-3.1-8b": (4096, 4096, 1024, 14336),
+    "llama-3.1-70b": (8192, 8192, 1024, 28672),
+    "qwen3-32b": (5120, 8192, 1024, 25600),
+}
+
+
+def _layers(model: str, hidden: int, query: int, key: int, inner: int) -> list[Case]:
+    sizes = {
+        "q": (query, hidden),
+        "k": (key, hidden),
+        "v": (key, hidden),
+        "o": (hidden, query),
+        "gate": (inner, hidden),
+        "up": (inner, hidden),
+        "down": (hidden, inner),
+    }
+    return [Case(f"{model}.{layer}", *size) for layer, size in sizes.items()]
+
+
+CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        Case("square-2048", 2048, 2048),
+        *(case for model, sizes in _MODELS.items() for case in _layers(model, *sizes)),
+    )
+}
+
+# off every block size, around them, and none at all
+UGLY_M = (0, 1, 7, 63, 128, 257)
+UGLY_N = (1, 8, 65, 100, 130)
+UGLY_K = (1, 8, 72, 97, 257)
+UGLY_R = (1, 2, 3, 4, 6, 8, 13, 16, 64, 128, 256)
+
+
+def find(name: str) -> Case:
+    """The case of that name. Raises ValueError that lists the nearest and all known names."""
+    if name in CASES:
+        return CASES[name]
+    near = difflib.get_close_matches(name, CASES, n=3, cutoff=0.3)
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    raise ValueError(f"case {name!r} is not known{hint} The known ones: {', '.join(CASES)}")

@@ -1,0 +1,88 @@
+"""Timing that survives a noisy machine: variants interleaved, medians with the spread of the middle 60 %."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from lorafuse.testing.baselines import Variant
+
+__all__ = ["CACHE_NOTE", "Samples", "measure", "percentile"]
+
+CACHE_NOTE = {
+    "cpu": "interleaved, caches hold what the other variants left",
+    "cuda": "interleaved, L2 overwritten before every call",
+}
+
+
+def percentile(values: Sequence[float], fraction: float) -> float:
+    """Linear interpolation between the sorted values; `fraction` in [0, 1]."""
+    ordered = sorted(values)
+    position = fraction * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+@dataclass
+class Samples:
+    """Seconds of every call of one variant."""
+
+    forward: list[float] = field(default_factory=list)
+    backward: list[float] = field(default_factory=list)
+
+    @property
+    def total(self) -> list[float]:
+        return [f + b for f, b in zip(self.forward, self.backward, strict=True)]
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Median, 20th and 80th percentile of forward, backward and their sum, in seconds."""
+        return {
+            name: {
+                "median": statistics.median(values),
+                "p20": percentile(values, 0.2),
+                "p80": percentile(values, 0.8),
+            }
+            for name, values in (("forward", self.forward), ("backward", self.backward), ("total", self.total))
+        }
+
+
+class _Clock:
+    """Seconds between two points: wall clock on a CPU, events on a GPU with its L2 overwritten before each call."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        if self.cuda:
+            size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+            self.flush = torch.empty(size, dtype=torch.int8, device=device)
+
+    def time(self, run: Callable[[], object]) -> tuple[float, object]:
+        if not self.cuda:
+            start = time.perf_counter()
+            result = run()
+            return time.perf_counter() - start, result
+        self.flush.zero_()
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        result = run()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3, result
+
+
+def measure(variants: list[Variant], rounds: int, warm_up: int, device: torch.device) -> Iterator[dict[str, Samples]]:
+    """Time forward and backward of every variant once a round, in a new order each round; yields after each round."""
+    clock, order = _Clock(device), random.Random(0)
+    samples = {variant.name: Samples() for variant in variants}
+    for index in range(warm_up + rounds):
+        for variant in order.sample(variants, len(variants)):
+            forward, y = clock.time(variant.forward)
+            assert isinstance(y, torch.Tensor)
+            backward, _ = clock.time(lambda variant=variant, y=y: variant.backward(y))  # type: ignore[misc]
+            if index >= warm_up:
+                samples[variant.name].forward.append(forward)
+                samples[variant.name].backward.append(backward)
+        yield samples
