@@ -50,7 +50,13 @@ def fsdp2(model):
     return fully_shard(model)
 
 
-WRAPPERS = {"ddp": ddp, "fsdp2": fsdp2}
+def fsdp2_checkpointed(model):
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return fsdp2(model)
+
+
+WRAPPERS = {"ddp": ddp, "fsdp2": fsdp2, "fsdp2, checkpointed": fsdp2_checkpointed}
 
 
 def train(model, wrapper, rank):

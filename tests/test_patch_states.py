@@ -3,6 +3,7 @@
 import types
 import warnings
 
+import peft.utils.hotswap
 import pytest
 import torch
 from tiny_models import (
@@ -19,6 +20,9 @@ from torch import nn
 
 import lorafuse
 from lorafuse.integrations import hf_peft
+
+# PEFT 0.21 calls methods that transformers 5.23 has renamed
+pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")
 
 # What is done to a model whose adapters are "default" (14 layers, active) and "other" (4 of them): the number of layers
 # that run fused afterwards, and why the others do not, if anybody needs to be told.
@@ -101,6 +105,14 @@ def scale_layer(model):
 def scale_and_unscale(model):
     layer_of(model).scale_layer(0.25)
     layer_of(model).unscale_layer()
+
+
+@state(14)
+def scales_as_tensors(model):
+    peft.utils.hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
+    assert isinstance(layer_of(model).scaling["default"], torch.Tensor)
+    # this layer's is a float again, the others' are not
+    layer_of(model).set_scale("default", 3.0)
 
 
 @state(14)

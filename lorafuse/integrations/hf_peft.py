@@ -112,7 +112,11 @@ def _operands(layer: PeftLinear) -> _Operands | str | None:
         if b_bias is not None:
             b_bias = (b_bias * scale).to(weight.dtype)
             bias = b_bias if bias is None else bias + b_bias
-        factors.append((a._parameters["weight"], b._parameters["weight"], scale, p))
+        b_weight = b._parameters["weight"]
+        # hot swapping keeps scales in tensors, so that a new one needs no compilation; the operator takes floats
+        if isinstance(scale, Tensor):
+            b_weight, scale = b_weight * scale, 1.0
+        factors.append((a._parameters["weight"], b_weight, scale, p))
     if len(factors) == 1:
         a, b, scale, p = factors[0]
         return weight, a, b, scale, bias, p
