@@ -141,7 +141,8 @@ def _reason(layer: BaseTunerLayer) -> str:
     """Why a layer is left to PEFT, or "" if lorafuse takes it."""
     if not isinstance(layer, LoraLayer):
         return f"{_full_name(layer)} is not a LoRA layer"
-    if type(layer) not in (PeftLinear, FusedLinear):
+    # fully_shard changes the class of a layer passed to it to a subclass of its own, which still runs fused
+    if type(layer) is not PeftLinear and not isinstance(layer, FusedLinear):
         return f"{_full_name(layer)} is not a LoRA layer over nn.Linear"
     if type(layer) is PeftLinear and "forward" in layer.__dict__:
         return "its forward was replaced before lorafuse.patch (accelerate's hooks do that): patch first"
@@ -169,7 +170,8 @@ def survey(model: nn.Module, backend: str) -> tuple[PatchReport, list[PeftLinear
 
 def adopt(layer: PeftLinear, backend: str) -> None:
     """Make a layer that `survey` listed a `FusedLinear`."""
-    layer.__class__ = FusedLinear
+    if not isinstance(layer, FusedLinear):
+        layer.__class__ = FusedLinear
     layer._lorafuse_backend = backend
 
 
