@@ -103,7 +103,7 @@ def linear_backward(
     if need_db:
         assert xa is not None
         # (xaᵀ dy)ᵀ: with the long side last it took 0.26 ms where dyᵀ xa took 0.34 ms (conditions as above)
-        db = torch.mm(_transposed(xa), flat).mul_(effective).to(b.dtype).t().contiguous()
+        db = b.new_empty(b.shape).copy_(torch.mm(_transposed(xa), flat).mul_(effective).t())
     if need_dbias:
         dbias = flat.sum(0)
     return dx, da, db, dbias
