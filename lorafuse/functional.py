@@ -69,8 +69,9 @@ def lora_linear(
         )
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p={dropout_p} is not a probability; it must be between 0 and 1")
-    name = base.current() if backend is None else base.require(backend)
-    return run_linear(x, weight, a, b, scale, bias, dropout_p, seed, name)
+    if backend is not None:
+        base.require(backend)
+    return run_linear(x, weight, a, b, scale, bias, dropout_p, seed, backend)
 
 
 def run_linear(
@@ -82,7 +83,7 @@ def run_linear(
     bias: Tensor | None,
     dropout_p: float,
     seed: int | Tensor | None,
-    backend: str,
+    backend: str | None,
 ) -> Tensor:
     """`lora_linear` for callers that already know that the parameters fit each other and the backend can run here."""
     kind = x.device.type
@@ -97,6 +98,8 @@ def run_linear(
         )
     if bias is not None and bias.dtype is not x.dtype:
         raise TypeError(f"lora_linear got x {x.dtype} and bias {bias.dtype}; they must have one dtype: cast the bias")
+    if backend is None:
+        backend = base.current()
     if backend == "auto" and kind in _AUTO:
         backend = _AUTO[kind]
     elif backend == "auto":

@@ -1,4 +1,4 @@
-"""`patch`, `unpatch` and the report (T3): what changes, what must not, what is refused and how it is said."""
+"""`patch`, `unpatch` and the report (T1): what changes, what must not, what is refused and how it is said."""
 
 import copy
 
@@ -19,6 +19,7 @@ from tiny_models import (
 from torch import nn
 
 import lorafuse
+from lorafuse.backends import base as backends
 from lorafuse.integrations import hf_peft
 from lorafuse.testing.numerics import relative_l2, tolerance
 
@@ -328,3 +329,26 @@ class TestMetaDevice:
         for name, parameter in model.named_parameters():
             assert parameter.requires_grad == ("lora_" in name)
             assert not parameter.requires_grad or parameter.grad.shape == parameter.shape
+
+
+class TestBackendOfPatchedLayers:
+    """No other backend is here yet, so one that is not available shows whose choice a call follows."""
+
+    @pytest.fixture(autouse=True)
+    def _default(self, monkeypatch):
+        monkeypatch.setattr(backends, "_current", "cuda")
+
+    @pytest.fixture
+    def layer(self, request):
+        patched = copy.deepcopy(adapted())
+        lorafuse.patch(patched, backend=request.param)
+        return patched.base_model.model.model.layers[0].mlp.up_proj
+
+    @pytest.mark.parametrize("layer", ["auto"], indirect=True)
+    def test_auto_follows_the_default(self, layer):
+        with pytest.raises(lorafuse.BackendUnavailable, match="backend='cuda' is not available"):
+            layer(torch.randn(2, 32))
+
+    @pytest.mark.parametrize("layer", ["eager"], indirect=True)
+    def test_a_name_holds(self, layer):
+        assert layer(torch.randn(2, 32)).shape == (2, 40)

@@ -1,4 +1,4 @@
-"""A patched model under DDP and FSDP2 (T3): two gloo processes on the CPU, the script that trains PEFT unchanged."""
+"""A patched model under DDP and FSDP2 (T1): two gloo processes on the CPU, the script that trains PEFT unchanged."""
 
 import time
 import warnings

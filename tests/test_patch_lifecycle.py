@@ -1,4 +1,4 @@
-"""A patched model lives as any PEFT model does (T3): disabled, merged, copied, saved, loaded, unloaded."""
+"""A patched model lives as any PEFT model does (T1): disabled, merged, copied, saved, loaded, unloaded."""
 
 import copy
 import io

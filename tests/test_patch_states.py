@@ -1,4 +1,4 @@
-"""What PEFT does to a model may happen before `patch` or after it (T3): fused or not, the results are PEFT's."""
+"""What PEFT does to a model may happen before `patch` or after it (T1): fused or not, the results are PEFT's."""
 
 import types
 import warnings

@@ -1,4 +1,4 @@
-"""Training a patched model (T3): the Trainer, gradient checkpointing and torch.compile see nothing unusual."""
+"""Training a patched model (T1): the Trainer, gradient checkpointing and torch.compile see nothing unusual."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""A patched model gives what PEFT gives (T3): outputs, the input gradient and the gradient of every adapter tensor."""
+"""A patched model gives what PEFT gives (T1): outputs, the input gradient and the gradient of every adapter tensor."""
 
 import copy
 

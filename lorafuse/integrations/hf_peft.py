@@ -172,7 +172,8 @@ def adopt(layer: PeftLinear, backend: str) -> None:
     """Make a layer that `survey` listed a `FusedLinear`."""
     if not isinstance(layer, FusedLinear):
         layer.__class__ = FusedLinear
-    layer._lorafuse_backend = backend
+    # None follows lorafuse.use_backend at every call
+    layer._lorafuse_backend = None if backend == "auto" else backend
 
 
 def release(model: nn.Module) -> int:

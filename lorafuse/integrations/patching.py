@@ -36,7 +36,8 @@ def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False) -> P
 
     Args:
         model: a `PeftModel`, or any module that contains PEFT's LoRA layers.
-        backend: "auto", or the one every patched layer must use.
+        backend: the one every patched layer must use; "auto" follows `lorafuse.use_backend`, which chooses by itself
+            unless told.
         strict: raise ValueError, leaving the model as it was, if any adapted layer would be left to PEFT, or none
         found.
 
