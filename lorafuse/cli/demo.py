@@ -2,6 +2,8 @@
 
 import argparse
 import copy
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,9 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     console = _console()
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # PEFT calls methods that transformers renamed, and looks for a config.json beside a GGUF file that has none
+    warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Could not find a config file in", category=UserWarning)
     return max(_compare(args, console, device, dtype) for dtype in args.dtype)
 
 
@@ -108,7 +113,8 @@ def _console() -> Any:
         from rich.console import Console
     except ImportError as error:
         raise MissingDependency("the demo needs peft, rich and matplotlib: pip install 'lorafuse[peft,cli]'") from error
-    return Console()
+    # one width, also in a pipe or a log
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def _train(console: Any, legs: list[Any], blocks: torch.Tensor, args: argparse.Namespace) -> bool:
