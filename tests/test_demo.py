@@ -57,6 +57,7 @@ def test_whole_demo_on_a_tiny_model(model_directory, data_file, tmp_path, capsys
     for dtype in ("float32", "bfloat16"):
         written = json.loads((tmp_path / dtype / "report.json").read_text())
         assert written["conditions"]["dtype"] == dtype
+        assert written["conditions"]["device"]
         for steps in written["steps"].values():
             assert len(steps["losses"]) == len(steps["seconds"]) == 4
             assert steps["losses"][-1] < steps["losses"][0]

@@ -82,8 +82,8 @@ def _compare(args: argparse.Namespace, console: Any, device: torch.device, dtype
     found = conditions(device)
     result = report.figures(legs, args.batch_size * args.seq_len)
     report.plot(out / "loss.png", legs, f"{title}\n{found['device']}, torch {found['torch']}, {found['date']}")
-    settings = {key: str(value) for key, value in vars(args).items() if key not in ("run", "command", "dtype")}
-    report.write_json(out / "report.json", found | settings | {"dtype": dtype}, legs, result)
+    settings = {key: getattr(args, key) for key in ("steps", "batch_size", "seq_len", "rank", "lr", "seed")}
+    report.write_json(out / "report.json", found | {"model": name, "dtype": dtype} | settings, legs, result)
     _print_table(console, legs, result, describe(found))
     good = _judge_losses(console, result["largest_loss_difference"], dtype)
     with torch.no_grad():

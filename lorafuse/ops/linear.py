@@ -30,13 +30,14 @@ LIBRARY.define(
 
 def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> None:
     """The one statement of which shapes fit, for real and fake kernels. Raises ValueError with shapes and rule."""
+    w_shape, a_shape, b_shape = weight.shape, a.shape, b.shape
     if (
-        weight.dim() == a.dim() == b.dim() == 2
+        len(w_shape) == len(a_shape) == len(b_shape) == 2
         and 1 <= x.dim() <= 4
-        and x.shape[-1] == (size := weight.shape)[1] == a.shape[1]
-        and b.shape[0] == size[0]
-        and b.shape[1] == a.shape[0] >= 1
-        and (bias is None or bias.shape == size[:1])
+        and x.shape[-1] == w_shape[1] == a_shape[1]
+        and b_shape[0] == w_shape[0]
+        and b_shape[1] == a_shape[0] >= 1
+        and (bias is None or (bias.dim() == 1 and bias.shape[0] == w_shape[0]))
     ):
         return
     shown = ", ".join(
