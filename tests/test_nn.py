@@ -90,6 +90,18 @@ class TestFromLinear:
         with pytest.raises(TypeError, match="Conv1d.*nn.Linear"):
             LoRALinear.from_linear(nn.Conv1d(8, 8, 1), 2)
 
+    def test_refuses_a_linear_that_computes_otherwise(self):
+        class Packed(nn.Linear):
+            def forward(self, x):
+                return super().forward(x) * 2
+
+        with pytest.raises(TypeError, match="Packed.*nn.Linear's forward"):
+            LoRALinear.from_linear(Packed(8, 8), 2)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_keeps_the_mode(self, training):
+        assert LoRALinear.from_linear(nn.Linear(8, 6).train(training), 2).training == training
+
 
 @pytest.mark.parametrize("r", [0, -3])
 def test_a_wrong_rank_is_said(r):

@@ -119,7 +119,8 @@ class TestPatch:
         lorafuse.patch(model, backend="auto")
         with counting_fused() as calls:
             run(model)
-        assert {call.args[-1] for call in calls.call_args_list} == {"auto"}
+        # none named: lorafuse.use_backend decides at every call
+        assert {call.args[-1] for call in calls.call_args_list} == {None}
 
 
 class TestReport:

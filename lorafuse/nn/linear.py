@@ -77,10 +77,12 @@ class LoRALinear(nn.Module):
     ) -> "LoRALinear":
         """An adapted layer over `linear`: its weight and bias are shared, not copied, and frozen.
 
-        Raises TypeError when `linear` is not an `nn.Linear`.
+        Raises TypeError when `linear` is not an `nn.Linear`, or a subclass with a forward of its own (a quantized one).
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"from_linear got a {type(linear).__name__}; it takes an nn.Linear")
+        if getattr(type(linear), "forward", None) is not nn.Linear.forward:
+            raise TypeError(
+                f"from_linear got a {type(linear).__name__}; it takes an nn.Linear with nn.Linear's forward"
+            )
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -98,7 +100,7 @@ class LoRALinear(nn.Module):
         for factor in (layer.lora_A, layer.lora_B):
             factor.to_empty(device=linear.weight.device)
         layer.reset_lora_parameters()
-        return layer
+        return layer.train(linear.training)
 
     def reset_lora_parameters(self) -> None:
         """PEFT's initialization: A uniform in ±1/sqrt(in_features), B zero, so that the layer starts as its base."""
