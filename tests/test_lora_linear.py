@@ -8,6 +8,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from lorafuse.functional import lora_linear
+from lorafuse.testing.cases import UGLY_M, UGLY_NK, UGLY_R
 from lorafuse.testing.check_linear import (
     GATE,
     LinearCase,
@@ -17,10 +18,6 @@ from lorafuse.testing.check_linear import (
     plain_lora_linear,
 )
 
-TOKENS = (0, 1, 7, 63, 128, 257)
-RANKS = (1, 2, 3, 4, 6, 8, 13, 16, 64, 128, 256)
-# (N, K): off every block on one side, on the other, on both
-SIZES = ((96, 67), (65, 96), (33, 130))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,10 +39,10 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 
 
 @by_dtype
-@pytest.mark.parametrize("R", RANKS)
-@pytest.mark.parametrize("M", TOKENS)
+@pytest.mark.parametrize("R", UGLY_R)
+@pytest.mark.parametrize("M", UGLY_M)
 def test_every_size(M, R, dtype):
-    N, K = SIZES[(M + RANKS.index(R)) % len(SIZES)]
+    N, K = UGLY_NK[(M + UGLY_R.index(R)) % len(UGLY_NK)]
     check_linear(LinearCase(leading=(M,), N=N, K=K, R=R, dtype=dtype, bias=R % 2 == 0))
 
 
@@ -71,13 +68,13 @@ def test_every_scale(scale, base, dtype):
 
 @by_dtype
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("M", TOKENS)
+@pytest.mark.parametrize("M", UGLY_M)
 def test_dropout(M, dropout_p, dtype):
     check_linear(LinearCase(leading=(M,), dropout_p=dropout_p, dtype=dtype, base=M % 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
-@pytest.mark.parametrize("R", RANKS)
+@pytest.mark.parametrize("R", UGLY_R)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_fp32_adapters_on_a_half_base(R, dropout_p, dtype):
     case = LinearCase(R=R, dtype=dtype, adapter_dtype=torch.float32, dropout_p=dropout_p)

@@ -3,7 +3,7 @@
 import difflib
 from dataclasses import dataclass
 
-__all__ = ["CASES", "UGLY_K", "UGLY_M", "UGLY_N", "UGLY_R", "Case", "find"]
+__all__ = ["CASES", "UGLY_M", "UGLY_NK", "UGLY_R", "Case", "find"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ CASES: dict[str, Case] = {
 
 # off every block size, around them, and none at all
 UGLY_M = (0, 1, 7, 63, 128, 257)
-UGLY_N = (1, 8, 65, 100, 130)
-UGLY_K = (1, 8, 72, 97, 257)
+# (N, K): off every block on one side, on the other, on both
+UGLY_NK = ((96, 67), (65, 96), (33, 130))
 UGLY_R = (1, 2, 3, 4, 6, 8, 13, 16, 64, 128, 256)
 
 
