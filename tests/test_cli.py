@@ -117,7 +117,7 @@ def test_doctor_describes_each_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
-    monkeypatch.setattr(doctor, "_output", lambda *command: "580.1\n580.1")
+    monkeypatch.setattr(doctor, "program_output", lambda *command: "580.1\n580.1")
     found = {finding.name: finding.value for finding in doctor._devices()}
     assert set(found) == {"cpu", "cuda:0", "cuda:1"}
     assert found["cuda:1"].startswith("GPU X, compute capability 9.0, 139 GiB, driver 580.1")
@@ -126,7 +126,7 @@ def test_doctor_describes_each_gpu(monkeypatch):
 def test_doctor_sees_a_gpu_that_torch_cannot_use(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr(doctor, "_output", lambda *command: "580.1")
+    monkeypatch.setattr(doctor, "program_output", lambda *command: "580.1")
     finding = list(doctor._devices())[-1]
     assert (finding.name, finding.status) == ("cuda", "warn")
     assert "CUDA build of torch" in finding.fix

@@ -89,7 +89,8 @@ def test_interruption_writes_what_is_done(model_directory, data_file, tmp_path, 
         step(self, batch)
 
     monkeypatch.setattr(train.Leg, "step", third_interrupts)
-    assert main(arguments(model_directory, data_file, tmp_path, "--dtype", "float32")) == 130
+    assert main(arguments(model_directory, data_file, tmp_path)) == 130
+    assert not (tmp_path / "bfloat16").exists()
     assert "interrupted after 2 of 4 steps" in capsys.readouterr().out
     written = json.loads((tmp_path / "float32" / "report.json").read_text())
     assert all(len(steps["losses"]) == 2 for steps in written["steps"].values())

@@ -23,9 +23,6 @@ from lorafuse.backends import base as backends
 from lorafuse.integrations import hf_peft
 from lorafuse.testing.numerics import relative_l2, tolerance
 
-# PEFT 0.21 calls methods that transformers 5.23 has renamed
-pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")
-
 
 def surface(model):
     """What others see of a model: names, flags, attributes, classes, text."""

@@ -24,9 +24,6 @@ import lorafuse
 from lorafuse.integrations import hf_peft
 from lorafuse.testing.numerics import relative_l2, tolerance
 
-# PEFT 0.21 calls methods that transformers 5.23 has renamed
-pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")
-
 
 class TestInsideABlock:
     """States that last for a block of code."""

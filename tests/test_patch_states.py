@@ -21,9 +21,6 @@ from torch import nn
 import lorafuse
 from lorafuse.integrations import hf_peft
 
-# PEFT 0.21 calls methods that transformers 5.23 has renamed
-pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")
-
 # What is done to a model whose adapters are "default" (14 layers, active) and "other" (4 of them): the number of layers
 # that run fused afterwards, and why the others do not, if anybody needs to be told.
 STATES = {}

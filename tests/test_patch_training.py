@@ -24,9 +24,6 @@ from torch import nn
 import lorafuse
 from lorafuse.testing.numerics import relative_l2, tolerance
 
-# PEFT 0.21 calls methods that transformers 5.23 has renamed
-pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")
-
 STEPS = 8
 
 

@@ -26,9 +26,6 @@ from lorafuse.integrations import hf_peft
 from lorafuse.philox import draw_seed, keep_mask
 from lorafuse.testing.numerics import relative_l2, rounding, tolerance
 
-# PEFT 0.21 calls methods that transformers 5.23 has renamed
-pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning")
-
 LINEAR_FAMILIES = [family for family in FAMILIES if family != "gpt2"]
 # Linear layers of each model, its output layer left out as "all-linear" does.
 LAYERS = {"llama": 14, "llama with biases": 14, "qwen3": 14, "gemma3": 14, "mistral": 14, "bert": 13, "t5": 36}

@@ -5,12 +5,13 @@ LoRA tax = time(adapted) / time(frozen) - 1, forward and backward. No number is 
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lorafuse.cli import _common
+from lorafuse.cli._common import DTYPES
 from lorafuse.errors import MissingDependency
 from lorafuse.testing.cases import CASES, Case, find
 from lorafuse.testing.conditions import conditions, describe
@@ -18,8 +19,6 @@ from lorafuse.testing.conditions import conditions, describe
 SUMMARY = "measure the LoRA tax of layers against PEFT, addmm_ and full fine-tuning"
 
 __all__ = ["SUMMARY", "add_arguments", "run"]
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--shape", metavar="N,K", help="out and in features of a layer")
     linear.add_argument("--m", type=int, default=1024, help="tokens (1024)")
     linear.add_argument("--rank", type=int, default=16, help="of the adapter (16)")
-    linear.add_argument("--dtype", default="bfloat16", choices=_DTYPES, help="of the base (bfloat16)")
+    linear.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the base (bfloat16)")
     linear.add_argument("--device", default="", help="cuda, cpu, … (cuda where there is one)")
     linear.add_argument("--rounds", type=int, default=40, help="timed calls of each variant (40)")
     linear.add_argument("--json", type=Path, metavar="FILE", help="write every median and spread there")
@@ -40,16 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 when every result was right; 1, and no numbers for that case, when one was not."""
     cases = _cases(args)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _common.device(args.device)
     try:
         import peft  # noqa: F401
-        from rich.console import Console
+
+        console = _common.console()
     except ImportError as error:
         raise MissingDependency("lorafuse bench needs peft and rich: pip install 'lorafuse[peft,cli]'") from error
     from lorafuse.testing.timing import CACHE_NOTE
 
-    # a table of this width, also in a pipe or a log
-    console = Console(width=None if sys.stdout.isatty() else 120)
     found = conditions(device) | {"timing": CACHE_NOTE.get(device.type, "caches as they are")}
     console.print(describe(found), highlight=False)
     results: list[dict[str, Any]] = []
@@ -72,11 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
-    for name in ("m", "rank", "rounds"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: it must be at least 1")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: torch sees no CUDA device here; use --device cpu")
+    _common.check_at_least_one(args, "m", "rank", "rounds")
     if args.shape:
         sizes = args.shape.split(",")
         if len(sizes) != 2 or not all(size.isdecimal() and int(size) for size in sizes):
@@ -91,16 +85,18 @@ def _run_case(
     """What is wrong, or the figures of the case, printed as a table."""
     from rich.progress import track
 
-    from lorafuse.testing.baselines import VARIANTS, build, check, inputs
+    from lorafuse.testing.baselines import VARIANTS, build, check, inputs, reference
     from lorafuse.testing.memory import peak_bytes
     from lorafuse.testing.timing import measure
 
-    given = inputs(case, args.m, args.rank, _DTYPES[args.dtype], device)
+    given = inputs(case, args.m, args.rank, DTYPES[args.dtype], device)
     variants = [build(name, given) for name in VARIANTS]
+    expected = reference(given)
     for variant in variants:
-        wrong = check(variant, given)
+        wrong = check(variant, expected)
         if wrong:
             return wrong, None
+    del expected
     warm_up = max(3, args.rounds // 10)
     rounds = measure(variants, args.rounds, warm_up, device)
     shown = track(rounds, case.name, args.rounds + warm_up, console=console, transient=True)

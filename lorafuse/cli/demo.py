@@ -2,13 +2,14 @@
 
 import argparse
 import copy
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lorafuse.cli import _common
+from lorafuse.cli._common import DTYPES
 from lorafuse.errors import MissingDependency
 from lorafuse.integrations import patch
 from lorafuse.testing.conditions import conditions, describe
@@ -17,8 +18,6 @@ from lorafuse.testing.numerics import relative_l2, tolerance
 SUMMARY = "train a real model with PEFT and with lorafuse, side by side"
 
 __all__ = ["SUMMARY", "add_arguments", "run"]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         nargs="+",
         default=["float32", "bfloat16"],
-        choices=_DTYPES,
+        choices=DTYPES,
         help="of the base model, one comparison each: float32 shows equal losses, bfloat16 the usual speed (both)",
     )
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps of each side (24)")
@@ -44,14 +43,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when all checks hold; 1 when the loss curves of an fp32 run differ, or a saved adapter does not reload."""
+    """0 when all checks hold; 1 when losses of an fp32 run differ or an adapter does not reload; 130 interrupted."""
     _check(args)
     console = _console()
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _common.device(args.device)
     # PEFT calls methods that transformers renamed, and looks for a config.json beside a GGUF file that has none
     warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Could not find a config file in", category=UserWarning)
-    return max(_compare(args, console, device, dtype) for dtype in args.dtype)
+    status = 0
+    for dtype in args.dtype:
+        status = max(status, _compare(args, console, device, dtype))
+        if status == 130:
+            break
+    return status
 
 
 def _compare(args: argparse.Namespace, console: Any, device: torch.device, dtype: str) -> int:
@@ -65,7 +69,7 @@ def _compare(args: argparse.Namespace, console: Any, device: torch.device, dtype
     console.rule(title)
     examples = data.read(args.data) if args.data else data.generate(1 + args.steps * args.batch_size, args.seed)
     with console.status("loading the model"):
-        base, tokenizer = load(args.model, _DTYPES[dtype], device)
+        base, tokenizer = load(args.model, DTYPES[dtype], device)
     stock = with_adapter(base, args.rank, args.seed)
     patched = copy.deepcopy(stock)
     console.print(str(patch(patched)), highlight=False)
@@ -87,7 +91,7 @@ def _compare(args: argparse.Namespace, console: Any, device: torch.device, dtype
     _print_table(console, legs, result, describe(found))
     good = _judge_losses(console, result["largest_loss_difference"], dtype)
     with torch.no_grad():
-        good &= _check_saved(console, patched, args.model, _DTYPES[dtype], blocks[:1], out)
+        good &= _check_saved(console, patched, args.model, DTYPES[dtype], blocks[:1], out)
         if finished:
             _ask(console, patched, tokenizer, data.text(tokenizer, examples[0][0], None), examples[0])
     console.print(f"wrote loss.png, report.json and adapter/ to {out}", highlight=False)
@@ -95,26 +99,21 @@ def _compare(args: argparse.Namespace, console: Any, device: torch.device, dtype
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("steps", "batch_size", "rank"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least 1")
+    _common.check_at_least_one(args, "steps", "batch_size", "rank")
     if args.seq_len < 2:
         raise ValueError(f"--seq-len {args.seq_len}: it must be at least 2, a token and the one after it")
     if args.model is not None and not args.model.is_dir():
         raise FileNotFoundError(f"--model {args.model}: no such directory; it must be a Hugging Face model directory")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: torch sees no CUDA device here; use --device cpu")
 
 
 def _console() -> Any:
     try:
         import matplotlib  # noqa: F401
         import peft  # noqa: F401
-        from rich.console import Console
+
+        return _common.console()
     except ImportError as error:
         raise MissingDependency("the demo needs peft, rich and matplotlib: pip install 'lorafuse[peft,cli]'") from error
-    # one width, also in a pipe or a log
-    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def _train(console: Any, legs: list[Any], blocks: torch.Tensor, args: argparse.Namespace) -> bool:

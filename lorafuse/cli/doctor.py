@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from lorafuse import env, functional
 from lorafuse.backends import base
 from lorafuse.errors import MissingDependency
 from lorafuse.testing import numerics
+from lorafuse.testing.conditions import cpu, program_output
 
 SUMMARY = "versions, devices, compilers, backends, and a numerical self-test"
 
@@ -119,11 +119,11 @@ def _version(package: str, purpose: str, version: str | None, triton: str | None
 
 
 def _devices() -> Iterator[Finding]:
-    model, flags = _cpu()
+    model, flags = cpu()
     units = [label for flag, label in _CPU_UNITS.items() if flag in flags]
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
     yield Finding("devices", "cpu", f"{model}, {cores}, {', '.join(units) or 'no bf16 units'}")
-    smi = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    smi = program_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     driver = smi.splitlines()[0] if smi else "unknown"
     if not torch.cuda.is_available():
         if smi and torch.version.cuda is None:
@@ -141,28 +141,9 @@ def _devices() -> Iterator[Finding]:
         yield Finding("devices", f"cuda:{index}", value)
 
 
-def _cpu() -> tuple[str, set[str]]:
-    """Model name and feature flags, from /proc/cpuinfo where there is one."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return platform.processor() or platform.machine(), set()
-    lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-    fields = {key.strip(): value.strip() for key, _, value in lines}
-    flags = fields.get("flags") or fields.get("Features") or ""
-    return fields.get("model name", platform.machine()), set(flags.split())
-
-
-def _output(*command: str) -> str:
-    """What a program prints, "" when it is absent or fails."""
-    if shutil.which(command[0]) is None:
-        return ""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
 def _compilers() -> Iterator[Finding]:
     for name in ("nvcc", "g++"):
-        version = re.search(r"\d+\.\d+(\.\d+)?", _output(name, "--version"))
+        version = re.search(r"\d+\.\d+(\.\d+)?", program_output(name, "--version"))
         found = f"{version[0]} ({shutil.which(name)})" if version else "not found; not needed today"
         yield Finding("compilers", name, found)
 
@@ -201,7 +182,7 @@ def _self_test_one(backend: str, device: str, dtype: torch.dtype) -> Finding:
         torch.randn(shape, generator=generator).to(dtype).double()
         for shape in ((64, 96), (80, 96), (8, 96), (80, 8), (64, 80))
     )
-    expected = _formula(x, w, a, b, dy, scale)
+    expected = numerics.lora_formula(x, w, a, b, dy, scale)
     leaf_x, leaf_a, leaf_b = (t.to(device, dtype).requires_grad_() for t in (x, a, b))
     try:
         y = functional.lora_linear(leaf_x, w.to(device, dtype), leaf_a, leaf_b, scale=scale, backend=backend)
@@ -216,18 +197,6 @@ def _self_test_one(backend: str, device: str, dtype: torch.dtype) -> Finding:
     ok = all(error <= bound for error in errors.values())
     value = f"worst relative error {errors[worst]:.1e} ({worst}), bound {bound:.1e}"
     return Finding("self-test", name, value, "ok" if ok else "fail", "" if ok else _REPORT_IT)
-
-
-def _formula(
-    x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dy: torch.Tensor, scale: float
-) -> dict[str, torch.Tensor]:
-    dyb = dy @ b
-    return {
-        "y": x @ w.t() + scale * (x @ a.t()) @ b.t(),
-        "dx": dy @ w + scale * dyb @ a,
-        "da": scale * dyb.t() @ x,
-        "db": scale * dy.t() @ (x @ a.t()),
-    }
 
 
 def _require_rich() -> None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lorafuse.integrations import patch
 from lorafuse.testing.cases import Case
-from lorafuse.testing.numerics import relative_l2, tolerance
+from lorafuse.testing.numerics import lora_formula, relative_l2, tolerance
 
-__all__ = ["VARIANTS", "Inputs", "Variant", "build", "check", "inputs"]
+__all__ = ["VARIANTS", "Inputs", "Variant", "build", "check", "inputs", "reference"]
 
 SCALE = 2.0
 
@@ -84,7 +84,7 @@ def _peft(given: Inputs, autocast_adapter_dtype: bool = True) -> tuple[Any, dict
     with torch.no_grad():
         a.copy_(given.a)
         b.copy_(given.b)
-    return model, {"da": a, "db": b}
+    return layer, {"da": a, "db": b}
 
 
 def _frozen(given: Inputs) -> tuple[Any, dict[str, Tensor]]:
@@ -101,9 +101,9 @@ def _peft_half(given: Inputs) -> tuple[Any, dict[str, Tensor]]:
 
 
 def _lorafuse(given: Inputs) -> tuple[Any, dict[str, Tensor]]:
-    model, wanted = _peft(given)
-    patch(model, strict=True)
-    return model.base_model.model[0], wanted
+    layer, wanted = _peft(given)
+    patch(layer, strict=True)
+    return layer, wanted
 
 
 class _AddmmFunction(torch.autograd.Function):
@@ -144,26 +144,25 @@ def build(name: str, given: Inputs) -> Variant:
     """A variant by name: `peft` as shipped (fp32 adapters), `peft-half` with adapters in the base's dtype, `addmm` the
     base GEMM and `addmm_` in one autograd.Function, `full` fine-tuning, `lorafuse` a patched PEFT layer."""
     call, parameters = VARIANTS[name](given)
-    if isinstance(call, nn.Module) and name.startswith("peft"):
-        call = call.base_model.model[0]
     x = given.x.clone().requires_grad_()
     return Variant(name, call, x, given.dy, {"dx": x, **parameters})
 
 
-def check(variant: Variant, given: Inputs) -> str:
-    """ "" when y and every gradient are those of the formula in fp64 and not zero; else what is wrong."""
-    x, w, a, b, dy = (t.double() for t in (given.x, given.w, given.a, given.b, given.dy))
-    if "da" in variant.wanted:
-        dyb = SCALE * (dy @ b)
-        expected = {"y": x @ w.t() + SCALE * (x @ a.t()) @ b.t(), "dx": dy @ w + dyb @ a}
-        expected |= {"da": dyb.t() @ x, "db": SCALE * (dy.t() @ (x @ a.t()))}
-    else:
-        expected = {"y": x @ w.t(), "dx": dy @ w, "dw": dy.t() @ x}
+def reference(given: Inputs) -> dict[str, Tensor]:
+    """y and every gradient in fp64: of an adapted layer, and as "frozen y", "frozen dx" and "dw" of the base alone."""
+    base = {"frozen y": given.x.double() @ given.w.double().t(), "frozen dx": given.dy.double() @ given.w.double()}
+    adapted = lora_formula(given.x, given.w, given.a, given.b, given.dy, SCALE)
+    return adapted | base | {"dw": given.dy.double().t() @ given.x.double()}
+
+
+def check(variant: Variant, expected: dict[str, Tensor]) -> str:
+    """ "" when y and every gradient are those of `reference` and not zero; else what is wrong."""
     y = variant.forward()
     actual = {"y": y, **dict(zip(variant.wanted, variant.backward(y), strict=True))}
-    bound = tolerance(given.x.dtype)
+    bound = tolerance(y.dtype)
     for name, tensor in actual.items():
-        error = relative_l2(tensor, expected[name])
+        key = name if "da" in variant.wanted or name == "dw" else f"frozen {name}"
+        error = relative_l2(tensor, expected[key])
         if error > bound or not tensor.any():
             return f"{variant.name}: {name} is wrong by {error:.2e} relative, the bound is {bound:.0e}"
     return ""

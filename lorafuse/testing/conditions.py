@@ -10,19 +10,20 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["conditions", "describe"]
+__all__ = ["conditions", "cpu", "describe", "program_output"]
 
 _PACKAGES = ("torch", "triton", "peft", "transformers")
 
 
 def conditions(device: torch.device) -> dict[str, str]:
     """Device, its power limit and driver or the CPU's threads, versions, commit and date."""
-    found = {"device": _cpu_name(), "threads": str(torch.get_num_threads())}
+    model, flags = cpu()
+    found = {"device": model + (" with AMX" if "amx_bf16" in flags else ""), "threads": str(torch.get_num_threads())}
     if device.type == "cuda":
         found = {"device": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
-        if shutil.which("nvidia-smi"):
-            query = ["nvidia-smi", f"--id={device.index or 0}", "--query-gpu=power.limit,driver_version"]
-            answer = _output([*query, "--format=csv,noheader"])
+        query = ("nvidia-smi", f"--id={device.index or 0}", "--query-gpu=power.limit,driver_version")
+        answer = program_output(*query, "--format=csv,noheader")
+        if answer:
             found["power limit"], _, found["driver"] = answer.partition(", ")
     found["python"] = platform.python_version()
     for package in _PACKAGES:
@@ -32,9 +33,11 @@ def conditions(device: torch.device) -> dict[str, str]:
 
     found["lorafuse"] = __version__
     root = Path(__file__).parents[2]
-    commit = _output(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]) if (root / ".git").exists() else ""
+    commit = (
+        program_output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD") if (root / ".git").exists() else ""
+    )
     if commit:
-        changed = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
+        changed = program_output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
         found["commit"] = commit + ("+changes" if changed else "")
     found["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     return found
@@ -45,14 +48,20 @@ def describe(found: dict[str, str]) -> str:
     return ", ".join(value if key == "device" else f"{key} {value}" for key, value in found.items())
 
 
-def _cpu_name() -> str:
+def cpu() -> tuple[str, set[str]]:
+    """Model name and feature flags, from /proc/cpuinfo where there is one."""
     cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    amx = " with AMX" if "amx_bf16" in text else ""
-    return (names[0] if names else platform.processor() or platform.machine()) + amx
+    if not cpuinfo.exists():
+        return platform.processor() or platform.machine(), set()
+    lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+    fields = {key.strip(): value.strip() for key, _, value in lines}
+    flags = fields.get("flags") or fields.get("Features") or ""
+    return fields.get("model name", platform.machine()), set(flags.split())
 
 
-def _output(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def program_output(*command: str) -> str:
+    """What a program prints, "" when it is absent or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""

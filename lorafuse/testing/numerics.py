@@ -8,7 +8,7 @@ ours).
 import torch
 from torch import Tensor
 
-__all__ = ["assert_three_way", "relative_l2", "rounding", "tolerance"]
+__all__ = ["assert_three_way", "lora_formula", "relative_l2", "rounding", "tolerance"]
 
 # relative L2 error against an fp64 reference: about four roundings of the dtype, and for fp32 what PEFT equality
 # demands
@@ -46,3 +46,15 @@ def assert_three_way(name: str, actual: Tensor, same_dtype: Tensor, reference: T
     ours, theirs = relative_l2(actual, reference), relative_l2(same_dtype, reference)
     bound = 2.0 * theirs + rounding(actual.dtype)
     assert ours <= bound, f"{name}: error {ours:.3e} above {bound:.3e} (torch in {actual.dtype}: {theirs:.3e})"
+
+
+def lora_formula(x: Tensor, w: Tensor, a: Tensor, b: Tensor, dy: Tensor, scale: float) -> dict[str, Tensor]:
+    """`y = x wᵀ + scale · (x aᵀ) bᵀ` and its gradients `dx`, `da`, `db`, in fp64; all inputs 2-D."""
+    x, w, a, b, dy = (t.detach().double() for t in (x, w, a, b, dy))
+    xa, dyb = x @ a.t(), dy @ b
+    return {
+        "y": x @ w.t() + scale * xa @ b.t(),
+        "dx": dy @ w + scale * dyb @ a,
+        "da": scale * dyb.t() @ x,
+        "db": scale * dy.t() @ xa,
+    }
