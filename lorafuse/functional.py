@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from lorafuse.backends import base
+from lorafuse.backends.probe import linear_problem
 from lorafuse.ops import linear as _linear
+from lorafuse.ops.linear import plan_problem
 from lorafuse.philox import draw_seed
-from lorafuse.plan import Plan, Problem, select
+from lorafuse.plan import Plan
 
 __all__ = ["lora_linear", "plan_linear", "run_linear"]
 
@@ -102,10 +104,6 @@ def run_linear(
         backend = base.current()
     if backend == "auto" and kind in _AUTO:
         backend = _AUTO[kind]
-    elif backend == "auto":
-        # a plan of operands that do not fit each other has no meaning
-        _linear.check_shapes(x, weight, bias, a, b)
-        backend = plan_linear(x, weight, a, bias=bias, dropout_p=dropout_p).backend
     seed = _seed_tensor(seed, x.device) if dropout_p else None
     return _linear.lora_linear(x, weight, bias, a, b, seed, scale, dropout_p, backend)
 
@@ -123,17 +121,21 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return seed
 
 
-def plan_linear(x: Tensor, weight: Tensor, a: Tensor, *, bias: Tensor | None = None, dropout_p: float = 0.0) -> Plan:
-    """The plan that backend "auto" follows for these operands, with its reasons; nothing runs."""
-    problem = Problem(
-        M=x.numel() // max(1, x.shape[-1]),
-        N=weight.shape[0],
-        K=weight.shape[1],
-        R=a.shape[0],
-        dtype=str(x.dtype).removeprefix("torch."),
-        adapter_dtype=str(a.dtype).removeprefix("torch."),
-        device_type=x.device.type,
-        bias=bias is not None,
-        dropout=dropout_p > 0.0,
-    )
-    return select(problem, tuple((n, base.availability(n).reason) for n in base.BACKENDS))
+def plan_linear(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    *,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    gradients: tuple[str, ...] | None = None,
+) -> Plan:
+    """The plan that backend "auto" follows for these operands, with its reasons; nothing runs.
+
+    `gradients` names those that backward will compute, of "dx", "da", "db" and "dbias"; None takes those of a training
+    step: da, db, and dx where x requires a gradient.
+    """
+    if gradients is None:
+        gradients = (("dx",) if x.requires_grad else ()) + ("da", "db")
+    problem = linear_problem(x, weight, a, bias is not None, dropout_p > 0.0, gradients)
+    return plan_problem(problem, x.device)

@@ -14,7 +14,7 @@ Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3
 import torch
 from torch import Tensor
 
-__all__ = ["draw_seed", "keep_mask", "philox_4x32", "row_chunks"]
+__all__ = ["draw_seed", "keep_mask", "philox_4x32", "rescaled", "row_chunks"]
 
 _LO32 = 0xFFFFFFFF
 _MUL_0, _MUL_1 = 0xD2511F53, 0xCD9E8D57
@@ -57,6 +57,11 @@ def keep_mask(seed: Tensor, p: float, rows: slice, columns: int) -> Tensor:
     keep = torch.stack(words, dim=1) >= int(p * 2**32)
     skip = first % 4
     return keep.flatten()[skip : skip + last - first].view(rows.stop - rows.start, columns)
+
+
+def rescaled(scale: float, p: float) -> float:
+    """The scale of a low-rank path that dropout masked: `scale / (1 - p)`, and 0 where nothing is kept."""
+    return 0.0 if p == 1.0 else scale / (1.0 - p)
 
 
 def row_chunks(rows: int, columns: int, device: torch.device) -> list[slice]:

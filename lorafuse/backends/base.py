@@ -4,8 +4,12 @@ A backend is a module of this folder with `linear_forward` and `linear_backward`
 """
 
 import importlib
+import importlib.util
 from dataclasses import dataclass
+from importlib import metadata
 from types import ModuleType
+
+import torch
 
 from lorafuse import env
 from lorafuse.errors import BackendUnavailable
@@ -34,11 +38,39 @@ class Availability:
     fix: str = ""
 
 
+_EAGER_INSTEAD = "use backend='eager' or 'auto'"
+# what was found out, by backend; the others are looked into when they are first asked for
 _AVAILABILITY = {
     "eager": Availability(True),
-    "triton": Availability(False, "this version of lorafuse holds no Triton kernels", "use backend='eager' or 'auto'"),
-    "cuda": Availability(False, "this version of lorafuse holds no CUDA kernels", "use backend='eager' or 'auto'"),
+    "cuda": Availability(False, "this version of lorafuse holds no CUDA kernels", _EAGER_INSTEAD),
 }
+_OLDEST_TRITON = (3, 6)
+
+
+def _triton() -> Availability:
+    if importlib.util.find_spec("triton") is None:
+        return Availability(False, "Triton is not installed", f"pip install 'triton>=3.6', or {_EAGER_INSTEAD}")
+    version = metadata.version("triton")
+    if _release(version) < _OLDEST_TRITON:
+        return Availability(
+            False, f"Triton {version} is older than 3.6", f"pip install 'triton>=3.6', or {_EAGER_INSTEAD}"
+        )
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        # the interpreter of Triton 3.6 fails in numpy 2.4; that of 3.9 does not (both run, 2026-11)
+        if _release(version) < (3, 9) and _release(metadata.version("numpy")) >= (2, 4):
+            reason = f"the interpreter of Triton {version} fails with numpy {metadata.version('numpy')}"
+            return Availability(False, reason, "pip install 'numpy<2.4', or unset TRITON_INTERPRET")
+    elif not torch.cuda.is_available():
+        fix = f"run on a GPU, or set TRITON_INTERPRET=1 for Triton's slow interpreter, or {_EAGER_INSTEAD}"
+        return Availability(False, "torch sees no CUDA device", fix)
+    return Availability(True)
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def check_name(name: str) -> str:
@@ -53,6 +85,8 @@ def availability(name: str) -> Availability:
     if name not in BACKENDS:
         check_name(name)
         raise ValueError("backend='auto' is a choice among backends; ask for one of them by name")
+    if name not in _AVAILABILITY:
+        _AVAILABILITY[name] = _triton()
     return _AVAILABILITY[name]
 
 
@@ -67,7 +101,7 @@ def require(name: str) -> str:
 
 def candidates(device_type: str) -> tuple[str, ...]:
     """Backends that can run tensors of a device type ("cpu", "cuda", …) here; eager always can and comes last."""
-    return tuple(n for n in reversed(BACKENDS) if _AVAILABILITY[n].ok and (n == "eager" or device_type == "cuda"))
+    return tuple(n for n in reversed(BACKENDS) if (n == "eager" or device_type == "cuda") and availability(n).ok)
 
 
 def load(name: str) -> ModuleType:

@@ -17,13 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lorafuse.philox import keep_mask, row_chunks
+from lorafuse.philox import keep_mask, rescaled, row_chunks
 
 __all__ = ["linear_backward", "linear_forward"]
-
-
-def _effective_scale(scale: float, p: float) -> float:
-    return scale if p == 0.0 else (0.0 if p == 1.0 else scale / (1.0 - p))
 
 
 def _low_rank(flat: Tensor, a: Tensor, seed: Tensor | None, scale: float, p: float) -> tuple[Tensor, float]:
@@ -33,7 +29,7 @@ def _low_rank(flat: Tensor, a: Tensor, seed: Tensor | None, scale: float, p: flo
     xa = flat.new_empty((flat.shape[0], a.shape[0]))
     for rows in row_chunks(flat.shape[0], flat.shape[1], flat.device):
         torch.mm(flat[rows] * keep_mask(seed, p, rows, flat.shape[1]), a.t(), out=xa[rows])
-    return xa, _effective_scale(scale, p)
+    return xa, rescaled(scale, p)
 
 
 def _transposed(t: Tensor) -> Tensor:
@@ -86,7 +82,7 @@ def linear_backward(
     dtype = dy.dtype
     flat = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
     dx = da = db = dbias = None
-    effective = scale if seed is None else _effective_scale(scale, p)
+    effective = scale if seed is None else rescaled(scale, p)
     if need_dx or need_da:
         dyb = torch.mm(flat, b if b.dtype is dtype else b.to(dtype))
         if effective != 1.0:

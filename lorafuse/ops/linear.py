@@ -4,7 +4,7 @@
 
 `xa = drop(x) aᵀ`, `[M, R]` in x's dtype, where drop() masks and does not rescale; with x it is all that backward needs
 besides the parameters. There is no gradient of w. The backend is an argument, so that backward runs where forward ran
-and a compiled graph shows the choice.
+and a compiled graph shows the choice; "auto" is resolved by the plan when the operator runs, for each direction.
 """
 
 import math
@@ -14,9 +14,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorafuse.backends import base, eager
+from lorafuse.backends.probe import device_spec, linear_problem
 from lorafuse.ops._define import LIBRARY
+from lorafuse.plan import Plan, Problem, select
 
-__all__ = ["check_shapes", "lora_linear"]
+__all__ = ["check_shapes", "lora_linear", "plan_problem"]
+
+_GRADIENTS = ("dx", "da", "db", "dbias")
 
 LIBRARY.define(
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor? seed, float scale, float dropout_p,"
@@ -50,8 +54,17 @@ def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
     )
 
 
+def plan_problem(problem: Problem, device: torch.device) -> Plan:
+    """The plan that backend "auto" follows on a device of this machine."""
+    available = tuple((name, base.availability(name).reason) for name in base.BACKENDS)
+    return select(problem, device_spec(device) if ("triton", "") in available else None, available)
+
+
 def _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend):
     check_shapes(x, weight, bias, a, b)
+    if backend == "auto":
+        problem = linear_problem(x, weight, a, bias is not None, seed is not None)
+        backend = plan_problem(problem, x.device).backend
     run = eager if backend == "eager" else base.load(backend)
     return run.linear_forward(x, weight, bias, a, b, seed, scale, dropout_p)
 
@@ -63,6 +76,10 @@ def _fake_forward(x, weight, bias, a, b, seed, scale, dropout_p, backend):
 
 
 def _backward(dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backend):
+    if backend == "auto":
+        wanted = tuple(name for name, need in zip(_GRADIENTS, needs, strict=True) if need)
+        problem = linear_problem(dy, weight, a, False, seed is not None, wanted)
+        backend = plan_problem(problem, dy.device).backend
     run = eager if backend == "eager" else base.load(backend)
     grads = run.linear_backward(dy, x, xa, weight, a, b, seed, scale, dropout_p, *needs)
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
@@ -138,7 +155,7 @@ torch.library.register_fake("lorafuse::lora_linear_backward", _fake_backward, li
 
 
 def lora_linear(x, weight, bias, a, b, seed, scale, dropout_p, backend):
-    """y of the operator; see `lorafuse.functional.lora_linear` for the meaning. `backend` is a name, never "auto"."""
+    """y of the operator; see `lorafuse.functional.lora_linear` for the meaning."""
     if torch.compiler.is_compiling():
         return _op(x, weight, bias, a, b, seed, scale, dropout_p, backend)[0]
     apply = _LoRALinear.apply if torch._C._are_functorch_transforms_active() else _apply

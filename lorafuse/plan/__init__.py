@@ -1,6 +1,19 @@
-"""Problem → Plan: which backend and kernel run a call, and why. Standard library only; usable on any machine."""
+"""Problem → Plan: which backend and kernels run a call, and why. Standard library only; usable on any machine."""
 
+from lorafuse.plan.config import KernelConfig
+from lorafuse.plan.device import DEVICES, DeviceSpec, find, probe
 from lorafuse.plan.problem import Problem
-from lorafuse.plan.select import Plan, select
+from lorafuse.plan.select import Candidate, Plan, only, select
 
-__all__ = ["Plan", "Problem", "select"]
+__all__ = [
+    "DEVICES",
+    "Candidate",
+    "DeviceSpec",
+    "KernelConfig",
+    "Plan",
+    "Problem",
+    "find",
+    "only",
+    "probe",
+    "select",
+]

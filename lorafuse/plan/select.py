@@ -1,38 +1,151 @@
-"""The choice of a backend for a problem, with its reasons."""
+"""The choice of backend, kernels and configurations for a problem, with its reasons."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
+from lorafuse.plan import cost, tuned
+from lorafuse.plan.config import KernelConfig, candidates
+from lorafuse.plan.cost import Part
+from lorafuse.plan.device import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["Plan", "select"]
+__all__ = ["Candidate", "Plan", "only", "select"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a problem, and what the model says it costs."""
+
+    backend: str
+    kernel: str
+    configs: tuple[KernelConfig, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Modelled seconds of all parts."""
+        return cost.total(self.parts)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The choice for one problem: `backend`, its `kernel`, the kernel's `config`, and one line per reason."""
+    """The choice for one problem: `backend`, its `kernel`, the configurations of its kernels, one line per reason.
+
+    `candidates` are all the ways that could run here, with their modelled times.
+    """
 
     backend: str
     kernel: str
-    config: object = None
+    configs: tuple[KernelConfig, ...] = ()
     reasons: tuple[str, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
+
+    def config(self, kernel: str) -> KernelConfig:
+        """The configuration of a kernel of this plan."""
+        (found,) = (config for config in self.configs if config.kernel == kernel)
+        return found
+
+
+_only: str | None = None
+
+
+@contextmanager
+def only(kernel: str) -> Iterator[None]:
+    """Within it, plans take this kernel (one of `tuned.KERNELS`) wherever it can run.
+
+    For tests and benchmarks; it holds for the whole process. Raises ValueError for an unknown kernel.
+    """
+    global _only
+    if kernel not in tuned.KERNELS:
+        raise ValueError(f"kernel {kernel!r} is not one of {', '.join(tuned.KERNELS)}")
+    former, _only = _only, kernel
+    try:
+        yield
+    finally:
+        _only = former
+
+
+def select(problem: Problem, device: DeviceSpec | None, available: tuple[tuple[str, str], ...]) -> Plan:
+    """The plan of a problem on a GPU, or off GPUs when `device` is None.
+
+    `available` pairs every backend that may be chosen with "" or the reason why it cannot run here. The least modelled
+    time wins, unless a measurement for this GPU says otherwise. Raises ValueError when no backend can run the problem.
+    """
+    return _select(problem, device, available, _only)
 
 
 @lru_cache(maxsize=4096)
-def select(problem: Problem, available: tuple[tuple[str, str], ...]) -> Plan:
-    """The plan of `problem`. `available` pairs every known backend with "" or the reason why it cannot run here.
-
-    Raises ValueError when no backend can run the problem.
-    """
-    reasons = []
+def _select(
+    problem: Problem, device: DeviceSpec | None, available: tuple[tuple[str, str], ...], wanted: str | None
+) -> Plan:
+    reasons, ways = [], []
     for backend, reason in available:
         if backend == "eager":
-            continue
-        if problem.device_type != "cuda":
-            reasons.append(f"{backend}: runs on CUDA devices, the input is on {problem.device_type}")
+            reason = reason and f"eager: {reason}"
+        elif device is None and not reason:
+            reason = f"{backend}: runs on CUDA devices, the input is not on one"
         elif reason:
-            reasons.append(f"{backend}: {reason}")
-    if ("eager", "") not in available:
+            reason = f"{backend}: {reason}"
+        elif problem.base_format != "dense":
+            reason = f"{backend}: its kernels read dense weights, not {problem.base_format}"
+        elif problem.M == 0:
+            reason = f"{backend}: there are no tokens"
+        if reason:
+            reasons.append(reason)
+        else:
+            ways += _ways(backend, problem, device)
+    if not ways:
         raise ValueError(f"no backend can run {problem}: " + "; ".join(reasons))
-    reasons.append("eager: runs every problem; low-rank product first, base GEMM accumulated onto it (beta = 1)")
-    return Plan("eager", "aten_beta1", None, tuple(reasons))
+    chosen, why = _choose(ways, problem, device, wanted)
+    for way in ways:
+        if way is not chosen and way.seconds:
+            reasons.append(f"{way.backend} {way.kernel}: not chosen, model {way.seconds * 1e6:.0f} us")
+    reasons.append(f"{chosen.backend}: {why}")
+    return Plan(chosen.backend, chosen.kernel, chosen.configs, tuple(reasons), tuple(ways))
+
+
+def _ways(backend: str, problem: Problem, device: DeviceSpec | None) -> list[Candidate]:
+    if backend == "eager":
+        parts = cost.eager(problem, device) if device and problem.M else ()
+        return [Candidate("eager", "aten_beta1", (), parts)]
+    if backend != "triton" or device is None:
+        return []
+    wanted = problem.gradients
+    if wanted:
+        kernels = {"one_pass_backward": ["dyb_db", "reduce", *(kernel for kernel in ("dx", "da") if kernel in wanted)]}
+    else:
+        kernels = {"two_kernel": ["xa", "fwd"], "single_kernel": ["fwd"]}
+    ways = []
+    for name, needed in kernels.items():
+        best = [_best(kernel, problem, device, single=name == "single_kernel") for kernel in needed]
+        configs = tuple(config for config in best if config is not None)
+        if len(configs) == len(best):
+            ways.append(Candidate("triton", name, configs, cost.triton_linear(configs, problem, device)))
+    return ways
+
+
+def _best(kernel: str, problem: Problem, device: DeviceSpec, single: bool) -> KernelConfig | None:
+    found = [config for config in candidates(kernel, problem, device) if config.single == single]
+    return min(found, key=lambda config: cost.kernel_seconds(config, problem, device), default=None)
+
+
+def _choose(
+    ways: list[Candidate], problem: Problem, device: DeviceSpec | None, wanted: str | None
+) -> tuple[Candidate, str]:
+    by_kernel = {way.kernel: way for way in ways}
+    if wanted in by_kernel:
+        return by_kernel[wanted], f"{wanted} was asked for"
+    measured = device and tuned.match(problem, device)
+    if measured and measured.kernel in by_kernel:
+        said = f"{measured.kernel} was fastest when measured on {device.name}: {measured.seconds * 1e6:.0f} us"  # type: ignore[union-attr]
+        return by_kernel[measured.kernel], f"{said} ({measured.date}, commit {measured.commit})"
+    # the single kernel waits for other programs of its own launch: it is taken when it was measured, not on trust
+    trusted = [way for way in ways if way.kernel != "single_kernel"]
+    chosen = min(trusted, key=lambda way: way.seconds)
+    if chosen.backend == "eager":
+        why = "runs every problem; low-rank product first, base GEMM accumulated onto it (beta = 1)"
+        return chosen, why + (f", model {chosen.seconds * 1e6:.0f} us" if chosen.seconds else "")
+    why = f"{chosen.kernel}, model {chosen.seconds * 1e6:.0f} us"
+    return chosen, why + ("" if "single_kernel" not in by_kernel else "; single_kernel is taken only where measured")

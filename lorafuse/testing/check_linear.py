@@ -57,8 +57,8 @@ class Operands:
     bias: Tensor | None
     dy: Tensor
 
-    def to(self, dtype: torch.dtype) -> "Operands":
-        return Operands(*(None if t is None else t.to(dtype) for t in vars(self).values()))
+    def to(self, to: torch.dtype | torch.device) -> "Operands":
+        return Operands(*(None if t is None else t.to(to) for t in vars(self).values()))
 
     def clone(self) -> "Operands":
         return Operands(*(None if t is None else t.clone() for t in vars(self).values()))
@@ -109,7 +109,7 @@ def plain_lora_linear(
     low = x
     if dropout_p:
         tokens = math.prod(x.shape[:-1])
-        keep = keep_mask(torch.tensor([seed]), dropout_p, slice(0, tokens), x.shape[-1]).view(x.shape)
+        keep = keep_mask(torch.tensor([seed], device=x.device), dropout_p, slice(0, tokens), x.shape[-1]).view(x.shape)
         low = x * keep / (1.0 - dropout_p) if dropout_p < 1.0 else x * 0.0
     return linear(x, w, bias) + scale * linear(linear(low, a.to(x.dtype)), b.to(x.dtype))
 
@@ -132,16 +132,17 @@ def _prepare(operands: Operands) -> Operands:
     return operands
 
 
-def _results(case: LinearCase, backend: str, sample: int) -> list[dict[str, Tensor]]:
-    """Ours, plain torch's in the same dtype, and the fp64 reference, for one draw of the operands."""
+def _results(case: LinearCase, backend: str, device: torch.device, sample: int) -> list[dict[str, Tensor]]:
+    """Ours, plain torch's in the same dtype, and the fp64 reference (on the CPU), for one draw of the operands."""
     settings = {"scale": case.scale, "dropout_p": case.dropout_p, "seed": case.seed}
 
     def run(function: Callable[..., Tensor], o: Operands, **more: str) -> Tensor:
         return function(o.x, o.w, o.a, o.b, bias=o.bias, **settings, **more)
 
-    given = make_operands(case, 2 * sample)
-    ours, theirs, exact = _prepare(given.clone()), _prepare(given.clone()), _prepare(given.to(torch.float64))
-    other = _prepare(make_operands(case, 2 * sample + 1))
+    exact = _prepare(make_operands(case, 2 * sample).to(torch.float64))
+    given = make_operands(case, 2 * sample).to(device)
+    ours, theirs = _prepare(given.clone()), _prepare(given.clone())
+    other = _prepare(make_operands(case, 2 * sample + 1).to(device))
     run(functional.lora_linear, other, backend=backend)
     y = run(functional.lora_linear, ours, backend=backend)
     run(functional.lora_linear, other, backend=backend)
@@ -149,10 +150,11 @@ def _results(case: LinearCase, backend: str, sample: int) -> list[dict[str, Tens
     for name, before in vars(given).items():
         after = getattr(ours, name)
         assert before is None or torch.equal(before, after.detach()), f"{name}: the operand was written"
-    return [actual, *(gradients(run(plain_lora_linear, o), o) for o in (theirs, exact))]
+    found = [actual, *(gradients(run(plain_lora_linear, o), o) for o in (theirs, exact))]
+    return [{name: tensor.cpu() for name, tensor in tensors.items()} for tensors in found]
 
 
-def check_linear(case: LinearCase, backend: str = "eager") -> dict[str, Tensor]:
+def check_linear(case: LinearCase, backend: str = "eager", device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Assert y, dx, da, db and dbias of one case by the three-way rule, and return them, one sample behind another.
 
     The message starts with the tensor's name. Also asserted: dtypes and shapes; that no gradient is zero where the
@@ -162,7 +164,7 @@ def check_linear(case: LinearCase, backend: str = "eager") -> dict[str, Tensor]:
     # draw of five; over this many numbers the errors of two right results are within a factor of two
     tokens = math.prod(case.leading)
     samples = -(-32 // (tokens * case.R)) if tokens else 1
-    drawn = [_results(case, backend, sample) for sample in range(samples)]
+    drawn = [_results(case, backend, torch.device(device), sample) for sample in range(samples)]
     actual, same_dtype, reference = (
         {name: torch.stack([r[i][name] for r in drawn]) for name in drawn[0][i]} for i in range(3)
     )

@@ -1,0 +1,155 @@
+"""Kernel configurations: which exist, and what is legal. The compile-only tests build every one of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from lorafuse.plan.device import DEVICES, DeviceSpec
+from lorafuse.plan.problem import Problem
+
+__all__ = ["KernelConfig", "candidates", "every_config", "illegal", "padded_rank", "shared_memory"]
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """How one kernel runs. Sizes the kernel does not have are 0.
+
+    fwd and dx compute tiles of `block_m` rows and `block_n` columns in reduction steps of `block_k`; xa has no block_n;
+    dyb_db and da own `block_n` columns and walk `1 / splits` of the rows in steps of `block_m`; reduce sums `block_n`
+    numbers a program. `block_r` ranks are taken at a time. `form` is how fwd and dx read: "tma" (persistent, tensor
+    descriptors) or "pointer". `single`: fwd computes xa too.
+    """
+
+    kernel: str
+    form: str
+    block_m: int
+    block_n: int
+    block_k: int
+    block_r: int
+    stages: int
+    warps: int
+    group_m: int = 8
+    splits: int = 1
+    single: bool = False
+
+
+# (block_m, block_n, block_k, stages, warps) of fwd and dx, best first where all fill the GPU. Chosen by what compiles
+# without spills (Triton 3.6, 2026-11-24); no speed was measured yet.
+_TMA = ((128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4))
+_TMA_SMALL_SMEM = ((128, 128, 32, 3, 8), (64, 128, 32, 4, 4), (64, 64, 64, 3, 4))
+_POINTER = ((128, 128, 32, 4, 8), (64, 128, 32, 4, 4), (64, 64, 32, 4, 4))
+_FP32 = ((64, 64, 32, 3, 4), (32, 64, 32, 3, 4))
+# ranks that fwd and dx take at a time: at 64 the tiles of a and b no longer fit beside the pipeline's buffers
+_MAX_BLOCK_R = 32
+# a single kernel walks x for all ranks at once, in the registers of one tile
+_MAX_SINGLE_R = 64
+# fp32 accumulators in the registers of one thread, of 255: above this all shapes spilled
+_MAX_ACCUMULATORS = 128
+
+
+def padded_rank(R: int) -> int:
+    """The power of two, at least 16, that holds R ranks: tensor cores multiply no less."""
+    return max(16, 1 << (R - 1).bit_length())
+
+
+def shared_memory(config: KernelConfig, itemsize: int) -> int:
+    """Bytes of shared memory that a program needs, at most: the pipeline's buffers, and staging of stores and ranks."""
+    c = config
+    ranks = (c.block_m + c.block_n) * c.block_r * itemsize
+    if c.kernel in ("fwd", "dx"):
+        # stores through a descriptor are staged in halves
+        staging = c.block_m * c.block_n // 2 * itemsize if c.form == "tma" else 0
+        return c.stages * (c.block_m + c.block_n) * c.block_k * itemsize + staging + 2 * ranks + 1024
+    if c.kernel == "xa":
+        # a may be fp32, and a masked x passes through shared memory once more
+        return c.stages * (c.block_m * itemsize + c.block_r * 4) * c.block_k + c.block_m * c.block_k * 4
+    if c.kernel in ("dyb_db", "da"):
+        # dy is staged as it is and transposed, with the partial of dyb in fp32
+        return (c.stages + 2) * c.block_m * c.block_n * itemsize + 2 * ranks + c.block_m * c.block_r * 4
+    return 0
+
+
+def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
+    """Why a configuration cannot run a problem on a device; "" when it can. The one statement of what is legal."""
+    c = config
+    sizes = [s for s in (c.block_m, c.block_n, c.block_k, c.block_r) if s]
+    if any(size & (size - 1) for size in sizes) or (c.block_r and c.block_r < 16):
+        return f"block sizes {sizes} must be powers of two, and of the rank at least 16"
+    if c.form == "tma":
+        if device.arch < 90:
+            return f"TMA needs sm_90, {device.name} is sm_{device.arch}"
+        if problem.itemsize != 2:
+            return f"the TMA form is for 16-bit dtypes, not {problem.dtype}"
+        if not problem.aligned or any(size * problem.itemsize % 16 for size in (problem.N, problem.K)):
+            return "TMA needs rows that start on 16-byte boundaries"
+    if c.single and (c.form != "tma" or problem.R > _MAX_SINGLE_R):
+        return f"the single kernel needs the TMA form and R <= {_MAX_SINGLE_R}"
+    accumulators = c.block_m * c.block_n if c.kernel in ("fwd", "dx") else max(c.block_m, c.block_n) * c.block_r
+    if c.kernel == "dx" and problem.dropout:
+        # the masked low-rank product has accumulators of its own
+        accumulators *= 2
+    if accumulators > _MAX_ACCUMULATORS * 32 * c.warps:
+        return f"{accumulators} accumulators do not fit the registers of {c.warps} warps"
+    needed = shared_memory(c, problem.itemsize)
+    if needed > device.smem_per_block:
+        return f"{needed} bytes of shared memory are more than the {device.smem_per_block} of {device.name}"
+    return ""
+
+
+def _tiles(problem: Problem, device: DeviceSpec) -> Iterator[tuple[str, tuple[int, int, int, int, int]]]:
+    if problem.itemsize == 4:
+        yield from (("pointer", tile) for tile in _FP32)
+    else:
+        yield from (("tma", tile) for tile in (_TMA_SMALL_SMEM if device.arch >= 120 else _TMA))
+        yield from (("pointer", tile) for tile in _POINTER)
+
+
+def _skinny(kernel: str, problem: Problem, device: DeviceSpec) -> Iterator[KernelConfig]:
+    """xa, dyb_db and da: memory-bound, so tiles are chosen for how many programs they give."""
+    fp32 = problem.itemsize == 4
+    rank = padded_rank(problem.R)
+    if kernel == "xa":
+        for block_m in (64, 32, 16):
+            block_r = min(rank, 256)
+            yield KernelConfig(
+                "xa", "pointer", block_m, 0, 32 if fp32 or block_r == 256 else 64, block_r, 3, 8 if block_r > 64 else 4
+            )
+        return
+    columns = problem.N if kernel == "dyb_db" else problem.K
+    block_m, block_r = 32 if fp32 else 64, min(rank, 64)
+    for block_n in (128, 64):
+        programs = -(-columns // block_n) * -(-problem.R // block_r)
+        # about three programs on every SM
+        splits = max(1, min(-(-3 * device.sms // programs), -(-problem.M // block_m)))
+        yield KernelConfig(
+            kernel, "pointer", block_m, block_n, 0, block_r, 3, 8 if block_n == 128 else 4, splits=splits
+        )
+
+
+def candidates(kernel: str, problem: Problem, device: DeviceSpec) -> tuple[KernelConfig, ...]:
+    """The legal configurations of a kernel ("xa", "fwd", "dyb_db", "reduce", "dx", "da") for a problem."""
+    if kernel == "reduce":
+        return (KernelConfig("reduce", "pointer", 0, 1024, 0, 0, 1, 4),)
+    if kernel in ("fwd", "dx"):
+        block_r = min(padded_rank(problem.R), _MAX_BLOCK_R)
+        found = [KernelConfig(kernel, form, *tile[:3], block_r, *tile[3:]) for form, tile in _tiles(problem, device)]
+        if kernel == "fwd":
+            found += [replace(config, single=True) for config in found if config.form == "tma"]
+    else:
+        found = list(_skinny(kernel, problem, device))
+    return tuple(config for config in found if not illegal(config, problem, device))
+
+
+def every_config(arch: int) -> tuple[tuple[KernelConfig, str], ...]:
+    """Every configuration and dtype that the planner can emit for an architecture, `splits` left at 1 (it is no part of
+    what is compiled)."""
+    device = next(d for d in DEVICES.values() if d.arch == arch)
+    found = set()
+    for dtype in ("bfloat16", "float16", "float32"):
+        for R in (16, 32, 64, 128, 256):
+            for aligned in (True, False):
+                for dropout in (True, False):
+                    problem = Problem(8192, 4096, 4096, R, dtype, "float32", dropout=dropout, aligned=aligned)
+                    for kernel in ("xa", "fwd", "dyb_db", "reduce", "dx", "da"):
+                        for config in candidates(kernel, problem, device):
+                            found.add((replace(config, splits=1), dtype))
+    return tuple(sorted(found, key=str))

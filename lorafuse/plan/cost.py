@@ -1,0 +1,218 @@
+"""A model of what each way to run a LoRA linear costs. It ranks; it does not measure, and its users print "model".
+
+Products take waves of tiles at the rate that large products sustain, or the time of their bytes where that is longer;
+everything else is passes over x, y, dy or dx at the bandwidth that copies sustain, and 2 us between dependent kernels.
+At M 8192, K = N 4096, R 16, bf16 on an H200 it gives the rows that docs/performance.md compares with measurements.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorafuse.plan.config import KernelConfig, padded_rank
+from lorafuse.plan.device import DeviceSpec
+from lorafuse.plan.problem import Problem
+
+__all__ = ["BASELINES", "Part", "eager", "frozen", "kernel_seconds", "total", "triton_linear"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Modelled seconds of one step."""
+
+    name: str
+    seconds: float
+
+
+# between kernels that depend on each other, on the device (assumed; hopper launches overlap at best 2 to 4 us)
+_GAP = 2e-6
+# of the host for one launch: an ATen operator, a Triton kernel with its Python launcher (assumed, not measured here)
+_HOST = {"aten": 5e-6, "triton": 15e-6}
+# what a tile reaches of the sustained rate, by its area (assumed, after published ablations of Hopper kernels)
+_TILE = {128 * 256: 1.0, 128 * 128: 0.92, 64 * 128: 0.8, 64 * 64: 0.65, 32 * 64: 0.45}
+_CUBLAS_TILES = ((128, 256), (128, 128), (64, 128), (64, 64))
+# what Triton's main loop reaches of cuBLAS: persistent with descriptors 0.97 to 1.0 published for Hopper; pointers feed
+# Hopper's tensor cores through cp.async and keep up on older GPUs (assumed)
+_FORM = {"tma": 0.97, "pointer": 0.97}
+_POINTER_ON_HOPPER = 0.85
+# fp32 without tf32 runs on the CUDA cores: 1/16 of the bf16 rate (datasheets of A100 to B200: 1/15 to 1/16)
+_FP32 = 1 / 16
+# bytes/s that one SM streams: 64 B a clock at 1.7 GHz
+_SM_BANDWIDTH = 110e9
+# Philox 4x32-10: 100 integer operations give four words; an SM does 64 a clock at 1.7 GHz
+_MASK_PER_ELEMENT, _SM_INTEGERS = 25, 64 * 1.7e9
+# in torch's integer operations a mask is about 40 operators that read and write int64 (counted in lorafuse.philox)
+_MASK_PASSES, _MASK_BYTES = 40, 16
+
+
+def _product(
+    M: int, N: int, K: int, tile: tuple[int, int], share: float, problem: Problem, device: DeviceSpec
+) -> float:
+    """Seconds of an `[M, K] x [K, N]` product in tiles; `share` of the sustained rate."""
+    rate = device.sustained_flops / device.sms * share * (_FP32 if problem.itemsize == 4 else 1.0)
+    waves = math.ceil(math.ceil(M / tile[0]) * math.ceil(N / tile[1]) / device.sms)
+    moved = (M * K + N * K + M * N) * problem.itemsize
+    return max(waves * 2 * tile[0] * tile[1] * K / rate, moved / device.sustained_bandwidth)
+
+
+def _cublas(M: int, N: int, K: int, problem: Problem, device: DeviceSpec) -> float:
+    return min(_product(M, N, K, t, _TILE[t[0] * t[1]], problem, device) for t in _CUBLAS_TILES)
+
+
+def _pass(elements: int, problem: Problem, device: DeviceSpec, programs: int = 1 << 30) -> float:
+    """Seconds to read or write so many elements, by so many programs."""
+    return elements * problem.itemsize / min(device.sustained_bandwidth, programs * _SM_BANDWIDTH)
+
+
+def _mask(problem: Problem, device: DeviceSpec) -> float:
+    """Seconds of one dropout mask in registers; four neighbours share the work where K is a multiple of 4."""
+    if not problem.dropout:
+        return 0.0
+    operations = problem.M * problem.K * _MASK_PER_ELEMENT * (1 if problem.K % 4 == 0 else 4)
+    return operations / (device.sms * _SM_INTEGERS)
+
+
+def _aten_mask(problem: Problem, device: DeviceSpec) -> list[Part]:
+    if not problem.dropout:
+        return []
+    moved = problem.M * problem.K * _MASK_BYTES * _MASK_PASSES
+    return [Part("dropout mask in torch operators", moved / device.sustained_bandwidth)]
+
+
+def total(parts: Sequence[Part]) -> float:
+    """Seconds of all parts."""
+    return sum(part.seconds for part in parts)
+
+
+def _in_a_row(parts: list[Part], host: str) -> tuple[Part, ...]:
+    """`parts` with the gaps between them, and the wait for a host that launches more slowly than they run."""
+    waiting = len(parts) * _HOST[host] - total(parts)
+    if len(parts) > 1:
+        parts = [*parts, Part("launch gaps", (len(parts) - 1) * _GAP)]
+    return (*parts, Part("waiting for the host", waiting)) if waiting > 0 else tuple(parts)
+
+
+def frozen(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
+    """The layer without an adapter: y forward, dx backward."""
+    M, N, K = problem.M, problem.N, problem.K
+    if problem.gradients:
+        return _in_a_row([Part("dx = dy w", _cublas(M, K, N, problem, device))], "aten")
+    return _in_a_row([Part("y = x wᵀ", _cublas(M, N, K, problem, device))], "aten")
+
+
+def _passes(problem: Problem, device: DeviceSpec) -> tuple[float, float]:
+    """Seconds of one pass over an [M, K] and over an [M, N] matrix."""
+    return _pass(problem.M * problem.K, problem, device), _pass(problem.M * problem.N, problem, device)
+
+
+def eager(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
+    """Our eager backend: low-rank product first, base GEMM accumulated onto it, so that its read of y is hidden."""
+    over_k, over_n = _passes(problem, device)
+    base = frozen(problem, device)[0].seconds
+    mask = _aten_mask(problem, device)
+    wanted = problem.gradients
+    if not wanted:
+        parts = [*mask, Part("xa = x aᵀ", over_k), Part("y = xa bᵀ", over_n), Part("y += x wᵀ", base)]
+        return _in_a_row(parts, "aten")
+    parts = [Part("dyb = dy b", over_n), *mask] if "dx" in wanted or "da" in wanted else []
+    if "dx" in wanted:
+        parts += [Part("dx = dyb a", over_k), Part("dx += dy w", base)]
+    if "da" in wanted:
+        parts.append(Part("da = dybᵀ x", over_k))
+    if "db" in wanted:
+        parts.append(Part("db = dyᵀ xa", over_n))
+    if "dbias" in wanted:
+        parts.append(Part("dbias = Σ dy", over_n))
+    return _in_a_row(parts, "aten")
+
+
+def _addmm(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
+    """GEMM and `addmm_` as Unsloth and others do: xa is not saved, and dy b is computed for da and for dx."""
+    over_k, over_n = _passes(problem, device)
+    base = frozen(problem, device)[0]
+    if not problem.gradients:
+        return _in_a_row([base, Part("xa = x aᵀ", over_k), Part("y.addmm_(xa, bᵀ)", 2 * over_n)], "aten")
+    adapters = [Part("dy b", over_n), Part("da", over_k), Part("xa again", over_k), Part("db", over_n)]
+    return _in_a_row([*adapters, base, Part("dy b again", over_n), Part("dx.addmm_(dyb, a)", 2 * over_k)], "aten")
+
+
+def _peft(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
+    """PEFT with adapters in the base's dtype, run by autograd; as shipped, with fp32 adapters, it moves more."""
+    over_k, over_n = _passes(problem, device)
+    base = frozen(problem, device)[0]
+    if not problem.gradients:
+        low = [Part("xa", over_k), Part("xa bᵀ", over_n), Part("times scale", 2 * over_n)]
+        return _in_a_row([base, *low, Part("sum", 3 * over_n)], "aten")
+    low = [Part("dy times scale", 2 * over_n), Part("dyb", over_n), Part("db", over_n)]
+    low += [Part("da", over_k), Part("dyb a", over_k)]
+    return _in_a_row([*low, base, Part("sum", 3 * over_k)], "aten")
+
+
+BASELINES = {"frozen": frozen, "addmm_": _addmm, "PEFT, bf16 adapters": _peft}
+
+
+def kernel_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
+    """Seconds of one Triton kernel of the plan."""
+    c, (M, N, K, R) = config, (problem.M, problem.N, problem.K, problem.R)
+    if c.kernel in ("fwd", "dx"):
+        share = _TILE[c.block_m * c.block_n] * _FORM[c.form]
+        if c.form == "pointer" and device.arch >= 90 and problem.itemsize == 2:
+            share *= _POINTER_ON_HOPPER
+        columns, reduction = (N, K) if c.kernel == "fwd" else (K, N)
+        tile = c.block_m, c.block_n
+        seconds = _product(M, columns, reduction + padded_rank(R), tile, share, problem, device)
+        if c.single:
+            return seconds + _xa_beside(c, problem, device)
+        return seconds + (_mask(problem, device) if c.kernel == "dx" else 0.0)
+    if c.kernel == "reduce":
+        # its bytes are counted with the kernels that wrote the partials
+        return 0.0
+    rank_tiles = math.ceil(R / c.block_r)
+    if c.kernel == "xa":
+        programs = math.ceil(M / c.block_m) * rank_tiles
+        return _pass(M * K * rank_tiles, problem, device, programs) + rank_tiles * _mask(problem, device)
+    columns = N if c.kernel == "dyb_db" else K
+    programs = math.ceil(columns / c.block_n) * c.splits * rank_tiles
+    partials = c.splits * columns * R + (math.ceil(N / c.block_n) * M * R if c.kernel == "dyb_db" else 0)
+    mask = _mask(problem, device) * rank_tiles if c.kernel == "da" else 0.0
+    # partials are fp32: written by this kernel, read by the next
+    return (
+        _pass(M * columns * rank_tiles, problem, device, programs)
+        + 2 * partials * 4 / device.sustained_bandwidth
+        + mask
+    )
+
+
+def _xa_beside(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
+    """What the xa items of a single kernel add: nothing where they fit the slack of the last wave."""
+    items = math.ceil(problem.M / config.block_m)
+    tiles = items * math.ceil(problem.N / config.block_n)
+    programs = min(device.sms, tiles)
+    item = config.block_m * problem.K * problem.itemsize / _SM_BANDWIDTH + _mask(problem, device) * programs / items
+    tile = 2 * config.block_m * config.block_n * problem.K / (device.sustained_flops / device.sms)
+    slack = -tiles % programs
+    if slack and math.ceil(items / slack) * item <= tile:
+        return 0.0
+    return math.ceil(items / programs) * item
+
+
+_WHAT = {
+    "xa": "xa = x aᵀ",
+    "fwd": "y = x wᵀ + xa bᵀ",
+    "dyb_db": "dyb, db from one read of dy",
+    "dx": "dx = dy w + dyb a",
+    "da": "da = dybᵀ x",
+}
+
+
+def triton_linear(configs: Sequence[KernelConfig], problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
+    """The Triton kernels of a plan, in the order in which they run."""
+    parts = []
+    for config in configs:
+        if config.kernel == "reduce":
+            continue
+        parts.append(Part(_WHAT[config.kernel], kernel_seconds(config, problem, device)))
+        if config.kernel in ("dyb_db", "da"):
+            # its bytes are counted with the kernel that wrote the partials
+            parts.append(Part("sum of partials", 0.0))
+    return _in_a_row(parts, "triton")

@@ -1,0 +1,218 @@
+"""What the compiler makes of every kernel configuration that the planner can emit, on a machine without a GPU.
+
+    python -m lorafuse.testing.compile_only sm_90 [--part 0/4] [--all] [--json FILE]
+
+The kernels' own launchers run on meta tensors behind a driver that knows a target and launches nothing, so that what
+is compiled is what a GPU would be given, specializations included. Registers, stack and instructions are read from the
+binary with the cuobjdump and nvdisasm of the Triton wheel.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from lorafuse.kernels import linear_bwd, linear_fwd
+from lorafuse.plan import KernelConfig
+from lorafuse.plan.config import every_config
+
+__all__ = ["TARGETS", "Resources", "Variant", "compile_variant", "variants"]
+
+# name: (compiler target, architecture whose configurations the planner would use)
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 80),
+    "sm_89": (GPUTarget("cuda", 89, 32), 89),
+    "sm_90": (GPUTarget("cuda", 90, 32), 90),
+    "sm_100": (GPUTarget("cuda", 100, 32), 100),
+    "sm_120": (GPUTarget("cuda", 120, 32), 120),
+    # no plan is made for AMD GPUs; this keeps the kernels' source compilable for them
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 89),
+}
+# matrix instructions by what each architecture calls them
+_INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "FFMA", "v_mfma")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialization of a kernel: its configuration, and what the operands make of it."""
+
+    config: KernelConfig
+    dtype: str
+    adapter_dtype: str = "float32"
+    dropout: bool = False
+    rank_tiles: int = 1
+    aligned: bool = True
+
+    @property
+    def name(self) -> str:
+        c = self.config
+        tile = "x".join(str(size) for size in (c.block_m, c.block_n, c.block_k) if size)
+        parts = [c.kernel, c.form, tile, f"r{c.block_r * self.rank_tiles}", f"{c.stages}stages", f"{c.warps}warps"]
+        parts += [self.dtype, "" if self.adapter_dtype == "float32" else f"adapter-{self.adapter_dtype}"]
+        parts += ["single" if c.single else "", "dropout" if self.dropout else "", "" if self.aligned else "unaligned"]
+        return " ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Registers and stack bytes of a thread, shared memory of a program in bytes, instructions by name."""
+
+    registers: int
+    stack: int
+    shared: int
+    instructions: dict[str, int]
+
+
+def variants(target: str, everything: bool) -> list[Variant]:
+    """All specializations of a target's configurations; without `everything` only those whose resources differ.
+
+    Those are bfloat16 and float32 with fp32 adapters, which hold more registers than adapters of half the size.
+    """
+    found = []
+    for config, dtype in every_config(TARGETS[target][1]):
+        if not everything and dtype == "float16":
+            continue
+        adapters = ("float32", dtype) if everything and dtype != "float32" else ("float32",)
+        if config.kernel in ("da", "reduce"):
+            adapters = ("float32",)
+        masks = (False, True) if config.kernel in ("xa", "dx", "da") or config.single else (False,)
+        ranks = (1, 2) if config.kernel in ("fwd", "dx") and config.block_r == 32 else (1,)
+        alignments = (True,) if config.form == "tma" or config.kernel == "reduce" else (True, False)
+        found += [
+            Variant(config, dtype, adapter, dropout, rank, aligned)
+            for adapter in adapters
+            for dropout in masks
+            for rank in ranks
+            for aligned in alignments
+        ]
+    return sorted(set(found), key=lambda v: v.name)
+
+
+class _Offline:
+    """A driver of no device: the compiler asks it for the target, and nobody launches."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+@contextlib.contextmanager
+def _compiling(target: GPUTarget) -> Iterator[list[Any]]:
+    """Launches within it compile and do not run; yields the list that receives the compiled kernels."""
+    compiled: list[Any] = []
+    run: Callable[..., Any] = JITFunction.run
+
+    def compile_it(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append(kernel)
+        return kernel
+
+    driver.set_active(_Offline(target))
+    JITFunction.run = compile_it
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+
+
+def compile_variant(variant: Variant, target: str) -> Resources:
+    """Compile one specialization for a target of `TARGETS` and read what it needs."""
+    with _compiling(TARGETS[target][0]) as compiled:
+        _launch(variant)
+    (kernel,) = compiled
+    return _resources(kernel)
+
+
+def _launch(variant: Variant) -> None:
+    c, dtype = variant.config, getattr(torch, variant.dtype)
+    # odd sizes and strides are what a problem of no alignment specializes on
+    m, n, k = (8192, 4096, 4096) if variant.aligned else (8191, 4097, 4095)
+    r = (c.block_r or 16) * variant.rank_tiles
+
+    def tensor(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    adapter = getattr(torch, variant.adapter_dtype)
+    x, w, dy, xa = tensor(m, k), tensor(n, k), tensor(m, n), tensor(m, r)
+    a, b = tensor(r, k, of=adapter), tensor(n, r, of=adapter)
+    seed = tensor(1, of=torch.int64) if variant.dropout else None
+    p, programs = (0.1 if variant.dropout else 0.0), 132
+    if c.kernel == "xa":
+        linear_fwd.lora_xa(x, a, seed, p, c)
+    elif c.kernel == "fwd":
+        xa_given = None if c.single else xa
+        linear_fwd.lora_linear_fwd(x, w, tensor(n), a, b, seed, 2.0, p, xa_given, programs, c)
+    elif c.kernel == "dyb_db":
+        linear_bwd.lora_dyb_db_partials(dy, b, xa, True, True, c)
+    elif c.kernel == "dx":
+        linear_bwd.lora_linear_dx(dy, w, a, xa, seed, p, programs, c)
+    elif c.kernel == "da":
+        linear_bwd.lora_da_partials(x, xa, seed, p, c)
+    else:
+        part = tensor(8, m, r, of=torch.float32)
+        linear_bwd.sum_partials([(part, xa, 2.0), (part, tensor(m, r, of=adapter), 1.0), (part, xa, 1.0)], c)
+
+
+def _resources(kernel: Any) -> Resources:
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        registers, stack = (int(re.search(p, text)[1]) for p in (r"\.vgpr_count:\s+(\d+)", r"; ScratchSize: (\d+)"))  # type: ignore[index]
+    else:
+        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            usage = _output(tools / "cuobjdump", "-res-usage", file.name)
+            text = _output(tools / "nvdisasm", "-c", file.name)
+        registers, stack, local = (int(re.search(p, usage)[1]) for p in (r"REG:(\d+)", r"STACK:(\d+)", r"LOCAL:(\d+)"))  # type: ignore[index]
+        stack += local
+    instructions = {name: len(re.findall(rf"\b{name}", text)) for name in _INSTRUCTIONS}
+    return Resources(registers, stack, kernel.metadata.shared, {k: v for k, v in instructions.items() if v})
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--part", default="0/1", help="of the specializations, by a hash of their names: 0/4 … 3/4")
+    parser.add_argument("--all", action="store_true", help="every dtype, not only those whose resources differ")
+    parser.add_argument("--json", type=Path, help="write {name: resources} there")
+    args = parser.parse_args()
+    part, parts = map(int, args.part.split("/"))
+    chosen = [v for v in variants(args.target, args.all) if zlib.crc32(v.name.encode()) % parts == part]
+    table = {}
+    for i, variant in enumerate(chosen):
+        table[variant.name] = found = asdict(compile_variant(variant, args.target))
+        print(f"[{i + 1}/{len(chosen)}] {args.target} {variant.name}: {found}", file=sys.stderr)
+    if args.json:
+        args.json.write_text(json.dumps(table, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

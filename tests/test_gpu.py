@@ -1,0 +1,195 @@
+"""What only a GPU shows (T6): streams, CUDA graphs, compiled graphs, checkpointing, devices, memory, large offsets."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from lorafuse.backends import base
+from lorafuse.functional import lora_linear, plan_linear
+from lorafuse.testing.check_linear import LinearCase, gradients, make_operands
+from lorafuse.testing.numerics import relative_l2, tolerance
+
+pytestmark = [pytest.mark.gpu, pytest.mark.no_poison]
+BACKENDS = ("eager", "triton")
+by_backend = pytest.mark.parametrize("backend", BACKENDS)
+# several tiles on every SM in forward, and several splits of the rows in backward
+CASE = LinearCase(leading=(1000,), N=1536, K=1024, R=16, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+
+
+def operands(case=CASE, device="cuda", seed=0):
+    found = make_operands(case, seed).to(torch.device(device))
+    for tensor in (found.x, found.a, found.b, found.bias):
+        tensor.requires_grad_()
+    return found
+
+
+def run(o, backend, dropout_p=0.0, seed=3):
+    return lora_linear(
+        o.x, o.w, o.a, o.b, bias=o.bias, scale=1.7, dropout_p=dropout_p, seed=seed if dropout_p else None,
+        backend=backend,
+    )  # fmt: skip
+
+
+def results(o, backend, dropout_p=0.0):
+    return gradients(run(o, backend, dropout_p), o)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_triton_agrees_with_eager(dtype, dropout_p):
+    case = LinearCase(leading=(1000,), N=1536, K=1024, R=16, dtype=dtype, adapter_dtype=torch.float32)
+    o = operands(case)
+    eager = results(o, "eager", dropout_p)
+    for name, tensor in results(o, "triton", dropout_p).items():
+        assert relative_l2(tensor, eager[name]) < tolerance(dtype), name
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_a_hundred_runs_are_bitwise_equal(dropout_p):
+    o = operands()
+    first = results(o, "triton", dropout_p)
+    for _ in range(100):
+        for name, tensor in results(o, "triton", dropout_p).items():
+            assert torch.equal(tensor, first[name]), name
+
+
+@by_backend
+def test_two_streams_at_once(backend):
+    """The same layer on two streams, many times, while both are busy: nothing is shared between the calls."""
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    given = [operands(seed=s) for s in range(2)]
+    expected = [results(o, backend) for o in given]
+    torch.cuda.synchronize()
+    found = [[], []]
+    for _ in range(20):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                found[i].append(results(given[i], backend))
+    torch.cuda.synchronize()
+    for i in range(2):
+        for one in found[i]:
+            for name, tensor in one.items():
+                assert torch.equal(tensor, expected[i][name]), name
+
+
+@by_backend
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_a_cuda_graph_replays_with_new_data(backend, dropout_p):
+    o = operands()
+    seed = torch.tensor([3], device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            gradients(run(o, backend, dropout_p, seed), o)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(run(o, backend, dropout_p, seed), o)
+    other = operands(seed=1)
+    with torch.no_grad():
+        for name in ("x", "a", "b", "bias", "dy", "w"):
+            getattr(o, name).copy_(getattr(other, name))
+        seed.fill_(4)
+    for _ in range(3):
+        graph.replay()
+    expected = gradients(run(o, backend, dropout_p, torch.tensor([4], device="cuda")), o)
+    for name, tensor in captured.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(backend, dynamic):
+    compiled = torch.compile(lambda o: run(o, backend).square(), fullgraph=True, dynamic=dynamic)
+    o = operands()
+    expected = gradients(run(o, backend).square(), o)
+    for name, tensor in gradients(compiled(o), o).items():
+        assert relative_l2(tensor, expected[name]) < tolerance(torch.bfloat16), name
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_with_dropout(reentrant):
+    o = operands()
+    torch.manual_seed(0)
+    plain = gradients(lora_linear(o.x, o.w, o.a, o.b, bias=o.bias, dropout_p=0.1, backend="triton"), o)
+    torch.manual_seed(0)
+
+    def layer(x):
+        return lora_linear(x, o.w, o.a, o.b, bias=o.bias, dropout_p=0.1, backend="triton")
+
+    again = checkpoint(layer, o.x, use_reentrant=reentrant)
+    if reentrant:
+        again.backward(o.dy)
+        found = {"y": again.detach(), "dx": o.x.grad, "da": o.a.grad, "db": o.b.grad, "dbias": o.bias.grad}
+    else:
+        found = gradients(again, o)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, plain[name]), name
+
+
+@by_backend
+def test_nothing_waits_for_the_gpu(backend):
+    o = operands()
+    results(o, backend, 0.1)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(lora_linear(o.x, o.w, o.a, o.b, bias=o.bias, dropout_p=0.1, backend=backend), o)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@by_backend
+def test_another_device_than_the_current_one(backend):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    first, second = results(operands(), backend), results(operands(device="cuda:1"), backend)
+    for name, tensor in second.items():
+        assert tensor.device.index == 1
+        assert torch.equal(tensor.cpu(), first[name].cpu()), name
+
+
+@by_backend
+def test_offsets_beyond_2_to_the_31(backend):
+    """Rows of x and dx past 2³¹ elements, read and written at the end as at the start."""
+    M, K, N, R = 2**31 // 4096 + 300, 4096, 64, 8
+    free, _ = torch.cuda.mem_get_info()
+    if free < 30 * 2**30:
+        pytest.skip(f"needs 30 GiB of free GPU memory, {free / 2**30:.0f} are free")
+    x = torch.zeros(M, K, dtype=torch.bfloat16, device="cuda")
+    x[-300:] = torch.randn(300, K, device="cuda")
+    x[:300] = x[-300:]
+    w, a, b = (torch.randn(s, device="cuda").bfloat16() / 8 for s in ((N, K), (R, K), (N, R)))
+    x.requires_grad_()
+    y = lora_linear(x, w, a.requires_grad_(), b.requires_grad_(), backend=backend)
+    assert torch.equal(y[-300:], y[:300])
+    assert y[-300:].count_nonzero() > 0
+    dy = torch.randn(300, N, device="cuda").bfloat16()
+    full = torch.zeros_like(y)
+    full[-300:] = full[:300] = dy
+    dx, da, _ = torch.autograd.grad(y, (x, a, b), full)
+    assert torch.equal(dx[-300:], dx[:300])
+    assert dx[-300:].count_nonzero() > 0
+    expected = 2 * (dy.double() @ b.double()).t() @ x[:300].detach().double()
+    assert relative_l2(da, expected) < tolerance(torch.bfloat16)
+
+
+@by_backend
+def test_memory_beyond_the_frozen_layer(backend):
+    """Forward keeps xa and nothing else; backward's partials are gone afterwards."""
+    o = operands()
+    results(o, backend)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    y = run(o, backend)
+    kept = torch.cuda.memory_allocated() - before
+    xa_bytes = o.x.shape[0] * o.a.shape[0] * 2
+    assert kept <= y.numel() * 2 + xa_bytes + 2048
+
+
+def test_the_plan_says_why():
+    o = operands()
+    plan = plan_linear(o.x, o.w, o.a)
+    assert plan.backend in base.BACKENDS
+    assert any("model" in reason or "measured" in reason for reason in plan.reasons)

@@ -1,0 +1,226 @@
+"""Triton kernels behind the operator (T2; on a GPU, T6): every tensor by name against fp64, in each form of the kernels.
+
+On a machine without a GPU they run in Triton's interpreter, planned as for an H200 (TMA) and for an A100 (pointers).
+"""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lorafuse.backends import base
+from lorafuse.backends import triton as backend
+from lorafuse.functional import lora_linear
+from lorafuse.philox import keep_mask
+from lorafuse.testing.cases import UGLY_M, UGLY_NK, UGLY_R
+from lorafuse.testing.check_linear import GATE, LinearCase, check_linear, make_operands
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if ON_GPU else ())
+# (N, K) of which TMA can read every row
+ALIGNED_NK = ((96, 64), (72, 136), (264, 72))
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@pytest.fixture(params=["tma"] if ON_GPU else ["tma", "pointer"])
+def form(request, monkeypatch):
+    """Plans of a GPU whose kernels take this form where the problem allows it."""
+    if not ON_GPU:
+        monkeypatch.setattr(backend, "_INTERPRETED_AS", {"tma": "H200", "pointer": "A100"}[request.param])
+    return request.param
+
+
+@pytest.fixture
+def single(monkeypatch):
+    """Forward in one kernel, which no plan chooses before it was measured; yields the configurations that ran."""
+    ran = []
+
+    def force(*args):
+        plan = select(*args)
+        configs = tuple(replace(c, single=c.kernel == "fwd" and c.form == "tma") for c in plan.configs)
+        ran.extend(c for c in configs if c.single)
+        return replace(plan, configs=configs)
+
+    select = backend.select
+    monkeypatch.setattr(backend, "select", force)
+    return ran
+
+
+def check(case):
+    return check_linear(case, "triton", DEVICE)
+
+
+def allowed(case):
+    """The case in a dtype that runs here."""
+    if case.dtype is torch.bfloat16 and not ON_GPU:
+        return replace(case, dtype=torch.float16)
+    return case
+
+
+@pytest.mark.parametrize("case", GATE, ids=range(len(GATE)))
+def test_gate(case, form):
+    check(allowed(case))
+
+
+@by_dtype
+@pytest.mark.parametrize("R", UGLY_R)
+@pytest.mark.parametrize("M", UGLY_M)
+def test_every_size(M, R, dtype):
+    N, K = UGLY_NK[(M + UGLY_R.index(R)) % len(UGLY_NK)]
+    check(LinearCase(leading=(M,), N=N, K=K, R=R, dtype=dtype, bias=R % 2 == 0))
+
+
+@pytest.mark.parametrize("R", UGLY_R)
+@pytest.mark.parametrize("M", UGLY_M)
+def test_every_aligned_size(M, R, form):
+    N, K = ALIGNED_NK[(M + UGLY_R.index(R)) % len(ALIGNED_NK)]
+    check(LinearCase(leading=(M,), N=N, K=K, R=R, dtype=DTYPES[-1], bias=R % 2 == 0))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("R", [r for r in UGLY_R if r <= 64])
+@pytest.mark.parametrize("M", UGLY_M)
+def test_single_kernel(M, R, dropout_p, single):
+    if not ON_GPU or torch.cuda.get_device_capability() >= (9, 0):
+        N, K = ALIGNED_NK[(M + R) % len(ALIGNED_NK)]
+        check(LinearCase(leading=(M,), N=N, K=K, R=R, dtype=torch.float16, dropout_p=dropout_p))
+        assert (M == 0) == (not single)
+    else:
+        pytest.skip("the single kernel needs sm_90")
+
+
+@by_dtype
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9, 1.0, 2**-33])
+@pytest.mark.parametrize(("N", "K"), [(65, 96), (96, 67), (96, 64)])
+def test_dropout(N, K, dropout_p, dtype, form):
+    check(LinearCase(leading=(70,), N=N, K=K, R=6, dropout_p=dropout_p, dtype=dtype, base=K % 2))
+
+
+@pytest.mark.parametrize("K", [64, 67, 130])
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**40 + 7, 2**63 - 1])
+def test_the_mask_is_eagers_bit_for_bit(seed, K):
+    """With a = identity columns, xa is x masked; integers, so that nothing is rounded."""
+    M, p = 37, 0.3
+    x = torch.randint(1, 9, (M, K), device=DEVICE).half()
+    a, b = torch.eye(K, device=DEVICE).half(), torch.zeros(K, K, device=DEVICE).half()
+    _, xa = backend.linear_forward(x, a, None, a, b, torch.tensor([seed], device=DEVICE), 1.0, p)
+    keep = keep_mask(torch.tensor([seed], device=DEVICE), p, slice(0, M), K)
+    assert torch.equal(xa, x * keep)
+
+
+@pytest.mark.parametrize(("M", "N", "K", "R"), [(63, 96, 67, 13), (128, 72, 136, 16), (257, 33, 130, 3)])
+def test_integers_are_exact(M, N, K, R, form):
+    def integers(*shape):
+        return torch.randint(-2, 3, shape, device=DEVICE).half()
+
+    x, w, a, b, dy = integers(M, K), integers(N, K), integers(R, K), integers(N, R), integers(M, N)
+    # so sparse that every sum stays below 2048, where fp16 holds all integers
+    a, b = a * (torch.rand_like(a) < 0.1), b * (torch.rand_like(b) < 0.1)
+    w, dy = w * (torch.rand_like(w) < 0.3), dy * (torch.rand_like(dy) < 0.1)
+    y, xa = backend.linear_forward(x, w, None, a, b, None, 2.0, 0.0)
+    dx, da, db, dbias = backend.linear_backward(dy, x, xa, w, a, b, None, 2.0, 0.0, True, True, True, True)
+    X, W, A, B, D = (t.double() for t in (x, w, a, b, dy))
+    expected = {"y": X @ W.T + 2 * (X @ A.T) @ B.T, "dx": D @ W + 2 * (D @ B) @ A, "da": 2 * (D @ B).T @ X}
+    expected |= {"db": 2 * D.T @ (X @ A.T), "dbias": D.sum(0)}
+    for name, actual in {"y": y, "dx": dx, "da": da, "db": db, "dbias": dbias}.items():
+        assert expected[name].abs().max() <= 2048, f"{name}: the test's integers are too large"
+        assert torch.equal(actual.double(), expected[name]), name
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)))
+def test_only_what_is_needed_is_computed(needs):
+    o = make_operands(LinearCase(leading=(70,), dtype=torch.float16)).to(DEVICE)
+    seed = torch.tensor([5], device=DEVICE)
+    _, xa = backend.linear_forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)
+    everything = backend.linear_backward(o.dy, o.x, xa, o.w, o.a, o.b, seed, 1.7, 0.2, True, True, True, True)
+    x, xa = o.x if needs[1] else None, xa if needs[2] else None
+    found = backend.linear_backward(o.dy, x, xa, o.w, o.a, o.b, seed, 1.7, 0.2, *needs)
+    for need, one, other in zip(needs, found, everything, strict=True):
+        assert (one is not None) == need
+        assert one is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("leading", [(5,), (3, 7), (2, 3, 5), (0, 4), (1, 1, 1), ()])
+def test_every_dimension(leading):
+    check(LinearCase(leading=leading, dtype=torch.float16))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t[:, :64],
+        lambda t: t[1::2, 8:72],
+        lambda t: t[:, 3:67],
+        lambda t: t.t().contiguous().t()[:, :64],
+        lambda t: t[:1].expand(40, -1)[:, :64],
+        lambda t: t.view(4, 20, 96).transpose(0, 1)[..., :64],
+    ],
+    ids=["columns", "every second row", "unaligned columns", "transposed", "expanded", "batch second"],
+)
+def test_strides(view, form):
+    x = view(torch.randn(80, 96, device=DEVICE).half()).detach().requires_grad_()
+    o = make_operands(LinearCase(N=72, K=64, dtype=torch.float16)).to(DEVICE)
+    y = lora_linear(x, o.w, o.a, o.b, bias=o.bias, backend="triton")
+    same = lora_linear(x.contiguous(), o.w, o.a, o.b, bias=o.bias, backend="triton")
+    torch.testing.assert_close(y, same)
+    # an expanded gradient: every stride is 0
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    (expected,) = torch.autograd.grad(same.sum(), x)
+    torch.testing.assert_close(dx, expected)
+
+
+@pytest.mark.parametrize(("N", "K"), [(0, 8), (8, 0), (1, 1), (1, 200), (200, 1)])
+@pytest.mark.parametrize("M", [0, 1, 5])
+def test_thin_layers(M, N, K):
+    x, w, a, b = (torch.randn(s, device=DEVICE).requires_grad_() for s in ((M, K), (N, K), (2, K), (N, 2)))
+    w.requires_grad_(False)
+    y = lora_linear(x, w, a, b, backend="triton")
+    expected = lora_linear(x, w, a, b, backend="eager")
+    torch.testing.assert_close(y, expected)
+    grads = torch.autograd.grad(y, (x, a, b), torch.ones_like(y))
+    for one, other in zip(grads, torch.autograd.grad(expected, (x, a, b), torch.ones_like(y)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("form_of", ["tma", "single"])
+def test_runs_are_bitwise_equal(form_of, request):
+    if form_of == "single":
+        request.getfixturevalue("single")
+    case = LinearCase(leading=(257,), N=96, K=136, R=16, dtype=torch.float16, dropout_p=0.2)
+    first, second = check(case), check(case)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_eager_and_triton_may_be_mixed():
+    """xa means the same in both, so that a plan may choose each direction for itself."""
+    o = make_operands(LinearCase(leading=(70,), dtype=torch.float32)).to(DEVICE)
+    seed = torch.tensor([5], device=DEVICE)
+    eager = base.load("eager")
+    settings = o.w, o.a, o.b, seed, 1.7, 0.2, True, True, True, True
+    xa = {m: m.linear_forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)[1] for m in (eager, backend)}
+    one = backend.linear_backward(o.dy, o.x, xa[eager], *settings)
+    other = eager.linear_backward(o.dy, o.x, xa[backend], *settings)
+    for left, right in zip(one, other, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+class TestRefusals:
+    def test_a_dtype(self):
+        o = make_operands(LinearCase(dtype=torch.float64)).to(DEVICE)
+        with pytest.raises(TypeError, match="float64.*'eager'"):
+            lora_linear(o.x, o.w, o.a, o.b, backend="triton")
+
+    @pytest.mark.skipif(ON_GPU, reason="there is a GPU: nothing is interpreted")
+    def test_bfloat16_in_the_interpreter(self):
+        o = make_operands(LinearCase(dtype=torch.bfloat16))
+        with pytest.raises(TypeError, match=r"bfloat16.*11585.*float16"):
+            lora_linear(o.x, o.w, o.a, o.b, backend="triton")
+
+    def test_a_cpu_tensor_outside_the_interpreter(self, monkeypatch):
+        monkeypatch.setattr(backend.triton.knobs.runtime, "interpret", False)
+        o = make_operands(LinearCase())
+        with pytest.raises(ValueError, match=r"on cpu.*\.cuda\(\).*TRITON_INTERPRET=1"):
+            lora_linear(o.x, o.w, o.a, o.b, backend="triton")
