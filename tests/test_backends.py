@@ -12,7 +12,7 @@ import lorafuse
 from lorafuse.backends import base, eager
 from lorafuse.errors import BackendUnavailable
 from lorafuse.functional import lora_linear, plan_linear
-from lorafuse.plan import Plan, Problem, find, select
+from lorafuse.plan import Plan, Problem, select
 
 PROBLEM = Problem(M=8, N=16, K=32, R=4, dtype="bfloat16", adapter_dtype="float32")
 

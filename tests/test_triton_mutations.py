@@ -33,7 +33,7 @@ MUTATIONS = {
     "tiles in the wrong order": (common, "first + within % height, within // height", "first + within // height, within % height", "y"),
     "the mask of the row below": (philox, "first = o_m.to(tl.int64)[:, None] * K", "first = (o_m + 1).to(tl.int64)[:, None] * K", "y"),
     "the words of a group swapped": (philox, "tl.join(tl.join(w0, w2), tl.join(w1, w3))", "tl.join(tl.join(w0, w1), tl.join(w2, w3))", "y"),
-    "a drop probability of its own": (philox, "word > drop_below", "word > drop_below // 2", "y"),
+    "a drop probability of its own": (philox, "word > drop_below", "word > (drop_below // 2)", "y"),
     "dyb without the last columns": (linear_bwd, "b_b = load_rank_tile(p_b, o_n, N,", "b_b = load_rank_tile(p_b, o_n, N - 5,", "dx"),
     "db of the first split only": (linear_bwd, "tl.store(p_db + o_db, acc_db,", "tl.store(p_db + o_db, acc_db * (i_s == 0),", "db"),
     "db with a stale xa": (linear_bwd, "b_xa = tl.load(p_xa + o_m.to(tl.int64)", "b_xa = tl.load(p_xa + (o_m * 0).to(tl.int64)", "db"),

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from lorafuse.plan.device import DEVICES, DeviceSpec
+from lorafuse.plan.device import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["KernelConfig", "candidates", "every_config", "illegal", "padded_rank", "shared_memory"]
+__all__ = ["KernelConfig", "candidates", "illegal", "padded_rank", "shared_memory"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class KernelConfig:
 _TMA = ((128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4))
 _TMA_SMALL_SMEM = ((128, 128, 32, 3, 8), (64, 128, 32, 4, 4), (64, 64, 64, 3, 4))
 _POINTER = ((128, 128, 32, 4, 8), (64, 128, 32, 4, 4), (64, 64, 32, 4, 4))
-_FP32 = ((64, 64, 32, 3, 4), (32, 64, 32, 3, 4))
+# fp32 multiplies on the CUDA cores; rows off 16-byte boundaries are read element by element. Both need registers.
+_FP32 = ((64, 64, 32, 3, 8), (32, 64, 32, 3, 8))
+_ODD = ((64, 64, 32, 3, 8), (32, 64, 32, 3, 8))
 # ranks that fwd and dx take at a time: at 64 the tiles of a and b no longer fit beside the pipeline's buffers
 _MAX_BLOCK_R = 32
 # a single kernel walks x for all ranks at once, in the registers of one tile
@@ -79,7 +81,7 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
             return f"TMA needs sm_90, {device.name} is sm_{device.arch}"
         if problem.itemsize != 2:
             return f"the TMA form is for 16-bit dtypes, not {problem.dtype}"
-        if not problem.aligned or any(size * problem.itemsize % 16 for size in (problem.N, problem.K)):
+        if _odd(problem):
             return "TMA needs rows that start on 16-byte boundaries"
     if c.single and (c.form != "tma" or problem.R > _MAX_SINGLE_R):
         return f"the single kernel needs the TMA form and R <= {_MAX_SINGLE_R}"
@@ -95,34 +97,39 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
     return ""
 
 
+def _odd(problem: Problem) -> bool:
+    return not problem.aligned or any(size * problem.itemsize % 16 for size in (problem.N, problem.K))
+
+
 def _tiles(problem: Problem, device: DeviceSpec) -> Iterator[tuple[str, tuple[int, int, int, int, int]]]:
     if problem.itemsize == 4:
         yield from (("pointer", tile) for tile in _FP32)
-    else:
+    elif _odd(problem):
+        yield from (("pointer", tile) for tile in _ODD)
+    elif device.arch >= 90:
         yield from (("tma", tile) for tile in (_TMA_SMALL_SMEM if device.arch >= 120 else _TMA))
+    else:
         yield from (("pointer", tile) for tile in _POINTER)
 
 
 def _skinny(kernel: str, problem: Problem, device: DeviceSpec) -> Iterator[KernelConfig]:
     """xa, dyb_db and da: memory-bound, so tiles are chosen for how many programs they give."""
-    fp32 = problem.itemsize == 4
+    small = problem.itemsize == 4 or _odd(problem)
     rank = padded_rank(problem.R)
     if kernel == "xa":
+        block_r = min(rank, 64 if small else 256)
         for block_m in (64, 32, 16):
-            block_r = min(rank, 256)
-            yield KernelConfig(
-                "xa", "pointer", block_m, 0, 32 if fp32 or block_r == 256 else 64, block_r, 3, 8 if block_r > 64 else 4
-            )
+            block_k = 32 if small or block_r == 256 else 64
+            yield KernelConfig("xa", "pointer", block_m, 0, block_k, block_r, 3, 8 if small or block_r > 64 else 4)
         return
     columns = problem.N if kernel == "dyb_db" else problem.K
-    block_m, block_r = 32 if fp32 else 64, min(rank, 64)
-    for block_n in (128, 64):
+    block_m, block_r = (32, min(rank, 16)) if small else (64, min(rank, 64))
+    for block_n in (64,) if small else (64, 128, 256):
         programs = -(-columns // block_n) * -(-problem.R // block_r)
-        # about three programs on every SM
-        splits = max(1, min(-(-3 * device.sms // programs), -(-problem.M // block_m)))
-        yield KernelConfig(
-            kernel, "pointer", block_m, block_n, 0, block_r, 3, 8 if block_n == 128 else 4, splits=splits
-        )
+        # a wide program keeps an SM's loads in flight alone, narrow ones in pairs
+        splits = max(1, min(device.sms * (2 if block_n < 256 else 1) // programs, -(-problem.M // block_m)))
+        warps = 4 if block_n == 64 and not small else 8
+        yield KernelConfig(kernel, "pointer", block_m, block_n, 0, block_r, 3, warps, splits=splits)
 
 
 def candidates(kernel: str, problem: Problem, device: DeviceSpec) -> tuple[KernelConfig, ...]:
@@ -130,26 +137,10 @@ def candidates(kernel: str, problem: Problem, device: DeviceSpec) -> tuple[Kerne
     if kernel == "reduce":
         return (KernelConfig("reduce", "pointer", 0, 1024, 0, 0, 1, 4),)
     if kernel in ("fwd", "dx"):
-        block_r = min(padded_rank(problem.R), _MAX_BLOCK_R)
+        block_r = min(padded_rank(problem.R), 16 if problem.itemsize == 4 or _odd(problem) else _MAX_BLOCK_R)
         found = [KernelConfig(kernel, form, *tile[:3], block_r, *tile[3:]) for form, tile in _tiles(problem, device)]
         if kernel == "fwd":
             found += [replace(config, single=True) for config in found if config.form == "tma"]
     else:
         found = list(_skinny(kernel, problem, device))
     return tuple(config for config in found if not illegal(config, problem, device))
-
-
-def every_config(arch: int) -> tuple[tuple[KernelConfig, str], ...]:
-    """Every configuration and dtype that the planner can emit for an architecture, `splits` left at 1 (it is no part of
-    what is compiled)."""
-    device = next(d for d in DEVICES.values() if d.arch == arch)
-    found = set()
-    for dtype in ("bfloat16", "float16", "float32"):
-        for R in (16, 32, 64, 128, 256):
-            for aligned in (True, False):
-                for dropout in (True, False):
-                    problem = Problem(8192, 4096, 4096, R, dtype, "float32", dropout=dropout, aligned=aligned)
-                    for kernel in ("xa", "fwd", "dyb_db", "reduce", "dx", "da"):
-                        for config in candidates(kernel, problem, device):
-                            found.add((replace(config, splits=1), dtype))
-    return tuple(sorted(found, key=str))

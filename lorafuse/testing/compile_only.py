@@ -9,6 +9,7 @@ binary with the cuobjdump and nvdisasm of the Triton wheel.
 
 import argparse
 import contextlib
+import itertools
 import json
 import re
 import subprocess
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from lorafuse.kernels import linear_bwd, linear_fwd
-from lorafuse.plan import KernelConfig
-from lorafuse.plan.config import every_config
+from lorafuse.plan import DEVICES, KernelConfig, Problem
+from lorafuse.plan.config import candidates
 
 __all__ = ["TARGETS", "Resources", "Variant", "compile_variant", "variants"]
 
@@ -78,28 +79,25 @@ class Resources:
 
 
 def variants(target: str, everything: bool) -> list[Variant]:
-    """All specializations of a target's configurations; without `everything` only those whose resources differ.
+    """All specializations that plans of a target can lead to; without `everything` only those whose resources differ.
 
     Those are bfloat16 and float32 with fp32 adapters, which hold more registers than adapters of half the size.
     """
-    found = []
-    for config, dtype in every_config(TARGETS[target][1]):
-        if not everything and dtype == "float16":
-            continue
-        adapters = ("float32", dtype) if everything and dtype != "float32" else ("float32",)
-        if config.kernel in ("da", "reduce"):
-            adapters = ("float32",)
-        masks = (False, True) if config.kernel in ("xa", "dx", "da") or config.single else (False,)
-        ranks = (1, 2) if config.kernel in ("fwd", "dx") and config.block_r == 32 else (1,)
-        alignments = (True,) if config.form == "tma" or config.kernel == "reduce" else (True, False)
-        found += [
-            Variant(config, dtype, adapter, dropout, rank, aligned)
-            for adapter in adapters
-            for dropout in masks
-            for rank in ranks
-            for aligned in alignments
-        ]
-    return sorted(set(found), key=lambda v: v.name)
+    arch = TARGETS[target][1]
+    device = next(spec for spec in DEVICES.values() if spec.arch == arch)
+    found = set()
+    dtypes = ("bfloat16", "float16", "float32") if everything else ("bfloat16", "float32")
+    for dtype, R, aligned, dropout in itertools.product(dtypes, (16, 32, 64, 128, 256), (True, False), (True, False)):
+        problem = Problem(8192, 4096, 4096, R, dtype, "float32", dropout=dropout, aligned=aligned)
+        for kernel in ("xa", "fwd", "dyb_db", "reduce", "dx", "da"):
+            for config in candidates(kernel, problem, device):
+                masked = dropout and (kernel in ("xa", "dx", "da") or config.single)
+                # one rank tile is a kernel of its own, more of them are a loop
+                tiles = min(2, R // config.block_r) if kernel in ("fwd", "dx") else 1
+                adapters = ("float32", dtype) if everything and kernel not in ("da", "reduce") else ("float32",)
+                config = replace(config, splits=1)
+                found |= {Variant(config, dtype, adapter, masked, tiles, aligned) for adapter in adapters}
+    return sorted(found, key=lambda v: v.name)
 
 
 class _Offline:
