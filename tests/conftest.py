@@ -59,6 +59,11 @@ def _poison(request, monkeypatch):
         monkeypatch.setattr(torch.Tensor, f"new_{name}", method)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--every-dtype", action="store_true", help="compile-only tests: every dtype (make test-compile)")
+    parser.addoption("--update-budget", action="store_true", help="write tests/kernel_budget.json (make budget)")
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

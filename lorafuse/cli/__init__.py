@@ -6,7 +6,7 @@ import sys
 
 from lorafuse.errors import BackendUnavailable, MissingDependency
 
-COMMANDS = ("demo", "bench", "doctor")
+COMMANDS = ("demo", "bench", "doctor", "plan")
 
 __all__ = ["COMMANDS", "main"]
 

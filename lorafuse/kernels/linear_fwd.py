@@ -8,7 +8,7 @@ scale.
 
 Fused: the low-rank product is accumulated in the fp32 accumulator of the base product, as R more columns of K; bias and
 rounding follow in the same registers. y is written once and never read. `xa` comes from a kernel of its own (two
-kernels, x read twice) or from the first programs of the same one (single kernel, `p_flags` given).
+kernels, x read twice) or, without dropout, from the first programs of the same one (single kernel, `p_flags`).
 Saved for backward: x, xa.
 
 Cost: 2MNK + 2MR(N + K) FLOPs. Beyond the base product: one read of x (two kernels), one write
@@ -137,14 +137,13 @@ def _add_low_rank(
     return tl.dot(b_xa, b_b.T, acc, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["drop_below"])
+@triton.jit
 def _lora_linear_fwd_kernel(
     p_x,
     p_w,
     p_bias,
     p_a,
     p_b,
-    p_seed,
     p_xa,
     p_y,
     p_flags,
@@ -155,16 +154,15 @@ def _lora_linear_fwd_kernel(
     stride_xm,
     stride_wn,
     scale,
-    drop_below,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     RANK_STEPS: tl.constexpr,
     GROUP_M: tl.constexpr,
-    GROUPED: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     dtype: tl.constexpr = p_x.dtype.element_ty
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -189,7 +187,7 @@ def _lora_linear_fwd_kernel(
                 _xa_tile(
                     p_x,
                     p_a,
-                    p_seed,
+                    None,
                     p_xa,
                     i_m,
                     0,
@@ -197,11 +195,11 @@ def _lora_linear_fwd_kernel(
                     K,
                     R,
                     stride_xm,
-                    drop_below,
+                    0,
                     BLOCK_M,
                     BLOCK_K,
                     BLOCK_R * RANK_STEPS,
-                    GROUPED,
+                    False,
                     PRECISION,
                 )
                 # every thread has stored before one of them publishes
@@ -209,7 +207,7 @@ def _lora_linear_fwd_kernel(
                 tl.atomic_xchg(p_flags + 2 + i_m, 1, sem="release", scope="gpu")
                 i_m = tl.atomic_add(p_flags + 1, 1, sem="relaxed")
 
-    for t in tl.range(program, tiles_m * tiles_n, programs, flatten=TMA and p_flags is None and RANK_STEPS == 1):
+    for t in tl.range(program, tiles_m * tiles_n, programs, flatten=FLATTEN):
         i_m, i_n = tile_of(t, tiles_m, tiles_n, GROUP_M)
         o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
         o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -283,9 +281,7 @@ def lora_linear_fwd(
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
-    seed: Tensor | None,
     scale: float,
-    p: float,
     xa: Tensor | None,
     programs: int,
     config: KernelConfig,
@@ -307,13 +303,12 @@ def lora_linear_fwd(
     tma = config.form == "tma"
 
     def launch() -> None:
-        _lora_linear_fwd_kernel[(min(programs, tiles_m * tiles_n) if tma else tiles_m * tiles_n,)](
+        _lora_linear_fwd_kernel[(min(programs, tiles_m * tiles_n) if tma or config.single else tiles_m * tiles_n,)](
             x,
             w,
             bias,
             a,
             b,
-            seed if config.single else None,
             xa,
             y,
             flags,
@@ -324,16 +319,15 @@ def lora_linear_fwd(
             x.stride(0),
             w.stride(0),
             scale,
-            drop_below(p),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             BLOCK_R=config.block_r,
             RANK_STEPS=rank_steps(R, config),
             GROUP_M=config.group_m,
-            GROUPED=grouped(K),
             PRECISION=precision(x.dtype),
             TMA=tma,
+            FLATTEN=config.flatten,
             **options(config),
         )
 

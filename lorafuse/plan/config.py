@@ -1,5 +1,6 @@
 """Kernel configurations: which exist, and what is legal. The compile-only tests build every one of them."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,8 @@ class KernelConfig:
     fwd and dx compute tiles of `block_m` rows and `block_n` columns in reduction steps of `block_k`; xa has no block_n;
     dyb_db and da own `block_n` columns and walk `1 / splits` of the rows in steps of `block_m`; reduce sums `block_n`
     numbers a program. `block_r` ranks are taken at a time. `form` is how fwd and dx read: "tma" (persistent, tensor
-    descriptors) or "pointer". `single`: fwd computes xa too.
+    descriptors) or "pointer". `single`: fwd computes xa too. `flatten`: the loop over tiles and that over the reduction
+    are pipelined as one, so that a tile's first loads overlap the stores of the one before.
     """
 
     kernel: str
@@ -30,16 +32,20 @@ class KernelConfig:
     group_m: int = 8
     splits: int = 1
     single: bool = False
+    flatten: bool = False
 
 
 # (block_m, block_n, block_k, stages, warps) of fwd and dx, best first where all fill the GPU. Chosen by what compiles
 # without spills (Triton 3.6, 2026-11-24); no speed was measured yet.
-_TMA = ((128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4))
-_TMA_SMALL_SMEM = ((128, 128, 32, 3, 8), (64, 128, 32, 4, 4), (64, 64, 64, 3, 4))
+_TMA = {
+    90: ((128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4)),
+    100: ((128, 256, 64, 3, 8), (128, 128, 64, 3, 8), (64, 128, 64, 4, 8), (64, 64, 64, 4, 8)),
+}
 _POINTER = ((128, 128, 32, 4, 8), (64, 128, 32, 4, 4), (64, 64, 32, 4, 4))
 # fp32 multiplies on the CUDA cores; rows off 16-byte boundaries are read element by element. Both need registers.
 _FP32 = ((64, 64, 32, 3, 8), (32, 64, 32, 3, 8))
 _ODD = ((64, 64, 32, 3, 8), (32, 64, 32, 3, 8))
+_ODD_FP32 = ((32, 64, 16, 3, 8),)
 # ranks that fwd and dx take at a time: at 64 the tiles of a and b no longer fit beside the pipeline's buffers
 _MAX_BLOCK_R = 32
 # a single kernel walks x for all ranks at once, in the registers of one tile
@@ -83,8 +89,12 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
             return f"the TMA form is for 16-bit dtypes, not {problem.dtype}"
         if _odd(problem):
             return "TMA needs rows that start on 16-byte boundaries"
-    if c.single and (c.form != "tma" or problem.R > _MAX_SINGLE_R):
-        return f"the single kernel needs the TMA form and R <= {_MAX_SINGLE_R}"
+    if c.flatten and (c.form != "tma" or c.single or c.block_r < problem.R):
+        return "only the two-kernel TMA form with one rank tile flattens its loops"
+    if c.single and (device.arch < 90 or problem.R > _MAX_SINGLE_R or problem.itemsize != 2 or _odd(problem)):
+        return f"the single kernel needs sm_90, R <= {_MAX_SINGLE_R}, a 16-bit dtype and rows on 16-byte boundaries"
+    if c.single and problem.dropout:
+        return "drawing the mask makes the xa items of a single kernel too long to fit beside its tiles"
     accumulators = c.block_m * c.block_n if c.kernel in ("fwd", "dx") else max(c.block_m, c.block_n) * c.block_r
     if c.kernel == "dx" and problem.dropout:
         # the masked low-rank product has accumulators of its own
@@ -103,12 +113,13 @@ def _odd(problem: Problem) -> bool:
 
 def _tiles(problem: Problem, device: DeviceSpec) -> Iterator[tuple[str, tuple[int, int, int, int, int]]]:
     if problem.itemsize == 4:
-        yield from (("pointer", tile) for tile in _FP32)
+        yield from (("pointer", tile) for tile in (_ODD_FP32 if _odd(problem) else _FP32))
     elif _odd(problem):
         yield from (("pointer", tile) for tile in _ODD)
-    elif device.arch >= 90:
-        yield from (("tma", tile) for tile in (_TMA_SMALL_SMEM if device.arch >= 120 else _TMA))
+    elif device.arch in _TMA:
+        yield from (("tma", tile) for tile in _TMA[device.arch])
     else:
+        # sm_120 too: in every TMA kernel there Triton 3.6 leaves 8 bytes in local memory
         yield from (("pointer", tile) for tile in _POINTER)
 
 
@@ -117,8 +128,11 @@ def _skinny(kernel: str, problem: Problem, device: DeviceSpec) -> Iterator[Kerne
     small = problem.itemsize == 4 or _odd(problem)
     rank = padded_rank(problem.R)
     if kernel == "xa":
-        block_r = min(rank, 64 if small else 256)
-        for block_m in (64, 32, 16):
+        # x is read once for each rank tile: all ranks in one where shared memory holds them
+        ranks = {min(rank, 64 if small else 256), min(rank, 64)}
+        for block_m, block_r in itertools.product((64, 32, 16), sorted(ranks)):
+            if block_m == 16 and block_r > 32:
+                continue
             block_k = 32 if small or block_r == 256 else 64
             yield KernelConfig("xa", "pointer", block_m, 0, block_k, block_r, 3, 8 if small or block_r > 64 else 4)
         return
@@ -138,9 +152,15 @@ def candidates(kernel: str, problem: Problem, device: DeviceSpec) -> tuple[Kerne
         return (KernelConfig("reduce", "pointer", 0, 1024, 0, 0, 1, 4),)
     if kernel in ("fwd", "dx"):
         block_r = min(padded_rank(problem.R), 16 if problem.itemsize == 4 or _odd(problem) else _MAX_BLOCK_R)
-        found = [KernelConfig(kernel, form, *tile[:3], block_r, *tile[3:]) for form, tile in _tiles(problem, device)]
+        # several rank tiles are a loop of their own, which does not flatten; on sm_100 Triton 3.6
+        # fails to compile it
+        flatten = block_r >= problem.R and device.arch == 90
+        found = [
+            KernelConfig(kernel, form, *tile[:3], block_r, *tile[3:], flatten=flatten and form == "tma")
+            for form, tile in _tiles(problem, device)
+        ]
         if kernel == "fwd":
-            found += [replace(config, single=True) for config in found if config.form == "tma"]
+            found += [replace(config, single=True, flatten=False) for config in found]
     else:
         found = list(_skinny(kernel, problem, device))
     return tuple(config for config in found if not illegal(config, problem, device))

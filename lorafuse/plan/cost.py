@@ -13,7 +13,7 @@ from lorafuse.plan.config import KernelConfig, padded_rank
 from lorafuse.plan.device import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["BASELINES", "Part", "eager", "frozen", "kernel_seconds", "total", "triton_linear"]
+__all__ = ["BASELINES", "Part", "eager", "frozen", "kernel_seconds", "sum_seconds", "total", "triton_linear"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ _GAP = 2e-6
 _HOST = {"aten": 5e-6, "triton": 15e-6}
 # what a tile reaches of the sustained rate, by its area (assumed, after published ablations of Hopper kernels)
 _TILE = {128 * 256: 1.0, 128 * 128: 0.92, 64 * 128: 0.8, 64 * 64: 0.65, 32 * 64: 0.45}
-_CUBLAS_TILES = ((128, 256), (128, 128), (64, 128), (64, 64))
+_CUBLAS_TILES = ((128, 256), (128, 128), (64, 128), (64, 64), (32, 64))
 # what Triton's main loop reaches of cuBLAS: persistent with descriptors 0.97 to 1.0 published for Hopper; pointers feed
 # Hopper's tensor cores through cp.async and keep up on older GPUs (assumed)
 _FORM = {"tma": 0.97, "pointer": 0.97}
@@ -165,22 +165,22 @@ def kernel_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -
             return seconds + _xa_beside(c, problem, device)
         return seconds + (_mask(problem, device) if c.kernel == "dx" else 0.0)
     if c.kernel == "reduce":
-        # its bytes are counted with the kernels that wrote the partials
         return 0.0
     rank_tiles = math.ceil(R / c.block_r)
-    if c.kernel == "xa":
-        programs = math.ceil(M / c.block_m) * rank_tiles
-        return _pass(M * K * rank_tiles, problem, device, programs) + rank_tiles * _mask(problem, device)
     columns = N if c.kernel == "dyb_db" else K
-    programs = math.ceil(columns / c.block_n) * c.splits * rank_tiles
-    partials = c.splits * columns * R + (math.ceil(N / c.block_n) * M * R if c.kernel == "dyb_db" else 0)
-    mask = _mask(problem, device) * rank_tiles if c.kernel == "da" else 0.0
-    # partials are fp32: written by this kernel, read by the next
+    programs = math.ceil(M / c.block_m) if c.kernel == "xa" else math.ceil(columns / c.block_n) * c.splits
+    mask = 0.0 if c.kernel == "dyb_db" else rank_tiles * _mask(problem, device)
     return (
-        _pass(M * columns * rank_tiles, problem, device, programs)
-        + 2 * partials * 4 / device.sustained_bandwidth
-        + mask
+        _pass(M * columns * rank_tiles, problem, device, programs * rank_tiles) + mask + sum_seconds(c, problem, device)
     )
+
+
+def sum_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
+    """Seconds to write the fp32 partials of dyb_db or da, and as many to read them; 0 for other kernels."""
+    c, (M, N, K, R) = config, (problem.M, problem.N, problem.K, problem.R)
+    if c.kernel == "dyb_db":
+        return 4 * R * (c.splits * N + math.ceil(N / c.block_n) * M) / device.sustained_bandwidth
+    return 4 * R * c.splits * K / device.sustained_bandwidth if c.kernel == "da" else 0.0
 
 
 def _xa_beside(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
@@ -188,7 +188,7 @@ def _xa_beside(config: KernelConfig, problem: Problem, device: DeviceSpec) -> fl
     items = math.ceil(problem.M / config.block_m)
     tiles = items * math.ceil(problem.N / config.block_n)
     programs = min(device.sms, tiles)
-    item = config.block_m * problem.K * problem.itemsize / _SM_BANDWIDTH + _mask(problem, device) * programs / items
+    item = config.block_m * problem.K * problem.itemsize / _SM_BANDWIDTH
     tile = 2 * config.block_m * config.block_n * problem.K / (device.sustained_flops / device.sms)
     slack = -tiles % programs
     if slack and math.ceil(items / slack) * item <= tile:
@@ -209,10 +209,8 @@ def triton_linear(configs: Sequence[KernelConfig], problem: Problem, device: Dev
     """The Triton kernels of a plan, in the order in which they run."""
     parts = []
     for config in configs:
-        if config.kernel == "reduce":
-            continue
-        parts.append(Part(_WHAT[config.kernel], kernel_seconds(config, problem, device)))
+        if config.kernel != "reduce":
+            parts.append(Part(_WHAT[config.kernel], kernel_seconds(config, problem, device)))
         if config.kernel in ("dyb_db", "da"):
-            # its bytes are counted with the kernel that wrote the partials
-            parts.append(Part("sum of partials", 0.0))
+            parts.append(Part("sum of partials", sum_seconds(config, problem, device)))
     return _in_a_row(parts, "triton")

@@ -128,7 +128,11 @@ def _ways(backend: str, problem: Problem, device: DeviceSpec | None) -> list[Can
 
 def _best(kernel: str, problem: Problem, device: DeviceSpec, single: bool) -> KernelConfig | None:
     found = [config for config in candidates(kernel, problem, device) if config.single == single]
-    return min(found, key=lambda config: cost.kernel_seconds(config, problem, device), default=None)
+
+    def seconds(config: KernelConfig) -> float:
+        return cost.kernel_seconds(config, problem, device) + cost.sum_seconds(config, problem, device)
+
+    return min(found, key=seconds, default=None)
 
 
 def _choose(

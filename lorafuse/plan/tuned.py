@@ -46,9 +46,9 @@ class Tuned:
 
 
 @cache
-def load(device: str, folder: Path = _FOLDER) -> tuple[Tuned, ...]:
+def load(device: str) -> tuple[Tuned, ...]:
     """The entries of a GPU's file, none when there is no file. Raises ValueError for a file that breaks the format."""
-    path = folder / (re.sub(r"[^a-z0-9]+", "-", device.lower()) + ".json")
+    path = _FOLDER / (re.sub(r"[^a-z0-9]+", "-", device.lower()) + ".json")
     if not path.exists():
         return ()
     content = json.loads(path.read_text())

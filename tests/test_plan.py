@@ -1,0 +1,336 @@
+"""The planner (T1): devices, what is legal, the cost model beside known figures, the choice and its reasons."""
+
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from lorafuse.plan import DEVICES, Problem, cost, find, only, probe, select, tuned
+from lorafuse.plan.config import KernelConfig, candidates, illegal, padded_rank, shared_memory
+from lorafuse.plan.select import _select
+
+pytestmark = pytest.mark.no_poison
+
+HEADLINE = Problem(8192, 4096, 4096, 16, "bfloat16", "float32")
+ALL = (("eager", ""), ("triton", ""), ("cuda", "no extension"))
+BACKWARD = ("dx", "da", "db")
+KERNELS = ("xa", "fwd", "dyb_db", "reduce", "dx", "da")
+
+
+def problems():
+    """Problems of every kind that the planner tells apart."""
+    sizes = [(1, 64, 64), (7, 4097, 4095), (512, 1024, 4096), (8192, 4096, 4096), (32768, 14336, 4096), (300, 6, 10)]
+    for (M, N, K), R, dtype in itertools.product(sizes, (1, 13, 16, 64, 256, 300), ("bfloat16", "float16", "float32")):
+        for gradients, dropout in itertools.product(((), BACKWARD, ("db",), ("dx", "dbias")), (False, True)):
+            yield Problem(M, N, K, R, dtype, "float32", dropout=dropout, gradients=gradients, aligned=M != 300)
+
+
+class TestDevice:
+    def test_the_table(self):
+        assert list(DEVICES) == ["A100", "L40S", "RTX 4090", "H100", "H200", "B200", "RTX 5090"]
+        for name, device in DEVICES.items():
+            assert device.name == name
+            assert 0 < device.sustained_flops < device.bf16_flops
+            assert 0 < device.sustained_bandwidth < device.hbm_bandwidth
+            assert device.smem_per_block in (101376, 166912, 232448)
+            assert device.source.startswith("measured") == (name == "H200")
+
+    @pytest.mark.parametrize("name", ["H200", "h200", "NVIDIA H200", "rtx4090", "GeForce RTX 4090", "RTX-4090"])
+    def test_names_are_found(self, name):
+        assert find(name).name in ("H200", "RTX 4090")
+
+    def test_an_unknown_name_lists_the_known(self):
+        with pytest.raises(ValueError, match=r"'H20'.*mean H200.*A100, L40S") as error:
+            find("H20")
+        assert all(name in str(error.value) for name in DEVICES)
+
+    @pytest.mark.parametrize(
+        ("name", "capability", "sms", "known"),
+        [
+            ("NVIDIA H200", (9, 0), 132, "H200"),
+            ("NVIDIA H100 80GB HBM3", (9, 0), 132, "H100"),
+            ("NVIDIA A100-SXM4-80GB", (8, 0), 108, "A100"),
+            ("NVIDIA GeForce RTX 4090", (8, 9), 128, "RTX 4090"),
+        ],
+    )
+    def test_a_known_gpu_keeps_its_rates_and_its_own_sizes(self, name, capability, sms, known):
+        found = probe(
+            name=name, capability=capability, sms=sms, smem_per_block=1000, l2_bytes=2000, clock_hz=1.0,
+            memory_bandwidth=1.0,
+        )  # fmt: skip
+        assert (found.name, found.sms, found.smem_per_block, found.l2_bytes) == (name, sms, 1000, 2000)
+        assert found.sustained_flops == DEVICES[known].sustained_flops
+
+    @pytest.mark.parametrize(
+        ("name", "capability", "sms"),
+        [
+            ("NVIDIA GeForce RTX 3080", (8, 6), 68),
+            ("NVIDIA GeForce RTX 4090 Laptop GPU", (8, 9), 76),
+            ("NVIDIA Thor", (11, 0), 20),
+            ("NVIDIA R100", (13, 0), 200),
+        ],
+    )
+    def test_an_unknown_gpu_is_accepted(self, name, capability, sms):
+        found = probe(
+            name=name, capability=capability, sms=sms, smem_per_block=101376, l2_bytes=2**22, clock_hz=1.7e9,
+            memory_bandwidth=760e9,
+        )  # fmt: skip
+        assert found.source == "estimated from clocks and architecture"
+        assert found.bf16_flops >= 512 * sms * 1.7e9
+        assert 0 < found.sustained_bandwidth < 760e9
+        assert select(HEADLINE, found, ALL).backend in ("eager", "triton")
+
+    def test_an_old_gpu_is_refused_with_the_rule(self):
+        with pytest.raises(ValueError, match=r"V100.*7\.0.*8\.0 or newer"):
+            probe(
+                name="Tesla V100", capability=(7, 0), sms=80, smem_per_block=98304, l2_bytes=1, clock_hz=1.0,
+                memory_bandwidth=1.0,
+            )  # fmt: skip
+
+
+class TestLegal:
+    CONFIG = KernelConfig("fwd", "tma", 128, 256, 64, 16, 3, 8)
+
+    def test_every_kernel_of_every_problem_has_a_legal_configuration(self):
+        for problem, device in itertools.product(problems(), DEVICES.values()):
+            for kernel in KERNELS:
+                found = candidates(kernel, problem, device)
+                assert found, (kernel, problem, device.name)
+                for config in found:
+                    assert illegal(config, problem, device) == ""
+                    assert config.splits <= max(1, math.ceil(problem.M / max(1, config.block_m)))
+
+    @pytest.mark.parametrize(
+        ("config", "problem", "device", "why"),
+        [
+            (replace(CONFIG, block_n=192), HEADLINE, "H200", "powers of two"),
+            (replace(CONFIG, block_r=8), HEADLINE, "H200", "at least 16"),
+            (CONFIG, HEADLINE, "A100", "sm_90, A100 is sm_80"),
+            (CONFIG, replace(HEADLINE, dtype="float32"), "H200", "16-bit"),
+            (CONFIG, replace(HEADLINE, aligned=False), "H200", "16-byte"),
+            (CONFIG, replace(HEADLINE, K=4100), "H200", "16-byte"),
+            (replace(CONFIG, form="pointer", single=True), HEADLINE, "A100", "single kernel needs sm_90"),
+            (replace(CONFIG, flatten=True, single=True), HEADLINE, "H200", "flattens"),
+            (replace(CONFIG, single=True), replace(HEADLINE, R=65), "H200", "R <= 64"),
+            (replace(CONFIG, warps=4), HEADLINE, "H200", "32768 accumulators.*4 warps"),
+            (replace(CONFIG, kernel="dx"), replace(HEADLINE, dropout=True), "H200", "65536 accumulators"),
+            (replace(CONFIG, stages=5), HEADLINE, "H200", r"shared memory.*232448 of H200"),
+            (CONFIG, HEADLINE, "RTX 5090", r"101376 of RTX 5090"),
+        ],
+    )
+    def test_what_is_illegal_says_why(self, config, problem, device, why):
+        assert illegal(self.CONFIG, HEADLINE, find("H200")) == ""
+        assert re.search(why, illegal(config, problem, find(device)))
+
+    def test_shared_memory_grows_with_its_buffers(self):
+        base = shared_memory(self.CONFIG, 2)
+        # three stages of a 128x64 and a 256x64 tile, and half a tile of stores
+        assert base >= 3 * (128 + 256) * 64 * 2 + 128 * 128 * 2
+        assert shared_memory(replace(self.CONFIG, stages=4), 2) - base == (128 + 256) * 64 * 2
+
+    @pytest.mark.parametrize(("R", "padded"), [(1, 16), (16, 16), (17, 32), (64, 64), (100, 128), (256, 256)])
+    def test_padded_rank(self, R, padded):
+        assert padded_rank(R) == padded
+
+
+class TestCost:
+    """The rows of the design's table: M 8192, K = N 4096, R 16, bf16 on an H200, microseconds."""
+
+    @pytest.mark.parametrize(
+        ("model", "forward", "backward"),
+        [
+            (cost.frozen, 348, 348),
+            (cost.BASELINES["PEFT, bf16 adapters"], 465, 501),
+            (cost.BASELINES["addmm_"], 399, 470),
+            # the read of dx that beta = 1 needs is hidden in backward as in forward; the table's 434 counts it
+            (cost.eager, 383, 434 - 15.6),
+        ],
+    )
+    def test_known_figures(self, model, forward, backward):
+        device = find("H200")
+        assert cost.total(model(HEADLINE, device)) * 1e6 == pytest.approx(forward, rel=0.01)
+        found = cost.total(model(replace(HEADLINE, gradients=BACKWARD), device))
+        assert found * 1e6 == pytest.approx(backward, rel=0.01)
+
+    def test_two_kernels_cost_what_the_design_says_over_their_main_loop(self):
+        """15.7 us for xa, 2 us between, and a main loop that Triton runs at 0.97 of cuBLAS."""
+        plan = select(HEADLINE, find("H200"), ALL)
+        assert plan.kernel == "two_kernel"
+        (way,) = (w for w in plan.candidates if w.kernel == plan.kernel)
+        assert way.seconds * 1e6 == pytest.approx(15.7 + 2 + 347.9 * (1 + 16 / 4096) / 0.97, rel=0.01)
+
+    @pytest.mark.parametrize("gradients", [(), BACKWARD])
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_more_work_never_costs_less(self, device, gradients):
+        device = find(device)
+        models = [cost.frozen, cost.eager, *cost.BASELINES.values()]
+        for name, values in {"M": (1, 512, 1024, 8192, 32768), "N": (1024, 4096, 16384), "K": (1024, 4096)}.items():
+            for model in models:
+                costs = [cost.total(model(replace(HEADLINE, gradients=gradients, **{name: v}), device)) for v in values]
+                assert costs == sorted(costs)
+
+    def test_an_adapter_never_costs_less_than_no_adapter(self):
+        for problem, device in itertools.product(problems(), DEVICES.values()):
+            if "dx" in problem.gradients or not problem.gradients:
+                base = cost.total(cost.frozen(problem, device))
+                for way in select(problem, device, ALL).candidates:
+                    assert way.seconds >= base * 0.999, (problem, device.name, way.kernel)
+
+    def test_waves_are_quantized(self):
+        """One tile more than fills the GPU costs a wave more."""
+        device = find("H200")
+        config = KernelConfig("fwd", "tma", 128, 256, 64, 16, 3, 8)
+        full = cost.kernel_seconds(config, replace(HEADLINE, M=128 * 132, N=256), device)
+        more = cost.kernel_seconds(config, replace(HEADLINE, M=128 * 133, N=256), device)
+        assert more == pytest.approx(2 * full)
+
+    def test_xa_is_free_where_the_last_wave_has_room(self):
+        """1024 tiles leave 32 of 132 SMs one short: room for the 64 items; 8 x 132 tiles leave none."""
+        device = find("H200")
+        config = KernelConfig("fwd", "tma", 128, 256, 64, 16, 3, 8)
+        single = replace(config, single=True)
+        room, none = HEADLINE, replace(HEADLINE, M=128 * 66, N=256 * 16)
+        assert cost.kernel_seconds(single, room, device) == cost.kernel_seconds(config, room, device)
+        assert cost.kernel_seconds(single, none, device) > cost.kernel_seconds(config, none, device)
+
+
+class TestSelect:
+    def test_only_legal_configurations_of_the_kernels_it_needs(self):
+        for problem, device in itertools.product(problems(), DEVICES.values()):
+            plan = select(problem, device, (("triton", ""),))
+            kernels = [config.kernel for config in plan.configs]
+            if problem.gradients:
+                expected = ["dyb_db", "reduce"] + [k for k in ("dx", "da") if k in problem.gradients]
+                assert kernels == expected
+            else:
+                assert kernels == ["xa", "fwd"]
+            for config in plan.configs:
+                assert plan.config(config.kernel) is config
+                assert illegal(config, problem, device) == ""
+
+    def test_the_least_modelled_time_wins(self):
+        for problem, device in itertools.product(problems(), DEVICES.values()):
+            plan = select(problem, device, ALL)
+            (chosen,) = (way for way in plan.candidates if way.kernel == plan.kernel)
+            others = [way.seconds for way in plan.candidates if way.kernel != "single_kernel"]
+            assert chosen.seconds == min(others)
+
+    def test_reasons_name_every_way_with_its_time(self):
+        plan = select(HEADLINE, find("H200"), ALL)
+        assert (plan.backend, plan.kernel) == ("triton", "two_kernel")
+        assert plan.reasons[0] == "cuda: no extension"
+        for way in ("eager aten_beta1: not chosen, model", "triton single_kernel: not chosen, model"):
+            assert any(reason.startswith(way) for reason in plan.reasons)
+        assert plan.reasons[-1].startswith("triton: two_kernel, model")
+
+    def test_small_problems_fall_back_to_eager(self):
+        plan = select(replace(HEADLINE, M=64), find("H200"), ALL)
+        assert plan.backend == "eager"
+        assert any(reason.startswith("triton two_kernel: not chosen, model") for reason in plan.reasons)
+
+    @pytest.mark.parametrize(
+        ("problem", "reason"),
+        [
+            (replace(HEADLINE, M=0), "triton: there are no tokens"),
+            (replace(HEADLINE, base_format="nf4"), "triton: its kernels read dense weights, not nf4"),
+        ],
+    )
+    def test_what_the_kernels_do_not_take(self, problem, reason):
+        plan = select(problem, find("H200"), ALL)
+        assert plan.backend == "eager"
+        assert reason in plan.reasons
+
+    def test_off_gpus(self):
+        plan = select(HEADLINE, None, ALL)
+        assert plan.backend == "eager"
+        assert plan.reasons[0] == "triton: runs on CUDA devices, the input is not on one"
+
+    def test_nobody_can(self):
+        with pytest.raises(ValueError, match=r"no backend can run .*M=8192.*triton: broken"):
+            select(HEADLINE, find("H200"), (("triton", "broken"), ("cuda", "no extension")))
+
+    def test_a_constraint_holds_where_it_can(self):
+        device = find("H200")
+        with only("single_kernel"):
+            plan = select(HEADLINE, device, ALL)
+            assert plan.kernel == "single_kernel"
+            assert [(c.kernel, c.single) for c in plan.configs] == [("fwd", True)]
+            assert "asked for" in plan.reasons[-1]
+            assert select(replace(HEADLINE, R=128), device, ALL).kernel != "single_kernel"
+            with only("aten_beta1"):
+                assert select(HEADLINE, device, ALL).backend == "eager"
+        assert select(HEADLINE, device, ALL).kernel == "two_kernel"
+        with pytest.raises(ValueError, match=r"'fastest'.*two_kernel"), only("fastest"):
+            pass
+
+    def test_the_planner_needs_the_standard_library_only(self):
+        code = "import sys, lorafuse.plan\nprint(*(n for n in sys.modules if n.split('.')[0] in ('torch', 'triton')))"
+        # the package's __init__ imports torch; a bare parent shows the planner alone
+        bare = (
+            "import sys, types\nsys.modules['lorafuse'] = p = types.ModuleType('lorafuse')\np.__path__ = ['lorafuse']\n"
+        )
+        done = subprocess.run([sys.executable, "-c", bare + code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == ""
+
+
+class TestTuned:
+    ENTRY = {
+        "N": 4096, "K": 4096, "R": [1, 16], "M": [1024, 16384], "dtype": "bfloat16", "dropout": False,
+        "backward": False, "kernel": "single_kernel", "seconds": 0.00035, "commit": "abc", "date": "2026-11-24",
+    }  # fmt: skip
+
+    @pytest.fixture
+    def file(self, tmp_path, monkeypatch):
+        """Measurements of an H200 in a folder of their own; write them with the function it gives."""
+
+        def write(content):
+            (tmp_path / "h200.json").write_text(json.dumps(content))
+
+        def forget():
+            tuned.load.cache_clear()
+            _select.cache_clear()
+
+        monkeypatch.setattr(tuned, "_FOLDER", tmp_path)
+        forget()
+        yield write
+        forget()
+
+    def test_a_measurement_overrules_the_model(self, file):
+        file({"version": 1, "entries": [self.ENTRY]})
+        plan = select(HEADLINE, find("H200"), ALL)
+        assert plan.kernel == "single_kernel"
+        assert "measured on H200: 350 us (2026-11-24, commit abc)" in plan.reasons[-1]
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"M": 512}, {"M": 20000}, {"R": 17}, {"N": 4104}, {"dtype": "float16"}, {"dropout": True},
+         {"gradients": ("dx",)}, {"aligned": False}],
+    )  # fmt: skip
+    def test_it_speaks_for_its_own_problems_only(self, file, change):
+        file({"version": 1, "entries": [self.ENTRY]})
+        assert select(replace(HEADLINE, **change), find("H200"), ALL).kernel != "single_kernel"
+        assert select(HEADLINE, find("H100"), ALL).kernel != "single_kernel"
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [({"M": [5, 1]}, r"M is \[5, 1\]"), ({"kernel": "fastest"}, "kernel 'fastest'"), ({"N": "many"}, "N is 'many'"),
+         ({"speed": 1}, "it has the fields")],
+    )  # fmt: skip
+    def test_a_broken_entry_is_named(self, file, change, said):
+        file({"version": 1, "entries": [self.ENTRY, self.ENTRY | change]})
+        with pytest.raises(ValueError, match=rf"h200\.json, entry 1.*{said}"):
+            select(HEADLINE, find("H200"), ALL)
+
+    def test_another_version_is_refused(self, file):
+        file({"version": 2, "entries": []})
+        with pytest.raises(ValueError, match='"version": 1'):
+            select(HEADLINE, find("H200"), ALL)
+
+    def test_what_ships_is_valid(self):
+        for device in DEVICES:
+            tuned.load(device)

@@ -1,0 +1,88 @@
+"""`lorafuse plan` (T1): every modelled number says so, the choice is the planner's, bad input is one clear line."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from lorafuse import cli
+from lorafuse.plan import DEVICES, Problem, cost, find, select
+
+ASK = ["plan", "--gpu", "H200", "--shape", "8192,4096,4096"]
+# a time or a share that the model gives
+NUMBER = re.compile(r"\d(\.\d+)? us\b|\d%")
+
+
+def test_every_modelled_number_says_so(capsys):
+    assert cli.main([*ASK, "--backward"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    numbers = [line for line in lines if NUMBER.search(line)]
+    assert len(numbers) > 30
+    for line in numbers:
+        assert "model" in line, line
+
+
+@pytest.mark.parametrize("gpu", DEVICES)
+def test_it_prints_the_planners_choice(gpu, capsys):
+    assert cli.main(["plan", "--gpu", gpu, "--shape", "8192,4096,4096", "--rank", "32", "--backward"]) == 0
+    out = capsys.readouterr().out
+    problem = Problem(8192, 4096, 4096, 32, "bfloat16", "float32")
+    available = (("eager", ""), ("triton", ""), ("cuda", "this version of lorafuse holds no CUDA kernels"))
+    plan = select(problem, find(gpu), available)
+    assert f"forward: {plan.backend} {plan.kernel}\n" in out
+    assert f"-> {plan.backend} {plan.kernel}" in out
+    for reason in plan.reasons:
+        assert f"why: {reason}" in out
+    for name, model in cost.BASELINES.items():
+        assert f"{name:<28}{cost.total(model(problem, find(gpu))) * 1e6:9.1f} us (model)" in out
+    for way in plan.candidates:
+        for part in way.parts:
+            assert f"{part.name:<25}{part.seconds * 1e6:9.1f} us (model)" in out
+    assert "backward: " in out
+    assert re.search(r"this plan +\d+\.\d% +\(model\)", out)
+
+
+def test_json_holds_the_same(capsys):
+    assert cli.main([*ASK, "--backward", "--json", "--dropout", "--bias"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["device"]["name"] == "H200"
+    assert list(found["directions"]) == ["forward", "backward"]
+    forward = found["directions"]["forward"]
+    assert forward["problem"]["dropout"] is True
+    assert forward["problem"]["bias"] is True
+    for group in ("candidates", "baselines"):
+        for way in forward[group].values():
+            assert way["model_us"] == pytest.approx(sum(part["model_us"] for part in way["parts"]))
+    assert found["lora_tax_model"] > 0
+
+
+def test_a_case_by_name_and_forward_alone(capsys):
+    assert cli.main(["plan", "--gpu", "a100", "--case", "llama-3.1-8b.down", "--m", "512"]) == 0
+    out = capsys.readouterr().out
+    assert "M 512, N 4096, K 14336, R 16" in out
+    assert "backward" not in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--gpu", "H20", "--shape", "1,2,3"], "did you mean H200"),
+        (["--gpu", "H200", "--shape", "1,2"], "--shape 8192,4096,4096"),
+        (["--gpu", "H200", "--shape", "1,2,x"], "--shape 8192,4096,4096"),
+        (["--gpu", "H200", "--shape", "0,2,3"], "M is 0; it must be at least 1"),
+        (["--gpu", "H200", "--shape", "1,2,3", "--rank", "0"], "--rank is 0"),
+        (["--gpu", "H200", "--case", "llama"], "case 'llama' is not known"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(argv, said, capsys):
+    assert cli.main(["plan", *argv]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_without_a_gpu_one_must_be_named(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["plan", "--shape", "1,2,3"]) == 2
+    assert "--gpu H200" in capsys.readouterr().err
