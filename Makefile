@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fmt bench doctor clean
+.PHONY: help demo test test-compile budget lint fmt bench gpu doctor clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -9,13 +9,19 @@ READY := $(VENV)/.ready
 REQUIREMENTS := requirements/dev.txt requirements/no-deps.txt
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## see it work on this machine; options with ARGS="..."
 	@$(PY) -m lorafuse demo $(ARGS)
 
 test: $(READY) ## run all tests, lint included; pytest options with ARGS="..."
 	@$(PY) -m pytest $(ARGS)
+
+test-compile: $(READY) ## compile every kernel for every architecture, every dtype; minutes, no GPU
+	@$(PY) -m pytest tests/test_compile.py --every-dtype $(ARGS)
+
+budget: $(READY) ## write the kernels' registers and shared memory to tests/kernel_budget.json, for review
+	@$(PY) -m pytest tests/test_compile.py --update-budget -k budget
 
 lint: $(READY) ## check style, format and types; edits nothing
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
@@ -26,6 +32,9 @@ fmt: $(READY) ## sort imports, apply ruff's safe fixes and format
 bench: $(READY) ## measure this machine: call overhead, then a layer; options with ARGS="..."
 	@$(PY) -m pytest bench
 	@$(PY) -m lorafuse bench linear $(ARGS)
+
+gpu: ## on a machine with an NVIDIA GPU: its tests and a short benchmark, with the torch that is there, in 9 minutes
+	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) bench/gpu.py $(ARGS)
 
 doctor: $(READY) ## versions, devices, backends, and a numerical self-test
 	@$(PY) -m lorafuse doctor $(ARGS)

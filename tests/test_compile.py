@@ -54,7 +54,7 @@ def tables(request, tmp_path_factory):
 def test_all_were_compiled(tables, target, request):
     everything = request.config.getoption("--every-dtype")
     assert sorted(tables[target]) == [v.name for v in variants(target, everything)]
-    assert len(tables[target]) > 100
+    assert len(tables[target]) > 50
 
 
 @by_target
@@ -80,7 +80,8 @@ def test_the_matrix_instructions_are_there(tables, target, request):
         if variant.dtype == "float32" or variant.config.kernel == "reduce":
             continue
         # tiles of fewer than 64 rows are too short for the warpgroup's instructions
-        short = target in ("sm_90", "sm_100") and variant.config.block_m < 64
+        rows = variant.config.block_m if variant.config.kernel in ("xa", "fwd", "dx") else variant.config.block_n
+        short = target in ("sm_90", "sm_100") and rows < 64
         assert found.instructions.get("HMMA" if short else MATRIX[target]), (name, found)
         if variant.config.form == "tma":
             assert found.instructions.get("UTMALDG"), (name, found)

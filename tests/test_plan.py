@@ -117,6 +117,7 @@ class TestLegal:
             (replace(CONFIG, form="pointer", single=True), HEADLINE, "A100", "single kernel needs sm_90"),
             (replace(CONFIG, flatten=True, single=True), HEADLINE, "H200", "flattens"),
             (replace(CONFIG, single=True), replace(HEADLINE, R=65), "H200", "R <= 64"),
+            (replace(CONFIG, single=True), replace(HEADLINE, dropout=True), "H200", "mask"),
             (replace(CONFIG, warps=4), HEADLINE, "H200", "32768 accumulators.*4 warps"),
             (replace(CONFIG, kernel="dx"), replace(HEADLINE, dropout=True), "H200", "65536 accumulators"),
             (replace(CONFIG, stages=5), HEADLINE, "H200", r"shared memory.*232448 of H200"),

@@ -37,7 +37,8 @@ def test_it_prints_the_planners_choice(gpu, capsys):
     for name, model in cost.BASELINES.items():
         assert f"{name:<28}{cost.total(model(problem, find(gpu))) * 1e6:9.1f} us (model)" in out
     for way in plan.candidates:
-        for part in way.parts:
+        # the time of a way of one part stands in its own line
+        for part in way.parts if len(way.parts) > 1 else ():
             assert f"{part.name:<25}{part.seconds * 1e6:9.1f} us (model)" in out
     assert "backward: " in out
     assert re.search(r"this plan +\d+\.\d% +\(model\)", out)

@@ -85,24 +85,24 @@ def _run_case(
     """What is wrong, or the figures of the case, printed as a table."""
     from rich.progress import track
 
-    from lorafuse.testing.baselines import VARIANTS, build, check, inputs, reference
+    from lorafuse.testing.baselines import build, check, inputs, reference, variants
     from lorafuse.testing.memory import peak_bytes
     from lorafuse.testing.timing import measure
 
     given = inputs(case, args.m, args.rank, DTYPES[args.dtype], device)
-    variants = [build(name, given) for name in VARIANTS]
+    built = [build(name, given) for name in variants(device)]
     expected = reference(given)
-    for variant in variants:
+    for variant in built:
         wrong = check(variant, expected)
         if wrong:
             return wrong, None
     del expected
     warm_up = max(3, args.rounds // 10)
-    rounds = measure(variants, args.rounds, warm_up, device)
+    rounds = measure(built, args.rounds, warm_up, device)
     shown = track(rounds, case.name, args.rounds + warm_up, console=console, transient=True)
     *_, samples = shown
     figures: dict[str, Any] = {name: taken.summary() for name, taken in samples.items()}
-    for variant in variants:
+    for variant in built:
         figures[variant.name]["peak_bytes"] = peak_bytes(lambda v=variant: v.backward(v.forward()), device)  # type: ignore[misc]
     frozen, full = (figures[name]["total"]["median"] for name in ("frozen", "full"))
     for figure in figures.values():

@@ -45,7 +45,7 @@ _POINTER = ((128, 128, 32, 4, 8), (64, 128, 32, 4, 4), (64, 64, 32, 4, 4))
 # fp32 multiplies on the CUDA cores; rows off 16-byte boundaries are read element by element. Both need registers.
 _FP32 = ((64, 64, 32, 3, 8), (32, 64, 32, 3, 8))
 _ODD = ((64, 64, 32, 3, 8), (32, 64, 32, 3, 8))
-_ODD_FP32 = ((32, 64, 16, 3, 8),)
+_ODD_FP32 = ((32, 64, 32, 2, 8),)
 # ranks that fwd and dx take at a time: at 64 the tiles of a and b no longer fit beside the pipeline's buffers
 _MAX_BLOCK_R = 32
 # a single kernel walks x for all ranks at once, in the registers of one tile
@@ -66,7 +66,10 @@ def shared_memory(config: KernelConfig, itemsize: int) -> int:
     if c.kernel in ("fwd", "dx"):
         # stores through a descriptor are staged in halves
         staging = c.block_m * c.block_n // 2 * itemsize if c.form == "tma" else 0
-        return c.stages * (c.block_m + c.block_n) * c.block_k * itemsize + staging + 2 * ranks + 1024
+        tiles = c.stages * (c.block_m + c.block_n) * c.block_k * itemsize + staging + 2 * ranks + 1024
+        return (
+            max(tiles, shared_memory(replace(c, kernel="xa", block_r=_MAX_SINGLE_R), itemsize)) if c.single else tiles
+        )
     if c.kernel == "xa":
         # a may be fp32, and a masked x passes through shared memory once more
         return c.stages * (c.block_m * itemsize + c.block_r * 4) * c.block_k + c.block_m * c.block_k * 4

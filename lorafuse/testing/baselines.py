@@ -5,16 +5,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafuse.integrations import patch
+from lorafuse.plan import only
 from lorafuse.testing.cases import Case
 from lorafuse.testing.numerics import lora_formula, relative_l2, tolerance
 
-__all__ = ["VARIANTS", "Inputs", "Variant", "build", "check", "inputs", "reference"]
+__all__ = ["VARIANTS", "Inputs", "Variant", "build", "check", "inputs", "reference", "variants"]
 
 SCALE = 2.0
 
@@ -100,10 +102,20 @@ def _peft_half(given: Inputs) -> tuple[Any, dict[str, Tensor]]:
     return _peft(given, autocast_adapter_dtype=False)
 
 
-def _lorafuse(given: Inputs) -> tuple[Any, dict[str, Tensor]]:
+def _lorafuse(given: Inputs, backend: str = "auto") -> tuple[Any, dict[str, Tensor]]:
     layer, wanted = _peft(given)
-    patch(layer, strict=True)
+    patch(layer, backend=backend, strict=True)
     return layer, wanted
+
+
+def _single(given: Inputs) -> tuple[Any, dict[str, Tensor]]:
+    layer, wanted = _lorafuse(given, "triton")
+
+    def call(x: Tensor) -> Tensor:
+        with only("single_kernel"):
+            return layer(x)
+
+    return call, wanted
 
 
 class _AddmmFunction(torch.autograd.Function):
@@ -138,12 +150,24 @@ VARIANTS: dict[str, Callable[[Inputs], tuple[Any, dict[str, Tensor]]]] = {
     "addmm": _addmm,
     "lorafuse": _lorafuse,
 }
+# the ways that the plan of "lorafuse" chooses from, on GPUs
+_GPU_VARIANTS: dict[str, Callable[[Inputs], tuple[Any, dict[str, Tensor]]]] = {
+    "lorafuse-eager": partial(_lorafuse, backend="eager"),
+    "lorafuse-triton": partial(_lorafuse, backend="triton"),
+    "lorafuse-single": _single,
+}
+
+
+def variants(device: torch.device) -> tuple[str, ...]:
+    """The names of those that run on a device."""
+    return (*VARIANTS, *(_GPU_VARIANTS if device.type == "cuda" else ()))
 
 
 def build(name: str, given: Inputs) -> Variant:
     """A variant by name: `peft` as shipped (fp32 adapters), `peft-half` with adapters in the base's dtype, `addmm` the
-    base GEMM and `addmm_` in one autograd.Function, `full` fine-tuning, `lorafuse` a patched PEFT layer."""
-    call, parameters = VARIANTS[name](given)
+    base GEMM and `addmm_` in one autograd.Function, `full` fine-tuning, `lorafuse` a patched PEFT layer, run as its plan
+    says or, with a suffix, as the suffix says."""
+    call, parameters = (VARIANTS | _GPU_VARIANTS)[name](given)
     x = given.x.clone().requires_grad_()
     return Variant(name, call, x, given.dy, {"dx": x, **parameters})
 

@@ -1,0 +1,143 @@
+"""Everything that needs an NVIDIA GPU, in one command and under nine minutes: checks first, then times.
+
+    python bench/gpu.py --out DIR [--minutes 9]        (or: make gpu ARGS="--out DIR")
+
+It runs from a bare checkout with the torch and triton that are there: nothing is installed, nothing is fetched. The
+most valuable steps come first, each within what is left of the time, so that a run that is cut off is still worth
+keeping. Every step's output is a file in DIR, `gpu.json` is the summary, and a short table is printed last.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# seconds: one layer in all variants, with its fp64 reference and the first compilation of its kernels
+_CASE = 60
+
+
+@dataclass
+class Step:
+    """One command: `name` of its output file, what it shows, and the most seconds it may take."""
+
+    name: str
+    command: list[str]
+    seconds: int
+    outcome: str = "not started: no time was left"
+    took: float = 0.0
+
+
+def steps(out: Path) -> list[Step]:
+    python = sys.executable
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=25"]
+    # where pytest-xdist is installed, kernels compile on several cores
+    parallel = ["-n", "8"] if _has("xdist") else []
+
+    def layer(m: int, rank: int, *cases: str) -> Step:
+        file = f"layers-m{m}-r{rank}"
+        options = [part for case in cases for part in ("--case", case)]
+        options += ["--m", str(m), "--rank", str(rank), "--json", str(out / f"{file}.json")]
+        return Step(file, [python, "-m", "lorafuse", "bench", "linear", *options], _CASE * len(cases))
+
+    llama = [f"llama-3.1-8b.{name}" for name in ("q", "k", "gate", "down")]
+    sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
+    smoke = [*pytest, "tests/test_triton_linear.py", "-k", "gate or test_dropout"]
+    return [
+        Step("doctor", [python, "-m", "lorafuse", "doctor"], 60),
+        Step("gate", [*pytest, "tests/test_triton_linear.py", "-k", "gate or single or integers", *parallel], 120),
+        layer(8192, 16, "llama-3.1-8b.q"),
+        Step("gpu-tests", [*pytest, "tests/test_gpu.py"], 120),
+        layer(2048, 16, *llama),
+        layer(8192, 16, *llama[1:]),
+        Step("all-kernel-tests", [*pytest, "tests/test_triton_linear.py", "tests/test_philox.py", *parallel], 180),
+        layer(8192, 64, "llama-3.1-8b.q"),
+        Step("memcheck", [*sanitizer, "memcheck", *smoke], 120),
+        Step("racecheck", [*sanitizer, "racecheck", *smoke], 120),
+        layer(16384, 16, "llama-3.1-8b.q"),
+        layer(1024, 16, "llama-3.1-8b.q"),
+        layer(512, 16, "llama-3.1-8b.q"),
+    ]
+
+
+def _has(module: str) -> bool:
+    return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True).returncode == 0
+
+
+def run(step: Step, out: Path, left: float) -> None:
+    """Run a step for at most `left` seconds and keep what it prints."""
+    if left < 15:
+        return
+    if shutil.which(step.command[0]) is None:
+        step.outcome = f"skipped: there is no {step.command[0]}"
+        return
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment.pop("TRITON_INTERPRET", None)
+    start = time.monotonic()
+    with open(out / f"{step.name}.log", "w") as log:
+        try:
+            done = subprocess.run(
+                step.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+                timeout=min(left, step.seconds),
+            )  # fmt: skip
+            step.outcome = "passed" if done.returncode == 0 else f"failed with status {done.returncode}"
+        except subprocess.TimeoutExpired:
+            step.outcome = f"cut off after {min(left, step.seconds):.0f} s"
+    step.took = time.monotonic() - start
+    print(f"{step.name}: {step.outcome}, {step.took:.0f} s", flush=True)
+    if step.outcome.startswith("failed"):
+        print((out / f"{step.name}.log").read_text()[-3000:], flush=True)
+
+
+def table(out: Path) -> list[str]:
+    """One line for each measured layer: tax of every variant."""
+    lines = []
+    for file in sorted(out.glob("layers-*.json")):
+        for result in json.loads(file.read_text())["results"]:
+            frozen = result["variants"]["frozen"]["total"]["median"] * 1e6
+            taxes = "  ".join(
+                f"{name} {v['tax']:.1%}" for name, v in result["variants"].items() if name not in ("frozen", "full")
+            )
+            lines.append(f"{result['case']} M {result['M']} R {result['R']}: frozen {frozen:.0f} us, tax: {taxes}")
+    return lines
+
+
+def main() -> int:
+    """0 when every step that ran passed, or when there is no GPU; 1 otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of the results (build/gpu)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="stop after so many (8.5)")
+    args = parser.parse_args()
+    try:
+        import torch
+    except ImportError:
+        if shutil.which("nvidia-smi") is None:
+            print("there is no NVIDIA GPU here: nothing to run")
+            return 0
+        print(f"{sys.executable} has no torch: name a Python that has it, make gpu PYTHON=…")
+        return 1
+    if not torch.cuda.is_available():
+        print(f"torch {torch.__version__} sees no NVIDIA GPU here: nothing to run")
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    sys.path.insert(0, str(ROOT))
+    from lorafuse.testing.conditions import conditions
+
+    end = time.monotonic() + args.minutes * 60
+    found, plan = conditions(torch.device("cuda")), steps(args.out)
+    for step in plan:
+        run(step, args.out, end - time.monotonic())
+        done = [{k: v for k, v in asdict(s).items() if k != "command"} for s in plan]
+        (args.out / "gpu.json").write_text(json.dumps({"conditions": found, "steps": done}, indent=1) + "\n")
+    print("\n" + "\n".join(table(args.out)))
+    print("\n".join(f"{step.name:<20} {step.took:5.0f} s  {step.outcome}" for step in plan))
+    return int(any(step.outcome.startswith("failed") for step in plan))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
