@@ -1,7 +1,10 @@
 """The numbers in README.md are those of the committed result file; a failure prints the table to paste."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+
+from lorafuse.plan import Problem, cost, find, select
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "cpu-xeon-amx-2026-11-24.json"
@@ -57,3 +60,28 @@ def test_readme_quotes_the_demo_reports():
     )
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert demo_line(full, half) in readme, demo_line(full, half)
+
+
+def gpu_table():
+    """What the model says of one layer on an H200, in microseconds, as README.md shows it while nothing is measured."""
+    device, forward = find("H200"), Problem(8192, 4096, 4096, 16, "bfloat16", "float32")
+    problems = forward, replace(forward, gradients=("dx", "da", "db"))
+    plans = [select(problem, device, (("eager", ""), ("triton", ""))) for problem in problems]
+    rows = {name: [cost.total(way(problem, device)) for problem in problems] for name, way in cost.BASELINES.items()}
+    base = sum(rows["frozen"])
+    for name, kernels in {
+        "lorafuse, eager": ("aten_beta1", "aten_beta1"),
+        "lorafuse, Triton": ("two_kernel", "one_pass_backward"),
+        "lorafuse, Triton, forward in a single kernel": ("single_kernel", "one_pass_backward"),
+    }.items():
+        ways = [{way.kernel: way.seconds for way in plan.candidates} for plan in plans]
+        rows[name] = [way[kernel] for way, kernel in zip(ways, kernels, strict=True)]
+    lines = []
+    for name, (forward, backward) in rows.items():
+        tax = f"{(forward + backward) / base - 1:.1%}"
+        lines.append(f"| {name} | {forward * 1e6:.0f} µs | {backward * 1e6:.0f} µs | {tax} | not yet measured |")
+    return "\n".join(lines)
+
+
+def test_readme_quotes_the_model():
+    assert gpu_table() in (ROOT / "README.md").read_text(), gpu_table()

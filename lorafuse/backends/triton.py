@@ -111,9 +111,12 @@ def _check(x: Tensor) -> None:
 
 
 def _rows(t: Tensor) -> Tensor:
-    """`t` as a matrix of contiguous rows; copies only where its strides leave no other way."""
+    """`t` as a matrix of contiguous rows that do not overlap; copies only where its strides leave no other way."""
     flat = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
-    return flat if flat.stride(1) == 1 else flat.contiguous()
+    if flat.shape[0] == 1:
+        # the stride of a single row can be anything, and TMA reads it
+        return flat.reshape(-1).unsqueeze(0)
+    return flat if flat.stride(1) == 1 and flat.stride(0) >= flat.shape[1] else flat.contiguous()
 
 
 def _plan(problem: Problem, device: torch.device) -> tuple[Plan, DeviceSpec]:

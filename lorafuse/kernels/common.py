@@ -59,7 +59,10 @@ def rank_steps(R: int, config: KernelConfig) -> int:
 
 
 def drop_below(p: float) -> int:
-    """The threshold of `lorafuse.philox` as kernels take it: floor(p·2³²) − 1, its 32 bits read as signed."""
+    """The threshold of `lorafuse.philox` as kernels take it: floor(p·2³²) − 1, its 32 bits read as signed.
+
+    Below p = 2⁻³², where that definition drops nothing, kernels drop one element in 2³².
+    """
     bits = max(0, min(int(p * 2**32), 2**32) - 1)
     return bits - 2**32 if bits >= 2**31 else bits
 

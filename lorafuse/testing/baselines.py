@@ -165,8 +165,8 @@ def variants(device: torch.device) -> tuple[str, ...]:
 
 def build(name: str, given: Inputs) -> Variant:
     """A variant by name: `peft` as shipped (fp32 adapters), `peft-half` with adapters in the base's dtype, `addmm` the
-    base GEMM and `addmm_` in one autograd.Function, `full` fine-tuning, `lorafuse` a patched PEFT layer, run as its plan
-    says or, with a suffix, as the suffix says."""
+    base GEMM and `addmm_` in one autograd.Function, `full` fine-tuning, `lorafuse` a patched PEFT layer, run as its
+    plan says or, with a suffix, as the suffix says."""
     call, parameters = (VARIANTS | _GPU_VARIANTS)[name](given)
     x = given.x.clone().requires_grad_()
     return Variant(name, call, x, given.dy, {"dx": x, **parameters})
