@@ -13,7 +13,7 @@ __all__ = ["device_spec", "linear_problem"]
 
 @cache
 def device_spec(device: torch.device) -> DeviceSpec | None:
-    """What the planner needs to know of a CUDA device; None for any other kind. Raises ValueError below sm_80."""
+    """What the planner needs to know of a CUDA device; None for any other kind."""
     if device.type != "cuda":
         return None
     # not at the top: without Triton there is no kernel to plan for

@@ -30,13 +30,13 @@ _GAP = 2e-6
 _HOST = {"aten": 5e-6, "triton": 15e-6}
 # what a tile reaches of the sustained rate, by its area (assumed, after published ablations of Hopper kernels)
 _TILE = {128 * 256: 1.0, 128 * 128: 0.92, 64 * 128: 0.8, 64 * 64: 0.65, 32 * 64: 0.45}
+# the same where a warp multiplies by itself (mma.sync), which needs less from shared memory (assumed)
+_WARP_TILE = {128 * 256: 1.0, 128 * 128: 0.97, 64 * 128: 0.85, 64 * 64: 0.7, 32 * 64: 0.5}
 _CUBLAS_TILES = ((128, 256), (128, 128), (64, 128), (64, 64), (32, 64))
 # what Triton's main loop reaches of cuBLAS: persistent with descriptors 0.97 to 1.0 published for Hopper; pointers feed
 # Hopper's tensor cores through cp.async and keep up on older GPUs (assumed)
 _FORM = {"tma": 0.97, "pointer": 0.97}
 _POINTER_ON_HOPPER = 0.85
-# fp32 without tf32 runs on the CUDA cores: 1/16 of the bf16 rate (datasheets of A100 to B200: 1/15 to 1/16)
-_FP32 = 1 / 16
 # bytes/s that one SM streams: 64 B a clock at 1.7 GHz
 _SM_BANDWIDTH = 110e9
 # Philox 4x32-10: 100 integer operations give four words; an SM does 64 a clock at 1.7 GHz
@@ -48,15 +48,23 @@ _MASK_PASSES, _MASK_BYTES = 40, 16
 def _product(
     M: int, N: int, K: int, tile: tuple[int, int], share: float, problem: Problem, device: DeviceSpec
 ) -> float:
-    """Seconds of an `[M, K] x [K, N]` product in tiles; `share` of the sustained rate."""
-    rate = device.sustained_flops / device.sms * share * (_FP32 if problem.itemsize == 4 else 1.0)
+    """Seconds of an `[M, K] x [K, N]` product in tiles, at `share` of what such tiles reach."""
+    reached = _TILE if _has_wgmma(device) else _WARP_TILE
+    rate = device.sustained_flops / device.sms * share * reached[tile[0] * tile[1]]
+    if problem.itemsize == 4:
+        # fp32 without tf32 runs on the CUDA cores
+        rate *= device.fp32_flops / device.bf16_flops
     waves = math.ceil(math.ceil(M / tile[0]) * math.ceil(N / tile[1]) / device.sms)
     moved = (M * K + N * K + M * N) * problem.itemsize
     return max(waves * 2 * tile[0] * tile[1] * K / rate, moved / device.sustained_bandwidth)
 
 
 def _cublas(M: int, N: int, K: int, problem: Problem, device: DeviceSpec) -> float:
-    return min(_product(M, N, K, t, _TILE[t[0] * t[1]], problem, device) for t in _CUBLAS_TILES)
+    return min(_product(M, N, K, tile, 1.0, problem, device) for tile in _CUBLAS_TILES)
+
+
+def _has_wgmma(device: DeviceSpec) -> bool:
+    return 90 <= device.arch < 120
 
 
 def _pass(elements: int, problem: Problem, device: DeviceSpec, programs: int = 1 << 30) -> float:
@@ -155,8 +163,8 @@ def kernel_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -
     """Seconds of one Triton kernel of the plan."""
     c, (M, N, K, R) = config, (problem.M, problem.N, problem.K, problem.R)
     if c.kernel in ("fwd", "dx"):
-        share = _TILE[c.block_m * c.block_n] * _FORM[c.form]
-        if c.form == "pointer" and device.arch >= 90 and problem.itemsize == 2:
+        share = _FORM[c.form]
+        if c.form == "pointer" and _has_wgmma(device) and problem.itemsize == 2:
             share *= _POINTER_ON_HOPPER
         columns, reduction = (N, K) if c.kernel == "fwd" else (K, N)
         tile = c.block_m, c.block_n

@@ -48,6 +48,10 @@ class Plan:
         return found
 
 
+# what the kernels of every backend but eager need
+_OLDEST_ARCH = 80
+_DTYPES = ("bfloat16", "float16", "float32")
+
 _only: str | None = None
 
 
@@ -88,6 +92,10 @@ def _select(
             reason = f"{backend}: runs on CUDA devices, the input is not on one"
         elif reason:
             reason = f"{backend}: {reason}"
+        elif device is not None and device.arch < _OLDEST_ARCH:
+            reason = f"{backend}: its kernels need sm_{_OLDEST_ARCH}, {device.name} is sm_{device.arch}"
+        elif problem.dtype not in _DTYPES:
+            reason = f"{backend}: its kernels run {', '.join(_DTYPES)}, not {problem.dtype}"
         elif problem.base_format != "dense":
             reason = f"{backend}: its kernels read dense weights, not {problem.base_format}"
         elif problem.M == 0:

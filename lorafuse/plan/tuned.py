@@ -1,10 +1,10 @@
 """Measurements that overrule the model: `plan/tuned/<gpu>.json`, one file a GPU.
 
     {"version": 1, "entries": [{"N": 4096, "K": 4096, "R": [1, 16], "M": [1024, 16384], "dtype": "bfloat16",
-      "dropout": false, "backward": false, "kernel": "two_kernel", "seconds": 0.00037, "commit": "…", "date": "…"}]}
+      "dropout": false, "gradients": [], "kernel": "two_kernel", "seconds": 0.00037, "commit": "…", "date": "…"}]}
 
-An entry speaks for forward or backward passes of its N, K, dtype and dropout whose M and R lie in its ranges, ends
-included. `kernel` is what was fastest there.
+An entry speaks for passes of its N, K, dtype, dropout and gradients (none is a forward pass) whose M and R lie in its
+ranges, ends included, and whose rows are aligned; adapter dtype and bias do not matter. `kernel` was fastest there.
 """
 
 import json
@@ -23,7 +23,7 @@ __all__ = ["KERNELS", "Tuned", "load", "match"]
 KERNELS = {"aten_beta1": "eager", "two_kernel": "triton", "single_kernel": "triton", "one_pass_backward": "triton"}
 _FOLDER = Path(__file__).parent / "tuned"
 _FIELDS: dict[str, type | tuple[type, ...]] = {
-    "N": int, "K": int, "R": list, "M": list, "dtype": str, "dropout": bool, "backward": bool, "kernel": str,
+    "N": int, "K": int, "R": list, "M": list, "dtype": str, "dropout": bool, "gradients": list, "kernel": str,
     "seconds": (int, float), "commit": str, "date": str,
 }  # fmt: skip
 
@@ -38,7 +38,7 @@ class Tuned:
     M: tuple[int, int]
     dtype: str
     dropout: bool
-    backward: bool
+    gradients: tuple[str, ...]
     kernel: str
     seconds: float
     commit: str
@@ -46,9 +46,9 @@ class Tuned:
 
 
 @cache
-def load(device: str) -> tuple[Tuned, ...]:
-    """The entries of a GPU's file, none when there is no file. Raises ValueError for a file that breaks the format."""
-    path = _FOLDER / (re.sub(r"[^a-z0-9]+", "-", device.lower()) + ".json")
+def load(model: str) -> tuple[Tuned, ...]:
+    """The entries for a GPU model, none when it has no file. Raises ValueError for a file that breaks the format."""
+    path = _FOLDER / (re.sub(r"[^a-z0-9]+", "-", model.lower()) + ".json")
     if not path.exists():
         return ()
     content = json.loads(path.read_text())
@@ -69,15 +69,15 @@ def _entry(entry: dict[str, Any], where: str) -> Tuned:
             raise ValueError(f"{where}: {name} is {low_high!r}; it must be [lowest, highest]")
     if entry["kernel"] not in KERNELS:
         raise ValueError(f"{where}: kernel {entry['kernel']!r} is not one of {', '.join(KERNELS)}")
-    return Tuned(**entry | {"M": tuple(entry["M"]), "R": tuple(entry["R"])})
+    return Tuned(**entry | {name: tuple(entry[name]) for name in ("M", "R", "gradients")})
 
 
 def match(problem: Problem, device: DeviceSpec) -> Tuned | None:
     """The measurement that speaks for a problem on a device, if there is one."""
-    for entry in load(device.name):
+    for entry in load(device.model):
         sizes = entry.N == problem.N and entry.K == problem.K
         ranges = entry.M[0] <= problem.M <= entry.M[1] and entry.R[0] <= problem.R <= entry.R[1]
-        kind = (entry.dtype, entry.dropout) == (problem.dtype, problem.dropout)
-        if sizes and ranges and kind and entry.backward == bool(problem.gradients) and problem.aligned:
+        kind = entry.dtype, entry.dropout, entry.gradients
+        if sizes and ranges and kind == (problem.dtype, problem.dropout, problem.gradients) and problem.aligned:
             return entry
     return None
