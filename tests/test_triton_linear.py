@@ -8,14 +8,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
+import lorafuse
 from lorafuse.backends import base
 from lorafuse.backends import triton as backend
 from lorafuse.functional import lora_linear
+from lorafuse.kernels import common
 from lorafuse.philox import keep_mask
 from lorafuse.plan import only
 from lorafuse.testing.cases import UGLY_M, UGLY_NK, UGLY_R
-from lorafuse.testing.check_linear import GATE, LinearCase, check_linear, make_operands
+from lorafuse.testing.check_linear import GATE, LinearCase, check_linear, gradients, make_operands
 from lorafuse.testing.numerics import relative_l2, tolerance
 
 ON_GPU = torch.cuda.is_available()
@@ -78,6 +81,10 @@ def test_every_size(M, R, dtype):
 def test_every_aligned_size(M, R, form):
     N, K = ALIGNED_NK[(M + UGLY_R.index(R)) % len(ALIGNED_NK)]
     check(LinearCase(leading=(M,), N=N, K=K, R=R, dtype=DTYPES[-1], bias=R % 2 == 0))
+
+
+def test_a_rank_beyond_every_tile(form):
+    check(LinearCase(leading=(40,), N=72, K=64, R=300, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("R", [r for r in UGLY_R if r <= 64])
@@ -207,6 +214,99 @@ def test_eager_and_triton_may_be_mixed():
     other = eager.linear_backward(o.dy, o.x, xa[backend], *settings)
     for left, right in zip(one, other, strict=True):
         assert relative_l2(left, right) < tolerance(torch.float32)
+
+
+@pytest.mark.no_poison
+@pytest.mark.parametrize("form_of", ["tma", "pointer"])
+def test_rows_beyond_2_to_the_31(form_of, monkeypatch):
+    """Three rows far apart in memory that nobody else touches: their offsets do not fit 32 bits."""
+    if not ON_GPU:
+        monkeypatch.setattr(backend, "_INTERPRETED_AS", {"tma": "H200", "pointer": "A100"}[form_of])
+    K, stride = 64, 2**30 + 8
+    far = torch.empty(2 * stride + K, dtype=torch.float16, device=DEVICE).as_strided((3, K), (stride, 1))
+    o = make_operands(LinearCase(leading=(3,), N=72, K=K, dtype=torch.float16)).to(DEVICE)
+    far.copy_(o.x)
+    near, there = (backend.linear_forward(x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0) for x in (o.x, far))
+    for one, other in zip(near, there, strict=True):
+        assert torch.equal(one, other)
+    settings = o.a, o.b, None, 1.7, 0.0, True, True, True, True
+    near = backend.linear_backward(o.dy, o.x, near[1], o.w, *settings)
+    there = backend.linear_backward(o.dy, far, there[1], o.w, *settings)
+    for one, other in zip(near, there, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
+def test_fp32_is_ieee_unless_torch_allows_tf32(setting, expected):
+    former = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(setting)
+        assert common.precision(torch.float32) == expected
+        assert common.precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(former)
+
+
+def graded(run, o):
+    """y and the gradients of `run(o)`."""
+    for tensor in (o.x, o.a, o.b, o.bias):
+        tensor.requires_grad_()
+    return gradients(run(o), o)
+
+
+@pytest.mark.parametrize("way", ["compiled", "checkpointed", "checkpointed, reentrant"])
+def test_it_is_one_operator_for_torch(way):
+    def layer(x, o):
+        return lora_linear(x, o.w, o.a, o.b, bias=o.bias, dropout_p=0.2, backend="triton")
+
+    runs = {
+        "compiled": lambda o: torch.compile(lambda x: layer(x, o), fullgraph=True, backend="aot_eager")(o.x),
+        "checkpointed": lambda o: checkpoint(layer, o.x, o, use_reentrant=False),
+        "checkpointed, reentrant": lambda o: checkpoint(layer, o.x, o, use_reentrant=True),
+    }
+    o = make_operands(LinearCase(leading=(3, 20), dtype=torch.float16)).to(DEVICE)
+    torch.manual_seed(1)
+    expected = graded(lambda o: layer(o.x, o), o)
+    torch.manual_seed(1)
+    if way.endswith("reentrant"):
+        y = runs[way](o)
+        y.backward(o.dy)
+        found = {"y": y.detach(), "dx": o.x.grad, "da": o.a.grad, "db": o.b.grad, "dbias": o.bias.grad}
+    else:
+        found = graded(runs[way], o)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_a_patched_peft_model_trains_as_it_did():
+    from peft import LoraConfig, get_peft_model
+
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 72), torch.nn.Linear(72, 40, bias=False)).to(DEVICE)
+    model = get_peft_model(layers, LoraConfig(r=6, target_modules=["0", "1"], init_lora_weights=False))
+    x = torch.randn(5, 9, 64, device=DEVICE)
+
+    def step():
+        model.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward()
+        return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    expected = step()
+    report = lorafuse.patch(model, backend="triton", strict=True)
+    assert {patched.backend for patched in report.patched} == {"triton"}
+    found = step()
+    assert found.keys() == expected.keys()
+    assert len(found) == 5
+    for name, tensor in expected.items():
+        assert relative_l2(found[name], tensor) < tolerance(torch.float32), name
+
+
+def test_opcheck():
+    o = make_operands(LinearCase(leading=(20,), dtype=torch.float32)).to(DEVICE)
+    for tensor in (o.x, o.a, o.b, o.bias):
+        tensor.requires_grad_()
+    seed = torch.tensor([5], device=DEVICE)
+    torch.library.opcheck(torch.ops.lorafuse.lora_linear, (o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2, "triton"))
 
 
 class TestRefusals:
