@@ -1,16 +1,20 @@
 """Stateless operators: they check what was passed, apply autocast, choose a backend and call the operator."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from lorafuse.activation import named
 from lorafuse.backends import base
 from lorafuse.backends.probe import linear_problem
+from lorafuse.ops import experts as _experts
 from lorafuse.ops import linear as _linear
 from lorafuse.ops.linear import plan_problem
 from lorafuse.philox import draw_seed
 from lorafuse.plan import Plan
 
-__all__ = ["lora_linear", "plan_linear", "run_linear"]
+__all__ = ["lora_experts", "lora_grouped_linear", "lora_linear", "plan_linear", "run_linear"]
 
 _AUTO = {"cpu": base.candidates("cpu")[-1]}
 
@@ -139,3 +143,179 @@ def plan_linear(
         gradients = (("dx",) if x.requires_grad else ()) + ("da", "db")
     problem = linear_problem(x, weight, a, bias is not None, dropout_p > 0.0, gradients)
     return plan_problem(problem, x.device)
+
+
+def lora_grouped_linear(
+    x: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    is_transposed: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Frozen linear layers with LoRA over groups of rows: `y = x·weight[e]ᵀ + bias[e] + scale · (x·a[e]ᵀ)·b[e]ᵀ`.
+
+    Args:
+        x: `[S, K]`, the rows of group 0, then those of group 1, …
+        offsets: `[E]`, int: where each group's rows end, ascending; groups may be empty. Rows after the last end are
+            zero in y and have no gradient.
+        weight: `[E, N, K]`, or `[E, K, N]` with `is_transposed`; frozen, of x's dtype.
+        a, b: `[E, R, K]` and `[E, N, R]`, or `[R, K]` and `[N, R]` to be shared by all groups; both None for none.
+        scale: alpha / R.
+        bias: `[E, N]`, frozen, or None.
+        backend: "eager" or "auto"; None takes that of `lorafuse.use_backend`.
+
+    Returns y `[S, N]` in x's dtype; gradients reach x, a and b.
+
+    Raises ValueError or TypeError for operands that do not fit, with their shapes or dtypes and the rule;
+    NotImplementedError for a weight or bias that requires a gradient.
+    """
+    groups = weight.shape[0] if weight.dim() == 3 else 0
+    a, b = _stacked(a, groups), _stacked(b, groups)
+    _check_projection("weight", x, x.shape[-1], weight, bias, a, b, is_transposed)
+    if offsets.shape != (groups,) or offsets.is_floating_point():
+        raise ValueError(
+            f"offsets is {offsets.dtype} {list(offsets.shape)}; it must hold the end of each of {groups} groups"
+        )
+    return _experts.lora_grouped_linear(x, offsets, weight, bias, a, b, scale, is_transposed, _backend(backend, x))
+
+
+def lora_experts(
+    x: Tensor,
+    topk_index: Tensor,
+    topk_weight: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    gate_up_a: Tensor | None = None,
+    gate_up_b: Tensor | None = None,
+    down_a: Tensor | None = None,
+    down_b: Tensor | None = None,
+    gate_up_scale: float = 1.0,
+    down_scale: float = 1.0,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str | Callable[[Tensor], Tensor] = "silu",
+    has_gate: bool = True,
+    is_concatenated: bool = True,
+    is_transposed: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """A frozen mixture-of-experts block with LoRA on its stacks: `out[t] = Σ_j topk_weight[t, j] · expert(x[t])`.
+
+    Each expert is `down(act(gate_up(x)))`, both projections with `+ scale · b[e] (a[e] ·)`. The layout is said by the
+    flags that transformers gives its experts modules and never guessed from shapes.
+
+    Args:
+        x: `[T, H]`, any number of tokens including none.
+        topk_index: `[T, k]`, int64. An index of E or more is a sentinel: that choice adds nothing.
+        topk_weight: `[T, k]`, any floating dtype; its gradient is computed.
+        gate_up: `[E, 2I, H]`, or `[E, I, H]` without a gate, or with the last two exchanged when `is_transposed`;
+            frozen, of x's dtype, any strides.
+        down: `[E, H, I]`, or `[E, I, H]` when `is_transposed`; likewise.
+        gate_up_a, gate_up_b: `[E, R, H]` and `[E, 2I, R]`; down_a, down_b: `[E, R', I]` and `[E, H, R']`. A 2-D one is
+            shared by all experts; both of a pair None is no adapter. PEFT's packed `lora_A.weight [E·R, in]` is
+            `.reshape(E, R, in)`, its `lora_B.weight [out, R·E]` is `.reshape(out, R, E).permute(2, 0, 1)`.
+        gate_up_scale, down_scale: alpha / R of each pair.
+        gate_up_bias, down_bias: `[E, 2I]` and `[E, H]`, frozen, or None.
+        activation: a name of `lorafuse.activation.ACTIVATIONS`, of the gate when there is one; or a function from
+            `[rows, 2I]` to `[rows, I]`, which backward runs again.
+        has_gate: whether the first projection holds gate and up.
+        is_concatenated: gate and up one after the other; False: alternating.
+        is_transposed: weights stored as `[E, in, out]`.
+        backend: "eager" or "auto"; None takes that of `lorafuse.use_backend`.
+
+    Returns out `[T, H]` in x's dtype; gradients reach x, topk_weight and the adapters.
+
+    Raises ValueError or TypeError for operands that do not fit, with their shapes or dtypes and the rule;
+    NotImplementedError for weights or biases that require a gradient.
+    """
+    experts = gate_up.shape[0] if gate_up.dim() == 3 else 0
+    gate_up_a, gate_up_b, down_a, down_b = (_stacked(t, experts) for t in (gate_up_a, gate_up_b, down_a, down_b))
+    _check_projection("gate_up", x, x.shape[-1], gate_up, gate_up_bias, gate_up_a, gate_up_b, is_transposed)
+    inner = gate_up.shape[2 if is_transposed else 1] // (2 if has_gate else 1)
+    _check_projection("down", x, inner, down, down_bias, down_a, down_b, is_transposed)
+    out_features = down.shape[2 if is_transposed else 1]
+    if down.shape[0] != experts or out_features != x.shape[1]:
+        raise ValueError(f"down {list(down.shape)} does not lead from {experts} experts back to x {list(x.shape)}")
+    if topk_index.shape != topk_weight.shape or topk_index.dim() != 2 or topk_index.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"topk_index {list(topk_index.shape)} and topk_weight {list(topk_weight.shape)} must both be [T, k] for x "
+            f"{list(x.shape)}"
+        )
+    if topk_index.dtype is not torch.int64 or not topk_weight.is_floating_point():
+        raise TypeError(
+            f"topk_index is {topk_index.dtype}, topk_weight {topk_weight.dtype}; they must be int64 and floating"
+        )
+    operands = (
+        x,
+        topk_index,
+        topk_weight,
+        gate_up,
+        down,
+        gate_up_bias,
+        down_bias,
+        gate_up_a,
+        gate_up_b,
+        down_a,
+        down_b,
+    )
+    settings = gate_up_scale, down_scale, is_transposed
+    backend = _backend(backend, x)
+    if isinstance(activation, str):
+        named(activation, has_gate, not is_concatenated)
+        return _experts.lora_experts(*operands, *settings, activation, has_gate, not is_concatenated, backend)
+    return _experts.lora_experts_recomputed(*operands, *settings, activation=activation, backend=backend)
+
+
+def _stacked(t: Tensor | None, groups: int) -> Tensor | None:
+    """A factor for every group; one that is shared is read, not copied, for each."""
+    return t.unsqueeze(0).expand(groups, -1, -1) if t is not None and t.dim() == 2 else t
+
+
+def _check_projection(
+    name: str,
+    x: Tensor,
+    in_features: int,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    transposed: bool,
+) -> None:
+    """Raises what the public functions say for a stack of layers whose operands do not fit."""
+    if w.requires_grad or (bias is not None and bias.requires_grad):
+        raise NotImplementedError(f"{name} or its bias requires a gradient, which is never computed: freeze it")
+    if w.dim() == 3 and x.dim() == 2:
+        groups = w.shape[0]
+        n, k = (w.shape[2], w.shape[1]) if transposed else (w.shape[1], w.shape[2])
+        low = a is None and b is None
+        if a is not None and b is not None and a.dim() == b.dim() == 3:
+            low = a.shape == (groups, b.shape[2], k) and b.shape[:2] == (groups, n) and b.shape[2] >= 1
+        fits = in_features == k and low and (bias is None or bias.shape == (groups, n))
+    else:
+        fits = False
+    if not fits:
+        shapes = {name: w, "a": a, "b": b, "bias": bias}
+        shown = ", ".join(f"{key} {None if t is None else list(t.shape)}" for key, t in shapes.items())
+        rule = (
+            f"{name} {'[E, K, N]' if transposed else '[E, N, K]'}, a [E, R, K], b [E, N, R], bias [E, N], x [rows, H]"
+        )
+        raise ValueError(f"got {shown} for K = {in_features} and x {list(x.shape)}; the rule is {rule}")
+    dtypes = {t.dtype for t in (x, w, bias) if t is not None}
+    if len(dtypes) > 1 or not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}, {name} {w.dtype}: they and the bias must have one floating dtype")
+    devices = {t.device for t in (x, w, bias, a, b) if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"{name} and its operands are on {sorted(map(str, devices))}: move them to one device")
+
+
+def _backend(backend: str | None, x: Tensor) -> str:
+    name = base.current() if backend is None else base.require(backend)
+    if name not in ("auto", "eager"):
+        raise NotImplementedError(f"backend={name!r} has no kernels for experts yet; use 'eager' or 'auto'")
+    return name

@@ -17,9 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lorafuse.backends.eager_experts import experts_backward, experts_forward, grouped_backward, grouped_forward
 from lorafuse.philox import keep_mask, rescaled, row_chunks
 
-__all__ = ["linear_backward", "linear_forward"]
+__all__ = [
+    "experts_backward",
+    "experts_forward",
+    "grouped_backward",
+    "grouped_forward",
+    "linear_backward",
+    "linear_forward",
+]
 
 
 def _low_rank(flat: Tensor, a: Tensor, seed: Tensor | None, scale: float, p: float) -> tuple[Tensor, float]:

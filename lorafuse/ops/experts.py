@@ -1,0 +1,204 @@
+"""`lorafuse::lora_experts` and `lorafuse::lora_grouped_linear`: schemas, shape rules, fake kernels, autograd.
+
+What they compute is in `lorafuse.backends.eager_experts`. Besides their result they return what backward needs, so that
+a compiled graph holds it: rows in the order of their experts. There is no gradient of an expert's weights or biases.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lorafuse.activation import Recomputed, named
+from lorafuse.backends import base
+from lorafuse.ops._define import LIBRARY
+
+__all__ = ["lora_experts", "lora_experts_recomputed", "lora_grouped_linear"]
+
+_LAYERS = "Tensor{opt} up_a, Tensor{opt} up_b, Tensor{opt} down_a, Tensor{opt} down_b".format(opt="?")
+_ACT = "float up_scale, float down_scale, bool transposed, str activation, bool gated, bool interleaved"
+LIBRARY.define(
+    "lora_experts(Tensor x, Tensor index, Tensor weight, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias,"
+    f" {_LAYERS}, {_ACT}, str backend)"
+    " -> (Tensor out, Tensor u, Tensor xa, Tensor ha, Tensor order, Tensor ends)"
+)
+LIBRARY.define(
+    "lora_experts_backward(Tensor dout, Tensor x, Tensor weight, Tensor up, Tensor down, Tensor? down_bias,"
+    f" {_LAYERS}, {_ACT}, Tensor u, Tensor xa, Tensor ha, Tensor order, Tensor ends, bool[] needs, str backend)"
+    " -> (Tensor dx, Tensor dweight, Tensor d_up_a, Tensor d_up_b, Tensor d_down_a, Tensor d_down_b)"
+)
+LIBRARY.define(
+    "lora_grouped_linear(Tensor x, Tensor ends, Tensor w, Tensor? bias, Tensor? a, Tensor? b, float scale,"
+    " bool transposed, str backend) -> (Tensor y, Tensor xa)"
+)
+LIBRARY.define(
+    "lora_grouped_linear_backward(Tensor dy, Tensor? x, Tensor? xa, Tensor ends, Tensor w, Tensor? a, Tensor? b,"
+    " float scale, bool transposed, bool[] needs, str backend) -> (Tensor dx, Tensor da, Tensor db)"
+)
+
+
+def _run(backend):
+    return base.load("eager" if backend == "auto" else backend)
+
+
+def _rank(a):
+    return 0 if a is None else a.shape[1]
+
+
+def _kept(grads, like):
+    return tuple(like.new_empty(0) if g is None else g for g in grads)
+
+
+def _wanted(grads, needs):
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+def _experts(x, index, weight, up, down, ub, db, ua, ubb, da, dbb, s1, s2, transposed, act, gated, inter, backend):
+    run, act = _run(backend).experts_forward, named(act, gated, inter)
+    return run(x, index, weight, up, down, ub, db, ua, ubb, da, dbb, s1, s2, transposed, act)
+
+
+def _fake_experts(x, index, weight, up, down, ub, db, ua, ubb, da, dbb, s1, s2, transposed, act, gated, inter, backend):
+    rows = index.shape[0] * index.shape[1]
+    u = x.new_empty((rows, up.shape[2] if transposed else up.shape[1]))
+    order = index.new_empty((rows,))
+    low = x.new_empty((rows, _rank(ua))), x.new_empty((rows, _rank(da)))
+    return torch.empty_like(x), u, *low, order, index.new_empty((up.shape[0],))
+
+
+def _experts_backward(dout, x, weight, up, down, db, ua, ub, da, dbb, s1, s2, transposed, act, gated, inter, *rest):
+    *saved, needs, backend = rest
+    run, act = _run(backend).experts_backward, named(act, gated, inter)
+    need_dx, need_dweight, *adapters = needs
+    grads = run(
+        dout, x, weight, up, down, db, ua, ub, da, dbb, s1, s2, transposed, act, *saved,
+        need_dx, need_dweight, any(adapters[:2]), any(adapters[2:]),
+    )  # fmt: skip
+    return _kept(grads, dout)
+
+
+def _fake_experts_backward(dout, x, weight, up, down, db, ua, ub, da, dbb, *rest):
+    needs = rest[-2]
+    pairs = any(needs[2:4]), any(needs[4:6])
+    made = (needs[0], needs[1], pairs[0], pairs[0], pairs[1], pairs[1])
+    like = (x, weight, ua, ub, da, dbb)
+    return tuple(
+        t.new_empty(t.shape) if need and t is not None else dout.new_empty(0)
+        for t, need in zip(like, made, strict=True)
+    )
+
+
+# of lora_experts: which inputs may have a gradient, in the order of lora_experts_backward's results
+_DIFFERENTIABLE = (0, 2, 7, 8, 9, 10)
+
+
+def _save_experts(ctx, inputs, output):
+    x, _, weight, up, down, _, down_bias, *adapters = inputs[:11]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, up, down, down_bias, *adapters, *output[1:])
+    ctx.settings = inputs[11:17]
+    ctx.backend = inputs[17]
+
+
+def _differentiate_experts(ctx, dout, *_):
+    grads = [None] * 18
+    needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+    if dout is not None:
+        saved = ctx.saved_tensors
+        op = torch.ops.lorafuse.lora_experts_backward
+        found = op(dout, *saved[:9], *ctx.settings, *saved[9:], needs, ctx.backend)
+        for i, grad in zip(_DIFFERENTIABLE, _wanted(found, needs), strict=True):
+            grads[i] = grad
+    return tuple(grads)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Experts whose activation is a function that no schema can hold; it is run again in backward."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        *inputs, activation, backend = args
+        run = _run(backend)
+        out, *saved = run.experts_forward(*inputs, Recomputed(activation))
+        _, index, *_ = inputs
+        x, _, weight, up, down, _, down_bias, *adapters = inputs[:11]
+        ctx.save_for_backward(x, weight, up, down, down_bias, *adapters, *saved)
+        ctx.settings = inputs[11:14]
+        ctx.activation, ctx.run = Recomputed(activation), run
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        saved = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+        found = ctx.run.experts_backward(
+            dout, *saved[:9], *ctx.settings, ctx.activation, *saved[9:], *needs[:2], any(needs[2:4]), any(needs[4:])
+        )
+        grads = [None] * 16
+        for i, grad in zip(_DIFFERENTIABLE, _wanted(found, needs), strict=True):
+            grads[i] = grad
+        return tuple(grads)
+
+
+def _grouped(x, ends, w, bias, a, b, scale, transposed, backend):
+    return _run(backend).grouped_forward(x, ends, w, bias, a, b, scale, transposed)
+
+
+def _fake_grouped(x, ends, w, bias, a, b, scale, transposed, backend):
+    return x.new_empty((x.shape[0], w.shape[2 if transposed else 1])), x.new_empty((x.shape[0], _rank(a)))
+
+
+def _grouped_backward(dy, x, xa, ends, w, a, b, scale, transposed, needs, backend):
+    return _kept(_run(backend).grouped_backward(dy, x, xa, ends, w, a, b, scale, transposed, *needs), dy)
+
+
+def _fake_grouped_backward(dy, x, xa, ends, w, a, b, scale, transposed, needs, backend):
+    dx = dy.new_empty((dy.shape[0], w.shape[1 if transposed else 2]) if needs[0] else 0)
+    return dx, *(t.new_empty(t.shape) if need else dy.new_empty(0) for t, need in zip((a, b), needs[1:], strict=True))
+
+
+def _save_grouped(ctx, inputs, output):
+    x, ends, w, _, a, b, ctx.scale, ctx.transposed, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x if ctx.needs_input_grad[4] else None, output[1], ends, w, a, b)
+
+
+def _differentiate_grouped(ctx, dy, _):
+    needs = [ctx.needs_input_grad[i] for i in (0, 4, 5)]
+    dx = da = db = None
+    if dy is not None:
+        op = torch.ops.lorafuse.lora_grouped_linear_backward
+        dx, da, db = _wanted(op(dy, *ctx.saved_tensors, ctx.scale, ctx.transposed, needs, ctx.backend), needs)
+    return dx, None, None, None, da, db, None, None, None
+
+
+for _name, _real, _fake in (
+    ("lora_experts", _experts, _fake_experts),
+    ("lora_experts_backward", _experts_backward, _fake_experts_backward),
+    ("lora_grouped_linear", _grouped, _fake_grouped),
+    ("lora_grouped_linear_backward", _grouped_backward, _fake_grouped_backward),
+):
+    LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lorafuse::{_name}", _fake, lib=LIBRARY)
+torch.library.register_autograd(
+    "lorafuse::lora_experts", _differentiate_experts, setup_context=_save_experts, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "lorafuse::lora_grouped_linear", _differentiate_grouped, setup_context=_save_grouped, lib=LIBRARY
+)
+
+
+def lora_experts(*args) -> Tensor:
+    """out of the operator; see `lorafuse.functional.lora_experts` for the meaning."""
+    return torch.ops.lorafuse.lora_experts(*args)[0]
+
+
+def lora_experts_recomputed(*args: object, activation: Callable[[Tensor], Tensor], backend: str) -> Tensor:
+    """The same with any activation; `args` are those of the operator up to `transposed`."""
+    return _Recomputed.apply(*args, activation, backend)
+
+
+def lora_grouped_linear(*args) -> Tensor:
+    """y of the operator; see `lorafuse.functional.lora_grouped_linear` for the meaning."""
+    return torch.ops.lorafuse.lora_grouped_linear(*args)[0]

@@ -1,0 +1,357 @@
+"""Experts with LoRA (T1): every tensor by name against the formula in fp64, layouts, sentinels, what is refused."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lorafuse.activation import ACTIVATIONS
+from lorafuse.functional import lora_experts, lora_grouped_linear
+from lorafuse.testing.numerics import relative_l2, tolerance
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+REFERENCE = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x) ** 2,
+}
+
+
+def block(
+    T=23, E=5, k=2, H=12, I=8, R=3, dtype=torch.float64, gate=True, bias=False, transposed=False, concatenated=True,
+    activation="silu", adapters=("gate_up", "down"), index=None, shared=(), adapter_dtype=None, **_,
+):  # fmt: skip
+    """Operands of one block by the names of `lora_experts`; no adapter is zero."""
+    generator = torch.Generator().manual_seed(T * 1000 + E * 100 + H + R)
+
+    def normal(*shape, of=dtype, fan=1):
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) / math.sqrt(fan)).to(of)
+
+    up = (2 if gate else 1) * I
+    scores = torch.rand(T, E, generator=generator)
+    o = {
+        "x": normal(T, H),
+        "topk_index": scores.topk(k, 1).indices if index is None else index,
+        "topk_weight": torch.rand(T, k, generator=generator).to(dtype) + 0.1,
+        "gate_up": normal(E, up, H, fan=H),
+        "down": normal(E, H, I, fan=I),
+    }
+    if transposed:
+        o |= {name: o[name].transpose(1, 2).contiguous() for name in ("gate_up", "down")}
+    of = adapter_dtype or dtype
+    for name, (n, fan) in {"gate_up": (up, H), "down": (H, I)}.items():
+        if name in adapters:
+            o[f"{name}_a"] = normal(*(() if f"{name}_a" in shared else (E,)), R, fan, of=of, fan=fan)
+            o[f"{name}_b"] = normal(*(() if f"{name}_b" in shared else (E,)), n, R, of=of, fan=R)
+    if bias:
+        o |= {"gate_up_bias": normal(E, up), "down_bias": normal(E, H)}
+    settings = {"gate_up_scale": 1.7, "down_scale": 0.6, "activation": activation, "has_gate": gate}
+    return o, settings | {"is_transposed": transposed, "is_concatenated": concatenated}
+
+
+def plain(o, gate_up_scale, down_scale, activation, has_gate, is_transposed, is_concatenated):
+    """The formula, token by token."""
+    out = []
+    E = o["gate_up"].shape[0]
+
+    def project(name, e, v, scale):
+        w = o[name][e].t() if is_transposed else o[name][e]
+        y = w @ v
+        if f"{name}_bias" in o:
+            y = y + o[f"{name}_bias"][e]
+        if f"{name}_a" in o:
+            a, b = (o[f"{name}_{f}"] for f in "ab")
+            y = y + scale * ((b[e] if b.dim() == 3 else b) @ ((a[e] if a.dim() == 3 else a) @ v))
+        return y
+
+    for t, row in enumerate(o["topk_index"].tolist()):
+        total = o["x"][t] * 0.0
+        for j, e in enumerate(row):
+            if e >= E:
+                continue
+            u = project("gate_up", e, o["x"][t], gate_up_scale)
+            if callable(activation):
+                h = activation(u.unsqueeze(0))[0]
+            elif has_gate:
+                gate, up = u.chunk(2) if is_concatenated else (u[::2], u[1::2])
+                h = REFERENCE[activation](gate) * up
+            else:
+                h = REFERENCE[activation](u)
+            total = total + o["topk_weight"][t, j] * project("down", e, h, down_scale)
+        out.append(total)
+    return torch.stack(out) if out else o["x"] * 0.0
+
+
+def differentiated(run, o, settings):
+    """`{"out": …, "x": …, "topk_weight": …, "gate_up_a": …, …}`: out and every gradient."""
+    o = {name: t.clone() for name, t in o.items()}
+    wanted = [name for name in o if name in ("x", "topk_weight") or name.endswith(("_a", "_b"))]
+    for name in wanted:
+        o[name].requires_grad_()
+    out = run(o, settings)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(out.dtype)
+    grads = torch.autograd.grad(out, [o[name] for name in wanted], dout, allow_unused=True, materialize_grads=True)
+    return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+def fused(o, settings):
+    positional = [o[name] for name in ("x", "topk_index", "topk_weight", "gate_up", "down")]
+    keywords = {name: t for name, t in o.items() if name.endswith(("_a", "_b", "_bias"))}
+    return lora_experts(*positional, **keywords, **settings)
+
+
+def check(**case):
+    o, settings = block(**case)
+    dtype = o["x"].dtype
+    actual = differentiated(fused, o, settings)
+    exact = {name: t if t.dtype is torch.int64 else t.double() for name, t in o.items()}
+    expected = differentiated(lambda o, s: plain(o, **s), exact, settings)
+    hit = bool((o["topk_index"] < o["gate_up"].shape[0]).any())
+    for name, tensor in actual.items():
+        assert tensor.dtype is (dtype if name == "out" else o[name].dtype), name
+        error = relative_l2(tensor, expected[name])
+        assert error <= tolerance(dtype), f"{name}: {error:.1e}"
+        assert not hit or tensor.count_nonzero() > 0, f"{name}: all zero"
+    return actual
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("concatenated", [True, False])
+def test_every_layout(dtype, gate, bias, transposed, concatenated):
+    check(dtype=dtype, gate=gate, bias=bias, transposed=transposed, concatenated=concatenated)
+
+
+@pytest.mark.parametrize(("H", "I"), [(8, 8), (16, 8), (8, 16), (12, 7)])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_shapes_from_which_a_layout_could_be_guessed(H, I, transposed):
+    check(H=H, I=I, transposed=transposed)
+
+
+@pytest.mark.parametrize("R", [1, 2, 3, 4, 6, 8, 16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_rank(R, dtype):
+    check(R=R, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("T", "E", "k"), [(0, 4, 2), (1, 4, 2), (1, 1, 1), (9, 1, 1), (9, 4, 1), (9, 4, 4), (40, 64, 3)]
+)
+def test_every_size(T, E, k):
+    check(T=T, E=E, k=k)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("concatenated", [True, False])
+def test_every_activation(activation, gate, concatenated):
+    check(activation=activation, gate=gate, concatenated=concatenated, dtype=torch.float32)
+
+
+def clamped(u):
+    gate, up = u[..., ::2].clamp(max=0.7), u[..., 1::2].clamp(-0.7, 0.7)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_activation_of_ones_own(bias):
+    check(activation=clamped, bias=bias, transposed=True)
+
+
+@pytest.mark.parametrize("adapters", [("gate_up",), ("down",), ()])
+@pytest.mark.parametrize("activation", ["silu", clamped])
+def test_one_adapter_or_none(adapters, activation):
+    check(adapters=adapters, activation=activation)
+
+
+@pytest.mark.parametrize("shared", [("gate_up_a", "down_b"), ("gate_up_a", "gate_up_b", "down_a", "down_b")])
+def test_shared_factors(shared):
+    actual = check(shared=shared)
+    assert all(actual[name].dim() == 2 for name in shared)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        torch.full((7, 2), 5),
+        torch.tensor([[0, 5], [5, 1], [6, 99], [4, 0], [5, 5], [2, 3], [3, 2]]),
+        torch.zeros(7, 2, dtype=torch.int64),
+        torch.tensor([[4, 4], [4, 0], [0, 4], [4, 4], [0, 0], [4, 0], [0, 4]]),
+    ],
+    ids=["sentinels only", "some sentinels", "one expert for all", "an expert twice"],
+)
+@pytest.mark.parametrize("activation", ["silu", clamped])
+def test_routings(index, activation):
+    check(T=7, index=index, activation=activation)
+
+
+def test_fp32_adapters_on_a_bf16_base():
+    check(dtype=torch.bfloat16, adapter_dtype=torch.float32)
+
+
+def test_gradcheck():
+    o, settings = block(T=5, E=3, H=4, I=3, R=2)
+    names = [name for name in o if name in ("x", "topk_weight") or name.endswith(("_a", "_b"))]
+
+    def run(*values):
+        return fused(o | dict(zip(names, values, strict=True)), settings)
+
+    assert torch.autograd.gradcheck(run, [o[name].requires_grad_() for name in names])
+
+
+@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=6)))
+def test_only_what_is_needed(needed):
+    o, settings = block()
+    names = ("x", "topk_weight", "gate_up_a", "gate_up_b", "down_a", "down_b")
+    every = differentiated(fused, o, settings)
+    wanted = [name for name, need in zip(names, needed, strict=True) if need]
+    for name in wanted:
+        o[name].requires_grad_()
+    out = fused(o, settings)
+    assert out.requires_grad == bool(wanted)
+    if wanted:
+        dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        for name, grad in zip(wanted, torch.autograd.grad(out, [o[n] for n in wanted], dout), strict=True):
+            assert torch.equal(grad, every[name]), name
+
+
+def test_what_is_saved_is_no_weight_and_no_down_output():
+    o, settings = block(T=40, E=4, k=2, H=64, I=16)
+    o["x"].requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        fused(o, settings)
+    kept = {t.data_ptr() for t in o.values()}
+    own = [tuple(t.shape) for t in saved if t.data_ptr() not in kept and t.is_floating_point()]
+    # u, xa, ha
+    assert sorted(own) == [(80, 3), (80, 3), (80, 32)]
+
+
+def test_runs_are_bitwise_equal():
+    first, second = (check(T=200, dtype=torch.float32) for _ in range(2))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(dynamic):
+    o, settings = block(dtype=torch.float32)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    expected = differentiated(fused, o, settings)
+    for name, tensor in differentiated(compiled, o, settings).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_opcheck():
+    o, settings = block(T=6, dtype=torch.float32, bias=True)
+    for name in ("x", "topk_weight", "gate_up_a", "gate_up_b", "down_a", "down_b"):
+        o[name].requires_grad_()
+    names = ("x", "topk_index", "topk_weight", "gate_up", "down", "gate_up_bias", "down_bias")
+    operands = [o[n] for n in names] + [o[n] for n in ("gate_up_a", "gate_up_b", "down_a", "down_b")]
+    torch.library.opcheck(torch.ops.lorafuse.lora_experts, (*operands, 1.7, 0.6, False, "silu", True, False, "eager"))
+
+
+class TestGroupedLinear:
+    def operands(self, sizes=(3, 0, 5, 1), extra=2, K=6, N=4, R=3, transposed=False):
+        E, S = len(sizes), sum(sizes) + extra
+        generator = torch.Generator().manual_seed(1)
+        x, w, a, b, bias = (
+            torch.randn(s, generator=generator, dtype=torch.float64)
+            for s in ((S, K), (E, K, N) if transposed else (E, N, K), (E, R, K), (E, N, R), (E, N))
+        )
+        return x, torch.tensor(sizes).cumsum(0), w, a, b, bias
+
+    def formula(self, x, ends, w, a, b, bias, transposed):
+        y = torch.zeros(x.shape[0], b.shape[1], dtype=x.dtype)
+        first = 0
+        for e, last in enumerate(ends.tolist()):
+            rows = x[first:last]
+            y[first:last] = rows @ (w[e] if transposed else w[e].t()) + bias[e] + 1.3 * (rows @ a[e].t()) @ b[e].t()
+            first = last
+        return y
+
+    @pytest.mark.parametrize("transposed", [False, True])
+    @pytest.mark.parametrize("sizes", [(3, 0, 5, 1), (0, 0, 0), (7,), (0, 4)])
+    def test_formula(self, sizes, transposed):
+        x, ends, w, a, b, bias = self.operands(sizes, transposed=transposed)
+        leaves = [t.requires_grad_() for t in (x, a, b)]
+        y = lora_grouped_linear(x, ends, w, a, b, scale=1.3, bias=bias, is_transposed=transposed)
+        expected = self.formula(x, ends, w, a, b, bias, transposed)
+        torch.testing.assert_close(y, expected)
+        dy = torch.randn_like(y)
+        if y.requires_grad and expected.requires_grad:
+            theirs = torch.autograd.grad(expected, leaves, dy)
+            for one, other in zip(torch.autograd.grad(y, leaves, dy), theirs, strict=True):
+                torch.testing.assert_close(one, other)
+
+    def test_shared_factors_and_none(self):
+        x, ends, w, a, b, bias = self.operands()
+        shared = lora_grouped_linear(x, ends, w, a[0], b[0], scale=1.3, bias=bias)
+        each = [t[:1].expand(4, -1, -1) for t in (a, b)]
+        torch.testing.assert_close(shared, self.formula(x, ends, w, *each, bias, False))
+        zero = torch.zeros_like(a), torch.zeros_like(b)
+        torch.testing.assert_close(
+            lora_grouped_linear(x, ends, w, bias=bias), self.formula(x, ends, w, *zero, bias, False)
+        )
+
+    def test_opcheck(self):
+        x, ends, w, a, b, bias = self.operands()
+        leaves = [t.requires_grad_() for t in (x, a, b)]
+        torch.library.opcheck(
+            torch.ops.lorafuse.lora_grouped_linear, (leaves[0], ends, w, bias, *leaves[1:], 1.3, False, "eager")
+        )
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"gate_up": torch.zeros(5, 16, 11).double()}, r"gate_up \[5, 16, 11\].*rule"),
+            ({"gate_up_a": torch.zeros(5, 2, 12).double()}, r"a \[5, 2, 12\], b \[5, 16, 3\]"),
+            ({"down_b": torch.zeros(4, 12, 3).double()}, r"b \[4, 12, 3\]"),
+            ({"down": torch.zeros(4, 12, 8).double(), "down_a": None, "down_b": None}, "5 experts"),
+            ({"topk_weight": torch.ones(23, 3).double()}, r"topk_weight \[23, 3\]"),
+            ({"topk_index": torch.full((23, 2), -1)}, "topk_index holds -1"),
+            ({"gate_up_a": None}, "a None"),
+        ],
+    )  # fmt: skip
+    def test_what_does_not_fit(self, change, said):
+        o, settings = block()
+        o = {name: t for name, t in (o | change).items() if t is not None}
+        with pytest.raises(ValueError, match=said):
+            fused(o, settings)
+
+    def test_a_layout_flag_that_is_wrong(self):
+        o, settings = block(transposed=True)
+        with pytest.raises(ValueError, match=r"gate_up \[E, N, K\]"):
+            fused(o, settings | {"is_transposed": False})
+
+    def test_dtypes(self):
+        o, settings = block()
+        with pytest.raises(TypeError, match=r"float32.*float64"):
+            fused(o | {"x": o["x"].float()}, settings)
+        with pytest.raises(TypeError, match="int32"):
+            fused(o | {"topk_index": o["topk_index"].int()}, settings)
+
+    @pytest.mark.parametrize("name", ["gate_up", "down", "down_bias"])
+    def test_a_trained_base(self, name):
+        o, settings = block(bias=True)
+        o[name].requires_grad_()
+        with pytest.raises(NotImplementedError, match="freeze"):
+            fused(o, settings)
+
+    def test_an_unknown_activation(self):
+        o, settings = block(activation="silu")
+        with pytest.raises(ValueError, match=r"'swish'.*silu"):
+            fused(o, settings | {"activation": "swish"})
+
+    def test_a_backend_without_kernels(self):
+        o, settings = block()
+        with pytest.raises(NotImplementedError, match="'triton' has no kernels for experts"):
+            fused(o, settings | {"backend": "triton"})
