@@ -174,6 +174,7 @@ def lora_grouped_linear(
     Raises ValueError or TypeError for operands that do not fit, with their shapes or dtypes and the rule;
     NotImplementedError for a weight or bias that requires a gradient.
     """
+    x = _in_weights_dtype(x, weight)
     groups = weight.shape[0] if weight.dim() == 3 else 0
     a, b = _stacked(a, groups), _stacked(b, groups)
     _check_projection("weight", x, x.shape[-1], weight, bias, a, b, is_transposed)
@@ -181,7 +182,8 @@ def lora_grouped_linear(
         raise ValueError(
             f"offsets is {offsets.dtype} {list(offsets.shape)}; it must hold the end of each of {groups} groups"
         )
-    return _experts.lora_grouped_linear(x, offsets, weight, bias, a, b, scale, is_transposed, _backend(backend, x))
+    with torch.autocast(x.device.type, enabled=False):
+        return _experts.lora_grouped_linear(x, offsets, weight, bias, a, b, scale, is_transposed, _backend(backend))
 
 
 def lora_experts(
@@ -229,11 +231,13 @@ def lora_experts(
         is_transposed: weights stored as `[E, in, out]`.
         backend: "eager" or "auto"; None takes that of `lorafuse.use_backend`.
 
-    Returns out `[T, H]` in x's dtype; gradients reach x, topk_weight and the adapters.
+    Returns out `[T, H]` in x's dtype; gradients reach x, topk_weight and the adapters. Under autocast the block is
+    computed in its weights' dtype, as transformers computes experts.
 
     Raises ValueError or TypeError for operands that do not fit, with their shapes or dtypes and the rule;
     NotImplementedError for weights or biases that require a gradient.
     """
+    given, x = x.dtype, _in_weights_dtype(x, gate_up)
     experts = gate_up.shape[0] if gate_up.dim() == 3 else 0
     gate_up_a, gate_up_b, down_a, down_b = (_stacked(t, experts) for t in (gate_up_a, gate_up_b, down_a, down_b))
     _check_projection("gate_up", x, x.shape[-1], gate_up, gate_up_bias, gate_up_a, gate_up_b, is_transposed)
@@ -265,11 +269,19 @@ def lora_experts(
         down_b,
     )
     settings = gate_up_scale, down_scale, is_transposed
-    backend = _backend(backend, x)
-    if isinstance(activation, str):
-        named(activation, has_gate, not is_concatenated)
-        return _experts.lora_experts(*operands, *settings, activation, has_gate, not is_concatenated, backend)
-    return _experts.lora_experts_recomputed(*operands, *settings, activation=activation, backend=backend)
+    backend = _backend(backend)
+    with torch.autocast(x.device.type, enabled=False):
+        if isinstance(activation, str):
+            named(activation, has_gate, not is_concatenated)
+            out = _experts.lora_experts(*operands, *settings, activation, has_gate, not is_concatenated, backend)
+        else:
+            out = _experts.lora_experts_recomputed(*operands, *settings, activation=activation, backend=backend)
+    return out.to(given)
+
+
+def _in_weights_dtype(x: Tensor, w: Tensor) -> Tensor:
+    """x as it is; under autocast in the weights' dtype, as transformers runs experts."""
+    return x.to(w.dtype) if x.is_floating_point() and torch.is_autocast_enabled(x.device.type) else x
 
 
 def _stacked(t: Tensor | None, groups: int) -> Tensor | None:
@@ -314,7 +326,7 @@ def _check_projection(
         raise ValueError(f"{name} and its operands are on {sorted(map(str, devices))}: move them to one device")
 
 
-def _backend(backend: str | None, x: Tensor) -> str:
+def _backend(backend: str | None) -> str:
     name = base.current() if backend is None else base.require(backend)
     if name not in ("auto", "eager"):
         raise NotImplementedError(f"backend={name!r} has no kernels for experts yet; use 'eager' or 'auto'")

@@ -19,7 +19,7 @@ from tiny_models import (
 from torch import nn
 
 import lorafuse
-from lorafuse.integrations import hf_peft
+from lorafuse.integrations import hf_common
 
 # What is done to a model whose adapters are "default" (14 layers, active) and "other" (4 of them): the number of layers
 # that run fused afterwards, and why the others do not, if anybody needs to be told.
@@ -253,7 +253,7 @@ WITHOUT_GRADIENTS = {"disable_one_layer": "1.mlp.down_proj.lora_"}
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    hf_peft._warn_once.cache_clear()
+    hf_common.warn_once.cache_clear()
     with warnings.catch_warnings():
         # `other` is a second adapter with weights of its own, which PEFT mentions when it is deleted or merged
         warnings.filterwarnings("ignore", module="peft")

@@ -22,7 +22,7 @@ from tiny_models import (
 from torch import nn
 
 import lorafuse
-from lorafuse.integrations import hf_peft
+from lorafuse.integrations import hf_common, hf_peft
 from lorafuse.philox import draw_seed, keep_mask
 from lorafuse.testing.numerics import relative_l2, rounding, tolerance
 
@@ -278,7 +278,7 @@ class TestDropout:
         with counting_fused() as calls:
             assert_same_model(in_evaluation, stock)
         assert_all_fused(report, calls)
-        hf_peft._warn_once.cache_clear()
+        hf_common.warn_once.cache_clear()
         with pytest.warns(UserWarning, match="runs as PEFT ships it: several active adapters with dropout"):
             got = run(in_evaluation.train())
         assert_close(got, run(with_philox_for(patched, stock.train())))

@@ -5,17 +5,18 @@ that replaces `forward` only. PEFT stays the owner of everything else. Each forw
 so adapters may be switched, scaled, added, deleted, merged or disabled at any time.
 """
 
-import functools
-import warnings
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as PeftLinear
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lorafuse.backends import base as backends
 from lorafuse.functional import run_linear
+from lorafuse.integrations.hf_common import altered, warn_once
+from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_operands, wrappers
 from lorafuse.integrations.report import Patched, PatchReport, Skipped
 
 __all__ = ["FusedLinear", "adopt", "release", "survey"]
@@ -38,25 +39,8 @@ class FusedLinear(PeftLinear):
                     return y.unflatten(0, x.shape[:-3])
                 return run_linear(x, *operands, None, self._lorafuse_backend)
             if operands is not None and not torch.compiler.is_compiling():
-                _warn_once(operands)
+                warn_once(operands)
         return super().forward(x, *args, **kwargs)
-
-
-@functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(f"a patched layer runs as PEFT ships it: {reason}", stacklevel=4)
-
-
-def _altered(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward (hooks, a replaced forward)."""
-    state = module.__dict__
-    return bool(
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    )
 
 
 def _operands(layer: PeftLinear) -> _Operands | str | None:
@@ -86,7 +70,7 @@ def _operands(layer: PeftLinear) -> _Operands | str | None:
     if "bias" not in base._parameters:
         return "its base bias is not an ordinary parameter"
     bias = base._parameters["bias"]
-    if _altered(base):
+    if altered(base):
         return "its base layer has hooks or a replaced forward"
     factors = []
     for name in names:
@@ -94,12 +78,12 @@ def _operands(layer: PeftLinear) -> _Operands | str | None:
             variant = type(layer.lora_variant[name]).__name__.removesuffix("LinearVariant")
             return f"its adapter is a variant of LoRA ({variant})"
         a, b = lora_a[name], lora_b[name]
-        if type(a) is not nn.Linear or type(b) is not nn.Linear or _altered(a) or _altered(b):
+        if type(a) is not nn.Linear or type(b) is not nn.Linear or altered(a) or altered(b):
             return "its lora_A or lora_B is not a plain nn.Linear without hooks"
         if a._parameters["bias"] is not None:
             return "its lora_A has a bias"
         dropout = modules["lora_dropout"]._modules[name]
-        if _altered(dropout):
+        if altered(dropout):
             return "its dropout has hooks or a replaced forward"
         if type(dropout) is nn.Identity:
             p = 0.0
@@ -128,9 +112,14 @@ def _operands(layer: PeftLinear) -> _Operands | str | None:
     return weight, a, b, 1.0, bias, 0.0
 
 
+# PEFT's class: ours
+_FUSED = {PeftLinear: FusedLinear, ParamWrapper: FusedExperts}
+
+
 def _kind(layer: BaseTunerLayer) -> str:
-    name = "experts" if type(layer).__name__ == "ParamWrapper" else type(layer).__name__.lower()
-    return "linear" if isinstance(layer, PeftLinear) else name
+    if isinstance(layer, ParamWrapper):
+        return "experts"
+    return "linear" if isinstance(layer, PeftLinear) else type(layer).__name__.lower()
 
 
 def _full_name(layer: BaseTunerLayer) -> str:
@@ -142,50 +131,62 @@ def _reason(layer: BaseTunerLayer) -> str:
     if not isinstance(layer, LoraLayer):
         return f"{_full_name(layer)} is not a LoRA layer"
     # fully_shard changes the class of a layer passed to it to a subclass of its own, which still runs fused
-    if type(layer) is not PeftLinear and not isinstance(layer, FusedLinear):
+    if type(layer) not in _FUSED and not isinstance(layer, tuple(_FUSED.values())):
         return f"{_full_name(layer)} is not a LoRA layer over nn.Linear"
-    if type(layer) is PeftLinear and "forward" in layer.__dict__:
+    if type(layer) in _FUSED and "forward" in layer.__dict__:
         return "its forward was replaced before lorafuse.patch (accelerate's hooks do that): patch first"
     with torch.no_grad():
-        operands = _operands(layer)
-    return operands if isinstance(operands, str) else ""
+        operands = expert_operands(layer) if isinstance(layer, ParamWrapper) else _operands(layer)
+    # experts whose adapters are merely off, merged or elsewhere run fused when they are on again
+    return operands if isinstance(operands, str) and operands != NOTHING_ACTIVE else ""
 
 
-def survey(model: nn.Module, backend: str) -> tuple[PatchReport, list[PeftLinear]]:
+def survey(model: nn.Module, backend: str) -> tuple[PatchReport, list[LoraLayer]]:
     """The report on every adapted layer of the model, and the layers lorafuse takes. Changes nothing."""
-    report, layers = PatchReport(), []
+    report, layers, inner = PatchReport(), [], set()
     for name, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
+        if not isinstance(layer, BaseTunerLayer) or layer in inner:
             continue
+        if isinstance(layer, ParamWrapper):
+            inner.update(wrappers(layer)[1:])
         reason = _reason(layer)
+        if isinstance(layer, ParamWrapper) and backend not in ("auto", "eager"):
+            reason = reason or f"backend {backend!r} has no kernels for experts yet"
         if reason:
             report.skipped.append(Skipped(name, _kind(layer), reason))
             continue
-        able = backends.candidates(layer.get_base_layer().weight.device.type)
-        chosen = able[0] if backend == "auto" and len(able) == 1 else backend
-        report.patched.append(Patched(name, "linear", chosen))
+        report.patched.append(Patched(name, _kind(layer), _shown_backend(layer, backend)))
         layers.append(layer)
     return report, layers
 
 
-def adopt(layer: PeftLinear, backend: str) -> None:
-    """Make a layer that `survey` listed a `FusedLinear`."""
-    if not isinstance(layer, FusedLinear):
-        layer.__class__ = FusedLinear
+def _shown_backend(layer: LoraLayer, backend: str) -> str:
+    """The backend that will run a layer, "auto" where that is decided at every call."""
+    if isinstance(layer, ParamWrapper):
+        return "eager" if backend == "auto" else backend
+    able = backends.candidates(layer.get_base_layer().weight.device.type)
+    return able[0] if backend == "auto" and len(able) == 1 else backend
+
+
+def adopt(layer: Any, backend: str) -> None:
+    """Make a layer that `survey` listed a `FusedLinear` or `FusedExperts`."""
+    if type(layer) in _FUSED:
+        layer.__class__ = _FUSED[type(layer)]
     # None follows lorafuse.use_backend at every call
     layer._lorafuse_backend = None if backend == "auto" else backend
 
 
 def release(model: nn.Module) -> int:
-    """Make every `FusedLinear` of the model PEFT's class again; returns how many."""
-    layers = [layer for layer in model.modules() if isinstance(layer, FusedLinear)]
+    """Make every patched layer of the model PEFT's class again; returns how many."""
+    originals = {fused: peft for peft, fused in _FUSED.items()}
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, tuple(originals))]
     for layer in layers:
-        if type(layer) is not FusedLinear:
+        if type(layer) not in originals:
             raise RuntimeError(
                 f"cannot unpatch a {type(layer).__name__}: its class was changed after lorafuse.patch (fully_shard "
                 "does that to a layer passed to it); unpatch before it, or shard whole blocks"
             )
     for layer in layers:
-        layer.__class__ = PeftLinear
+        layer.__class__ = originals[type(layer)]
         del layer._lorafuse_backend
     return len(layers)
