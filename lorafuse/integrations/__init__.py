@@ -1,6 +1,7 @@
 """Where lorafuse meets other libraries. Each is imported when it is used, never before."""
 
+from lorafuse.integrations.hf_transformers import register_experts
 from lorafuse.integrations.patching import patch, unpatch
 from lorafuse.integrations.report import PatchReport
 
-__all__ = ["PatchReport", "patch", "unpatch"]
+__all__ = ["PatchReport", "patch", "register_experts", "unpatch"]

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from lorafuse.functional import lora_experts
 from lorafuse.integrations.hf_common import altered, warn_once
+from lorafuse.integrations.hf_transformers import block_operands, first_projection
 
 __all__ = ["NOTHING_ACTIVE", "FusedExperts", "expert_operands", "wrappers"]
 
-# what transformers' `use_experts_implementation` says of an experts module
-_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_experts")
 NOTHING_ACTIVE = "no adapter is active"
 
 
@@ -52,41 +51,24 @@ def expert_operands(layer: ParamWrapper) -> dict[str, Any] | str:
     if any(wrapper.disable_adapters or wrapper.merged for wrapper in chain):
         return ""
     base = layer.get_base_layer()
-    name = type(base).__name__
-    if not all(hasattr(base, flag) for flag in _FLAGS):
-        return f"its base {name} is not an experts module of transformers >= 5.7"
-    if getattr(base, "has_post_expert_norm", False):
-        return f"its base {name} normalizes what each expert gives"
     if any(altered(module) for module in (*chain[1:], base)):
         return "an inner wrapper or its base has hooks or a replaced forward"
-    up = "gate_up_proj" if base.has_gate else "up_proj"
-    unknown = {wrapper.parameter_name for wrapper in chain} - {up, "down_proj"}
-    if unknown:
-        return f"it adapts {', '.join(sorted(unknown))}, not {up} or down_proj"
-    operands: dict[str, Any] = {"is_transposed": base.is_transposed, "has_gate": base.has_gate}
-    for argument, parameter in (("gate_up", up), ("down", "down_proj")):
-        weight = base._parameters.get(parameter)
-        bias = base._parameters.get(f"{parameter}_bias") if base.has_bias else None
-        for tensor in (weight, bias):
-            if tensor is not None and tensor.requires_grad:
-                return f"its base {parameter} is trainable; lorafuse computes no gradient for it"
-        if type(weight) is not nn.Parameter or weight.dim() != 3 or (base.has_bias and bias is None):
-            return f"its base {parameter} is not an ordinary stack [experts, …] of parameters"
-        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            return f"its base {parameter} is {weight.dtype}"
-        operands |= {argument: weight, f"{argument}_bias": bias}
+    operands = block_operands(base, base._parameters)
+    if isinstance(operands, str):
+        return operands
+    names = {first_projection(base): "gate_up", "down_proj": "down"}
     adapted = False
     for wrapper in chain:
-        argument = "down" if wrapper.parameter_name == "down_proj" else "gate_up"
+        if wrapper.parameter_name not in names:
+            return f"it adapts {wrapper.parameter_name}, not one of {', '.join(names)}"
         factors = _factors(wrapper, base)
         if isinstance(factors, str):
             return factors
         if factors is not None:
             adapted = True
-            operands |= dict(zip((f"{argument}_a", f"{argument}_b", f"{argument}_scale"), factors, strict=True))
-    if not adapted:
-        return NOTHING_ACTIVE
-    return operands | _activation(base)
+            name = names[wrapper.parameter_name]
+            operands |= {f"{name}_a": factors[0], f"{name}_b": factors[1], f"{name}_scale": factors[2]}
+    return operands if adapted else NOTHING_ACTIVE
 
 
 def _factors(wrapper: ParamWrapper, base: nn.Module) -> tuple[Tensor, Tensor, float] | str | None:
@@ -111,25 +93,3 @@ def _factors(wrapper: ParamWrapper, base: nn.Module) -> tuple[Tensor, Tensor, fl
         return found[0]
     # active adapters add up, so together they are one adapter of the summed rank
     return torch.cat([a for a, *_ in found], 1), torch.cat([b * scale for _, b, scale in found], 2), 1.0
-
-
-def _activation(base: nn.Module) -> dict[str, Any]:
-    """The activation by name where it is known, as the module's own function where not."""
-    from transformers import activations
-    from transformers.integrations.moe import _default_apply_gate
-
-    known = {
-        nn.SiLU: "silu",
-        activations.SiLUActivation: "silu",
-        nn.ReLU: "relu",
-        activations.GELUActivation: "gelu",
-        activations.GELUTanh: "gelu_tanh",
-        activations.ReLUSquaredActivation: "relu2",
-    }
-    name = known.get(type(base.act_fn)) if hasattr(base, "act_fn") else None
-    if base.has_gate and type(base)._apply_gate is not _default_apply_gate:
-        return {"activation": base._apply_gate}
-    if name is None:
-        return {"activation": base._apply_gate if base.has_gate else base.act_fn}
-    # the default gate splits its input in halves, whatever the layout of the weights is called
-    return {"activation": name, "is_concatenated": True}

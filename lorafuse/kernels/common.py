@@ -74,7 +74,8 @@ def grouped(columns: int) -> bool:
 
 def options(config: KernelConfig) -> dict[str, int]:
     """Launch options of a kernel."""
-    return {"num_warps": config.warps, "num_stages": config.stages}
+    limit = {"maxnreg": config.max_registers} if config.max_registers else {}
+    return {"num_warps": config.warps, "num_stages": config.stages, **limit}
 
 
 def launch_with_scratch(launch: Callable[[], object], device: torch.device) -> None:

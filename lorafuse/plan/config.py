@@ -18,7 +18,8 @@ class KernelConfig:
     dyb_db and da own `block_n` columns and walk `1 / splits` of the rows in steps of `block_m`; reduce sums `block_n`
     numbers a program. `block_r` ranks are taken at a time. `form` is how fwd and dx read: "tma" (persistent, tensor
     descriptors) or "pointer". `single`: fwd computes xa too. `flatten`: the loop over tiles and that over the reduction
-    are pipelined as one, so that a tile's first loads overlap the stores of the one before.
+    are pipelined as one, so that a tile's first loads overlap the stores of the one before. `max_registers` of a
+    thread; 0 leaves it to the compiler.
     """
 
     kernel: str
@@ -33,6 +34,7 @@ class KernelConfig:
     splits: int = 1
     single: bool = False
     flatten: bool = False
+    max_registers: int = 0
 
 
 # (block_m, block_n, block_k, stages, warps) of fwd and dx, best first where all fill the GPU. Chosen by what compiles
@@ -166,4 +168,7 @@ def candidates(kernel: str, problem: Problem, device: DeviceSpec) -> tuple[Kerne
             found += [replace(config, single=True, flatten=False) for config in found]
     else:
         found = list(_skinny(kernel, problem, device))
+    if 100 <= device.arch < 120:
+        # left alone, ptxas 12.9 stops at 80 or 128 registers there and spills one or two (Triton 3.6)
+        found = [replace(config, max_registers=255) for config in found]
     return tuple(config for config in found if not illegal(config, problem, device))

@@ -1,0 +1,125 @@
+"""The experts modules of transformers' mixture-of-experts models: what they hold, and an implementation of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafuse.errors import MissingDependency
+from lorafuse.functional import lora_experts
+
+__all__ = ["block_operands", "experts_forward", "first_projection", "register_experts"]
+
+# what transformers' `use_experts_implementation` says of an experts module
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_experts")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# before 5.7 the names of experts implementations were a fixed list
+_TRANSFORMERS_AT_LEAST = (5, 7)
+
+
+def register_experts(name: str = "lorafuse") -> None:
+    """Let transformers run experts by lorafuse: `model.set_experts_implementation("lorafuse")`, or the argument
+    `experts_implementation="lorafuse"` of `from_pretrained`.
+
+    Frozen experts, with PEFT's `target_parameters` adapters or without, then run as one operator. Experts that are
+    trained themselves run as transformers' own "grouped_mm". Under an unpatched PEFT model its wrappers still check
+    each parametrization once a forward; `lorafuse.patch` saves that too.
+
+    Raises MissingDependency without transformers >= 5.7.
+    """
+    try:
+        import transformers
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError as error:
+        raise MissingDependency("experts need transformers >= 5.7: pip install 'transformers>=5.7'") from error
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < _TRANSFORMERS_AT_LEAST:
+        raise MissingDependency(
+            f"experts need transformers >= 5.7, found {transformers.__version__}: pip install -U it"
+        )
+    ALL_EXPERTS_FUNCTIONS.register(name, experts_forward)
+
+
+def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """transformers' signature of an experts implementation; `self` is the experts module."""
+    weights, adapters = _weights_and_adapters(self)
+    operands = block_operands(self, weights)
+    if isinstance(operands, str) or adapters is None:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+    return lora_experts(hidden_states, top_k_index.long(), top_k_weights, **operands, **adapters)
+
+
+def _weights_and_adapters(experts: nn.Module) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The module's stacks by name, and the factors that PEFT has put over them; None where those are no factors."""
+    weights: dict[str, Any] = dict(experts._parameters)
+    adapters: dict[str, Any] = {}
+    for argument, parameter in (("gate_up", first_projection(experts)), ("down", "down_proj")):
+        parametrized = getattr(experts, "parametrizations", {})
+        if parameter not in parametrized:
+            continue
+        # only PEFT parametrizes experts here, so it is installed
+        from peft.tuners.lora.layer import _LoraFactorsProxy
+
+        over = parametrized[parameter]
+        weights[parameter] = over.original
+        if len(over) != 1 or not isinstance(over[0], _LoraFactorsProxy):
+            return weights, None
+        # the delta is scaling * lhs @ rhs, in the layout of the weight
+        lhs, rhs = over[0].lhs, over[0].rhs
+        a, b = (lhs.mT, rhs.mT) if experts.is_transposed else (rhs, lhs)
+        adapters |= {f"{argument}_a": a, f"{argument}_b": b, f"{argument}_scale": over[0].scaling}
+    return weights, adapters
+
+
+def first_projection(base: nn.Module) -> str:
+    """The name of the parameter that an experts module applies first."""
+    return "gate_up_proj" if base.has_gate else "up_proj"
+
+
+def block_operands(base: nn.Module, weights: Mapping[str, Tensor | None]) -> dict[str, Any] | str:
+    """Keyword arguments of `lora_experts` for a frozen experts module without adapters, or why there are none.
+
+    `weights` holds its two stacks by their names; biases are read from the module.
+    """
+    name = type(base).__name__
+    if not all(hasattr(base, flag) for flag in _FLAGS):
+        return f"its base {name} is not an experts module of transformers >= 5.7"
+    if getattr(base, "has_post_expert_norm", False):
+        return f"its base {name} normalizes what each expert gives"
+    operands: dict[str, Any] = {"is_transposed": base.is_transposed, "has_gate": base.has_gate}
+    for argument, parameter in (("gate_up", first_projection(base)), ("down", "down_proj")):
+        weight = weights.get(parameter)
+        bias = base._parameters.get(f"{parameter}_bias") if base.has_bias else None
+        for tensor in (weight, bias):
+            if tensor is not None and tensor.requires_grad:
+                return f"its base {parameter} is trainable; lorafuse computes no gradient for it"
+        if type(weight) not in (nn.Parameter, Tensor) or weight.dim() != 3 or (base.has_bias and bias is None):  # type: ignore[union-attr]
+            return f"its base {parameter} is not an ordinary stack [experts, …] of parameters"
+        if weight.dtype not in _DTYPES:  # type: ignore[union-attr]
+            return f"its base {parameter} is {weight.dtype}"  # type: ignore[union-attr]
+        operands |= {argument: weight, f"{argument}_bias": bias}
+    return operands | _activation(base)
+
+
+def _activation(base: nn.Module) -> dict[str, Any]:
+    """The activation by name where it is known, as the module's own function where not."""
+    from transformers import activations
+    from transformers.integrations.moe import _default_apply_gate
+
+    known = {
+        nn.SiLU: "silu",
+        activations.SiLUActivation: "silu",
+        nn.ReLU: "relu",
+        activations.GELUActivation: "gelu",
+        activations.GELUTanh: "gelu_tanh",
+        activations.ReLUSquaredActivation: "relu2",
+    }
+    name = known.get(type(base.act_fn)) if hasattr(base, "act_fn") else None
+    if base.has_gate and type(base)._apply_gate is not _default_apply_gate:
+        return {"activation": base._apply_gate}
+    if name is None:
+        return {"activation": base._apply_gate if base.has_gate else base.act_fn}
+    # the default gate splits its input in halves, whatever the layout of the weights is called
+    return {"activation": name, "is_concatenated": True}
