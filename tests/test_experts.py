@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from lorafuse.activation import ACTIVATIONS
 from lorafuse.functional import lora_experts, lora_grouped_linear
+from lorafuse.nn import LoRAExperts
 from lorafuse.testing.numerics import relative_l2, tolerance
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -355,3 +356,40 @@ class TestRefusals:
         o, settings = block()
         with pytest.raises(NotImplementedError, match="'triton' has no kernels for experts"):
             fused(o, settings | {"backend": "triton"})
+
+
+class TestModule:
+    @pytest.mark.parametrize("shared_outer", [False, True])
+    @pytest.mark.parametrize("has_gate", [False, True])
+    def test_it_is_the_function_of_its_parameters(self, has_gate, shared_outer):
+        settings = {"alpha": 6.0, "has_gate": has_gate, "shared_outer": shared_outer, "dtype": torch.float64}
+        layer = LoRAExperts(5, 12, 8, 3, **settings)
+        o, _ = block()
+        x, index, weight = (o[name] for name in ("x", "topk_index", "topk_weight"))
+        state = {name: torch.randn_like(t) / 3 for name, t in layer.state_dict().items()}
+        layer.load_state_dict(state)
+        short = {
+            "gate_up": "gate_up_proj", "down": "down_proj", "gate_up_a": "gate_up_lora_A",
+            "gate_up_b": "gate_up_lora_B", "down_a": "down_lora_A", "down_b": "down_lora_B",
+        }  # fmt: skip
+        expected = plain(o | {name: state[key] for name, key in short.items()}, 2.0, 2.0, "silu", has_gate, False, True)
+        torch.testing.assert_close(layer(x, index, weight), expected)
+        y = layer(x.view(1, 23, 12), index, weight)
+        assert y.shape == (1, 23, 12)
+        y.sum().backward()
+        trained = {name for name, p in layer.named_parameters() if p.grad is not None}
+        assert trained == {name for name in state if "lora" in name}
+
+    def test_it_starts_as_its_base(self):
+        layer = LoRAExperts(5, 12, 8, 3, dtype=torch.bfloat16)
+        assert layer.down_lora_A.dtype is torch.float32
+        o, _ = block(dtype=torch.bfloat16, adapters=())
+        given = [o["x"], o["topk_index"], o["topk_weight"]]
+        base = lora_experts(*given, layer.gate_up_proj, layer.down_proj)
+        assert torch.equal(layer(*given), base)
+        assert "num_experts=5" in repr(layer)
+
+    @pytest.mark.parametrize(("change", "said"), [({"r": 0}, "r=0"), ({"activation": "swish"}, "'swish'")])
+    def test_refusals(self, change, said):
+        with pytest.raises(ValueError, match=said):
+            LoRAExperts(**{"num_experts": 2, "hidden_size": 4, "intermediate_size": 4, "r": 2} | change)
