@@ -59,8 +59,16 @@ def _apply(
         y.addmm_(xa, b.t(), alpha=scale)
 
 
-def _in(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.to(dtype) for t in tensors]
+def _in(dtype: torch.dtype, *factors: Tensor | None) -> list[Tensor | None]:
+    """Factors in x's dtype, each group's contiguous: PEFT packs lora_B with neighbours from different experts."""
+
+    def convert(t: Tensor) -> Tensor:
+        if t.stride(0) == 0:
+            # one factor shared by all groups stays one
+            return t[:1].to(dtype).contiguous().expand_as(t)
+        return t.to(dtype, memory_format=torch.contiguous_format)
+
+    return [None if t is None else convert(t) for t in factors]
 
 
 def _factors(e: int, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

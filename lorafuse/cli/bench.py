@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lorafuse.cli import _common
+from lorafuse.cli import _bench_moe, _common
 from lorafuse.cli._common import DTYPES
 from lorafuse.errors import MissingDependency
 from lorafuse.testing.cases import CASES, Case, find
@@ -34,11 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     linear.add_argument("--device", default="", help="cuda, cpu, … (cuda where there is one)")
     linear.add_argument("--rounds", type=int, default=40, help="timed calls of each variant (40)")
     linear.add_argument("--json", type=Path, metavar="FILE", help="write every median and spread there")
+    _bench_moe.add_arguments(kinds.add_parser("moe", help="a mixture-of-experts block", description=_bench_moe.__doc__))
 
 
 def run(args: argparse.Namespace) -> int:
     """0 when every result was right; 1, and no numbers for that case, when one was not."""
-    cases = _cases(args)
+    moe = args.kind == "moe"
+    cases: list[Any] = list(_bench_moe.cases(args) if moe else _cases(args))
     device = _common.device(args.device)
     try:
         import peft  # noqa: F401
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     status = 0
     try:
         for case in cases:
-            wrong, result = _run_case(console, case, args, device)
+            wrong, result = (_bench_moe.run_case if moe else _run_case)(console, case, args, device)
             if result is None:
                 console.print(f"{case.name}: no numbers, {wrong}", style="red", highlight=False)
                 status = 1

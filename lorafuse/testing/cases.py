@@ -2,8 +2,11 @@
 
 import difflib
 from dataclasses import dataclass
+from typing import TypeVar
 
-__all__ = ["CASES", "UGLY_M", "UGLY_NK", "UGLY_R", "Case", "find"]
+__all__ = ["CASES", "MOE_CASES", "UGLY_M", "UGLY_NK", "UGLY_R", "Case", "MoECase", "find", "find_moe"]
+
+_Case = TypeVar("_Case")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,30 @@ CASES: dict[str, Case] = {
     )
 }
 
+
+@dataclass(frozen=True)
+class MoECase:
+    """The experts of a model: `E` of them, `k` for each token, hidden size `H`, intermediate size `I`."""
+
+    name: str
+    E: int
+    k: int
+    H: int
+    I: int  # noqa: E741
+
+
+# from the models' published configurations; DeepSeek-V3 with an eighth of its 256 experts
+MOE_CASES: dict[str, MoECase] = {
+    case.name: case
+    for case in (
+        MoECase("moe-64", 64, 8, 2048, 768),
+        MoECase("qwen3-30b-a3b", 128, 8, 2048, 768),
+        MoECase("gpt-oss-20b", 32, 4, 2880, 2880),
+        MoECase("mixtral-8x7b", 8, 2, 4096, 14336),
+        MoECase("deepseek-v3-eighth", 32, 8, 7168, 2048),
+    )
+}
+
 # off every block size, around them, and none at all
 UGLY_M = (0, 1, 7, 63, 128, 257)
 # (N, K): off every block on one side, on the other, on both
@@ -53,9 +80,18 @@ UGLY_R = (1, 2, 3, 4, 6, 8, 13, 16, 64, 128, 256)
 
 
 def find(name: str) -> Case:
-    """The case of that name. Raises ValueError that lists the nearest and all known names."""
-    if name in CASES:
-        return CASES[name]
-    near = difflib.get_close_matches(name, CASES, n=3, cutoff=0.3)
+    """The linear layer of that name. Raises ValueError that lists the nearest and all known names."""
+    return _find(name, CASES)
+
+
+def find_moe(name: str) -> MoECase:
+    """The experts of that name. Raises ValueError that lists the nearest and all known names."""
+    return _find(name, MOE_CASES)
+
+
+def _find(name: str, cases: dict[str, _Case]) -> _Case:
+    if name in cases:
+        return cases[name]
+    near = difflib.get_close_matches(name, cases, n=3, cutoff=0.3)
     hint = f"; did you mean {', '.join(near)}?" if near else ""
-    raise ValueError(f"case {name!r} is not known{hint} The known ones: {', '.join(CASES)}")
+    raise ValueError(f"case {name!r} is not known{hint} The known ones: {', '.join(cases)}")
