@@ -1,4 +1,4 @@
-"""Expert layers with LoRA in plain torch: tokens sorted by expert once, then each expert's rows on their own.
+"""Expert layers with LoRA in plain torch: tokens sorted by expert once, then one group of rows after the other.
 
     u = W₁ x + bias₁ + scale₁ · b₁ (a₁ x)        h = act(u)        y = W₂ h + bias₂ + scale₂ · b₂ (a₂ h)
     out[t] = Σ_j weight[t, j] · y of expert index[t, j] for token t
@@ -10,25 +10,34 @@ sentinel: that choice adds nothing. Experts without rows are not touched.
 Saved for backward: x, u, xa = a₁ x, ha = a₂ h, all over the T·k rows in the order of their experts. h is computed
 again; the gradient of a router weight is ⟨W₂ᵀ dout, h⟩ with the low-rank part included, so y is not saved. There is
 no temporary of a weight's size and no gradient of W₁ or W₂. The sum over k is that of a fixed order.
+
+Each kind of product runs over all groups before the next one does: between two base products, which stream a weight
+through the caches, the small ones of the low-rank path take twice the time. Where the groups end is read on the host.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lorafuse.activation import Activation, Recomputed
+from lorafuse.backends.factors import Stack, stack
 
 __all__ = ["experts_backward", "experts_forward", "grouped_backward", "grouped_forward"]
 
+# group, its rows
+_Segments = Sequence[tuple[int, slice]]
 
-def _segments(ends: Tensor) -> Iterator[tuple[int, int, int]]:
-    """`(group, first row, last row + 1)` of every group that has rows."""
-    first = 0
-    for group, last in enumerate(ends.tolist()):
-        if last > first:
-            yield group, first, last
-        first = last
+
+def _segments(ends: Tensor) -> list[tuple[int, slice]]:
+    """Every group that has rows."""
+    bounds = [0, *ends.tolist()]
+    return [
+        (e, slice(first, last))
+        for e, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+        if last > first
+    ]
 
 
 def _route(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -41,42 +50,56 @@ def _route(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     return order, counts.cumsum(0)
 
 
+def _combine(y: Tensor, order: Tensor, k: int, weight: Tensor | None) -> Tensor:
+    """`Σ_j weight[t, j] · y` of choice j of token t, `[T, H]`, for rows y in the order of their experts."""
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.shape[0], device=order.device)
+    if order.shape[0] == 0:
+        return y.new_empty((0, y.shape[1]))
+    return F.embedding_bag(
+        place.view(-1, k), y, mode="sum", per_sample_weights=None if weight is None else weight.to(y.dtype)
+    )
+
+
 def _oriented(w: Tensor, transposed: bool) -> Tensor:
     """The weight of one expert as `[K, N]`, a right operand."""
     return w if transposed else w.t()
 
 
-def _apply(
-    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float, y: Tensor, xa: Tensor
-) -> None:
-    """`y = x w + bias + scale · xa bᵀ`, with `xa = x aᵀ`, both written into; w is `[K, N]`."""
-    if bias is None:
-        torch.mm(x, w, out=y)
-    else:
-        torch.addmm(bias, x, w, out=y)
-    if a is not None and b is not None:
-        torch.mm(x, a.t(), out=xa)
-        y.addmm_(xa, b.t(), alpha=scale)
-
-
-def _in(dtype: torch.dtype, *factors: Tensor | None) -> list[Tensor | None]:
-    """Factors in x's dtype, each group's contiguous: PEFT packs lora_B with neighbours from different experts."""
-
-    def convert(t: Tensor) -> Tensor:
-        if t.stride(0) == 0:
-            # one factor shared by all groups stays one
-            return t[:1].to(dtype).contiguous().expand_as(t)
-        return t.to(dtype, memory_format=torch.contiguous_format)
-
-    return [None if t is None else convert(t) for t in factors]
-
-
-def _factors(e: int, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if a is None or b is None else (a[e], b[e])
-
-
 def _rank(a: Tensor | None) -> int:
     return 0 if a is None else a.shape[1]
+
+
+def _forward(
+    segments: _Segments,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    transposed: bool,
+    y: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`(y, xa)`; y is written into."""
+    xa = x.new_empty((x.shape[0], _rank(a)))
+    if a is not None:
+        factors = Stack(a, x.dtype)
+        for e, rows in segments:
+            torch.mm(x[rows], factors[e].t(), out=xa[rows])
+    for e, rows in segments:
+        if bias is None:
+            torch.mm(x[rows], _oriented(w[e], transposed), out=y[rows])
+        else:
+            torch.addmm(bias[e], x[rows], _oriented(w[e], transposed), out=y[rows])
+    if b is not None:
+        factors = Stack(b, x.dtype)
+        for e, rows in segments:
+            y[rows].addmm_(xa[rows], factors[e].t(), alpha=scale)
+    last = segments[-1][1].stop if segments else 0
+    y[last:].zero_()
+    xa[last:].zero_()
+    return y, xa
 
 
 def grouped_forward(
@@ -90,17 +113,55 @@ def grouped_forward(
     transposed: bool,
 ) -> tuple[Tensor, Tensor]:
     """`(y [S, N], xa [S, R])`: group e's linear layer over rows `ends[e-1] … ends[e]`; rows after the last are zero."""
-    a, b = _in(x.dtype, a, b)
     y = x.new_empty((x.shape[0], w.shape[2] if transposed else w.shape[1]))
-    xa = x.new_empty((x.shape[0], _rank(a)))
-    last = 0
-    for e, first, last in _segments(ends):
-        rows = slice(first, last)
-        low = _factors(e, a, b)
-        _apply(x[rows], _oriented(w[e], transposed), None if bias is None else bias[e], *low, scale, y[rows], xa[rows])
-    y[last:].zero_()
-    xa[last:].zero_()
-    return y, xa
+    return _forward(_segments(ends), x, w, bias, a, b, scale, transposed, y)
+
+
+def _backward(
+    segments: _Segments,
+    dy: Tensor,
+    x: Tensor | None,
+    xa: Tensor | None,
+    w: Tensor,
+    a: Stack | None,
+    b: Stack | None,
+    scale: float,
+    transposed: bool,
+    dx: Tensor | None,
+    need_da: bool,
+    need_db: bool,
+    factor: Tensor | None = None,
+) -> None:
+    """dx is written into last, unless it is None; da and db are collected in their stacks, where `factor [S, 1]` is
+    that of each row.
+    """
+    dyb = None
+    if a is not None and b is not None and (dx is not None or need_da):
+        dyb = dy.new_empty((dy.shape[0], a.shape[1]))
+        for e, rows in segments:
+            torch.mm(dy[rows], b[e], out=dyb[rows])
+        dyb.mul_(scale)
+    if need_db:
+        assert b is not None
+        assert xa is not None
+        scaled = xa * scale if factor is None else (xa * factor).mul_(scale)
+        for e, rows in segments:
+            b.collect(e, torch.mm(dy[rows].t(), scaled[rows]))
+    if need_da:
+        assert a is not None
+        assert x is not None
+        assert dyb is not None
+        scaled = dyb if factor is None else dyb * factor
+        for e, rows in segments:
+            a.collect(e, torch.mm(scaled[rows].t(), x[rows]))
+    if dx is not None:
+        for e, rows in segments:
+            torch.mm(dy[rows], _oriented(w[e], transposed).t(), out=dx[rows])
+        if dyb is not None:
+            assert a is not None
+            for e, rows in segments:
+                dx[rows].addmm_(dyb[rows], a[e])
+        dx[segments[-1][1].stop if segments else 0 :].zero_()
 
 
 def grouped_backward(
@@ -118,27 +179,10 @@ def grouped_backward(
     need_db: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`(dx, da, db)`, None where not needed; da and db in their parameters' dtypes, zero for groups without rows."""
-    da = torch.zeros_like(a, memory_format=torch.contiguous_format) if need_da and a is not None else None
-    db = torch.zeros_like(b, memory_format=torch.contiguous_format) if need_db and b is not None else None
-    a, b = _in(dy.dtype, a, b)
+    low = stack(a, dy.dtype, need_da), stack(b, dy.dtype, need_db)
     dx = dy.new_empty((dy.shape[0], w.shape[1] if transposed else w.shape[2])) if need_dx else None
-    last = 0
-    for e, first, last in _segments(ends):
-        rows = slice(first, last)
-        if a is not None and b is not None and (need_dx or need_da):
-            dyb = torch.mm(dy[rows], b[e]).mul_(scale)
-        if dx is not None:
-            torch.mm(dy[rows], _oriented(w[e], transposed).t(), out=dx[rows])
-            if a is not None:
-                dx[rows].addmm_(dyb, a[e])
-        if da is not None:
-            assert x is not None
-            da[e] = torch.mm(dyb.t(), x[rows])
-        if db is not None:
-            assert xa is not None
-            db[e] = torch.mm(dy[rows].t(), xa[rows]).mul_(scale)
-    if dx is not None:
-        dx[last:].zero_()
+    _backward(_segments(ends), dy, x, xa, w, *low, scale, transposed, dx, need_da, need_db)
+    da, db = (None if s is None else s.gradient(ends) for s in low)
     return dx, da, db
 
 
@@ -160,27 +204,15 @@ def experts_forward(
     act: Activation | Recomputed,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`(out [T, H], u [S, U], xa [S, R], ha [S, R'], order [S], ends [E])` with S = T·k, in x's dtype."""
-    (T, H), k = x.shape, index.shape[1]
-    up_a, up_b, down_a, down_b = _in(x.dtype, up_a, up_b, down_a, down_b)
+    k = index.shape[1]
     order, ends = _route(index, up.shape[0])
-    S = order.shape[0]
-    # rows of sentinels are never read as anything but zero
-    u = x.new_zeros((S, up.shape[2] if transposed else up.shape[1]))
-    xa, ha = x.new_zeros((S, _rank(up_a))), x.new_zeros((S, _rank(down_a)))
-    y = x.new_zeros((S, H))
-    factors = weight.reshape(-1).to(x.dtype)
-    for e, first, last in _segments(ends):
-        rows, chosen = slice(first, last), order[first:last]
-        low = _factors(e, up_a, up_b)
-        bias = None if up_bias is None else up_bias[e]
-        _apply(x[chosen // k], _oriented(up[e], transposed), bias, *low, up_scale, u[rows], xa[rows])
-        h = act.forward(u[rows])
-        low = _factors(e, down_a, down_b)
-        bias = None if down_bias is None else down_bias[e]
-        y_e = x.new_empty((last - first, H))
-        _apply(h, _oriented(down[e], transposed), bias, *low, down_scale, y_e, ha[rows])
-        y[chosen] = y_e.mul_(factors[chosen].unsqueeze(1))
-    return y.view(T, k, H).sum(1), u, xa, ha, order, ends
+    segments = _segments(ends)
+    rows = x.index_select(0, order // k)
+    u = x.new_empty((order.shape[0], up.shape[2] if transposed else up.shape[1]))
+    u, xa = _forward(segments, rows, up, up_bias, up_a, up_b, up_scale, transposed, u)
+    # x is not read again: y takes its place
+    y, ha = _forward(segments, act.forward(u), down, down_bias, down_a, down_b, down_scale, transposed, rows)
+    return _combine(y, order, k, weight), u, xa, ha, order, ends
 
 
 def experts_backward(
@@ -212,48 +244,32 @@ def experts_backward(
 
     `need_up` and `need_down` ask for both factors of an adapter.
     """
-    (T, H), k = x.shape, weight.shape[1]
-    dtype = x.dtype
-    grads = [
-        torch.zeros_like(t, memory_format=torch.contiguous_format) if need and t is not None else None
-        for need, t in ((need_up, up_a), (need_up, up_b), (need_down, down_a), (need_down, down_b))
-    ]
-    d_up_a, d_up_b, d_down_a, d_down_b = grads
-    up_a, up_b, down_a, down_b = _in(dtype, up_a, up_b, down_a, down_b)
-    dweight = torch.zeros_like(weight).reshape(-1) if need_dweight else None
-    dx = x.new_zeros((order.shape[0], H)) if need_dx else None
-    factors = weight.reshape(-1).to(dtype).unsqueeze(1)
-    for e, first, last in _segments(ends):
-        rows, chosen = slice(first, last), order[first:last]
-        token, factor = chosen // k, factors[chosen]
-        g, h = dout[token], act.forward(u[rows])
-        dh = torch.mm(g, _oriented(down[e], transposed).t())
-        if down_a is not None and down_b is not None:
-            gb = torch.mm(g, down_b[e]).mul_(down_scale)
-            dh.addmm_(gb, down_a[e])
-            if d_down_a is not None and d_down_b is not None:
-                d_down_a[e] = torch.mm((gb * factor).t(), h)
-                d_down_b[e] = torch.mm(g.t(), ha[rows] * factor).mul_(down_scale)
-        if dweight is not None:
-            share = torch.linalg.vecdot(dh, h)
-            if down_bias is not None:
-                share += torch.mv(g, down_bias[e])
-            dweight[chosen] = share.to(dweight.dtype)
-        if not need_dx and d_up_a is None:
-            continue
-        du = act.backward(u[rows], dh.mul_(factor))
-        if up_a is not None and up_b is not None:
-            dyb = torch.mm(du, up_b[e]).mul_(up_scale)
-            if d_up_a is not None and d_up_b is not None:
-                d_up_a[e] = torch.mm(dyb.t(), x[token])
-                d_up_b[e] = torch.mm(du.t(), xa[rows]).mul_(up_scale)
-        if dx is not None:
-            dx_e = torch.mm(du, _oriented(up[e], transposed).t())
-            if up_a is not None:
-                dx_e.addmm_(dyb, up_a[e])
-            dx[chosen] = dx_e
-    return (
-        None if dx is None else dx.view(T, k, H).sum(1),
-        None if dweight is None else dweight.view_as(weight),
-        *grads,
-    )
+    k, dtype = weight.shape[1], x.dtype
+    need_up, need_down = need_up and up_a is not None, need_down and down_a is not None
+    segments, token = _segments(ends), order // k
+    factor = weight.reshape(-1, 1).index_select(0, order).to(dtype)
+    h, g = act.forward(u), dout.index_select(0, token)
+    low = stack(down_a, dtype, need_down), stack(down_b, dtype, need_down)
+    dh = torch.empty_like(h) if need_dx or need_dweight or need_up else None
+    _backward(segments, g, h, ha, down, *low, down_scale, transposed, dh, need_down, need_down, factor)
+    d_down = [None if s is None else s.gradient(ends) for s in low]
+    dx = dweight = None
+    if need_dweight:
+        assert dh is not None
+        share = torch.linalg.vecdot(dh, h)
+        if down_bias is not None:
+            for e, rows in segments:
+                share[rows] += torch.mv(g[rows], down_bias[e])
+        dweight = weight.new_empty(weight.shape)
+        dweight.view(-1)[order] = share.to(weight.dtype)
+    low = stack(up_a, dtype, need_up), stack(up_b, dtype, need_up)
+    if need_dx or need_up:
+        assert dh is not None
+        del h
+        du = act.backward(u, dh.mul_(factor))
+        # g is not read again: x in the order of the experts takes its place, and then dx
+        rows_x = torch.index_select(x, 0, token, out=g) if need_up else None
+        dx = g if need_dx else None
+        _backward(segments, du, rows_x, xa, up, *low, up_scale, transposed, dx, need_up, need_up)
+    d_up = [None if s is None else s.gradient(ends) for s in low]
+    return None if dx is None else _combine(dx, order, k, None), dweight, *d_up, *d_down
