@@ -328,6 +328,6 @@ def _check_projection(
 
 def _backend(backend: str | None) -> str:
     name = base.current() if backend is None else base.require(backend)
-    if name not in ("auto", "eager"):
-        raise NotImplementedError(f"backend={name!r} has no kernels for experts yet; use 'eager' or 'auto'")
+    if name == "cuda":
+        raise NotImplementedError("backend='cuda' has no kernels for experts yet; use 'triton', 'eager' or 'auto'")
     return name

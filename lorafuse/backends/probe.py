@@ -6,9 +6,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lorafuse.plan import DeviceSpec, Problem, probe
+from lorafuse.backends import base
+from lorafuse.plan import DeviceSpec, Problem, probe, runs_kernels
 
-__all__ = ["device_spec", "linear_problem"]
+__all__ = ["device_spec", "grouped_backend", "linear_problem"]
 
 
 @cache
@@ -49,6 +50,17 @@ def linear_problem(
         gradients=gradients,
         aligned=_rows_are_aligned(x) and _rows_are_aligned(w),
     )
+
+
+def grouped_backend(x: Tensor) -> str:
+    """The backend of "auto" for layers of many groups: on GPUs the kernels, where they can run x.
+
+    Eager waits there for the device to say where the groups end.
+    """
+    device = device_spec(x.device)
+    if device is None or not runs_kernels(device.arch, str(x.dtype).removeprefix("torch.")):
+        return "eager"
+    return "triton" if base.availability("triton").ok else "eager"
 
 
 def _rows_are_aligned(t: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorafuse.activation import Recomputed, named
-from lorafuse.backends import base
+from lorafuse.backends import base, probe
 from lorafuse.ops._define import LIBRARY
 
 __all__ = ["lora_experts", "lora_experts_recomputed", "lora_grouped_linear"]
@@ -37,8 +37,8 @@ LIBRARY.define(
 )
 
 
-def _run(backend):
-    return base.load("eager" if backend == "auto" else backend)
+def _run(backend, x):
+    return base.load(probe.grouped_backend(x) if backend == "auto" else backend)
 
 
 def _rank(a):
@@ -54,7 +54,7 @@ def _wanted(grads, needs):
 
 
 def _experts(x, index, weight, up, down, ub, db, ua, ubb, da, dbb, s1, s2, transposed, act, gated, inter, backend):
-    run, act = _run(backend).experts_forward, named(act, gated, inter)
+    run, act = _run(backend, x).experts_forward, named(act, gated, inter)
     return run(x, index, weight, up, down, ub, db, ua, ubb, da, dbb, s1, s2, transposed, act)
 
 
@@ -68,7 +68,7 @@ def _fake_experts(x, index, weight, up, down, ub, db, ua, ubb, da, dbb, s1, s2, 
 
 def _experts_backward(dout, x, weight, up, down, db, ua, ub, da, dbb, s1, s2, transposed, act, gated, inter, *rest):
     *saved, needs, backend = rest
-    run, act = _run(backend).experts_backward, named(act, gated, inter)
+    run, act = _run(backend, x).experts_backward, named(act, gated, inter)
     need_dx, need_dweight, *adapters = needs
     grads = run(
         dout, x, weight, up, down, db, ua, ub, da, dbb, s1, s2, transposed, act, *saved,
@@ -118,7 +118,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         *inputs, activation, backend = args
-        run = _run(backend)
+        run = _run(backend, inputs[0])
         out, *saved = run.experts_forward(*inputs, Recomputed(activation))
         _, index, *_ = inputs
         x, _, weight, up, down, _, down_bias, *adapters = inputs[:11]
@@ -142,7 +142,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _grouped(x, ends, w, bias, a, b, scale, transposed, backend):
-    return _run(backend).grouped_forward(x, ends, w, bias, a, b, scale, transposed)
+    return _run(backend, x).grouped_forward(x, ends, w, bias, a, b, scale, transposed)
 
 
 def _fake_grouped(x, ends, w, bias, a, b, scale, transposed, backend):
@@ -150,7 +150,7 @@ def _fake_grouped(x, ends, w, bias, a, b, scale, transposed, backend):
 
 
 def _grouped_backward(dy, x, xa, ends, w, a, b, scale, transposed, needs, backend):
-    return _kept(_run(backend).grouped_backward(dy, x, xa, ends, w, a, b, scale, transposed, *needs), dy)
+    return _kept(_run(backend, dy).grouped_backward(dy, x, xa, ends, w, a, b, scale, transposed, *needs), dy)
 
 
 def _fake_grouped_backward(dy, x, xa, ends, w, a, b, scale, transposed, needs, backend):

@@ -3,7 +3,8 @@
 from lorafuse.plan.config import KernelConfig
 from lorafuse.plan.device import DEVICES, DeviceSpec, find, probe
 from lorafuse.plan.problem import Problem
-from lorafuse.plan.select import Candidate, Plan, only, select
+from lorafuse.plan.ragged import ragged_config
+from lorafuse.plan.select import Candidate, Plan, only, runs_kernels, select
 
 __all__ = [
     "DEVICES",
@@ -15,5 +16,7 @@ __all__ = [
     "find",
     "only",
     "probe",
+    "ragged_config",
+    "runs_kernels",
     "select",
 ]

@@ -37,6 +37,7 @@ class KernelConfig:
     max_registers: int = 0
 
 
+_MAIN_LOOPS = ("fwd", "dx", "ragged")
 # (block_m, block_n, block_k, stages, warps) of fwd and dx, best first where all fill the GPU. Chosen by what compiles
 # without spills (Triton 3.6, 2026-11-24); no speed was measured yet.
 _TMA = {
@@ -65,17 +66,17 @@ def shared_memory(config: KernelConfig, itemsize: int) -> int:
     """Bytes of shared memory that a program needs, at most: the pipeline's buffers, and staging of stores and ranks."""
     c = config
     ranks = (c.block_m + c.block_n) * c.block_r * itemsize
-    if c.kernel in ("fwd", "dx"):
+    if c.kernel in _MAIN_LOOPS:
         # stores through a descriptor are staged in halves
         staging = c.block_m * c.block_n // 2 * itemsize if c.form == "tma" else 0
         tiles = c.stages * (c.block_m + c.block_n) * c.block_k * itemsize + staging + 2 * ranks + 1024
         return (
             max(tiles, shared_memory(replace(c, kernel="xa", block_r=_MAX_SINGLE_R), itemsize)) if c.single else tiles
         )
-    if c.kernel == "xa":
+    if c.kernel in ("xa", "project"):
         # a may be fp32, and a masked x passes through shared memory once more
         return c.stages * (c.block_m * itemsize + c.block_r * 4) * c.block_k + c.block_m * c.block_k * 4
-    if c.kernel in ("dyb_db", "da"):
+    if c.kernel in ("dyb_db", "da", "outer"):
         # dy is staged as it is and transposed, with the partial of dyb in fp32
         return (c.stages + 2) * c.block_m * c.block_n * itemsize + 2 * ranks + c.block_m * c.block_r * 4
     return 0
@@ -100,7 +101,7 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
         return f"the single kernel needs sm_90, R <= {_MAX_SINGLE_R}, a 16-bit dtype and rows on 16-byte boundaries"
     if c.single and problem.dropout:
         return "drawing the mask makes the xa items of a single kernel too long to fit beside its tiles"
-    accumulators = c.block_m * c.block_n if c.kernel in ("fwd", "dx") else max(c.block_m, c.block_n) * c.block_r
+    accumulators = c.block_m * c.block_n if c.kernel in _MAIN_LOOPS else max(c.block_m, c.block_n) * c.block_r
     if c.kernel == "dx" and problem.dropout:
         # the masked low-rank product has accumulators of its own
         accumulators *= 2

@@ -29,9 +29,9 @@ _GAP = 2e-6
 # of the host for one launch: an ATen operator, a Triton kernel with its Python launcher (assumed, not measured here)
 _HOST = {"aten": 5e-6, "triton": 15e-6}
 # what a tile reaches of the sustained rate, by its area (assumed, after published ablations of Hopper kernels)
-_TILE = {128 * 256: 1.0, 128 * 128: 0.92, 64 * 128: 0.8, 64 * 64: 0.65, 32 * 64: 0.45}
+_TILE = {128 * 256: 1.0, 128 * 128: 0.92, 64 * 128: 0.8, 64 * 64: 0.65, 32 * 64: 0.45, 16 * 64: 0.25}
 # the same where a warp multiplies by itself (mma.sync), which needs less from shared memory (assumed)
-_WARP_TILE = {128 * 256: 1.0, 128 * 128: 0.97, 64 * 128: 0.85, 64 * 64: 0.7, 32 * 64: 0.5}
+_WARP_TILE = {128 * 256: 1.0, 128 * 128: 0.97, 64 * 128: 0.85, 64 * 64: 0.7, 32 * 64: 0.5, 16 * 64: 0.3}
 _CUBLAS_TILES = ((128, 256), (128, 128), (64, 128), (64, 64), (32, 64))
 # what Triton's main loop reaches of cuBLAS: persistent with descriptors 0.97 to 1.0 published for Hopper; pointers feed
 # Hopper's tensor cores through cp.async and keep up on older GPUs (assumed)

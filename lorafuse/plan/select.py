@@ -11,7 +11,7 @@ from lorafuse.plan.cost import Part
 from lorafuse.plan.device import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["Candidate", "Plan", "only", "select"]
+__all__ = ["Candidate", "Plan", "only", "runs_kernels", "select"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ _OLDEST_ARCH = 80
 _DTYPES = ("bfloat16", "float16", "float32")
 
 _only: str | None = None
+
+
+def runs_kernels(arch: int, dtype: str) -> bool:
+    """Whether the kernels of any backend but eager run a dtype on a GPU of compute capability `arch` / 10."""
+    return arch >= _OLDEST_ARCH and dtype in _DTYPES
 
 
 @contextmanager

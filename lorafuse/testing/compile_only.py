@@ -27,9 +27,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from lorafuse.kernels import linear_bwd, linear_fwd
-from lorafuse.plan import DEVICES, KernelConfig, Problem
+from lorafuse.kernels import linear_bwd, linear_fwd, ragged, ragged_rank
+from lorafuse.kernels.routing import Tiles
+from lorafuse.plan import DEVICES, DeviceSpec, KernelConfig, Problem
 from lorafuse.plan.config import candidates
+from lorafuse.plan.ragged import RAGGED_KERNELS, ragged_candidates
 
 __all__ = ["TARGETS", "Resources", "Variant", "compile_variant", "variants"]
 
@@ -43,6 +45,8 @@ TARGETS = {
     # no plan is made for AMD GPUs; this keeps the kernels' source compilable for them, aligned problems only
     "gfx942": (GPUTarget("hip", "gfx942", 64), 89),
 }
+# of the main loop of grouped layers: y, dx, an activation and its backward
+EPILOGUES = ("linear", "dx", "act", "act_backward")
 # matrix instructions by what each architecture calls them
 _INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "FFMA", "v_mfma")
 
@@ -57,6 +61,7 @@ class Variant:
     dropout: bool = False
     rank_tiles: int = 1
     aligned: bool = True
+    epilogue: str = ""
 
     @property
     def name(self) -> str:
@@ -64,7 +69,12 @@ class Variant:
         tile = "x".join(str(size) for size in (c.block_m, c.block_n, c.block_k) if size)
         parts = [c.kernel, c.form, tile, f"r{c.block_r * self.rank_tiles}", f"{c.stages}stages", f"{c.warps}warps"]
         parts += [self.dtype, "" if self.adapter_dtype == "float32" else f"adapter-{self.adapter_dtype}"]
-        parts += ["single" if c.single else "", "dropout" if self.dropout else "", "" if self.aligned else "unaligned"]
+        parts += [
+            self.epilogue,
+            "single" if c.single else "",
+            "dropout" if self.dropout else "",
+            "" if self.aligned else "unaligned",
+        ]
         return " ".join(part for part in parts if part)
 
 
@@ -98,7 +108,20 @@ def variants(target: str, everything: bool) -> list[Variant]:
                 adapters = ("float32", dtype) if everything and kernel not in ("da", "reduce") else ("float32",)
                 config = replace(config, splits=1)
                 found |= {Variant(config, dtype, adapter, masked, tiles, aligned) for adapter in adapters}
+        if not dropout:
+            found |= set(_ragged_variants(problem, device, everything))
     return sorted(found, key=lambda v: v.name)
+
+
+def _ragged_variants(problem: Problem, device: DeviceSpec, everything: bool) -> Iterator[Variant]:
+    """Those of grouped layers: the main loop with each of its epilogues, forward and with w read transposed."""
+    for kernel in RAGGED_KERNELS:
+        epilogues = EPILOGUES if kernel == "ragged" else ("",)
+        for config, epilogue in itertools.product(ragged_candidates(kernel, problem, device), epilogues):
+            tiles = min(2, -(-problem.R // config.block_r)) if kernel == "ragged" else 1
+            # without `everything` the longest epilogues stand for all
+            if everything or epilogue != "linear":
+                yield Variant(config, problem.dtype, "float32", False, tiles, problem.aligned, epilogue)
 
 
 class _Offline:
@@ -170,9 +193,48 @@ def _launch(variant: Variant) -> None:
         linear_bwd.lora_linear_dx(dy, w, a, xa, seed, p, programs, c)
     elif c.kernel == "da":
         linear_bwd.lora_da_partials(x, xa, seed, p, c)
+    elif c.kernel in RAGGED_KERNELS:
+        _launch_ragged(variant, m, n, k, r)
     else:
         part = tensor(8, m, r, of=torch.float32)
         linear_bwd.sum_partials([(part, xa, 2.0), (part, tensor(m, r, of=adapter), 1.0), (part, xa, 1.0)], c)
+
+
+def _launch_ragged(variant: Variant, rows: int, n: int, k: int, r: int) -> None:
+    """As the experts of a layer launch it: x `[rows, k]` gathered, `n` columns of gate and up together."""
+    c, dtype, adapter = variant.config, getattr(torch, variant.dtype), getattr(torch, variant.adapter_dtype)
+
+    def tensor(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    tiles = Tiles(tensor(128, of=torch.int64), rows)
+    tiles.preset(c.block_m, tensor(rows // 16, 3, of=torch.int32))
+    # what PEFT packs: b with neighbours from different groups
+    a, b = tensor(128, r, k, of=adapter), tensor(n, r, 128, of=adapter).permute(2, 0, 1)
+    x, w, u, xa, token = (
+        tensor(rows, k),
+        tensor(128, n, k),
+        tensor(rows, n),
+        tensor(rows, r),
+        tensor(rows, of=torch.int64),
+    )
+    if c.kernel == "project":
+        ragged_rank.project(tiles, u, b.transpose(1, 2), 1.0, c, source=token)
+    elif c.kernel == "outer":
+        ragged_rank.outer(tiles, u, xa, 1.0, b, c, source=token, factor=tensor(rows))
+    elif variant.epilogue == "linear":
+        ragged.ragged_linear(tiles, x, w, tensor(128, n), xa, b, 2.0, c, source=token)
+    elif variant.epilogue == "dx":
+        ragged.ragged_linear(tiles, u, w.transpose(1, 2), None, xa, a.transpose(1, 2), 1.0, c)
+    elif variant.epilogue == "act":
+        ragged.ragged_activated(tiles, x, w, tensor(128, n), xa, b, 2.0, "gelu_tanh", True, c, source=token)
+    else:
+        down = tensor(128, k, n // 2)
+        a = tensor(128, r, n // 2, of=adapter)
+        ragged.ragged_activation_backward(
+            tiles, x, down.transpose(1, 2), xa, a.transpose(1, 2), u, "gelu_tanh", True, True, c,
+            source=token, factor=tensor(rows),
+        )  # fmt: skip
 
 
 def _resources(kernel: Any) -> Resources:

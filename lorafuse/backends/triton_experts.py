@@ -1,0 +1,281 @@
+"""Expert layers and grouped linear layers with LoRA in Triton kernels (`lorafuse.kernels.ragged`).
+
+Same operators as `eager_experts`, shapes and meaning of arguments included. Rows are sorted, cut into tiles and
+combined on the device and nothing waits for it. Rows of x are gathered by the kernels that read them. A known
+activation is computed in the epilogue of the first projection, and its backward in that of the product that gives dh; any other one
+runs in torch between them.
+"""
+
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
+
+from lorafuse.activation import Activation, Recomputed
+from lorafuse.backends import eager_experts, probe
+from lorafuse.backends.on_gpu import check_device, device_guard
+from lorafuse.kernels import ragged, ragged_rank, routing
+from lorafuse.kernels.routing import Tiles
+from lorafuse.plan import DeviceSpec, KernelConfig, Problem, find, ragged_config
+
+__all__ = ["experts_backward", "experts_forward", "grouped_backward", "grouped_forward"]
+
+# the GPU whose plans the interpreter runs
+_INTERPRETED_AS = "H200"
+
+
+class _Projection:
+    """One linear layer of every group, its kernels configured: w `[G, N, K]`, or `[G, K, N]` when transposed."""
+
+    def __init__(
+        self, tiles: Tiles, like: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None, scale: float, transposed: bool
+    ) -> None:
+        self.tiles, self.a, self.b, self.scale = tiles, a, b, scale
+        self.w = w.transpose(1, 2) if transposed else w
+        self._device = _spec(like.device)
+        dtype, adapter = (str(t.dtype).removeprefix("torch.") for t in (like, like if a is None else a))
+        rank = 1 if a is None else a.shape[1]
+        self._problem = Problem(max(tiles.rows, 1), self.w.shape[1], self.w.shape[2], rank, dtype, adapter)
+
+    def config(self, kernel: str) -> KernelConfig:
+        return ragged_config(kernel, self._problem, self.tiles.groups, self._device)
+
+    def project(self, x: Tensor, source: Tensor | None = None) -> Tensor | None:
+        """`xa [S, R]`; None without an adapter."""
+        if self.a is None:
+            return None
+        return ragged_rank.project(self.tiles, x, self.a, 1.0, self.config("project"), source=source)
+
+    def project_back(self, dy: Tensor, source: Tensor | None = None) -> Tensor | None:
+        """`dyb = scale · dy b`, `[S, R]`; None without an adapter."""
+        if self.b is None:
+            return None
+        b = self.b.transpose(1, 2)
+        return ragged_rank.project(self.tiles, dy, b, self.scale, self.config("project"), source=source)
+
+    def linear(self, x: Tensor, bias: Tensor | None, xa: Tensor | None, source: Tensor | None = None) -> Tensor:
+        """y."""
+        low = xa, self.b, self.scale
+        return ragged.ragged_linear(self.tiles, x, self.w, bias, *low, self.config("ragged"), source=source)
+
+    def linear_back(self, dy: Tensor, dyb: Tensor | None, source: Tensor | None = None) -> Tensor:
+        """dx."""
+        w, a = self.w.transpose(1, 2), None if self.a is None else self.a.transpose(1, 2)
+        return ragged.ragged_linear(self.tiles, dy, w, None, dyb, a, 1.0, self.config("ragged"), source=source)
+
+    def da(self, x: Tensor, dyb: Tensor, source: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
+        """The gradient of a, each row times its factor."""
+        assert self.a is not None
+        da = self.a.new_empty(self.a.shape)
+        out = da.transpose(1, 2)
+        ragged_rank.outer(self.tiles, x, dyb, 1.0, out, self.config("outer"), source=source, factor=factor)
+        return da
+
+    def db(self, dy: Tensor, xa: Tensor, source: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
+        """The gradient of b, each row times its factor."""
+        assert self.b is not None
+        db = self.b.new_empty(self.b.shape)
+        ragged_rank.outer(self.tiles, dy, xa, self.scale, db, self.config("outer"), source=source, factor=factor)
+        return db
+
+
+def grouped_forward(
+    x: Tensor,
+    ends: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    transposed: bool,
+) -> tuple[Tensor, Tensor]:
+    """`(y [S, N], xa [S, R])`; rows after the last group's are zero."""
+    check_device(x)
+    if x.numel() == 0 or w.numel() == 0:
+        return eager_experts.grouped_forward(x, ends, w, bias, a, b, scale, transposed)
+    with device_guard(x.device):
+        layer = _Projection(Tiles(ends, x.shape[0]), x, w, a, b, scale, transposed)
+        x = _rows(x)
+        xa = layer.project(x)
+        y = layer.linear(x, None if bias is None else bias.contiguous(), xa)
+        beyond = _beyond(ends, x.shape[0])
+        y.masked_fill_(beyond, 0)
+        return y, x.new_empty((x.shape[0], 0)) if xa is None else xa.masked_fill_(beyond, 0)
+
+
+def grouped_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    xa: Tensor | None,
+    ends: Tensor,
+    w: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    transposed: bool,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`(dx, da, db)`, None where not needed; da and db in their parameters' dtypes, zero for groups without rows."""
+    check_device(dy)
+    needs = need_dx, need_da, need_db
+    if dy.numel() == 0 or w.numel() == 0:
+        return eager_experts.grouped_backward(dy, x, xa, ends, w, a, b, scale, transposed, *needs)
+    dx = da = db = dyb = None
+    with device_guard(dy.device):
+        dy = _rows(dy)
+        layer = _Projection(Tiles(ends, dy.shape[0]), dy, w, a, b, scale, transposed)
+        if need_dx or need_da:
+            dyb = layer.project_back(dy)
+        if need_dx:
+            dx = layer.linear_back(dy, dyb).masked_fill_(_beyond(ends, dy.shape[0]), 0)
+        if need_da:
+            assert x is not None
+            assert dyb is not None
+            da = layer.da(_rows(x), dyb)
+        if need_db:
+            assert xa is not None
+            db = layer.db(dy, xa)
+    return dx, da, db
+
+
+def experts_forward(
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    up_a: Tensor | None,
+    up_b: Tensor | None,
+    down_a: Tensor | None,
+    down_b: Tensor | None,
+    up_scale: float,
+    down_scale: float,
+    transposed: bool,
+    act: Activation | Recomputed,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`(out [T, H], u [S, U], xa [S, R], ha [S, R'], order [S], ends [E])`; rows of sentinels are not written."""
+    check_device(x)
+    low = up_a, up_b, down_a, down_b
+    if index.numel() == 0 or up.numel() == 0 or down.numel() == 0:
+        scales = up_scale, down_scale
+        given = x, index, weight, up, down, up_bias, down_bias, *low, *scales, transposed, act
+        return eager_experts.experts_forward(*given)
+    with device_guard(x.device):
+        x = _rows(x)
+        up_bias, down_bias = (None if bias is None else bias.contiguous() for bias in (up_bias, down_bias))
+        order, ends = routing.route(index, up.shape[0])
+        tiles, token = Tiles(ends, order.shape[0]), order // index.shape[1]
+        first = _Projection(tiles, x, up, up_a, up_b, up_scale, transposed)
+        second = _Projection(tiles, x, down, down_a, down_b, down_scale, transposed)
+        xa = first.project(x, token)
+        if _in_epilogue(act):
+            u, h = ragged.ragged_activated(
+                tiles, x, first.w, up_bias, xa, up_b, up_scale, act.name, act.gated, first.config("ragged"),
+                source=token,
+            )  # fmt: skip
+        else:
+            u = first.linear(x, up_bias, xa, token)
+            h = act.forward(u)
+        ha = second.project(h)
+        y = second.linear(h, down_bias, ha)
+        out = routing.combine(y, order, ends, weight.contiguous(), x.shape[0])
+        xa, ha = (x.new_empty((order.shape[0], 0)) if t is None else t for t in (xa, ha))
+    return out, u, xa, ha, order, ends
+
+
+def experts_backward(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    up: Tensor,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up_a: Tensor | None,
+    up_b: Tensor | None,
+    down_a: Tensor | None,
+    down_b: Tensor | None,
+    up_scale: float,
+    down_scale: float,
+    transposed: bool,
+    act: Activation | Recomputed,
+    u: Tensor,
+    xa: Tensor,
+    ha: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    need_dx: bool,
+    need_dweight: bool,
+    need_up: bool,
+    need_down: bool,
+) -> tuple[Tensor | None, ...]:
+    """`(dx, dweight, d up_a, d up_b, d down_a, d down_b)`, None where not needed or where there is no adapter."""
+    check_device(dout)
+    needs = need_dx, need_dweight, need_up and up_a is not None, need_down and down_a is not None
+    need_dx, need_dweight, need_up, need_down = needs
+    if order.numel() == 0 or up.numel() == 0 or down.numel() == 0:
+        low = up_a, up_b, down_a, down_b, up_scale, down_scale, transposed, act
+        return eager_experts.experts_backward(
+            dout, x, weight, up, down, down_bias, *low, u, xa, ha, order, ends, *needs
+        )
+    dx = dweight = d_up_a = d_up_b = d_down_a = d_down_b = None
+    with device_guard(dout.device):
+        dout, x = _rows(dout), _rows(x)
+        S, k = order.shape[0], weight.shape[1]
+        tiles, token, factor = Tiles(ends, S), order // k, weight.reshape(-1)[order]
+        first = _Projection(tiles, x, up, up_a, up_b, up_scale, transposed)
+        second = _Projection(tiles, x, down, down_a, down_b, down_scale, transposed)
+        gb = second.project_back(dout, token)
+        if _in_epilogue(act):
+            a = None if down_a is None else down_a.transpose(1, 2)
+            du, h, share = ragged.ragged_activation_backward(
+                tiles, dout, second.w.transpose(1, 2), gb, a, u, act.name, act.gated, need_dweight,
+                second.config("ragged"), source=token, factor=factor,
+            )  # fmt: skip
+        else:
+            h, dh = act.forward(u), second.linear_back(dout, gb, token)
+            share = torch.linalg.vecdot(dh.float(), h.float()) if need_dweight else None
+            du = act.backward(u, dh * factor.to(dh.dtype).unsqueeze(1))
+        if need_down:
+            assert gb is not None
+            d_down_a = second.da(h, gb, None, factor)
+            d_down_b = second.db(dout, ha, token, factor)
+        if share is not None:
+            if down_bias is not None:
+                of_bias = ragged_rank.project(
+                    tiles, dout, down_bias.unsqueeze(1), 1.0, second.config("project"), source=token
+                )
+                share = share + of_bias.squeeze(1)
+            share = share.masked_fill(_beyond(ends, S).squeeze(1), 0).to(weight.dtype)
+            dweight = weight.new_empty(weight.numel()).scatter_(0, order, share).view(weight.shape)
+        del h
+        if need_dx or need_up:
+            dyb = first.project_back(du)
+            if need_up:
+                assert dyb is not None
+                d_up_a, d_up_b = first.da(x, dyb, token), first.db(du, xa)
+            if need_dx:
+                dx = routing.combine(first.linear_back(du, dyb), order, ends, None, x.shape[0])
+    return dx, dweight, d_up_a, d_up_b, d_down_a, d_down_b
+
+
+def _in_epilogue(act: Activation | Recomputed) -> TypeGuard[Activation]:
+    """Whether the kernels compute an activation: one they know, of gate and up in halves."""
+    return isinstance(act, Activation) and act.name in ragged.ACTIVATIONS and not (act.gated and act.interleaved)
+
+
+def _beyond(ends: Tensor, rows: int) -> Tensor:
+    """`[rows, 1]`: which rows belong to no group."""
+    return (torch.arange(rows, device=ends.device) >= ends[-1]).unsqueeze(1)
+
+
+def _spec(device: torch.device) -> DeviceSpec:
+    return probe.device_spec(device) or find(_INTERPRETED_AS)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """`t` with contiguous rows."""
+    return t if t.stride(1) == 1 else t.contiguous()

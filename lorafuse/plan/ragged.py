@@ -1,0 +1,63 @@
+"""Kernel configurations for linear layers of many groups over ragged rows: the experts of a layer.
+
+How many rows a group has is known on the device only, so that the choice assumes that they are spread evenly. Tiles do
+not cross groups: one higher than a group's rows computes some that nobody wants.
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+
+from lorafuse.plan import cost
+from lorafuse.plan.config import KernelConfig, illegal, padded_rank
+from lorafuse.plan.device import DeviceSpec
+from lorafuse.plan.problem import Problem
+
+__all__ = ["RAGGED_KERNELS", "ragged_candidates", "ragged_config"]
+
+RAGGED_KERNELS = ("ragged", "project", "outer")
+# (block_m, block_n, block_k, stages, warps) of the main loop. Epilogues that hold u, h and its slope beside the
+# accumulators leave registers for no more than these.
+_TILES = ((128, 64, 64, 3, 8), (64, 128, 32, 3, 8), (64, 64, 64, 3, 8), (32, 64, 64, 3, 4), (16, 64, 64, 3, 4))
+_FP32 = ((32, 64, 32, 2, 8), (16, 64, 32, 2, 8))
+_MAX_BLOCK_R = 32
+
+
+def ragged_candidates(kernel: str, problem: Problem, device: DeviceSpec) -> tuple[KernelConfig, ...]:
+    """The legal configurations of a kernel of `RAGGED_KERNELS` for one projection; M is the rows of all groups."""
+    half, rank = problem.itemsize == 2, padded_rank(problem.R)
+    limit = 255 if 100 <= device.arch < 120 else 0
+    if kernel == "ragged":
+        block_r = min(rank, _MAX_BLOCK_R if half else 16)
+        found = [
+            KernelConfig("ragged", "pointer", *tile[:3], block_r, *tile[3:]) for tile in (_TILES if half else _FP32)
+        ]
+    elif kernel == "project":
+        block_k, warps = (64, 4) if half else (32, 8)
+        found = [
+            KernelConfig("project", "pointer", m, 0, block_k, min(rank, 64), 3, warps)
+            for m in (64, 32, 16)
+            if m > 16 or rank <= 32
+        ]
+    else:
+        block_m, block_r = (64, min(rank, 64)) if half else (32, 16)
+        found = [KernelConfig("outer", "pointer", block_m, n, 0, block_r, 3, 8) for n in ((128, 64) if half else (64,))]
+    found = [replace(config, max_registers=limit) for config in found]
+    return tuple(config for config in found if not illegal(config, problem, device))
+
+
+@lru_cache(maxsize=4096)
+def ragged_config(kernel: str, problem: Problem, groups: int, device: DeviceSpec) -> KernelConfig:
+    """The configuration with the least modelled time when the rows are spread evenly over `groups`."""
+
+    def seconds(config: KernelConfig) -> float:
+        if kernel == "outer":
+            # wide blocks, unless they are too few to occupy the GPU
+            idle = -(-problem.N // config.block_n) * groups < device.sms
+            return config.block_n if idle else 1 / config.block_n
+        height = config.block_m
+        rows = groups * -(-max(problem.M // groups, 1) // height) * height
+        if kernel == "project":
+            return rows + height / 1e3
+        return cost.kernel_seconds(replace(config, kernel="fwd"), replace(problem, M=rows), device)
+
+    return min(ragged_candidates(kernel, problem, device), key=seconds)
