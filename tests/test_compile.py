@@ -80,7 +80,7 @@ def test_the_matrix_instructions_are_there(tables, target, request):
         if variant.dtype == "float32" or variant.config.kernel == "reduce":
             continue
         # tiles of fewer than 64 rows are too short for the warpgroup's instructions
-        rows = variant.config.block_m if variant.config.kernel in ("xa", "fwd", "dx") else variant.config.block_n
+        rows = variant.config.block_n if variant.config.kernel in ("dyb_db", "da", "outer") else variant.config.block_m
         short = target in ("sm_90", "sm_100") and rows < 64
         assert found.instructions.get("HMMA" if short else MATRIX[target]), (name, found)
         if variant.config.form == "tma":

@@ -284,12 +284,6 @@ class TestLeftToPeft:
         model = adapted("gpt_oss", num_local_experts=1, num_experts_per_tok=1)
         assert "single expert" in self.report(model)
 
-    def test_a_backend_without_kernels(self):
-        model = adapted("qwen3_moe")
-        with pytest.warns(UserWarning, match="patched nothing"):
-            report = lorafuse.patch(model, backend="triton")
-        assert {s.reason for s in report.skipped} == {"backend 'triton' has no kernels for experts yet"}
-
     def test_a_state_that_came_later_is_said_once(self):
         model = adapted("qwen3_moe")
         lorafuse.patch(model)
@@ -329,6 +323,20 @@ def test_the_trainer_learns_the_same_in_200_steps(tmp_path):
     assert [len(run) for run in losses] == [200, 200]
     assert losses[0][-1] < 0.8 * losses[0][0]
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs where there is no GPU")
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_the_kernels_give_what_peft_gives(family):
+    """In Triton's interpreter: an activation in the epilogue, one that runs between the kernels, none gated."""
+    model = adapted(family)
+    expected = step(model)
+    report = lorafuse.patch(model, backend="triton", strict=True)
+    assert {p.backend for p in report.patched} == {"triton"}
+    actual = step(model)
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        assert relative_l2(tensor, expected[name]) <= tolerance(torch.float32), name
 
 
 def test_wrappers_are_listed_outermost_first():

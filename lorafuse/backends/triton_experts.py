@@ -2,8 +2,8 @@
 
 Same operators as `eager_experts`, shapes and meaning of arguments included. Rows are sorted, cut into tiles and
 combined on the device and nothing waits for it. Rows of x are gathered by the kernels that read them. A known
-activation is computed in the epilogue of the first projection, and its backward in that of the product that gives dh; any other one
-runs in torch between them.
+activation is computed in the epilogue of the first projection, and its backward in that of the product that gives dh;
+any other one runs in torch between them.
 """
 
 from typing import TypeGuard
@@ -174,7 +174,7 @@ def experts_forward(
         xa = first.project(x, token)
         if _in_epilogue(act):
             u, h = ragged.ragged_activated(
-                tiles, x, first.w, up_bias, xa, up_b, up_scale, act.name, act.gated, first.config("ragged"),
+                tiles, x, first.w, up_bias, xa, up_b, up_scale, act.name, act.gated, first.config("ragged_act"),
                 source=token,
             )  # fmt: skip
         else:
@@ -233,7 +233,7 @@ def experts_backward(
             a = None if down_a is None else down_a.transpose(1, 2)
             du, h, share = ragged.ragged_activation_backward(
                 tiles, dout, second.w.transpose(1, 2), gb, a, u, act.name, act.gated, need_dweight,
-                second.config("ragged"), source=token, factor=factor,
+                second.config("ragged_act"), source=token, factor=factor,
             )  # fmt: skip
         else:
             h, dh = act.forward(u), second.linear_back(dout, gb, token)

@@ -150,8 +150,6 @@ def survey(model: nn.Module, backend: str) -> tuple[PatchReport, list[LoraLayer]
         if isinstance(layer, ParamWrapper):
             inner.update(wrappers(layer)[1:])
         reason = _reason(layer)
-        if isinstance(layer, ParamWrapper) and backend == "cuda":
-            reason = reason or f"backend {backend!r} has no kernels for experts yet"
         if reason:
             report.skipped.append(Skipped(name, _kind(layer), reason))
             continue

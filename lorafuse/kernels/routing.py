@@ -35,9 +35,9 @@ def _ragged_tiles_kernel(p_ends, p_tiles, G, capacity, BLOCK_M, BLOCK_G: tl.cons
 def source_rows(p_source, o_m, row, end):
     """Rows of x that a tile reads; those outside are the first one's, computed and not stored."""
     o_m = tl.where(o_m < end, o_m, row)
-    if p_source is None:
-        return o_m.to(tl.int64)
-    return tl.load(p_source + o_m).to(tl.int64)
+    if p_source is not None:
+        o_m = tl.load(p_source + o_m)
+    return o_m.to(tl.int64)
 
 
 @triton.jit

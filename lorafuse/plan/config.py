@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from lorafuse.plan.device import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["KernelConfig", "candidates", "illegal", "padded_rank", "shared_memory"]
+__all__ = ["KernelConfig", "candidates", "illegal", "is_odd", "padded_rank", "shared_memory"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class KernelConfig:
     max_registers: int = 0
 
 
-_MAIN_LOOPS = ("fwd", "dx", "ragged")
+_MAIN_LOOPS = ("fwd", "dx", "ragged", "ragged_act")
 # (block_m, block_n, block_k, stages, warps) of fwd and dx, best first where all fill the GPU. Chosen by what compiles
 # without spills (Triton 3.6, 2026-11-24); no speed was measured yet.
 _TMA = {
@@ -93,11 +93,11 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
             return f"TMA needs sm_90, {device.name} is sm_{device.arch}"
         if problem.itemsize != 2:
             return f"the TMA form is for 16-bit dtypes, not {problem.dtype}"
-        if _odd(problem):
+        if is_odd(problem):
             return "TMA needs rows that start on 16-byte boundaries"
     if c.flatten and (c.form != "tma" or c.single or c.block_r < problem.R):
         return "only the two-kernel TMA form with one rank tile flattens its loops"
-    if c.single and (device.arch < 90 or problem.R > _MAX_SINGLE_R or problem.itemsize != 2 or _odd(problem)):
+    if c.single and (device.arch < 90 or problem.R > _MAX_SINGLE_R or problem.itemsize != 2 or is_odd(problem)):
         return f"the single kernel needs sm_90, R <= {_MAX_SINGLE_R}, a 16-bit dtype and rows on 16-byte boundaries"
     if c.single and problem.dropout:
         return "drawing the mask makes the xa items of a single kernel too long to fit beside its tiles"
@@ -113,14 +113,15 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
     return ""
 
 
-def _odd(problem: Problem) -> bool:
+def is_odd(problem: Problem) -> bool:
+    """Whether some row of x, w or y starts off a 16-byte boundary."""
     return not problem.aligned or any(size * problem.itemsize % 16 for size in (problem.N, problem.K))
 
 
 def _tiles(problem: Problem, device: DeviceSpec) -> Iterator[tuple[str, tuple[int, int, int, int, int]]]:
     if problem.itemsize == 4:
-        yield from (("pointer", tile) for tile in (_ODD_FP32 if _odd(problem) else _FP32))
-    elif _odd(problem):
+        yield from (("pointer", tile) for tile in (_ODD_FP32 if is_odd(problem) else _FP32))
+    elif is_odd(problem):
         yield from (("pointer", tile) for tile in _ODD)
     elif device.arch in _TMA:
         yield from (("tma", tile) for tile in _TMA[device.arch])
@@ -131,7 +132,7 @@ def _tiles(problem: Problem, device: DeviceSpec) -> Iterator[tuple[str, tuple[in
 
 def _skinny(kernel: str, problem: Problem, device: DeviceSpec) -> Iterator[KernelConfig]:
     """xa, dyb_db and da: memory-bound, so tiles are chosen for how many programs they give."""
-    small = problem.itemsize == 4 or _odd(problem)
+    small = problem.itemsize == 4 or is_odd(problem)
     rank = padded_rank(problem.R)
     if kernel == "xa":
         # x is read once for each rank tile: all ranks in one where shared memory holds them
@@ -157,7 +158,7 @@ def candidates(kernel: str, problem: Problem, device: DeviceSpec) -> tuple[Kerne
     if kernel == "reduce":
         return (KernelConfig("reduce", "pointer", 0, 1024, 0, 0, 1, 4),)
     if kernel in ("fwd", "dx"):
-        block_r = min(padded_rank(problem.R), 16 if problem.itemsize == 4 or _odd(problem) else _MAX_BLOCK_R)
+        block_r = min(padded_rank(problem.R), 16 if problem.itemsize == 4 or is_odd(problem) else _MAX_BLOCK_R)
         # several rank tiles are a loop of their own, which does not flatten; on sm_100 Triton 3.6
         # fails to compile it
         flatten = block_r >= problem.R and device.arch == 90

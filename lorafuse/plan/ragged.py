@@ -8,29 +8,36 @@ from dataclasses import replace
 from functools import lru_cache
 
 from lorafuse.plan import cost
-from lorafuse.plan.config import KernelConfig, illegal, padded_rank
+from lorafuse.plan.config import KernelConfig, illegal, is_odd, padded_rank
 from lorafuse.plan.device import DeviceSpec
 from lorafuse.plan.problem import Problem
 
 __all__ = ["RAGGED_KERNELS", "ragged_candidates", "ragged_config"]
 
-RAGGED_KERNELS = ("ragged", "project", "outer")
-# (block_m, block_n, block_k, stages, warps) of the main loop. Epilogues that hold u, h and its slope beside the
-# accumulators leave registers for no more than these.
-_TILES = ((128, 64, 64, 3, 8), (64, 128, 32, 3, 8), (64, 64, 64, 3, 8), (32, 64, 64, 3, 4), (16, 64, 64, 3, 4))
+RAGGED_KERNELS = ("ragged", "ragged_act", "project", "outer")
+# (block_m, block_n, block_k, stages, warps) of the main loop. Chosen by what compiles without spills (Triton 3.6,
+# 2026-11-24); no speed was measured. The epilogues of an activation hold u, h and its slope beside the accumulators.
+_SHORT = ((64, 64, 64, 3, 8), (32, 64, 64, 3, 4), (16, 64, 64, 3, 4))
+_TILES = {
+    "ragged": ((128, 128, 64, 3, 8), (128, 128, 32, 3, 8), *_SHORT),
+    "ragged_act": ((64, 128, 32, 3, 8), *_SHORT),
+}
+# rows off 16-byte boundaries are read element by element, fp32 multiplies on the CUDA cores: both need registers
+_ODD = ((32, 64, 32, 3, 8), (16, 64, 32, 3, 4))
 _FP32 = ((32, 64, 32, 2, 8), (16, 64, 32, 2, 8))
+# left alone, ptxas stops at 64, 80 or 128 registers and spills one or two
+_MAX_REGISTERS = 255
 _MAX_BLOCK_R = 32
 
 
 def ragged_candidates(kernel: str, problem: Problem, device: DeviceSpec) -> tuple[KernelConfig, ...]:
     """The legal configurations of a kernel of `RAGGED_KERNELS` for one projection; M is the rows of all groups."""
     half, rank = problem.itemsize == 2, padded_rank(problem.R)
-    limit = 255 if 100 <= device.arch < 120 else 0
-    if kernel == "ragged":
-        block_r = min(rank, _MAX_BLOCK_R if half else 16)
-        found = [
-            KernelConfig("ragged", "pointer", *tile[:3], block_r, *tile[3:]) for tile in (_TILES if half else _FP32)
-        ]
+    if kernel in _TILES:
+        odd = is_odd(problem)
+        tiles = _FP32 if not half else _ODD if odd else _TILES[kernel]
+        block_r = min(rank, _MAX_BLOCK_R if half and not odd else 16)
+        found = [KernelConfig(kernel, "pointer", *tile[:3], block_r, *tile[3:]) for tile in tiles]
     elif kernel == "project":
         block_k, warps = (64, 4) if half else (32, 8)
         found = [
@@ -41,7 +48,7 @@ def ragged_candidates(kernel: str, problem: Problem, device: DeviceSpec) -> tupl
     else:
         block_m, block_r = (64, min(rank, 64)) if half else (32, 16)
         found = [KernelConfig("outer", "pointer", block_m, n, 0, block_r, 3, 8) for n in ((128, 64) if half else (64,))]
-    found = [replace(config, max_registers=limit) for config in found]
+    found = [replace(config, max_registers=_MAX_REGISTERS) for config in found]
     return tuple(config for config in found if not illegal(config, problem, device))
 
 

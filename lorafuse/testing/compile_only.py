@@ -46,7 +46,7 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 89),
 }
 # of the main loop of grouped layers: y, dx, an activation and its backward
-EPILOGUES = ("linear", "dx", "act", "act_backward")
+EPILOGUES = {"ragged": ("y", "dx"), "ragged_act": ("act", "act_backward")}
 # matrix instructions by what each architecture calls them
 _INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "FFMA", "v_mfma")
 
@@ -108,7 +108,7 @@ def variants(target: str, everything: bool) -> list[Variant]:
                 adapters = ("float32", dtype) if everything and kernel not in ("da", "reduce") else ("float32",)
                 config = replace(config, splits=1)
                 found |= {Variant(config, dtype, adapter, masked, tiles, aligned) for adapter in adapters}
-        if not dropout:
+        if not dropout and target != "gfx942":
             found |= set(_ragged_variants(problem, device, everything))
     return sorted(found, key=lambda v: v.name)
 
@@ -116,11 +116,11 @@ def variants(target: str, everything: bool) -> list[Variant]:
 def _ragged_variants(problem: Problem, device: DeviceSpec, everything: bool) -> Iterator[Variant]:
     """Those of grouped layers: the main loop with each of its epilogues, forward and with w read transposed."""
     for kernel in RAGGED_KERNELS:
-        epilogues = EPILOGUES if kernel == "ragged" else ("",)
+        epilogues = EPILOGUES.get(kernel, ("",))
         for config, epilogue in itertools.product(ragged_candidates(kernel, problem, device), epilogues):
-            tiles = min(2, -(-problem.R // config.block_r)) if kernel == "ragged" else 1
-            # without `everything` the longest epilogues stand for all
-            if everything or epilogue != "linear":
+            tiles = min(2, -(-problem.R // config.block_r)) if kernel in EPILOGUES else 1
+            # one rank tile or several are the same loop, and y with its gather and its bias stands for dx
+            if everything or (epilogue != "dx" and (tiles == 1 or problem.R == 64)):
                 yield Variant(config, problem.dtype, "float32", False, tiles, problem.aligned, epilogue)
 
 
@@ -222,7 +222,7 @@ def _launch_ragged(variant: Variant, rows: int, n: int, k: int, r: int) -> None:
         ragged_rank.project(tiles, u, b.transpose(1, 2), 1.0, c, source=token)
     elif c.kernel == "outer":
         ragged_rank.outer(tiles, u, xa, 1.0, b, c, source=token, factor=tensor(rows))
-    elif variant.epilogue == "linear":
+    elif variant.epilogue == "y":
         ragged.ragged_linear(tiles, x, w, tensor(128, n), xa, b, 2.0, c, source=token)
     elif variant.epilogue == "dx":
         ragged.ragged_linear(tiles, u, w.transpose(1, 2), None, xa, a.transpose(1, 2), 1.0, c)
