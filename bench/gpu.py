@@ -45,6 +45,11 @@ def steps(out: Path) -> list[Step]:
         options += ["--m", str(m), "--rank", str(rank), "--json", str(out / f"{file}.json")]
         return Step(file, [python, "-m", "lorafuse", "bench", "linear", *options], _CASE * len(cases))
 
+    def experts(m: int, case: str, routing: str) -> Step:
+        file = f"experts-m{m}-{case}-{routing}"
+        options = ["--case", case, "--m", str(m), "--routing", routing, "--json", str(out / f"{file}.json")]
+        return Step(file, [python, "-m", "lorafuse", "bench", "moe", *options], 2 * _CASE)
+
     llama = [f"llama-3.1-8b.{name}" for name in ("q", "k", "gate", "down")]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
     smoke = [*pytest, "tests/test_triton_linear.py", "-k", "gate or test_dropout"]
@@ -52,11 +57,15 @@ def steps(out: Path) -> list[Step]:
         Step("doctor", [python, "-m", "lorafuse", "doctor"], 60),
         Step("gate", [*pytest, "tests/test_triton_linear.py", "-k", "gate or single or integers", *parallel], 120),
         layer(8192, 16, "llama-3.1-8b.q"),
+        Step("experts-gate", [*pytest, "tests/test_triton_experts.py", "-k", "layout or activation", *parallel], 90),
+        experts(8192, "qwen3-30b-a3b", "balanced"),
         Step("gpu-tests", [*pytest, "tests/test_gpu.py"], 120),
         layer(2048, 16, *llama),
         layer(8192, 16, *llama[1:]),
         Step("all-kernel-tests", [*pytest, "tests/test_triton_linear.py", "tests/test_philox.py", *parallel], 180),
+        Step("all-experts-tests", [*pytest, "tests/test_triton_experts.py", *parallel], 120),
         layer(8192, 64, "llama-3.1-8b.q"),
+        experts(8192, "qwen3-30b-a3b", "zipf"),
         Step("memcheck", [*sanitizer, "memcheck", *smoke], 120),
         Step("racecheck", [*sanitizer, "racecheck", *smoke], 120),
         layer(16384, 16, "llama-3.1-8b.q"),
@@ -95,9 +104,9 @@ def run(step: Step, out: Path, left: float) -> None:
 
 
 def table(out: Path) -> list[str]:
-    """One line for each measured layer: tax of every variant."""
+    """One line for each measured layer or block: tax of every variant."""
     lines = []
-    for file in sorted(out.glob("layers-*.json")):
+    for file in sorted([*out.glob("layers-*.json"), *out.glob("experts-*.json")]):
         for result in json.loads(file.read_text())["results"]:
             frozen = result["variants"]["frozen"]["total"]["median"] * 1e6
             taxes = "  ".join(

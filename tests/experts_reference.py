@@ -19,7 +19,7 @@ REFERENCE = {
 
 def block(
     T=23, E=5, k=2, H=12, I=8, R=3, dtype=torch.float64, gate=True, bias=False, transposed=False, concatenated=True,
-    activation="silu", adapters=("gate_up", "down"), index=None, shared=(), adapter_dtype=None, **_,
+    activation="silu", adapters=("gate_up", "down"), index=None, shared=(), adapter_dtype=None, device="cpu", **_,
 ):  # fmt: skip
     """Operands of one block by the names of `lora_experts`; no adapter is zero."""
     generator = torch.Generator().manual_seed(T * 1000 + E * 100 + H + R)
@@ -46,6 +46,7 @@ def block(
     if bias:
         o |= {"gate_up_bias": normal(E, up), "down_bias": normal(E, H)}
     settings = {"gate_up_scale": 1.7, "down_scale": 0.6, "activation": activation, "has_gate": gate}
+    o = {name: t.to(device) for name, t in o.items()}
     return o, settings | {"is_transposed": transposed, "is_concatenated": concatenated}
 
 
@@ -89,7 +90,7 @@ def differentiated(run, o, settings):
     for name in wanted:
         o[name].requires_grad_()
     out = run(o, settings)
-    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(out.dtype)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(out)
     grads = torch.autograd.grad(out, [o[name] for name in wanted], dout, allow_unused=True, materialize_grads=True)
     return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
 

@@ -32,6 +32,25 @@ def test_readme_quotes_the_result_file():
         assert written["conditions"][key] in readme, (key, written["conditions"][key])
 
 
+def moe_table(written):
+    lines = [
+        "| routing | full fine-tuning | PEFT as shipped | split grouped GEMM | lorafuse |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for result in written["results"]:
+        times = [result["variants"][name]["total"]["median"] * 1e3 for name in ("full", "peft", "split", "lorafuse")]
+        taxes = [f"{result['variants'][name]['tax']:.0%}" for name in ("peft", "split", "lorafuse")]
+        cells = [f"{times[0]:.0f} ms", *(f"{ms:.0f} ms, {tax}" for ms, tax in zip(times[1:], taxes, strict=True))]
+        frozen = result["variants"]["frozen"]["total"]["median"] * 1e3
+        lines.append(f"| {result['routing']} (frozen {frozen:.0f} ms) | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def test_readme_quotes_the_experts():
+    written = json.loads(RESULTS.with_name(f"{RESULTS.stem}-moe.json").read_text())
+    assert moe_table(written) in (ROOT / "README.md").read_text(), moe_table(written)
+
+
 def test_result_files_say_their_conditions():
     files = list(RESULTS.parent.glob("*.json"))
     assert RESULTS in files

@@ -19,10 +19,8 @@ DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if ON_GPU else ())
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
-@pytest.fixture(autouse=True)
-def _where():
-    with DEVICE:
-        yield
+def check_here(**case):
+    return check("triton", device=DEVICE, **case)
 
 
 def test_every_activation_has_an_epilogue():
@@ -35,55 +33,55 @@ def test_every_activation_has_an_epilogue():
 @pytest.mark.parametrize("concatenated", [True, False])
 def test_every_layout(dtype, gate, transposed, concatenated):
     given = {"gate": gate, "transposed": transposed, "concatenated": concatenated, "bias": transposed == gate}
-    check("triton", dtype=dtype, **given)
+    check_here(dtype=dtype, **given)
 
 
 @pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation, gate):
-    check("triton", dtype=torch.float32, activation=activation, gate=gate)
+    check_here(dtype=torch.float32, activation=activation, gate=gate)
 
 
 @by_dtype
 @pytest.mark.parametrize("R", [1, 2, 3, 4, 6, 8, 16, 40, 100])
 def test_every_rank(R, dtype):
-    check("triton", dtype=dtype, R=R, T=9, H=16, I=24)
+    check_here(dtype=dtype, R=R, T=9, H=16, I=24)
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("H", "I"), [(64, 64), (128, 72), (33, 67), (72, 136)])
 def test_every_size(H, I, adapter_dtype):  # noqa: E741
-    check("triton", dtype=torch.float16, T=40, E=3, H=H, I=I, R=6, adapter_dtype=adapter_dtype)
+    check_here(dtype=torch.float16, T=40, E=3, H=H, I=I, R=6, adapter_dtype=adapter_dtype)
 
 
 def test_groups_of_several_tiles():
     """300 rows of one expert, one of another, none of the third."""
     index = torch.zeros(300, 1, dtype=torch.int64)
     index[7] = 2
-    check("triton", dtype=torch.float16, T=300, E=3, k=1, H=64, I=16, index=index)
+    check_here(dtype=torch.float16, T=300, E=3, k=1, H=64, I=16, index=index)
 
 
 @pytest.mark.parametrize(("T", "E", "k"), [(0, 3, 2), (1, 3, 2), (1, 1, 1), (5, 1, 1), (3, 70, 8)])
 def test_edges(T, E, k):
-    check("triton", dtype=torch.float32, T=T, E=E, k=k)
+    check_here(dtype=torch.float32, T=T, E=E, k=k)
 
 
 @pytest.mark.parametrize("sentinels", [0.3, 1.0])
 def test_sentinels_add_nothing(sentinels):
-    generator = torch.Generator(DEVICE).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     index = torch.rand(23, 5, generator=generator).topk(2, 1).indices
     index[torch.rand(23, 2, generator=generator) < sentinels] = 6
-    check("triton", dtype=torch.float32, index=index)
+    check_here(dtype=torch.float32, index=index)
 
 
 @pytest.mark.parametrize("adapters", [("gate_up",), ("down",), ()])
 def test_without_some_adapters(adapters):
-    check("triton", dtype=torch.float32, adapters=adapters)
+    check_here(dtype=torch.float32, adapters=adapters)
 
 
 @pytest.mark.parametrize("shared", [("gate_up_a", "down_b"), ("gate_up_b", "down_a")])
 def test_shared_factors(shared):
-    check("triton", dtype=torch.float32, shared=shared)
+    check_here(dtype=torch.float32, shared=shared)
 
 
 def test_any_activation_between_the_kernels():
@@ -91,20 +89,20 @@ def test_any_activation_between_the_kernels():
         gate, up = u.chunk(2, -1)
         return torch.sigmoid(gate.clamp(max=0.5)) * (up + 1)
 
-    check("triton", dtype=torch.float32, activation=clamped)
+    check_here(dtype=torch.float32, activation=clamped)
 
 
 def test_rows_of_x_apart():
-    o, settings = block(dtype=torch.float32)
+    o, settings = block(dtype=torch.float32, device=DEVICE)
     expected = differentiated(lambda o, s: plain(o, **s), o, settings)
-    wide = torch.zeros(23, 30)
+    wide = torch.zeros(23, 30, device=DEVICE)
     wide[:, 5:17] = o["x"]
     out = fused(o | {"x": wide[:, 5:17]}, settings, "triton")
     assert relative_l2(out, expected["out"]) <= tolerance(torch.float32)
 
 
 def test_two_runs_are_equal_bit_for_bit():
-    o, settings = block(dtype=DTYPES[-1], T=60, H=64, I=32)
+    o, settings = block(dtype=DTYPES[-1], device=DEVICE, T=60, H=64, I=32)
     one, two = (differentiated(lambda o, s: fused(o, s, "triton"), o, settings) for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -123,8 +121,8 @@ def test_grouped_linear(sizes, transposed, dtype):
     generator = torch.Generator().manual_seed(1)
     E, S, K, N, R = len(sizes), sum(sizes) + 2, 24, 40, 3
     shapes = (S, K), (E, K, N) if transposed else (E, N, K), (E, R, K), (E, N, R), (E, N)
-    x, w, a, b, bias = (torch.randn(s, generator=generator, device="cpu").to(DEVICE, dtype) / 3 for s in shapes)
-    ends, dy = torch.tensor(sizes).cumsum(0), torch.ones(S, N, dtype=dtype)
+    x, w, a, b, bias = (torch.randn(s, generator=generator).to(DEVICE, dtype) / 3 for s in shapes)
+    ends, dy = torch.tensor(sizes, device=DEVICE).cumsum(0), torch.ones(S, N, dtype=dtype, device=DEVICE)
     found = []
     for backend, wide in (("triton", False), ("eager", True)):
         given = [t.double() if wide else t.clone() for t in (x, w, a, b, bias, dy)]
@@ -140,7 +138,7 @@ def test_grouped_linear(sizes, transposed, dtype):
 @pytest.mark.parametrize("block_m", [16, 128])
 def test_tiles_cover_every_row_once(block_m):
     sizes = [0, 1, 16, 17, 0, 300, 0]
-    ends = torch.tensor(sizes).cumsum(0)
+    ends = torch.tensor(sizes, device=DEVICE).cumsum(0)
     table = routing.ragged_tiles(ends, sum(sizes) + 5, block_m).tolist()
     covered = [(g, row) for g, first, end in table if g < len(sizes) for row in range(first, min(first + block_m, end))]
     assert covered == [(g, row) for g, n in enumerate(sizes) for row in range(sum(sizes[:g]), sum(sizes[:g]) + n)]
@@ -181,7 +179,7 @@ def test_each_mutation_is_red(name, monkeypatch, tmp_path):
     index = torch.arange(46).view(23, 2) % 5
     index[3, 1] = 5
     with pytest.raises(AssertionError) as failure:
-        check("triton", dtype=torch.float16, H=64, I=40, index=index)
+        check_here(dtype=torch.float16, H=64, I=40, index=index)
     assert str(failure.value).startswith(f"{red}:"), failure.value
 
 

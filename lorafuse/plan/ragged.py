@@ -18,10 +18,7 @@ RAGGED_KERNELS = ("ragged", "ragged_act", "project", "outer")
 # (block_m, block_n, block_k, stages, warps) of the main loop. Chosen by what compiles without spills (Triton 3.6,
 # 2026-11-24); no speed was measured. The epilogues of an activation hold u, h and its slope beside the accumulators.
 _SHORT = ((64, 64, 64, 3, 8), (32, 64, 64, 3, 4), (16, 64, 64, 3, 4))
-_TILES = {
-    "ragged": ((128, 128, 64, 3, 8), (128, 128, 32, 3, 8), *_SHORT),
-    "ragged_act": ((64, 128, 32, 3, 8), *_SHORT),
-}
+_TILES = {"ragged": ((128, 128, 64, 3, 8), (128, 128, 32, 3, 8), *_SHORT), "ragged_act": _SHORT}
 # rows off 16-byte boundaries are read element by element, fp32 multiplies on the CUDA cores: both need registers
 _ODD = ((32, 64, 32, 3, 8), (16, 64, 32, 3, 4))
 _FP32 = ((32, 64, 32, 2, 8), (16, 64, 32, 2, 8))
