@@ -26,6 +26,8 @@ from lorafuse.backends.factors import Stack, stack
 
 __all__ = ["experts_backward", "experts_forward", "grouped_backward", "grouped_forward"]
 
+# of the rows of small products: oneDNN compiles a kernel for each size it meets
+_STEP = 32
 # group, its rows
 _Segments = Sequence[tuple[int, slice]]
 
@@ -66,6 +68,19 @@ def _oriented(w: Tensor, transposed: bool) -> Tensor:
     return w if transposed else w.t()
 
 
+def _rounded_up(rows: slice, last: int) -> slice:
+    """A group's rows and some of the next ones', which are computed with theirs later, so that sizes are few."""
+    return slice(rows.start, min(rows.start + -(-(rows.stop - rows.start) // _STEP) * _STEP, last))
+
+
+def _over_rows(left: Tensor, right: Tensor) -> Tensor:
+    """`leftᵀ right`; a multiple of some rows and the rest apart, so that sizes are few."""
+    whole = left.shape[0] // _STEP * _STEP
+    if whole in (0, left.shape[0]):
+        return torch.mm(left.t(), right)
+    return torch.mm(left[:whole].t(), right[:whole]).addmm_(left[whole:].t(), right[whole:])
+
+
 def _rank(a: Tensor | None) -> int:
     return 0 if a is None else a.shape[1]
 
@@ -82,21 +97,25 @@ def _forward(
     y: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """`(y, xa)`; y is written into."""
+    last = segments[-1][1].stop if segments else 0
     xa = x.new_empty((x.shape[0], _rank(a)))
-    if a is not None:
+    if a is not None and b is not None:
         factors = Stack(a, x.dtype)
         for e, rows in segments:
-            torch.mm(x[rows], factors[e].t(), out=xa[rows])
-    for e, rows in segments:
-        if bias is None:
-            torch.mm(x[rows], _oriented(w[e], transposed), out=y[rows])
-        else:
-            torch.addmm(bias[e], x[rows], _oriented(w[e], transposed), out=y[rows])
-    if b is not None:
-        factors = Stack(b, x.dtype)
+            wide = _rounded_up(rows, last)
+            torch.mm(x[wide], factors[e].t(), out=xa[wide])
+        factors, scaled = Stack(b, x.dtype), xa * scale
         for e, rows in segments:
-            y[rows].addmm_(xa[rows], factors[e].t(), alpha=scale)
-    last = segments[-1][1].stop if segments else 0
+            wide = _rounded_up(rows, last)
+            torch.mm(scaled[wide], factors[e].t(), out=y[wide])
+    for e, rows in segments:
+        right = _oriented(w[e], transposed)
+        if a is not None:
+            y[rows].addmm_(x[rows], right)
+        else:
+            torch.mm(x[rows], right, out=y[rows])
+        if bias is not None:
+            y[rows].add_(bias[e])
     y[last:].zero_()
     xa[last:].zero_()
     return y, xa
@@ -136,32 +155,39 @@ def _backward(
     that of each row.
     """
     dyb = None
+    last = segments[-1][1].stop if segments else 0
     if a is not None and b is not None and (dx is not None or need_da):
         dyb = dy.new_empty((dy.shape[0], a.shape[1]))
         for e, rows in segments:
-            torch.mm(dy[rows], b[e], out=dyb[rows])
+            wide = _rounded_up(rows, last)
+            torch.mm(dy[wide], b[e], out=dyb[wide])
         dyb.mul_(scale)
     if need_db:
         assert b is not None
         assert xa is not None
         scaled = xa * scale if factor is None else (xa * factor).mul_(scale)
         for e, rows in segments:
-            b.collect(e, torch.mm(dy[rows].t(), scaled[rows]))
+            b.collect(e, _over_rows(dy[rows], scaled[rows]))
     if need_da:
         assert a is not None
         assert x is not None
         assert dyb is not None
         scaled = dyb if factor is None else dyb * factor
         for e, rows in segments:
-            a.collect(e, torch.mm(scaled[rows].t(), x[rows]))
+            a.collect(e, _over_rows(scaled[rows], x[rows]))
     if dx is not None:
-        for e, rows in segments:
-            torch.mm(dy[rows], _oriented(w[e], transposed).t(), out=dx[rows])
         if dyb is not None:
             assert a is not None
             for e, rows in segments:
-                dx[rows].addmm_(dyb[rows], a[e])
-        dx[segments[-1][1].stop if segments else 0 :].zero_()
+                wide = _rounded_up(rows, last)
+                torch.mm(dyb[wide], a[e], out=dx[wide])
+        for e, rows in segments:
+            right = _oriented(w[e], transposed).t()
+            if dyb is not None:
+                dx[rows].addmm_(dy[rows], right)
+            else:
+                torch.mm(dy[rows], right, out=dx[rows])
+        dx[last:].zero_()
 
 
 def grouped_backward(
