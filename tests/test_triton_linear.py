@@ -322,7 +322,7 @@ class TestRefusals:
             lora_linear(o.x, o.w, o.a, o.b, backend="triton")
 
     def test_a_cpu_tensor_outside_the_interpreter(self, monkeypatch):
-        monkeypatch.setattr(backend.triton.knobs.runtime, "interpret", False)
+        monkeypatch.setattr("triton.knobs.runtime.interpret", False)
         o = make_operands(LinearCase())
         with pytest.raises(ValueError, match=r"on cpu.*\.cuda\(\).*TRITON_INTERPRET=1"):
             lora_linear(o.x, o.w, o.a, o.b, backend="triton")
