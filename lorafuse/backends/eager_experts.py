@@ -26,7 +26,7 @@ from lorafuse.backends.factors import Stack, stack
 
 __all__ = ["experts_backward", "experts_forward", "grouped_backward", "grouped_forward"]
 
-# of the rows of small products: oneDNN compiles a kernel for each size it meets
+# of the rows of a product: oneDNN compiles a kernel for each size it meets
 _STEP = 32
 # group, its rows
 _Segments = Sequence[tuple[int, slice]]
@@ -73,6 +73,18 @@ def _rounded_up(rows: slice, last: int) -> slice:
     return slice(rows.start, min(rows.start + -(-(rows.stop - rows.start) // _STEP) * _STEP, last))
 
 
+def _base(x: Tensor, right: Tensor, y: Tensor, rows: slice, last: int, accumulate: bool) -> None:
+    """`y[rows] = x[rows] right`, or added to what y holds."""
+    wide = _rounded_up(rows, last)
+    if not accumulate:
+        torch.mm(x[wide], right, out=y[wide])
+        return
+    beyond = slice(rows.stop, wide.stop)
+    kept = y[beyond].clone()
+    y[wide].addmm_(x[wide], right)
+    y[beyond] = kept
+
+
 def _over_rows(left: Tensor, right: Tensor) -> Tensor:
     """`leftᵀ right`; a multiple of some rows and the rest apart, so that sizes are few."""
     whole = left.shape[0] // _STEP * _STEP
@@ -109,11 +121,7 @@ def _forward(
             wide = _rounded_up(rows, last)
             torch.mm(scaled[wide], factors[e].t(), out=y[wide])
     for e, rows in segments:
-        right = _oriented(w[e], transposed)
-        if a is not None:
-            y[rows].addmm_(x[rows], right)
-        else:
-            torch.mm(x[rows], right, out=y[rows])
+        _base(x, _oriented(w[e], transposed), y, rows, last, accumulate=a is not None)
         if bias is not None:
             y[rows].add_(bias[e])
     y[last:].zero_()
@@ -182,11 +190,7 @@ def _backward(
                 wide = _rounded_up(rows, last)
                 torch.mm(dyb[wide], a[e], out=dx[wide])
         for e, rows in segments:
-            right = _oriented(w[e], transposed).t()
-            if dyb is not None:
-                dx[rows].addmm_(dy[rows], right)
-            else:
-                torch.mm(dy[rows], right, out=dx[rows])
+            _base(dy, _oriented(w[e], transposed).t(), dx, rows, last, accumulate=dyb is not None)
         dx[last:].zero_()
 
 
