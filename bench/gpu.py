@@ -53,13 +53,14 @@ def steps(out: Path) -> list[Step]:
     llama = [f"llama-3.1-8b.{name}" for name in ("q", "k", "gate", "down")]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
     smoke = [*pytest, "tests/test_triton_linear.py", "-k", "gate or test_dropout"]
+    experts_smoke = [*pytest, "tests/test_triton_experts.py", "-k", "several_tiles or every_activation"]
     return [
         Step("doctor", [python, "-m", "lorafuse", "doctor"], 60),
         Step("gate", [*pytest, "tests/test_triton_linear.py", "-k", "gate or single or integers", *parallel], 120),
         layer(8192, 16, "llama-3.1-8b.q"),
         Step("experts-gate", [*pytest, "tests/test_triton_experts.py", "-k", "layout or activation", *parallel], 90),
         experts(8192, "qwen3-30b-a3b", "balanced"),
-        Step("gpu-tests", [*pytest, "tests/test_gpu.py"], 120),
+        Step("gpu-tests", [*pytest, "tests/test_gpu.py", "tests/test_gpu_experts.py"], 120),
         layer(2048, 16, *llama),
         layer(8192, 16, *llama[1:]),
         Step("all-kernel-tests", [*pytest, "tests/test_triton_linear.py", "tests/test_philox.py", *parallel], 180),
@@ -68,6 +69,7 @@ def steps(out: Path) -> list[Step]:
         experts(8192, "qwen3-30b-a3b", "zipf"),
         Step("memcheck", [*sanitizer, "memcheck", *smoke], 120),
         Step("racecheck", [*sanitizer, "racecheck", *smoke], 120),
+        Step("experts-memcheck", [*sanitizer, "memcheck", *experts_smoke], 90),
         layer(16384, 16, "llama-3.1-8b.q"),
         layer(1024, 16, "llama-3.1-8b.q"),
         layer(512, 16, "llama-3.1-8b.q"),
