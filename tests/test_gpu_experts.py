@@ -1,4 +1,4 @@
-"""What only a GPU shows of experts (T6): bf16, streams, CUDA graphs whose routing changes, compiled graphs, no waits."""
+"""What only a GPU shows of experts (T6): bf16, streams, CUDA graphs of other routings, compiled graphs, no waits."""
 
 import pytest
 import torch
