@@ -8,8 +8,11 @@ import json
 from dataclasses import asdict, replace
 from typing import Any
 
+from lorafuse.cli._plan_moe import print_experts
 from lorafuse.plan import DeviceSpec, Plan, Problem, cost, find, select
+from lorafuse.plan.experts import ExpertsProblem
 from lorafuse.testing.cases import find as find_case
+from lorafuse.testing.cases import find_moe
 
 SUMMARY = "say how a layer would run on a GPU, and why, from the cost model"
 
@@ -25,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--shape", metavar="M,N,K", help="tokens, out features, in features")
     which.add_argument("--case", metavar="NAME", help="a layer by name, with --m tokens")
-    parser.add_argument("--m", type=int, default=8192, help="tokens of --case (8192)")
+    which.add_argument("--moe", metavar="NAME", help="the experts of a block by name, with --m tokens")
+    parser.add_argument("--m", type=int, default=8192, help="tokens of --case or --moe (8192)")
     parser.add_argument("--rank", type=int, default=16, help="of the adapter (16)")
     parser.add_argument("--dtype", default="bfloat16", choices=_DTYPES, help="of the base (bfloat16)")
     parser.add_argument("--adapter-dtype", default="float32", choices=_DTYPES, help="of the adapter (float32)")
@@ -37,7 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; raises ValueError for a GPU, a case, a shape or a rank that cannot be."""
-    device, forward = _device(args.gpu), _problem(args)
+    device = _device(args.gpu)
+    if args.moe:
+        print_experts(_experts(args), device, args.backward, args.json)
+        return 0
+    forward = _problem(args)
     problems = {"forward": forward}
     if args.backward:
         problems["backward"] = replace(forward, gradients=("dx", "da", "db"))
@@ -92,6 +100,17 @@ def _problem(args: argparse.Namespace) -> Problem:
             raise ValueError(f"{name} is {size}; it must be at least 1")
     M, N, K = sizes
     return Problem(M, N, K, args.rank, args.dtype, args.adapter_dtype, bias=args.bias, dropout=args.dropout)
+
+
+def _experts(args: argparse.Namespace) -> ExpertsProblem:
+    for flag in ("bias", "dropout"):
+        if getattr(args, flag):
+            raise ValueError(f"--{flag}: the model of experts does not hold it; leave it out with --moe")
+    for name in ("m", "rank"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    case = find_moe(args.moe)
+    return ExpertsProblem(args.m, case.E, case.k, case.H, case.I, args.rank, args.dtype, args.adapter_dtype)
 
 
 def _us(seconds: float) -> str:

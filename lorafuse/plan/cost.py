@@ -13,7 +13,17 @@ from lorafuse.plan.config import KernelConfig, padded_rank
 from lorafuse.plan.device import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["BASELINES", "Part", "eager", "frozen", "kernel_seconds", "sum_seconds", "total", "triton_linear"]
+__all__ = [
+    "BASELINES",
+    "Part",
+    "eager",
+    "frozen",
+    "in_a_row",
+    "kernel_seconds",
+    "sum_seconds",
+    "total",
+    "triton_linear",
+]
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ def total(parts: Sequence[Part]) -> float:
     return sum(part.seconds for part in parts)
 
 
-def _in_a_row(parts: list[Part], host: str) -> tuple[Part, ...]:
+def in_a_row(parts: list[Part], host: str) -> tuple[Part, ...]:
     """`parts` with the gaps between them, and the wait for a host that launches more slowly than they run."""
     waiting = len(parts) * _HOST[host] - total(parts)
     if len(parts) > 1:
@@ -104,8 +114,8 @@ def frozen(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
     """The layer without an adapter: y forward, dx backward."""
     M, N, K = problem.M, problem.N, problem.K
     if problem.gradients:
-        return _in_a_row([Part("dx = dy w", _cublas(M, K, N, problem, device))], "aten")
-    return _in_a_row([Part("y = x wᵀ", _cublas(M, N, K, problem, device))], "aten")
+        return in_a_row([Part("dx = dy w", _cublas(M, K, N, problem, device))], "aten")
+    return in_a_row([Part("y = x wᵀ", _cublas(M, N, K, problem, device))], "aten")
 
 
 def _passes(problem: Problem, device: DeviceSpec) -> tuple[float, float]:
@@ -121,7 +131,7 @@ def eager(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
     wanted = problem.gradients
     if not wanted:
         parts = [*mask, Part("xa = x aᵀ", over_k), Part("y = xa bᵀ", over_n), Part("y += x wᵀ", base)]
-        return _in_a_row(parts, "aten")
+        return in_a_row(parts, "aten")
     parts = [Part("dyb = dy b", over_n), *mask] if "dx" in wanted or "da" in wanted else []
     if "dx" in wanted:
         parts += [Part("dx = dyb a", over_k), Part("dx += dy w", base)]
@@ -131,7 +141,7 @@ def eager(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
         parts.append(Part("db = dyᵀ xa", over_n))
     if "dbias" in wanted:
         parts.append(Part("dbias = Σ dy", over_n))
-    return _in_a_row(parts, "aten")
+    return in_a_row(parts, "aten")
 
 
 def _addmm(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
@@ -139,9 +149,9 @@ def _addmm(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
     over_k, over_n = _passes(problem, device)
     base = frozen(problem, device)[0]
     if not problem.gradients:
-        return _in_a_row([base, Part("xa = x aᵀ", over_k), Part("y.addmm_(xa, bᵀ)", 2 * over_n)], "aten")
+        return in_a_row([base, Part("xa = x aᵀ", over_k), Part("y.addmm_(xa, bᵀ)", 2 * over_n)], "aten")
     adapters = [Part("dy b", over_n), Part("da", over_k), Part("xa again", over_k), Part("db", over_n)]
-    return _in_a_row([*adapters, base, Part("dy b again", over_n), Part("dx.addmm_(dyb, a)", 2 * over_k)], "aten")
+    return in_a_row([*adapters, base, Part("dy b again", over_n), Part("dx.addmm_(dyb, a)", 2 * over_k)], "aten")
 
 
 def _peft(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
@@ -150,10 +160,10 @@ def _peft(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
     base = frozen(problem, device)[0]
     if not problem.gradients:
         low = [Part("xa", over_k), Part("xa bᵀ", over_n), Part("times scale", 2 * over_n)]
-        return _in_a_row([base, *low, Part("sum", 3 * over_n)], "aten")
+        return in_a_row([base, *low, Part("sum", 3 * over_n)], "aten")
     low = [Part("dy times scale", 2 * over_n), Part("dyb", over_n), Part("db", over_n)]
     low += [Part("da", over_k), Part("dyb a", over_k)]
-    return _in_a_row([*low, base, Part("sum", 3 * over_k)], "aten")
+    return in_a_row([*low, base, Part("sum", 3 * over_k)], "aten")
 
 
 BASELINES = {"frozen": frozen, "addmm_": _addmm, "PEFT, bf16 adapters": _peft}
@@ -221,4 +231,4 @@ def triton_linear(configs: Sequence[KernelConfig], problem: Problem, device: Dev
             parts.append(Part(_WHAT[config.kernel], kernel_seconds(config, problem, device)))
         if config.kernel in ("dyb_db", "da"):
             parts.append(Part("sum of partials", sum_seconds(config, problem, device)))
-    return _in_a_row(parts, "triton")
+    return in_a_row(parts, "triton")
