@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lorafuse.plan import Problem, cost, find, select
+from lorafuse.plan.experts import WAYS, ExpertsProblem
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "cpu-xeon-amx-2026-11-24.json"
@@ -104,3 +105,20 @@ def gpu_table():
 
 def test_readme_quotes_the_model():
     assert gpu_table() in (ROOT / "README.md").read_text(), gpu_table()
+
+
+def experts_table():
+    """What the model says of one block's experts on an H200, as docs/performance.md shows it."""
+    block, device = ExpertsProblem(8192, 128, 8, 2048, 768, 16, "bfloat16", "float32"), find("H200")
+    times = {n: [cost.total(way(block, device, backward)) for backward in (False, True)] for n, way in WAYS.items()}
+    base = sum(times["frozen"])
+    lines = []
+    for name, (forward, backward) in times.items():
+        label = "frozen, torch's grouped_mm" if name == "frozen" else name
+        tax = f" {(forward + backward) / base - 1:.1%}".replace("%", " %") if name != "frozen" else ""
+        lines.append(f"| {label} | {forward * 1e6:.0f} | {backward * 1e6:.0f} |{tax} |")
+    return "\n".join(lines)
+
+
+def test_the_model_of_experts_is_quoted():
+    assert experts_table() in (ROOT / "docs" / "performance.md").read_text(), experts_table()
