@@ -4,7 +4,6 @@ Rows are spread evenly over the experts. A product computes whole tiles of every
 everything else is passes over the rows at the bandwidth that copies sustain. Only gated experts are modelled.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lorafuse.plan import cost
@@ -12,7 +11,7 @@ from lorafuse.plan.config import KernelConfig
 from lorafuse.plan.cost import Part
 from lorafuse.plan.device import DeviceSpec
 from lorafuse.plan.problem import Problem
-from lorafuse.plan.ragged import ragged_config
+from lorafuse.plan.ragged import padded_rows, ragged_config
 
 __all__ = ["WAYS", "ExpertsProblem", "configs"]
 
@@ -56,11 +55,6 @@ def configs(p: ExpertsProblem, device: DeviceSpec) -> dict[str, KernelConfig]:
     }
 
 
-def _padded(p: ExpertsProblem, height: int) -> int:
-    """Rows in whole tiles of every expert."""
-    return p.E * -(-max(p.S // p.E, 1) // height) * height
-
-
 def _at_least_its_bytes(seconds: float, linear: Problem, p: ExpertsProblem, device: DeviceSpec) -> float:
     moved = linear.M * (linear.K + linear.N) + p.E * linear.N * linear.K
     return max(seconds, moved * linear.itemsize / device.sustained_bandwidth)
@@ -68,13 +62,13 @@ def _at_least_its_bytes(seconds: float, linear: Problem, p: ExpertsProblem, devi
 
 def _grouped_mm(name: str, up: bool, p: ExpertsProblem, device: DeviceSpec) -> Part:
     linear = p.linear(up)
-    seconds = cost.frozen(replace(linear, M=_padded(p, _GROUPED_TILE)), device)[0].seconds
+    seconds = cost.frozen(replace(linear, M=padded_rows(p.S, p.E, _GROUPED_TILE)), device)[0].seconds
     return Part(name, _at_least_its_bytes(seconds, linear, p, device))
 
 
 def _triton(name: str, config: KernelConfig, up: bool, p: ExpertsProblem, device: DeviceSpec) -> Part:
     linear = p.linear(up)
-    padded = replace(linear, M=_padded(p, config.block_m))
+    padded = replace(linear, M=padded_rows(p.S, p.E, config.block_m))
     seconds = cost.kernel_seconds(replace(config, kernel="fwd"), padded, device)
     return Part(name, _at_least_its_bytes(seconds, linear, p, device))
 
@@ -133,7 +127,6 @@ def _split(p: ExpertsProblem, device: DeviceSpec, backward: bool) -> tuple[Part,
 def _lorafuse(p: ExpertsProblem, device: DeviceSpec, backward: bool) -> tuple[Part, ...]:
     """The kernels of lorafuse.kernels.ragged and ragged_rank, in the order in which they run."""
     of, over_h, over_i, out = configs(p, device), p.S * p.H, p.S * p.I, p.T * p.H
-    parts: Sequence[Part]
     if not backward:
         parts = [
             _rows("xa, x gathered", over_h, p, device),
@@ -152,7 +145,7 @@ def _lorafuse(p: ExpertsProblem, device: DeviceSpec, backward: bool) -> tuple[Pa
             _triton("dx", of["dx"], True, p, device),
             _rows("sum over k of dx", over_h + out, p, device),
         ]
-    return cost.in_a_row(list(parts), "triton")
+    return cost.in_a_row(parts, "triton")
 
 
 WAYS = {"frozen": _frozen, "full fine-tuning": _full, "split grouped_mm": _split, "lorafuse, Triton": _lorafuse}

@@ -12,7 +12,7 @@ from lorafuse.plan.config import KernelConfig, illegal, is_odd, padded_rank
 from lorafuse.plan.device import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["RAGGED_KERNELS", "ragged_candidates", "ragged_config"]
+__all__ = ["RAGGED_KERNELS", "padded_rows", "ragged_candidates", "ragged_config"]
 
 RAGGED_KERNELS = ("ragged", "ragged_act", "project", "outer")
 # (block_m, block_n, block_k, stages, warps) of the main loop. Chosen by what compiles without spills (Triton 3.6,
@@ -49,6 +49,11 @@ def ragged_candidates(kernel: str, problem: Problem, device: DeviceSpec) -> tupl
     return tuple(config for config in found if not illegal(config, problem, device))
 
 
+def padded_rows(rows: int, groups: int, height: int) -> int:
+    """Rows of all tiles of that height when `rows` are spread evenly over `groups`."""
+    return groups * -(-max(rows // groups, 1) // height) * height
+
+
 @lru_cache(maxsize=4096)
 def ragged_config(kernel: str, problem: Problem, groups: int, device: DeviceSpec) -> KernelConfig:
     """The configuration with the least modelled time when the rows are spread evenly over `groups`."""
@@ -58,10 +63,9 @@ def ragged_config(kernel: str, problem: Problem, groups: int, device: DeviceSpec
             # wide blocks, unless they are too few to occupy the GPU
             idle = -(-problem.N // config.block_n) * groups < device.sms
             return config.block_n if idle else 1 / config.block_n
-        height = config.block_m
-        rows = groups * -(-max(problem.M // groups, 1) // height) * height
+        rows = padded_rows(problem.M, groups, config.block_m)
         if kernel == "project":
-            return rows + height / 1e3
+            return rows + config.block_m / 1e3
         return cost.kernel_seconds(replace(config, kernel="fwd"), replace(problem, M=rows), device)
 
     return min(ragged_candidates(kernel, problem, device), key=seconds)
