@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-compile budget lint fmt bench gpu doctor clean
+.PHONY: help demo test test-compile test-emu cuda budget lint fmt bench gpu doctor clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -20,8 +20,15 @@ test: $(READY) ## run all tests, lint included; pytest options with ARGS="..."
 test-compile: $(READY) ## compile every kernel for every architecture, every dtype; minutes, no GPU
 	@$(PY) -m pytest tests/test_compile.py --every-dtype $(ARGS)
 
-budget: $(READY) ## write the kernels' registers and shared memory to tests/kernel_budget.json, for review
-	@$(PY) -m pytest tests/test_compile.py --update-budget -k budget
+test-emu: $(READY) ## the CUDA kernels on this CPU under a thousand seeded schedules each; minutes
+	@$(PY) -m pytest tests/test_emu*.py --seeds 1000 $(ARGS)
+
+cuda: $(READY) ## build the CUDA kernels (with nvcc) and their emulator (with g++) into lorafuse/
+	@$(PY) csrc/build.py emu
+	@$(PY) csrc/build.py cuda
+
+budget: $(READY) ## write the kernels' registers and shared memory to tests/*_budget.json, for review
+	@$(PY) -m pytest tests/test_compile.py tests/test_cuda_build.py --update-budget -k budget
 
 lint: $(READY) ## check style, format and types; edits nothing
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
@@ -51,5 +58,5 @@ $(READY): $(REQUIREMENTS)
 	@echo "installing what development needs into $(VENV); the first time this takes minutes"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/no-deps.txt
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@LORAFUSE_SKIP_CUDA_BUILD=1 $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@

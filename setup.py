@@ -1,18 +1,49 @@
-"""The rest is in pyproject.toml. The version is read here without importing lorafuse, which needs torch."""
+"""The version, and the extensions of csrc; the rest is in pyproject.toml. Importing lorafuse here would need torch.
+
+`build_ext` builds `lorafuse._cuda` where nvcc is, and `lorafuse._emu` where LORAFUSE_BUILD_EMULATOR is 1;
+LORAFUSE_SKIP_CUDA_BUILD=1 leaves the first out. Without nvcc it says so, and lorafuse runs without CUDA kernels.
+"""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import SetupError
+
+ROOT = Path(__file__).parent
+BUILD = ROOT / "csrc" / "build.py"
 
 
 def read_version() -> str:
     """`__version__` of lorafuse/__init__.py; raises RuntimeError if it is not assigned there."""
-    path = Path(__file__).parent / "lorafuse" / "__init__.py"
+    path = ROOT / "lorafuse" / "__init__.py"
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and any(getattr(t, "id", "") == "__version__" for t in node.targets):
             return str(ast.literal_eval(node.value))
     raise RuntimeError(f'{path} has no line `__version__ = "x.y.z"`: add one')
 
 
-setup(version=read_version())
+class BuildKernels(build_ext):
+    """Leaves compiling to csrc/build.py. SetupError skips an optional extension; nvcc's own errors end the build."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = ext.name.removeprefix("lorafuse._")
+        if target == "cuda":
+            if os.environ.get("LORAFUSE_SKIP_CUDA_BUILD") == "1":
+                raise SetupError("LORAFUSE_SKIP_CUDA_BUILD is 1")
+            found = subprocess.run([sys.executable, BUILD, "check"], capture_output=True, text=True)
+            if found.returncode:
+                raise SetupError(found.stderr.strip())
+        subprocess.run([sys.executable, BUILD, target, self.get_ext_fullpath(ext.name)], check=True)
+
+
+sources = ["csrc/bindings.cpp"]
+modules = [Extension("lorafuse._cuda", sources, optional=True)]
+if os.environ.get("LORAFUSE_BUILD_EMULATOR") == "1":
+    modules.append(Extension("lorafuse._emu", sources))
+
+setup(version=read_version(), ext_modules=modules, cmdclass={"build_ext": BuildKernels})

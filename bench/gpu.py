@@ -53,10 +53,14 @@ def steps(out: Path) -> list[Step]:
     llama = [f"llama-3.1-8b.{name}" for name in ("q", "k", "gate", "down")]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
     smoke = [*pytest, "tests/test_triton_linear.py", "-k", "gate or test_dropout"]
+    cuda_smoke = [*pytest, "tests/test_gpu.py", "-k", "every_rank_of_the_cuda or one_cuda_launch and not 8192"]
     experts_smoke = [*pytest, "tests/test_triton_experts.py", "-k", "several_tiles or every_activation"]
     return [
         Step("doctor", [python, "-m", "lorafuse", "doctor"], 60),
         Step("gate", [*pytest, "tests/test_triton_linear.py", "-k", "gate or single or integers", *parallel], 120),
+        Step("cuda-build", [python, "csrc/build.py", "cuda"], 150),
+        Step("cuda-gate", [*pytest, "tests/test_gpu.py", "-k", "cuda and not offsets"], 90),
+        Step("hopper", [python, "bench/hopper.py", "--json", str(out / "hopper.json")], 90),
         layer(8192, 16, "llama-3.1-8b.q"),
         Step("experts-gate", [*pytest, "tests/test_triton_experts.py", "-k", "layout or activation", *parallel], 90),
         experts(8192, "qwen3-30b-a3b", "balanced"),
@@ -68,6 +72,7 @@ def steps(out: Path) -> list[Step]:
         layer(8192, 64, "llama-3.1-8b.q"),
         experts(8192, "qwen3-30b-a3b", "zipf"),
         Step("memcheck", [*sanitizer, "memcheck", *smoke], 120),
+        *(Step(f"cuda-{tool}", [*sanitizer, tool, *cuda_smoke], 90) for tool in ("memcheck", "racecheck", "synccheck")),
         Step("racecheck", [*sanitizer, "racecheck", *smoke], 120),
         Step("experts-memcheck", [*sanitizer, "memcheck", *experts_smoke], 90),
         layer(16384, 16, "llama-3.1-8b.q"),

@@ -1,17 +1,17 @@
 """The activations between an expert's two projections, forward and backward, without autograd.
 
 A gated activation takes `u [rows, 2I]`, gate and up either one after the other (concatenated) or alternating
-(interleaved), and gives `act(gate) · up`; one without a gate takes `u [rows, I]`.
+(interleaved), and gives `act(gate) · up` or a function of both; one without a gate takes `u [rows, I]`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["ACTIVATIONS", "Activation", "Recomputed", "named"]
+__all__ = ["ACTIVATIONS", "GATES", "GATE_ALPHA", "GATE_LIMIT", "Activation", "Recomputed", "named"]
 
 # name: (forward of x, gradient of x from that of the result)
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
@@ -24,6 +24,39 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
     "relu": (F.relu, lambda dy, x: torch.ops.aten.threshold_backward(dy, x, 0)),
     "relu2": (lambda x: F.relu(x).square(), lambda dy, x: 2 * dy * F.relu(x)),
 }
+# of gpt-oss: the limit of gate and of up, and the slope of its sigmoid (its `swiglu_limit` and `swiglu_alpha`)
+GATE_LIMIT, GATE_ALPHA = 7.0, 1.702
+
+
+def _clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`(clamp(up) + 1) · g · sigmoid(1.702 g)` with g the clamped gate, as gpt-oss has it."""
+    gate = gate.clamp(max=GATE_LIMIT)
+    return (up.clamp(-GATE_LIMIT, GATE_LIMIT) + 1).mul_(gate * torch.sigmoid(GATE_ALPHA * gate))
+
+
+def _clamped_swiglu_backward(dh: Tensor, gate: Tensor, up: Tensor) -> Iterator[Tensor]:
+    """As torch differentiates a clamp: at the limit itself the gradient passes."""
+    low, raised = gate.clamp(max=GATE_LIMIT), up.clamp(-GATE_LIMIT, GATE_LIMIT) + 1
+    s = torch.sigmoid(GATE_ALPHA * low)
+    yield dh * raised * s * (1 + GATE_ALPHA * low * (1 - s)) * (gate <= GATE_LIMIT)
+    yield dh * low * s * (up.abs() <= GATE_LIMIT)
+
+
+_Gate = tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], Iterator[Tensor]]]
+# name: (forward of gate and up, the gradient of gate and then that of up from that of the result); without a gate these
+# do not exist
+GATES: dict[str, _Gate] = {"clamped_swiglu": (_clamped_swiglu, _clamped_swiglu_backward)}
+
+
+def _product(name: str) -> _Gate:
+    """`act(gate) · up` and its backward."""
+    act, backward = ACTIVATIONS[name]
+
+    def gradients(dh: Tensor, gate: Tensor, up: Tensor) -> Iterator[Tensor]:
+        yield backward(dh * up, gate)
+        yield dh * act(gate)
+
+    return lambda gate, up: act(gate).mul_(up), gradients
 
 
 @dataclass(frozen=True)
@@ -42,22 +75,19 @@ class Activation:
 
     def forward(self, u: Tensor) -> Tensor:
         """`h [rows, I]` of `u`."""
-        act = ACTIVATIONS[self.name][0]
         if not self.gated:
-            return act(u)
-        gate, up = self._parts(u)
-        return act(gate).mul_(up)
+            return ACTIVATIONS[self.name][0](u)
+        forward, _ = GATES.get(self.name) or _product(self.name)
+        return forward(*self._parts(u))
 
     def backward(self, u: Tensor, dh: Tensor) -> Tensor:
         """The gradient of `u` from that of `h`."""
-        act, backward = ACTIVATIONS[self.name]
         if not self.gated:
-            return backward(dh, u)
-        gate, up = self._parts(u)
+            return ACTIVATIONS[self.name][1](dh, u)
+        _, backward = GATES.get(self.name) or _product(self.name)
         du = torch.empty_like(u)
-        d_gate, d_up = self._parts(du)
-        d_gate.copy_(backward(dh * up, gate))
-        torch.mul(dh, act(gate), out=d_up) if d_up.is_contiguous() else d_up.copy_(dh * act(gate))
+        for part, gradient in zip(self._parts(du), backward(dh, *self._parts(u)), strict=True):
+            part.copy_(gradient)
         return du
 
 
@@ -78,7 +108,13 @@ class Recomputed:
 
 
 def named(name: str, gated: bool, interleaved: bool) -> Activation:
-    """A known activation. Raises ValueError that lists the known ones."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation {name!r} is not one of {', '.join(ACTIVATIONS)}; or pass a function of u")
+    """A known activation. Raises ValueError that lists the known ones, or for one that needs a gate without it."""
+    if name not in ACTIVATIONS and name not in GATES:
+        known = ", ".join((*ACTIVATIONS, *GATES))
+        raise ValueError(f"activation {name!r} is not one of {known}; or pass a function of u")
+    if name in GATES and not gated:
+        raise ValueError(
+            f"activation {name!r} is a function of gate and up, and has_gate=False: without a gate use one of "
+            f"{', '.join(ACTIVATIONS)}"
+        )
     return Activation(name, gated, interleaved)

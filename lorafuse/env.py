@@ -17,6 +17,9 @@ VARIABLES: dict[str, Variable] = {
     v.name: v
     for v in (
         Variable("LORAFUSE_BACKEND", "auto", "backend for calls that do not name one: auto, eager, triton or cuda"),
+        # of an installation; setup.py reads them
+        Variable("LORAFUSE_SKIP_CUDA_BUILD", "0", "1: `pip install` leaves the CUDA kernels out, though nvcc is there"),
+        Variable("LORAFUSE_BUILD_EMULATOR", "0", "1: `pip install` builds the emulator of the CUDA kernels too"),
     )
 }
 

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from lorafuse.activation import named
 from lorafuse.backends import base
-from lorafuse.backends.probe import linear_problem
+from lorafuse.backends.probe import experts_problem, linear_problem, plan_grouped
 from lorafuse.ops import experts as _experts
 from lorafuse.ops import linear as _linear
 from lorafuse.ops.linear import plan_problem
 from lorafuse.philox import draw_seed
 from lorafuse.plan import Plan
 
-__all__ = ["lora_experts", "lora_grouped_linear", "lora_linear", "plan_linear", "run_linear"]
+__all__ = ["lora_experts", "lora_grouped_linear", "lora_linear", "plan_experts", "plan_linear", "run_linear"]
 
 _AUTO = {"cpu": base.candidates("cpu")[-1]}
 
@@ -161,13 +161,14 @@ def lora_grouped_linear(
 
     Args:
         x: `[S, K]`, the rows of group 0, then those of group 1, …
-        offsets: `[E]`, int: where each group's rows end, ascending; groups may be empty. Rows after the last end are
-            zero in y and have no gradient.
+        offsets: `[E]`, int32 or int64: where each group's rows end, ascending; groups may be empty. Rows after the last
+            end are zero in y and have no gradient. Their values are checked on CPUs only, where they need not be
+            waited for.
         weight: `[E, N, K]`, or `[E, K, N]` with `is_transposed`; frozen, of x's dtype.
         a, b: `[E, R, K]` and `[E, N, R]`, or `[R, K]` and `[N, R]` to be shared by all groups; both None for none.
         scale: alpha / R.
         bias: `[E, N]`, frozen, or None.
-        backend: "eager" or "auto"; None takes that of `lorafuse.use_backend`.
+        backend: "eager", "triton" or "auto"; None takes that of `lorafuse.use_backend`.
 
     Returns y `[S, N]` in x's dtype; gradients reach x, a and b.
 
@@ -177,10 +178,11 @@ def lora_grouped_linear(
     x = _in_weights_dtype(x, weight)
     groups = weight.shape[0] if weight.dim() == 3 else 0
     a, b = _stacked(a, groups), _stacked(b, groups)
-    _check_projection("weight", x, x.shape[-1], weight, bias, a, b, is_transposed)
-    if offsets.shape != (groups,) or offsets.is_floating_point():
+    _check_projection("weight", x, x.shape[-1] if x.dim() else 0, weight, bias, a, b, is_transposed)
+    if offsets.shape != (groups,) or offsets.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"offsets is {offsets.dtype} {list(offsets.shape)}; it must hold the end of each of {groups} groups"
+            f"offsets is {offsets.dtype} {list(offsets.shape)}; it must hold the end of each of {groups} groups, as "
+            "int32 or int64"
         )
     with torch.autocast(x.device.type, enabled=False):
         return _experts.lora_grouped_linear(x, offsets, weight, bias, a, b, scale, is_transposed, _backend(backend))
@@ -229,7 +231,7 @@ def lora_experts(
         has_gate: whether the first projection holds gate and up.
         is_concatenated: gate and up one after the other; False: alternating.
         is_transposed: weights stored as `[E, in, out]`.
-        backend: "eager" or "auto"; None takes that of `lorafuse.use_backend`.
+        backend: "eager", "triton" or "auto"; None takes that of `lorafuse.use_backend`.
 
     Returns out `[T, H]` in x's dtype; gradients reach x, topk_weight and the adapters. Under autocast the block is
     computed in its weights' dtype, as transformers computes experts.
@@ -240,15 +242,20 @@ def lora_experts(
     given, x = x.dtype, _in_weights_dtype(x, gate_up)
     experts = gate_up.shape[0] if gate_up.dim() == 3 else 0
     gate_up_a, gate_up_b, down_a, down_b = (_stacked(t, experts) for t in (gate_up_a, gate_up_b, down_a, down_b))
-    _check_projection("gate_up", x, x.shape[-1], gate_up, gate_up_bias, gate_up_a, gate_up_b, is_transposed)
-    inner = gate_up.shape[2 if is_transposed else 1] // (2 if has_gate else 1)
+    in_features = x.shape[-1] if x.dim() else 0
+    _check_projection("gate_up", x, in_features, gate_up, gate_up_bias, gate_up_a, gate_up_b, is_transposed)
+    first = gate_up.shape[2 if is_transposed else 1]
+    if has_gate and first % 2:
+        raise ValueError(f"gate_up {list(gate_up.shape)} has {first} out features; gate and up must be as many")
+    inner = first // (2 if has_gate else 1)
     _check_projection("down", x, inner, down, down_bias, down_a, down_b, is_transposed)
     out_features = down.shape[2 if is_transposed else 1]
     if down.shape[0] != experts or out_features != x.shape[1]:
         raise ValueError(f"down {list(down.shape)} does not lead from {experts} experts back to x {list(x.shape)}")
-    if topk_index.shape != topk_weight.shape or topk_index.dim() != 2 or topk_index.shape[0] != x.shape[0]:
+    shape = topk_index.shape
+    if shape != topk_weight.shape or len(shape) != 2 or shape[0] != x.shape[0] or shape[1] < 1:
         raise ValueError(
-            f"topk_index {list(topk_index.shape)} and topk_weight {list(topk_weight.shape)} must both be [T, k] for x "
+            f"topk_index {list(shape)} and topk_weight {list(topk_weight.shape)} must both be [T, k], k >= 1, for x "
             f"{list(x.shape)}"
         )
     if topk_index.dtype is not torch.int64 or not topk_weight.is_floating_point():
@@ -275,8 +282,44 @@ def lora_experts(
             named(activation, has_gate, not is_concatenated)
             out = _experts.lora_experts(*operands, *settings, activation, has_gate, not is_concatenated, backend)
         else:
-            out = _experts.lora_experts_recomputed(*operands, *settings, activation=activation, backend=backend)
+            checked = _checked(activation, inner)
+            out = _experts.lora_experts_recomputed(*operands, *settings, activation=checked, backend=backend)
     return out.to(given)
+
+
+def plan_experts(
+    x: Tensor,
+    topk_index: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    gate_up_a: Tensor | None = None,
+    down_a: Tensor | None = None,
+    is_transposed: bool = False,
+    backward: bool = False,
+) -> Plan:
+    """The plan that backend "auto" follows for these operands of `lora_experts`, with its reasons; nothing runs.
+
+    Forward and backward are planned apart; `backward` asks for the gradients of a training step. Where rows go is not
+    read: the model spreads them evenly over the experts.
+    """
+    experts = gate_up.shape[0]
+    factors = _stacked(gate_up_a, experts), _stacked(down_a, experts)
+    x = _in_weights_dtype(x, gate_up)
+    problem = experts_problem(x, topk_index.shape[1], gate_up, down, *factors, is_transposed, backward)
+    return plan_grouped(problem, x.device)
+
+
+def _checked(activation: Callable[[Tensor], Tensor], inner: int) -> Callable[[Tensor], Tensor]:
+    """`activation`, which raises ValueError for a result that is not `[rows, inner]`."""
+
+    def run(u: Tensor) -> Tensor:
+        h = activation(u)
+        if h.shape != (u.shape[0], inner):
+            raise ValueError(f"activation gave {list(h.shape)} of {list(u.shape)}; down needs [rows, {inner}]")
+        return h
+
+    return run
 
 
 def _in_weights_dtype(x: Tensor, w: Tensor) -> Tensor:
@@ -318,6 +361,9 @@ def _check_projection(
             f"{name} {'[E, K, N]' if transposed else '[E, N, K]'}, a [E, R, K], b [E, N, R], bias [E, N], x [rows, H]"
         )
         raise ValueError(f"got {shown} for K = {in_features} and x {list(x.shape)}; the rule is {rule}")
+    factors = {t.dtype for t in (a, b) if t is not None and not t.is_floating_point()}
+    if factors:
+        raise TypeError(f"{name}'s a or b is {factors.pop()}; adapters must be floating")
     dtypes = {t.dtype for t in (x, w, bias) if t is not None}
     if len(dtypes) > 1 or not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}, {name} {w.dtype}: they and the bias must have one floating dtype")

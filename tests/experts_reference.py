@@ -17,11 +17,24 @@ REFERENCE = {
 }
 
 
+def _clamped_swiglu(gate, up):
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+REFERENCE_GATES = {"clamped_swiglu": _clamped_swiglu}
+
+
 def block(
     T=23, E=5, k=2, H=12, I=8, R=3, dtype=torch.float64, gate=True, bias=False, transposed=False, concatenated=True,
-    activation="silu", adapters=("gate_up", "down"), index=None, shared=(), adapter_dtype=None, device="cpu", **_,
+    activation="silu", adapters=("gate_up", "down"), index=None, shared=(), adapter_dtype=None, device="cpu",
+    size=1.0, **_,
 ):  # fmt: skip
-    """Operands of one block by the names of `lora_experts`; no adapter is zero."""
+    """Operands of one block by the names of `lora_experts`; no adapter is zero. `size` is that of x.
+
+    With bias "levels", a small x puts gate and up on either side of a clamp's limits and none near them: rounding moves
+    no gradient across.
+    """
     generator = torch.Generator().manual_seed(T * 1000 + E * 100 + H + R)
 
     def normal(*shape, of=dtype, fan=1):
@@ -30,7 +43,7 @@ def block(
     up = (2 if gate else 1) * I
     scores = torch.rand(T, E, generator=generator)
     o = {
-        "x": normal(T, H),
+        "x": normal(T, H) * size,
         "topk_index": scores.topk(k, 1).indices if index is None else index,
         "topk_weight": torch.rand(T, k, generator=generator).to(dtype) + 0.1,
         "gate_up": normal(E, up, H, fan=H),
@@ -45,6 +58,9 @@ def block(
             o[f"{name}_b"] = normal(*(() if f"{name}_b" in shared else (E,)), n, R, of=of, fan=R)
     if bias:
         o |= {"gate_up_bias": normal(E, up), "down_bias": normal(E, H)}
+        if bias == "levels":
+            levels = torch.tensor([-12.0, -1.0, 1.0, 12.0])
+            o["gate_up_bias"] = levels[torch.randint(4, (E, up), generator=generator)].to(dtype)
     settings = {"gate_up_scale": 1.7, "down_scale": 0.6, "activation": activation, "has_gate": gate}
     o = {name: t.to(device) for name, t in o.items()}
     return o, settings | {"is_transposed": transposed, "is_concatenated": concatenated}
@@ -75,7 +91,8 @@ def plain(o, gate_up_scale, down_scale, activation, has_gate, is_transposed, is_
                 h = activation(u.unsqueeze(0))[0]
             elif has_gate:
                 gate, up = u.chunk(2) if is_concatenated else (u[::2], u[1::2])
-                h = REFERENCE[activation](gate) * up
+                known = REFERENCE_GATES.get(activation)
+                h = known(gate, up) if known else REFERENCE[activation](gate) * up
             else:
                 h = REFERENCE[activation](u)
             total = total + o["topk_weight"][t, j] * project("down", e, h, down_scale)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lorafuse.cli import main
+from lorafuse.cli import _bench_moe, main
 from lorafuse.testing import moe_baselines
 from lorafuse.testing.cases import MOE_CASES, MoECase
 from lorafuse.testing.memory import peak_bytes
@@ -68,6 +68,22 @@ def test_json_holds_every_variant_and_the_conditions(tmp_path, capsys, tiny):
     assert "LoRA tax" in capsys.readouterr().out
 
 
+def test_interrupted_it_keeps_what_is_done(tmp_path, capsys, tiny, monkeypatch):
+    """The JSON is whole; the table of the first case was printed."""
+    run = _bench_moe.run_case
+
+    def once(console, case, *rest):
+        if case.name == "moe-64":
+            raise KeyboardInterrupt
+        return run(console, case, *rest)
+
+    monkeypatch.setattr(_bench_moe, "run_case", once)
+    assert main([*tiny, "--case", "moe-64", "--json", str(tmp_path / "r.json")]) == 130
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert [result["case"] for result in written["results"]] == ["tiny"]
+    assert "interrupted" in capsys.readouterr().out
+
+
 def test_routings_are_what_they_say():
     tokens, E, k = 200, 8, 2
     balanced, zipf, one_hot = (make(tokens, E, k) for make in moe_baselines.ROUTINGS.values())
@@ -96,7 +112,13 @@ def test_no_temporary_of_a_weights_size():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"), [(["--case", "moe-65"], "moe-64"), (["--m", "0"], "at least 1"), (["--rank", "0"], "at least 1")]
+    ("wrong", "said"),
+    [
+        (["--case", "moe-65"], "moe-64"),
+        (["--m", "0"], "at least 1"),
+        (["--rank", "0"], "at least 1"),
+        (["--json", "."], "it is a folder"),
+    ],
 )
 def test_bad_input(wrong, said, capsys):
     assert main(["bench", "moe", *wrong]) != 0

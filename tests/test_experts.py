@@ -1,6 +1,7 @@
 """Experts with LoRA (T1): every tensor by name against the formula in fp64, layouts, sentinels, what is refused."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lorafuse.activation import ACTIVATIONS
 from lorafuse.errors import BackendUnavailable
 from lorafuse.functional import lora_experts, lora_grouped_linear
 from lorafuse.nn import LoRAExperts
+from lorafuse.testing.numerics import relative_l2, tolerance
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -88,6 +90,26 @@ def test_routings(index, activation):
 
 def test_fp32_adapters_on_a_bf16_base():
     check(dtype=torch.bfloat16, adapter_dtype=torch.float32)
+
+
+def apart(t):
+    """The same numbers, none beside another."""
+    return torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]
+
+
+def permuted(t):
+    """The same numbers, the first dimension fastest."""
+    return t.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+@pytest.mark.parametrize("strided", [apart, permuted])
+def test_operands_of_any_strides(strided):
+    o, settings = block(bias=True)
+    expected = differentiated(fused, o, settings)
+    moved = {n: t if t.dtype is torch.int64 else strided(t) for n, t in o.items()}
+    assert not any(t.is_contiguous() for t in moved.values() if t.is_floating_point() and t.dim() > 1)
+    for name, tensor in differentiated(fused, moved, settings).items():
+        assert relative_l2(tensor, expected[name]) <= tolerance(torch.float64), name
 
 
 def test_gradcheck():
@@ -214,6 +236,12 @@ class TestRefusals:
             ({"topk_weight": torch.ones(23, 3).double()}, r"topk_weight \[23, 3\]"),
             ({"topk_index": torch.full((23, 2), -1)}, "topk_index holds -1"),
             ({"gate_up_a": None}, "a None"),
+            ({"gate_up_b": torch.zeros(5, 16, 2).double()}, r"a \[5, 3, 12\], b \[5, 16, 2\]"),
+            ({"down_a": torch.zeros(4, 3, 8).double()}, r"a \[4, 3, 8\]"),
+            ({"gate_up": torch.zeros(16, 12).double()}, r"gate_up \[16, 12\]"),
+            ({"x": torch.zeros(1, 23, 12).double()}, r"x \[1, 23, 12\]"),
+            ({"x": torch.zeros(()).double()}, r"x \[\]"),
+            ({"topk_index": torch.zeros(23, 0).long(), "topk_weight": torch.zeros(23, 0).double()}, "k >= 1"),
         ],
     )  # fmt: skip
     def test_what_does_not_fit(self, change, said):
@@ -226,6 +254,42 @@ class TestRefusals:
         o, settings = block(transposed=True)
         with pytest.raises(ValueError, match=r"gate_up \[E, N, K\]"):
             fused(o, settings | {"is_transposed": False})
+
+    def test_a_gate_and_an_up_of_different_widths(self):
+        o, settings = block(adapters=())
+        with pytest.raises(ValueError, match="15 out features"):
+            fused(o | {"gate_up": torch.zeros(5, 15, 12).double(), "down": torch.zeros(5, 12, 7).double()}, settings)
+
+    @pytest.mark.parametrize("flags", [{"has_gate": False}, {"is_transposed": True}])
+    def test_flags_that_do_not_fit_the_stacks(self, flags):
+        o, settings = block()
+        with pytest.raises(ValueError, match="the rule is"):
+            fused(o, settings | flags)
+
+    def test_an_unknown_flag(self):
+        o, settings = block()
+        with pytest.raises(TypeError, match="is_interleaved"):
+            fused(o, settings | {"is_interleaved": True})
+
+    def test_an_activation_of_another_width(self):
+        o, settings = block()
+        with pytest.raises(ValueError, match=r"activation gave \[46, 16\].*\[rows, 8\]"):
+            fused(o, settings | {"activation": lambda u: u})
+
+    def test_factors_of_integers(self):
+        o, settings = block()
+        with pytest.raises(TypeError, match=r"gate_up's a or b is torch.int32"):
+            fused(o | {"gate_up_a": o["gate_up_a"].int()}, settings)
+
+    @pytest.mark.parametrize("offsets", [[3, 1, 5, 7], [3, 5, 7, 12], [-1, 2, 3, 4]])
+    def test_offsets_that_descend_or_lead_outside(self, offsets):
+        with pytest.raises(ValueError, match=r"offsets are \[.*ascend from 0 to at most 10"):
+            lora_grouped_linear(torch.zeros(10, 6), torch.tensor(offsets), torch.zeros(4, 5, 6))
+
+    @pytest.mark.parametrize("offsets", [torch.ones(4).bool(), torch.ones(4), torch.ones(3).long()])
+    def test_offsets_of_another_kind(self, offsets):
+        with pytest.raises(ValueError, match=r"offsets is .* int32 or int64"):
+            lora_grouped_linear(torch.zeros(10, 6), offsets, torch.zeros(4, 5, 6))
 
     def test_dtypes(self):
         o, settings = block()
@@ -246,10 +310,14 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"'swish'.*silu"):
             fused(o, settings | {"activation": "swish"})
 
-    def test_a_backend_without_kernels(self):
+    def test_a_backend_without_kernels(self, monkeypatch):
+        """Whether it cannot run here, or has kernels for linear layers only."""
         o, settings = block()
-        with pytest.raises(BackendUnavailable, match="no CUDA kernels"):
+        with pytest.raises(BackendUnavailable, match="backend='cuda'"):
             fused(o, settings, "cuda")
+        monkeypatch.setattr("lorafuse.backends.base.load", lambda name: SimpleNamespace(linear_forward=None))
+        with pytest.raises(BackendUnavailable, match="no kernels for experts"):
+            fused(o, settings, "eager")
 
 
 class TestModule:

@@ -6,12 +6,31 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafuse.backends import base
 from lorafuse.functional import lora_linear, plan_linear
+from lorafuse.plan import only
 from lorafuse.testing.check_linear import LinearCase, gradients, make_operands
 from lorafuse.testing.numerics import relative_l2, tolerance
 
 pytestmark = [pytest.mark.gpu, pytest.mark.no_poison]
-BACKENDS = ("eager", "triton")
-by_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def able(name):
+    """The name of a backend that can run here; skips the test otherwise, with the reason."""
+    state = base.availability(name)
+    if not state.ok:
+        pytest.skip(f"backend {name}: {state.reason}")
+    return name
+
+
+@pytest.fixture(params=["eager", "triton", "cuda"])
+def backend(request):
+    return able(request.param)
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def kernels(request):
+    return able(request.param)
+
+
 # several tiles on every SM in forward, and several splits of the rows in backward
 CASE = LinearCase(leading=(1000,), N=1536, K=1024, R=16, dtype=torch.bfloat16, adapter_dtype=torch.float32)
 
@@ -36,24 +55,48 @@ def results(o, backend, dropout_p=0.0):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_triton_agrees_with_eager(dtype, dropout_p):
+def test_kernels_agree_with_eager(kernels, dtype, dropout_p):
+    if kernels == "cuda" and dtype is torch.float32:
+        pytest.skip("the CUDA kernels run bfloat16 and float16")
     case = LinearCase(leading=(1000,), N=1536, K=1024, R=16, dtype=dtype, adapter_dtype=torch.float32)
     o = operands(case)
     eager = results(o, "eager", dropout_p)
-    for name, tensor in results(o, "triton", dropout_p).items():
+    for name, tensor in results(o, kernels, dropout_p).items():
         assert relative_l2(tensor, eager[name]) < tolerance(dtype), name
 
 
+@pytest.mark.parametrize("R", [1, 8, 24, 64, 100, 128])
+@pytest.mark.parametrize("leading", [(1,), (7, 13), (129,), (4096,)])
+def test_every_rank_of_the_cuda_kernels(leading, R):
+    able("cuda")
+    o = operands(LinearCase(leading=leading, N=1032, K=776, R=R, dtype=torch.bfloat16, adapter_dtype=torch.float32))
+    eager = results(o, "eager")
+    for name, tensor in results(o, "cuda").items():
+        assert relative_l2(tensor, eager[name]) < tolerance(torch.bfloat16), name
+
+
+@pytest.mark.parametrize("M", [1, 1000, 8192])
+def test_xa_and_y_in_one_cuda_launch(M):
+    able("cuda")
+    o = operands(LinearCase(leading=(M,), N=4096, K=1024, R=16, dtype=torch.bfloat16, adapter_dtype=torch.float32))
+    eager = results(o, "eager")
+    with only("single_kernel"):
+        first = results(o, "cuda")
+        for name, tensor in first.items():
+            assert relative_l2(tensor, eager[name]) < tolerance(torch.bfloat16), name
+        for _ in range(100):
+            assert torch.equal(run(o, "cuda"), first["y"])
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_a_hundred_runs_are_bitwise_equal(dropout_p):
+def test_a_hundred_runs_are_bitwise_equal(kernels, dropout_p):
     o = operands()
-    first = results(o, "triton", dropout_p)
+    first = results(o, kernels, dropout_p)
     for _ in range(100):
-        for name, tensor in results(o, "triton", dropout_p).items():
+        for name, tensor in results(o, kernels, dropout_p).items():
             assert torch.equal(tensor, first[name]), name
 
 
-@by_backend
 def test_two_streams_at_once(backend):
     """The same layer on two streams, many times, while both are busy: nothing is shared between the calls."""
     streams = torch.cuda.Stream(), torch.cuda.Stream()
@@ -72,7 +115,6 @@ def test_two_streams_at_once(backend):
                 assert torch.equal(tensor, expected[i][name]), name
 
 
-@by_backend
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_a_cuda_graph_replays_with_new_data(backend, dropout_p):
     o = operands()
@@ -128,7 +170,6 @@ def test_checkpointed_with_dropout(reentrant):
         assert torch.equal(tensor, plain[name]), name
 
 
-@by_backend
 def test_nothing_waits_for_the_gpu(backend):
     o = operands()
     results(o, backend, 0.1)
@@ -140,7 +181,6 @@ def test_nothing_waits_for_the_gpu(backend):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@by_backend
 def test_another_device_than_the_current_one(backend):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
@@ -150,7 +190,6 @@ def test_another_device_than_the_current_one(backend):
         assert torch.equal(tensor.cpu(), first[name].cpu()), name
 
 
-@by_backend
 def test_offsets_beyond_2_to_the_31(backend):
     """Rows of x and dx past 2³¹ elements, read and written at the end as at the start."""
     M, K, N, R = 2**31 // 4096 + 300, 4096, 64, 8
@@ -175,7 +214,6 @@ def test_offsets_beyond_2_to_the_31(backend):
     assert relative_l2(da, expected) < tolerance(torch.bfloat16)
 
 
-@by_backend
 def test_memory_beyond_the_frozen_layer(backend):
     """Forward keeps xa and nothing else; backward's partials are gone afterwards."""
     o = operands()

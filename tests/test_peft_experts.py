@@ -105,6 +105,15 @@ def test_sizes_from_which_a_transposed_layout_could_be_guessed(size):
     check(adapted("gpt_oss", intermediate_size=size))
 
 
+@pytest.mark.parametrize(("able", "shown"), [(("triton", "eager"), "auto"), (("eager",), "eager")])
+def test_the_report_says_the_same_of_experts_and_of_linear_layers(able, shown, monkeypatch):
+    """Where several backends can run, each call follows its plan."""
+    monkeypatch.setattr("lorafuse.backends.base.candidates", lambda device: able)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=moe_models.targets("qwen3_moe"))
+    report = lorafuse.patch(peft.get_peft_model(moe_models.base("qwen3_moe"), config))
+    assert {(p.kind, p.backend) for p in report.patched} == {("experts", shown), ("linear", shown)}
+
+
 def test_one_token():
     check(adapted("mixtral"), ids=torch.tensor([[5]]))
 
@@ -283,6 +292,14 @@ class TestLeftToPeft:
     def test_a_single_expert_stored_transposed(self):
         model = adapted("gpt_oss", num_local_experts=1, num_experts_per_tok=1)
         assert "single expert" in self.report(model)
+
+    def test_dropout_is_refused_by_peft(self):
+        """So that there is no such layer to patch, and to report."""
+        config = peft.LoraConfig(
+            r=4, lora_dropout=0.1, target_modules=[], target_parameters=moe_models.targets("qwen3_moe")
+        )
+        with pytest.raises(ValueError, match="lora_dropout"):
+            peft.get_peft_model(moe_models.base("qwen3_moe"), config)
 
     def test_a_state_that_came_later_is_said_once(self):
         model = adapted("qwen3_moe")

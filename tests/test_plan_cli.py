@@ -72,7 +72,7 @@ def test_a_case_by_name_and_forward_alone(capsys):
         (["--gpu", "H200", "--shape", "1,2"], "--shape 8192,4096,4096"),
         (["--gpu", "H200", "--shape", "1,2,x"], "--shape 8192,4096,4096"),
         (["--gpu", "H200", "--shape", "0,2,3"], "M is 0; it must be at least 1"),
-        (["--gpu", "H200", "--shape", "1,2,3", "--rank", "0"], "--rank is 0"),
+        (["--gpu", "H200", "--shape", "1,2,3", "--rank", "0"], "--rank 0: it must be at least 1"),
         (["--gpu", "H200", "--case", "llama"], "case 'llama' is not known"),
     ],
 )

@@ -1,16 +1,19 @@
 """Triton kernels over ragged rows (T2; on a GPU, T6): experts and grouped layers, every tensor by name against fp64."""
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
 from experts_reference import block, check, differentiated, fused, plain
 from test_triton_mutations import mutated
 
-from lorafuse.activation import ACTIVATIONS
+from lorafuse.activation import ACTIVATIONS, GATES
 from lorafuse.backends import eager_experts, triton_experts
 from lorafuse.functional import lora_grouped_linear
-from lorafuse.kernels import ragged, ragged_rank, routing
+from lorafuse.kernels import ragged, ragged_epilogue, ragged_rank, routing
+from lorafuse.plan import find
+from lorafuse.plan.ragged import ragged_candidates, ragged_config
 from lorafuse.testing.numerics import relative_l2, tolerance
 
 ON_GPU = torch.cuda.is_available()
@@ -25,6 +28,7 @@ def check_here(**case):
 
 def test_every_activation_has_an_epilogue():
     assert set(ragged.ACTIVATIONS) == set(ACTIVATIONS)
+    assert set(ragged.GATES) == set(GATES)
 
 
 @by_dtype
@@ -40,6 +44,95 @@ def test_every_layout(dtype, gate, transposed, concatenated):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation, gate):
     check_here(dtype=torch.float32, activation=activation, gate=gate)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("concatenated", [True, False])
+@pytest.mark.parametrize("activation", GATES)
+def test_functions_of_gate_and_up(activation, concatenated, transposed, bias):
+    """Numbers beyond the limits of a clamp on all sides."""
+    layout = {"concatenated": concatenated, "transposed": transposed, "bias": bias}
+    check_here(dtype=torch.float32, activation=activation, size=6.0, **layout)
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Makes the planner take the largest tiles that are legal on a GPU, of few SMs, so that programs walk several."""
+    forms = []
+
+    def take(gpu):
+        device = replace(find(gpu), sms=3)
+
+        def largest(kernel, problem, groups, _):
+            if not kernel.startswith("ragged"):
+                return ragged_config(kernel, problem, groups, device)
+            config = max(ragged_candidates(kernel, problem, device), key=lambda c: c.block_m * c.block_n)
+            forms.append((config.form, config.flatten, config.block_m, config.block_n))
+            return config
+
+        monkeypatch.setattr(triton_experts, "ragged_config", largest)
+        monkeypatch.setattr(triton_experts, "_spec", lambda device_: device)
+        return forms
+
+    return take
+
+
+# one expert of several tiles, one of one, one of none, a sentinel; columns just past the last full tile
+LARGE = {"dtype": torch.float16, "T": 150, "E": 3, "k": 1, "H": 72, "I": 136, "R": 6, "adapter_dtype": torch.float32}
+
+
+def large_index():
+    index = torch.zeros(150, 1, dtype=torch.int64)
+    index[3:9], index[20] = 2, 3
+    return index
+
+
+# the GPUs whose tiles the interpreter runs: descriptors in flat loops, descriptors, pointers
+GPUS = {"H200": ("tma", True, 128), "B200": ("tma", False, 128), "A100": ("pointer", False, 128)}
+CLAMPED = {"activation": "clamped_swiglu", "bias": "levels", "size": 0.3}
+LAYOUTS = {
+    "halves": {"bias": True},
+    "halves, transposed": {"transposed": True, "bias": True, "activation": "gelu_tanh"},
+    "pairs": {"concatenated": False, **CLAMPED},
+    "pairs, transposed": {"concatenated": False, "transposed": True, **CLAMPED},
+    "no gate": {"gate": False, "bias": True, "activation": "relu2"},
+}
+
+
+@pytest.mark.skipif(ON_GPU, reason="these are tiles of other GPUs")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gpu", ["H200", "A100"])
+def test_the_largest_tiles(gpu, layout, planned):
+    forms = planned(gpu)
+    check_here(**LARGE, **LAYOUTS[layout], index=large_index())
+    assert {form[:3] for form in forms} == {GPUS[gpu]}
+    assert max(form[3] for form in forms) == (256 if gpu == "H200" else 128)
+
+
+@pytest.mark.skipif(ON_GPU, reason="these are tiles of other GPUs")
+@pytest.mark.parametrize(("gpu", "R"), [("H200", 1), ("H200", 40), ("B200", 16), ("A100", 40)])
+def test_the_largest_tiles_at_every_rank(gpu, R, planned):
+    forms = planned(gpu)
+    check_here(**(LARGE | {"R": R}), index=large_index())
+    # several rank tiles are a loop of their own, which does not flatten
+    assert {form[0] for form in forms} == {GPUS[gpu][0]}
+    assert {form[1] for form in forms} == {GPUS[gpu][1] and R <= 32}
+
+
+@pytest.mark.parametrize("change", ["offset", "columns apart", "odd halves"])
+def test_weights_that_no_descriptor_describes(change):
+    """Pointers, chosen by strides and addresses."""
+    odd = change == "odd halves"
+    o, settings = block(dtype=torch.float16, device=DEVICE, H=32, I=12 if odd else 16, transposed=odd)
+    exact = {n: t if n == "topk_index" else t.double() for n, t in o.items()}
+    expected = differentiated(lambda o, s: plain(o, **s), exact, settings)
+    wide = torch.zeros(5, 32, 128, dtype=torch.float16, device=DEVICE)
+    view = {"offset": wide[:, :, 1:33], "columns apart": wide[:, :, :64:2], "odd halves": wide[:, :, :24]}[change]
+    view.copy_(o["gate_up"])
+    assert not triton_experts._is_aligned(view.transpose(1, 2) if odd else view, "halves")
+    for name, tensor in differentiated(lambda o, s: fused(o | {"gate_up": view}, s, "triton"), o, settings).items():
+        assert relative_l2(tensor, expected[name]) <= tolerance(torch.float16), name
 
 
 @by_dtype
@@ -144,42 +237,97 @@ def test_tiles_cover_every_row_once(block_m):
     assert covered == [(g, row) for g, n in enumerate(sizes) for row in range(sum(sizes[:g]), sum(sizes[:g]) + n)]
 
 
+# (module, what is changed, into what, the tensor that turns red first, layout and GPU whose largest tiles show it)
 MUTATIONS = {
     "a tile reads its neighbour's rows": (routing, "o_m = tl.where(o_m < end, o_m, row)", "o_m = tl.where(o_m < end, o_m, row) * 0", "out"),
+    "a tile is not counted": (routing, "tl.sum(tiles, 0), row)", "tl.sum(tiles, 0) - 1, row)", "out"),
     "the sum forgets a choice": (routing, "for j in range(CHOICES)", "for j in range(CHOICES - 1)", "out"),
     "the sum reads sentinels": (routing, "(row < rows)", "(row < rows + 1000)", "out"),
     "the sum without weights": (routing, "y *= tl.load(p_weight + t * CHOICES + j).to(tl.float32)", "pass", "out"),
-    "the last block of K is left out": (ragged, "for i_k in range(0, K, BLOCK_K)", "for i_k in range(0, K - BLOCK_K, BLOCK_K)", "out"),
-    "no low-rank product": (ragged, "acc = tl.dot(b_xa, b_b, acc, input_precision=PRECISION)", "pass", "out"),
-    "the weight of the first expert": (ragged, "p_w + group * stride_wg", "p_w + 0 * stride_wg", "out"),
-    "b of the first expert": (ragged, "p_b + group * stride_bg", "p_b + 0 * stride_bg", "out"),
-    "up is not multiplied": (ragged, "h *= up.to(tl.float32)", "pass", "out"),
-    "du without the router weight": (ragged, "acc * factor * slope", "acc * slope", "x"),
-    "d_up from u": (ragged, "d_up = acc * factor * h", "d_up = acc * factor * gate", "x"),
-    "the router's gradient without up": (ragged, "acc * h, 0.0", "acc * gate, 0.0", "topk_weight"),
     "xa of the first expert": (ragged_rank, "p_a + group * stride_ag", "p_a + 0 * stride_ag", "out"),
     "gradients of all rows": (ragged_rank, "tl.load(p_ends + group - 1, mask=group > 0, other=0)", "tl.load(p_ends, mask=group > 99, other=0)", "gate_up_a"),
     "no router weight in the gradient": (ragged_rank, "* factor[:, None]", "* 1.0", "down_a"),
+    "no low-rank product": (ragged, "return tl.dot(b_xa, b_b, acc, input_precision=PRECISION)", "return acc", "out"),
+    "b of the first expert": (ragged, "p_b + group * stride_bg", "p_b + 0 * stride_bg", "out"),
+    "b of up is that of gate": (ragged, "o_n[None, :] * stride_bn", "(o_n % 136)[None, :] * stride_bn", "out", "halves", "H200"),
+    "the bias of up is that of gate": (ragged, "group_w * N + o_n, mask", "group_w * N + o_n % 136, mask", "out", "halves", "H200"),
+    "up's columns from gate (pointers)": (ragged, "o_n += tl.arange(0, BLOCK_N) // COLUMNS * limit", "pass", "out", "halves", "A100"),
+    "up's columns from gate (TMA)": (ragged, "[stride_wg, half * stride_wn, stride_wn, 1]", "[stride_wg, (half - 8) * stride_wn, stride_wn, 1]", "out", "halves", "H200"),
+    "up's columns from gate (TMA, transposed)": (ragged, "[stride_wg, stride_wk, half, 1]", "[stride_wg, stride_wk, half - 8, 1]", "out", "halves, transposed", "H200"),
+    "the first expert's halves (TMA)": (ragged, "d_w.load([group, 0, first, i_k])", "d_w.load([0, 0, first, i_k])", "out", "halves", "H200"),
+    "the first expert's halves (TMA, transposed)": (ragged, "d_w.load([group, i_k, 0, first])", "d_w.load([0, i_k, 0, first])", "out", "halves, transposed", "H200"),
+    "the first expert's weight (TMA)": (ragged, "d_w.load([group, first, i_k])", "d_w.load([0, first, i_k])", "out", "halves", "H200"),
+    "the first expert's weight (TMA, transposed)": (ragged, "d_w.load([group, i_k, first])", "d_w.load([0, i_k, first])", "x", "halves", "H200"),
+    "the first expert's weight (pointers)": (ragged, "p_w + group_w * stride_wg", "p_w + 0 * stride_wg", "out", "halves", "A100"),
+    "the last block of K is left out (TMA)": (ragged, '"pointer":\n            for i_k in range(0, K,', '"pointer":\n            for i_k in range(0, K - BLOCK_K,', "out", "halves", "H200"),
+    "the last block of K is left out (pointers)": (ragged, "* BLOCK_K\n            for i_k in range(0, K,", "* BLOCK_K\n            for i_k in range(0, K - BLOCK_K,", "out", "halves", "A100"),
+    "programs skip tiles": (ragged, "tl.num_programs(0), flatten", "2 * tl.num_programs(0), flatten", "out", "halves", "H200"),
+    "an expert's last row is not stored": (ragged, "rows = (o_m < end)[:, None]", "rows = (o_m < end - 1)[:, None]", "out", "halves", "H200"),
+    "up is not multiplied": (ragged_epilogue, "return h * up, slope * up, h", "return h, slope * up, h", "out", "halves", "H200"),
+    "gate's slope without up": (ragged_epilogue, "return h * up, slope * up, h", "return h * up, slope, h", "x", "halves", "H200"),
+    "up's slope is gate": (ragged_epilogue, "return h * up, slope * up, h", "return h * up, slope * up, gate", "x", "halves", "H200"),
+    "halves swapped": (ragged_epilogue, "gate, up = tl.split(u.reshape((u.shape[0], 2, HALF))", "up, gate = tl.split(u.reshape((u.shape[0], 2, HALF))", "out", "halves", "H200"),
+    "pairs swapped": (ragged_epilogue, "gate, up = tl.split(u.reshape((u.shape[0], HALF, 2))", "up, gate = tl.split(u.reshape((u.shape[0], HALF, 2))", "out", "pairs", "H200"),
+    "gate is saved as up": (ragged_epilogue, "tl.store(p_gate + half, up,", "tl.store(p_gate + half, gate,", "x", "halves", "H200"),
+    "the right part of h stored left": (ragged_epilogue, "activate_halves(right, right_up, first + WIDTH // 2", "activate_halves(right, right_up, first", "out", "halves", "H200"),
+    "the right part of pairs stored left": (ragged_epilogue, "activate_columns(right, first + WIDTH // 2", "activate_columns(right, first", "out", "pairs", "H200"),
+    "h of pairs at their own columns": (ragged_epilogue, "o_h = first // 2 + tl", "o_h = first + tl", "out", "pairs", "H200"),
+    "the right part of du stored left": (ragged_epilogue, "right, first + HALF, o_s", "right, first, o_s", "x", "halves", "A100"),
+    "du of pairs stored left": (ragged_epilogue, "o_2 = 2 * first + tl", "o_2 = first + tl", "x", "pairs", "A100"),
+    "d_up is d_gate": (ragged_epilogue, "p_du + o_u + N, (dh * factor * d_up)", "p_du + o_u + N, (dh * factor * d_gate)", "x", "halves", "H200"),
+    "du of pairs swapped": (ragged_epilogue, "tl.join((dh * factor * d_gate).to(dtype), (dh * factor * d_up)", "tl.join((dh * factor * d_up).to(dtype), (dh * factor * d_gate)", "x", "pairs", "H200"),
+    "d_gate without the router weight": (ragged_epilogue, "p_du + o_u, (dh * factor * d_gate)", "p_du + o_u, (dh * d_gate)", "x", "halves", "H200"),
+    "du of no gate without the router weight": (ragged_epilogue, "(dh * factor * slope)", "(dh * slope)", "x", "no gate", "H200"),
+    "the router's gradient from the right part": (ragged_epilogue, "return share + backward", "return backward", "topk_weight", "halves", "H200"),
+    "the router's gradient without h": (ragged_epilogue, "dh * h, 0.0", "dh, 0.0", "topk_weight", "halves", "H200"),
+    "gate is not clamped": (ragged_epilogue, "tl.where(gate > 7.0, 7.0, gate)", "gate", "out", "pairs", "H200"),
+    "up is clamped on one side": (ragged_epilogue, "tl.where(up < -7.0, -7.0, up)", "up", "out", "pairs", "H200"),
+    "gate's gradient beyond its limit": (ragged_epilogue, "tl.where(gate <= 7.0,", "tl.where(gate <= 1e9,", "x", "pairs", "H200"),
+    "up's gradient above its limit": (ragged_epilogue, "& (up <= 7.0)", "& (up <= 1e9)", "x", "pairs", "H200"),
+    "up's gradient below its limit": (ragged_epilogue, "(up >= -7.0) &", "(up >= -1e9) &", "x", "pairs", "H200"),
+    "a sigmoid of its own": (ragged_epilogue, "tl.sigmoid(1.702 * low)", "tl.sigmoid(low)", "out", "pairs", "H200"),
+    "up is not raised": (ragged_epilogue, "-7.0, up)) + 1", "-7.0, up))", "out", "pairs", "H200"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_each_mutation_is_red(name, monkeypatch, tmp_path):
-    module, old, new, red = MUTATIONS[name]
-    for user in (routing, ragged, ragged_rank) if module is routing else (module,):
-        changed = (
-            mutated(user, old, new, tmp_path)
-            if user is module
-            else mutated(user, "import triton\n", "import triton\n\n", tmp_path)
-        )
-        monkeypatch.setitem(importlib.sys.modules, user.__name__, changed)
-        monkeypatch.setattr(triton_experts, user.__name__.rpartition(".")[2], changed)
-        if user is routing:
-            monkeypatch.setattr(triton_experts, "Tiles", changed.Tiles)
+def gate_of_mutations(layout=None):
+    if layout is not None:
+        return check_here(**LARGE, **LAYOUTS[layout], index=large_index())
     index = torch.arange(46).view(23, 2) % 5
     index[3, 1] = 5
+    return check_here(dtype=torch.float16, H=64, I=40, index=index)
+
+
+@pytest.mark.skipif(ON_GPU, reason="these are tiles of other GPUs")
+@pytest.mark.parametrize(("layout", "gpu"), sorted({red[4:] for red in MUTATIONS.values() if len(red) > 4}))
+def test_the_right_kernels_are_green(layout, gpu, planned):
+    planned(gpu)
+    gate_of_mutations(layout)
+
+
+def install(module, old, new, monkeypatch, folder):
+    """Make the backend run a changed module, and those that import from it too."""
+    users = {routing: (ragged, ragged_rank), ragged_epilogue: (ragged,)}.get(module, ())
+    for user in (module, *users):
+        change = (old, new) if user is module else ("import triton\n", "import triton\n\n")
+        changed = mutated(user, *change, folder)
+        name = user.__name__.rpartition(".")[2]
+        monkeypatch.setitem(importlib.sys.modules, user.__name__, changed)
+        monkeypatch.setattr(triton_experts, name, changed, raising=False)
+        if user is routing:
+            monkeypatch.setattr(triton_experts, "Tiles", changed.Tiles)
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_each_mutation_is_red(name, monkeypatch, tmp_path, planned):
+    module, old, new, red, *case = MUTATIONS[name]
+    if case and ON_GPU:
+        pytest.skip("shown by tiles of other GPUs")
+    install(module, old, new, monkeypatch, tmp_path)
+    if case:
+        planned(case[1])
     with pytest.raises(AssertionError) as failure:
-        check_here(dtype=torch.float16, H=64, I=40, index=index)
+        gate_of_mutations(*case[:1])
     assert str(failure.value).startswith(f"{red}:"), failure.value
 
 

@@ -1,6 +1,7 @@
 """Which backends exist, which can run here, and which one a call uses.
 
 A backend is a module of this folder with `linear_forward` and `linear_backward` (signatures in `eager`).
+"emu", which runs the CUDA kernels on a CPU, is one for tests: it exists where `lorafuse._emu` was built.
 """
 
 import importlib
@@ -12,10 +13,12 @@ from types import ModuleType
 import torch
 
 from lorafuse import env
+from lorafuse.backends import cuda_native
 from lorafuse.errors import BackendUnavailable
 
 __all__ = [
     "BACKENDS",
+    "EMULATOR",
     "Availability",
     "availability",
     "candidates",
@@ -27,6 +30,8 @@ __all__ = [
 ]
 
 BACKENDS = ("eager", "triton", "cuda")
+# the CUDA kernels on CPU tensors, for tests: known where it was built, chosen by nobody but by name
+EMULATOR = "emu"
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,7 @@ class Availability:
 
 _EAGER_INSTEAD = "use backend='eager' or 'auto'"
 # what was found out, by backend; the others are looked into when they are first asked for
-_AVAILABILITY = {
-    "eager": Availability(True),
-    "cuda": Availability(False, "this version of lorafuse holds no CUDA kernels", _EAGER_INSTEAD),
-}
+_AVAILABILITY = {"eager": Availability(True)}
 _OLDEST_TRITON = (3, 6)
 
 
@@ -68,6 +70,38 @@ def _triton() -> Availability:
     return Availability(True)
 
 
+def _cuda() -> Availability:
+    state = _module("_cuda", f"or {_EAGER_INSTEAD}")
+    if not state.ok:
+        return state
+    if not torch.cuda.is_available():
+        return Availability(False, "torch sees no CUDA device", f"run on a Hopper GPU, or {_EAGER_INSTEAD}")
+    # which device a call is on, the plan looks at
+    here = {"sm_{}{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())}
+    found = [name for name in cuda_native.info("_cuda")["architectures"] if name.endswith("a")]
+    if not here & {name.removesuffix("a") for name in found}:
+        reason = f"its kernels were built for {', '.join(found)}, the devices here are {', '.join(sorted(here))}"
+        return Availability(False, reason, "use backend='triton' or 'auto'")
+    return Availability(True)
+
+
+def _module(name: str, otherwise: str) -> Availability:
+    """Whether a module that csrc is compiled to is there, loads, and is of the sources that are here."""
+    if not cuda_native.built(name):
+        fix = f"{cuda_native.BUILD} in a checkout (needs nvcc 12.8 or newer; g++ alone for the emulator)"
+        return Availability(False, f"lorafuse.{name} is not built", f"{fix}, {otherwise}")
+    reason = cuda_native.stale(name)
+    if not reason:
+        try:
+            cuda_native.native(name)
+        except ImportError as error:
+            reason = f"lorafuse.{name} does not load: {error}"
+    return Availability(not reason, reason, f"{cuda_native.BUILD}, {otherwise}" if reason else "")
+
+
+_LOOK = {"triton": _triton, "cuda": _cuda, EMULATOR: lambda: _module("_emu", "or use backend='eager'")}
+
+
 def _release(version: str) -> tuple[int, int]:
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
@@ -75,6 +109,8 @@ def _release(version: str) -> tuple[int, int]:
 
 def check_name(name: str) -> str:
     """`name` if it is "auto" or a backend. Raises ValueError that lists the known ones."""
+    if name == EMULATOR and cuda_native.built("_emu"):
+        return name
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"backend={name!r} is not known; use one of {', '.join(map(repr, ('auto', *BACKENDS)))}")
     return name
@@ -82,11 +118,10 @@ def check_name(name: str) -> str:
 
 def availability(name: str) -> Availability:
     """Whether the backend `name` can run on this machine. Raises ValueError for an unknown name."""
-    if name not in BACKENDS:
-        check_name(name)
+    if check_name(name) == "auto":
         raise ValueError("backend='auto' is a choice among backends; ask for one of them by name")
     if name not in _AVAILABILITY:
-        _AVAILABILITY[name] = _triton()
+        _AVAILABILITY[name] = _LOOK[name]()
     return _AVAILABILITY[name]
 
 

@@ -1,15 +1,25 @@
 """What the planner is told of the machine and of a call's operands."""
 
 import math
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from lorafuse.backends import base
-from lorafuse.plan import DeviceSpec, Problem, probe, runs_kernels
+from lorafuse.plan import DeviceSpec, ExpertsProblem, GroupedProblem, Plan, Problem, probe, select_experts
+from lorafuse.plan.grouped import no_grouped_mm
 
-__all__ = ["device_spec", "grouped_backend", "linear_problem"]
+__all__ = [
+    "device_spec",
+    "experts_problem",
+    "grouped_backend",
+    "grouped_problem",
+    "linear_problem",
+    "plan_grouped",
+    "runs_grouped_mm",
+]
 
 
 @cache
@@ -43,8 +53,8 @@ def linear_problem(
         N=w.shape[0],
         K=w.shape[1],
         R=a.shape[0],
-        dtype=str(x.dtype).removeprefix("torch."),
-        adapter_dtype=str(a.dtype).removeprefix("torch."),
+        dtype=_name(x),
+        adapter_dtype=_name(a),
         bias=bias,
         dropout=dropout,
         gradients=gradients,
@@ -52,15 +62,81 @@ def linear_problem(
     )
 
 
-def grouped_backend(x: Tensor) -> str:
-    """The backend of "auto" for layers of many groups: on GPUs the kernels, where they can run x.
+def experts_problem(
+    x: Tensor,
+    k: int,
+    up: Tensor,
+    down: Tensor,
+    up_a: Tensor | None,
+    down_a: Tensor | None,
+    transposed: bool,
+    backward: bool,
+) -> ExpertsProblem:
+    """The problem of a block: x `[T, H]`, up `[E, U, H]` and down `[E, H, I]`, or transposed, a `[E, R, …]` or None."""
+    (E, H, I), U = (down.mT if transposed else down).shape, up.shape[2 if transposed else 1]
+    factors = [a for a in (up_a, down_a) if a is not None]
+    return ExpertsProblem(
+        T=x.shape[0],
+        E=E,
+        k=k,
+        H=H,
+        I=I,
+        # both projections are planned with the larger rank
+        R=max((a.shape[1] for a in factors), default=1),
+        dtype=_name(x),
+        adapter_dtype=_name(factors[0] if factors else x),
+        gated=U != I,
+        aligned=_weights_are_aligned(up, down),
+        backward=backward,
+    )
 
-    Eager waits there for the device to say where the groups end.
+
+def grouped_problem(x: Tensor, w: Tensor, a: Tensor | None, transposed: bool, backward: bool) -> GroupedProblem:
+    """The problem of a grouped linear layer: x `[S, K]` or dy `[S, N]`, w `[E, N, K]` or transposed, a `[E, R, K]`."""
+    E, N, K = (w.mT if transposed else w).shape
+    rank, dtypes = 1 if a is None else a.shape[1], (_name(x), _name(x if a is None else a))
+    return GroupedProblem(x.shape[0], E, N, K, rank, *dtypes, aligned=_weights_are_aligned(w), backward=backward)
+
+
+def plan_grouped(problem: ExpertsProblem | GroupedProblem, device: torch.device) -> Plan:
+    """The plan that backend "auto" follows for layers of many groups on a device of this machine."""
+    available = tuple((name, base.availability(name).reason) for name in base.BACKENDS)
+    return select_experts(problem, device_spec(device) if ("triton", "") in available else None, available)
+
+
+def grouped_backend(device: torch.device, problem: Callable[[], ExpertsProblem | GroupedProblem]) -> str:
+    """The backend of "auto" for layers of many groups: that of the plan where there is more than one."""
+    able = base.candidates(device.type)
+    return able[0] if len(able) == 1 else plan_grouped(problem(), device).backend
+
+
+def runs_grouped_mm(x: Tensor, *weights: Tensor) -> bool:
+    """Whether torch has a fast kernel of grouped_mm for these stacks `[E, …]`, in x's dtype and on its device."""
+    if not x.is_cuda:
+        return False
+    return not no_grouped_mm(_name(x), weights[0].shape[0], _weights_are_aligned(*weights), _arch(x.device))
+
+
+@cache
+def _arch(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _name(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def _weights_are_aligned(*weights: Tensor) -> bool:
+    """Whether each is a stack of matrices with contiguous rows or columns, which start on 16-byte boundaries, and so do
+    the rows of what they are multiplied with.
     """
-    device = device_spec(x.device)
-    if device is None or not runs_kernels(device.arch, str(x.dtype).removeprefix("torch.")):
-        return "eager"
-    return "triton" if base.availability("triton").ok else "eager"
+    for w in weights:
+        rows = w if w.stride(2) == 1 else w.mT
+        sizes = all(size * w.element_size() % 16 == 0 for size in w.shape[1:])
+        if not sizes or rows.stride(2) != 1 or rows.stride(1) < rows.shape[2] or not _rows_are_aligned(rows):
+            return False
+    return True
 
 
 def _rows_are_aligned(t: Tensor) -> bool:

@@ -3,10 +3,8 @@
 Same operators as `eager_experts`, shapes and meaning of arguments included. Rows are sorted, cut into tiles and
 combined on the device and nothing waits for it. Rows of x are gathered by the kernels that read them. A known
 activation is computed in the epilogue of the first projection, and its backward in that of the product that gives dh;
-any other one runs in torch between them.
+a function of the caller's runs in torch between them.
 """
-
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -28,14 +26,25 @@ class _Projection:
     """One linear layer of every group, its kernels configured: w `[G, N, K]`, or `[G, K, N]` when transposed."""
 
     def __init__(
-        self, tiles: Tiles, like: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None, scale: float, transposed: bool
+        self,
+        tiles: Tiles,
+        like: Tensor,
+        w: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        scale: float,
+        transposed: bool,
+        layout: str = "",
     ) -> None:
+        """`layout` is that of gate and up in the rows of w."""
         self.tiles, self.a, self.b, self.scale = tiles, a, b, scale
         self.w = w.transpose(1, 2) if transposed else w
         self._device = _spec(like.device)
         dtype, adapter = (str(t.dtype).removeprefix("torch.") for t in (like, like if a is None else a))
         rank = 1 if a is None else a.shape[1]
-        self._problem = Problem(max(tiles.rows, 1), self.w.shape[1], self.w.shape[2], rank, dtype, adapter)
+        sizes = max(tiles.rows, 1), self.w.shape[1], self.w.shape[2], rank
+        self._problem = Problem(*sizes, dtype, adapter, aligned=_is_aligned(self.w, layout))
+        self.programs = self._device.sms
 
     def config(self, kernel: str) -> KernelConfig:
         return ragged_config(kernel, self._problem, self.tiles.groups, self._device)
@@ -55,13 +64,14 @@ class _Projection:
 
     def linear(self, x: Tensor, bias: Tensor | None, xa: Tensor | None, source: Tensor | None = None) -> Tensor:
         """y."""
-        low = xa, self.b, self.scale
-        return ragged.ragged_linear(self.tiles, x, self.w, bias, *low, self.config("ragged"), source=source)
+        given = x, self.w, bias, xa, self.b, self.scale
+        return ragged.ragged_linear(self.tiles, *given, self.programs, self.config("ragged"), source=source)
 
     def linear_back(self, dy: Tensor, dyb: Tensor | None, source: Tensor | None = None) -> Tensor:
         """dx."""
         w, a = self.w.transpose(1, 2), None if self.a is None else self.a.transpose(1, 2)
-        return ragged.ragged_linear(self.tiles, dy, w, None, dyb, a, 1.0, self.config("ragged"), source=source)
+        given = dy, w, None, dyb, a, 1.0
+        return ragged.ragged_linear(self.tiles, *given, self.programs, self.config("ragged"), source=source)
 
     def da(self, x: Tensor, dyb: Tensor, source: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
         """The gradient of a, each row times its factor."""
@@ -169,13 +179,13 @@ def experts_forward(
         up_bias, down_bias = (None if bias is None else bias.contiguous() for bias in (up_bias, down_bias))
         order, ends = routing.route(index, up.shape[0])
         tiles, token = Tiles(ends, order.shape[0]), order // index.shape[1]
-        first = _Projection(tiles, x, up, up_a, up_b, up_scale, transposed)
+        first = _Projection(tiles, x, up, up_a, up_b, up_scale, transposed, _layout(act))
         second = _Projection(tiles, x, down, down_a, down_b, down_scale, transposed)
         xa = first.project(x, token)
-        if _in_epilogue(act):
+        if isinstance(act, Activation):
             u, h = ragged.ragged_activated(
-                tiles, x, first.w, up_bias, xa, up_b, up_scale, act.name, act.gated, first.config("ragged_act"),
-                source=token,
+                tiles, x, first.w, up_bias, xa, up_b, up_scale, act.name, _layout(act), first.programs,
+                first.config("ragged_act"), source=token,
             )  # fmt: skip
         else:
             u = first.linear(x, up_bias, xa, token)
@@ -226,14 +236,14 @@ def experts_backward(
         dout, x = _rows(dout), _rows(x)
         S, k = order.shape[0], weight.shape[1]
         tiles, token, factor = Tiles(ends, S), order // k, weight.reshape(-1)[order]
-        first = _Projection(tiles, x, up, up_a, up_b, up_scale, transposed)
+        first = _Projection(tiles, x, up, up_a, up_b, up_scale, transposed, _layout(act))
         second = _Projection(tiles, x, down, down_a, down_b, down_scale, transposed)
         gb = second.project_back(dout, token)
-        if _in_epilogue(act):
+        if isinstance(act, Activation):
             a = None if down_a is None else down_a.transpose(1, 2)
             du, h, share = ragged.ragged_activation_backward(
-                tiles, dout, second.w.transpose(1, 2), gb, a, u, act.name, act.gated, need_dweight,
-                second.config("ragged_act"), source=token, factor=factor,
+                tiles, dout, second.w.transpose(1, 2), gb, a, u, act.name, _layout(act), need_dweight,
+                second.programs, second.config("ragged_act_backward"), source=token, factor=factor,
             )  # fmt: skip
         else:
             h, dh = act.forward(u), second.linear_back(dout, gb, token)
@@ -262,9 +272,23 @@ def experts_backward(
     return dx, dweight, d_up_a, d_up_b, d_down_a, d_down_b
 
 
-def _in_epilogue(act: Activation | Recomputed) -> TypeGuard[Activation]:
-    """Whether the kernels compute an activation: one they know, of gate and up in halves."""
-    return isinstance(act, Activation) and act.name in ragged.ACTIVATIONS and not (act.gated and act.interleaved)
+def _layout(act: Activation | Recomputed) -> str:
+    """How u holds gate and up, in the words of `lorafuse.kernels.ragged`."""
+    if not isinstance(act, Activation) or not act.gated:
+        return ""
+    return "pairs" if act.interleaved else "halves"
+
+
+def _is_aligned(w: Tensor, layout: str) -> bool:
+    """Whether a descriptor can describe the stack w `[G, N, K]`, and in halves of N too if gate and up are such."""
+    size = w.element_size()
+    inner = 2 if w.stride(2) == 1 else 1
+    outer = [w.stride(dim) for dim in range(3) if dim != inner]
+    if layout == "halves":
+        outer.append(w.shape[1] // 2 * w.stride(1))
+    # a stride of 0 repeats one group's weight
+    spaced = all(stride > 0 and stride * size % 16 == 0 for stride in outer)
+    return w.stride(inner) == 1 and spaced and w.data_ptr() % 16 == 0
 
 
 def _beyond(ends: Tensor, rows: int) -> Tensor:

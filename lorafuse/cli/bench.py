@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when every result was right; 1, and no numbers for that case, when one was not."""
+    if args.json and args.json.is_dir():
+        raise ValueError(f"--json {args.json}: it is a folder; name a file")
     moe = args.kind == "moe"
     cases: list[Any] = list(_bench_moe.cases(args) if moe else _cases(args))
     device = _common.device(args.device)

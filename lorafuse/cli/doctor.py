@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from lorafuse import env, functional
-from lorafuse.backends import base
+from lorafuse.backends import base, cuda_native
 from lorafuse.errors import MissingDependency
 from lorafuse.testing import numerics
 from lorafuse.testing.conditions import cpu, program_output
@@ -142,10 +142,24 @@ def _devices() -> Iterator[Finding]:
 
 
 def _compilers() -> Iterator[Finding]:
-    for name in ("nvcc", "g++"):
+    for name, purpose in (("nvcc", "builds lorafuse._cuda"), ("g++", "builds lorafuse._emu")):
         version = re.search(r"\d+\.\d+(\.\d+)?", program_output(name, "--version"))
-        found = f"{version[0]} ({shutil.which(name)})" if version else "not found; not needed today"
+        found = f"{version[0]} ({shutil.which(name)})" if version else f"not found on PATH; it {purpose}"
         yield Finding("compilers", name, found)
+    yield _module("_cuda", "optional: the CUDA kernels for Hopper")
+    yield _module("_emu", "optional: the same on a CPU, for tests")
+
+
+def _module(name: str, purpose: str) -> Finding:
+    """What csrc was compiled to: for which architectures, from which sources; or why not, and how to."""
+    shown = f"lorafuse.{name}"
+    if not cuda_native.built(name):
+        why = cuda_native.why_not_built() if name == "_cuda" else ""
+        value = f"not built ({purpose})" + (f": {why}" if why else "")
+        return Finding("compilers", shown, value, "warn", cuda_native.BUILD)
+    if reason := cuda_native.stale(name):
+        return Finding("compilers", shown, reason, "warn", cuda_native.BUILD)
+    return Finding("compilers", shown, cuda_native.describe(name))
 
 
 def _backends() -> Iterator[Finding]:
@@ -169,7 +183,14 @@ def _self_test() -> Iterator[Finding]:
     for device in devices:
         for backend in base.candidates(torch.device(device).type):
             for dtype in (torch.float32, torch.bfloat16):
-                yield _self_test_one(backend, device, dtype)
+                if backend != "cuda" or (dtype is torch.bfloat16 and _is_hopper(device)):
+                    yield _self_test_one(backend, device, dtype)
+    if cuda_native.built("_emu") and base.availability(base.EMULATOR).ok:
+        yield _self_test_one(base.EMULATOR, "cpu", torch.bfloat16)
+
+
+def _is_hopper(device: str) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _self_test_one(backend: str, device: str, dtype: torch.dtype) -> Finding:

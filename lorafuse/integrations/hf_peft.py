@@ -160,9 +160,8 @@ def survey(model: nn.Module, backend: str) -> tuple[PatchReport, list[LoraLayer]
 
 def _shown_backend(layer: LoraLayer, backend: str) -> str:
     """The backend that will run a layer, "auto" where that is decided at every call."""
-    if isinstance(layer, ParamWrapper):
-        return "eager" if backend == "auto" else backend
-    able = backends.candidates(layer.get_base_layer().weight.device.type)
+    weight = layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
+    able = backends.candidates(weight.device.type)
     return able[0] if backend == "auto" and len(able) == 1 else backend
 
 

@@ -1,11 +1,13 @@
 """The experts modules of transformers' mixture-of-experts models: what they hold, and an implementation of them."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorafuse.activation import GATE_ALPHA, GATE_LIMIT
 from lorafuse.errors import MissingDependency
 from lorafuse.functional import lora_experts
 
@@ -118,8 +120,18 @@ def _activation(base: nn.Module) -> dict[str, Any]:
     }
     name = known.get(type(base.act_fn)) if hasattr(base, "act_fn") else None
     if base.has_gate and type(base)._apply_gate is not _default_apply_gate:
+        if _is_gpt_oss(base):
+            return {"activation": "clamped_swiglu", "is_concatenated": False}
         return {"activation": base._apply_gate}
     if name is None:
         return {"activation": base._apply_gate if base.has_gate else base.act_fn}
     # the default gate splits its input in halves, whatever the layout of the weights is called
     return {"activation": name, "is_concatenated": True}
+
+
+def _is_gpt_oss(base: nn.Module) -> bool:
+    """Whether a module gates as GptOssExperts itself does, with the constants of its published models."""
+    # a module of that class has brought its file; nobody else needs it
+    modeling = sys.modules.get("transformers.models.gpt_oss.modeling_gpt_oss")
+    own = modeling is not None and type(base)._apply_gate is modeling.GptOssExperts._apply_gate
+    return own and "_apply_gate" not in vars(base) and (base.alpha, base.limit) == (GATE_ALPHA, GATE_LIMIT)

@@ -111,7 +111,7 @@ def project(tiles: Tiles, x: Tensor, a: Tensor, scale: float, config: KernelConf
     R = a.shape[1]
     xa = x.new_empty((tiles.rows, R))
     table = tiles.of(config.block_m)
-    _project_kernel[(table.shape[0], triton.cdiv(R, config.block_r))](
+    _project_kernel[(table.shape[0] - 1, triton.cdiv(R, config.block_r))](
         x,
         a,
         xa,

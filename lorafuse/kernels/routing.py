@@ -15,7 +15,7 @@ __all__ = ["Tiles", "combine", "ragged_tiles", "route", "source_rows"]
 
 @triton.jit
 def _ragged_tiles_kernel(p_ends, p_tiles, G, capacity, BLOCK_M, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr):
-    """`tiles[t] = (group, first row, last row + 1)`; the group of tiles that do not exist is G."""
+    """`tiles[t] = (group, first row, last row + 1)`; of those that do not exist group G; then `(G, how many do, 0)`."""
     o_g = tl.arange(0, BLOCK_G)
     last = tl.load(p_ends + o_g, mask=o_g < G, other=0).to(tl.int32)
     first = tl.load(p_ends + o_g - 1, mask=(o_g > 0) & (o_g < G), other=0).to(tl.int32)
@@ -26,9 +26,10 @@ def _ragged_tiles_kernel(p_ends, p_tiles, G, capacity, BLOCK_M, BLOCK_G: tl.cons
     mine = o_g[None, :] == group[:, None]
     row = tl.sum(tl.where(mine, (first - (tile_end - tiles) * BLOCK_M)[None, :], 0), 1) + t * BLOCK_M
     end = tl.sum(tl.where(mine, last[None, :], 0), 1)
-    tl.store(p_tiles + t * 3, group, mask=t < capacity)
-    tl.store(p_tiles + t * 3 + 1, row, mask=t < capacity)
-    tl.store(p_tiles + t * 3 + 2, end, mask=t < capacity)
+    row = tl.where(t == capacity, tl.sum(tiles, 0), row)
+    tl.store(p_tiles + t * 3, group, mask=t <= capacity)
+    tl.store(p_tiles + t * 3 + 1, row, mask=t <= capacity)
+    tl.store(p_tiles + t * 3 + 2, end, mask=t <= capacity)
 
 
 @triton.jit
@@ -75,13 +76,16 @@ class Tiles:
 
 
 def ragged_tiles(ends: Tensor, rows: int, block_m: int) -> Tensor:
-    """`[capacity, 3]` int32 rows of (group, first row, last row + 1); the group of tiles that do not exist is G."""
+    """`[capacity + 1, 3]` int32: (group, first row, last row + 1) of each tile, then how many of them exist.
+
+    The group of those that do not is G; the last row is (G, tiles, 0).
+    """
     groups = ends.shape[0]
     capacity = rows // block_m + min(groups, rows)
-    tiles = torch.empty((capacity, 3), dtype=torch.int32, device=ends.device)
+    tiles = torch.empty((capacity + 1, 3), dtype=torch.int32, device=ends.device)
     block_g = triton.next_power_of_2(groups)
     block_t = max(1, min(64, 16384 // block_g))
-    _ragged_tiles_kernel[(triton.cdiv(capacity, block_t),)](
+    _ragged_tiles_kernel[(triton.cdiv(capacity + 1, block_t),)](
         ends, tiles, groups, capacity, block_m, BLOCK_G=block_g, BLOCK_T=block_t, num_warps=8
     )
     return tiles

@@ -1,16 +1,18 @@
 """`lorafuse::lora_experts` and `lorafuse::lora_grouped_linear`: schemas, shape rules, fake kernels, autograd.
 
-What they compute is in `lorafuse.backends.eager_experts`. Besides their result they return what backward needs, so that
+What they compute is in `lorafuse.backends.loop_experts`. Besides their result they return what backward needs, so that
 a compiled graph holds it: rows in the order of their experts. There is no gradient of an expert's weights or biases.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lorafuse.activation import Recomputed, named
 from lorafuse.backends import base, probe
+from lorafuse.errors import BackendUnavailable
 from lorafuse.ops._define import LIBRARY
 
 __all__ = ["lora_experts", "lora_experts_recomputed", "lora_grouped_linear"]
@@ -37,8 +39,14 @@ LIBRARY.define(
 )
 
 
-def _run(backend, x):
-    return base.load(probe.grouped_backend(x) if backend == "auto" else backend)
+def _run(backend, x, problem, *operands):
+    """The module that runs a call; `problem(*operands)` is what the plan is asked for "auto"."""
+    run = base.load(probe.grouped_backend(x.device, partial(problem, *operands)) if backend == "auto" else backend)
+    if not hasattr(run, "experts_forward"):
+        raise BackendUnavailable(
+            f"backend={backend!r} has no kernels for experts and grouped layers; use 'eager', 'triton' or 'auto'"
+        )
+    return run
 
 
 def _rank(a):
@@ -54,7 +62,9 @@ def _wanted(grads, needs):
 
 
 def _experts(x, index, weight, up, down, ub, db, ua, ubb, da, dbb, s1, s2, transposed, act, gated, inter, backend):
-    run, act = _run(backend, x).experts_forward, named(act, gated, inter)
+    operands = x, index.shape[1], up, down, ua, da, transposed
+    run = _run(backend, x, probe.experts_problem, *operands, False).experts_forward
+    act = named(act, gated, inter)
     return run(x, index, weight, up, down, ub, db, ua, ubb, da, dbb, s1, s2, transposed, act)
 
 
@@ -68,7 +78,9 @@ def _fake_experts(x, index, weight, up, down, ub, db, ua, ubb, da, dbb, s1, s2, 
 
 def _experts_backward(dout, x, weight, up, down, db, ua, ub, da, dbb, s1, s2, transposed, act, gated, inter, *rest):
     *saved, needs, backend = rest
-    run, act = _run(backend, x).experts_backward, named(act, gated, inter)
+    operands = x, weight.shape[1], up, down, ua, da, transposed
+    run = _run(backend, x, probe.experts_problem, *operands, True).experts_backward
+    act = named(act, gated, inter)
     need_dx, need_dweight, *adapters = needs
     grads = run(
         dout, x, weight, up, down, db, ua, ub, da, dbb, s1, s2, transposed, act, *saved,
@@ -118,10 +130,11 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         *inputs, activation, backend = args
-        run = _run(backend, inputs[0])
+        x, index, weight, up, down, _, down_bias, *adapters = inputs[:11]
+        # backward runs where forward did: that module is at hand
+        operands = x, index.shape[1], up, down, adapters[0], adapters[2], inputs[13]
+        run = _run(backend, x, probe.experts_problem, *operands, False)
         out, *saved = run.experts_forward(*inputs, Recomputed(activation))
-        _, index, *_ = inputs
-        x, _, weight, up, down, _, down_bias, *adapters = inputs[:11]
         ctx.save_for_backward(x, weight, up, down, down_bias, *adapters, *saved)
         ctx.settings = inputs[11:14]
         ctx.activation, ctx.run = Recomputed(activation), run
@@ -142,7 +155,8 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _grouped(x, ends, w, bias, a, b, scale, transposed, backend):
-    return _run(backend, x).grouped_forward(x, ends, w, bias, a, b, scale, transposed)
+    run = _run(backend, x, probe.grouped_problem, x, w, a, transposed, False)
+    return run.grouped_forward(x, ends, w, bias, a, b, scale, transposed)
 
 
 def _fake_grouped(x, ends, w, bias, a, b, scale, transposed, backend):
@@ -150,7 +164,8 @@ def _fake_grouped(x, ends, w, bias, a, b, scale, transposed, backend):
 
 
 def _grouped_backward(dy, x, xa, ends, w, a, b, scale, transposed, needs, backend):
-    return _kept(_run(backend, dy).grouped_backward(dy, x, xa, ends, w, a, b, scale, transposed, *needs), dy)
+    run = _run(backend, dy, probe.grouped_problem, dy, w, a, transposed, True)
+    return _kept(run.grouped_backward(dy, x, xa, ends, w, a, b, scale, transposed, *needs), dy)
 
 
 def _fake_grouped_backward(dy, x, xa, ends, w, a, b, scale, transposed, needs, backend):

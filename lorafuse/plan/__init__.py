@@ -2,6 +2,7 @@
 
 from lorafuse.plan.config import KernelConfig
 from lorafuse.plan.device import DEVICES, DeviceSpec, find, probe
+from lorafuse.plan.experts import ExpertsProblem, GroupedProblem, select_experts
 from lorafuse.plan.problem import Problem
 from lorafuse.plan.ragged import ragged_config
 from lorafuse.plan.select import Candidate, Plan, only, runs_kernels, select
@@ -10,6 +11,8 @@ __all__ = [
     "DEVICES",
     "Candidate",
     "DeviceSpec",
+    "ExpertsProblem",
+    "GroupedProblem",
     "KernelConfig",
     "Plan",
     "Problem",
@@ -19,4 +22,5 @@ __all__ = [
     "ragged_config",
     "runs_kernels",
     "select",
+    "select_experts",
 ]

@@ -16,10 +16,10 @@ class KernelConfig:
 
     fwd and dx compute tiles of `block_m` rows and `block_n` columns in reduction steps of `block_k`; xa has no block_n;
     dyb_db and da own `block_n` columns and walk `1 / splits` of the rows in steps of `block_m`; reduce sums `block_n`
-    numbers a program. `block_r` ranks are taken at a time. `form` is how fwd and dx read: "tma" (persistent, tensor
-    descriptors) or "pointer". `single`: fwd computes xa too. `flatten`: the loop over tiles and that over the reduction
-    are pipelined as one, so that a tile's first loads overlap the stores of the one before. `max_registers` of a
-    thread; 0 leaves it to the compiler.
+    numbers a program. `block_r` ranks are taken at a time. `form` is how fwd and dx read, and the main loops of ragged
+    rows their weights: "tma" (persistent, tensor descriptors) or "pointer". `single`: fwd computes xa too. `flatten`:
+    the loop over tiles and that over the reduction are pipelined as one, so that a tile's first loads overlap the
+    stores of the one before. `max_registers` of a thread; 0 leaves it to the compiler.
     """
 
     kernel: str
@@ -35,9 +35,10 @@ class KernelConfig:
     single: bool = False
     flatten: bool = False
     max_registers: int = 0
+    cluster: int = 1
 
 
-_MAIN_LOOPS = ("fwd", "dx", "ragged", "ragged_act")
+_MAIN_LOOPS = ("fwd", "dx", "ragged", "ragged_act", "ragged_act_backward")
 # (block_m, block_n, block_k, stages, warps) of fwd and dx, best first where all fill the GPU. Chosen by what compiles
 # without spills (Triton 3.6, 2026-11-24); no speed was measured yet.
 _TMA = {
@@ -55,6 +56,9 @@ _MAX_BLOCK_R = 32
 _MAX_SINGLE_R = 64
 # fp32 accumulators in the registers of one thread, of 255: above this all shapes spilled
 _MAX_ACCUMULATORS = 128
+# the same beside an activation's backward; on sm_100, where accumulators come from tensor memory all at once, beside an
+# activation too (Triton 3.6, 2026-11-25)
+_MAX_ACTIVATED = 64
 
 
 def padded_rank(R: int) -> int:
@@ -69,6 +73,9 @@ def shared_memory(config: KernelConfig, itemsize: int) -> int:
     if c.kernel in _MAIN_LOOPS:
         # stores through a descriptor are staged in halves
         staging = c.block_m * c.block_n // 2 * itemsize if c.form == "tma" else 0
+        if c.kernel == "ragged_act_backward":
+            # a part of du, of gate and up together
+            staging += c.block_m * c.block_n // 4 * itemsize
         tiles = c.stages * (c.block_m + c.block_n) * c.block_k * itemsize + staging + 2 * ranks + 1024
         return (
             max(tiles, shared_memory(replace(c, kernel="xa", block_r=_MAX_SINGLE_R), itemsize)) if c.single else tiles
@@ -105,8 +112,11 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
     if c.kernel == "dx" and problem.dropout:
         # the masked low-rank product has accumulators of its own
         accumulators *= 2
-    if accumulators > _MAX_ACCUMULATORS * 32 * c.warps:
+    activated = c.kernel == "ragged_act_backward" or (c.kernel == "ragged_act" and 100 <= device.arch < 120)
+    if accumulators > (_MAX_ACTIVATED if activated else _MAX_ACCUMULATORS) * 32 * c.warps:
         return f"{accumulators} accumulators do not fit the registers of {c.warps} warps"
+    if c.kernel == "ragged_act_backward" and 100 <= device.arch < 120 and c.block_n > 128:
+        return "on sm_100 the backward of interleaved gate and up leaves 16 bytes of 256 columns in local memory"
     needed = shared_memory(c, problem.itemsize)
     if needed > device.smem_per_block:
         return f"{needed} bytes of shared memory are more than the {device.smem_per_block} of {device.name}"

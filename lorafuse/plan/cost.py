@@ -28,10 +28,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Part:
-    """Modelled seconds of one step."""
+    """Modelled seconds of one step, and how many kernels it launches one after the other."""
 
     name: str
     seconds: float
+    launches: int = 1
 
 
 # between kernels that depend on each other, on the device (assumed; hopper launches overlap at best 2 to 4 us)
@@ -104,9 +105,10 @@ def total(parts: Sequence[Part]) -> float:
 
 def in_a_row(parts: list[Part], host: str) -> tuple[Part, ...]:
     """`parts` with the gaps between them, and the wait for a host that launches more slowly than they run."""
-    waiting = len(parts) * _HOST[host] - total(parts)
-    if len(parts) > 1:
-        parts = [*parts, Part("launch gaps", (len(parts) - 1) * _GAP)]
+    launches = sum(part.launches for part in parts)
+    waiting = launches * _HOST[host] - total(parts)
+    if launches > 1:
+        parts = [*parts, Part("launch gaps", (launches - 1) * _GAP)]
     return (*parts, Part("waiting for the host", waiting)) if waiting > 0 else tuple(parts)
 
 

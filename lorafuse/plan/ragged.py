@@ -14,11 +14,18 @@ from lorafuse.plan.problem import Problem
 
 __all__ = ["RAGGED_KERNELS", "padded_rows", "ragged_candidates", "ragged_config"]
 
-RAGGED_KERNELS = ("ragged", "ragged_act", "project", "outer")
-# (block_m, block_n, block_k, stages, warps) of the main loop. Chosen by what compiles without spills (Triton 3.6,
-# 2026-11-24); no speed was measured. The epilogues of an activation hold u, h and its slope beside the accumulators.
-_SHORT = ((64, 64, 64, 3, 8), (32, 64, 64, 3, 4), (16, 64, 64, 3, 4))
-_TILES = {"ragged": ((128, 128, 64, 3, 8), (128, 128, 32, 3, 8), *_SHORT), "ragged_act": _SHORT}
+# a main loop that ends in y or dx, in an activation, in an activation's backward; the products with the rank
+RAGGED_KERNELS = ("ragged", "ragged_act", "ragged_act_backward", "project", "outer")
+# (block_m, block_n, block_k, stages, warps) of the main loop, by architecture: those that read weights through TMA, and
+# pointers. Chosen by what compiles without spills (Triton 3.6, 2026-11-25); no speed was measured.
+_TMA = {
+    90: ((128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (64, 256, 64, 4, 8), (64, 128, 64, 4, 8)),
+    100: ((128, 256, 64, 3, 8), (128, 128, 64, 3, 8), (64, 256, 64, 3, 8), (64, 128, 64, 4, 8)),
+}
+# of these, only sm_80 has the shared memory for the first
+_POINTER = ((128, 128, 64, 3, 8), (128, 128, 32, 4, 8), (64, 128, 64, 3, 8))
+# for groups of a few rows, which wait for their weights whatever the tile
+_SHORT = ((32, 64, 64, 3, 4), (16, 64, 64, 3, 4))
 # rows off 16-byte boundaries are read element by element, fp32 multiplies on the CUDA cores: both need registers
 _ODD = ((32, 64, 32, 3, 8), (16, 64, 32, 3, 4))
 _FP32 = ((32, 64, 32, 2, 8), (16, 64, 32, 2, 8))
@@ -27,24 +34,36 @@ _MAX_REGISTERS = 255
 _MAX_BLOCK_R = 32
 
 
+def _main_loops(kernel: str, problem: Problem, device: DeviceSpec) -> list[KernelConfig]:
+    rank = padded_rank(problem.R)
+    if problem.itemsize == 4 or is_odd(problem):
+        tiles = _FP32 if problem.itemsize == 4 else _ODD
+        return [KernelConfig(kernel, "pointer", *tile[:3], min(rank, 16), *tile[3:]) for tile in tiles]
+    block_r = min(rank, _MAX_BLOCK_R)
+    # sm_120 has no TMA form, and sm_100 none that flattens, for the reasons that `config` gives
+    form, flatten = "tma" if device.arch in _TMA else "pointer", device.arch == 90 and block_r >= problem.R
+    found = [
+        KernelConfig(kernel, form, *tile[:3], block_r, *tile[3:], flatten=flatten)
+        for tile in _TMA.get(device.arch, _POINTER)
+    ]
+    return found + [KernelConfig(kernel, "pointer", *tile[:3], block_r, *tile[3:]) for tile in _SHORT]
+
+
 def ragged_candidates(kernel: str, problem: Problem, device: DeviceSpec) -> tuple[KernelConfig, ...]:
     """The legal configurations of a kernel of `RAGGED_KERNELS` for one projection; M is the rows of all groups."""
     half, rank = problem.itemsize == 2, padded_rank(problem.R)
-    if kernel in _TILES:
-        odd = is_odd(problem)
-        tiles = _FP32 if not half else _ODD if odd else _TILES[kernel]
-        block_r = min(rank, _MAX_BLOCK_R if half and not odd else 16)
-        found = [KernelConfig(kernel, "pointer", *tile[:3], block_r, *tile[3:]) for tile in tiles]
-    elif kernel == "project":
+    if kernel == "project":
         block_k, warps = (64, 4) if half else (32, 8)
         found = [
             KernelConfig("project", "pointer", m, 0, block_k, min(rank, 64), 3, warps)
             for m in (64, 32, 16)
             if m > 16 or rank <= 32
         ]
-    else:
+    elif kernel == "outer":
         block_m, block_r = (64, min(rank, 64)) if half else (32, 16)
         found = [KernelConfig("outer", "pointer", block_m, n, 0, block_r, 3, 8) for n in ((128, 64) if half else (64,))]
+    else:
+        found = _main_loops(kernel, problem, device)
     found = [replace(config, max_registers=_MAX_REGISTERS) for config in found]
     return tuple(config for config in found if not illegal(config, problem, device))
 

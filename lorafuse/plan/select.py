@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
-from lorafuse.plan import cost, tuned
+from lorafuse.plan import cost, cuda, tuned
 from lorafuse.plan.config import KernelConfig, candidates
 from lorafuse.plan.cost import Part
 from lorafuse.plan.device import DeviceSpec
@@ -105,6 +105,8 @@ def _select(
             reason = f"{backend}: its kernels read dense weights, not {problem.base_format}"
         elif problem.M == 0:
             reason = f"{backend}: there are no tokens"
+        elif backend == "cuda" and device is not None and (refused := cuda.refusal(problem, device)):
+            reason = f"{backend}: {refused}"
         if reason:
             reasons.append(reason)
         else:
@@ -114,7 +116,8 @@ def _select(
     chosen, why = _choose(ways, problem, device, wanted)
     for way in ways:
         if way is not chosen and way.seconds:
-            reasons.append(f"{way.backend} {way.kernel}: not chosen, model {way.seconds * 1e6:.0f} us")
+            only_measured = "; CUDA kernels are taken only where measured" if way.backend == "cuda" else ""
+            reasons.append(f"{way.backend} {way.kernel}: not chosen, model {way.seconds * 1e6:.0f} us{only_measured}")
     reasons.append(f"{chosen.backend}: {why}")
     return Plan(chosen.backend, chosen.kernel, chosen.configs, tuple(reasons), tuple(ways))
 
@@ -123,7 +126,11 @@ def _ways(backend: str, problem: Problem, device: DeviceSpec | None) -> list[Can
     if backend == "eager":
         parts = cost.eager(problem, device) if device and problem.M else ()
         return [Candidate("eager", "aten_beta1", (), parts)]
-    if backend != "triton" or device is None:
+    if device is None:
+        return []
+    if backend == "cuda":
+        return [Candidate(backend, *way) for way in cuda.ways(problem, device)]
+    if backend != "triton":
         return []
     wanted = problem.gradients
     if wanted:
@@ -151,18 +158,22 @@ def _best(kernel: str, problem: Problem, device: DeviceSpec, single: bool) -> Ke
 def _choose(
     ways: list[Candidate], problem: Problem, device: DeviceSpec | None, wanted: str | None
 ) -> tuple[Candidate, str]:
-    by_kernel = {way.kernel: way for way in ways}
-    if wanted in by_kernel:
-        return by_kernel[wanted], f"{wanted} was asked for"
+    by_name = {tuned.name_of(way.backend, way.kernel): way for way in ways}
+    # of several backends with such a kernel the one whose name it is comes first
+    asked = by_name.get(wanted or "") or next((way for way in ways if way.kernel == wanted), None)
+    if asked:
+        return asked, f"{wanted} was asked for"
     measured = device and tuned.match(problem, device)
-    if measured and measured.kernel in by_kernel:
+    if measured and measured.kernel in by_name:
         said = f"{measured.kernel} was fastest when measured on {device.name}: {measured.seconds * 1e6:.0f} us"  # type: ignore[union-attr]
-        return by_kernel[measured.kernel], f"{said} ({measured.date}, commit {measured.commit})"
-    # the single kernel waits for other programs of its own launch: it is taken when it was measured, not on trust
-    trusted = [way for way in ways if way.kernel != "single_kernel"]
-    chosen = min(trusted, key=lambda way: way.seconds)
+        return by_name[measured.kernel], f"{said} ({measured.date}, commit {measured.commit})"
+    # what waits for other programs of its own launch, and what no GPU has run yet, is taken when it was measured, not
+    # on trust
+    plain = [way for way in ways if way.kernel != "single_kernel"]
+    trusted = [way for way in plain if way.backend != "cuda"]
+    chosen = min(trusted or plain, key=lambda way: way.seconds)
     if chosen.backend == "eager":
         why = "runs every problem; low-rank product first, base GEMM accumulated onto it (beta = 1)"
         return chosen, why + (f", model {chosen.seconds * 1e6:.0f} us" if chosen.seconds else "")
     why = f"{chosen.kernel}, model {chosen.seconds * 1e6:.0f} us"
-    return chosen, why + ("" if "single_kernel" not in by_kernel else "; single_kernel is taken only where measured")
+    return chosen, why + ("" if len(plain) == len(ways) else "; single_kernel is taken only where measured")

@@ -17,10 +17,11 @@ from typing import Any
 from lorafuse.plan.device import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["KERNELS", "Tuned", "load", "match"]
+__all__ = ["KERNELS", "Tuned", "load", "match", "name_of"]
 
-# name: backend
-KERNELS = {"aten_beta1": "eager", "two_kernel": "triton", "single_kernel": "triton", "one_pass_backward": "triton"}
+_TRITON = ("two_kernel", "single_kernel", "one_pass_backward")
+# name: backend; the CUDA kernels do the same steps as Triton's
+KERNELS = {"aten_beta1": "eager", **dict.fromkeys(_TRITON, "triton")} | {f"cuda {name}": "cuda" for name in _TRITON}
 _FOLDER = Path(__file__).parent / "tuned"
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "N": int, "K": int, "R": list, "M": list, "dtype": str, "dropout": bool, "gradients": list, "kernel": str,
@@ -43,6 +44,11 @@ class Tuned:
     seconds: float
     commit: str
     date: str
+
+
+def name_of(backend: str, kernel: str) -> str:
+    """The name in `KERNELS` of a backend's kernel."""
+    return f"cuda {kernel}" if backend == "cuda" else kernel
 
 
 @cache

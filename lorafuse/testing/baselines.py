@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafuse.backends import base
 from lorafuse.integrations import patch
 from lorafuse.plan import only
 from lorafuse.testing.cases import Case
@@ -108,8 +109,8 @@ def _lorafuse(given: Inputs, backend: str = "auto") -> tuple[Any, dict[str, Tens
     return layer, wanted
 
 
-def _single(given: Inputs) -> tuple[Any, dict[str, Tensor]]:
-    layer, wanted = _lorafuse(given, "triton")
+def _single(given: Inputs, backend: str) -> tuple[Any, dict[str, Tensor]]:
+    layer, wanted = _lorafuse(given, backend)
 
     def call(x: Tensor) -> Tensor:
         with only("single_kernel"):
@@ -154,13 +155,18 @@ VARIANTS: dict[str, Callable[[Inputs], tuple[Any, dict[str, Tensor]]]] = {
 _GPU_VARIANTS: dict[str, Callable[[Inputs], tuple[Any, dict[str, Tensor]]]] = {
     "lorafuse-eager": partial(_lorafuse, backend="eager"),
     "lorafuse-triton": partial(_lorafuse, backend="triton"),
-    "lorafuse-single": _single,
+    "lorafuse-single": partial(_single, backend="triton"),
+    "lorafuse-cuda": partial(_lorafuse, backend="cuda"),
+    "lorafuse-cuda-single": partial(_single, backend="cuda"),
 }
 
 
 def variants(device: torch.device) -> tuple[str, ...]:
-    """The names of those that run on a device."""
-    return (*VARIANTS, *(_GPU_VARIANTS if device.type == "cuda" else ()))
+    """The names of those that run on a device; those of CUDA kernels where such were built for it."""
+    if device.type != "cuda":
+        return tuple(VARIANTS)
+    cuda = base.availability("cuda").ok
+    return (*VARIANTS, *(name for name in _GPU_VARIANTS if cuda or "cuda" not in name))
 
 
 def build(name: str, given: Inputs) -> Variant:

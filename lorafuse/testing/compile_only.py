@@ -45,8 +45,10 @@ TARGETS = {
     # no plan is made for AMD GPUs; this keeps the kernels' source compilable for them, aligned problems only
     "gfx942": (GPUTarget("hip", "gfx942", 64), 89),
 }
-# of the main loop of grouped layers: y, dx, an activation and its backward
-EPILOGUES = {"ragged": ("y", "dx"), "ragged_act": ("act", "act_backward")}
+# of the main loop of grouped layers: y and dx; an activation and its backward, of gate and up in halves (their weights
+# as nn.Linear stores them, or transposed), in pairs of transposed weights as gpt-oss has them, and without a gate
+_LAYOUTS = ("halves", "transposed", "pairs", "ungated")
+EPILOGUES = {"ragged": ("y", "dx"), "ragged_act": _LAYOUTS, "ragged_act_backward": _LAYOUTS}
 # matrix instructions by what each architecture calls them
 _INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "FFMA", "v_mfma")
 
@@ -119,9 +121,18 @@ def _ragged_variants(problem: Problem, device: DeviceSpec, everything: bool) -> 
         epilogues = EPILOGUES.get(kernel, ("",))
         for config, epilogue in itertools.product(ragged_candidates(kernel, problem, device), epilogues):
             tiles = min(2, -(-problem.R // config.block_r)) if kernel in EPILOGUES else 1
-            # one rank tile or several are the same loop, and y with its gather and its bias stands for dx
-            if everything or (epilogue != "dx" and (tiles == 1 or problem.R == 64)):
+            if everything or kernel not in EPILOGUES or _differs(config, epilogue, problem):
                 yield Variant(config, problem.dtype, "float32", False, tiles, problem.aligned, epilogue)
+
+
+def _differs(config: KernelConfig, epilogue: str, problem: Problem) -> bool:
+    """Whether a main loop is of those that need most: the common layouts at every rank, the others at one."""
+    common = epilogue in ("y", "halves")
+    if config.block_m >= 64:
+        return problem.R in ((16, 32, 64) if common else (32,)) and epilogue != "transposed"
+    if problem.itemsize == 2 and problem.aligned:
+        return common and problem.R == 32
+    return problem.R in ((16, 64) if epilogue == "y" else (64,)) and epilogue in ("y", "halves", "pairs")
 
 
 class _Offline:
@@ -223,18 +234,26 @@ def _launch_ragged(variant: Variant, rows: int, n: int, k: int, r: int) -> None:
     elif c.kernel == "outer":
         ragged_rank.outer(tiles, u, xa, 1.0, b, c, source=token, factor=tensor(rows))
     elif variant.epilogue == "y":
-        ragged.ragged_linear(tiles, x, w, tensor(128, n), xa, b, 2.0, c, source=token)
+        ragged.ragged_linear(tiles, x, w, tensor(128, n), xa, b, 2.0, 132, c, source=token)
     elif variant.epilogue == "dx":
-        ragged.ragged_linear(tiles, u, w.transpose(1, 2), None, xa, a.transpose(1, 2), 1.0, c)
-    elif variant.epilogue == "act":
-        ragged.ragged_activated(tiles, x, w, tensor(128, n), xa, b, 2.0, "gelu_tanh", True, c, source=token)
+        ragged.ragged_linear(tiles, u, w.transpose(1, 2), None, xa, a.transpose(1, 2), 1.0, 132, c)
     else:
-        down = tensor(128, k, n // 2)
-        a = tensor(128, r, n // 2, of=adapter)
+        pairs, gated = variant.epilogue == "pairs", variant.epilogue != "ungated"
+        layout = "" if not gated else "pairs" if pairs else "halves"
+        # gelu_tanh holds most registers of those that a gate multiplies
+        activation = "clamped_swiglu" if pairs else "gelu_tanh"
+        transposed = variant.epilogue in ("transposed", "pairs")
+        if c.kernel == "ragged_act":
+            w = tensor(128, k, n).transpose(1, 2) if transposed else w
+            bias = tensor(128, n)
+            ragged.ragged_activated(tiles, x, w, bias, xa, b, 2.0, activation, layout, 132, c, source=token)
+            return
+        inner = n // 2 if gated else n
+        down = tensor(128, inner, k) if transposed else tensor(128, k, inner).transpose(1, 2)
+        low = tensor(128, r, inner, of=adapter).transpose(1, 2)
         ragged.ragged_activation_backward(
-            tiles, x, down.transpose(1, 2), xa, a.transpose(1, 2), u, "gelu_tanh", True, True, c,
-            source=token, factor=tensor(rows),
-        )  # fmt: skip
+            tiles, x, down, xa, low, u, activation, layout, True, 132, c, source=token, factor=tensor(rows)
+        )
 
 
 def _resources(kernel: Any) -> Resources:

@@ -10,7 +10,7 @@ import torch
 
 from lorafuse.testing.baselines import Variant
 
-__all__ = ["CACHE_NOTE", "Samples", "measure", "percentile"]
+__all__ = ["CACHE_NOTE", "Samples", "measure", "measure_calls", "percentile"]
 
 CACHE_NOTE = {
     "cpu": "interleaved, caches hold what the other variants left",
@@ -86,3 +86,17 @@ def measure(variants: list[Variant], rounds: int, warm_up: int, device: torch.de
                 samples[variant.name].forward.append(forward)
                 samples[variant.name].backward.append(backward)
         yield samples
+
+
+def measure_calls(
+    calls: dict[str, Callable[[], object]], rounds: int, warm_up: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of every call by name, each made once a round, in a new order each round."""
+    clock, order = _Clock(device), random.Random(0)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(warm_up + rounds):
+        for name in order.sample(list(calls), len(calls)):
+            taken, _ = clock.time(calls[name])
+            if index >= warm_up:
+                seconds[name].append(taken)
+    return seconds

@@ -1,0 +1,219 @@
+"""Builds `lorafuse._cuda` with nvcc, or `lorafuse._emu`, the same kernels on a CPU, with g++. Standard library only.
+
+    python csrc/build.py check              say which nvcc would build, or why none can (exit status 1)
+    python csrc/build.py cuda [FILE]        build into FILE; without one, into the package of this checkout
+    python csrc/build.py emu [FILE] [--sanitize]
+
+ninja compiles what changed since the last build; objects and ptxas' report of each are kept under build/csrc/.
+"""
+
+import argparse
+import fcntl
+import importlib.util
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent
+ROOT = CSRC.parent
+OLDEST_NVCC = (12, 8)
+# nvcc's options by what a file's name ends with: sm_90a holds for its own instructions alone, while memory-bound
+# passes serve every GPU from sm_80 on, those of the future through PTX
+TARGETS = {
+    "_sm90.cu": ("arch=compute_90a,code=sm_90a",),
+    "_sm80.cu": ("arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_80,code=compute_80"),
+}
+NVCC_FLAGS = (
+    "-std=c++20 -O3 -Xptxas=-v,--warn-on-spills -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas"
+)
+GXX_FLAGS = "-std=c++20 -O2 -fPIC -fvisibility=hidden -Wall -Wno-psabi"
+SANITIZE = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+
+RULES = """
+ninja_required_version = 1.10
+rule nvcc
+  command = {nvcc} {nvcc_flags} $targets -I {csrc}/include -MD -MF $out.d -c $in -o $out > $out.log 2>&1 $
+      && {{ grep -i warning $out.log || true; }} || {{ cat $out.log; exit 1; }}
+  depfile = $out.d
+  deps = gcc
+  description = nvcc $in
+rule gxx
+  command = {gxx} {gxx_flags} $flags -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = g++ $in
+rule link
+  command = {link}
+  description = link $out
+"""
+
+
+class Unavailable(Exception):
+    """What is needed is not here; the message says what, and how to get it."""
+
+
+def find_nvcc() -> tuple[str, str]:
+    """Path and version of the first nvcc that is new enough. Raises Unavailable."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), None, "/usr/local/cuda"]
+    # the packages nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cuda-crt, nvidia-cuda-runtime and nvidia-cuda-cccl of PyPI
+    homes += [f"{folder}/nvidia/cu13" for folder in sys.path]
+    paths = [f"{home}/bin/nvcc" if home else "" for home in homes]
+    paths[2] = shutil.which("nvcc") or ""
+    old = []
+    for path in paths:
+        if not path or not os.access(path, os.X_OK):
+            continue
+        said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+        version = re.search(r"V(\d+)\.(\d+)\.(\d+)", said)
+        if version and (int(version[1]), int(version[2])) >= OLDEST_NVCC:
+            return path, version[0][1:]
+        old.append(f"{path} is {version[0][1:] if version else 'of no known version'}")
+    wanted = ".".join(map(str, OLDEST_NVCC))
+    raise Unavailable(
+        f"nvcc {wanted} or newer was not found ({'; '.join(old) or 'nor any other'}): install the CUDA toolkit, or set "
+        "CUDA_HOME to where it is"
+    )
+
+
+def find_ninja() -> str:
+    beside = Path(sys.executable).with_name("ninja")
+    found = str(beside) if beside.exists() else shutil.which("ninja")
+    if not found:
+        raise Unavailable("ninja was not found: pip install ninja")
+    return found
+
+
+def find_gxx() -> str:
+    found = shutil.which(os.environ.get("CXX", "g++"))
+    if not found:
+        raise Unavailable("g++ was not found: install it, or set CXX to another compiler of C++20")
+    return found
+
+
+def pybind11_include() -> Path:
+    """pybind11's headers, else those that torch brings."""
+    for package in ("pybind11", "torch"):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            if (Path(folder) / "include" / "pybind11").is_dir():
+                return Path(folder) / "include"
+    raise Unavailable("pybind11 was not found: pip install 'pybind11>=3'")
+
+
+def architectures() -> list[str]:
+    codes = {target.split("code=")[1] for targets in TARGETS.values() for target in targets}
+    return sorted(codes, key=lambda code: (code.startswith("compute"), code))
+
+
+def module_file(target: str) -> Path:
+    """Where the checkout's own package looks for the module."""
+    return ROOT / "lorafuse" / f"_{target}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+class Ninja:
+    """A build of one module, as ninja reads it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lines: list[str] = []
+        self.objects: list[str] = []
+
+    def compile(self, rule: str, source: Path, **variables: str) -> None:
+        name = source.name if source.is_relative_to(self.folder) else "-".join(source.relative_to(CSRC).parts)
+        self.objects.append(f"{name}.o")
+        self.lines.append(f"build {name}.o: {rule} {source}")
+        self.lines += [f"  {key} = {value}" for key, value in variables.items()]
+
+    def run(self, rules: str) -> Path:
+        link = f"build module.so: link {' '.join(self.objects)}"
+        _write(self.folder / "build.ninja", "\n".join([rules, *self.lines, link, "default module.so", ""]))
+        subprocess.run([find_ninja(), "-C", str(self.folder), "-j", str(os.cpu_count() or 1)], check=True)
+        return self.folder / "module.so"
+
+
+def _write(path: Path, text: str) -> None:
+    """Leaves the time of a file alone that would not change."""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def build(target: str, out: Path, sanitize: bool) -> None:
+    """Build a module and put it at `out`. Raises Unavailable, or CalledProcessError for sources that do not compile."""
+    emulated = target == "emu"
+    nvcc, version = ("", "") if emulated else find_nvcc()
+    gxx = find_gxx()
+    folder = ROOT / "build" / "csrc" / (target + ("-sanitize" if sanitize else ""))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        # tests and installations may build at the same time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ninja = Ninja(folder)
+        include = f"-I {CSRC}/include"
+        python = f"-I {sysconfig.get_path('include')} -isystem {pybind11_include()} -DLORAFUSE_MODULE=_{target}"
+        if emulated:
+            compiler = subprocess.run([gxx, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+            info = {"compiler": compiler, "architectures": []}
+            include = f"-I {CSRC}/emu/include {include}"
+            for source in sorted((CSRC / "kernels").glob("*.cu")):
+                ninja.compile("gxx", source, flags=f"{include} -x c++")
+            for source in sorted((CSRC / "emu").glob("*.cpp")):
+                ninja.compile("gxx", source, flags=include)
+            python += " -DLORAFUSE_EMULATED"
+            link = f"{gxx} -shared $in -o $out"
+        else:
+            info = {"compiler": f"nvcc {version}", "architectures": architectures()}
+            for source in sorted((CSRC / "kernels").glob("*.cu")):
+                (ending,) = (e for e in TARGETS if source.name.endswith(e))
+                ninja.compile("nvcc", source, targets=" ".join(f"-gencode {t}" for t in TARGETS[ending]))
+            link = f"{nvcc} -shared -cudart=static -Xlinker=--exclude-libs=ALL,-s $in -o $out"
+        sources = runpy.run_path(str(ROOT / "lorafuse" / "backends" / "cuda_sources.py"))
+        info["sources"] = sources["source_hash"](CSRC, emulated)
+        text = json.dumps(json.dumps(info))
+        declared = "const char* const lorafuse_build_info"
+        _write(folder / "build_info.cpp", f"extern {declared};\n{declared} = {text};\n")
+        ninja.compile("gxx", folder / "build_info.cpp")
+        ninja.compile("gxx", CSRC / "bindings.cpp", flags=f"{include} {python}")
+        gxx_flags = f"{GXX_FLAGS} {SANITIZE}" if sanitize else GXX_FLAGS
+        if sanitize:
+            link += " -fsanitize=address,undefined"
+        rules = RULES.format(nvcc=nvcc, nvcc_flags=NVCC_FLAGS, gxx=gxx, gxx_flags=gxx_flags, csrc=CSRC, link=link)
+        built = ninja.run(rules)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # a process that runs the former module keeps it
+        beside = out.with_name(f"{out.name}.new")
+        shutil.copy2(built, beside)
+        os.replace(beside, out)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("check", "cuda", "emu"))
+    parser.add_argument("file", nargs="?", type=Path, help="of the module; without it, in this checkout's package")
+    parser.add_argument("--sanitize", action="store_true", help="emu: with AddressSanitizer and UBSan")
+    args = parser.parse_args()
+    if args.sanitize and args.what != "emu":
+        parser.error("--sanitize is for emu")
+    try:
+        if args.what == "check":
+            nvcc, version = find_nvcc()
+            for find in (find_gxx, find_ninja, pybind11_include):
+                find()
+            print(f"nvcc {version} ({nvcc})")
+        else:
+            build(args.what, args.file or module_file(args.what), args.sanitize)
+    except Unavailable as reason:
+        print(reason, file=sys.stderr)
+        return 1
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+// In which order tiles are walked, and by whom: arithmetic that a host can run and tests enumerate.
+//
+// A program is a cluster of blocks that lives as long as the launch and walks the tiles that are its own. Rows of tiles
+// are counted in clusters: with two blocks, row 0 is row blocks 0 and 1.
+#pragma once
+
+#include <lorafuse/common.cuh>
+
+namespace lorafuse {
+
+struct Tile {
+  int row, column;
+};
+
+// Rows are walked in groups of `group`, column after column, rows fastest: the tiles that run at one time then share
+// few rows of x and few columns of w, and what one of them read is in L2 for the others.
+struct TileOrder {
+  int rows, columns, group;
+
+  LF_HOST_DEVICE constexpr int tiles() const { return rows * columns; }
+  LF_HOST_DEVICE constexpr Tile at(int index) const {
+    const int first = index / (group * columns) * group;
+    const int height = rows - first < group ? rows - first : group;
+    const int within = index % (group * columns);
+    return {first + within % height, within / height};
+  }
+};
+
+// Which tiles a program walks: one of each wave. The last wave, when it is not full, belongs to the late programs; the
+// early ones have one tile fewer and are `slack()` many.
+struct Walk {
+  int tiles, programs;
+
+  LF_HOST_DEVICE constexpr int full_waves() const { return tiles / programs; }
+  LF_HOST_DEVICE constexpr int slack() const { return tiles % programs == 0 ? 0 : programs - tiles % programs; }
+  LF_HOST_DEVICE constexpr int count(int program) const {
+    return full_waves() + (tiles % programs != 0 && program >= slack() ? 1 : 0);
+  }
+  LF_HOST_DEVICE constexpr int tile(int program, int wave) const {
+    return wave * programs + (wave < full_waves() ? program : program - slack());
+  }
+};
+
+// How many programs, those of the first tickets, compute the `items` rows of xa before their tiles, item by item as
+// they come: those with slack, where an item takes no longer than 1 / `items_in_slack` of a tile and they suffice;
+// else as many as can have one item each.
+LF_HOST_DEVICE constexpr int item_programs(const Walk& walk, int items, int items_in_slack) {
+  const int enough = walk.slack() * items_in_slack >= items ? walk.slack() : walk.programs;
+  return enough < items ? enough : items;
+}
+
+struct RaggedTile {
+  int group;
+  int row, row_end;  // first row, and the end of its group's rows
+  int column;        // in tiles
+};
+
+// Walks the tiles of ragged groups (group after group, in a group column after column, row blocks fastest), whose ends
+// are only known on the device. A walk goes forward only: it keeps where it is and reads each end once.
+struct RaggedWalk {
+  int groups, columns, block_m;
+  int group = -1;
+  int begin = 0, end = 0;       // rows of `group`
+  int64_t first = 0, last = 0;  // its tiles
+
+  LF_HOST_DEVICE constexpr RaggedWalk(int groups, int columns, int block_m)
+      : groups(groups), columns(columns), block_m(block_m) {}
+
+  // Moves to tile `index`, whose number is not below those asked for before. False when there are no more.
+  // `load(g)` is the end of group g.
+  template <class Load>
+  LF_HOST_DEVICE constexpr bool seek(int64_t index, Load load, RaggedTile& tile) {
+    while (index >= last) {
+      if (++group >= groups) return false;
+      begin = end;
+      end = load(group);
+      first = last;
+      last += static_cast<int64_t>(end > begin ? ceil_div(end - begin, block_m) : 0) * columns;
+    }
+    const int row_blocks = ceil_div(end - begin, block_m);
+    const int within = static_cast<int>(index - first);
+    tile = {group, begin + within % row_blocks * block_m, end, within / row_blocks};
+    return true;
+  }
+};
+
+}  // namespace lorafuse

@@ -1,0 +1,171 @@
+// Host: from sizes and pointers to a launch of linear_kernel. Instantiated form by form, in linear_*_sm90.cu.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include <lorafuse/api.hpp>
+#include <lorafuse/ptx/launch.cuh>
+
+#include "linear_sm90.cuh"
+
+namespace lorafuse::sm90 {
+
+// In the names of linear_sm90.cuh, for both directions: N columns of y, K of the reduction.
+struct LinearProblem {
+  Type type;
+  int64_t M, N, K, R;
+  const void* x;
+  int64_t stride_x;
+  const void* w;
+  int64_t stride_w;
+  const void* xa;
+  int64_t stride_xa;
+  const void* b;
+  int64_t stride_b;
+  void* y;
+  int64_t stride_y;
+  Tiling tiling;
+  bool overlap_previous = false;
+  const void* bias = nullptr;
+  const void* a = nullptr;  // kForwardFused
+  int64_t stride_a = 0;
+  uint32_t* workspace = nullptr;
+  const int64_t* seed = nullptr;  // kDxDropout
+  uint32_t drop_below = 0;
+};
+
+// Items of xa that a program computes while others compute one tile: an item reads 128 rows of x, which L2 gives at 64
+// bytes a clock, in half the clocks that the tensor cores need for 128x256 (model: 9 to 20 of 43 µs at K 4096).
+template <int BLOCK_N>
+constexpr int kItemsInSlack = BLOCK_N / 128;
+
+// Calls f with the number in `options` that equals `value`, as a constant.
+template <int... options, class F>
+void choose(int value, const char* name, F&& f) {
+  const bool found = ((value == options && (f(std::integral_constant<int, options>{}), true)) || ...);
+  require(found, name, " of ", value, " has no kernel");
+}
+
+template <class F>
+void choose_type(Type type, F&& f) {
+  require(type == Type::BF16 || type == Type::FP16, "the sm_90 kernels take bf16 and fp16, not fp32");
+  if (type == Type::BF16) {
+    f(BF16{});
+  } else {
+    f(FP16{});
+  }
+}
+
+inline void check_tiling(const Tiling& tiling, int stage_bytes, int shared_bytes) {
+  require(tiling.stages >= 2, "a ring of ", tiling.stages, " stages; it needs 2");
+  require(shared_bytes <= kMaxSharedBytes, tiling.stages, " stages of ", stage_bytes, " bytes need ", shared_bytes,
+          " bytes of shared memory; a block has ", kMaxSharedBytes);
+  require(tiling.cluster == 1 || tiling.cluster == 2, "clusters of ", tiling.cluster, " blocks; they have 1 or 2");
+  require(tiling.group_m >= 1, "group_m of ", tiling.group_m, "; it is at least 1");
+  require(tiling.sms >= 0, "sms of ", tiling.sms, "; it is at least 0");
+}
+
+// Blocks that are launched: a cluster for each of `work`, as many as there are multiprocessors at most.
+inline int clusters_launched(const Tiling& tiling, int64_t work) {
+  const int sms = tiling.sms > 0 ? tiling.sms : multiprocessors();
+  require(sms >= tiling.cluster, sms, " multiprocessors hold no cluster of ", tiling.cluster);
+  return static_cast<int>(std::min<int64_t>(sms / tiling.cluster, work));
+}
+
+template <class T>
+TensorMap matrix_map(const void* base, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
+  return tensor_map<T, 2>(base, {columns, rows}, {stride * 2}, {kBoxElements, box_rows});
+}
+// An operand B of the product, [columns, reduction] (K-major) or [reduction, columns] (MN-major).
+template <class T, Major kMajor, int BLOCK_N>
+TensorMap operand_b_map(const void* base, int64_t columns, int64_t reduction, int64_t stride, int cluster) {
+  if (kMajor == Major::K) return matrix_map<T>(base, columns, reduction, stride, BLOCK_N / cluster);
+  return matrix_map<T>(base, reduction, columns, stride, BLOCK_K);
+}
+
+template <class T, int BLOCK_N, int kRankSteps, Form kForm>
+void launch_linear_kernel(const LinearProblem& p, Stream stream) {
+  constexpr Major kMajor = kMajorOfB<kForm>;
+  using Plan = SharedPlan<BLOCK_M, BLOCK_N>;
+  const int cluster = p.tiling.cluster;
+  check_tiling(p.tiling, Plan::kStageBytes, Plan::bytes(p.tiling.stages));
+  require(p.tiling.block_m == BLOCK_M, "block_m of ", p.tiling.block_m, "; dense tiles have ", BLOCK_M, " rows");
+
+  LinearMaps maps{};
+  maps.x = matrix_map<T>(p.x, p.M, p.K, p.stride_x, BLOCK_M);
+  maps.w = operand_b_map<T, kMajor, BLOCK_N>(p.w, p.N, p.K, p.stride_w, cluster);
+  maps.y = matrix_map<T>(p.y, p.M, p.N, p.stride_y, kWarpgroupRows);
+  if (kRankSteps > 0) {
+    maps.xa = matrix_map<T>(p.xa, p.M, p.R, p.stride_xa, BLOCK_M);
+    maps.b = operand_b_map<T, kMajor, BLOCK_N>(p.b, p.N, p.R, p.stride_b, cluster);
+  }
+
+  LinearArguments arguments{};
+  arguments.M = static_cast<int>(p.M);
+  arguments.N = static_cast<int>(p.N);
+  arguments.R = static_cast<int>(p.R);
+  arguments.k_blocks = static_cast<int>(ceil_div<int64_t>(p.K, BLOCK_K));
+  arguments.rank_blocks = static_cast<int>(ceil_div<int64_t>(p.R, BLOCK_K));
+  const int rows = static_cast<int>(ceil_div<int64_t>(p.M, BLOCK_M * cluster));
+  arguments.order = {rows, static_cast<int>(ceil_div<int64_t>(p.N, BLOCK_N)), std::max(1, p.tiling.group_m / cluster)};
+  arguments.stages = p.tiling.stages;
+  arguments.cluster = cluster;
+  arguments.bias = p.bias;
+  arguments.overlap_previous = p.overlap_previous;
+  arguments.seed = p.seed;
+  arguments.drop_below = p.drop_below;
+
+  const int64_t tiles_wide = int64_t{rows} * arguments.order.columns;
+  require(tiles_wide < int64_t{1} << 31, tiles_wide, " tiles are more than 2^31 - 1");
+  const int tiles = static_cast<int>(tiles_wide);
+  int clusters = clusters_launched(p.tiling, tiles);
+  if (kForm == Form::kForwardFused) {
+    constexpr int kItemColumns = kRankSteps == 1 ? 16 : kRankSteps == 2 ? 32 : 64;
+    maps.a = matrix_map<T>(p.a, p.R, p.K, p.stride_a, kItemColumns);
+    // programs without a tile may compute xa
+    clusters = clusters_launched(p.tiling, int64_t{tiles} + rows);
+    arguments.xa = const_cast<void*>(p.xa);
+    arguments.stride_xa = p.stride_xa;
+    arguments.workspace = p.workspace;
+    arguments.row_items = rows;
+    arguments.item_programs = item_programs({tiles, clusters}, rows, kItemsInSlack<BLOCK_N>);
+  }
+
+  LaunchConfig config{clusters * cluster, kThreads};
+  config.shared_bytes = Plan::bytes(p.tiling.stages);
+  config.cluster = cluster;
+  // without ranks nothing in the kernel waits
+  config.overlap_previous = p.overlap_previous && kRankSteps > 0;
+  launch(linear_kernel<T, BLOCK_N, kRankSteps, kForm>, config, stream, maps, arguments);
+}
+
+// Steps of 16 ranks that the last K-block of the ranks issues.
+inline int last_rank_steps(int64_t R) {
+  return R == 0 ? 0 : static_cast<int>(ceil_div<int64_t>(R - (R - 1) / BLOCK_K * BLOCK_K, kStepElements));
+}
+
+template <Form kForm>
+void launch_linear(const LinearProblem& p, Stream stream) {
+  choose_type(p.type, [&]<class T>(T) {
+    choose<128, 256>(p.tiling.block_n, "block_n", [&](auto block_n) {
+      const auto launch_steps = [&](auto steps) { launch_linear_kernel<T, block_n, steps, kForm>(p, stream); };
+      const int last = last_rank_steps(p.R);
+      if constexpr (kForm == Form::kDxDropout) {
+        // one, or four of which the last multiply zeros: drawing the mask costs more, and compiling it takes long
+        choose<1, 4>(last == 1 ? 1 : 4, "rank steps", launch_steps);
+      } else if constexpr (kForm == Form::kForwardFused) {
+        choose<1, 2, 3, 4>(last, "rank steps", launch_steps);
+      } else {
+        choose<0, 1, 2, 3, 4>(last, "rank steps", launch_steps);
+      }
+    });
+  });
+}
+
+extern template void launch_linear<Form::kForward>(const LinearProblem&, Stream);
+extern template void launch_linear<Form::kForwardFused>(const LinearProblem&, Stream);
+extern template void launch_linear<Form::kDx>(const LinearProblem&, Stream);
+extern template void launch_linear<Form::kDxDropout>(const LinearProblem&, Stream);
+
+}  // namespace lorafuse::sm90

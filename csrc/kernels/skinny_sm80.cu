@@ -1,0 +1,264 @@
+// Host side of the memory-bound passes of api.hpp: checks, shapes, launches.
+#include <lorafuse/api.hpp>
+#include <lorafuse/ptx/launch.cuh>
+
+#include "project_sm80.cuh"
+#include "reduce_sm80.cuh"
+
+namespace lorafuse {
+namespace {
+
+using namespace skinny;
+
+template <class Function>
+void with_type(Type type, Function function) {
+  require(type == Type::BF16 || type == Type::FP16, "type ", static_cast<int>(type), " of x is neither BF16 nor FP16");
+  type == Type::BF16 ? function(BF16{}) : function(FP16{});
+}
+// The same for an adapter: fp32, or the type of T.
+template <class T, class Function>
+void with_adapter_type(Type type, Type x_type, Function function) {
+  require(type == Type::FP32 || type == x_type, "adapter's type ", static_cast<int>(type),
+          " is neither FP32 nor that of x, ", static_cast<int>(x_type));
+  type == Type::FP32 ? function(float{}) : function(T{});
+}
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+// GPUs give a block 163 KB of shared memory or more (sm_80, sm_87, sm_90, sm_100), or 99 KB (sm_86, sm_89, sm_120).
+bool has_large_blocks() { return shared_memory_limit() >= 163 * 1024; }
+// Ranks that a block takes at a time.
+int rank_tile(int64_t R, bool large) { return R <= 16 ? 16 : R <= 32 || !large ? 32 : 64; }
+template <class Function>
+void with_ranks(int ranks, Function function) {
+  ranks == 16 ? function(Constant<16>{}) : ranks == 32 ? function(Constant<32>{}) : function(Constant<64>{});
+}
+
+void check_sizes(int64_t M, int64_t columns, int64_t R) {
+  require(M >= 1 && columns >= 1 && R >= 1, "sizes ", M, ", ", columns, " and rank ", R, " must be positive");
+  require(M < int64_t{1} << 31 && columns < int64_t{1} << 31 && R < int64_t{1} << 31, "sizes ", M, ", ", columns,
+          " and rank ", R, " must be below 2^31");
+}
+// A matrix whose rows are moved in pieces of 16 bytes.
+void check_rows(const char* name, const void* base, int64_t stride, int64_t columns, int element_bytes) {
+  require(base != nullptr, name, " is null");
+  require(reinterpret_cast<uintptr_t>(base) % 16 == 0, name, " at ", base, " is not on a 16-byte boundary");
+  require(stride >= columns, "stride ", stride, " of ", name, " is below its ", columns, " columns");
+  require(stride * element_bytes % 16 == 0, "stride ", stride, " of ", name, " is not a multiple of ",
+          16 / element_bytes, " elements, 16 bytes");
+}
+int grid_size(int64_t blocks) {
+  require(blocks < int64_t{1} << 31, "a launch of ", blocks, " blocks is above 2^31 - 1");
+  return static_cast<int>(blocks);
+}
+
+template <class T, class A, int BLOCK_M, int RANKS>
+void launch_project(const ProjectX& p, Stream stream) {
+  using S = ProjectShape<T, A, BLOCK_M, RANKS>;
+  const int64_t blocks = ceil_div<int64_t>(p.M, BLOCK_M) * ceil_div<int64_t>(p.R, RANKS);
+  LaunchConfig config{grid_size(blocks), kThreads, S::kSharedBytes};
+  launch(project_kernel<T, A, BLOCK_M, RANKS>, config, stream, p);
+}
+
+// What an SM takes in, in units of a row of x: 64-row blocks share `a` better, 16-row blocks fill more SMs.
+double project_cost(const ProjectX& p, int ranks, int block_m, int sms) {
+  const double blocks = static_cast<double>(ceil_div<int64_t>(p.M, block_m) * ceil_div<int64_t>(p.R, ranks));
+  const double a_rows = static_cast<double>(p.R < ranks ? p.R : ranks) * (p.a_type == Type::FP32 ? 2 : 1);
+  return (block_m + a_rows) * (blocks > sms ? blocks / sms : 1.0);
+}
+
+// What a launch of the reduction is made of. Partials lie in the workspace in the order rows, columns, bias.
+struct ReducePlan {
+  int ranks, block_m, block_n;
+  int64_t row_floats, column_floats, bias_floats;
+
+  int64_t bytes() const { return 4 * (row_floats + column_floats + bias_floats); }
+};
+
+// Fills in of `r` what follows from the sizes and from what is wanted, for one shape of block.
+ReducePlan plan_shape(Reduce& r, int ranks, int block_m, int block_n, int sms) {
+  ReducePlan plan{ranks, block_m, block_n, 0, 0, 0};
+  const int64_t row_blocks = ceil_div<int64_t>(r.M, block_m), column_blocks = ceil_div<int64_t>(r.C, block_n);
+  require(row_blocks * column_blocks < int64_t{1} << 31, "a matrix of ", r.M, " rows and ", r.C,
+          " columns has too many blocks");
+  const int items = static_cast<int>(row_blocks * column_blocks);
+  r.block_n = block_n;
+  r.row_blocks = static_cast<int>(row_blocks);
+  r.column_blocks = static_cast<int>(column_blocks);
+  r.rank_tiles = static_cast<int>(ceil_div<int64_t>(r.R, plan.ranks));
+  // two items a block at least, so that small problems have few partials
+  const int resident = sms / r.rank_tiles > 1 ? sms / r.rank_tiles : 1, enough = ceil_div(items, 2);
+  r.shares = {items, resident < enough ? resident : enough};
+  r.pitch = round_up<int64_t>(r.R, 2);
+  const int64_t slots = r.shares.blocks + column_blocks - 1;
+  if (r.rows_out) plan.row_floats = column_blocks * r.M * r.pitch;
+  if (r.columns_out) plan.column_floats = slots * block_n * r.pitch;
+  if (r.bias_out) plan.bias_floats = slots * block_n;
+  return plan;
+}
+
+// 32 × 512 blocks where the partials are fewer for it and the accumulators fit the registers, else 64 × 256; 32 × 256
+// where shared memory is small.
+ReducePlan plan_reduce(Reduce& r, int sms) {
+  require(sms >= 0, "number of multiprocessors ", sms, " is negative");
+  if (sms == 0) sms = multiprocessors();
+  const bool large = has_large_blocks();
+  const int ranks = rank_tile(r.R, large);
+  Reduce wide = r;
+  const ReducePlan narrow_plan = plan_shape(r, ranks, large ? 64 : 32, 256, sms);
+  if (ranks > 32 || !large || !r.rows_out) return narrow_plan;
+  const ReducePlan wide_plan = plan_shape(wide, ranks, 32, 512, sms);
+  if (wide_plan.bytes() >= narrow_plan.bytes()) return narrow_plan;
+  r = wide;
+  return wide_plan;
+}
+
+template <class T, int BLOCK_M, int BLOCK_N, int RANKS>
+void launch_reduce(const Reduce& r, Stream stream) {
+  using S = ReduceShape<T, BLOCK_M, BLOCK_N, RANKS>;
+  LaunchConfig config{grid_size(static_cast<int64_t>(r.shares.blocks) * r.rank_tiles), kThreads, S::kSharedBytes};
+  launch(reduce_kernel<T, BLOCK_M, BLOCK_N, RANKS>, config, stream, r);
+}
+
+template <class T>
+void run_reduce(Reduce& r, const ReducePlan& plan, void* workspace, Stream stream) {
+  require(workspace != nullptr, "workspace of ", plan.bytes(), " bytes is null");
+  require(reinterpret_cast<uintptr_t>(workspace) % 16 == 0, "workspace at ", workspace,
+          " is not on a 16-byte boundary");
+  r.rows = static_cast<float*>(workspace);
+  r.columns = r.rows + plan.row_floats;
+  r.bias = r.bias_out ? r.columns + plan.column_floats : nullptr;
+  with_ranks(plan.ranks, [&](auto ranks) {
+    constexpr int RANKS = decltype(ranks)::value;
+    if constexpr (RANKS <= 32) {
+      if (plan.block_n == 512) return launch_reduce<T, 32, 512, RANKS>(r, stream);
+      if (plan.block_m == 32) return launch_reduce<T, 32, 256, RANKS>(r, stream);
+    }
+    launch_reduce<T, 64, 256, RANKS>(r, stream);
+  });
+  const auto blocks = [](int64_t size) { return ceil_div<int64_t>(size, kThreads); };
+  const int64_t sums = (r.rows_out ? blocks(r.M * r.stride_rows_out) : 0) + (r.columns_out ? blocks(r.C * r.R) : 0) +
+                       (r.bias_out ? blocks(r.C) : 0);
+  launch(sum_kernel<T>, LaunchConfig{grid_size(sums), kThreads}, stream, r);
+}
+
+Reduce reduce_of(const ReduceDy& p) {
+  check_sizes(p.M, p.N, p.R);
+  Reduce r{};
+  r.M = p.M;
+  r.C = p.N;
+  r.R = p.R;
+  r.left = p.dy;
+  r.stride_left = p.stride_dy;
+  r.right = p.db ? p.xa : nullptr;
+  r.stride_right = p.stride_xa;
+  r.b = p.dyb ? p.b : nullptr;
+  r.stride_b = p.stride_b;
+  r.b_fp32 = p.b_type == Type::FP32;
+  r.scale = p.scale;
+  r.rows_out = p.dyb;
+  r.stride_rows_out = p.stride_dyb;
+  r.columns_out = p.db;
+  r.columns_fp32 = r.b_fp32;
+  r.bias_out = p.dbias;
+  return r;
+}
+
+Reduce reduce_of(const ReduceX& p) {
+  check_sizes(p.M, p.K, p.R);
+  Reduce r{};
+  r.M = p.M;
+  r.C = p.K;
+  r.R = p.R;
+  r.left = p.x;
+  r.stride_left = p.stride_x;
+  r.right = p.dyb;
+  r.stride_right = p.stride_dyb;
+  r.seed = p.seed;
+  r.drop_below = p.drop_below;
+  r.scale = 1.0f;
+  r.columns_out = p.da;
+  r.columns_fp32 = p.a_type == Type::FP32;
+  r.transposed = true;
+  return r;
+}
+
+}  // namespace
+
+void round_adapter(const Round& p, void* stream) {
+  require(p.rows >= 1 && p.columns >= 1, "an adapter of ", p.rows, " rows and ", p.columns, " columns is empty");
+  require(p.in != nullptr, "in is null");
+  require(p.stride_in >= p.columns, "stride ", p.stride_in, " of in is below its ", p.columns, " columns");
+  check_rows("out", p.out, p.stride_out, p.columns, 2);
+  with_type(p.type, [&](auto type) {
+    using T = decltype(type);
+    with_adapter_type<T>(p.in_type, p.type, [&](auto in) {
+      const int64_t blocks = ceil_div<int64_t>(p.rows * (p.stride_out / 8), kThreads);
+      LaunchConfig config{grid_size(blocks), kThreads};
+      launch(round_kernel<T, decltype(in)>, config, static_cast<Stream>(stream), p);
+    });
+  });
+}
+
+void project_x(const ProjectX& p, void* stream) {
+  check_sizes(p.M, p.K, p.R);
+  check_rows("x", p.x, p.stride_x, p.K, 2);
+  check_rows("a", p.a, p.stride_a, p.K, p.a_type == Type::FP32 ? 4 : 2);
+  check_rows("xa", p.xa, p.stride_xa, p.R, 2);
+  const int sms = multiprocessors(), tile = rank_tile(p.R, has_large_blocks());
+  const bool tall = project_cost(p, tile, 64, sms) <= project_cost(p, tile, 16, sms);
+  with_type(p.type, [&](auto type) {
+    using T = decltype(type);
+    with_adapter_type<T>(p.a_type, p.type, [&](auto a) {
+      with_ranks(tile, [&](auto ranks) {
+        const auto start = tall ? launch_project<T, decltype(a), 64, decltype(ranks)::value>
+                                : launch_project<T, decltype(a), 16, decltype(ranks)::value>;
+        start(p, static_cast<Stream>(stream));
+      });
+    });
+  });
+}
+
+int64_t reduce_dy_workspace(const ReduceDy& p) {
+  Reduce r = reduce_of(p);
+  return plan_reduce(r, p.sms).bytes();
+}
+
+void reduce_dy(const ReduceDy& p, void* stream) {
+  Reduce r = reduce_of(p);
+  if (!p.dyb && !p.db && !p.dbias) return;
+  check_rows("dy", p.dy, p.stride_dy, p.N, 2);
+  if (p.dyb) {
+    check_rows("dyb", p.dyb, p.stride_dyb, p.R, 2);
+    require(p.b != nullptr, "dyb is wanted and b is null");
+    require(p.stride_b >= p.R, "stride ", p.stride_b, " of b is below its ", p.R, " columns");
+  }
+  if (p.db) check_rows("xa", p.xa, p.stride_xa, p.R, 2);
+  const ReducePlan plan = plan_reduce(r, p.sms);
+  with_type(p.type, [&](auto type) {
+    using T = decltype(type);
+    with_adapter_type<T>(p.b_type, p.type, [](auto) {});
+    run_reduce<T>(r, plan, p.workspace, static_cast<Stream>(stream));
+  });
+}
+
+int64_t reduce_x_workspace(const ReduceX& p) {
+  Reduce r = reduce_of(p);
+  return plan_reduce(r, p.sms).bytes();
+}
+
+void reduce_x(const ReduceX& p, void* stream) {
+  Reduce r = reduce_of(p);
+  check_rows("x", p.x, p.stride_x, p.K, 2);
+  check_rows("dyb", p.dyb, p.stride_dyb, p.R, 2);
+  require(p.da != nullptr, "da is null");
+  const ReducePlan plan = plan_reduce(r, p.sms);
+  with_type(p.type, [&](auto type) {
+    using T = decltype(type);
+    with_adapter_type<T>(p.a_type, p.type, [](auto) {});
+    run_reduce<T>(r, plan, p.workspace, static_cast<Stream>(stream));
+  });
+}
+
+}  // namespace lorafuse

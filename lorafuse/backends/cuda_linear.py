@@ -1,0 +1,230 @@
+"""The LoRA linear in the CUDA kernels of csrc, step by step, on a GPU or in their emulator (`Runner`).
+
+Forward: b rounded with the scale inside, xa = drop(x) aᵀ, then y = x wᵀ + bias + xa bᵀ; or both adapters rounded, and
+xa and y in one launch. Backward: dyb, db and dbias from one read of dy, a rounded, dx = dy w + mask ⊙ (dyb a), then da.
+The products take adapters of x's dtype whose rows, like those of xa and dyb, are padded to 16 bytes with zeros. Nothing
+waits for the device, and all memory is torch's, so that CUDA graphs capture it.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lorafuse.backends import eager, probe
+from lorafuse.philox import rescaled
+from lorafuse.plan import DeviceSpec, KernelConfig, Plan, Problem, cuda, select
+
+__all__ = ["TYPES", "Runner", "backward", "forward"]
+
+# the numbers of Type in api.hpp
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+# elements of 16 bits in 16 bytes
+_ALIGN = 8
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Where the kernels run: the backend's name, its module, and what the module needs to know of a device."""
+
+    name: str
+    native: ModuleType
+    spec: Callable[[torch.device], DeviceSpec | None]
+    stream: Callable[[torch.device], int]
+    guard: Callable[[torch.device], contextlib.AbstractContextManager[object]]
+    capturing: Callable[[], bool]
+    # zeros that every launch leaves as they were, by device and stream: launches of one stream run one after the other
+    flags: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict)
+
+
+def _plan(run: Runner, problem: Problem, device: torch.device) -> Plan:
+    """The plan among the CUDA kernels. Raises ValueError or TypeError, with the way out, where none can run."""
+    spec = run.spec(device)
+    reason = f"runs on CUDA devices, x is on {device}" if spec is None else cuda.refusal(problem, spec)
+    if reason:
+        error = TypeError if problem.dtype not in ("bfloat16", "float16") else ValueError
+        raise error(f"backend={run.name!r}: {reason}; use 'triton', 'eager' or 'auto'")
+    return select(problem, spec, (("cuda", ""),))
+
+
+def forward(
+    run: Runner, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, seed: Tensor | None, scale: float,
+    p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`linear_forward` of a backend."""
+    if x.numel() == 0 or w.numel() == 0:
+        # nothing to launch over
+        return eager.linear_forward(x, w, bias, a, b, seed, scale, p)
+    flat, w = _rows(x), _rows(w)
+    M, (N, K), R = flat.shape[0], w.shape, a.shape[0]
+    plan = _plan(run, probe.linear_problem(flat, w, a, bias is not None, seed is not None), x.device)
+    config, scale = plan.config("fwd"), scale if seed is None else rescaled(scale, p)
+    with run.guard(x.device):
+        stream = run.stream(x.device)
+        b = _rounded(run, b, x.dtype, scale, stream)
+        xa = x.new_empty((M, _padded(R)))
+        one_launch: dict[str, int] = {}
+        if config.single:
+            a = _rounded(run, a, x.dtype, 1.0, stream)
+            flags = _flags(run, x.device, stream, M)
+            one_launch = {"a": a.data_ptr(), "stride_a": a.stride(0), "workspace": flags.data_ptr()}
+        else:
+            a, a_type = _adapter(a, x.dtype)
+            run.native.project_x(
+                type=TYPES[x.dtype], a_type=a_type, M=M, K=K, R=R, x=flat.data_ptr(), stride_x=flat.stride(0),
+                a=a.data_ptr(), stride_a=K, xa=xa.data_ptr(), stride_xa=xa.shape[1], **_mask(seed, p), stream=stream,
+            )  # fmt: skip
+        bias = None if bias is None else _aligned(bias)
+        y = x.new_empty((M, N))
+        run.native.linear_forward(
+            type=TYPES[x.dtype], M=M, N=N, K=K, R=R, x=flat.data_ptr(), stride_x=flat.stride(0), w=w.data_ptr(),
+            stride_w=w.stride(0), bias=0 if bias is None else bias.data_ptr(), xa=xa.data_ptr(), stride_xa=xa.shape[1],
+            b=b.data_ptr(), stride_b=b.shape[1], y=y.data_ptr(), stride_y=N, overlap_previous=not config.single,
+            tiling=_tiling(config), stream=stream, **one_launch,
+        )  # fmt: skip
+        if xa.shape[1] != R:
+            xa = xa[:, :R].contiguous()
+    return (y if x.dim() == 2 else y.view(*x.shape[:-1], N)), xa
+
+
+def backward(
+    run: Runner, dy: Tensor, x: Tensor | None, xa: Tensor | None, w: Tensor, a: Tensor, b: Tensor, seed: Tensor | None,
+    scale: float, p: float, need_dx: bool, need_da: bool, need_db: bool, need_dbias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """`linear_backward` of a backend."""
+    needs = need_dx, need_da, need_db, need_dbias
+    if dy.numel() == 0 or w.numel() == 0 or not any(needs):
+        return eager.linear_backward(dy, x, xa, w, a, b, seed, scale, p, *needs)
+    flat, w = _rows(dy), _rows(w)
+    M, (N, K), R = flat.shape[0], w.shape, a.shape[0]
+    wanted = tuple(name for name, need in zip(("dx", "da", "db", "dbias"), needs, strict=True) if need)
+    plan = _plan(run, probe.linear_problem(flat, w, a, False, seed is not None, wanted), dy.device)
+    scale = scale if seed is None else rescaled(scale, p)
+    dx = da = db = dbias = dyb = None
+    with run.guard(dy.device):
+        stream = run.stream(dy.device)
+        common = {"type": TYPES[dy.dtype], "M": M, "N": N, "R": R, "dy": flat.data_ptr(), "stride_dy": flat.stride(0)}
+        given_b, b_type = _adapter(b, dy.dtype)
+        if need_dx or need_da:
+            dyb = dy.new_empty((M, _padded(R)))
+        if need_db:
+            assert xa is not None
+            xa, db = _padded_rows(xa), given_b.new_empty(b.shape)
+        if need_dbias:
+            dbias = dy.new_empty((N,))
+        shape = {"type": TYPES[dy.dtype], "b_type": b_type, "M": M, "N": N, "R": R}
+        size = run.native.reduce_dy_workspace(**shape, dyb=dyb is not None, db=need_db, dbias=need_dbias)
+        work = torch.empty(size, dtype=torch.uint8, device=dy.device)
+        run.native.reduce_dy(
+            **common, b_type=b_type, b=given_b.data_ptr(), stride_b=R, xa=_at(xa) if need_db else 0,
+            stride_xa=_padded(R), scale=scale, dyb=_at(dyb), stride_dyb=_padded(R), db=_at(db), dbias=_at(dbias),
+            workspace=work.data_ptr(), stream=stream,
+        )  # fmt: skip
+        if need_dx:
+            assert dyb is not None
+            rounded, dx = _rounded(run, a, dy.dtype, 1.0, stream), dy.new_empty((M, K))
+            run.native.linear_dx(
+                **common, K=K, w=w.data_ptr(), stride_w=w.stride(0), dyb=dyb.data_ptr(), stride_dyb=dyb.shape[1],
+                a=rounded.data_ptr(), stride_a=rounded.stride(0), dx=dx.data_ptr(), stride_dx=K, **_mask(seed, p),
+                overlap_previous=True, tiling=_tiling(plan.config("dx")), stream=stream,
+            )  # fmt: skip
+            dx = dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], K)
+        if need_da:
+            assert x is not None
+            assert dyb is not None
+            x = _aligned_rows(_rows(x))
+            given_a, a_type = _adapter(a, dy.dtype)
+            da = given_a.new_empty(a.shape)
+            size = run.native.reduce_x_workspace(type=TYPES[dy.dtype], a_type=a_type, M=M, K=K, R=R)
+            work = torch.empty(size, dtype=torch.uint8, device=dy.device)
+            run.native.reduce_x(
+                type=TYPES[dy.dtype], a_type=a_type, M=M, K=K, R=R, x=x.data_ptr(), stride_x=x.stride(0),
+                dyb=dyb.data_ptr(), stride_dyb=dyb.shape[1], da=da.data_ptr(), **_mask(seed, p),
+                workspace=work.data_ptr(), stream=stream,
+            )  # fmt: skip
+            da = da.to(a.dtype)
+    return dx, da, None if db is None else db.to(b.dtype), dbias
+
+
+def _at(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _tiling(config: KernelConfig) -> tuple[int, int, int, int, int]:
+    # the last: as many programs as the device has multiprocessors
+    return config.block_n, config.stages, config.cluster, config.group_m, 0
+
+
+def _mask(seed: Tensor | None, p: float) -> dict[str, int]:
+    if seed is None:
+        return {}
+    # at p = 1 one draw of 2^32 is kept, in a term whose scale is 0
+    return {"seed": seed.data_ptr(), "drop_below": min(int(p * 2**32), 2**32 - 1)}
+
+
+def _padded(R: int) -> int:
+    return -(-R // _ALIGN) * _ALIGN
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """`t`, contiguous and on a 16-byte boundary."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def _adapter(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """An adapter, and its type, as the memory-bound passes take it: of x's dtype or fp32."""
+    return (t := _aligned(t if t.dtype in (dtype, torch.float32) else t.float())), TYPES[t.dtype]
+
+
+def _rounded(run: Runner, t: Tensor, dtype: torch.dtype, scale: float, stream: int) -> Tensor:
+    """`scale · t` in x's dtype with rows padded to 16 bytes: `[rows, padded columns]`; `t` itself where it is that."""
+    rows, columns = t.shape
+    t, kind = _adapter(t, dtype)
+    if scale == 1.0 and t.dtype is dtype and columns % _ALIGN == 0:
+        return t
+    out = t.new_empty((rows, _padded(columns)), dtype=dtype)
+    run.native.round_adapter(
+        in_type=kind, type=TYPES[dtype], rows=rows, columns=columns, input=t.data_ptr(), stride_input=columns,
+        scale=scale, out=out.data_ptr(), stride_out=out.shape[1], stream=stream,
+    )  # fmt: skip
+    return out
+
+
+def _padded_rows(xa: Tensor) -> Tensor:
+    """xa `[M, R]` in a buffer whose rows start on 16-byte boundaries."""
+    R = xa.shape[1]
+    if R % _ALIGN == 0:
+        return _aligned(xa)
+    out = xa.new_zeros((xa.shape[0], _padded(R)))
+    out[:, :R] = xa
+    return out
+
+
+def _rows(t: Tensor) -> Tensor:
+    """`t` as a matrix of contiguous rows that do not overlap; copies only where its strides leave no other way."""
+    flat = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+    if flat.shape[0] == 1:
+        # the stride of a single row can be anything, and TMA reads it
+        return flat.reshape(-1).unsqueeze(0)
+    return flat if flat.stride(1) == 1 and flat.stride(0) >= flat.shape[1] else flat.contiguous()
+
+
+def _aligned_rows(t: Tensor) -> Tensor:
+    """The same with rows on 16-byte boundaries: of x in backward, which another backend may have run forward."""
+    return t if t.data_ptr() % 16 == 0 and t.stride(0) % _ALIGN == 0 else t.clone(memory_format=torch.contiguous_format)
+
+
+def _flags(run: Runner, device: torch.device, stream: int, M: int) -> Tensor:
+    """Zeros through which the blocks of one launch tell each other that rows of xa are there."""
+    words = run.native.forward_workspace(M=M)
+    if run.capturing():
+        # zeros of the graph's own, written at every replay: the stream's may be busy, or not zero before the first one
+        return torch.zeros(words, dtype=torch.int32, device=device)
+    found = run.flags.get((device, stream))
+    if found is None or found.numel() < words:
+        found = run.flags[device, stream] = torch.zeros(words, dtype=torch.int32, device=device)
+    return found

@@ -1,0 +1,68 @@
+"""The modules that csrc is compiled to, `lorafuse._cuda` and its emulation `lorafuse._emu`: what is built, and of what.
+
+Importing either needs no GPU, no driver and no torch.
+"""
+
+import importlib
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lorafuse.backends.cuda_sources import source_hash
+
+__all__ = ["BUILD", "built", "describe", "info", "native", "stale", "why_not_built"]
+
+_PACKAGE = Path(__file__).parents[1]
+_CSRC = _PACKAGE.parent / "csrc"
+# in a checkout; elsewhere, installing anew builds what can be built
+BUILD = "make cuda"
+
+
+def built(name: str) -> bool:
+    """Whether the module `lorafuse.<name>` ("_cuda" or "_emu") exists; it is not imported."""
+    return importlib.util.find_spec(f"lorafuse.{name}") is not None
+
+
+def native(name: str) -> ModuleType:
+    """The module `lorafuse.<name>`. Raises ImportError where it was not built, or for another Python."""
+    return importlib.import_module(f"lorafuse.{name}")
+
+
+@cache
+def info(name: str) -> dict[str, Any]:
+    """What a built module says of itself, {compiler, architectures, sources}, read from its file: it is not loaded."""
+    spec = importlib.util.find_spec(f"lorafuse.{name}")
+    assert spec is not None
+    assert spec.origin is not None
+    found = re.search(rb'\{"compiler": [^}]*\}', Path(spec.origin).read_bytes())
+    return json.loads(found[0]) if found else {"compiler": "?", "architectures": [], "sources": "?"}
+
+
+@cache
+def stale(name: str) -> str:
+    """Why a built module must be built anew: "" when it is of this checkout's sources, or no sources are here."""
+    if not (_CSRC / "build.py").exists():
+        return ""
+    here, of = source_hash(_CSRC, emulated=name == "_emu"), info(name)["sources"]
+    return "" if here == of else f"lorafuse.{name} was built from other sources ({of}) than those of csrc here ({here})"
+
+
+def describe(name: str) -> str:
+    """A built module in one line."""
+    found = info(name)
+    architectures = f" for {', '.join(found['architectures'])}" if found["architectures"] else ""
+    return f"built by {found['compiler']}{architectures} from sources {found['sources']}"
+
+
+def why_not_built() -> str:
+    """What keeps this checkout from building the CUDA kernels; "" where nothing does, or this is no checkout."""
+    if not (_CSRC / "build.py").exists():
+        return ""
+    done = subprocess.run([sys.executable, str(_CSRC / "build.py"), "check"], capture_output=True, text=True)
+    return done.stderr.strip() if done.returncode else ""

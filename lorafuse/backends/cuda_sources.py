@@ -1,0 +1,21 @@
+"""Which sources a built extension is of. Standard library only: csrc/build.py runs this file without the package."""
+
+import hashlib
+from pathlib import Path
+
+__all__ = ["source_hash"]
+
+# what is not compiled into the module for GPUs
+_EMULATOR = "emu"
+
+
+def source_hash(csrc: Path, emulated: bool) -> str:
+    """A hash of the names and contents of all files that `lorafuse._emu`, or else `lorafuse._cuda`, is built from."""
+    found = hashlib.sha256()
+    for path in sorted(csrc.rglob("*")):
+        name = path.relative_to(csrc)
+        if not path.is_file() or "__pycache__" in name.parts or (name.parts[0] == _EMULATOR and not emulated):
+            continue
+        found.update(f"{name.as_posix()}\0".encode())
+        found.update(hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()[:16]

@@ -1,0 +1,100 @@
+"""What `lorafuse plan` prints, of a linear layer and of experts alike: every way with its parts, the choice, why."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lorafuse.plan import DeviceSpec, ExpertsProblem, KernelConfig, Plan, Problem, cost
+
+__all__ = ["Direction", "print_plans"]
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One direction: its problem and plan, the parts of what others run, the plan's kernels by what they compute."""
+
+    problem: Problem | ExpertsProblem
+    plan: Plan
+    baselines: Mapping[str, tuple[cost.Part, ...]]
+    configs: Mapping[str, KernelConfig]
+
+    @property
+    def chosen(self) -> float:
+        """Modelled seconds of the plan."""
+        found = (
+            w.seconds for w in self.plan.candidates if (w.backend, w.kernel) == (self.plan.backend, self.plan.kernel)
+        )
+        return next(found)
+
+
+def print_plans(device: DeviceSpec, sizes: str, directions: Mapping[str, Direction], as_json: bool) -> None:
+    """Print the plans of all directions, or the same as JSON."""
+    if as_json:
+        found = {name: _as_json(direction) for name, direction in directions.items()}
+        tax = _tax(directions)["this plan"]
+        print(json.dumps({"device": asdict(device), "directions": found, "lora_tax_model": tax}, indent=1))
+        return
+    rates = f"{device.sustained_flops / 1e12:.0f} TFLOP/s and {device.sustained_bandwidth / 1e12:.2f} TB/s sustained"
+    print(f"{device.name}: sm_{device.arch}, {device.sms} SMs, {rates} ({device.source})")
+    print(sizes)
+    for name, direction in directions.items():
+        print()
+        _print_direction(name, direction)
+    print(f"\nLoRA tax, {' and '.join(directions)}:")
+    for name, tax in _tax(directions).items():
+        print(f"     {name:<28}{tax:9.1%}    (model)")
+
+
+def _tax(directions: Mapping[str, Direction]) -> dict[str, float]:
+    """LoRA tax of every way that is no part of a plan, of the eager backend and of the plans, over all directions."""
+    every = directions.values()
+    names = next(iter(every)).baselines
+    seconds = {name: sum(cost.total(direction.baselines[name]) for direction in every) for name in names}
+    base = seconds.pop("frozen")
+    # of eager's two ways of experts, the one it takes comes first
+    seconds["eager"] = sum(next(w.seconds for w in d.plan.candidates if w.backend == "eager") for d in every)
+    seconds["this plan"] = sum(direction.chosen for direction in every)
+    return {name: taken / base - 1 for name, taken in seconds.items()}
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * 1e6:9.1f} us (model)"
+
+
+def _print_direction(name: str, direction: Direction) -> None:
+    plan = direction.plan
+    chosen = f"{plan.backend} {plan.kernel}"
+    print(f"{name}: {chosen}")
+    ways = dict(direction.baselines) | {f"{way.backend} {way.kernel}": way.parts for way in plan.candidates}
+    width = max(25, *(len(part.name) + 1 for parts in ways.values() for part in parts))
+    for way, parts in ways.items():
+        print(f"  {'->' if way == chosen else '  '} {way:<{width + 3}}{_us(cost.total(parts))}")
+        if len(parts) > 1:
+            for part in parts:
+                print(f"       {part.name:<{width}}{_us(part.seconds)}")
+    for of, config in direction.configs.items():
+        sizes = "x".join(str(size) for size in (config.block_m, config.block_n, config.block_k) if size)
+        rank = f", {config.block_r} ranks at a time" if config.block_r else ""
+        splits = f", rows in {config.splits} parts" if config.splits > 1 else ""
+        pipeline = f"{config.stages} stages, {config.warps} warps"
+        print(f"  {of}: {config.form}, tile {sizes}{rank}, {pipeline}{splits}")
+    for reason in plan.reasons:
+        print(f"  why: {reason}")
+
+
+def _as_json(direction: Direction) -> dict[str, Any]:
+    def parts_of(parts: tuple[cost.Part, ...]) -> dict[str, Any]:
+        steps = [{"name": part.name, "model_us": part.seconds * 1e6} for part in parts]
+        return {"model_us": cost.total(parts) * 1e6, "parts": steps}
+
+    plan = direction.plan
+    return {
+        "problem": asdict(direction.problem),
+        "backend": plan.backend,
+        "kernel": plan.kernel,
+        "configs": {of: asdict(config) for of, config in direction.configs.items()},
+        "candidates": {f"{way.backend} {way.kernel}": parts_of(way.parts) for way in plan.candidates},
+        "baselines": {name: parts_of(parts) for name, parts in direction.baselines.items()},
+        "reasons": list(plan.reasons),
+    }

@@ -1,0 +1,173 @@
+// Enumerates csrc/include/lorafuse/schedule.cuh: every tile once, by the programs that the design says, for all small
+// sizes and for a layer on an H200. Prints a line a check, `name: mismatches`; exits 1 where any is not 0.
+#include <algorithm>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include <lorafuse/philox.cuh>
+#include <lorafuse/schedule.cuh>
+
+namespace {
+
+using namespace lorafuse;
+
+int total = 0;
+
+void report(const char* name, int mismatches) {
+  std::printf("%s: %d\n", name, mismatches);
+  total += mismatches;
+}
+
+void check_order() {
+  int bad = 0, distance = 0;
+  for (int rows = 1; rows <= 9; ++rows) {
+    for (int columns = 1; columns <= 7; ++columns) {
+      for (int group = 1; group <= 10; ++group) {
+        const TileOrder order{rows, columns, group};
+        std::vector<int> seen(static_cast<size_t>(order.tiles()));
+        for (int i = 0; i < order.tiles(); ++i) {
+          const auto [row, column] = order.at(i);
+          if (row >= 0 && row < rows && column >= 0 && column < columns) {
+            ++seen[static_cast<size_t>(row * columns + column)];
+          }
+          // rows of a group follow each other before the column changes
+          const int within = i % (group * columns);
+          const int height = std::min(group, rows - i / (group * columns) * group);
+          distance += row / group != i / (group * columns) || column != within / height;
+        }
+        bad += std::count(seen.begin(), seen.end(), 1) != order.tiles();
+      }
+    }
+  }
+  report("order: every tile once", bad);
+  report("order: groups of rows, column by column", distance);
+}
+
+void check_walk() {
+  int bad = 0, late = 0;
+  for (int tiles = 1; tiles <= 60; ++tiles) {
+    for (int programs = 1; programs <= 20; ++programs) {
+      const Walk walk{tiles, programs};
+      std::vector<int> seen(static_cast<size_t>(tiles));
+      for (int p = 0; p < programs; ++p) {
+        for (int wave = 0; wave < walk.count(p); ++wave) {
+          const int tile = walk.tile(p, wave);
+          bad += tile / programs != wave;
+          if (tile >= 0 && tile < tiles) ++seen[static_cast<size_t>(tile)];
+        }
+        // early programs have one tile fewer, and there are slack() of them
+        const int most = ceil_div(tiles, programs);
+        late += walk.count(p) != (p < walk.slack() ? most - 1 : most);
+      }
+      bad += std::count(seen.begin(), seen.end(), 1) != tiles;
+      late += walk.slack() != ceil_div(tiles, programs) * programs - tiles;
+    }
+  }
+  report("walk: every tile once", bad);
+  report("walk: slack in the first programs", late);
+}
+
+// Time in tiles until all are done, and until the last item is, when each item takes 1 / items_in_slack of a tile and
+// the item programs draw items as they come.
+struct Makespan {
+  double end, items_end;
+};
+Makespan makespan(const Walk& walk, int items, int holders, int items_in_slack) {
+  std::vector<double> free(static_cast<size_t>(walk.programs));
+  for (int item = 0; item < items; ++item) {
+    *std::min_element(free.begin(), free.begin() + holders) += 1.0 / items_in_slack;
+  }
+  const double items_end = *std::max_element(free.begin(), free.end());
+  double end = 0;
+  for (int p = 0; p < walk.programs; ++p) end = std::max(end, free[static_cast<size_t>(p)] + walk.count(p));
+  return {end, items_end};
+}
+
+void check_items() {
+  int range = 0, free = 0, layer = 0;
+  for (int tiles = 1; tiles <= 60; ++tiles) {
+    for (int programs = 1; programs <= 20; ++programs) {
+      for (int items = 1; items <= 24; ++items) {
+        for (const int in_slack : {1, 2}) {
+          const Walk walk{tiles, programs};
+          const int holders = item_programs(walk, items, in_slack);
+          range += holders < 1 || holders > programs || holders > items;
+          const auto [end, items_end] = makespan(walk, items, holders, in_slack);
+          const int waves = ceil_div(tiles, programs);
+          if (walk.slack() * in_slack >= items) free += end > waves || items_end > 1;
+          // without enough slack nobody computes more items than must be
+          else free += end > waves + ceil_div(items, std::min(programs, items)) / static_cast<double>(in_slack) + 1e-9;
+        }
+      }
+    }
+  }
+  // 8192 x 4096 in tiles of 128x256 on 132 multiprocessors: 32 blocks are a tile short and take two row blocks each
+  layer += Walk{1024, 132}.slack() != 32 || item_programs({1024, 132}, 64, 2) != 32;
+  layer += makespan({1024, 132}, 64, 32, 2).end != 8;
+  layer += Walk{512, 66}.slack() != 16 || item_programs({512, 66}, 32, 2) != 16;
+  report("items: programs in range", range);
+  report("items: free where there is slack", free);
+  report("items: 8192 x 4096 on 132 multiprocessors", layer);
+}
+
+void check_ragged() {
+  const std::vector<std::vector<int>> cases = {{},           {0},        {5},           {0, 0, 3},       {4, 0, 4, 9},
+                                               {1, 1, 1, 1}, {16, 0, 0}, {7, 0, 23, 1}, {0, 12, 0, 5, 0}};
+  int bad = 0, forward = 0;
+  constexpr int kBlock = 4;
+  for (const auto& sizes : cases) {
+    std::vector<int> ends;
+    for (const int size : sizes) ends.push_back((ends.empty() ? 0 : ends.back()) + size);
+    const int groups = static_cast<int>(sizes.size()), rows = ends.empty() ? 0 : ends.back();
+    for (int columns = 1; columns <= 3; ++columns) {
+      for (int programs = 1; programs <= 7; ++programs) {
+        std::vector<int> seen(static_cast<size_t>(rows * columns));
+        for (int p = 0; p < programs; ++p) {
+          RaggedWalk walk(groups, columns, kBlock);
+          RaggedTile tile{};
+          int loads = 0;
+          const auto load = [&](int g) { return ++loads, ends[static_cast<size_t>(g)]; };
+          for (int64_t i = p; walk.seek(i, load, tile); i += programs) {
+            const int begin = tile.group == 0 ? 0 : ends[static_cast<size_t>(tile.group - 1)];
+            bad += tile.row_end != ends[static_cast<size_t>(tile.group)] || (tile.row - begin) % kBlock != 0;
+            bad += tile.row >= tile.row_end || tile.column < 0 || tile.column >= columns;
+            for (int row = tile.row; row < std::min(tile.row + kBlock, tile.row_end); ++row) {
+              ++seen[static_cast<size_t>(row * columns + tile.column)];
+            }
+          }
+          forward += loads != groups;
+        }
+        bad += std::count(seen.begin(), seen.end(), 1) != static_cast<int>(seen.size());
+      }
+    }
+  }
+  report("ragged: every row of every column once", bad);
+  report("ragged: each end read once", forward);
+}
+
+// Random123 1.14.0, tests/kat_vectors, "philox4x32 10", of the counters that have zeros in their high half.
+void check_philox() {
+  uint32_t words[4] = {};
+  philox_4x32(0, 0, words);
+  const uint32_t zero[4] = {0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8};
+  report("philox: known answer", !std::equal(words, words + 4, zero));
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count == 3) {
+    // the words of a seed and a counter, for the test that compares them with lorafuse.philox
+    uint32_t words[4] = {};
+    philox_4x32(std::stoull(arguments[1]), std::stoull(arguments[2]), words);
+    std::printf("%u %u %u %u\n", words[0], words[1], words[2], words[3]);
+    return 0;
+  }
+  check_order();
+  check_walk();
+  check_items();
+  check_ragged();
+  check_philox();
+  return total == 0 ? 0 : 1;
+}

@@ -1,0 +1,66 @@
+"""Builds csrc for the tests that run it or look at it: once a session, and only what changed since the last build."""
+
+import importlib
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from lorafuse.backends import base, cuda_native
+
+ROOT = Path(__file__).parents[1]
+# of the build of each module: what ptxas said of every object
+REPORTS = ROOT / "build" / "csrc"
+
+
+@cache
+def build(target, *options):
+    """`""`, or why this machine cannot build it. Fails the test for sources that do not compile."""
+    command = [sys.executable, str(ROOT / "csrc" / "build.py"), target, *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode and "was not found" in done.stderr:
+        return done.stderr.strip()
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    importlib.invalidate_caches()
+    cuda_native.info.cache_clear()
+    cuda_native.stale.cache_clear()
+    for name in ("cuda", base.EMULATOR):
+        base._AVAILABILITY.pop(name, None)
+    return ""
+
+
+def emulator():
+    """The module `lorafuse._emu`, built from the sources that are here. Skips where there is no g++."""
+    reason = build("emu")
+    if reason:
+        pytest.skip(f"the emulator cannot be built: {reason}")
+    module = cuda_native.native("_emu")
+    assert module.build_info() == cuda_native.info("_emu"), "an older lorafuse._emu was loaded before: run pytest again"
+    return module
+
+
+class _Emulator:
+    """`lorafuse._emu`, built when a test first asks it for something."""
+
+    def __getattr__(self, name):
+        return getattr(emulator(), name)
+
+
+EMULATOR = _Emulator()
+
+
+def compiled():
+    """Skips where there is no nvcc; `lorafuse._cuda` is then built."""
+    reason = build("cuda")
+    if reason:
+        pytest.skip(f"the CUDA kernels cannot be built: {reason}")
+
+
+def loads_alone(name):
+    """What a Python that imports nothing else prints of a module's build information."""
+    code = f"import sys; sys.path.insert(0, 'lorafuse'); import json, {name}; print(json.dumps({name}.build_info()))"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return json.loads(done.stdout)

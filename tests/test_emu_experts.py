@@ -1,0 +1,108 @@
+"""Experts and grouped layers with their base products in the emulated CUDA kernel over ragged rows (T5), against fp64.
+
+Emulated, not run on hardware. The kernels' dtypes are bf16 and fp16; what holds of every backend is in test_experts.py.
+"""
+
+import pytest
+import torch
+from experts_reference import block, check, fused
+from native_build import emulator
+
+from lorafuse.functional import lora_grouped_linear
+from lorafuse.testing.numerics import relative_l2, tolerance
+
+DTYPES = (torch.bfloat16, torch.float16)
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built():
+    emulator()
+
+
+@pytest.fixture(autouse=True)
+def emu():
+    """The emulator, every test under a schedule of its own until it asks for another."""
+    module = emulator()
+    module.configure(seed=int(torch.randint(1, 2**31, ()).item()))
+    yield module
+    module.configure()
+
+
+@by_dtype
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_layout(dtype, transposed, bias):
+    check("emu", dtype=dtype, transposed=transposed, bias=bias, H=16, adapter_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("R", [1, 3, 8, 16, 40])
+def test_every_rank(R):
+    check("emu", dtype=torch.bfloat16, R=R, H=16, adapter_dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("T", "E", "k"), [(0, 4, 2), (1, 4, 2), (9, 4, 1), (9, 4, 4), (40, 16, 3)])
+def test_every_size(T, E, k):
+    check("emu", T=T, E=E, k=k, dtype=torch.float16, H=16)
+
+
+def grouped(ends, rows, dtype=torch.float16, transposed=False, N=136, K=72, R=8, bias=True):
+    """Operands of a grouped layer, the adapters fp32."""
+    generator = torch.Generator().manual_seed(rows)
+
+    def normal(*shape, size=1.0):
+        return torch.randn(shape, generator=generator).mul_(size)
+
+    E = len(ends)
+    w = normal(E, N, K, size=K**-0.5).to(dtype)
+    a, b = normal(E, R, K, size=K**-0.5).requires_grad_(), normal(E, N, R, size=R**-0.5).requires_grad_()
+    x = normal(rows, K).to(dtype).requires_grad_()
+    settings = {"scale": 1.7, "bias": normal(E, N).to(dtype) if bias else None, "is_transposed": transposed}
+    return (x, torch.tensor(ends), w.mT.contiguous() if transposed else w, a, b), settings
+
+
+def results(operands, settings, backend):
+    x, _, _, a, b = operands
+    y = lora_grouped_linear(*operands, **settings, backend=backend)
+    dy = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)
+    return dict(zip(("y", "dx", "da", "db"), (y.detach(), *torch.autograd.grad(y, (x, a, b), dy)), strict=True))
+
+
+@by_dtype
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize(
+    ("ends", "rows"),
+    [([130, 130, 131, 300], 300), ([0, 0, 5], 5), ([128, 256], 300), ([1, 2, 3, 4, 5, 6, 7, 8], 8), ([0, 0], 7)],
+)
+def test_groups_of_every_kind(ends, rows, transposed, dtype):
+    """Empty ones, several tiles high, of one row; rows of no group are zero."""
+    given = grouped(ends, rows, dtype, transposed)
+    expected = results(*given, "eager")
+    for name, tensor in results(*given, "emu").items():
+        assert relative_l2(tensor, expected[name]) < tolerance(dtype), name
+        assert ends[-1] == 0 or tensor.count_nonzero() > 0, name
+        if name in ("y", "dx"):
+            assert tensor[ends[-1] :].count_nonzero() == 0
+
+
+def test_many_schedules(emu, request):
+    """The schedule moves, the result does not."""
+    given = grouped([60, 60, 190], 200, torch.bfloat16)
+    first = results(*given, "emu")
+    for seed in range(request.config.getoption("--seeds")):
+        emu.configure(seed=seed, resident=1 + seed % 3, multiprocessors=1 + seed % 5)
+        for name, tensor in results(*given, "emu").items():
+            assert torch.equal(tensor, first[name]), (name, seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_another_dtype_is_refused(dtype):
+    o, settings = block(dtype=dtype, H=16)
+    with pytest.raises(TypeError, match=f"bfloat16 and float16, not {dtype}"):
+        fused(o, settings, "emu")
+
+
+def test_rows_that_tma_cannot_read_are_refused():
+    o, settings = block(dtype=torch.float16, H=12)
+    with pytest.raises(ValueError, match=r"weights \[5, 16, 12\] to be multiples of 8.*'triton'"):
+        fused(o, settings, "emu")

@@ -1,0 +1,368 @@
+"""The CUDA kernels behind the operator, emulated on this CPU (T5): every tensor by name against fp64, in every form.
+
+Emulated, not run on hardware: launches are those that an H200 would get, under a seeded schedule. tests/csrc and the
+emulator's own tests look at single kernels under many schedules.
+"""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from native_build import emulator
+
+from lorafuse.backends import base, eager
+from lorafuse.functional import lora_linear
+from lorafuse.philox import keep_mask
+from lorafuse.plan import cuda, only
+from lorafuse.plan.select import _select
+from lorafuse.testing.cases import UGLY_M, UGLY_R
+from lorafuse.testing.check_linear import LinearCase, check_linear, gradients, make_operands
+from lorafuse.testing.numerics import relative_l2, tolerance
+
+DTYPES = (torch.bfloat16, torch.float16)
+# (N, K) of which TMA can read every row
+ALIGNED_NK = ((96, 64), (72, 136), (264, 72))
+# (block_n, stages, cluster)
+TILINGS = ((256, 3, 2), (256, 3, 1), (128, 4, 2), (128, 4, 1), (128, 2, 2), (256, 2, 1))
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built():
+    emulator()
+
+
+@pytest.fixture(scope="module")
+def backend(_built):
+    return base.load("emu")
+
+
+@pytest.fixture(autouse=True)
+def emu():
+    """The emulator, every test under a schedule of its own until it asks for another."""
+    module = emulator()
+    module.configure(seed=int(torch.randint(1, 2**31, ()).item()))
+    yield module
+    module.configure()
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Plans of these (block_n, stages, cluster) only."""
+
+    def set_tiles(*configs):
+        monkeypatch.setattr(cuda, "CONFIGS", configs)
+        _select.cache_clear()
+
+    yield set_tiles
+    _select.cache_clear()
+
+
+@pytest.fixture
+def launched(backend, monkeypatch):
+    """Names and arguments of the kernels' functions that ran."""
+    calls = []
+
+    class Recorder:
+        def __getattr__(self, name):
+            def record(**arguments):
+                calls.append((name, arguments))
+                return getattr(emulator(), name)(**arguments)
+
+            return record
+
+    monkeypatch.setattr(backend, "_RUN", replace(backend._RUN, native=Recorder(), flags={}))
+    return calls
+
+
+def check(case):
+    return check_linear(case, "emu")
+
+
+GATE = (
+    LinearCase(K=64, dtype=torch.bfloat16),
+    LinearCase(K=64, base=0.0, bias=False, scale=-0.5, dtype=torch.float16),
+    LinearCase(K=64, dropout_p=0.25, R=13, dtype=torch.bfloat16),
+    LinearCase(leading=(3, 21), N=72, K=136, R=6, dtype=torch.bfloat16, adapter_dtype=torch.float32, dropout_p=0.5),
+    LinearCase(leading=(2, 3, 21), N=72, K=136, R=16, dtype=torch.float16, adapter_dtype=torch.float32),
+    LinearCase(leading=(384,), N=512, K=320, R=40, dtype=torch.bfloat16),
+)
+
+
+@pytest.mark.parametrize("case", GATE, ids=range(len(GATE)))
+def test_gate(case):
+    check(case)
+
+
+@pytest.mark.parametrize("R", UGLY_R)
+@pytest.mark.parametrize("M", [m for m in UGLY_M if m != 257])
+def test_every_size(M, R):
+    N, K = ALIGNED_NK[(M + UGLY_R.index(R)) % 2]
+    dtype = DTYPES[(M + UGLY_R.index(R)) % 2]
+    check(LinearCase(leading=(M,), N=N, K=K, R=R, dtype=dtype, bias=R % 2 == 0))
+
+
+@by_dtype
+@pytest.mark.parametrize("R", [1, 16, 40, 64, 128])
+def test_several_tiles(R, dtype):
+    """More rows, columns and steps than one block has, on fewer multiprocessors than tiles."""
+    check(LinearCase(leading=(257,), N=264, K=72, R=R, dtype=dtype))
+
+
+@pytest.mark.parametrize("direction", ["dropout", "plain", "single"])
+@pytest.mark.parametrize("config", TILINGS)
+def test_every_tiling(config, direction, tiles, launched):
+    tiles(config)
+    dropout_p = 0.2 if direction == "dropout" else 0.0
+    case = LinearCase(leading=(300,), N=264, K=200, R=24, dtype=torch.bfloat16, dropout_p=dropout_p)
+    with only("cuda single_kernel" if direction == "single" else "cuda two_kernel"):
+        check(case)
+    products = [arguments for name, arguments in launched if name in ("linear_forward", "linear_dx")]
+    assert products
+    assert {arguments["tiling"][:3] for arguments in products} == {config}
+    assert {
+        "a" in arguments and "workspace" in arguments for name, arguments in launched if name == "linear_forward"
+    } == {direction == "single"}
+
+
+@pytest.mark.parametrize("R", [r for r in UGLY_R if r <= 64])
+@pytest.mark.parametrize("M", [1, 63, 128, 257])
+def test_single_kernel(M, R, launched):
+    N, K = ALIGNED_NK[(M + R) % len(ALIGNED_NK)]
+    with only("cuda single_kernel"):
+        check(LinearCase(leading=(M,), N=N, K=K, R=R, dtype=DTYPES[R % 2]))
+    assert "project_x" not in {name for name, _ in launched}
+    assert {"linear_forward", "linear_dx", "reduce_dy", "reduce_x"} <= {name for name, _ in launched}
+
+
+def test_the_flags_of_a_single_kernel_are_left_as_they_were(backend):
+    o = make_operands(LinearCase(leading=(300,), N=264, K=72, R=16, dtype=torch.float16))
+    with only("cuda single_kernel"):
+        first = [backend.linear_forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0)[0] for _ in range(3)]
+        flags = list(backend._RUN.flags.values())
+        assert flags
+        assert not any(found.any() for found in flags)
+        # more rows need more flags, fewer take those that are there
+        more, fewer = torch.cat([o.x] * 3), o.x[:5]
+        for x in (more, fewer):
+            y, _ = backend.linear_forward(x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0)
+            assert torch.equal(y[:5], first[0][:5])
+    assert torch.equal(first[1], first[0])
+    assert torch.equal(first[2], first[0])
+
+
+@by_dtype
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9, 1.0, 2**-33])
+def test_dropout(dropout_p, dtype):
+    check(LinearCase(leading=(70,), N=96, K=72, R=6, dropout_p=dropout_p, dtype=dtype, base=float(dropout_p > 0.2)))
+
+
+@pytest.mark.parametrize("K", [64, 136])
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**40 + 7, 2**63 - 1])
+def test_the_mask_is_eagers_bit_for_bit(seed, K, backend):
+    """With a = identity columns, xa is x masked; integers, so that nothing is rounded. dx masks too."""
+    M, p = 37, 0.3
+    at = torch.tensor([seed])
+    x = torch.randint(1, 9, (M, K)).half()
+    a, b = torch.eye(K).half(), torch.zeros(K, K).half()
+    _, xa = backend.linear_forward(x, a, None, a, b, at, 1.0, p)
+    keep = keep_mask(at, p, slice(0, M), K)
+    assert torch.equal(xa, x * keep)
+    # of the gradient the masked low-rank term alone: w is zero, and b the identity
+    dx, *_ = backend.linear_backward(x, None, None, b, a, a, at, 1.0 - p, p, True, False, False, False)
+    assert torch.equal(dx, x * keep)
+
+
+@pytest.mark.parametrize(("M", "N", "K", "R"), [(63, 96, 64, 13), (128, 72, 136, 16), (257, 264, 72, 3)])
+def test_integers_are_exact(M, N, K, R, backend):
+    def integers(*shape):
+        return torch.randint(-2, 3, shape).half()
+
+    x, w, a, b, dy = integers(M, K), integers(N, K), integers(R, K), integers(N, R), integers(M, N)
+    # so sparse that every sum stays below 2048, where fp16 holds all integers
+    a, b = a * (torch.rand_like(a) < 0.1), b * (torch.rand_like(b) < 0.1)
+    w, dy = w * (torch.rand_like(w) < 0.3), dy * (torch.rand_like(dy) < 0.1)
+    y, xa = backend.linear_forward(x, w, None, a, b, None, 2.0, 0.0)
+    dx, da, db, dbias = backend.linear_backward(dy, x, xa, w, a, b, None, 2.0, 0.0, True, True, True, True)
+    X, W, A, B, D = (t.double() for t in (x, w, a, b, dy))
+    expected = {"y": X @ W.T + 2 * (X @ A.T) @ B.T, "dx": D @ W + 2 * (D @ B) @ A, "da": 2 * (D @ B).T @ X}
+    expected |= {"db": 2 * D.T @ (X @ A.T), "dbias": D.sum(0)}
+    for name, actual in {"y": y, "dx": dx, "da": da, "db": db, "dbias": dbias}.items():
+        assert expected[name].abs().max() <= 2048, f"{name}: the test's integers are too large"
+        assert torch.equal(actual.double(), expected[name]), name
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)))
+def test_only_what_is_needed_is_computed(needs, backend):
+    o = make_operands(LinearCase(leading=(70,), K=64, dtype=torch.float16))
+    seed = torch.tensor([5])
+    _, xa = backend.linear_forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)
+    everything = backend.linear_backward(o.dy, o.x, xa, o.w, o.a, o.b, seed, 1.7, 0.2, True, True, True, True)
+    x, xa = o.x if needs[1] else None, xa if needs[2] else None
+    found = backend.linear_backward(o.dy, x, xa, o.w, o.a, o.b, seed, 1.7, 0.2, *needs)
+    for need, one, other in zip(needs, found, everything, strict=True):
+        assert (one is not None) == need
+        assert one is None or relative_l2(one, other) < tolerance(torch.float16)
+
+
+@pytest.mark.parametrize("leading", [(5,), (3, 7), (2, 3, 5), (0, 4), (1, 1, 1), ()])
+def test_every_dimension(leading):
+    check(LinearCase(leading=leading, K=64, dtype=torch.float16))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t[:, :64],
+        lambda t: t[1::2, 8:72],
+        lambda t: t.t().contiguous().t()[:, :64],
+        lambda t: t[:1].expand(40, -1)[:, :64],
+        lambda t: t.view(4, 20, 96).transpose(0, 1)[..., :64],
+    ],
+    ids=["columns", "every second row", "transposed", "expanded", "batch second"],
+)
+def test_strides(view):
+    x = view(torch.randn(80, 96).half()).detach().requires_grad_()
+    o = make_operands(LinearCase(N=72, K=64, dtype=torch.float16))
+    y = lora_linear(x, o.w, o.a, o.b, bias=o.bias, backend="emu")
+    same = lora_linear(x.contiguous(), o.w, o.a, o.b, bias=o.bias, backend="emu")
+    torch.testing.assert_close(y, same)
+    # an expanded gradient: every stride is 0
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    expected = lora_linear(x, o.w, o.a, o.b, bias=o.bias, backend="eager")
+    (same,) = torch.autograd.grad(expected.sum(), x)
+    assert relative_l2(dx, same) < tolerance(torch.float16)
+
+
+def test_adapters_of_any_dtype_and_place():
+    """fp64 adapters, and ones that start off a 16-byte boundary."""
+    o = make_operands(LinearCase(leading=(40,), N=72, K=64, R=8, dtype=torch.float16, adapter_dtype=torch.float64))
+    for shift in (0, 1):
+        a, b = (torch.cat([t.flatten().new_zeros(shift), t.flatten()])[shift:].view(t.shape) for t in (o.a, o.b))
+        a, b = (t.to(torch.float32 if shift else torch.float64).requires_grad_() for t in (a, b))
+        y = lora_linear(o.x, o.w, a, b, bias=o.bias, backend="emu")
+        expected = lora_linear(o.x, o.w, a, b, bias=o.bias, backend="eager")
+        found = {"y": (y, expected)}
+        for name, one, other in zip(
+            ("da", "db"), *(torch.autograd.grad(t, (a, b), o.dy) for t in (y, expected)), strict=True
+        ):
+            found[name] = one, other
+        for name, (one, other) in found.items():
+            assert one.dtype is other.dtype
+            assert relative_l2(one, other) < tolerance(torch.float16), name
+
+
+def test_runs_are_bitwise_equal_under_every_schedule(emu, request):
+    """The schedule moves, the result does not: no sum depends on who comes first."""
+    case = LinearCase(leading=(257,), N=96, K=136, R=16, dtype=torch.float16, dropout_p=0.2)
+    single = replace(case, dropout_p=0.0)
+    emu.configure(seed=1)
+    first = check(case), check(single)
+    for seed in range(2, 2 + max(3, request.config.getoption("--seeds") // 50)):
+        emu.configure(seed=seed, resident=1 + seed % 4, multiprocessors=4)
+        for one, other in zip(first, (check(case), check(single)), strict=True):
+            for name, tensor in one.items():
+                assert torch.equal(tensor, other[name]), (name, seed)
+
+
+# of each kernel a launch over two row blocks, two columns of tiles and three steps, the last one ragged
+SCHEDULED = {
+    "forward": ("linear_forward", lambda b, o, xa, seed: b.linear_forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)),
+    "single": ("linear_forward", lambda b, o, xa, seed: b.linear_forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0)),
+    "dx": ("linear_dx", lambda b, o, xa, seed: backwards(b, o, xa, None, True, False, False, False)),
+    "dx, dropout": ("linear_dx", lambda b, o, xa, seed: backwards(b, o, xa, seed, True, False, False, False)),
+    "da, db, dbias": ("reduce_x", lambda b, o, xa, seed: backwards(b, o, xa, seed, False, True, True, True)),
+}
+
+
+def backwards(backend, o, xa, seed, *needs):
+    return backend.linear_backward(o.dy, o.x, xa, o.w, o.a, o.b, seed, 1.7, 0.2, *needs)
+
+
+@pytest.mark.parametrize("kernel", SCHEDULED)
+def test_many_schedules(kernel, emu, backend, tiles, launched, request):
+    """The schedule and the tiling move, the result does not: the order of every sum is fixed."""
+    name, run = SCHEDULED[kernel]
+    o = make_operands(LinearCase(leading=(200,), N=136, K=136, R=24, dtype=torch.bfloat16))
+    seed = torch.tensor([5])
+    _, xa = backend.linear_forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)
+    first = None
+    with only(f"cuda {'single' if kernel == 'single' else 'two'}_kernel"):
+        for i in range(request.config.getoption("--seeds")):
+            emu.configure(seed=i, resident=2 + i % 3, multiprocessors=4)
+            tiles(TILINGS[i % len(TILINGS)])
+            found = run(backend, o, xa, seed)
+            first = first or found
+            for one, other in zip(found, first, strict=True):
+                assert one is other is None or torch.equal(one, other), i
+    assert name in {called for called, _ in launched}
+
+
+def test_eager_and_the_kernels_may_be_mixed(backend):
+    """xa means the same in both, so that a plan may choose each direction for itself."""
+    o = make_operands(LinearCase(leading=(70,), K=64, R=13, dtype=torch.float16))
+    seed = torch.tensor([5])
+    settings = o.w, o.a, o.b, seed, 1.7, 0.2, True, True, True, True
+    xa = {m: m.linear_forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)[1] for m in (eager, backend)}
+    assert xa[backend].shape == xa[eager].shape
+    assert xa[backend].is_contiguous()
+    one = backend.linear_backward(o.dy, o.x, xa[eager], *settings)
+    other = eager.linear_backward(o.dy, o.x, xa[backend], *settings)
+    for left, right in zip(one, other, strict=True):
+        assert relative_l2(left, right) < tolerance(torch.float16)
+
+
+def test_x_of_backward_may_lie_where_tma_cannot_read(backend):
+    """Forward ran elsewhere: da reads a copy."""
+    o = make_operands(LinearCase(leading=(30,), N=72, K=64, R=8, dtype=torch.float16))
+    x = torch.cat([o.x.new_zeros(30, 3), o.x], dim=1)[:, 3:]
+    settings = o.w, o.a, o.b, None, 1.7, 0.0, False, True, False, False
+    assert torch.equal(
+        backend.linear_backward(o.dy, x, None, *settings)[1], backend.linear_backward(o.dy, o.x, None, *settings)[1]
+    )
+
+
+def test_it_is_one_operator_for_torch():
+    def layer(x, o):
+        return lora_linear(x, o.w, o.a, o.b, bias=o.bias, dropout_p=0.2, seed=7, backend="emu")
+
+    o = make_operands(LinearCase(leading=(3, 20), K=64, dtype=torch.float16))
+    for tensor in (o.x, o.a, o.b, o.bias):
+        tensor.requires_grad_()
+    expected = gradients(layer(o.x, o), o)
+    compiled = torch.compile(lambda x: layer(x, o), fullgraph=True, backend="aot_eager")
+    for name, tensor in gradients(compiled(o.x), o).items():
+        assert torch.equal(expected[name], tensor), name
+
+
+class TestRefusals:
+    def refused(self, error, said, **change):
+        o = make_operands(LinearCase(**{"K": 64, "dtype": torch.float16} | change))
+        with pytest.raises(error, match=said):
+            lora_linear(o.x, o.w, o.a, o.b, backend="emu")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_a_dtype(self, dtype):
+        self.refused(
+            TypeError,
+            f"backend='emu': its kernels run bfloat16 and float16, not {dtype}".replace("torch.", ""),
+            dtype=dtype,
+        )
+
+    def test_sizes(self):
+        self.refused(ValueError, "N 96 and K 67 to be multiples of 8.*'triton', 'eager'", K=67)
+        self.refused(ValueError, "N 65 and K 64", N=65)
+
+    def test_rows_off_their_boundary(self):
+        o = make_operands(LinearCase(K=64, dtype=torch.float16))
+        x = torch.cat([o.x.new_zeros(o.x.shape[0], 3), o.x], dim=1)[:, 3:]
+        with pytest.raises(ValueError, match="rows of x, dy and w that start on 16-byte boundaries"):
+            lora_linear(x, o.w, o.a, o.b, backend="emu")
+
+    def test_what_a_kernel_refuses_is_a_value_error(self, emu):
+        with pytest.raises(ValueError, match="stride 12 of out is not a multiple of 8"):
+            emu.round_adapter(in_type=2, type=0, rows=2, columns=12, input=64, stride_input=12, out=64, stride_out=12)
+
+    def test_what_the_emulator_objects_to_is_an_error_of_its_own(self, emu):
+        assert issubclass(emu.EmulationError, RuntimeError)

@@ -1,0 +1,272 @@
+"""Experts by torch's grouped_mm (T1): what GPUs with its fast kernel run, here by the one for CPUs, against fp64."""
+
+import pytest
+import torch
+from experts_reference import block, check, differentiated, fused
+from test_triton_mutations import mutated
+from torch.nn import functional as F
+
+from lorafuse.activation import named
+from lorafuse.backends import eager_experts, grouped_experts, loop_experts, probe
+from lorafuse.functional import lora_grouped_linear
+from lorafuse.testing.memory import peak_bytes
+from lorafuse.testing.numerics import relative_l2, tolerance
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def half(*shape):
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _grouped(monkeypatch):
+    """Eager takes grouped_mm wherever there are rows, and what grouped_mm leaves unwritten is NaN."""
+    product = F.grouped_mm
+
+    def poisoned(left, right, *, offs):
+        out = product(left, right, offs=offs)
+        if right.dim() == 3:
+            out[int(offs[-1]) :] = float("nan")
+        else:
+            out[offs.diff(prepend=offs.new_zeros(1)) == 0] = float("nan")
+        return out
+
+    monkeypatch.setattr(F, "grouped_mm", poisoned)
+    monkeypatch.setattr(eager_experts, "runs_grouped_mm", lambda *operands: True)
+
+
+@by_dtype
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("concatenated", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_layout(dtype, gate, transposed, concatenated, bias):
+    check("eager", dtype=dtype, gate=gate, transposed=transposed, concatenated=concatenated, bias=bias, H=16)
+
+
+@by_dtype
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("R", [1, 3, 8, 16])
+def test_every_rank(R, bias, dtype):
+    check("eager", dtype=dtype, R=R, bias=bias, H=16, adapter_dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("T", "E", "k"), [(0, 4, 2), (1, 4, 2), (1, 1, 1), (9, 1, 1), (9, 4, 1), (9, 4, 4), (40, 64, 3)]
+)
+@pytest.mark.parametrize("transposed", [True, False])
+def test_every_size(T, E, k, transposed):
+    check("eager", dtype=torch.float32, T=T, E=E, k=k, transposed=transposed, bias=True)
+
+
+def clamped(u):
+    gate, up = u[..., ::2].clamp(max=0.7), u[..., 1::2].clamp(-0.7, 0.7)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+def summed(u):
+    """Its gradient has rows of stride 0."""
+    return u.sum(1, keepdim=True).expand(-1, u.shape[1] // 2)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        torch.full((7, 2), 5),
+        torch.tensor([[0, 5], [5, 1], [6, 99], [4, 0], [5, 5], [2, 3], [3, 2]]),
+        torch.zeros(7, 2, dtype=torch.int64),
+        torch.tensor([[4, 4], [4, 0], [0, 4], [4, 4], [0, 0], [4, 0], [0, 4]]),
+    ],
+    ids=["sentinels only", "some sentinels", "one expert for all", "an expert twice"],
+)
+@pytest.mark.parametrize("activation", ["silu", clamped, summed])
+@pytest.mark.parametrize("bias", [True, False])
+def test_routings(index, activation, bias):
+    check("eager", dtype=torch.float32, T=7, index=index, activation=activation, bias=bias)
+
+
+@pytest.mark.parametrize("adapters", [("gate_up",), ("down",), ()])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_adapter_or_none(adapters, bias):
+    check("eager", dtype=torch.float32, adapters=adapters, bias=bias)
+
+
+@pytest.mark.parametrize("shared", [("gate_up_a", "down_b"), ("gate_up_a", "gate_up_b", "down_a", "down_b")])
+def test_shared_factors(shared):
+    check("eager", dtype=torch.float32, shared=shared)
+
+
+def test_packed_as_peft_packs_them():
+    """lora_B `[N, R·E]`, expert-fastest: its gradient is in the same packing."""
+    o, settings = block(dtype=torch.float32)
+    packed = {name: o[name].permute(1, 2, 0).contiguous() for name in ("gate_up_b", "down_b")}
+    expected = differentiated(lambda o, s: fused(o, s, "eager"), o, settings)
+    leaves = {name: t.requires_grad_() for name, t in packed.items()}
+    views = {name: t.permute(2, 0, 1) for name, t in leaves.items()}
+    out = fused(o | views, settings, "eager")
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(out)
+    for name, grad in zip(leaves, torch.autograd.grad(out, list(leaves.values()), dout), strict=True):
+        assert torch.equal(grad.permute(2, 0, 1), expected[name]), name
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sizes", [(3, 0, 5, 1), (0, 0, 0), (7,), (0, 4)])
+@by_dtype
+def test_grouped_linear(sizes, transposed, dtype):
+    generator = torch.Generator().manual_seed(1)
+    E, S, K, N, R = len(sizes), sum(sizes) + 2, 24, 40, 3
+    shapes = (S, K), (E, K, N) if transposed else (E, N, K), (E, R, K), (E, N, R), (E, N)
+    x, w, a, b, bias = (torch.randn(s, generator=generator).to(dtype) / 3 for s in shapes)
+    # x and dy off 16-byte boundaries, as views may be
+    x = torch.cat([torch.zeros(S, 1, dtype=dtype), x], 1)[:, 1:]
+    ends, dy = torch.tensor(sizes).cumsum(0), torch.ones(1, 1, dtype=dtype).expand(S, N)
+    found = []
+    for wide in (False, True):
+        given = [t.double() if wide else t.detach() for t in (x, w, a, b, bias, dy)]
+        leaves = [given[i].requires_grad_() for i in (0, 2, 3)]
+        low = {"scale": 1.3, "bias": given[4], "is_transposed": transposed, "backend": "eager"}
+        with pytest.MonkeyPatch.context() as patched:
+            if wide:
+                patched.setattr(eager_experts, "runs_grouped_mm", lambda *operands: False)
+            y = lora_grouped_linear(given[0], ends, *given[1:4], **low)
+            found.append((y.detach(), *torch.autograd.grad(y, leaves, given[5])))
+    for name, actual, expected in zip(("y", "dx", "da", "db"), *found, strict=True):
+        assert relative_l2(actual, expected) <= tolerance(dtype), name
+        assert not actual[sum(sizes) :].any() or name in ("da", "db"), name
+        assert actual.any() or not sum(sizes), name
+
+
+def test_it_runs_where_eager_says():
+    o, settings = block(dtype=torch.float32)
+    with pytest.MonkeyPatch.context() as patched:
+        calls = []
+        for name in grouped_experts.__all__:
+            run = getattr(grouped_experts, name)
+            patched.setattr(grouped_experts, name, lambda *a, run=run, name=name: calls.append(name) or run(*a))
+        differentiated(lambda o, s: fused(o, s, "eager"), o, settings)
+    assert calls == ["experts_forward", "experts_backward"]
+    assert grouped_experts.__all__ == loop_experts.__all__ == eager_experts.__all__
+
+
+def test_a_negative_index():
+    o, settings = block(dtype=torch.float32, index=torch.full((23, 2), -1))
+    with pytest.raises(RuntimeError, match="negative expert"):
+        fused(o, settings, "eager")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_nothing_is_read_on_the_host(bias, monkeypatch):
+    """Tensors without data have nothing to be read; the loop, which asks where groups end, cannot run on them."""
+    monkeypatch.undo()
+    o, settings = block(dtype=torch.bfloat16, H=16, bias=bias)
+    o = {name: t.to("meta") for name, t in o.items()}
+    names = ("x", "topk_index", "topk_weight", "gate_up", "down")
+    more = [o.get(name) for name in ("gate_up_bias", "down_bias", "gate_up_a", "gate_up_b", "down_a", "down_b")]
+    act = named("silu", True, False)
+    given = [o[name] for name in names] + more
+    out, *saved = grouped_experts.experts_forward(*given, 1.7, 0.6, False, act)
+    assert out.shape == o["x"].shape
+    x, _, weight, up, down, _, down_bias, *low = given
+    grads = grouped_experts.experts_backward(
+        out, x, weight, up, down, down_bias, *low, 1.7, 0.6, False, act, *saved, True, True, True, True
+    )
+    assert [g.shape for g in grads] == [t.shape for t in (x, weight, *low)]
+    with pytest.raises(Exception, match="meta"):
+        loop_experts.experts_forward(*given, 1.7, 0.6, False, act)
+    ends = torch.empty(5, dtype=torch.int64, device="meta")
+    y, xa = grouped_experts.grouped_forward(x, ends, up, more[0], *low[:2], 1.3, False)
+    grouped_experts.grouped_backward(y, x, xa, ends, up, *low[:2], 1.3, False, True, True, True)
+
+
+def test_no_temporary_of_a_weights_size(monkeypatch):
+    monkeypatch.undo()
+    o, settings = block(T=8, E=32, k=1, H=128, I=128, R=4, dtype=torch.float32)
+    leaves = {n: t.requires_grad_() for n, t in o.items() if n == "x" or n.endswith(("_a", "_b"))}
+    monkeypatch.setattr(eager_experts, "runs_grouped_mm", lambda *operands: True)
+
+    def step():
+        torch.autograd.grad(fused(o, settings, "eager").sum(), list(leaves.values()))
+
+    step()
+    assert peak_bytes(step, torch.device("cpu")) < o["down"].numel() * 4
+
+
+class TestWhere:
+    """Where torch has a fast kernel: the one predicate that eager asks."""
+
+    @pytest.fixture
+    def on(self, monkeypatch):
+        """Weights as if they were on a GPU of a compute capability."""
+
+        def ask(arch, *weights, dtype=torch.bfloat16):
+            monkeypatch.undo()
+            monkeypatch.setattr(probe, "_arch", lambda device: arch)
+            x = torch.zeros(4, 16, dtype=dtype)
+            monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+            return probe.runs_grouped_mm(x, *weights)
+
+        return ask
+
+    @pytest.mark.parametrize(
+        ("arch", "runs"), [(80, False), (89, False), (90, True), (100, True), (103, True), (120, False)]
+    )
+    def test_gpus(self, on, arch, runs):
+        assert on(arch, half(3, 8, 16)) is runs
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+    def test_dtypes(self, on, dtype):
+        assert not on(90, torch.zeros(3, 8, 16, dtype=dtype), dtype=dtype)
+
+    @pytest.mark.parametrize(
+        ("w", "runs"),
+        [
+            (half(3, 8, 16), True),
+            (half(3, 16, 8).mT, True),
+            (half(6, 8, 16)[::2], True),
+            (half(3, 8, 48)[..., :16], True),
+            (half(1, 8, 16).expand(3, -1, -1), True),
+            (half(3, 8, 20)[..., :16], False),
+            (half(3, 8, 12), False),
+            (half(3, 12, 16), False),
+            (half(3, 8, 32)[..., ::2], False),
+            (half(8, 16, 3).permute(2, 0, 1), False),
+            (half(385)[1:].view(3, 8, 16), False),
+            (half(1024, 8, 16), False),
+        ],
+    )
+    def test_layouts(self, on, w, runs):
+        assert on(90, half(w.shape[0], 16, 8), w) is runs
+
+    def test_not_on_a_cpu(self, monkeypatch):
+        monkeypatch.undo()
+        assert not probe.runs_grouped_mm(half(4, 16), half(3, 8, 16))
+
+
+MUTATIONS = {
+    "sentinels are summed": ("y[-1:].masked_fill_(ends[-1] < S, 0)", "pass", "out"),
+    "every sentinel's own row": ("place.masked_fill_(place >= ends[-1], S - 1)", "pass", "out"),
+    "no bias": ("low[:, self.rank] = 1", "pass", "out"),
+    "no low-rank product": ("self._fused(x, self._w, low, self._b.mT)", "self._product(x, self._w)", "out"),
+    "no low-rank product in dx": ("self._fused(dy, self._w.mT, dyb, self._a)", "self._product(dy, self._w.mT)", "x"),
+    "no scale": ("b * scale", "b * 1.0", "out"),
+    "a gradient without scale": ("grad *= scale", "pass", "gate_up_b"),
+    "gradients of experts without rows": ("grad.masked_fill_(empty.view(-1, 1, 1), 0)", "grad", "gate_up_a"),
+    "no router weight in a gradient": ("gb * factor", "gb", "down_a"),
+    "no router weight in du": ("dh.mul_(factor)", "dh", "x"),
+    "the router's gradient without the bias": ("share += gb[:, second.rank]", "pass", "topk_weight"),
+    "the router's gradient of sentinels": ("share.masked_fill_(_beyond", "share.masked_fill(_beyond", "topk_weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_each_mutation_is_red(name, monkeypatch, tmp_path):
+    old, new, red = MUTATIONS[name]
+    monkeypatch.setattr(eager_experts, "grouped_experts", mutated(grouped_experts, old, new, tmp_path))
+    # no row of expert 2
+    index = torch.tensor([0, 1, 3, 4]).repeat(23)[:46].view(23, 2).clone()
+    index[3, 1], index[7, 0] = 5, 9
+    with pytest.raises(AssertionError) as failure:
+        check("eager", dtype=torch.float32, index=index, bias=True)
+    assert str(failure.value).startswith(f"{red}:"), failure.value
