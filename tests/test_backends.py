@@ -1,6 +1,7 @@
 """The choice of a backend (T1): who may ask for which, what happens on refusal, and what the planner says."""
 
 import os
+import re
 import subprocess
 import sys
 from types import ModuleType
@@ -277,3 +278,88 @@ class TestTriton:
         assert "TRITON_INTERPRET=1" in state.fix
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         assert base._triton().ok
+
+
+class TestCuda:
+    """When the CUDA kernels can run, and what is said when not."""
+
+    @pytest.fixture
+    def module(self, monkeypatch):
+        """A `lorafuse._cuda` of sm_90a that loads, from the sources that are here, beside one Hopper GPU."""
+        from lorafuse.backends import cuda_native
+
+        found = {"built": True, "stale": "", "capability": [(9, 0)], "architectures": ["sm_80", "sm_90", "sm_90a"]}
+        monkeypatch.setattr(cuda_native, "built", lambda name: found["built"])
+        monkeypatch.setattr(cuda_native, "stale", lambda name: found["stale"])
+        monkeypatch.setattr(cuda_native, "info", lambda name: found)
+        monkeypatch.setattr(cuda_native, "native", lambda name: ModuleType(name))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(found["capability"]))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found["capability"]))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: found["capability"][index])
+        return found
+
+    def test_it_can(self, module):
+        assert base._cuda() == base.Availability(True)
+        module["capability"].insert(0, (8, 0))
+        assert base._cuda().ok
+
+    @pytest.mark.parametrize(
+        ("change", "reason", "fix"),
+        [
+            ({"built": False}, "lorafuse._cuda is not built", "make cuda.*nvcc 12.8"),
+            ({"stale": "lorafuse._cuda was built from other sources"}, "other sources", "make cuda"),
+            ({"capability": []}, "torch sees no CUDA device", "Hopper"),
+            ({"capability": [(8, 0), (10, 0)]}, "built for sm_90a, the devices here are sm_100, sm_80", "'triton'"),
+            ({"architectures": ["sm_80"]}, "built for .*the devices here are sm_90", "'triton'"),
+        ],
+    )
+    def test_why_not(self, module, change, reason, fix):
+        module |= change
+        state = base._cuda()
+        assert not state.ok
+        assert re.search(reason, state.reason)
+        assert re.search(fix, state.fix)
+
+    def test_a_module_that_does_not_load(self, module, monkeypatch):
+        def load(name):
+            raise ImportError("undefined symbol: x")
+
+        monkeypatch.setattr("lorafuse.backends.cuda_native.native", load)
+        state = base._cuda()
+        assert "does not load: undefined symbol: x" in state.reason
+        assert "make cuda" in state.fix
+
+    def test_a_stale_module_is_told_from_a_fresh_one(self, tmp_path, monkeypatch):
+        from lorafuse.backends import cuda_native, cuda_sources
+
+        (tmp_path / "build.py").write_text("1")
+        monkeypatch.setattr(cuda_native, "_CSRC", tmp_path)
+        here = cuda_sources.source_hash(tmp_path, emulated=False)
+        for sources, said in ((here, ""), ("0123", "built from other sources (0123) than those of csrc here")):
+            monkeypatch.setattr(cuda_native, "info", lambda name, sources=sources: {"sources": sources})
+            cuda_native.stale.cache_clear()
+            assert said in cuda_native.stale("_cuda")
+            assert bool(said) == bool(cuda_native.stale("_cuda"))
+        # an installed package has no sources beside it
+        (tmp_path / "build.py").unlink()
+        cuda_native.stale.cache_clear()
+        assert cuda_native.stale("_cuda") == ""
+        cuda_native.stale.cache_clear()
+
+
+class TestEmulator:
+    """A backend for tests: known where it was built, and never chosen."""
+
+    def test_it_is_a_name_only_where_it_was_built(self, monkeypatch):
+        for there in (True, False):
+            monkeypatch.setattr("lorafuse.backends.cuda_native.built", lambda name, there=there: there)
+            if there:
+                assert base.check_name("emu") == "emu"
+            else:
+                with pytest.raises(ValueError, match="'emu' is not known"):
+                    base.check_name("emu")
+
+    def test_nobody_chooses_it(self):
+        assert base.EMULATOR not in base.BACKENDS
+        for device in ("cpu", "cuda"):
+            assert base.EMULATOR not in base.candidates(device)

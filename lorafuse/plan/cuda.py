@@ -78,6 +78,8 @@ def tunable(kernel: str, problem: Problem, device: DeviceSpec, single: bool = Fa
             cluster=cluster,
         )
         for block_n, stages, cluster in CONFIGS
+        # one row block leaves a neighbour without rows
+        if cluster == 1 or problem.M > _BLOCK_M
     )  # fmt: skip
     return tuple(config for config in found if not illegal(config, problem, device))
 

@@ -1,0 +1,146 @@
+"""The CUDA kernels in the planner (T1): what is legal, what they cost, and that nobody takes them on trust."""
+
+import itertools
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from plan_problems import BACKWARD, HEADLINE, problems
+
+from lorafuse.plan import DEVICES, cost, cuda, find, only, select, tuned
+from lorafuse.plan.select import _select
+
+pytestmark = pytest.mark.no_poison
+
+EVERY = (("eager", ""), ("triton", ""), ("cuda", ""))
+HOPPER = ("H100", "H200")
+
+
+def ways(problem, device):
+    return {way.kernel: way for way in select(problem, device, EVERY).candidates if way.backend == "cuda"}
+
+
+class TestLegal:
+    def test_every_problem_runs_or_has_a_reason(self):
+        for problem, device in itertools.product(problems(), DEVICES.values()):
+            reason = cuda.refusal(problem, device)
+            plan = select(problem, device, EVERY)
+            assert bool(reason) == (f"cuda: {reason}" in plan.reasons)
+            assert bool(reason) != bool(ways(problem, device))
+            for way in ways(problem, device).values():
+                for config in way.configs:
+                    assert config.form == "mma" or cuda.illegal(config, problem, device) == ""
+
+    @pytest.mark.parametrize(
+        ("problem", "device", "why"),
+        [
+            (HEADLINE, "A100", "for sm_90, A100 is sm_80"),
+            # sm_90a is its own instruction set: no later GPU runs it
+            (HEADLINE, "B200", "for sm_90, B200 is sm_100"),
+            (replace(HEADLINE, dtype="float32"), "H200", "bfloat16 and float16, not float32"),
+            (replace(HEADLINE, aligned=False), "H200", "16-byte boundaries"),
+            (replace(HEADLINE, K=4100), "H200", "K 4100 to be multiples of 8"),
+            (replace(HEADLINE, N=4097), "H200", "N 4097 and K"),
+            (replace(HEADLINE, M=2**31), "H200", "M 2147483648 is not below 2\\^31"),
+        ],
+    )
+    def test_what_is_refused_says_why(self, problem, device, why):
+        assert cuda.refusal(HEADLINE, find("H200")) == ""
+        assert re.search(why, cuda.refusal(problem, find(device)))
+        assert cuda.tunable("fwd", problem, find(device)) == ()
+
+    @pytest.mark.parametrize(
+        ("change", "problem", "why"),
+        [
+            ({"block_n": 192}, HEADLINE, "128 x 128 or 128 x 256"),
+            ({"block_m": 64}, HEADLINE, "128 x 128 or 128 x 256"),
+            ({"cluster": 4}, HEADLINE, "cluster of 4 blocks"),
+            ({"stages": 4}, HEADLINE, "4 stages need .* of 232448"),
+            ({"stages": 1}, HEADLINE, "2 or more"),
+            ({"single": True}, replace(HEADLINE, R=65), "up to 64 ranks"),
+            ({"single": True}, replace(HEADLINE, dropout=True), "no mask"),
+            ({"single": True, "kernel": "dx"}, HEADLINE, "one launch computes xa and y"),
+        ],
+    )
+    def test_what_is_illegal_says_why(self, change, problem, why):
+        config = cuda.tunable("fwd", HEADLINE, find("H200"))[0]
+        assert re.search(why, cuda.illegal(replace(config, **change), problem, find("H200")))
+
+
+class TestCost:
+    def test_a_main_loop_of_97_percent(self):
+        """x is read once for xa; then cuBLAS's time for R more columns of x, over 0.97; two gaps of 2 us."""
+        found = ways(HEADLINE, find("H200"))["two_kernel"]
+        assert found.seconds * 1e6 == pytest.approx(15.6 + 4 + 347.9 * (1 + 16 / 4096) / 0.97, rel=0.01)
+
+    def test_one_launch_saves_the_read_of_x_where_there_is_slack(self):
+        found = ways(HEADLINE, find("H200"))
+        assert found["two_kernel"].seconds - found["single_kernel"].seconds == pytest.approx(15.6e-6, rel=0.02)
+
+    def test_a_backward_pass_reads_dy_once_beside_the_product(self):
+        (found,) = ways(replace(HEADLINE, gradients=BACKWARD), find("H200")).values()
+        names = [part.name for part in found.parts]
+        assert names == ["dyb, db from one read of dy", "a rounded", "dx = dy w + dyb a", "da = dybᵀ x", "launch gaps"]
+        assert [c.kernel for c in found.configs] == ["dyb_db", "dx", "da"]
+
+    def test_clusters_where_l2_would_be_the_limit(self):
+        """Blocks that share w; not where the second would have no rows."""
+        config = {M: ways(replace(HEADLINE, M=M), find("H200"))["two_kernel"].configs[1] for M in (100, 8192)}
+        assert (config[8192].block_n, config[8192].cluster) == (256, 2)
+        assert config[100].cluster == 1
+
+    @pytest.mark.parametrize("gradients", [(), BACKWARD])
+    def test_an_adapter_never_costs_less_than_no_adapter(self, gradients):
+        for problem, name in itertools.product(problems(), HOPPER):
+            problem, device = replace(problem, gradients=gradients), find(name)
+            base = cost.total(cost.frozen(problem, device))
+            for way in ways(problem, device).values():
+                assert way.seconds >= base * 0.999, (problem, name, way.kernel)
+
+
+class TestSelect:
+    def test_nobody_takes_them_on_trust(self):
+        for problem, device in itertools.product(problems(), DEVICES.values()):
+            plan = select(problem, device, EVERY)
+            assert plan.backend != "cuda"
+            for kernel in ways(problem, device):
+                reason = next(r for r in plan.reasons if r.startswith(f"cuda {kernel}: not chosen, model"))
+                assert reason.endswith("CUDA kernels are taken only where measured")
+
+    def test_by_name_they_run_without_xa_and_y_in_one_launch(self):
+        for problem, device in itertools.product(problems(), map(find, HOPPER)):
+            if not cuda.refusal(problem, device):
+                plan = select(problem, device, (("cuda", ""),))
+                expected = "one_pass_backward" if problem.gradients else "two_kernel"
+                assert (plan.backend, plan.kernel) == ("cuda", expected)
+
+    def test_a_constraint_names_them(self):
+        device = find("H200")
+        with only("cuda single_kernel"):
+            plan = select(HEADLINE, device, EVERY)
+            assert (plan.backend, plan.kernel) == ("cuda", "single_kernel")
+            assert plan.config("fwd").single
+        with only("single_kernel"):
+            assert select(HEADLINE, device, EVERY).backend == "triton"
+            assert select(HEADLINE, device, (("cuda", ""),)).kernel == "single_kernel"
+
+    def test_a_measurement_chooses_them(self, tmp_path, monkeypatch):
+        entry = {
+            "N": 4096, "K": 4096, "R": [1, 16], "M": [1024, 16384], "dtype": "bfloat16", "dropout": False,
+            "gradients": [], "kernel": "cuda single_kernel", "seconds": 0.00035, "commit": "abc", "date": "2026-11-25",
+        }  # fmt: skip
+        (tmp_path / "h200.json").write_text(json.dumps({"version": 1, "entries": [entry]}))
+        monkeypatch.setattr(tuned, "_FOLDER", tmp_path)
+        for forget in (tuned.load, _select):
+            forget.cache_clear()
+        try:
+            plan = select(HEADLINE, find("H200"), EVERY)
+            assert (plan.backend, plan.kernel) == ("cuda", "single_kernel")
+            assert "cuda single_kernel was fastest when measured on H200" in plan.reasons[-1]
+            # it says nothing where they cannot run
+            without = select(HEADLINE, find("H200"), (*EVERY[:2], ("cuda", "not built")))
+            assert without.backend == "triton"
+        finally:
+            for forget in (tuned.load, _select):
+                forget.cache_clear()
