@@ -47,7 +47,7 @@ doctor: $(READY) ## versions, devices, backends, and a numerical self-test
 	@$(PY) -m lorafuse doctor $(ARGS)
 
 clean: ## remove .venv, caches and build output
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist *.egg-info lorafuse/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): $(REQUIREMENTS)

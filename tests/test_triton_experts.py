@@ -79,12 +79,12 @@ def planned(monkeypatch):
 
 
 # one expert of several tiles, one of one, one of none, a sentinel; columns just past the last full tile
-LARGE = {"dtype": torch.float16, "T": 150, "E": 3, "k": 1, "H": 72, "I": 136, "R": 6, "adapter_dtype": torch.float32}
+LARGE = {"dtype": torch.float16, "T": 19, "E": 3, "k": 8, "H": 72, "I": 136, "R": 6, "adapter_dtype": torch.float32}
 
 
 def large_index():
-    index = torch.zeros(150, 1, dtype=torch.int64)
-    index[3:9], index[20] = 2, 3
+    index = torch.zeros(19, 8, dtype=torch.int64)
+    index[3:9, 1], index[15, 4] = 2, 3
     return index
 
 

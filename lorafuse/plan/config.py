@@ -56,8 +56,8 @@ _MAX_BLOCK_R = 32
 _MAX_SINGLE_R = 64
 # fp32 accumulators in the registers of one thread, of 255: above this all shapes spilled
 _MAX_ACCUMULATORS = 128
-# the same beside an activation's backward; on sm_100, where accumulators come from tensor memory all at once, beside an
-# activation too (Triton 3.6, 2026-11-25)
+# the same beside an activation's backward; beside an activation too on sm_100, where accumulators come from tensor
+# memory all at once, and after a loop over several rank tiles (Triton 3.6, 2026-11-25)
 _MAX_ACTIVATED = 64
 
 
@@ -73,9 +73,9 @@ def shared_memory(config: KernelConfig, itemsize: int) -> int:
     if c.kernel in _MAIN_LOOPS:
         # stores through a descriptor are staged in halves
         staging = c.block_m * c.block_n // 2 * itemsize if c.form == "tma" else 0
-        if c.kernel == "ragged_act_backward":
-            # a part of du, of gate and up together
-            staging += c.block_m * c.block_n // 4 * itemsize
+        if c.kernel == "ragged_act_backward" and c.form == "tma":
+            # du of gate and up; pointers leave the pipeline's buffers to it
+            staging = 2 * c.block_m * c.block_n * itemsize
         tiles = c.stages * (c.block_m + c.block_n) * c.block_k * itemsize + staging + 2 * ranks + 1024
         return (
             max(tiles, shared_memory(replace(c, kernel="xa", block_r=_MAX_SINGLE_R), itemsize)) if c.single else tiles
@@ -112,7 +112,8 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
     if c.kernel == "dx" and problem.dropout:
         # the masked low-rank product has accumulators of its own
         accumulators *= 2
-    activated = c.kernel == "ragged_act_backward" or (c.kernel == "ragged_act" and 100 <= device.arch < 120)
+    tight = 100 <= device.arch < 120 or c.block_r < problem.R
+    activated = c.kernel == "ragged_act_backward" or (c.kernel == "ragged_act" and tight)
     if accumulators > (_MAX_ACTIVATED if activated else _MAX_ACCUMULATORS) * 32 * c.warps:
         return f"{accumulators} accumulators do not fit the registers of {c.warps} warps"
     if c.kernel == "ragged_act_backward" and 100 <= device.arch < 120 and c.block_n > 128:

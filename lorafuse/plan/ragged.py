@@ -19,7 +19,7 @@ RAGGED_KERNELS = ("ragged", "ragged_act", "ragged_act_backward", "project", "out
 # (block_m, block_n, block_k, stages, warps) of the main loop, by architecture: those that read weights through TMA, and
 # pointers. Chosen by what compiles without spills (Triton 3.6, 2026-11-25); no speed was measured.
 _TMA = {
-    90: ((128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (64, 256, 64, 4, 8), (64, 128, 64, 4, 8)),
+    90: ((128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (64, 256, 64, 3, 8), (64, 128, 64, 4, 8)),
     100: ((128, 256, 64, 3, 8), (128, 128, 64, 3, 8), (64, 256, 64, 3, 8), (64, 128, 64, 4, 8)),
 }
 # of these, only sm_80 has the shared memory for the first

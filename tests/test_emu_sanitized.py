@@ -1,0 +1,80 @@
+"""The emulated CUDA kernels under AddressSanitizer and UBSan (T5), with host code and emulator, in a process apart."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from native_build import REPORTS, ROOT, build
+
+MODULE = REPORTS / "emu-sanitize" / "_emu.so"
+LOAD = f"""
+import importlib.util, sys
+import torch
+spec = importlib.util.spec_from_file_location("lorafuse._emu", {str(MODULE)!r})
+module = sys.modules["lorafuse._emu"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+from lorafuse.backends import base
+base._AVAILABILITY["emu"] = base.Availability(True)
+"""
+CHECK = """
+from lorafuse.plan import only
+from lorafuse.testing.check_linear import LinearCase, check_linear
+fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
+check_linear(LinearCase((200,), 136, 136, 24, bf16, fp32, dropout_p=0.2), "emu")
+check_linear(LinearCase((70,), 72, 136, 13, fp16, fp16), "emu")
+check_linear(LinearCase((129,), 264, 72, 128, bf16, bf16), "emu")
+with only("cuda single_kernel"):
+    check_linear(LinearCase((200,), 136, 136, 24, fp16, fp32), "emu")
+print("launches:", module.statistics()["launches"])
+"""
+EXPERTS = """
+sys.path.insert(0, "tests")
+from test_emu_experts import grouped, results
+for transposed in (False, True):
+    results(*grouped([60, 60, 190], 200, torch.bfloat16, transposed), "emu")
+print("launches:", module.statistics()["launches"])
+"""
+# 8 rows more than the matrix has
+OVERRUN = """
+a, out = torch.ones(8, 16), torch.empty(8, 16, dtype=torch.bfloat16)
+module.round_adapter(
+    in_type=2, type=0, rows=16, columns=16, input=a.data_ptr(), stride_input=16, out=out.data_ptr(), stride_out=16
+)
+print("not seen")
+"""
+
+
+@pytest.fixture(scope="module")
+def sanitized():
+    """Runs Python with the sanitized module in place of `lorafuse._emu`."""
+    reason = build("emu", str(MODULE), "--sanitize")
+    if reason:
+        pytest.skip(f"the emulator cannot be built: {reason}")
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True).stdout.strip()
+        for name in ("asan", "ubsan")
+    ]
+    # what Python itself never frees is not ours
+    environment = {**os.environ, "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+
+    def run(code):
+        command = [sys.executable, "-c", LOAD + code]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+
+    return run
+
+
+@pytest.mark.parametrize("code", [CHECK, EXPERTS], ids=["linear", "grouped"])
+def test_nothing_is_found(sanitized, code):
+    done = sanitized(code)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "launches: " in done.stdout
+    assert "runtime error" not in done.stderr
+
+
+def test_an_overrun_is_found(sanitized):
+    done = sanitized(OVERRUN)
+    assert done.returncode != 0
+    assert "not seen" not in done.stdout
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
