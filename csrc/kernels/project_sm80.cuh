@@ -57,6 +57,8 @@ LF_DEVICE void adapter_fragment(uint32_t (&values)[4], const uint8_t* tile, int 
 template <class T, class A, int BLOCK_M, int RANKS>
 LF_KERNEL_SHARED(kThreads, (ProjectShape<T, A, BLOCK_M, RANKS>::kBlocks)) project_kernel(const ProjectX p) {
   using S = ProjectShape<T, A, BLOCK_M, RANKS>;
+  // the product that takes xa sets itself up meanwhile; it reads xa and writes only after this launch is complete
+  ptx::let_next_launch_start();
   LF_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
   const int part = warp % S::kParts, warp_row = warp / S::kParts * S::WARP_M;

@@ -1,6 +1,8 @@
 // Global memory that other blocks read or write in the same launch, launches that depend on each other, stmatrix.
 #pragma once
 
+#include <nv/target>
+
 #include <lorafuse/ptx/barrier.cuh>
 
 namespace lorafuse::ptx {
@@ -57,7 +59,10 @@ LF_DEVICE void store_shared(void* p, T value) {
 // Programmatic dependent launch: until the launch before this one is complete and its writes are visible; and: the
 // next one may start. Without the launch attribute both do nothing.
 LF_DEVICE void wait_for_previous_launch() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-LF_DEVICE void let_next_launch_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+LF_DEVICE void let_next_launch_start() {
+  // kernels that serve older GPUs too call it, which have no such launches
+  NV_IF_TARGET(NV_PROVIDES_SM_90, (asm volatile("griddepcontrol.launch_dependents;" ::: "memory");))
+}
 
 // Four 8x8 matrices of 16-bit elements to shared memory; lane l gives the address of row l % 8 of matrix l / 8, and
 // holds of matrix i the elements 2 (l % 4) and the next of row l / 4 in values[i].
