@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lorafuse.cli import main
+from lorafuse.cli import demo, main
 from lorafuse.demo import data, model, report, train
 
 ROWS = [{"question": f"what is {i} plus {i} ?", "answer": str(2 * i)} for i in range(8)]
@@ -42,7 +42,7 @@ def arguments(model_directory, data_file, out, *more):
 
 @pytest.mark.no_poison
 def test_whole_demo_on_a_tiny_model(model_directory, data_file, tmp_path, capsys):
-    assert main(arguments(model_directory, data_file, tmp_path)) == 0
+    assert main(arguments(model_directory, data_file, tmp_path, "--dtype", "float32", "bfloat16")) == 0
     printed = capsys.readouterr().out
     for said in (
         "tokens/s",
@@ -160,3 +160,16 @@ def test_smollm2_is_found_in_its_package():
     file = model._weights()
     assert file.suffix == ".gguf"
     assert file.stat().st_size > 50e6
+
+
+@pytest.mark.no_poison
+@pytest.mark.parametrize(("slower", "dtypes"), [(0.5, {"float32", "bfloat16"}), (7.2, {"float32"})])
+def test_slow_bfloat16_is_left_out(slower, dtypes, model_directory, data_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "_bfloat16_over_float32", lambda: slower)
+    assert main(arguments(model_directory, data_file, tmp_path / "out")) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == dtypes
+    assert ("takes 7 times as long" in capsys.readouterr().out) is (len(dtypes) == 1)
+
+
+def test_the_time_of_bfloat16_is_measured():
+    assert 0.01 < demo._bfloat16_over_float32() < 1000

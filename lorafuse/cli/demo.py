@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ SUMMARY = "train a real model with PEFT and with lorafuse, side by side"
 
 __all__ = ["SUMMARY", "add_arguments", "run"]
 
+# times float32's: with AMX or AVX-512 bfloat16 is faster; an AMD EPYC without, where the product is 7 times as slow,
+# took 91 s a step of the demo (2026-11-25)
+_MOST_SLOWER = 3.0
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, metavar="DIR", help="model directory (SmolLM2-135M-Instruct)")
@@ -27,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         nargs="+",
-        default=["float32", "bfloat16"],
         choices=DTYPES,
-        help="of the base model, one comparison each: float32 shows equal losses, bfloat16 the usual speed (both)",
+        help="of the base model, one comparison each: float32 shows equal losses, bfloat16 the usual speed (both; on a "
+        "CPU that multiplies bfloat16 slowly the first)",
     )
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps of each side (24)")
     parser.add_argument("--batch-size", type=int, default=4, help="sequences a step (4)")
@@ -51,11 +56,35 @@ def run(args: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Could not find a config file in", category=UserWarning)
     status = 0
-    for dtype in args.dtype:
+    for dtype in args.dtype or _default_dtypes(console, device):
         status = max(status, _compare(args, console, device, dtype))
         if status == 130:
             break
     return status
+
+
+def _default_dtypes(console: Any, device: torch.device) -> list[str]:
+    """Both, or float32 alone where bfloat16 would take hours; says so."""
+    slower = _bfloat16_over_float32() if device.type == "cpu" else 1.0
+    if slower <= _MOST_SLOWER:
+        return ["float32", "bfloat16"]
+    console.print(
+        f"bfloat16 is left out: this CPU takes {slower:.0f} times as long for it as for float32; --dtype bfloat16 runs it",
+        highlight=False,
+    )
+    return ["float32"]
+
+
+def _bfloat16_over_float32() -> float:
+    """How much longer a product of the model's size takes on this CPU in bfloat16."""
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.randn(512, 576).to(dtype), torch.randn(1536, 576).to(dtype)
+        torch.mm(x, w.t())
+        start = time.perf_counter()
+        torch.mm(x, w.t())
+        seconds.append(time.perf_counter() - start)
+    return seconds[1] / seconds[0]
 
 
 def _compare(args: argparse.Namespace, console: Any, device: torch.device, dtype: str) -> int:
