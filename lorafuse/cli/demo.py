@@ -69,7 +69,8 @@ def _default_dtypes(console: Any, device: torch.device) -> list[str]:
     if slower <= _MOST_SLOWER:
         return ["float32", "bfloat16"]
     console.print(
-        f"bfloat16 is left out: this CPU takes {slower:.0f} times as long for it as for float32; --dtype bfloat16 runs it",
+        f"bfloat16 is left out: this CPU takes {slower:.0f} times as long for it as for float32; ask for it by "
+        "--dtype bfloat16",
         highlight=False,
     )
     return ["float32"]
