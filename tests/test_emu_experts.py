@@ -106,3 +106,11 @@ def test_rows_that_tma_cannot_read_are_refused():
     o, settings = block(dtype=torch.float16, H=12)
     with pytest.raises(ValueError, match=r"weights \[5, 16, 12\] to be multiples of 8.*'triton'"):
         fused(o, settings, "emu")
+
+
+def test_a_stack_with_gaps_is_refused():
+    o, settings = block(dtype=torch.bfloat16, H=16)
+    wide = torch.cat([o["down"], o["down"]], 2)
+    o["down"] = wide[..., : o["down"].shape[2]]
+    with pytest.raises(ValueError, match=r"stacks of matrices without gaps; the strides of weights .*'triton'"):
+        fused(o, settings, "emu")

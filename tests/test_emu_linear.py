@@ -86,7 +86,7 @@ GATE = (
     LinearCase(K=64, dropout_p=0.25, R=13, dtype=torch.bfloat16),
     LinearCase(leading=(3, 21), N=72, K=136, R=6, dtype=torch.bfloat16, adapter_dtype=torch.float32, dropout_p=0.5),
     LinearCase(leading=(2, 3, 21), N=72, K=136, R=16, dtype=torch.float16, adapter_dtype=torch.float32),
-    LinearCase(leading=(384,), N=512, K=320, R=40, dtype=torch.bfloat16),
+    *(LinearCase(leading=(384,), N=512, K=320, R=R, dtype=torch.bfloat16) for R in (1, 16, 40, 64, 128)),
 )
 
 

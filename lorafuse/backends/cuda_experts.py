@@ -35,6 +35,12 @@ def _projection(run: Runner) -> type[grouped_experts.Projection]:
                 raise ValueError(
                     f"backend={run.name!r}: TMA needs the sizes of weights {shape} to be multiples of 8; {instead}"
                 )
+            if not (w.is_contiguous() or w.mT.is_contiguous()):
+                # a copy of the stack would cost more than the kernel gains
+                raise ValueError(
+                    f"backend={run.name!r}: its kernels read stacks of matrices without gaps; the strides of weights "
+                    f"{list(w.shape)} are {w.stride()}: {instead}"
+                )
             super().__init__(ends, w, *factors)
 
         def _fused(self, x: Tensor, w: Tensor, low: Tensor, b: Tensor) -> Tensor:
