@@ -28,5 +28,7 @@ def console() -> Any:
 def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
     """Raises ValueError, with the option and its value, for a number below 1."""
     for name in names:
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least 1")
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: it must be at least 1")

@@ -4,7 +4,20 @@ import difflib
 from dataclasses import dataclass
 from typing import TypeVar
 
-__all__ = ["CASES", "MOE_CASES", "UGLY_M", "UGLY_NK", "UGLY_R", "Case", "MoECase", "find", "find_moe"]
+__all__ = [
+    "CASES",
+    "GROUPS",
+    "MOE_CASES",
+    "UGLY_M",
+    "UGLY_NK",
+    "UGLY_R",
+    "Case",
+    "MoECase",
+    "find",
+    "find_any",
+    "find_group",
+    "find_moe",
+]
 
 _Case = TypeVar("_Case")
 
@@ -48,6 +61,13 @@ CASES: dict[str, Case] = {
     )
 }
 
+# layers that read the same x, as one case
+GROUPS: dict[str, tuple[Case, ...]] = {
+    f"{model}.{name}": tuple(CASES[f"{model}.{layer}"] for layer in layers)
+    for model in _MODELS
+    for name, layers in (("qkv", ("q", "k", "v")), ("gate_up", ("gate", "up")))
+}
+
 
 @dataclass(frozen=True)
 class MoECase:
@@ -82,6 +102,17 @@ UGLY_R = (1, 2, 3, 4, 6, 8, 13, 16, 64, 128, 256)
 def find(name: str) -> Case:
     """The linear layer of that name. Raises ValueError that lists the nearest and all known names."""
     return _find(name, CASES)
+
+
+def find_group(name: str) -> tuple[Case, ...]:
+    """The layers of that name which share x. Raises ValueError that lists the nearest and all known names."""
+    return _find(name, GROUPS)
+
+
+def find_any(name: str) -> str:
+    """The kind of the case of that name: "linear", "group" or "moe". Raises ValueError as the others do."""
+    kinds = {"linear": CASES, "group": GROUPS, "moe": MOE_CASES}
+    return _find(name, {case: kind for kind, known in kinds.items() for case in known})
 
 
 def find_moe(name: str) -> MoECase:

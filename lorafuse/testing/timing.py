@@ -5,12 +5,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
-from lorafuse.testing.baselines import Variant
-
-__all__ = ["CACHE_NOTE", "Samples", "measure", "measure_calls", "percentile"]
+__all__ = ["CACHE_NOTE", "Clock", "Samples", "Timed", "measure", "measure_calls", "percentile"]
 
 CACHE_NOTE = {
     "cpu": "interleaved, caches hold what the other variants left",
@@ -50,11 +49,11 @@ class Samples:
         }
 
 
-class _Clock:
+class Clock:
     """Seconds between two points: wall clock on a CPU, events on a GPU with its L2 overwritten before each call."""
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
+        self.device, self.cuda = device, device.type == "cuda"
         if self.cuda:
             size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
             self.flush = torch.empty(size, dtype=torch.int8, device=device)
@@ -73,15 +72,29 @@ class _Clock:
         return first.elapsed_time(last) / 1e3, result
 
 
-def measure(variants: list[Variant], rounds: int, warm_up: int, device: torch.device) -> Iterator[dict[str, Samples]]:
-    """Time forward and backward of every variant once a round, in a new order each round; yields after each round."""
-    clock, order = _Clock(device), random.Random(0)
+class Timed(Protocol):
+    """What `measure` takes: `once()` runs forward and backward and gives the seconds of each."""
+
+    @property
+    def name(self) -> str: ...
+
+    def once(self) -> tuple[float, float]: ...
+
+
+def measure(
+    variants: Sequence[Timed], rounds: int, warm_up: int, seconds: float = float("inf")
+) -> Iterator[dict[str, Samples]]:
+    """Time forward and backward of every variant once a round, in a new order each round; yields after each round.
+
+    After `seconds` it stops early, but not before a fifth of the rounds, so that medians stay medians of something.
+    """
+    order, end = random.Random(0), time.monotonic() + seconds
     samples = {variant.name: Samples() for variant in variants}
     for index in range(warm_up + rounds):
-        for variant in order.sample(variants, len(variants)):
-            forward, y = clock.time(variant.forward)
-            assert isinstance(y, torch.Tensor)
-            backward, _ = clock.time(lambda variant=variant, y=y: variant.backward(y))  # type: ignore[misc]
+        if index >= warm_up + max(1, rounds // 5) and time.monotonic() > end:
+            return
+        for variant in order.sample(list(variants), len(variants)):
+            forward, backward = variant.once()
             if index >= warm_up:
                 samples[variant.name].forward.append(forward)
                 samples[variant.name].backward.append(backward)
@@ -92,7 +105,7 @@ def measure_calls(
     calls: dict[str, Callable[[], object]], rounds: int, warm_up: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds of every call by name, each made once a round, in a new order each round."""
-    clock, order = _Clock(device), random.Random(0)
+    clock, order = Clock(device), random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for index in range(warm_up + rounds):
         for name in order.sample(list(calls), len(calls)):

@@ -1,0 +1,46 @@
+"""A PEFT layer patched by lorafuse: run as its plan says, or as the suffix says."""
+
+import lorafuse
+from lorafuse.backends import base
+from lorafuse.bench.layers import peft_experts, peft_linear
+from lorafuse.plan import only
+
+LABEL = "lorafuse"
+# the ways that plans choose from on GPUs; a forward in one kernel is never chosen before it was measured
+FORMS = {
+    "": {},
+    "eager": {"backend": "eager"},
+    "triton": {"backend": "triton"},
+    "triton-single": {"backend": "triton", "kernel": "single_kernel"},
+    "cuda": {"backend": "cuda"},
+    "cuda-single": {"backend": "cuda", "kernel": "cuda single_kernel"},
+}
+
+
+def unavailable(kind, device, backend="auto", kernel=""):
+    if backend == "auto":
+        return ""
+    if kernel and kind == "moe":
+        return "experts have no such form"
+    # off GPUs plans have one way
+    return "needs a GPU" if device.type != "cuda" else base.availability(backend).reason
+
+
+def _only(call, kernel):
+    def run(*args):
+        with only(kernel):
+            return call(*args)
+
+    return run if kernel else call
+
+
+def linear(given, backend="auto", kernel=""):
+    layer, wanted = peft_linear(given)
+    lorafuse.patch(layer, backend=backend, strict=True)
+    return _only(layer, kernel), wanted
+
+
+def experts(given, backend="auto"):
+    block, wanted = peft_experts(given)
+    lorafuse.patch(block, backend=backend, strict=True)
+    return block, wanted

@@ -1,0 +1,13 @@
+"""PEFT as shipped: adapters in fp32, whatever the base is."""
+
+from lorafuse.bench.layers import peft_experts, peft_linear
+
+LABEL = "PEFT as shipped"
+
+
+def linear(given):
+    return peft_linear(given)
+
+
+def experts(given):
+    return peft_experts(given)

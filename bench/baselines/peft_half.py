@@ -1,0 +1,13 @@
+"""PEFT with `autocast_adapter_dtype=False`: adapters in the base's dtype."""
+
+from lorafuse.bench.layers import peft_experts, peft_linear
+
+LABEL = "PEFT, adapters in the base's dtype"
+
+
+def linear(given):
+    return peft_linear(given, autocast_adapter_dtype=False)
+
+
+def experts(given):
+    return peft_experts(given, autocast_adapter_dtype=False)

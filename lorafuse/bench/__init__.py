@@ -1,0 +1,1 @@
+"""What `lorafuse bench` is made of: one module per kind, the baselines' loader, timing across processes, reports."""

@@ -1,0 +1,146 @@
+"""One linear layer, forward and backward, run in every way that is compared.
+
+LoRA tax = time(adapted) / time(frozen) - 1, forward and backward. No number is printed for a result that is not right.
+"""
+
+import argparse
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lorafuse.bench.problem import Problem, Work
+from lorafuse.bench.timed import closing, run_case, select, table
+from lorafuse.bench.variant import SCALE, Variant
+from lorafuse.testing.cases import CASES, Case, find
+
+__all__ = [
+    "SUMMARY",
+    "Inputs",
+    "Linear",
+    "add_arguments",
+    "cases",
+    "closing",
+    "inputs",
+    "run_case",
+    "select",
+    "shape",
+    "table",
+]
+
+SUMMARY = "one linear layer"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--case", action="append", metavar="NAME", help="a layer by name; may be repeated (square-2048)")
+    which.add_argument("--all", action="store_true", help="every named layer")
+    which.add_argument("--shape", metavar="N,K", help="out and in features of a layer")
+    parser.add_argument("--m", type=int, nargs="+", default=[1024], help="tokens (1024)")
+    parser.add_argument("--rank", type=int, nargs="+", default=[16], help="of the adapter (16)")
+
+
+def cases(args: argparse.Namespace) -> list["Linear"]:
+    """Every layer at every M and rank. Raises ValueError for unknown names, sizes below 1, ranks above the layer's."""
+    if args.shape:
+        layers = [shape(args.shape)]
+    else:
+        layers = list(CASES.values()) if args.all else [find(name) for name in args.case or ["square-2048"]]
+    problems = [Linear(c.name, args.dtype, m, c.N, c.K, r) for c in layers for m in args.m for r in args.rank]
+    for problem in problems:
+        if min(problem.N, problem.K) < problem.R:
+            raise ValueError(f"--rank {problem.R}: {problem.name} is {problem.N} x {problem.K}, no rank above that")
+    return problems
+
+
+def shape(text: str) -> Case:
+    """The layer that "N,K" means. Raises ValueError for anything else."""
+    sizes = text.split(",")
+    if len(sizes) != 2 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise ValueError(f"--shape {text}: it must be two sizes, out and in features: --shape 4096,4096")
+    return Case(f"{sizes[0]}x{sizes[1]}", int(sizes[0]), int(sizes[1]))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """`x [M, K]`, `w [N, K]`, `a [R, K]`, `b [N, R]`, `dy [M, N]` of one layer; b is not zero."""
+
+    x: Tensor
+    w: Tensor
+    a: Tensor
+    b: Tensor
+    dy: Tensor
+
+
+def inputs(m: int, n: int, k: int, r: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
+    """Normal numbers; base and low-rank part of y are of one size, the adapters in fp32 as PEFT's are."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int, std: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        return (torch.randn(*size, generator=generator, device=device) * std).to(dtype)
+
+    return Inputs(
+        x=normal(m, k),
+        w=normal(n, k, std=k**-0.5),
+        a=normal(r, k, std=k**-0.5, dtype=torch.float32),
+        b=normal(n, r, std=r**-0.5 / SCALE, dtype=torch.float32),
+        dy=normal(m, n),
+    )
+
+
+@dataclass(frozen=True)
+class Linear(Problem):
+    """`y [M, N] = x [M, K] · wᵀ + scale · (x · aᵀ) · bᵀ` with rank R."""
+
+    kind: ClassVar[str] = "linear"
+
+    M: int
+    N: int
+    K: int
+    R: int
+
+    def inputs(self, device: torch.device) -> Inputs:
+        return inputs(self.M, self.N, self.K, self.R, self.torch_dtype, device)
+
+    def references(self, given: Inputs) -> dict[str, dict[str, Tensor]]:
+        return references(given)
+
+    def variant(self, name: str, baseline: Any, given: Inputs, **options: Any) -> Variant:
+        call, parameters = baseline.linear(given, **options)
+        x = given.x.detach().requires_grad_()
+        return Variant(name, lambda: (call(x),), ("y",), (given.dy,), {"dx": x, **parameters})
+
+    def work(self, trains: str) -> dict[str, Work]:
+        return work(self.M, self.N, self.K, self.R, self.torch_dtype.itemsize, trains)
+
+
+def references(given: Inputs) -> dict[str, dict[str, Tensor]]:
+    """y and every gradient in fp64, with and without the adapter."""
+    x, w, a, b, dy = (t.double() for t in (given.x, given.w, given.a, given.b, given.dy))
+    xa, dyb = x @ a.t(), dy @ b
+    y, dx = x @ w.t(), dy @ w
+    adapted = {
+        "y": y + SCALE * xa @ b.t(),
+        "dx": dx + SCALE * dyb @ a,
+        "da": SCALE * dyb.t() @ x,
+        "db": SCALE * dy.t() @ xa,
+    }
+    frozen = {"y": y, "dx": dx}
+    return {"nothing": frozen, "base": frozen | {"dw": dy.t() @ x}, "adapters": adapted}
+
+
+def work(m: int, n: int, k: int, r: int, size: int, trains: str) -> dict[str, Work]:
+    """The least work of a layer: products; x, w and y, dy, w and dx once each in elements of `size` bytes.
+
+    A trained base adds the product for dw, x and dw; adapters add six products of rank R and the passes over x for da
+    and over their own factors.
+    """
+    forward = Work(2 * m * n * k, size * (m * k + n * k + m * n))
+    backward = Work(2 * m * n * k, size * (m * n + n * k + m * k))
+    if trains == "base":
+        backward += Work(2 * m * n * k, size * (m * k + n * k))
+    if trains == "adapters":
+        forward += Work(2 * m * r * (n + k), size * r * (n + k + m))
+        backward += Work(4 * m * r * (n + k), size * (m * k + r * (2 * n + 2 * k + m)))
+    return {"forward": forward, "backward": backward}

@@ -1,0 +1,71 @@
+"""Memory that layers and experts take in training, by what is compared, without times.
+
+"peak" is the most that one forward and backward hold beyond inputs and weights; "between" what is alive from the end of
+forward to backward, the output included. No number is printed for a result that is not right.
+"""
+
+import argparse
+from typing import Any
+
+import torch
+
+from lorafuse.bench import group, linear, moe, timed
+from lorafuse.bench.problem import Problem
+from lorafuse.bench.timed import Progress
+from lorafuse.testing.cases import CASES, GROUPS, MOE_CASES, find_any
+
+__all__ = ["SUMMARY", "add_arguments", "cases", "run_case", "table"]
+
+SUMMARY = "peak memory of layers and experts"
+_DEFAULT = ("llama-3.1-8b.q", "llama-3.1-8b.down", "moe-64")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--case", action="append", metavar="NAME", help=f"by name; may be repeated ({', '.join(_DEFAULT)})"
+    )
+    which.add_argument("--all", action="store_true", help="every named layer, group and block")
+    parser.add_argument("--m", type=int, nargs="+", default=[512, 2048], help="tokens (512 2048)")
+    parser.add_argument("--rank", type=int, nargs="+", default=[16], help="of the adapters (16)")
+
+
+def cases(args: argparse.Namespace) -> list[Problem]:
+    """Every case at every M and rank. Raises ValueError for unknown names, ranks above the layers'."""
+    names = [*CASES, *GROUPS, *MOE_CASES] if args.all else args.case or _DEFAULT
+    problems: list[Problem] = []
+    for name in names:
+        kind = find_any(name)
+        module: Any = {"linear": linear, "group": group, "moe": moe}[kind]
+        options = {"case": [name], "all": False, "shape": None, "routing": ["balanced"]}
+        problems += module.cases(argparse.Namespace(**vars(args) | options))
+    return problems
+
+
+def run_case(problem: Problem, args: argparse.Namespace, device: torch.device, progress: Progress) -> dict[str, Any]:
+    """Bytes of every variant. Raises Wrong when a result of this project's own baselines is not right."""
+    with timed.built(problem, args, device, progress) as (present, runners, failed):
+        figures: dict[str, Any] = {}
+        for index, one in enumerate(one for one in present if one.name in runners):
+            progress(index + 1, len(runners), f"memory of {one.name}")
+            held = runners[one.name].memory()
+            figures[one.name] = {"label": one.label, "peak_bytes": held.peak, "between_bytes": held.between}
+    return timed.described(problem) | {"variants": figures, "failed": failed}
+
+
+def table(result: dict[str, Any]) -> Any:
+    """The figures of a result as rich's table."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    found = Table(title=timed.title(result), box=SIMPLE_HEAD)
+    for column in ("", "peak MiB", "over frozen", "between MiB", "over frozen"):
+        found.add_column(column, justify="left" if not column else "right")
+    floor = result["variants"]["frozen"]
+    for name, figure in result["variants"].items():
+        cells = []
+        for key in ("peak_bytes", "between_bytes"):
+            cells += [f"{figure[key] / 2**20:.2f}", f"{(figure[key] - floor[key]) / 2**20:+.2f}"]
+        found.add_row(name, *cells)
+    found.caption = "\n".join(f"{name} failed and is not counted: {why}" for name, why in result["failed"].items())
+    return found

@@ -1,0 +1,190 @@
+"""The experts of a mixture-of-experts block, forward and backward, run in every way that is compared.
+
+LoRA tax = time(adapted) / time(frozen) - 1, forward and backward, where frozen is transformers' own grouped_mm block.
+No number is printed for a result that is not right.
+"""
+
+import argparse
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lorafuse.bench.problem import Problem, Work
+from lorafuse.bench.timed import closing, run_case, select, table
+from lorafuse.bench.variant import SCALE, Variant
+from lorafuse.testing.cases import MOE_CASES, find_moe
+
+__all__ = [
+    "ROUTINGS",
+    "SUMMARY",
+    "Experts",
+    "ExpertsInputs",
+    "add_arguments",
+    "cases",
+    "closing",
+    "run_case",
+    "select",
+    "table",
+]
+
+SUMMARY = "the experts of a mixture-of-experts block"
+_FACTORS = ("gate_up_a", "gate_up_b", "down_a", "down_b")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--case", action="append", metavar="NAME", help="experts by name; may be repeated (moe-64)")
+    which.add_argument("--all", action="store_true", help="every named one")
+    parser.add_argument("--m", type=int, nargs="+", default=[512], help="tokens (512)")
+    parser.add_argument("--rank", type=int, nargs="+", default=[16], help="of each expert's adapters (16)")
+    parser.add_argument(
+        "--routing", nargs="+", default=["balanced"], choices=ROUTINGS, help="of tokens to experts (balanced)"
+    )
+
+
+def cases(args: argparse.Namespace) -> list["Experts"]:
+    """Every block at every M, rank and routing. Raises ValueError for unknown names, ranks above the experts'."""
+    found = list(MOE_CASES.values()) if args.all else [find_moe(name) for name in args.case or ["moe-64"]]
+    problems = [
+        Experts(c.name, args.dtype, m, c.E, c.k, c.H, c.I, r, routing)
+        for c in found for m in args.m for r in args.rank for routing in args.routing
+    ]  # fmt: skip
+    for problem in problems:
+        if min(problem.H, problem.I) < problem.R:
+            raise ValueError(
+                f"--rank {problem.R}: {problem.name} has H {problem.H}, I {problem.I}, no rank above those"
+            )
+    return problems
+
+
+@dataclass(frozen=True)
+class ExpertsInputs:
+    """`x` and `dout` `[M, H]`, `index` and `weight` `[M, k]`, `gate_up [E, 2I, H]`, `down [E, H, I]`, fp32 factors."""
+
+    x: Tensor
+    index: Tensor
+    weight: Tensor
+    gate_up: Tensor
+    down: Tensor
+    gate_up_a: Tensor
+    gate_up_b: Tensor
+    down_a: Tensor
+    down_b: Tensor
+    dout: Tensor
+
+
+def _balanced(tokens: int, experts: int, k: int) -> Tensor:
+    return (torch.arange(tokens * k) % experts).view(tokens, k)
+
+
+def _zipf(tokens: int, experts: int, k: int) -> Tensor:
+    """Experts drawn without repetition, the n-th most wanted with weight 1/n."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.multinomial((1 / torch.arange(1, experts + 1)).expand(tokens, -1), k, generator=generator)
+
+
+def _one_hot(tokens: int, experts: int, k: int) -> Tensor:
+    """Every token to the same k experts."""
+    return torch.arange(k).expand(tokens, -1).contiguous()
+
+
+ROUTINGS = {"balanced": _balanced, "zipf": _zipf, "one-hot": _one_hot}
+
+
+@dataclass(frozen=True)
+class Experts(Problem):
+    """E experts, k for each of M tokens, of hidden size H and intermediate size I, adapters of rank R on each."""
+
+    kind: ClassVar[str] = "moe"
+
+    M: int
+    E: int
+    k: int
+    H: int
+    I: int  # noqa: E741
+    R: int
+    routing: str
+
+    def inputs(self, device: torch.device) -> ExpertsInputs:
+        """Normal numbers of unit size, no factor zero."""
+        generator = torch.Generator(device).manual_seed(0)
+        dtype, fp32 = self.torch_dtype, torch.float32
+        M, E, H, I, R = self.M, self.E, self.H, self.I, self.R
+
+        def normal(*size: int, fan: int = 1, of: torch.dtype = dtype) -> Tensor:
+            return (torch.randn(*size, generator=generator, device=device) * fan**-0.5).to(of)
+
+        return ExpertsInputs(
+            x=normal(M, H),
+            index=ROUTINGS[self.routing](M, E, self.k).to(device),
+            weight=torch.rand(M, self.k, generator=generator, device=device).to(dtype),
+            gate_up=normal(E, 2 * I, H, fan=H),
+            down=normal(E, H, I, fan=I),
+            gate_up_a=normal(E, R, H, fan=H, of=fp32),
+            gate_up_b=normal(E, 2 * I, R, fan=R, of=fp32) / SCALE,
+            down_a=normal(E, R, I, fan=I, of=fp32),
+            down_b=normal(E, H, R, fan=R, of=fp32) / SCALE,
+            dout=normal(M, H),
+        )
+
+    def references(self, given: ExpertsInputs) -> dict[str, dict[str, Tensor]]:
+        """A trained base's own gradients are of the stacks' size and are not compared; its other results are."""
+        frozen = _formula(given, adapted=False)
+        return {"nothing": frozen, "base": frozen, "adapters": _formula(given, adapted=True)}
+
+    def variant(self, name: str, baseline: Any, given: ExpertsInputs, **options: Any) -> Variant:
+        call, parameters = baseline.experts(given, **options)
+        x, weight = (t.detach().requires_grad_() for t in (given.x, given.weight))
+        wanted = {"dx": x, "dweight": weight, **parameters}
+        return Variant(name, lambda: (call(x, given.index, weight),), ("out",), (given.dout,), wanted)
+
+    def shaped(self, name: str, expected: Tensor, found: Tensor) -> Tensor:
+        """Gradients of factors as PEFT packs them, where that is how they come."""
+        if expected.shape == found.shape:
+            return expected
+        return expected.flatten(0, 1) if name.endswith("_a") else expected.permute(1, 2, 0).flatten(1)
+
+    def work(self, trains: str) -> dict[str, Work]:
+        """The three products of every choice; the weights of the experts that are chosen, x and out once a pass."""
+        size, rows = self.torch_dtype.itemsize, self.M * self.k
+        chosen = {"one-hot": self.k}.get(self.routing, min(self.E, rows))
+        base, weights = 2 * rows * 3 * self.I * self.H, size * chosen * 3 * self.I * self.H
+        forward = Work(base, weights + 2 * size * self.M * self.H)
+        backward = Work(base, weights + 3 * size * self.M * self.H)
+        if trains == "base":
+            backward += Work(base, weights)
+        if trains == "adapters":
+            # gate_up has rank R from H to 2I, down from I to H
+            rank = self.R * (2 * self.H + 3 * self.I)
+            forward += Work(2 * rows * rank, size * chosen * rank)
+            backward += Work(4 * rows * rank, 2 * size * chosen * rank)
+        return {"forward": forward, "backward": backward}
+
+
+def _formula(given: ExpertsInputs, adapted: bool) -> dict[str, Tensor]:
+    """out and every gradient in fp64, expert by expert."""
+    leaves = {n: getattr(given, n).double() for n in ("x", "weight", *(_FACTORS if adapted else ()))}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    out = torch.zeros_like(leaves["x"])
+    for e in range(given.gate_up.shape[0]):
+        token, slot = torch.where(given.index == e)
+        if token.numel() == 0:
+            continue
+
+        def project(v: Tensor, name: str, e: int = e) -> Tensor:
+            y = v @ getattr(given, name)[e].double().t()
+            if adapted:
+                y = y + SCALE * (v @ leaves[f"{name}_a"][e].t()) @ leaves[f"{name}_b"][e].t()
+            return y
+
+        gate, up = project(leaves["x"][token], "gate_up").chunk(2, 1)
+        y = project(F.silu(gate) * up, "down") * leaves["weight"][token, slot].unsqueeze(1)
+        out = out.index_add(0, token, y)
+    grads = torch.autograd.grad(out, list(leaves.values()), given.dout.double())
+    return {"out": out.detach()} | {
+        (f"d_{n}" if n in _FACTORS else f"d{n}"): grad for n, grad in zip(leaves, grads, strict=True)
+    }

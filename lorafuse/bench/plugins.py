@@ -1,0 +1,100 @@
+"""The baselines: one file each in `bench/baselines/`, found by name, asked whether they can run here.
+
+A baseline is a Python file. What it may define:
+
+    LABEL       how tables call it
+    TRAINS      "adapters" (the default), "base" or "nothing": which results are right, and which work is counted
+    REQUIRES    modules that have to be importable; none marks a baseline of this project's own, whose wrong result
+                stops the run, where a peer's is reported and not counted
+    ISOLATED    True: it runs in a process of its own, because its licence, its imports or its patches ask for that
+    FORMS       {suffix: options}: several variants of one file; the options go to its functions ({"": {}})
+    unavailable(kind, device, **options) -> str   why it cannot run there, "" when it can
+    linear(given, **options), group(given, **options), experts(given, **options)
+                build it for the inputs of `lorafuse.bench.linear`, `group` or `moe`: the call, and the tensors it trains
+                by the names of their gradients. A file without the function of a kind is no baseline of that kind;
+                without `group`, its `linear` runs once for each layer.
+"""
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+__all__ = ["Baseline", "folder", "load", "load_file"]
+
+_FUNCTIONS = {"linear": ("linear",), "group": ("group", "linear"), "moe": ("experts",)}
+# first what others are measured from, last what this project is about
+_FIRST, _LAST = ("frozen", "full"), "lorafuse"
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One variant of one file. `absent` is "" or why it cannot run here."""
+
+    name: str
+    label: str
+    trains: str
+    file: Path
+    module: ModuleType = field(repr=False, compare=False)
+    options: dict[str, Any] = field(default_factory=dict)
+    isolated: bool = False
+    peer: bool = False
+    absent: str = ""
+
+
+def folder() -> Path:
+    """Where the baselines are: `bench/baselines/` of a checkout, or the copy that an installed package brings.
+
+    Raises FileNotFoundError when neither is there.
+    """
+    package = Path(__file__).parents[1]
+    for place in (package.parent / "bench" / "baselines", package / "_baselines"):
+        if (place / "frozen.py").is_file():
+            return place
+    raise FileNotFoundError(f"there are no baselines beside {package}: run from a checkout, or install lorafuse again")
+
+
+def load(kind: str, device: torch.device, place: Path | None = None) -> list[Baseline]:
+    """The baselines of a kind ("linear", "group", "moe"), those that cannot run here included."""
+    found = [one for file in (place or folder()).glob("*.py") for one in load_file(file, kind, device)]
+    return sorted(found, key=_rank)
+
+
+def _rank(one: Baseline) -> tuple[int, str]:
+    if one.name in _FIRST:
+        return _FIRST.index(one.name), one.name
+    return len(_FIRST) + one.name.startswith(_LAST), one.name
+
+
+def load_file(file: Path, kind: str, device: torch.device) -> list[Baseline]:
+    """The variants of one file for a kind; none when it has no function for it."""
+    spec = importlib.util.spec_from_file_location(f"_lorafuse_baseline_{file.stem}", file)
+    assert spec is not None and spec.loader is not None, file
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not any(hasattr(module, name) for name in _FUNCTIONS[kind]):
+        return []
+    requires = getattr(module, "REQUIRES", ())
+    missing = [name for name in requires if importlib.util.find_spec(name) is None]
+    found = []
+    for suffix, options in getattr(module, "FORMS", {"": {}}).items():
+        absent = f"{', '.join(missing)} not installed" if missing else ""
+        if not absent and hasattr(module, "unavailable"):
+            absent = module.unavailable(kind, device, **options)
+        found.append(
+            Baseline(
+                name=file.stem.replace("_", "-") + (f"-{suffix}" if suffix else ""),
+                label=module.LABEL + (f", {suffix}" if suffix else ""),
+                trains=getattr(module, "TRAINS", "adapters"),
+                file=file,
+                module=module,
+                options=options,
+                isolated=getattr(module, "ISOLATED", False),
+                peer=bool(requires),
+                absent=absent,
+            )
+        )
+    return found

@@ -1,0 +1,60 @@
+"""A variant that this process runs: its times, through CUDA graphs where there is a GPU, and its memory."""
+
+import torch
+
+from lorafuse.bench.variant import Variant
+from lorafuse.testing.memory import Held, held_bytes
+from lorafuse.testing.timing import Clock
+
+__all__ = ["Runner"]
+
+
+class Runner:
+    """Forward and backward of a variant, timed apart.
+
+    On a GPU both are captured into CUDA graphs, so that what is compared is the work of the GPU and not that of the
+    host; `launched` is "" then, else the reason why calls are launched one by one: a graph could not be captured, or
+    `graphs` is False. Not on a CPU, where it is "".
+    """
+
+    def __init__(self, variant: Variant, clock: Clock, graphs: bool = True) -> None:
+        self.name, self.variant, self.clock = variant.name, variant, clock
+        self.launched = ""
+        self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
+        if clock.cuda:
+            self.launched = self._capture() if graphs else "asked for"
+
+    def _capture(self) -> str:
+        """Capture forward and backward; "" or why that failed."""
+        # cuBLAS handles, workspaces and compiled kernels must exist before a capture
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.variant.results()
+        torch.cuda.current_stream().wait_stream(side)
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        pool = torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(forward, pool=pool):
+                outputs = self.variant.forward()
+            with torch.cuda.graph(backward, pool=pool):
+                self._kept = self.variant.backward(outputs)
+        except RuntimeError as error:
+            # a wait for the device inside, most often; what it launches is timed as it is
+            return str(error).partition("\n")[0]
+        self._graphs = forward, backward
+        return ""
+
+    def once(self) -> tuple[float, float]:
+        """Seconds of one forward and of one backward."""
+        if self._graphs is not None:
+            forward, backward = self._graphs
+            return self.clock.time(forward.replay)[0], self.clock.time(backward.replay)[0]
+        first, outputs = self.clock.time(self.variant.forward)
+        second, _ = self.clock.time(lambda: self.variant.backward(outputs))  # type: ignore[arg-type]
+        return first, second
+
+    def memory(self) -> Held:
+        """Bytes that one forward and backward hold beyond what was there before."""
+        return held_bytes(self.variant.forward, self.variant.backward, self.clock.device)
