@@ -140,7 +140,7 @@ def _table(result: dict[str, Any], ref: str) -> Any:
 
 @contextmanager
 def _tree(ref: str) -> Iterator[tuple[Path, str]]:
-    """A work tree of the commit, for as long as it is needed, and its short name. Raises ValueError with git's reason."""
+    """A work tree of the commit, as long as it is needed, and its short name. Raises ValueError with git's reason."""
     root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str:
