@@ -165,7 +165,10 @@ def write(path: Path, entries: Iterable[Tuned]) -> None:
             raise
 
 
-def match(problem: Problem, device: DeviceSpec, kernels: Container[str] = KERNELS) -> Tuned | None:
-    """The first measurement that speaks for a problem on a device and names one of `kernels`, if there is one."""
-    found = (entry for entry in load(device.model) if entry.covers(problem) and entry.kernel in kernels)
-    return next(found, None)
+def match(problem: Problem, device: DeviceSpec, kernels: Container[str] = KERNELS, own: bool = True) -> Tuned | None:
+    """The first measurement that speaks for a problem on a device and names one of `kernels`, if there is one.
+
+    Without `own` the user's are passed over.
+    """
+    known = (entry for entry in load(device.model) if own or not entry.own)
+    return next((entry for entry in known if entry.covers(problem) and entry.kernel in kernels), None)
