@@ -136,5 +136,5 @@ def print_totals(console: Any, totals: Totals, path: Path, followed: bool) -> No
             f"(geometric mean); {totals.changed} passes run another way now",
             highlight=False,
         )
-    use = "plans follow it from now on" if followed else "plans do not look there"
+    use = "plans of processes that start from now on follow it" if followed else "plans do not look there"
     console.print(f"{path}: {use}", highlight=False, soft_wrap=True)

@@ -6,7 +6,6 @@ LORAFUSE_CACHE_DIR, one file a GPU model; a run that was interrupted goes on whe
 
 import argparse
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -117,8 +116,6 @@ def _target(name: str) -> Target:
 def _layers(args: argparse.Namespace) -> tuple[dict[Case, int], int]:
     """`({shape: number of layers}, number of layers with experts)` of what was asked for, each shape once."""
     if args.model:
-        # PEFT calls methods that transformers renamed
-        warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6", category=FutureWarning)
         try:
             return linear_layers(args.model)
         except ImportError as error:

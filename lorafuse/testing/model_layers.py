@@ -1,5 +1,6 @@
 """The layers that "all-linear" LoRA adapts in a model, from its configuration: no weights are read, none are made."""
 
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ def linear_layers(path: Path) -> tuple[dict[Case, int], int]:
     base = _model(path)
     experts = sum(_is_experts(module) for module in base.modules())
     config = peft.LoraConfig(target_modules="all-linear")
-    with torch.device("meta"):
+    # PEFT warns of experts and of Conv1D, which are left out below
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         adapted = peft.get_peft_model(base, config, low_cpu_mem_usage=True)
     counts: Counter[tuple[int, int]] = Counter()
     names: dict[tuple[int, int], dict[str, None]] = {}

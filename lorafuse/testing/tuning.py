@@ -5,13 +5,13 @@ candidate is first compared with the formula in fp64: none that is wrong anywher
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import median
 
 import torch
 from torch import Tensor
 
-from lorafuse.backends.on_gpu import device_guard
 from lorafuse.errors import BackendUnavailable
 from lorafuse.functional import lora_linear
 from lorafuse.philox import keep_mask, rescaled
@@ -119,7 +119,8 @@ def measure(target: Target, problems: Sequence[Problem], p: float, rounds: int) 
     """
     outcomes = [Outcome(problem, usual(problem, target)) for problem in problems]
     first = problems[0]
-    with device_guard(target.device):
+    # events are recorded on the current device
+    with torch.cuda.device(target.device) if target.device.type == "cuda" else nullcontext():
         try:
             dtype = getattr(torch, first.dtype)
             given = inputs(Case("", first.N, first.K), first.M, first.R, dtype, target.device)
@@ -223,6 +224,10 @@ def _time(
     while calls:
         try:
             return measure_calls({name: named(name, call) for name, call in calls.items()}, rounds, warm_up, device)
+        except torch.OutOfMemoryError as error:
+            # of the buffer that empties L2
+            outcome.failed |= dict.fromkeys(calls, _first_line(error))
+            return {}
         except _CallFailed as call:
             outcome.failed[call.name] = _first_line(call.error)
             del calls[call.name]
@@ -232,7 +237,7 @@ def _time(
 
 def _failures() -> tuple[type[Exception], ...]:
     """What a launch raises: torch and CUDA a RuntimeError, Triton errors of its own."""
-    # not at the top: what this module says of candidates needs no Triton
+    # not at the top: every command imports this module, also where there is no Triton
     from triton import TritonError
 
     return RuntimeError, TritonError
