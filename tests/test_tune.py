@@ -311,6 +311,10 @@ class TestInput:
         assert "--dry-run --gpu H200" in error
         assert error.count("\n") == 1
 
+    def test_an_unknown_case_is_named_where_there_is_no_gpu_too(self, capsys):
+        assert cli.main(["tune", "--case", "llama-3.1-8b.dwn"]) == 2
+        assert "The known ones: square-2048" in capsys.readouterr().err
+
     def test_a_dry_run_measures_and_writes_nothing(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("LORAFUSE_CACHE_DIR", str(tmp_path / "cache"))
         monkeypatch.setattr(tuning, "measure", None)

@@ -137,4 +137,4 @@ def print_totals(console: Any, totals: Totals, path: Path, followed: bool) -> No
             highlight=False,
         )
     use = "plans of processes that start from now on follow it" if followed else "plans do not look there"
-    console.print(f"{path}: {use}", highlight=False, soft_wrap=True)
+    console.print(f"{path}: {use}", markup=False, highlight=False, soft_wrap=True)

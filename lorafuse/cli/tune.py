@@ -54,8 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0; 1 when a way was wrong; 130 when interrupted. Raises ValueError, and MissingDependency, for what cannot be."""
     _check(args)
+    layers, experts = _named(args), 0
     target = _planned(args.gpu) if args.gpu else _target(args.device)
-    layers, experts = _layers(args)
+    if args.model:
+        layers, experts = _of_model(args.model)
     path = args.out or tuned.own_file(target.spec.model)
     entries = tuned.read(path, own=args.out is None)
     work = {case: _groups(case, args, target, () if args.again else entries) for case in layers}
@@ -67,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
         _tune_print.print_work(console, target, work, args.rounds)
         return 0
     if not any(work.values()):
-        console.print(f"nothing left to measure: {path} holds it; --again measures it again", soft_wrap=True)
+        text = f"nothing left to measure: {path} holds it; --again measures it again"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
         return 0
     _check_writable(path)
     found = conditions(target.device) | {"timing": CACHE_NOTE.get(target.device.type, "caches as they are")}
@@ -113,13 +116,16 @@ def _target(name: str) -> Target:
     return Target(device, spec, available)
 
 
-def _layers(args: argparse.Namespace) -> tuple[dict[Case, int], int]:
-    """`({shape: number of layers}, number of layers with experts)` of what was asked for, each shape once."""
-    if args.model:
-        try:
-            return linear_layers(args.model)
-        except ImportError as error:
-            raise MissingDependency("--model needs peft and transformers: pip install 'lorafuse[peft]'") from error
+def _of_model(path: Path) -> tuple[dict[Case, int], int]:
+    """`({shape: how many layers have it}, number of layers with experts)`."""
+    try:
+        return linear_layers(path)
+    except ImportError as error:
+        raise MissingDependency("--model needs peft and transformers: pip install 'lorafuse[peft]'") from error
+
+
+def _named(args: argparse.Namespace) -> dict[Case, int]:
+    """`{shape: 1}` of what --case and --shape name, each shape once."""
     cases = [find_case(name) for name in args.case or ()]
     for text in args.shape or ():
         sizes = text.split(",")
@@ -129,7 +135,7 @@ def _layers(args: argparse.Namespace) -> tuple[dict[Case, int], int]:
     by_shape: dict[tuple[int, int], Case] = {}
     for case in cases:
         by_shape.setdefault((case.N, case.K), case)
-    return dict.fromkeys(by_shape.values(), 1), 0
+    return dict.fromkeys(by_shape.values(), 1)
 
 
 def _console() -> Any:
