@@ -82,6 +82,20 @@ class TestRule:
         assert (merged.commit, merged.date) == ("abc and of release 1.2.3", "2026-12-01 01:00 UTC")
         assert merged.conditions == {"device": "GPU X", "torch": "2.13.0 and 2.14.0", "lorafuse": "1.2.3"}
 
+    def test_points_that_stay_keep_their_times(self):
+        slow, fast = {"aten_beta1": 3e-6, "two_kernel": 2e-6}, {"aten_beta1": 1e-6, "two_kernel": 2e-6}
+        longer = {"aten_beta1": 9e-6, "two_kernel": 8e-6}
+        first = tuning.record((), [self.outcome(512, slow), self.outcome(2048, longer)], FOUND)
+        assert [entry.seconds for entry in first] == [8e-6]
+        # three runs, of two commits
+        for commit in ("def", "abc"):
+            first = tuning.record(first, [self.outcome(2048, longer)], FOUND | {"commit": commit})
+        assert [entry.commit for entry in first] == ["abc and def"]
+        second = tuning.record(first, [self.outcome(2048, fast)], FOUND | {"commit": "def"})
+        assert [(e.points, e.seconds, e.commit) for e in second] == [
+            (((512, 16, 2e-6),), 2e-6, "abc and def"), (((2048, 16, 1e-6),), 1e-6, "def"),
+        ]  # fmt: skip
+
     def test_nothing_is_said_of_a_size_at_which_nothing_ran(self):
         fast = {"aten_beta1": 1e-6, "two_kernel": 2e-6}
         found = tuning.record((), [self.outcome(512, fast), self.outcome(2048, {})], FOUND)
