@@ -1,6 +1,9 @@
 """What `lorafuse tune` decides (T1): which layers a model has, what wins, what is recorded."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import peft
 import pytest
@@ -16,6 +19,7 @@ from lorafuse.testing.cases import Case
 from lorafuse.testing.model_layers import linear_layers
 from lorafuse.testing.tuning import Outcome, Target
 
+ROOT = Path(__file__).parents[1]
 H200 = find("H200")
 AVAILABLE = (("eager", ""), ("triton", ""), ("cuda", "not built"))
 FOUND = {"device": "GPU X", "torch": "2.13.0", "lorafuse": "1.2.3", "date": "2026-11-26 01:00 UTC", "commit": "abc"}
@@ -160,3 +164,36 @@ class TestModel:
     def test_layers_that_are_no_linear_are_refused(self, tmp_path):
         with pytest.raises(ValueError, match="no linear layers"):
             linear_layers(self.write(tmp_path, "gpt2"))
+
+
+class TestWithoutGpu:
+    def test_off_gpus_there_is_nothing_to_tune(self, capsys):
+        assert cli.main(["tune", "--shape", "32,64", "--device", "cpu"]) == 2
+        error = capsys.readouterr().err
+        assert "nothing to tune: eager is the only backend on cpu" in error
+        assert "--dry-run --gpu H200" in error
+        assert error.count("\n") == 1
+
+    def test_an_unknown_case_is_named_where_there_is_no_gpu_too(self, capsys):
+        assert cli.main(["tune", "--case", "llama-3.1-8b.dwn"]) == 2
+        assert "The known ones: square-2048" in capsys.readouterr().err
+
+    def test_a_dry_run_measures_and_writes_nothing(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(tuning, "measure", None)
+        argv = ["tune", "--case", "llama-3.1-8b.q", "--case", "llama-3.1-8b.o", "--dry-run", "--gpu", "h200"]
+        assert cli.main(argv) == 0
+        out = capsys.readouterr().out
+        assert out.count("4096 × 4096") == 1
+        assert "cuda single_kernel" in " ".join(out.split())
+        assert "6 passes" in out
+        for line in out.splitlines():
+            assert "us" not in line.split() or "model" in line, line
+        assert not (tmp_path / "cache").exists()
+
+
+def test_every_command_is_imported_without_triton():
+    names = ", ".join(f"lorafuse.cli.{name}" for name in cli.COMMANDS)
+    heavy = "'triton', 'peft', 'transformers', 'rich'"
+    code = f"import sys, {names}\nprint(*[name for name in ({heavy}) if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == ""

@@ -73,20 +73,22 @@ def print_layer(
     console: Any, case: Case, count: int, outcomes: Sequence[Outcome], entries: Sequence[tuned.Tuned], target: Target
 ) -> None:
     """What was measured of one shape and what was recorded, and what was wrong or did not run."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     layers = f", {count} layers" if count > 1 else ""
-    table = Table(title=f"{shape(case)}{layers}, {outcomes[0].problem.dtype}; times in us, median [20-80 %]")
-    for column in ("pass", "M", "R", "before", "(model)", "measured", "fastest", "measured", "recorded", "gain"):
-        table.add_column(column, justify="left" if column in ("pass", "before", "fastest", "recorded") else "right")
+    title = f"{shape(case)}{layers}, {outcomes[0].problem.dtype}; times in us, median [20-80 %]"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for column in ("pass", "M", "R", "before", "(model)", "fastest", "gain"):
+        # a narrow terminal folds what it cannot hold, and cuts nothing off
+        table.add_column(column, justify="right" if column in ("M", "R", "(model)") else "left", overflow="fold")
     for outcome in outcomes:
         problem, before = outcome.problem, outcome.before
-        row = [_pass(problem), str(problem.M), str(problem.R), before, _us(_modelled(target, problem)[before])]
-        row.append(_measured(outcome.seconds[before]) if before in outcome.seconds else "none")
-        if outcome.seconds:
-            fastest, recorded = outcome.fastest(), _recorded(problem, entries)
-            row += [fastest, _measured(outcome.seconds[fastest]), recorded or "nothing", _gain(outcome, recorded)]
-        table.add_row(*row)
+        modelled = _us(_modelled(target, problem)[before])
+        sizes = _pass(problem), str(problem.M), str(problem.R)
+        fastest = outcome.fastest() if outcome.seconds else ""
+        cells = _way(outcome, before), modelled, _way(outcome, fastest), _gain(outcome, _recorded(problem, entries))
+        table.add_row(*sizes, *cells)
     console.print(table)
     for outcome in outcomes:
         where = f"{shape(case)}, {_pass(outcome.problem)}, M {outcome.problem.M}, R {outcome.problem.R}"
@@ -96,10 +98,19 @@ def print_layer(
             console.print(f"{where}: {name} is left out, {why}", style="yellow", highlight=False, markup=False)
 
 
+def _way(outcome: Outcome, name: str) -> str:
+    """A candidate with its measured time in a second line."""
+    return f"{name}\n{_measured(outcome.seconds[name]) if name in outcome.seconds else 'not measured'}"
+
+
 def _gain(outcome: Outcome, recorded: str) -> str:
-    if recorded not in outcome.seconds or outcome.before not in outcome.seconds:
-        return ""
-    return f"{median(outcome.seconds[outcome.before]) / median(outcome.seconds[recorded]):.2f}×"
+    """What following the file gains over before; says so where the fastest is not what was recorded."""
+    if recorded not in outcome.seconds:
+        return "none recorded"
+    if outcome.before not in outcome.seconds:
+        return recorded
+    gain = f"{median(outcome.seconds[outcome.before]) / median(outcome.seconds[recorded]):.2f}×"
+    return gain if recorded == outcome.fastest() else f"{gain}, {recorded} stays"
 
 
 @dataclass
@@ -136,5 +147,8 @@ def print_totals(console: Any, totals: Totals, path: Path, followed: bool) -> No
             f"(geometric mean); {totals.changed} passes run another way now",
             highlight=False,
         )
+    if not path.exists():
+        console.print("nothing was recorded")
+        return
     use = "plans of processes that start from now on follow it" if followed else "plans do not look there"
     console.print(f"{path}: {use}", markup=False, highlight=False, soft_wrap=True)
