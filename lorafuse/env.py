@@ -39,5 +39,6 @@ def get(name: str) -> str:
 
 
 def cache_dir() -> Path:
-    """The folder of `LORAFUSE_CACHE_DIR`, which need not exist."""
-    return Path(get("LORAFUSE_CACHE_DIR")).expanduser()
+    """The folder of `LORAFUSE_CACHE_DIR`, which need not exist; "~" stays where the user's home is not known."""
+    # Path.expanduser would raise there, and plans are made by users without a home too
+    return Path(os.path.expanduser(get("LORAFUSE_CACHE_DIR")))

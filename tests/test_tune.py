@@ -361,6 +361,12 @@ class TestInput:
         assert path.read_text() == "{"
         assert times["timed"] == []
 
+    def test_without_a_home_a_file_must_be_named(self, target, times, monkeypatch, capsys):
+        monkeypatch.setenv("LORAFUSE_CACHE_DIR", "~nobody-of-this-name/cache")
+        assert cli.main(SMALL) == 2
+        assert "the home folder is not known; name another file by --out" in capsys.readouterr().err
+        assert times["timed"] == []
+
     def test_a_layer_without_a_choice_is_named_and_the_others_are_tuned(self, target, times, capsys):
         assert cli.main([*SMALL, "--shape", "33,67"]) == 0
         assert "33 × 67: left out" in capsys.readouterr().out

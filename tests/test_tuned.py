@@ -2,6 +2,7 @@
 
 import json
 import os
+import pwd
 from dataclasses import replace
 from pathlib import Path
 
@@ -185,6 +186,36 @@ def test_the_cache_folder(variables, expected, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert env.cache_dir() == Path(expected).expanduser()
+
+
+def test_without_a_home_plans_are_made_as_ever(monkeypatch):
+    """As in a container whose user is in no list."""
+
+    def unknown(*args):
+        raise KeyError
+
+    for name in ("LORAFUSE_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert reason().startswith("triton: two_kernel, model")
+
+
+def test_a_home_of_another_user_holds_no_measurements(folders, monkeypatch):
+    stat = os.stat
+
+    def forbidden(path, *args, **kwargs):
+        if str(folders / "cache") in str(path):
+            raise PermissionError(13, "Permission denied")
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", forbidden)
+    assert reason().startswith("triton: two_kernel, model")
+
+
+def test_a_file_that_cannot_be_read_is_named(monkeypatch):
+    tuned.own_file("H200").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"h200\.json.*directory.*delete it"):
+        select(HEADLINE, H200, ALL)
 
 
 def measurements(capsys):

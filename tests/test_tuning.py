@@ -12,7 +12,9 @@ import torch
 import transformers
 
 from lorafuse import cli
+from lorafuse.backends import base
 from lorafuse.backends.probe import linear_problem
+from lorafuse.cli import tune
 from lorafuse.plan import Problem, find, forget, select, tuned
 from lorafuse.testing import tuning
 from lorafuse.testing.cases import Case
@@ -164,6 +166,31 @@ class TestModel:
     def test_layers_that_are_no_linear_are_refused(self, tmp_path):
         with pytest.raises(ValueError, match="no linear layers"):
             linear_layers(self.write(tmp_path, "gpt2"))
+
+
+class TestTarget:
+    @pytest.fixture
+    def gpu(self, monkeypatch):
+        """A machine that seems to have two GPUs; gives what is not available there."""
+        missing = {}
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr(tune, "device_spec", lambda device: H200)
+        monkeypatch.setattr(
+            tune.base, "availability", lambda name: base.Availability(name not in missing, missing.get(name, ""))
+        )
+        return missing
+
+    def test_it_is_the_gpu_here_with_the_backends_that_run(self, gpu):
+        gpu["cuda"] = "lorafuse._cuda is not built"
+        available = (("eager", ""), ("triton", ""), ("cuda", "lorafuse._cuda is not built"))
+        assert tune._target("") == Target(torch.device("cuda:1"), H200, available)
+        assert tune._target("cuda:0").device == torch.device("cuda:0")
+
+    def test_without_triton_there_is_nothing_to_tune(self, gpu):
+        gpu["triton"] = "Triton is not installed"
+        with pytest.raises(ValueError, match=r"nothing to tune.*cuda \(Triton is not installed\)"):
+            tune._target("cuda")
 
 
 class TestWithoutGpu:

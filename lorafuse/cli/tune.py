@@ -180,6 +180,8 @@ def _say_what_is_left_out(
 
 def _check_writable(path: Path) -> None:
     """Before anything is measured. Raises ValueError where no file can be written."""
+    if path.parts[0].startswith("~"):
+        raise ValueError(f"{path}: the home folder is not known; name another file by --out or LORAFUSE_CACHE_DIR")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

@@ -106,10 +106,11 @@ def load(model: str) -> tuple[Tuned, ...]:
 
 
 def read(path: Path, own: bool = False) -> tuple[Tuned, ...]:
-    """The entries of a file, none when it is not there. Raises ValueError, with the file, for one that breaks the
-    format; of the user's `own` it says how to get rid of it.
+    """The entries of a file, none when it is not there. Raises ValueError, with the file, for one that cannot be read
+    or breaks the format; of the user's `own` it says how to get rid of it.
     """
-    if not path.exists():
+    # Path.exists raises in the home of another user
+    if not os.path.exists(path):
         return ()
     try:
         content = json.loads(path.read_text())
@@ -117,7 +118,7 @@ def read(path: Path, own: bool = False) -> tuple[Tuned, ...]:
         if version not in tuple(_FIELDS_OF) or not isinstance(content.get("entries"), list):
             raise ValueError(f'it must hold {{"version": {_VERSION}, "entries": […]}}')
         return tuple(_entry(entry, version, own, f"entry {i}") for i, entry in enumerate(content["entries"]))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         fix = "; delete it, and measure again with lorafuse tune" if own else ""
         raise ValueError(f"{path}: {error}{fix}") from error
 
