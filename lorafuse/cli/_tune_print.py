@@ -110,7 +110,7 @@ def _gain(outcome: Outcome, recorded: str) -> str:
     if outcome.before not in outcome.seconds:
         return recorded
     gain = f"{median(outcome.seconds[outcome.before]) / median(outcome.seconds[recorded]):.2f}×"
-    return gain if recorded == outcome.fastest() else f"{gain}, {recorded} stays"
+    return gain if recorded == outcome.fastest() else f"{gain}, {recorded} recorded"
 
 
 @dataclass
