@@ -300,14 +300,14 @@ class TestGate:
             assert f"{name} is left out, {said}" in out
 
     def test_operands_that_do_not_fit_leave_one_size_out(self, target, times, monkeypatch, capsys):
-        inputs = tuning.inputs
+        make_operands = tuning.make_operands
 
-        def full(case, m, *rest):
-            if m == 16:
+        def full(case, device):
+            if case.leading == (16,):
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return inputs(case, m, *rest)
+            return make_operands(case, device=device)
 
-        monkeypatch.setattr(tuning, "inputs", full)
+        monkeypatch.setattr(tuning, "make_operands", full)
         assert cli.main(SMALL) == 0
         assert {entry.M for entry in entries()} == {(48, 48)}
         assert "M 16, R 4: operands and reference is left out" in " ".join(capsys.readouterr().out.split())

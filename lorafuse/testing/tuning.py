@@ -17,8 +17,8 @@ from lorafuse.functional import lora_linear
 from lorafuse.philox import keep_mask, rescaled, row_chunks
 from lorafuse.plan import Candidate, DeviceSpec, Problem, modelled, only, select, tuned
 from lorafuse.plan.ranges import rectangles
-from lorafuse.testing.baselines import SCALE, Inputs, inputs
 from lorafuse.testing.cases import Case
+from lorafuse.testing.check_linear import LinearCase, Operands, make_operands
 from lorafuse.testing.numerics import lora_formula, relative_l2, tolerance
 from lorafuse.testing.timing import measure_calls, percentile
 
@@ -27,6 +27,7 @@ __all__ = ["PASSES", "Outcome", "Target", "is_there", "is_tunable", "measure", "
 # the gradients of each pass; those of a training step whose x needs one
 PASSES: dict[str, tuple[str, ...]] = {"forward": (), "backward": ("dx", "da", "db")}
 _SEED = 7
+_SCALE = 2.0
 # between what several runs said of one condition
 _AND = " and "
 # of the conditions, what a kernel's speed depends on
@@ -125,7 +126,8 @@ def measure(target: Target, problems: Sequence[Problem], p: float, rounds: int) 
     with torch.cuda.device(target.device) if target.device.type == "cuda" else nullcontext():
         try:
             dtype = getattr(torch, first.dtype)
-            given = inputs(Case("", first.N, first.K), first.M, first.R, dtype, target.device)
+            layer = LinearCase((first.M,), first.N, first.K, first.R, dtype, torch.float32, bias=False)
+            given = make_operands(layer, device=target.device)
             seed = torch.tensor([_SEED], dtype=torch.int64, device=target.device) if p else None
             expected = _reference(given, p, seed)
             for tensor in (given.x, given.a, given.b):
@@ -142,11 +144,11 @@ def measure(target: Target, problems: Sequence[Problem], p: float, rounds: int) 
     return outcomes
 
 
-def _reference(given: Inputs, p: float, seed: Tensor | None) -> dict[str, Tensor]:
-    scale, keep = SCALE, None
+def _reference(given: Operands, p: float, seed: Tensor | None) -> dict[str, Tensor]:
+    scale, keep = _SCALE, None
     if seed is not None:
         M, K = given.x.shape
-        scale = rescaled(SCALE, p)
+        scale = rescaled(_SCALE, p)
         keep = torch.cat([keep_mask(seed, p, rows, K) for rows in row_chunks(M, K, given.x.device)])
     expected = lora_formula(given.x, given.w, given.a, given.b, given.dy, scale, keep)
     # a comparison with zeros would say nothing
@@ -155,7 +157,7 @@ def _reference(given: Inputs, p: float, seed: Tensor | None) -> dict[str, Tensor
 
 
 def _right_calls(
-    outcome: Outcome, target: Target, given: Inputs, expected: dict[str, Tensor], p: float, seed: Tensor | None
+    outcome: Outcome, target: Target, given: Operands, expected: dict[str, Tensor], p: float, seed: Tensor | None
 ) -> dict[str, Callable[[], object]]:
     """The calls of all candidates that are right; the others are noted in the outcome."""
     calls: dict[str, Callable[[], object]] = {}
@@ -177,14 +179,14 @@ def _right_calls(
 
 
 def _call(
-    name: str, backend: str, gradients: tuple[str, ...], given: Inputs, p: float, seed: Tensor | None
+    name: str, backend: str, gradients: tuple[str, ...], given: Operands, p: float, seed: Tensor | None
 ) -> Callable[[], tuple[Tensor, ...]]:
     """One pass of the public operator, held to a candidate; backward runs again and again over one forward."""
 
     def forward() -> tuple[Tensor]:
         with only(name):
             operands = given.x, given.w, given.a, given.b
-            return (lora_linear(*operands, scale=SCALE, dropout_p=p, seed=seed, backend=backend),)
+            return (lora_linear(*operands, scale=_SCALE, dropout_p=p, seed=seed, backend=backend),)
 
     if not gradients:
         return forward
