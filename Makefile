@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-compile test-emu cuda budget lint fmt bench gpu doctor clean
+.PHONY: help demo test test-compile test-emu cuda budget lint fmt bench numbers gpu doctor clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -39,6 +39,9 @@ fmt: $(READY) ## sort imports, apply ruff's safe fixes and format
 bench: $(READY) ## measure this machine: call overhead, then a layer; options with ARGS="..."
 	@$(PY) -m pytest bench
 	@$(PY) -m lorafuse bench linear $(ARGS)
+
+numbers: $(READY) ## write the published tables and graph anew from bench/results/; ARGS=--check only compares
+	@$(PY) bench/publish.py $(ARGS)
 
 gpu: ## on a machine with an NVIDIA GPU: its tests and a short benchmark, with the torch that is there, in 9 minutes
 	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) bench/gpu.py $(ARGS)

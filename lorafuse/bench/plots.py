@@ -82,23 +82,24 @@ def save(figure: Any, path: Path, metadata: dict[str, str] | None = None) -> Non
         raise ValueError(f"{path} cannot be written: {error.strerror or error}; name another folder") from error
 
 
-def figures(content: dict[str, Any]) -> dict[str, Any]:
+def figures(content: dict[str, Any], only: str = "") -> dict[str, Any]:
     """matplotlib's Figure of each plot that the content of a result file supports, by the name of its file.
 
-    Raises ValueError when the content lacks device, torch or date, MissingDependency without matplotlib.
+    `only` names one that is wanted alone. Raises ValueError when the content lacks device, torch or date,
+    MissingDependency without matplotlib.
     """
     said = _footer(content["conditions"])
     results = content["results"]
+    makers: dict[str, Callable[[], Any]] = {
+        "tax-by-m": lambda: _lines(results, "M", "tax"),
+        "tax-by-rank": lambda: _lines(results, "R", "tax"),
+        "full-by-rank": lambda: _lines(results, "R", "ratio_to_full"),
+        "tax-by-case": lambda: _tax_by_case(results),
+        "roofline": lambda: _roofline(results),
+    }
     if content["kind"] == "memory":
-        made = {"memory": _memory(results)}
-    else:
-        made = {
-            "tax-by-m": _lines(results, "M", "tax"),
-            "tax-by-rank": _lines(results, "R", "tax"),
-            "full-by-rank": _lines(results, "R", "ratio_to_full"),
-            "tax-by-case": _tax_by_case(results),
-            "roofline": _roofline(results),
-        }
+        makers = {"memory": lambda: _memory(results)}
+    made = {name: make() for name, make in makers.items() if only in ("", name)}
     found = {name: figure for name, figure in made.items() if figure is not None}
     for figure in found.values():
         figure.supxlabel(said, fontsize=7, color="#444444", x=0.01, ha="left")
@@ -357,6 +358,7 @@ def _panels(count: int, heights: list[float] | None = None) -> tuple[Any, list[A
         spare.remove()
     for ax in axes[:count]:
         ax.grid(alpha=0.25)
+        ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(which="both", labelsize=7)
     return figure, axes[:count]

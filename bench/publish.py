@@ -1,0 +1,301 @@
+"""The published numbers, generated from committed result files and the planner's model: `make numbers`.
+
+    python bench/publish.py            write README.md, bench/README.md, docs/performance.md between their markers,
+                                       and the graph under docs/
+    python bench/publish.py --check    write nothing; 1 with a diff when one of them is not in step
+
+What is not in `bench/results/` is "not yet measured". The sentences around README's tables are in `bench/numbers.md`.
+"""
+
+import argparse
+import difflib
+import hashlib
+import json
+import re
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+import publish_tables as tables  # noqa: E402
+
+from lorafuse.bench import plots  # noqa: E402
+from lorafuse.bench.result import read  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Published:
+    """A result file, the newest that matches, and what it is called."""
+
+    title: str
+    pattern: str
+
+
+LAYERS = Published("One linear layer", "cpu-xeon-amx-2026-11-24.json")
+EXPERTS = Published("Experts", "cpu-xeon-amx-2026-11-24-moe.json")
+CACHE = Published("Experts, a larger cache of oneDNN's kernels", "cpu-xeon-amx-2026-11-24-moe-zipf-cache.json")
+NEWER_LAYERS = Published("One linear layer, a CPU without AMX", "cpu-epyc-*-linear.json")
+NEWER_EXPERTS = Published("Experts, a CPU without AMX", "cpu-epyc-*-moe.json")
+DEMO = {
+    "float32": Published("make demo, float32", "cpu-xeon-amx-2026-11-24-demo-float32.json"),
+    "bfloat16": Published("make demo, bfloat16", "cpu-xeon-amx-2026-11-24-demo-bfloat16.json"),
+}
+# in the order of bench/README.md; files of version 2 that name CUDA in their conditions follow by themselves
+PUBLISHED = (LAYERS, EXPERTS, CACHE, NEWER_LAYERS, NEWER_EXPERTS)
+# README's rows: a model's attention and MLP, and the layers where lorafuse is behind most
+README_CASES = (
+    *(f"llama-3.1-8b.{layer}" for layer in ("q", "k", "gate", "down")),
+    "smollm2-135m.q",
+    "smollm2-135m.k",
+)
+# README's graph: the first of these that a file's data supports
+GRAPHS = ("tax-by-rank", "tax-by-m", "tax-by-case")
+ABSENT = "not yet measured"
+WIDTH = 120
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
+    """0 when all is written or in step, 1 when --check finds a difference, 2 for files that cannot be published."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare and write nothing")
+    args = parser.parse_args(argv)
+    try:
+        texts, graph = generate(root), wanted_graph(root)
+    except ValueError as error:
+        print(f"bench/publish.py: {error}", file=sys.stderr)
+        return 2
+    differences = [*_changed_texts(root, texts), *_changed_graphs(root, graph)]
+    if args.check:
+        print(
+            "\n".join(
+                [*differences, "not in step with bench/results: run make numbers"] if differences else ["in step"]
+            )
+        )
+        return int(bool(differences))
+    for path, text in texts.items():
+        path.write_text(text)
+    for stale in _graphs(root):
+        if graph is None or stale.stem != graph[0]:
+            stale.unlink()
+    if graph is not None and _changed_graphs(root, graph):
+        name, file = graph
+        plots.save(plots.figures(read(file), only=name)[name], root / "docs" / f"{name}.png", metadata(root, file))
+    print("\n".join(differences) or "everything was in step")
+    return 0
+
+
+def generate(root: Path) -> dict[Path, str]:
+    """Each document as it should be. Raises ValueError for files without their conditions and for missing markers."""
+    blocks = {
+        "README.md": {"numbers": readme(root)},
+        "bench/README.md": {"results": results(root)},
+        "docs/performance.md": {"experts-model": tables.experts_model()},
+    }
+    documents = {}
+    for name, named in blocks.items():
+        path = root / name
+        text = path.read_text()
+        for marker, content in named.items():
+            text = _replaced(text, marker, content, path)
+        documents[path] = text
+    return documents
+
+
+def _replaced(text: str, marker: str, content: str, path: Path) -> str:
+    begin, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{path}: it must hold {begin.strip()} and {end} once each")
+    return text[: text.index(begin) + len(begin)] + content + "\n" + text[text.index(end) :]
+
+
+def found(root: Path, one: Published) -> Path | None:
+    """The file that matches, the last by name where several do, or None."""
+    files = sorted((root / "bench" / "results").glob(one.pattern))
+    return files[-1] if files else None
+
+
+def load(path: Path) -> dict:
+    """A result file; those before version 2, which lack it, as they are. Raises ValueError without conditions."""
+    content = json.loads(path.read_text())
+    missing = [key for key in ("device", "torch", "date", "commit") if not content.get("conditions", {}).get(key)]
+    if missing:
+        raise ValueError(f"{path}: no number without its conditions, and {', '.join(missing)} is not in the file")
+    return read(path) if "version" in content else content
+
+
+def on_gpus(root: Path) -> list[Path]:
+    """Files of version 2 that were measured with CUDA, by name."""
+    contents = {path: json.loads(path.read_text()) for path in sorted((root / "bench" / "results").glob("*.json"))}
+    return [path for path, one in contents.items() if "version" in one and "cuda" in one.get("conditions", {})]
+
+
+def readme(root: Path) -> str:
+    """README's block: `bench/numbers.md` with its numbers filled in, paragraphs wrapped."""
+    values = dict.fromkeys(re.findall(r"\$(\w+)", (root / "bench" / "numbers.md").read_text()), ABSENT)
+    if (file := found(root, LAYERS)) is not None:
+        content = load(file)
+        values |= {
+            "layers_sizes": tables.common(content["results"]),
+            "layers_table": tables.layers(content, README_CASES),
+            "layers_conditions": tables.conditions(content),
+            "layers_rounds": tables.rounds(content["results"]),
+            "layers_file": _named(root, file),
+        }
+    if (file := found(root, EXPERTS)) is not None:
+        content = load(file)
+        values |= {
+            "experts_sizes": tables.common(content["results"]),
+            "experts_table": tables.experts(content),
+            "experts_file": _named(root, file),
+        }
+    if (file := found(root, CACHE)) is not None:
+        content = load(file)
+        (result,) = content["results"]
+        own = result["variants"]["lorafuse"]
+        values |= {
+            "cache_environment": content["conditions"]["environment"],
+            "cache_ms": f"{own['total']['median'] * 1e3:.0f}",
+            "cache_tax": f"{own['tax']:.0%}",
+        }
+    values["demo"] = _demo(root)
+    values["newer_layers"] = _newer_layers(root)
+    values["newer_experts"] = _newer_experts(root)
+    gpus = [(file, load(file)) for file in on_gpus(root)]
+    values["gpu_measured"] = _gpus(root, gpus)
+    values["gpu_table"] = tables.gpu([content for _, content in gpus], ABSENT)
+    return _wrapped(Template((root / "bench" / "numbers.md").read_text()).substitute(values))
+
+
+def _demo(root: Path) -> str:
+    files = {dtype: found(root, one) for dtype, one in DEMO.items()}
+    if None in files.values():
+        return f"`make demo`: {ABSENT}."
+    said = tables.demo(*(load(file) for file in files.values()))
+    named = " and ".join(f"`{_named(root, file)}`" for file in files.values())
+    return f"{said} ({named}; [loss curves](docs/demo-loss.png))."
+
+
+def _newer_layers(root: Path) -> str:
+    file, graph = found(root, NEWER_LAYERS), wanted_graph(root)
+    if file is None:
+        return f"LoRA tax against rank and M on a CPU without AMX: {ABSENT}."
+    content = load(file)
+    said = f"On {tables.conditions(content)}: `{_named(root, file)}`."
+    if graph is None:
+        return f"{said}\n\n{tables.layers(content)}"
+    return f"![LoRA tax: {graph[0]}](docs/{graph[0]}.png)\n\nThe graph: {_named(root, graph[1])}. {said}"
+
+
+def _newer_experts(root: Path) -> str:
+    file = found(root, NEWER_EXPERTS)
+    if file is None:
+        return f"Experts on a CPU without AMX: {ABSENT}."
+    content = load(file)
+    intro = f"Experts on {tables.conditions(content)}, {tables.common(content['results'])} (`{_named(root, file)}`):"
+    return f"{intro}\n\n{tables.experts(content)}"
+
+
+def _gpus(root: Path, gpus: list[tuple[Path, dict]]) -> str:
+    parts = []
+    for file, content in gpus:
+        if content["kind"] in ("linear", "moe"):
+            table = tables.layers(content) if content["kind"] == "linear" else tables.experts(content)
+            sizes = tables.common(content["results"])
+            parts.append(f"On {tables.conditions(content)}, {sizes} (`{_named(root, file)}`):\n\n{table}\n\n")
+    said = (
+        "On GPUs nothing was measured yet: the Triton kernels are tested in Triton's interpreter and compiled for six"
+    )
+    return "".join(parts) or f"{said} architectures."
+
+
+def results(root: Path) -> str:
+    """bench/README.md's section: of every published file the conditions, then its tables."""
+    parts = []
+    listed = [(one.title, found(root, one), one.pattern) for one in PUBLISHED]
+    known = [file for _, file, _ in listed]
+    for file in on_gpus(root):
+        if file not in known:
+            content = load(file)
+            listed.append((f"{content['kind']}, {content['conditions']['device']}", file, file.name))
+    for title, file, pattern in listed:
+        said = f"`bench/results/{pattern.replace('*', '<date>')}`: {ABSENT}."
+        parts.append(f"### {title}\n\n" + (said if file is None else tables.everything(load(file), _named(root, file))))
+    for one in DEMO.values():
+        file = found(root, one)
+        said = f"{ABSENT}." if file is None else tables.all_conditions(load(file), _named(root, file))
+        parts.append(f"### {one.title}\n\n{said}" + ("" if file is None else f"\n\n{tables.demo_steps(load(file))}"))
+    if not on_gpus(root):
+        parts.append(f"### GPUs\n\n{ABSENT.capitalize()}.")
+    return _wrapped("\n\n".join(parts))
+
+
+def _named(root: Path, file: Path) -> str:
+    return file.relative_to(root).as_posix()
+
+
+def _wrapped(text: str) -> str:
+    """Paragraphs in lines of at most WIDTH; tables, headings and images as they are."""
+    found = []
+    for part in map(str.strip, re.split(r"\n{2,}", text.strip())):
+        kept = part.startswith(("|", "#", "!"))
+        found.append(part if kept else textwrap.fill(part, WIDTH, break_long_words=False, break_on_hyphens=False))
+    return "\n\n".join(found)
+
+
+def wanted_graph(root: Path) -> tuple[str, Path] | None:
+    """Name and source of README's graph: from the first file, GPUs first, whose data supports one."""
+    files = [*on_gpus(root), *(file for file in [found(root, NEWER_LAYERS)] if file is not None)]
+    for file in files:
+        content = load(file)
+        for name in GRAPHS:
+            if content["kind"] == "linear" and plots.figures(content, only=name):
+                return name, file
+    return None
+
+
+def metadata(root: Path, file: Path) -> dict[str, str]:
+    """What a graph says of its source in its PNG text: pixels differ between versions of libraries, data must not."""
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return {"Source": _named(root, file), "Commit": load(file)["conditions"]["commit"], "SHA-256": digest}
+
+
+def _graphs(root: Path) -> list[Path]:
+    return [path for name in GRAPHS if (path := root / "docs" / f"{name}.png").exists()]
+
+
+def _changed_texts(root: Path, texts: dict[Path, str]) -> list[str]:
+    found = []
+    for path, text in texts.items():
+        name = _named(root, path)
+        lines = path.read_text().splitlines(), text.splitlines()
+        found += difflib.unified_diff(*lines, f"{name} (committed)", f"{name} (generated)", lineterm="")
+    return found
+
+
+def _changed_graphs(root: Path, graph: tuple[str, Path] | None) -> list[str]:
+    from PIL import Image
+
+    wrong = [f"docs/{path.name}: no published file supports it" for path in _graphs(root) if not graph]
+    if graph is None:
+        return wrong
+    name, file = graph
+    path, expected = root / "docs" / f"{name}.png", metadata(root, file)
+    wrong += [f"docs/{other.name}: README shows {name}.png" for other in _graphs(root) if other != path]
+    if not path.exists():
+        return [*wrong, f"docs/{name}.png: not drawn yet"]
+    with Image.open(path) as image:
+        text = {key: image.info.get(key) for key in expected}
+    wrong += [
+        f"docs/{name}.png: {key} {text[key]}, should be {value}"
+        for key, value in expected.items()
+        if text[key] != value
+    ]
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""Tables in Markdown, every number from the content of a result file or from the planner's model."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from lorafuse.plan import Problem, cost, find, select
+from lorafuse.plan.experts import WAYS, ExpertsProblem
+
+# of files before version 2, which have none; also the order of README's columns
+LABELS = {
+    "frozen": "frozen",
+    "full": "full fine-tuning",
+    "peft": "PEFT as shipped",
+    "peft-half": "PEFT, bf16 adapters",
+    "addmm": "GEMM + `addmm_`",
+    "split": "split grouped GEMM",
+    "lorafuse": "lorafuse",
+}
+_SIZES = ("M", "E", "k", "H", "I", "N", "K", "R", "routing", "dtype")
+_CONDITIONS = ("device", "threads", "cuda", "power limit", "torch", "peft", "date", "commit")
+# the model's GPU, and its rows by the variants that measure them
+_GPU = "H200"
+_MEASURED_AS = {
+    "frozen": "frozen",
+    "addmm_": "addmm",
+    "PEFT, bf16 adapters": "peft-half",
+    "lorafuse, eager": "lorafuse-eager",
+    "lorafuse, Triton": "lorafuse-triton",
+    "lorafuse, Triton, forward in a single kernel": "lorafuse-triton-single",
+}
+
+Content = dict[str, Any]
+Result = dict[str, Any]
+
+
+def conditions(content: Content) -> str:
+    """The conditions that a reader needs beside a number, in one line."""
+    found = content["conditions"]
+    bare, after = ("device", "date"), ("threads",)
+    parts = []
+    for name in _CONDITIONS:
+        if name in found:
+            value = found[name]
+            parts.append(value if name in bare else f"{value} {name}" if name in after else f"{name} {value}")
+    return ", ".join(parts)
+
+
+def all_conditions(content: Content, file: str) -> str:
+    """The file and every condition in it, in one paragraph."""
+    found = content["conditions"]
+    return f"`{file}`: " + ", ".join(v if k == "device" else f"{k} {v}" for k, v in found.items()) + "."
+
+
+def rounds(results: list[Result]) -> str:
+    """The number of rounds, or the least and the most of them."""
+    numbers = sorted({result["rounds"] for result in results})
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+
+def common(results: list[Result]) -> str:
+    """The sizes that all results share: "M 1024, R 16, bfloat16"."""
+    shared = [name for name in _SIZES if len({str(result.get(name)) for result in results}) == 1 and name in results[0]]
+    return ", ".join(_size(results[0], name) for name in shared)
+
+
+def _own(result: Result, results: list[Result]) -> str:
+    """The case and the sizes in which results differ."""
+    differing = [name for name in _SIZES if name in result and len({str(r.get(name)) for r in results}) > 1]
+    return ", ".join([result["case"], *(_size(result, name) for name in differing)])
+
+
+def _size(result: Result, name: str) -> str:
+    value = result[name]
+    value = " + ".join(map(str, value)) if isinstance(value, list | tuple) else value
+    return str(value) if name in ("dtype", "routing") else f"{name} {value}"
+
+
+def _table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * left + "---:|" * (len(head) - left)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def layers(content: Content, cases: tuple[str, ...] = ()) -> str:
+    """LoRA tax of the named cases, or of all, a column for each variant with adapters."""
+    results = [result for result in content["results"] if not cases or result["case"] in cases]
+    names = _variants(results, lambda name, figure: _adapted(name, figure))
+    rows = [
+        [_own(result, results), *(_cell(result, name, lambda one, _: f"{one['tax']:.0%}") for name in names)]
+        for result in results
+    ]
+    return _table(["layer", *(_label(results, name) for name in names)], rows)
+
+
+def experts(content: Content) -> str:
+    """Time, and LoRA tax over the frozen block, of each result."""
+    results = content["results"]
+    names = _variants(results, lambda name, figure: name != "frozen")
+
+    def cell(one: dict[str, Any], result: Result) -> str:
+        ms = _ms(one["total"]["median"])
+        return f"{ms}, {one['tax']:.0%}" if one.get("trains", "adapters") == "adapters" else ms
+
+    rows = []
+    for result in results:
+        frozen = _ms(result["variants"]["frozen"]["total"]["median"])
+        cells = [
+            _cell(result, name, cell if name != "full" else lambda one, _: _ms(one["total"]["median"]))
+            for name in names
+        ]
+        rows.append([f"{_own(result, results)} (frozen {frozen})", *cells])
+    return _table(["experts", *(_label(results, name) for name in names)], rows)
+
+
+def everything(content: Content, file: str) -> str:
+    """A file's conditions and each kind of figure that is in it as a table; what failed and what was absent below."""
+    results = content["results"]
+    parts = [all_conditions(content, file)]
+    has_rounds = [result for result in results if "rounds" in result]
+    said = f"{common(results)}; " if common(results) else ""
+    if has_rounds:
+        parts.append(f"{said}medians of {rounds(has_rounds)} rounds, 20th to 80th percentile in brackets.")
+    for head, wanted, cell in _FIGURES:
+        names = _variants(results, wanted)
+        if not names:
+            continue
+        floors = {"LoRA tax": "tax", "time / full fine-tuning": "ratio_to_full"}.get(head)
+        shown = "{:.1%}" if floors == "tax" else "{:.2f}"
+        with_floor = floors is not None and any("floors" in result for result in results)
+        rows = []
+        for result in results:
+            least = [shown.format(result["floors"][floors]) if "floors" in result else ""] if with_floor else []
+            rows.append([_own(result, results), *least, *(_cell(result, name, cell) for name in names)])
+        columns = [head, *(["floor"] if with_floor else []), *(_label(results, name) for name in names)]
+        parts.append(_table(columns, rows))
+    notes = dict.fromkeys(
+        f"{name}: {reason}"
+        for result in results
+        for kind in ("failed", "absent")
+        for name, reason in result.get(kind, {}).items()
+    )
+    notes |= dict.fromkeys(f"{name}: {reason}" for name, reason in content.get("not_run", {}).items())
+    if notes:
+        parts.append("Not measured: " + "; ".join(notes) + ".")
+    return "\n\n".join(parts)
+
+
+def _adapted(name: str, figure: dict[str, Any], key: str = "tax") -> bool:
+    return key in figure and name not in ("frozen", "full") and figure.get("trains", "adapters") == "adapters"
+
+
+def _spread(one: dict[str, Any], _: Result) -> str:
+    if "tax_p20" not in one:
+        return f"{one['tax']:.0%}"
+    return f"{one['tax']:.0%} ({one['tax_p20'] * 100:.0f} to {one['tax_p80'] * 100:.0f})"
+
+
+def _time(one: dict[str, Any], _: Result) -> str:
+    total = one.get("total") or one["step"]
+    low, high = (_ms(total[end], total["median"]).removesuffix(" ms") for end in ("p20", "p80"))
+    return f"{_ms(total['median'])} ({low} to {high})"
+
+
+def _over_frozen(key: str) -> Callable[[dict[str, Any], Result], str]:
+    def cell(one: dict[str, Any], result: Result) -> str:
+        frozen = result["variants"]["frozen"]
+        if one is frozen:
+            return f"{one[key] / 2**20:.1f}"
+        return f"{(one[key] - frozen[key]) / 2**20:+.1f}"
+
+    return cell
+
+
+# head of the first column, which variants have it, what a cell says
+_FIGURES: tuple[tuple[str, Callable[[str, dict[str, Any]], bool], Callable[[dict[str, Any], Result], str]], ...] = (
+    ("LoRA tax", _adapted, _spread),
+    ("time / full fine-tuning", lambda n, f: _adapted(n, f, "ratio_to_full"), lambda f, _: f"{f['ratio_to_full']:.2f}"),
+    ("time", lambda n, f: "total" in f or "step" in f, _time),
+    ("TFLOP/s, of the measured peak", lambda n, f: "of_peak" in f,
+     lambda f, _: f"{f['flops_per_s'] / 1e12:.2f}, {f['of_peak']:.0%}"),
+    ("peak MiB", lambda n, f: "peak_bytes" in f and "step" in f, lambda f, _: f"{f['peak_bytes'] / 2**20:.0f}"),
+    ("peak MiB, over frozen", lambda n, f: "peak_bytes" in f and "step" not in f, _over_frozen("peak_bytes")),
+    ("MiB between forward and backward, over frozen", lambda n, f: "between_bytes" in f, _over_frozen("between_bytes")),
+)  # fmt: skip
+
+
+def _variants(results: list[Result], wanted: Callable[[str, dict[str, Any]], bool]) -> list[str]:
+    return list(dict.fromkeys(n for result in results for n, figure in result["variants"].items() if wanted(n, figure)))
+
+
+def _cell(result: Result, name: str, cell: Callable[[dict[str, Any], Result], str]) -> str:
+    return cell(result["variants"][name], result) if name in result["variants"] else "not run"
+
+
+def _label(results: list[Result], name: str) -> str:
+    labels = (result["variants"][name].get("label") for result in results if name in result["variants"])
+    return next(labels) or LABELS.get(name, name)
+
+
+def _ms(seconds: float, like: float = 0.0) -> str:
+    """Milliseconds, with as many digits as `like`, or the value itself, needs."""
+    digits = max(0, 2 - len(str(int((like or seconds) * 1e3))) + 1) if (like or seconds) < 0.1 else 0
+    return f"{seconds * 1e3:.{digits}f} ms"
+
+
+def demo(full: Content, half: Content) -> str:
+    """What `make demo` measured in fp32 and bf16, in one sentence."""
+    found, figures = half["conditions"], half["figures"]
+    ways = [figures[name] for name in ("PEFT as shipped", "patched by lorafuse")]
+    steps = " → ".join(f"{one['step_seconds_median'] * 1e3:.0f}" for one in ways)
+    peaks = " → ".join(f"{one['peak_bytes_of_a_step'] / 2**20:.0f}" for one in ways)
+    return (
+        f"`make demo`: {found['model']} fine-tuned, r {found['rank']} on all linear layers, {found['batch_size']} × "
+        f"{found['seq_len']} tokens a step, PEFT as shipped → patched: **bf16 step {steps} ms "
+        f"({figures['speedup']:.2f}×), peak memory {peaks} MiB**; fp32 step {full['figures']['speedup']:.2f}×, loss "
+        f"curves equal within {full['figures']['largest_loss_difference']:.0e}; {conditions(half)}"
+    )
+
+
+def demo_steps(content: Content) -> str:
+    """A row for each run of the demo: median step, tokens a second, peak memory, last loss."""
+    rows = [
+        [
+            name,
+            _ms(one["step_seconds_median"]),
+            f"{one['tokens_per_second']:.0f}",
+            f"{one['peak_bytes_of_a_step'] / 2**20:.0f}",
+            f"{one['final_loss']:.4f}",
+        ]
+        for name, one in content["figures"].items()
+        if isinstance(one, dict)
+    ]
+    return _table(["", "median step", "tokens/s", "peak MiB of a step", "last loss"], rows)
+
+
+def gpu(contents: list[Content], absent: str) -> str:
+    """What the model says of one layer on an H200, and the LoRA tax that was measured on one, or `absent`."""
+    device, forward = find(_GPU), Problem(8192, 4096, 4096, 16, "bfloat16", "float32")
+    problems = forward, replace(forward, gradients=("dx", "da", "db"))
+    plans = [select(problem, device, (("eager", ""), ("triton", ""))) for problem in problems]
+    rows = {name: [cost.total(way(problem, device)) for problem in problems] for name, way in cost.BASELINES.items()}
+    base = sum(rows["frozen"])
+    for name, kernels in {
+        "lorafuse, eager": ("aten_beta1", "aten_beta1"),
+        "lorafuse, Triton": ("two_kernel", "one_pass_backward"),
+        "lorafuse, Triton, forward in a single kernel": ("single_kernel", "one_pass_backward"),
+    }.items():
+        ways = [{way.kernel: way.seconds for way in plan.candidates} for plan in plans]
+        rows[name] = [way[kernel] for way, kernel in zip(ways, kernels, strict=True)]
+    measured = _measured(contents, forward)
+    lines = ["| way | forward (model) | backward (model) | LoRA tax (model) | measured |", "|---|---:|---:|---:|---|"]
+    for name, (ahead, back) in rows.items():
+        tax = f"{(ahead + back) / base - 1:.1%}"
+        found = measured.get(_MEASURED_AS[name], absent)
+        lines.append(f"| {name} | {ahead * 1e6:.0f} µs | {back * 1e6:.0f} µs | {tax} | {found} |")
+    return "\n".join(lines)
+
+
+def _measured(contents: list[Content], problem: Problem) -> dict[str, str]:
+    """LoRA tax by variant of that layer where it was measured on the model's GPU."""
+    wanted = {"M": problem.M, "N": problem.N, "K": problem.K, "R": problem.R, "dtype": problem.dtype}
+    return {
+        name: _spread(figure, result)
+        for content in contents
+        if _GPU in content["conditions"]["device"] and content["kind"] == "linear"
+        for result in content["results"]
+        if all(result[key] == value for key, value in wanted.items())
+        for name, figure in result["variants"].items()
+    }
+
+
+def experts_model() -> str:
+    """What the model says of one block's experts on an H200, in microseconds."""
+    block, device = ExpertsProblem(8192, 128, 8, 2048, 768, 16, "bfloat16", "float32"), find(_GPU)
+    times = {n: [cost.total(way(block, device, backward)) for backward in (False, True)] for n, way in WAYS.items()}
+    base = sum(times["frozen"])
+    lines = ["| way | forward | backward | tax |", "|---|---:|---:|---:|"]
+    for name, (forward, backward) in times.items():
+        label = "frozen, torch's grouped_mm" if name == "frozen" else name
+        tax = f" {(forward + backward) / base - 1:.1%}".replace("%", " %") if name != "frozen" else ""
+        lines.append(f"| {label} | {forward * 1e6:.0f} | {backward * 1e6:.0f} |{tax} |")
+    return "\n".join(lines)
