@@ -198,8 +198,9 @@ def _label(results: list[Result], name: str) -> str:
 
 
 def _ms(seconds: float, like: float = 0.0) -> str:
-    """Milliseconds, with as many digits as `like`, or the value itself, needs."""
-    digits = max(0, 2 - len(str(int((like or seconds) * 1e3))) + 1) if (like or seconds) < 0.1 else 0
+    """Milliseconds, with the digits that `like`, or the value itself, needs for three of them."""
+    size = like or seconds
+    digits = 2 if size < 0.01 else 1 if size < 0.1 else 0
     return f"{seconds * 1e3:.{digits}f} ms"
 
 

@@ -1,124 +1,215 @@
-"""The numbers in README.md are those of the committed result file; a failure prints the table to paste."""
+"""What is published is what the committed files and the model say; `make numbers` brings it in step."""
 
 import json
-from dataclasses import replace
+import re
+import shutil
+import sys
 from pathlib import Path
 
-from lorafuse.plan import Problem, cost, find, select
-from lorafuse.plan.experts import WAYS, ExpertsProblem
+import pytest
+from bench_content import CONDITIONS, content, tax
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results" / "cpu-xeon-amx-2026-11-24.json"
-COLUMNS = {
-    "peft": "PEFT as shipped",
-    "peft-half": "PEFT, bf16 adapters",
-    "addmm": "GEMM + `addmm_`",
-    "lorafuse": "lorafuse",
-}
+sys.path.insert(0, str(ROOT / "bench"))
+
+import publish  # noqa: E402
+
+pytestmark = pytest.mark.no_poison
+
+RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
+NEWER = "bench/results/cpu-epyc-2026-11-27-linear.json"
 
 
-def table(written):
-    lines = ["| layer (N × K) | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---:|" * len(COLUMNS)]
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what is published and of what that is made from, without the newer files' slots filled."""
+    for name in ("README.md", "bench/README.md", "bench/numbers.md", "docs/performance.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "bench" / "results").mkdir()
+    for file in RESULTS:
+        if "xeon" in file.name:
+            shutil.copy(file, tmp_path / "bench" / "results")
+    assert publish.main([], tmp_path) == 0
+    return tmp_path
+
+
+def check(tree, capsys):
+    """Status of --check and what it printed; it writes nothing."""
+    before = {path: path.read_bytes() for path in tree.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    status = publish.main(["--check"], tree)
+    assert before == {path: path.read_bytes() for path in tree.rglob("*") if path.is_file()}
+    return status, capsys.readouterr().out
+
+
+def block(tree, name="README.md", marker="numbers"):
+    return re.search(rf"<!-- {marker} -->\n(.*)<!-- /{marker} -->", (tree / name).read_text(), re.DOTALL)[1]
+
+
+def put(tree, name, written):
+    (tree / name).write_text(json.dumps(written))
+
+
+def test_what_is_published_is_in_step(capsys):
+    assert publish.main(["--check"]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
+def test_result_files_say_their_conditions(file):
+    found = json.loads(file.read_text())["conditions"]
+    assert all(found.get(key) for key in ("device", "torch", "date", "commit"))
+
+
+def test_every_file_that_is_quoted_exists_and_every_file_is_quoted():
+    quoted = {name for page in ("README.md", "bench/README.md") for name in quoted_files((ROOT / page).read_text())}
+    assert quoted == {file.name for file in RESULTS}
+
+
+def quoted_files(text):
+    return re.findall(r"bench/results/([\w.-]+\.json)", text)
+
+
+@pytest.mark.parametrize("file", [file.name for file in RESULTS if "xeon" in file.name])
+def test_a_changed_number_is_seen(tree, file, capsys):
+    assert check(tree, capsys) == (0, "in step\n")
+    path = f"bench/results/{file}"
+    written = json.loads((tree / path).read_text())
+    if "figures" in written:
+        one, key = written["figures"]["patched by lorafuse"], "step_seconds_median"
+    else:
+        one, key = written["results"][0]["variants"]["lorafuse"], "tax"
+    one[key] *= 1.5
+    put(tree, path, written)
+    status, said = check(tree, capsys)
+    assert status == 1
+    assert "+++ bench/README.md (generated)" in said
+    assert publish.main([], tree) == 0
+    assert check(tree, capsys)[0] == 0
+
+
+@pytest.mark.parametrize("page", ["README.md", "bench/README.md", "docs/performance.md"])
+def test_a_number_changed_by_hand_is_seen(tree, page, capsys):
+    text = (tree / page).read_text()
+    begin = re.search(r"<!-- [a-z-]+ -->\n", text).end()
+    at = re.compile(r"\d").search(text, text.index("|---", begin)).start()
+    (tree / page).write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
+    status, said = check(tree, capsys)
+    assert status == 1
+    assert f"+++ {page} (generated)" in said
+
+
+@pytest.mark.parametrize(
+    ("one", "title"), [(publish.LAYERS, "One linear layer"), (publish.EXPERTS, "Experts")], ids=["layers", "experts"]
+)
+def test_a_missing_file_is_not_yet_measured(tree, one, title):
+    (tree / "bench" / "results" / one.pattern).unlink()
+    assert publish.main([], tree) == 0
+    section = block(tree, "bench/README.md", "results").split(f"### {title}\n")[1].split("### ")[0]
+    assert section.strip() == f"`bench/results/{one.pattern}`: not yet measured."
+    assert one.pattern not in block(tree)
+
+
+def test_slots_are_not_yet_measured(tree):
+    readme = block(tree)
+    assert "LoRA tax against rank and M on a CPU without AMX: not yet measured." in readme
+    assert "Experts on a CPU without AMX: not yet measured." in readme
+    assert readme.count("| not yet measured |") == 6
+    assert "`bench/results/cpu-epyc-<date>-linear.json`: not yet measured." in block(tree, "bench/README.md", "results")
+
+
+def test_tables_hold_the_files_numbers(tree):
+    written = json.loads((tree / "bench" / "results" / publish.LAYERS.pattern).read_text())
     for result in written["results"]:
-        taxes = (f"{result['variants'][name]['tax']:.0%}" for name in COLUMNS)
-        lines.append(f"| {result['case']} ({result['N']} × {result['K']}) | " + " | ".join(taxes) + " |")
-    return "\n".join(lines)
+        row = f"| {result['case']}, N {result['N']}, K {result['K']} | " + " | ".join(
+            f"{result['variants'][name]['tax']:.0%}" for name in ("peft", "peft-half", "addmm", "lorafuse")
+        )
+        assert row in block(tree, "bench/README.md", "results")
+        assert (row in block(tree)) == (result["case"] in publish.README_CASES)
 
 
-def test_readme_quotes_the_result_file():
-    written = json.loads(RESULTS.read_text())
-    readme = (ROOT / "README.md").read_text()
-    assert table(written) in readme, table(written)
-    for key in ("device", "torch", "peft", "commit"):
-        assert written["conditions"][key] in readme, (key, written["conditions"][key])
+def test_a_newer_file_fills_its_slot_with_tables_and_a_graph(tree, capsys):
+    put(tree, NEWER, content(("wide", "narrow"), (64,), (4, 16)))
+    assert check(tree, capsys)[0] == 1
+    assert publish.main([], tree) == 0
+    assert check(tree, capsys)[0] == 0
+    readme, page = block(tree), block(tree, "bench/README.md", "results")
+    assert "](docs/tax-by-rank.png)" in readme
+    assert (tree / "docs" / "tax-by-rank.png").exists()
+    assert NEWER in readme
+    assert CONDITIONS["commit"] in readme
+    value = tax("lorafuse", 64, 4)
+    assert f"{value:.0%} ({(value - 0.1) * 100:.0f} to {(value + 0.2) * 100:.0f})" in page
+    assert "Not measured: unsloth: unsloth not installed." in page
+    assert "| LoRA tax | floor |" in page
 
 
-def moe_table(written):
-    lines = [
-        "| routing | full fine-tuning | PEFT as shipped | split grouped GEMM | lorafuse |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for result in written["results"]:
-        times = [result["variants"][name]["total"]["median"] * 1e3 for name in ("full", "peft", "split", "lorafuse")]
-        taxes = [f"{result['variants'][name]['tax']:.0%}" for name in ("peft", "split", "lorafuse")]
-        cells = [f"{times[0]:.0f} ms", *(f"{ms:.0f} ms, {tax}" for ms, tax in zip(times[1:], taxes, strict=True))]
-        frozen = result["variants"]["frozen"]["total"]["median"] * 1e3
-        lines.append(f"| {result['routing']} (frozen {frozen:.0f} ms) | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def test_a_graph_of_other_data_is_seen(tree, capsys):
+    put(tree, NEWER, content(ranks=(4, 16)))
+    assert publish.main([], tree) == 0
+    written = json.loads((tree / NEWER).read_text())
+    # in no table, but in the graph
+    written["results"][0]["variants"]["lorafuse"]["forward"] = {"median": 1}
+    put(tree, NEWER, written)
+    status, said = check(tree, capsys)
+    assert status == 1
+    assert "docs/tax-by-rank.png: SHA-256" in said
+    assert publish.main([], tree) == 0
+    (tree / "docs" / "tax-by-rank.png").unlink()
+    assert "not drawn yet" in check(tree, capsys)[1]
+    assert publish.main([], tree) == 0
+    (tree / NEWER).unlink()
+    assert "no published file supports it" in check(tree, capsys)[1]
+    assert publish.main([], tree) == 0
+    assert not (tree / "docs" / "tax-by-rank.png").exists()
 
 
-def test_readme_quotes_the_experts():
-    written = json.loads(RESULTS.with_name(f"{RESULTS.stem}-moe.json").read_text())
-    assert moe_table(written) in (ROOT / "README.md").read_text(), moe_table(written)
+@pytest.mark.parametrize(("sizes", "name"), [({"ms": (64, 256)}, "tax-by-m"), ({}, None)])
+def test_the_graph_follows_the_data(tree, sizes, name):
+    put(tree, NEWER, content(**sizes))
+    assert publish.main([], tree) == 0
+    assert [path.stem for path in (tree / "docs").glob("tax-*.png")] == [name] * (name is not None)
+    # without a graph its table
+    assert ("| wide |" in block(tree)) == (name is None)
 
 
-def test_result_files_say_their_conditions():
-    files = list(RESULTS.parent.glob("*.json"))
-    assert RESULTS in files
-    for file in files:
-        found = json.loads(file.read_text())["conditions"]
-        assert all(found.get(key) for key in ("device", "torch", "date", "commit")), file
+@pytest.mark.parametrize(("device", "filled"), [("NVIDIA H200", True), ("NVIDIA H100", False)])
+def test_a_file_of_a_gpu_is_published_by_itself(tree, device, filled, capsys):
+    written = content(device=device, cuda="13.0")
+    written["results"][0] |= {"M": 8192, "N": 4096, "K": 4096}
+    variants = written["results"][0]["variants"]
+    variants["lorafuse-triton"] = variants["lorafuse"] | {"label": "lorafuse, triton", "tax": 0.123}
+    put(tree, "bench/results/gpu-2026-12-01.json", written)
+    assert publish.main([], tree) == 0
+    assert check(tree, capsys)[0] == 0
+    readme, page = block(tree), block(tree, "bench/README.md", "results")
+    assert "On GPUs nothing was measured yet" not in readme
+    assert f"### linear, {device}" in page
+    assert "### GPUs" not in page
+    modelled = next(line for line in readme.splitlines() if line.startswith("| lorafuse, Triton |"))
+    assert ("12%" in modelled) == filled
+    assert ("not yet measured" in modelled) != filled
 
 
-def demo_line(full, half):
-    def of(figures, key):
-        return [figures[name][key] for name in ("PEFT as shipped", "patched by lorafuse")]
-
-    figures = half["figures"]
-    steps = " → ".join(f"{seconds * 1e3:.0f}" for seconds in of(figures, "step_seconds_median"))
-    peaks = " → ".join(f"{peak / 2**20:.0f}" for peak in of(figures, "peak_bytes_of_a_step"))
-    return (
-        f"bf16 step {steps} ms ({figures['speedup']:.2f}×), peak memory {peaks} MiB; fp32 step "
-        f"{full['figures']['speedup']:.2f}×, loss curves equal within {full['figures']['largest_loss_difference']:.0e}"
-    )
+def test_memory_and_unknown_figures_are_tabled(tree):
+    written = content(kind="memory", cuda="13.0")
+    put(tree, "bench/results/gpu-2026-12-01-memory.json", written)
+    assert publish.main([], tree) == 0
+    page = block(tree, "bench/README.md", "results").split("### memory, a CPU")[1]
+    over = written["results"][0]["variants"]
+    mib = (over["lorafuse"]["peak_bytes"] - over["frozen"]["peak_bytes"]) / 2**20
+    assert "| peak MiB, over frozen |" in page
+    assert f"{mib:+.1f} |" in page
 
 
-def test_readme_quotes_the_demo_reports():
-    full, half = (
-        json.loads(RESULTS.with_name(f"{RESULTS.stem}-demo-{dtype}.json").read_text())
-        for dtype in ("float32", "bfloat16")
-    )
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert demo_line(full, half) in readme, demo_line(full, half)
+def test_a_file_without_conditions_is_refused(tree, capsys):
+    put(tree, NEWER, content(commit=""))
+    assert publish.main([], tree) == 2
+    assert "no number without its conditions, and commit is not in the file" in capsys.readouterr().err
 
 
-def gpu_table():
-    """What the model says of one layer on an H200, in microseconds, as README.md shows it while nothing is measured."""
-    device, forward = find("H200"), Problem(8192, 4096, 4096, 16, "bfloat16", "float32")
-    problems = forward, replace(forward, gradients=("dx", "da", "db"))
-    plans = [select(problem, device, (("eager", ""), ("triton", ""))) for problem in problems]
-    rows = {name: [cost.total(way(problem, device)) for problem in problems] for name, way in cost.BASELINES.items()}
-    base = sum(rows["frozen"])
-    for name, kernels in {
-        "lorafuse, eager": ("aten_beta1", "aten_beta1"),
-        "lorafuse, Triton": ("two_kernel", "one_pass_backward"),
-        "lorafuse, Triton, forward in a single kernel": ("single_kernel", "one_pass_backward"),
-    }.items():
-        ways = [{way.kernel: way.seconds for way in plan.candidates} for plan in plans]
-        rows[name] = [way[kernel] for way, kernel in zip(ways, kernels, strict=True)]
-    lines = []
-    for name, (forward, backward) in rows.items():
-        tax = f"{(forward + backward) / base - 1:.1%}"
-        lines.append(f"| {name} | {forward * 1e6:.0f} µs | {backward * 1e6:.0f} µs | {tax} | not yet measured |")
-    return "\n".join(lines)
-
-
-def test_readme_quotes_the_model():
-    assert gpu_table() in (ROOT / "README.md").read_text(), gpu_table()
-
-
-def experts_table():
-    """What the model says of one block's experts on an H200, as docs/performance.md shows it."""
-    block, device = ExpertsProblem(8192, 128, 8, 2048, 768, 16, "bfloat16", "float32"), find("H200")
-    times = {n: [cost.total(way(block, device, backward)) for backward in (False, True)] for n, way in WAYS.items()}
-    base = sum(times["frozen"])
-    lines = []
-    for name, (forward, backward) in times.items():
-        label = "frozen, torch's grouped_mm" if name == "frozen" else name
-        tax = f" {(forward + backward) / base - 1:.1%}".replace("%", " %") if name != "frozen" else ""
-        lines.append(f"| {label} | {forward * 1e6:.0f} | {backward * 1e6:.0f} |{tax} |")
-    return "\n".join(lines)
-
-
-def test_the_model_of_experts_is_quoted():
-    assert experts_table() in (ROOT / "docs" / "performance.md").read_text(), experts_table()
+def test_a_missing_marker_is_refused(tree, capsys):
+    path = tree / "README.md"
+    path.write_text(path.read_text().replace("<!-- /numbers -->", ""))
+    assert publish.main(["--check"], tree) == 2
+    assert "<!-- /numbers -->" in capsys.readouterr().err
