@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from lorafuse.bench.result import with_adapters
 from lorafuse.plan import Problem, cost, find, select
 from lorafuse.plan.experts import WAYS, ExpertsProblem
 
@@ -84,7 +85,7 @@ def _table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
 def layers(content: Content, cases: tuple[str, ...] = ()) -> str:
     """LoRA tax of the named cases, or of all, a column for each variant with adapters."""
     results = [result for result in content["results"] if not cases or result["case"] in cases]
-    names = _variants(results, lambda name, figure: _adapted(name, figure))
+    names = _variants(results, _with("tax"))
     rows = [
         [_own(result, results), *(_cell(result, name, lambda one, _: f"{one['tax']:.0%}") for name in names)]
         for result in results
@@ -95,7 +96,7 @@ def layers(content: Content, cases: tuple[str, ...] = ()) -> str:
 def experts(content: Content) -> str:
     """Time, and LoRA tax over the frozen block, of each result."""
     results = content["results"]
-    names = _variants(results, lambda name, figure: name != "frozen")
+    names = _variants(results, lambda result: [name for name in result["variants"] if name != "frozen"])
 
     def cell(one: dict[str, Any], result: Result) -> str:
         ms = _ms(one["total"]["median"])
@@ -145,8 +146,13 @@ def everything(content: Content, file: str) -> str:
     return "\n\n".join(parts)
 
 
-def _adapted(name: str, figure: dict[str, Any], key: str = "tax") -> bool:
-    return key in figure and name not in ("frozen", "full") and figure.get("trains", "adapters") == "adapters"
+def _with(figure: str) -> Callable[[Result], list[str]]:
+    return lambda result: with_adapters(result, figure)
+
+
+def _having(*figures: str) -> Callable[[Result], list[str]]:
+    """The variants, adapters or not, that have all of those figures."""
+    return lambda result: [name for name, one in result["variants"].items() if one.keys() >= set(figures)]
 
 
 def _spread(one: dict[str, Any], _: Result) -> str:
@@ -155,10 +161,9 @@ def _spread(one: dict[str, Any], _: Result) -> str:
     return f"{one['tax']:.0%} ({one['tax_p20'] * 100:.0f} to {one['tax_p80'] * 100:.0f})"
 
 
-def _time(one: dict[str, Any], _: Result) -> str:
-    total = one.get("total") or one["step"]
-    low, high = (_ms(total[end], total["median"]).removesuffix(" ms") for end in ("p20", "p80"))
-    return f"{_ms(total['median'])} ({low} to {high})"
+def _time(taken: dict[str, float]) -> str:
+    low, high = (_ms(taken[end], taken["median"]).removesuffix(" ms") for end in ("p20", "p80"))
+    return f"{_ms(taken['median'])} ({low} to {high})"
 
 
 def _over_frozen(key: str) -> Callable[[dict[str, Any], Result], str]:
@@ -171,21 +176,27 @@ def _over_frozen(key: str) -> Callable[[dict[str, Any], Result], str]:
     return cell
 
 
-# head of the first column, which variants have it, what a cell says
-_FIGURES: tuple[tuple[str, Callable[[str, dict[str, Any]], bool], Callable[[dict[str, Any], Result], str]], ...] = (
-    ("LoRA tax", _adapted, _spread),
-    ("time / full fine-tuning", lambda n, f: _adapted(n, f, "ratio_to_full"), lambda f, _: f"{f['ratio_to_full']:.2f}"),
-    ("time", lambda n, f: "total" in f or "step" in f, _time),
-    ("TFLOP/s, of the measured peak", lambda n, f: "of_peak" in f,
-     lambda f, _: f"{f['flops_per_s'] / 1e12:.2f}, {f['of_peak']:.0%}"),
-    ("peak MiB", lambda n, f: "peak_bytes" in f and "step" in f, lambda f, _: f"{f['peak_bytes'] / 2**20:.0f}"),
-    ("peak MiB, over frozen", lambda n, f: "peak_bytes" in f and "step" not in f, _over_frozen("peak_bytes")),
-    ("MiB between forward and backward, over frozen", lambda n, f: "between_bytes" in f, _over_frozen("between_bytes")),
+# head of the first column, which variants have it, what a cell says; whole models have steps and no frozen variant
+_FIGURES: tuple[tuple[str, Callable[[Result], list[str]], Callable[[dict[str, Any], Result], str]], ...] = (
+    ("LoRA tax", _with("tax"), _spread),
+    ("time / full fine-tuning", _with("ratio_to_full"), lambda one, _: f"{one['ratio_to_full']:.2f}"),
+    ("time", _having("total"), lambda one, _: _time(one["total"])),
+    ("time of a step", _having("step"), lambda one, _: _time(one["step"])),
+    ("TFLOP/s, of the measured peak", _having("of_peak"),
+     lambda one, _: f"{one['flops_per_s'] / 1e12:.3g}, {one['of_peak']:.0%}"),
+    ("peak MiB", _having("peak_bytes", "step"), lambda one, _: f"{one['peak_bytes'] / 2**20:.0f}"),
+    ("peak MiB, over frozen", lambda result: _over_frozen_of(result, "peak_bytes"), _over_frozen("peak_bytes")),
+    ("MiB between forward and backward, over frozen", lambda result: _over_frozen_of(result, "between_bytes"),
+     _over_frozen("between_bytes")),
 )  # fmt: skip
 
 
-def _variants(results: list[Result], wanted: Callable[[str, dict[str, Any]], bool]) -> list[str]:
-    return list(dict.fromkeys(n for result in results for n, figure in result["variants"].items() if wanted(n, figure)))
+def _over_frozen_of(result: Result, figure: str) -> list[str]:
+    return _having(figure)(result) if "frozen" in result["variants"] else []
+
+
+def _variants(results: list[Result], wanted: Callable[[Result], list[str]]) -> list[str]:
+    return list(dict.fromkeys(name for result in results for name in wanted(result)))
 
 
 def _cell(result: Result, name: str, cell: Callable[[dict[str, Any], Result], str]) -> str:

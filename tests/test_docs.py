@@ -76,8 +76,15 @@ def flags_by_command():
     for name in cli.COMMANDS:
         parser = argparse.ArgumentParser()
         importlib.import_module(f"lorafuse.cli.{name}").add_arguments(parser)
-        found[name] = {flag for action in parser._actions for flag in action.option_strings}
+        found[name] = flags_of(parser)
     return found
+
+
+def flags_of(parser):
+    """The flags of a parser and of its sub-commands."""
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    subs = [action.choices.values() for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return flags.union(*(flags_of(sub) for several in subs for sub in several))
 
 
 def missing_flags(markdown, known):

@@ -129,7 +129,10 @@ def test_tables_hold_the_files_numbers(tree):
 
 
 def test_a_newer_file_fills_its_slot_with_tables_and_a_graph(tree, capsys):
-    put(tree, NEWER, content(("wide", "narrow"), (64,), (4, 16)))
+    written = content(("wide", "narrow"), (64,), (4, 16))
+    for result in written["results"]:
+        result["variants"]["other"] = result["variants"]["frozen"] | {"label": "no adapter", "trains": "nothing"}
+    put(tree, NEWER, written)
     assert check(tree, capsys)[0] == 1
     assert publish.main([], tree) == 0
     assert check(tree, capsys)[0] == 0
@@ -141,7 +144,9 @@ def test_a_newer_file_fills_its_slot_with_tables_and_a_graph(tree, capsys):
     value = tax("lorafuse", 64, 4)
     assert f"{value:.0%} ({(value - 0.1) * 100:.0f} to {(value + 0.2) * 100:.0f})" in page
     assert "Not measured: unsloth: unsloth not installed." in page
-    assert "| LoRA tax | floor |" in page
+    head = "| LoRA tax | floor | GEMM + addmm_ | PEFT as shipped | lorafuse |"
+    assert head in page
+    assert "| time | frozen | full fine-tuning | GEMM + addmm_ | PEFT as shipped | lorafuse | no adapter |" in page
 
 
 def test_a_graph_of_other_data_is_seen(tree, capsys):
@@ -191,7 +196,22 @@ def test_a_file_of_a_gpu_is_published_by_itself(tree, device, filled, capsys):
     assert ("not yet measured" in modelled) != filled
 
 
-def test_memory_and_unknown_figures_are_tabled(tree):
+def test_whole_models_are_tabled(tree):
+    """Their figures have steps, and there is no frozen one and no LoRA tax."""
+    ways = {
+        "full": {"step": {"median": 2.0, "p20": 1.9, "p80": 2.1}, "ratio_to_full": 1.0, "peak_bytes": 2**30},
+        "lorafuse": {"step": {"median": 1.2, "p20": 1.1, "p80": 1.3}, "ratio_to_full": 0.6, "peak_bytes": 2**29},
+    }
+    result = {"kind": "model", "case": "smollm2-135m", "R": 16, "dtype": "float32", "variants": ways, "failed": {}}
+    put(tree, "bench/results/gpu-2026-12-01-model.json", content(cuda="13.0") | {"kind": "model", "results": [result]})
+    assert publish.main([], tree) == 0
+    page = block(tree, "bench/README.md", "results").split("### model, a CPU")[1]
+    assert "| smollm2-135m | 2000 ms (1900 to 2100) | 1200 ms (1100 to 1300) |" in page
+    assert "| time / full fine-tuning | lorafuse |\n|---|---:|\n| smollm2-135m | 0.60 |" in page
+    assert "| smollm2-135m | 1024 | 512 |" in page
+
+
+def test_memory_is_tabled(tree):
     written = content(kind="memory", cuda="13.0")
     put(tree, "bench/results/gpu-2026-12-01-memory.json", written)
     assert publish.main([], tree) == 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorafuse.bench.problem import title
+from lorafuse.bench.result import with_adapters
 from lorafuse.errors import MissingDependency
 
 __all__ = ["draw", "figures", "save"]
@@ -126,7 +127,7 @@ def _lines(results: list[Result], by: str, key: str) -> Any:
     panels = [
         (over, rows)
         for over, rows in _grouped(results, lambda r: title({k: v for k, v in r.items() if k != by}))
-        if len({row[by] for row in rows if by in row}) > 1 and any(_adapted(row, key) for row in rows)
+        if len({row[by] for row in rows if by in row}) > 1 and any(with_adapters(row, key) for row in rows)
     ]
     if not panels:
         return None
@@ -137,8 +138,8 @@ def _lines(results: list[Result], by: str, key: str) -> Any:
     for ax, (over, rows) in zip(axes, panels, strict=True):
         rows = sorted(rows, key=lambda row: row[by])
         ax.set_title(over, fontsize=8)
-        for name in dict.fromkeys(name for row in rows for name in _adapted(row, key)):
-            had = [row for row in rows if name in _adapted(row, key)]
+        for name in dict.fromkeys(name for row in rows for name in with_adapters(row, key)):
+            had = [row for row in rows if name in with_adapters(row, key)]
             values, found = [row[by] for row in had], [row["variants"][name] for row in had]
             style = styles[name]
             label = found[0].get("label", name)
@@ -179,11 +180,11 @@ def _tax_by_case(results: list[Result]) -> Any:
     panels = [
         (over, rows)
         for over, rows in _grouped(results, lambda r: _sizes(r, ("M", "R", "dtype")))
-        if len({_case(row) for row in rows}) > 1 and any(_adapted(row, "tax") for row in rows)
+        if len({_case(row) for row in rows}) > 1 and any(with_adapters(row, "tax") for row in rows)
     ]
 
     def value(row: Result, name: str) -> tuple[float, tuple[float, float] | None] | None:
-        if name not in _adapted(row, "tax"):
+        if name not in with_adapters(row, "tax"):
             return None
         one = row["variants"][name]
         return one["tax"], (one["tax_p20"], one["tax_p80"]) if "tax_p20" in one else None
@@ -305,15 +306,6 @@ def _roofline(results: list[Result]) -> Any:
 
 def _any_figure(row: Result) -> dict[str, Any]:
     return next(iter(row["variants"].values()))
-
-
-def _adapted(row: Result, key: str) -> list[str]:
-    """The variants that train adapters and have that figure."""
-    return [
-        name
-        for name, one in row["variants"].items()
-        if key in one and one.get("trains", "adapters") == "adapters" and name not in ("frozen", "full")
-    ]
 
 
 def _case(row: Result) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["VERSION", "Failed", "Wrong", "geomean", "read", "rows", "write_csv", "write_json"]
+__all__ = ["VERSION", "Failed", "Wrong", "geomean", "read", "rows", "with_adapters", "write_csv", "write_json"]
 
 VERSION = 2
 
@@ -55,6 +55,15 @@ def rows(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
         sizes = {name: value for name, value in result.items() if not isinstance(value, dict | list)}
         for variant, figures in result.get("variants", {}).items():
             yield {**sizes, "variant": variant, **_flat(figures)}
+
+
+def with_adapters(result: dict[str, Any], figure: str) -> list[str]:
+    """The variants of a result that train adapters and have that figure; files before version 2 do not say who does."""
+    return [
+        name
+        for name, one in result["variants"].items()
+        if figure in one and one.get("trains", "adapters") == "adapters" and name not in ("frozen", "full")
+    ]
 
 
 def geomean(values: list[float]) -> float:
