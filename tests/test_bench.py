@@ -3,7 +3,11 @@
 import csv
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from lorafuse.cli import main
 from lorafuse.testing import memory, timing
 from lorafuse.testing.cases import CASES, GROUPS, Case, find, find_any, find_group
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 TINY = Linear("tiny", "float32", 16, 24, 40, 3)
 # without the one that compiles
@@ -301,3 +306,12 @@ def test_peaks_are_of_this_machine(monkeypatch):
 def test_the_usual_dtype_is_the_faster_one(half, said, monkeypatch):
     monkeypatch.setattr(peaks, "matmul_flops", lambda dtype, device: half if dtype == torch.bfloat16 else 1e11)
     assert peaks.usual_dtype(CPU) == said
+
+
+def test_a_built_package_brings_the_baselines(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    environment = {**os.environ, "LORAFUSE_SKIP_CUDA_BUILD": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    brought = {file.name: file.read_text() for file in (tmp_path / "lorafuse" / "_baselines").glob("*.py")}
+    assert brought == {file.name: file.read_text() for file in plugins.folder().glob("*.py")}
+    assert "frozen.py" in brought

@@ -24,7 +24,7 @@ from lorafuse.testing.timing import CACHE_NOTE
 SUMMARY = "measure the LoRA tax of layers, blocks and models against PEFT, others and full fine-tuning"
 KINDS = ("linear", "group", "moe", "memory")
 
-__all__ = ["KINDS", "SUMMARY", "add_arguments", "run"]
+__all__ = ["KINDS", "SUMMARY", "add_arguments", "prepared", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,9 +75,9 @@ def run(args: argparse.Namespace) -> int:
         from lorafuse.bench import compare
 
         runs = [args.again([*argv, "--base", args.base]) for argv in compare.USUAL] if args.kind is None else [args]
-        return compare.run(runs, console, _prepared)
+        return compare.run(runs, console, prepared)
     kind = _module(args.kind)
-    cases, device = _prepared(args)
+    cases, device = prepared(args)
     found = conditions(device) | {"timing": CACHE_NOTE.get(device.type, "caches as they are")}
     console.print(describe(found), highlight=False)
     content: dict[str, Any] = {"version": VERSION, "kind": args.kind, "conditions": found, "results": [], "not_run": {}}
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
-def _prepared(args: argparse.Namespace) -> tuple[list[Any], torch.device]:
+def prepared(args: argparse.Namespace) -> tuple[list[Any], torch.device]:
     """The cases and the device; every mistake in the options is found here. Raises ValueError."""
     for name in ("json", "csv"):
         path = getattr(args, name)
