@@ -1,18 +1,20 @@
 """The baselines: one file each in `bench/baselines/`, found by name, asked whether they can run here.
 
-A baseline is a Python file. What it may define:
+A baseline is a Python file. It is imported here also when it runs in a process of its own, and imports what it compares
+with only inside of its functions. What it may define:
 
     LABEL       how tables call it
     TRAINS      "adapters" (the default), "base" or "nothing": which results are right, and which work is counted
-    REQUIRES    modules that have to be importable; none marks a baseline of this project's own, whose wrong result
-                stops the run, where a peer's is reported and not counted
-    ISOLATED    True: it runs in a process of its own, because its licence, its imports or its patches ask for that
+    REQUIRES    top-level modules that have to be importable; none marks a baseline of this project's own, whose wrong
+                result stops the run, where a peer's is reported and not counted
+    ISOLATED    True: it runs in a process of its own, because its licence, its imports or its patches ask for that, or
+                because it writes into its inputs, which the others of one process share
     FORMS       {suffix: options}: several variants of one file; the options go to its functions ({"": {}})
     unavailable(kind, device, **options) -> str   why it cannot run there, "" when it can
     linear(given, **options), group(given, **options), experts(given, **options)
-                build it for the inputs of `lorafuse.bench.linear`, `group` or `moe`: the call, and the tensors it trains
-                by the names of their gradients. A file without the function of a kind is no baseline of that kind;
-                without `group`, its `linear` runs once for each layer.
+                build it for the inputs of `lorafuse.bench.linear`, `group` or `moe`: the call, and the tensors it
+                trains by the names of their gradients. A file without the function of a kind is no baseline of that
+                kind; without `group`, its `linear` runs once for each layer.
 """
 
 import importlib.util
@@ -72,7 +74,8 @@ def _rank(one: Baseline) -> tuple[int, str]:
 def load_file(file: Path, kind: str, device: torch.device) -> list[Baseline]:
     """The variants of one file for a kind; none when it has no function for it."""
     spec = importlib.util.spec_from_file_location(f"_lorafuse_baseline_{file.stem}", file)
-    assert spec is not None and spec.loader is not None, file
+    assert spec is not None, file
+    assert spec.loader is not None, file
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not any(hasattr(module, name) for name in _FUNCTIONS[kind]):

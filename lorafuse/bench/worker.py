@@ -1,11 +1,15 @@
 """A process of its own for one variant: `python -m lorafuse.bench.worker`, spoken to in lines of JSON.
 
 It makes the problem's inputs from the same seed, checks its variant against the formula, and times it when asked, so
-that variants of several processes take turns as those of one process do. Standard output carries the answers only.
+that variants of several processes take turns as those of one process do. Questions and answers go through copies of
+standard input and output: what a peer prints goes to standard error, and it reads nothing. The argument is the id of
+the process that asks; without it this one ends.
 """
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import traceback
 from dataclasses import asdict
@@ -35,7 +39,7 @@ class _Worker:
     ) -> str:
         """Build a variant and check it. "" or what is wrong."""
         torch.set_num_threads(threads)
-        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in problem.items()}
+        fields: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in problem.items()}
         made, where = PROBLEMS[kind](**fields), torch.device(device)
         path = Path(file)
         (baseline,) = (one for one in plugins.load_file(path, kind, where) if one.name == name)
@@ -56,13 +60,23 @@ class _Worker:
         return asdict(self.runner.memory())
 
 
+def _end_with(parent: int) -> None:
+    """Let the kernel end this process when `parent` ends, for a peer that hangs reads no end of input."""
+    PR_SET_PDEATHSIG = 1
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        sys.exit(f"process {parent}, which asked for this one, has ended")
+
+
 def main() -> int:
     """Answer every line of standard input until it ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    # whatever else is printed must not come between the answers
+    _end_with(int(sys.argv[1]))
+    questions, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     worker = _Worker()
-    for line in sys.stdin:
+    for line in questions:
         asked = json.loads(line)
         try:
             answer = {"result": getattr(worker, asked.pop("do"))(**asked)}
