@@ -74,8 +74,8 @@ def _rank(one: Baseline) -> tuple[int, str]:
 def load_file(file: Path, kind: str, device: torch.device) -> list[Baseline]:
     """The variants of one file for a kind; none when it has no function for it."""
     spec = importlib.util.spec_from_file_location(f"_lorafuse_baseline_{file.stem}", file)
-    assert spec is not None, file
-    assert spec.loader is not None, file
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not any(hasattr(module, name) for name in _FUNCTIONS[kind]):

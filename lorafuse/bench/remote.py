@@ -47,7 +47,6 @@ class RemoteRunner:
     ) -> None:
         self.name, self._timeout = name, timeout
         tree = tree or Path(__file__).parents[2]
-        path = os.pathsep.join(part for part in (str(tree), os.environ.get("PYTHONPATH", "")) if part)
         # `close` closes it
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
@@ -56,8 +55,8 @@ class RemoteRunner:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
+            # where -m looks first
             cwd=tree,
-            env={**os.environ, "PYTHONPATH": path},
             # a group of its own, so that `close` reaches what a peer starts: compilers, pools of workers
             start_new_session=True,
         )

@@ -11,7 +11,7 @@ import torch
 from lorafuse.bench import peaks, plugins
 from lorafuse.bench.limits import is_out_of_memory
 from lorafuse.bench.plugins import Baseline
-from lorafuse.bench.problem import Problem
+from lorafuse.bench.problem import Problem, title
 from lorafuse.bench.remote import RemoteRunner
 from lorafuse.bench.result import Failed, Wrong
 from lorafuse.bench.runner import Runner
@@ -19,7 +19,7 @@ from lorafuse.bench.variant import wrong
 from lorafuse.testing.memory import Held
 from lorafuse.testing.timing import Clock, Samples, measure, percentile
 
-__all__ = ["Built", "Progress", "built", "closing", "described", "run_case", "select", "table", "title"]
+__all__ = ["Built", "Progress", "built", "closing", "run_case", "select", "table"]
 
 # called with what is done, out of how much, and what that is
 Progress = Callable[[int, int, str], None]
@@ -51,21 +51,10 @@ def run_case(problem: Problem, args: argparse.Namespace, device: torch.device, p
             figures[name] |= {"peak_bytes": held[name].peak, "between_bytes": held[name].between}
             if runner.launched:
                 figures[name]["launched"] = runner.launched
-    return described(problem) | {
+    return problem.described() | {
         "rounds": len(samples["frozen"].total), "floors": problem.floors(), "variants": figures,
         "failed": found.failed, "absent": found.absent,
     }  # fmt: skip
-
-
-def described(problem: Problem) -> dict[str, Any]:
-    """What every result begins with."""
-    return {"kind": problem.kind, "case": problem.name, **problem.sizes(), "dtype": problem.dtype}
-
-
-def title(result: dict[str, Any]) -> str:
-    """The case of a result and its sizes."""
-    sizes = [name for name in ("M", "E", "k", "H", "I", "N", "K", "R", "routing") if name in result]
-    return f"{result['case']}: {', '.join(f'{name} {result[name]}' for name in sizes)}, {result['dtype']}"
 
 
 @dataclass
