@@ -41,9 +41,30 @@ class LoRA_QKV(_Projections):
     def forward(ctx, X, QW, QW_quant, QA, QB, QS, KW, KW_quant, KA, KB, KS, VW, VW_quant, VA, VB, VS, inplace=True):
         flat = (QW, QW_quant, QA, QB, QS, KW, KW_quant, KA, KB, KS, VW, VW_quant, VA, VB, VS)
         return _Projections.run(ctx, X, flat, inplace)
+
+def swiglu_fg_kernel(e, g):
+    return torch.nn.functional.silu(e) * g
+
+def swiglu_DWf_DW_dfg_kernel(DW, e, g):
+    raise NotImplementedError
+
+class LoRA_MLP:
+    @staticmethod
+    def apply(X, gateW, gateW_quant, gateA, gateB, gateS, upW, upW_quant, upA, upB, upS,
+              downW, downW_quant, downA, downB, downS, _forward_function, _backward_function, inplace=True):
+        batch, tokens, features = X.shape
+        assert _backward_function is swiglu_DWf_DW_dfg_kernel
+        own = X.clone()
+        if inplace:
+            own.register_hook(lambda dx: X.data.copy_(dx))
+        gate = project(own, gateW, gateW_quant, gateA, gateB, gateS)
+        h = _forward_function(gate, project(own, upW, upW_quant, upA, upB, upS))
+        return project(h, downW, downW_quant, downA, downB, downS)
 """
 
 _AXOLOTL = """
+from torch.nn.functional import silu
+
 def project(proj, x):
     assert not proj.merged
     name = proj.active_adapters[0]
@@ -62,6 +83,14 @@ def apply_lora_qkv(self, X, inplace=True):
     if inplace:
         own.register_hook(lambda dx: X.data.copy_(dx))
     return tuple(project(proj, own) for proj in (self.q_proj, self.k_proj, self.v_proj))
+
+def apply_lora_mlp_swiglu(self, X, inplace=True):
+    batch, tokens, features = X.shape
+    assert self.training is not None
+    own = X.clone()
+    if inplace:
+        own.register_hook(lambda dx: X.data.copy_(dx))
+    return project(self.down_proj, silu(project(self.gate_proj, own)) * project(self.up_proj, own))
 """
 
 _SCATTERMOE = """

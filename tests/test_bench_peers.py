@@ -1,5 +1,6 @@
 """Baselines of others: each way in which one can fail is reported and not counted, and ours are judged as before."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -14,9 +15,10 @@ import fake_peers
 import pytest
 import torch
 
-from lorafuse.bench import plugins
+from lorafuse.bench import group, plugins
 from lorafuse.bench.group import Group
 from lorafuse.bench.linear import Linear
+from lorafuse.bench.mlp import Mlp
 from lorafuse.bench.moe import Experts
 from lorafuse.bench.remote import RemoteRunner
 from lorafuse.bench.variant import wrong
@@ -219,9 +221,16 @@ def one(name, kind, device=CPU):
     return found
 
 
+DENSE = {
+    "linear": PROBLEM,
+    "qkv": Group("qkv", "float32", 16, (24, 8, 8), 40, 3),
+    "gate_up": Group("gate_up", "float32", 16, (24, 24), 40, 3),
+    "mlp": Mlp("mlp", "float32", 16, 40, 24, 3),
+}
+
+
 @pytest.mark.parametrize("name", ["unsloth", "axolotl"])
-@pytest.mark.parametrize("problem", [PROBLEM, Group("qkv", "float32", 16, (24, 8, 8), 40, 3),
-                                     Group("gate_up", "float32", 16, (24, 24), 40, 3)])  # fmt: skip
+@pytest.mark.parametrize("problem", DENSE.values(), ids=DENSE)
 def test_a_peer_is_called_with_the_right_arguments(fakes, name, problem):
     baseline, given = one(name, problem.kind), problem.inputs(CPU)
     variant = problem.variant(name, baseline.module, given)
@@ -264,3 +273,22 @@ def test_lorafusion_is_never_guessed(monkeypatch):
     assert one("lorafusion", "linear").absent == "lorafusion not installed"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert "not known from its documentation" in one("lorafusion", "linear", torch.device("cuda")).absent
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["frozen", "full", "peft", "peft_half", "addmm", "lorafuse"])
+def test_own_baselines_run_the_mlp(name, dtype):
+    problem = Mlp("mlp", dtype, 16, 40, 24, 3)
+    given = problem.inputs(CPU)
+    baseline = next(iter(plugins.load_file(plugins.folder() / f"{name}.py", "mlp", CPU)))
+    variant = problem.variant(name, baseline.module, given, **baseline.options)
+    assert wrong(variant, problem.references(given)[baseline.trains], problem.shaped) == ""
+
+
+def test_mlp_is_a_case_of_group():
+    args = argparse.Namespace(case=["smollm2-135m.mlp"], all=False, m=[64], rank=[4], dtype="float32")
+    (problem,) = group.cases(args)
+    assert problem == Mlp("smollm2-135m.mlp", "float32", 64, 576, 1536, 4)
+    # 3 products each way, and two thin ones for each layer forward
+    assert problem.work("adapters")["forward"].flops == 2 * 64 * (3 * 576 * 1536 + 3 * 4 * (576 + 1536))
+    assert problem.floors()["tax"] == pytest.approx(3 * 4 * (576 + 1536) / (2 * 576 * 1536))

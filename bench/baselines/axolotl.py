@@ -53,3 +53,10 @@ def group(given):
             return [apply_lora_o(block, x[None])[0] for block in blocks]
 
     return call, _numbered(every)
+
+
+def mlp(given):
+    from axolotl.kernels.lora import apply_lora_mlp_swiglu
+
+    block, every = _block("gate_proj", "up_proj", "down_proj", given=given)
+    return (lambda x: apply_lora_mlp_swiglu(block, x[None], inplace=False)[0]), _numbered(every)

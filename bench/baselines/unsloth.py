@@ -55,3 +55,11 @@ def group(given):
             return [kernels.LoRA_W.apply(x[None], *projection)[0] for projection in projections]
 
     return call, _wanted(projections)
+
+
+def mlp(given):
+    kernels, projections = _kernels(), [_projection(one) for one in given]
+    flat = [part for projection in projections for part in projection]
+    swiglu = kernels.swiglu_fg_kernel, kernels.swiglu_DWf_DW_dfg_kernel
+    # not in place, as above
+    return (lambda x: kernels.LoRA_MLP.apply(x[None], *flat, *swiglu, False)[0]), _wanted(projections)

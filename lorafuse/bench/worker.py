@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lorafuse.bench import group, linear, moe, plugins
+from lorafuse.bench import group, linear, mlp, moe, plugins
 from lorafuse.bench.problem import Problem
 from lorafuse.bench.runner import Runner
 from lorafuse.bench.variant import wrong
@@ -26,7 +26,7 @@ from lorafuse.testing.timing import Clock
 
 __all__ = ["PROBLEMS", "main"]
 
-PROBLEMS: dict[str, type[Problem]] = {one.kind: one for one in (linear.Linear, group.Group, moe.Experts)}
+PROBLEMS: dict[str, type[Problem]] = {one.kind: one for one in (linear.Linear, group.Group, mlp.Mlp, moe.Experts)}
 
 
 class _Worker:
