@@ -239,12 +239,11 @@ def test_a_peer_is_called_with_the_right_arguments(fakes, name, problem):
     assert wrong(variant, problem.references(given)[baseline.trains], problem.shaped) == ""
 
 
-@pytest.mark.parametrize(
-    ("name", "problem"),
-    [("unsloth", PROBLEM), ("axolotl_scattermoe", Experts("e", "float32", 9, 4, 2, 16, 8, 3, "zipf"))],
-)
-def test_a_peer_runs_in_its_process(fakes, name, problem):
-    runner = RemoteRunner(name, problem, one(name, problem.kind), CPU)
+EXPERTS = Experts("e", "float32", 9, 4, 2, 16, 8, 3, "zipf")
+
+
+def test_scattermoe_runs_in_its_process(fakes):
+    runner = RemoteRunner("scattermoe", EXPERTS, one("axolotl_scattermoe", "moe"), CPU)
     try:
         assert runner.wrong == ""
         assert min(runner.once()) > 0
@@ -252,11 +251,10 @@ def test_a_peer_runs_in_its_process(fakes, name, problem):
         runner.close()
 
 
-def test_scattermoe_that_leaves_peft_alone_is_refused(fakes, monkeypatch):
+def test_scattermoe_that_leaves_peft_alone_is_refused(fakes):
     fake_peers.install(fakes, knows_peft=False)
-    problem = Experts("e", "float32", 9, 4, 2, 16, 8, 3, "zipf")
     with pytest.raises(RuntimeError, match="did not patch PEFT"):
-        one("axolotl_scattermoe", "moe").module.experts(problem.inputs(CPU))
+        one("axolotl_scattermoe", "moe").module.experts(EXPERTS.inputs(CPU))
 
 
 @pytest.mark.parametrize(("name", "kind"), [("unsloth", "group"), ("axolotl", "linear"), ("axolotl_scattermoe", "moe")])
