@@ -32,7 +32,7 @@ class RemoteRunner:
 
     `tree` is the checkout whose lorafuse runs; None is the one that runs here. Raises Failed, with the reason, when the
     process ends, what it runs raises, or an answer takes longer than `timeout` seconds; MemoryError when it ran out of
-    memory. The process ends with this one, however that ends, and takes along what it started.
+    memory. The process ends with this one, however that ends; `close` also ends what it started.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class RemoteRunner:
                 "build",
                 kind=problem.kind,
                 problem=asdict(problem),
-                file=str(baseline.file),
+                file=str(baseline.file.resolve()),
                 name=baseline.name,
                 device=str(device),
                 threads=torch.get_num_threads(),
