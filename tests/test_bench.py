@@ -288,7 +288,8 @@ def test_find_lists_the_known_names():
     with pytest.raises(ValueError, match="smollm2-135m.q"):
         find("nothing")
     assert [layer.N for layer in find_group("llama-3.1-8b.qkv")] == [4096, 1024, 1024]
-    assert all(len({layer.K for layer in layers}) == 1 for layers in GROUPS.values())
+    # down, the last layer of an MLP, reads what gate and up give
+    assert all(len({one.K for one in ls[: 2 if name.endswith(".mlp") else None]}) == 1 for name, ls in GROUPS.items())
     assert [find_any(name) for name in ("square-2048", "smollm2-135m.qkv", "moe-64")] == ["linear", "group", "moe"]
     assert len(CASES) == 29
 

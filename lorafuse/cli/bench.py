@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lorafuse.bench.limits import is_out_of_memory, within_memory
+from lorafuse.bench.remote import TIMEOUT
 from lorafuse.bench.result import VERSION, Wrong, write_csv, write_json
 from lorafuse.cli import _common
 from lorafuse.cli._common import DTYPES
@@ -50,6 +51,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--rounds", type=int, default=40, help="timed calls of each variant (40)")
     how.add_argument(
         "--seconds", type=float, default=120.0, help="of one case, then fewer rounds, a fifth at least (120)"
+    )
+    how.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT,
+        help=f"seconds for an answer of a baseline's own process ({TIMEOUT:g})",
     )
     how.add_argument("--only", nargs="+", metavar="NAME", help="these baselines, and frozen (all)")
     how.add_argument("--baselines", type=Path, metavar="DIR", help="folder of baselines (bench/baselines)")
@@ -100,7 +107,9 @@ def prepared(args: argparse.Namespace) -> tuple[list[Any], torch.device]:
             raise ValueError(f"--{name} {path}: it is a folder; name a file")
     if args.plot and args.plot.is_file():
         raise ValueError(f"--plot {args.plot}: it is a file; name a folder")
-    _common.check_at_least_one(args, *(name for name in ("m", "rank", "rounds", "seconds") if hasattr(args, name)))
+    _common.check_at_least_one(
+        args, *(name for name in ("m", "rank", "rounds", "seconds", "timeout") if hasattr(args, name))
+    )
     device = _common.device(args.device)
     if args.dtype is None:
         from lorafuse.bench import peaks
