@@ -24,7 +24,7 @@ from lorafuse.bench.transformer_cost import (
     training_bytes,
 )
 from lorafuse.cli import main
-from lorafuse.integrations import hf_experts, patch
+from lorafuse.integrations import hf_experts, hf_peft, patch
 
 CPU = torch.device("cpu")
 _DENSE = {
@@ -74,7 +74,10 @@ def run(progress=lambda *_: None, **changes):
 
 def test_every_figure_of_a_result():
     shown = []
-    result = run(progress=lambda *call: shown.append(call), accumulate=[3], ways=["full", "peft", "lorafuse"])
+    with mock.patch.object(hf_peft, "run_linear", wraps=hf_peft.run_linear) as calls:
+        result = run(progress=lambda *call: shown.append(call), accumulate=[3], ways=["full", "peft", "lorafuse"])
+    # 14 layers of one way: a micro-batch in the comparison, three in each of three steps, two in the measured one
+    assert calls.call_count == 14 * (1 + 3 * 3 + 2)
     assert json.loads(json.dumps(result)) == result
     expected = {"model": "tiny", "layers": 2, "layers_of_model": 4, "vocabulary": 256, "weights": "random"}
     expected |= {"accumulate": 3, "batch": 1, "tokens": 8, "tokens_per_step": 24, "checkpointing": False, "R": 4}
@@ -304,6 +307,27 @@ def test_table_says_what_was_built_and_how_it_was_compared():
     for said in ("of\n", "tokens/s", "MFU", "2 of 4 layers", "full and peft and lorafuse", "14 adapted layers patched"):
         assert said.strip() in printed, said
     assert "losses of 3 steps at most" in printed
+    assert "(bound 1.0e-03)" in printed
+
+
+def test_losses_before_memory_ran_out_are_compared(monkeypatch):
+    step = Trainee.step
+
+    def limited(self, ids):
+        if self.name == "peft" and len(self.losses) == 2:
+            raise NO_MEMORY
+        step(self, ids)
+        if self.name == planted[0]:
+            self.losses[-1] += 0.1
+
+    monkeypatch.setattr(Trainee, "step", limited)
+    planted = [""]
+    result = run(ways=["peft", "lorafuse"])
+    assert result["parity"]["steps"] == 2
+    assert result["variants"].keys() == {"lorafuse"}
+    planted[0] = "lorafuse"
+    with pytest.raises(Wrong, match="step 1: lorafuse has loss"):
+        run(ways=["peft", "lorafuse"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

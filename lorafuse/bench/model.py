@@ -1,7 +1,7 @@
 """One training step of a whole model with AdamW: full fine-tuning, LoRA by PEFT, and the same LoRA patched by lorafuse.
 
-Tokens/s, peak memory, model FLOPs utilization (MFU: the FLOPs that the model asks for, over time, over what a large
-matrix product reaches here). PEFT and patched start from the same adapters and take the same batches; where their
+Tokens/s, peak memory, and model FLOPs utilization: the FLOPs that the model asks for, over time, over what a large
+matrix product reaches here. PEFT and patched start from the same adapters and take the same batches; where their
 losses part, no number is shown. Models of real sizes have random weights and as many layers as fit; SmolLM2 is real.
 After --seconds a case ends early, but not before 3 timed steps of each way.
 """
@@ -21,6 +21,7 @@ __all__ = ["SUMMARY", "Case", "add_arguments", "cases", "run_case", "table"]
 SUMMARY = "one training step of a whole model, with full fine-tuning, PEFT and lorafuse"
 
 _USUAL = {"cuda": "llama-3.1-8b", "cpu": "smollm2-135m"}
+_COMPARED = ("logits", "gradients")
 _TOKENS = {"cuda": 2048, "cpu": 128}
 
 
@@ -131,6 +132,13 @@ def _notes(result: dict[str, Any]) -> list[str]:
     if "patched" in variants.get("lorafuse", {}):
         notes.append(
             "lorafuse: {patched} adapted layers patched, {skipped} left to PEFT".format(**variants["lorafuse"])
+        )
+    if first := parity.get("first_micro_batch"):
+        notes.append(
+            "first micro-batch, relative distance from PEFT's: "
+            + ", ".join(
+                f"{what} {first[f'{what}_error']:.1e} (bound {first[f'{what}_bound']:.1e})" for what in _COMPARED
+            )
         )
     if "largest_loss_difference" in parity:
         notes.append(f"losses of {parity['steps']} steps at most {parity['largest_loss_difference']:.1e} from PEFT's")

@@ -60,6 +60,8 @@ class _Run:
     failed: dict[str, str] = field(default_factory=dict)
     parity: dict[str, Any] = field(default_factory=dict)
     built: dict[str, Any] = field(default_factory=dict)
+    # of every step that was done, also by ways that failed later
+    losses: dict[str, list[float]] = field(default_factory=dict)
     # loss of the first micro-batch by "base", the PEFT model without adapters, and by "full" before its first step
     first: dict[str, float] = field(default_factory=dict)
 
@@ -148,8 +150,11 @@ def _run_group(run: _Run, ways: list[str], seconds: float) -> None:
         for trainee in order.sample(trainees, len(trainees)):
             run.progress(index, total, f"{trainee.name}, step {index + 1}")
             run.attempt(trainee.name, lambda trainee=trainee, ids=ids: trainee.step(ids))  # type: ignore[misc]
+            if trainee.name in run.failed:
+                # the others must not pay for what it left
+                trainee.optimizer.zero_grad()
         trainees = [trainee for trainee in trainees if trainee.name not in run.failed]
-    _check_losses(run, trainees)
+    _check_losses(run)
     for trainee in trainees:
         run.progress(total, total, f"memory of {trainee.name}")
         memory = run.attempt(trainee.name, lambda trainee=trainee: trainee.memory(run.ids(0)))  # type: ignore[misc]
@@ -171,6 +176,7 @@ def _build(run: _Run, ways: list[str]) -> list[Trainee]:
     def take(way: str, model: Any, **facts: Any) -> None:
         trainee = Trainee(way, model)
         trainees.append(trainee)
+        run.losses[way] = trainee.losses
         run.built[way] = {"parameters": parameters, "trained": sum(p.numel() for p in trainee.trained), **facts}
 
     if "full" in ways:
@@ -211,22 +217,23 @@ def _build(run: _Run, ways: list[str]) -> list[Trainee]:
     return trainees
 
 
-def _check_losses(run: _Run, trainees: list[Trainee]) -> None:
+def _check_losses(run: _Run) -> None:
     """Raises Wrong for a loss that is not finite, and where PEFT and patched part by more than `loss_bound`."""
-    losses = {trainee.name: trainee.losses for trainee in trainees}
+    losses = run.losses
     for name, taken in losses.items():
         for step, loss in enumerate(taken):
             if not math.isfinite(loss):
                 raise Wrong(f"{name}: the loss of step {step + 1} is {loss}")
     if not {"peft", "lorafuse"} <= losses.keys():
         return
-    largest = 0.0
-    for step, (ours, peft) in enumerate(zip(losses["lorafuse"], losses["peft"], strict=True)):
+    largest, steps = 0.0, min(len(losses["peft"]), len(losses["lorafuse"]))
+    for step, (ours, peft) in enumerate(zip(losses["lorafuse"][:steps], losses["peft"][:steps], strict=True)):
         bound = training.loss_bound(run.dtype, peft)
         if not abs(ours - peft) <= bound:
             raise Wrong(f"step {step + 1}: lorafuse has loss {ours:.6f}, PEFT {peft:.6f}: above {bound:.1e} apart")
         largest = max(largest, abs(ours - peft))
-    run.parity |= {"steps": len(losses["peft"]), "largest_loss_difference": largest}
+    if steps:
+        run.parity |= {"steps": steps, "largest_loss_difference": largest}
 
 
 def _figures(run: _Run, trainee: Trainee, warm_up: int) -> dict[str, Any]:
