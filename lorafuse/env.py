@@ -2,8 +2,9 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["VARIABLES", "Variable", "get"]
+__all__ = ["VARIABLES", "Variable", "cache_dir", "get"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,11 @@ VARIABLES: dict[str, Variable] = {
     v.name: v
     for v in (
         Variable("LORAFUSE_BACKEND", "auto", "backend for calls that do not name one: auto, eager, triton or cuda"),
+        Variable(
+            "LORAFUSE_CACHE_DIR",
+            "~/.cache/lorafuse",
+            "where `lorafuse tune` keeps its measurements; `$XDG_CACHE_HOME/lorafuse` where that variable is set",
+        ),
         # of an installation; setup.py reads them
         Variable("LORAFUSE_SKIP_CUDA_BUILD", "0", "1: `pip install` leaves the CUDA kernels out, though nvcc is there"),
         Variable("LORAFUSE_BUILD_EMULATOR", "0", "1: `pip install` builds the emulator of the CUDA kernels too"),
@@ -26,4 +32,13 @@ VARIABLES: dict[str, Variable] = {
 
 def get(name: str) -> str:
     """Value of a variable listed in `VARIABLES`, or its default. Raises KeyError for any other name."""
-    return os.environ.get(name, VARIABLES[name].default)
+    default = VARIABLES[name].default
+    if name == "LORAFUSE_CACHE_DIR" and (home := os.environ.get("XDG_CACHE_HOME")):
+        default = f"{home}/lorafuse"
+    return os.environ.get(name, default)
+
+
+def cache_dir() -> Path:
+    """The folder of `LORAFUSE_CACHE_DIR`, which need not exist; "~" stays where the user's home is not known."""
+    # Path.expanduser would raise there, and plans are made by users without a home too
+    return Path(os.path.expanduser(get("LORAFUSE_CACHE_DIR")))

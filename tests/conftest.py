@@ -6,11 +6,16 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import random
+import tempfile
 from collections import defaultdict
 
 import numpy as np
 import pytest
 import torch
+
+# what `lorafuse tune` measured on this machine would change the plans that tests look at
+_cache = tempfile.TemporaryDirectory()
+os.environ["LORAFUSE_CACHE_DIR"] = _cache.name
 
 # Before any kernel is defined: without a GPU, kernels run in Triton's interpreter.
 if not torch.cuda.is_available():

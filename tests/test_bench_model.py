@@ -482,5 +482,5 @@ def test_the_command_reports_a_model_that_does_not_fit_and_goes_on(tmp_path, mon
     assert main(["bench", "model", *arguments, "--dtype", "float32", "--json", str(tmp_path / "r.json")]) == 0
     written = json.loads((tmp_path / "r.json").read_text())
     assert [result["model"] for result in written["results"]] == ["tiny"]
-    assert "not one layer of tiny-moe fits" in written["not_run"]["tiny-moe, accumulate 1, checkpointing off"]
+    assert "not one layer of tiny-moe fits" in written["not_run"]["tiny-moe, accumulate 1, checkpointing off, 0 layers"]
     assert "no numbers, out of memory" in capsys.readouterr().out

@@ -5,79 +5,82 @@ import json
 import pytest
 import torch
 
-from lorafuse.cli import _bench_moe, main
-from lorafuse.testing import moe_baselines
+from lorafuse.bench import moe, peaks, plugins
+from lorafuse.bench.moe import Experts
+from lorafuse.bench.variant import wrong
+from lorafuse.cli import main
 from lorafuse.testing.cases import MOE_CASES, MoECase
 from lorafuse.testing.memory import peak_bytes
 
-CASE = MoECase("tiny", E=6, k=2, H=32, I=16)
 CPU = torch.device("cpu")
+BASELINES = {one.name: one for one in plugins.load("moe", CPU) if not one.absent}
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(MOE_CASES, "tiny", CASE)
-    return ["bench", "moe", "--case", "tiny", "--m", "16", "--rank", "8", "--rounds", "3", "--device", "cpu"]
+    monkeypatch.setattr(peaks, "matmul_flops", lambda dtype, device: 1e11)
+    monkeypatch.setattr(peaks, "copy_bytes", lambda device: 1e10)
+    monkeypatch.setitem(MOE_CASES, "tiny", MoECase("tiny", E=6, k=2, H=32, I=16))
+    how = ["--rounds", "3", "--device", "cpu", "--dtype", "float32"]
+    return ["bench", "moe", "--case", "tiny", "--m", "16", "--rank", "8", *how]
 
 
-def references(given):
-    return moe_baselines.reference(given), moe_baselines.reference(given, adapted=False)
+def build(name, problem):
+    given = problem.inputs(CPU)
+    one = BASELINES[name]
+    return problem.variant(name, one.module, given, **one.options), problem.references(given)[one.trains]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("routing", moe_baselines.ROUTINGS)
-@pytest.mark.parametrize("name", moe_baselines.VARIANTS)
+def problem(dtype="float32", routing="balanced"):
+    return Experts("tiny", dtype, 16, 6, 2, 32, 16, 8, routing)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("routing", moe.ROUTINGS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_every_variant_computes_the_formula(name, routing, dtype):
-    given = moe_baselines.inputs(CASE, 16, 8, routing, dtype, CPU)
-    assert moe_baselines.check(moe_baselines.build(name, given), *references(given)) == ""
+    given = problem(dtype, routing)
+    assert wrong(*build(name, given), given.shaped) == ""
+
+
+def test_the_own_baselines_are_all_there():
+    assert {"frozen", "full", "peft", "peft-half", "split", "lorafuse"} <= BASELINES.keys()
 
 
 @pytest.mark.parametrize("broken", ["out", "dx", "dweight", "d_gate_up_a", "d_gate_up_b", "d_down_a", "d_down_b"])
 def test_gate_sees_a_wrong_result(broken):
-    given = moe_baselines.inputs(CASE, 16, 8, "zipf", torch.float32, CPU)
-    variant = moe_baselines.build("lorafuse", given)
+    variant, expected = build("lorafuse", problem(routing="zipf"))
     if broken == "out":
         call = variant.call
-        variant.call = lambda x: call(x) * 1.01
+        variant.call = lambda: (call()[0] * 1.01,)
     else:
         backward, index = variant.backward, list(variant.wanted).index(broken)
         variant.backward = lambda y: tuple(g * (1.01 if i == index else 1) for i, g in enumerate(backward(y)))
-    assert f"{broken} is wrong" in moe_baselines.check(variant, *references(given))
+    assert f"{broken} is wrong" in wrong(variant, expected, problem().shaped)
 
 
-def test_a_wrong_variant_prints_no_number(monkeypatch, capsys, tiny):
-    def doubled(given):
-        run, wanted = moe_baselines._split(given)
-        return (lambda *args: 2 * run(*args)), wanted
-
-    monkeypatch.setitem(moe_baselines.VARIANTS, "split", doubled)
-    assert main(tiny) == 1
-    printed = capsys.readouterr().out
-    assert "split: out is wrong" in printed
-    assert "LoRA tax" not in printed
-
-
-def test_json_holds_every_variant_and_the_conditions(tmp_path, capsys, tiny):
-    assert main([*tiny, "--routing", "zipf", "--json", str(tmp_path / "r.json")]) == 0
+def test_json_holds_every_variant_and_the_routings(tmp_path, capsys, tiny):
+    assert main([*tiny, "--routing", "zipf", "one-hot", "--json", str(tmp_path / "r.json")]) == 0
     written = json.loads((tmp_path / "r.json").read_text())
-    (result,) = written["results"]
-    assert result["variants"].keys() == moe_baselines.VARIANTS.keys()
-    assert (result["routing"], result["E"], result["k"]) == ("zipf", 6, 2)
-    for figure in result["variants"].values():
-        assert 0 < figure["total"]["p20"] <= figure["total"]["median"] <= figure["total"]["p80"]
+    assert [one["routing"] for one in written["results"]] == ["zipf", "one-hot"]
+    for one in written["results"]:
+        assert one["variants"].keys() == BASELINES.keys()
+        assert (one["E"], one["k"]) == (6, 2)
+        for figure in one["variants"].values():
+            assert 0 < figure["total"]["p20"] <= figure["total"]["median"] <= figure["total"]["p80"]
     assert "LoRA tax" in capsys.readouterr().out
 
 
 def test_interrupted_it_keeps_what_is_done(tmp_path, capsys, tiny, monkeypatch):
     """The JSON is whole; the table of the first case was printed."""
-    run = _bench_moe.run_case
+    run = moe.run_case
 
-    def once(console, case, *rest):
+    def once(case, *rest):
         if case.name == "moe-64":
             raise KeyboardInterrupt
-        return run(console, case, *rest)
+        return run(case, *rest)
 
-    monkeypatch.setattr(_bench_moe, "run_case", once)
+    monkeypatch.setattr(moe, "run_case", once)
     assert main([*tiny, "--case", "moe-64", "--json", str(tmp_path / "r.json")]) == 130
     written = json.loads((tmp_path / "r.json").read_text())
     assert [result["case"] for result in written["results"]] == ["tiny"]
@@ -86,7 +89,7 @@ def test_interrupted_it_keeps_what_is_done(tmp_path, capsys, tiny, monkeypatch):
 
 def test_routings_are_what_they_say():
     tokens, E, k = 200, 8, 2
-    balanced, zipf, one_hot = (make(tokens, E, k) for make in moe_baselines.ROUTINGS.values())
+    balanced, zipf, one_hot = (make(tokens, E, k) for make in moe.ROUTINGS.values())
     assert torch.bincount(balanced.flatten(), minlength=E).unique().tolist() == [tokens * k // E]
     shares = torch.bincount(zipf.flatten(), minlength=E)
     assert shares[0] == shares.max()
@@ -97,18 +100,18 @@ def test_routings_are_what_they_say():
 
 def test_no_temporary_of_a_weights_size():
     """Beyond the frozen block: rank-sized buffers only, where PEFT holds W + ΔW."""
-    case = MoECase("wide", E=16, k=1, H=256, I=128)
-    given = moe_baselines.inputs(case, 32, 4, "balanced", torch.float32, CPU)
-    peaks = {}
+    wide = Experts("wide", "float32", 32, 16, 1, 256, 128, 4, "balanced")
+    given = wide.inputs(CPU)
+    held = {}
     for name in ("frozen", "lorafuse", "peft"):
-        variant = moe_baselines.build(name, given)
+        variant, _ = build(name, wide)
         variant.backward(variant.forward())
-        peaks[name] = peak_bytes(lambda v=variant: v.backward(v.forward()), CPU)
+        held[name] = peak_bytes(lambda v=variant: v.backward(v.forward()), CPU)
     weights = (given.gate_up.numel() + given.down.numel()) * 4
     factors = sum(t.numel() * 4 for n, t in vars(given).items() if n.endswith(("_a", "_b")))
-    assert peaks["peft"] - peaks["frozen"] > weights
+    assert held["peft"] - held["frozen"] > weights
     # the factors in x's order, and their gradients while they are packed
-    assert peaks["lorafuse"] - peaks["frozen"] < 3 * factors < weights
+    assert held["lorafuse"] - held["frozen"] < 3 * factors < weights
 
 
 @pytest.mark.parametrize(
@@ -117,11 +120,12 @@ def test_no_temporary_of_a_weights_size():
         (["--case", "moe-65"], "moe-64"),
         (["--m", "0"], "at least 1"),
         (["--rank", "0"], "at least 1"),
+        (["--rank", "769"], "no rank above"),
         (["--json", "."], "it is a folder"),
     ],
 )
 def test_bad_input(wrong, said, capsys):
-    assert main(["bench", "moe", *wrong]) != 0
+    assert main(["bench", "moe", "--dtype", "float32", *wrong]) == 2
     assert said in capsys.readouterr().err
 
 

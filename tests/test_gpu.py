@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from lorafuse import cli
 from lorafuse.backends import base
 from lorafuse.functional import lora_linear, plan_linear
-from lorafuse.plan import only
+from lorafuse.plan import forget, only
 from lorafuse.testing.check_linear import LinearCase, gradients, make_operands
 from lorafuse.testing.numerics import relative_l2, tolerance
 
@@ -231,3 +232,19 @@ def test_the_plan_says_why():
     plan = plan_linear(o.x, o.w, o.a)
     assert plan.backend in base.BACKENDS
     assert any("model" in reason or "measured" in reason for reason in plan.reasons)
+
+
+def test_tune_measures_every_way_and_plans_follow(tmp_path, monkeypatch, capsys):
+    able("triton")
+    monkeypatch.setenv("LORAFUSE_CACHE_DIR", str(tmp_path))
+    forget()
+    try:
+        assert cli.main(["tune", "--shape", "512,1024", "--m", "512", "1024", "--rounds", "5"]) == 0
+        out = capsys.readouterr().out
+        assert "left out" not in out
+        assert "before → after, measured:" in out
+        x, w, a = (torch.zeros(size, device="cuda").bfloat16() for size in ((700, 1024), (512, 1024), (16, 1024)))
+        for gradients in ((), ("dx", "da", "db")):
+            assert "by lorafuse tune" in plan_linear(x, w, a, gradients=gradients).reasons[-1]
+    finally:
+        forget()

@@ -240,7 +240,7 @@ class TestTuned:
         file({"version": 1, "entries": [self.ENTRY]})
         plan = select(HEADLINE, find("H200"), ALL)
         assert plan.kernel == "single_kernel"
-        assert "measured on H200: 350 us (2026-11-24, commit abc)" in plan.reasons[-1]
+        assert "measured on H200: 350 us (2026-11-24, commit abc, shipped)" in plan.reasons[-1]
 
     @pytest.mark.parametrize(
         "change",
@@ -267,12 +267,12 @@ class TestTuned:
     )  # fmt: skip
     def test_a_broken_entry_is_named(self, file, change, said):
         file({"version": 1, "entries": [self.ENTRY, self.ENTRY | change]})
-        with pytest.raises(ValueError, match=rf"h200\.json, entry 1.*{said}"):
+        with pytest.raises(ValueError, match=rf"h200\.json: entry 1.*{said}"):
             select(HEADLINE, find("H200"), ALL)
 
     def test_another_version_is_refused(self, file):
-        file({"version": 2, "entries": []})
-        with pytest.raises(ValueError, match='"version": 1'):
+        file({"version": 3, "entries": []})
+        with pytest.raises(ValueError, match='"version": 2'):
             select(HEADLINE, find("H200"), ALL)
 
     def test_what_ships_is_valid(self):

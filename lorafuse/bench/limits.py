@@ -1,4 +1,4 @@
-"""Memory: a bound, so that a case that does not fit raises instead of ending the process, and how that is recognized."""
+"""A bound on memory, so that a case that does not fit raises and does not end the process; how that is recognized."""
 
 import resource
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def available_bytes() -> int | None:
-    """What this process may still take of the machine's memory and of its control group's; None where neither is known."""
+    """What this process may still take of the machine's memory and its control group's; None where neither is known."""
     found = []
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():

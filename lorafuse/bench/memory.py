@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lorafuse.bench import group, linear, moe, timed
-from lorafuse.bench.problem import Problem
+from lorafuse.bench.problem import Problem, title
 from lorafuse.bench.timed import Progress
 from lorafuse.testing.cases import CASES, GROUPS, MOE_CASES, find_any
 
@@ -50,7 +50,7 @@ def run_case(problem: Problem, args: argparse.Namespace, device: torch.device, p
             progress(index + 1, len(runners), f"memory of {one.name}")
             held = runners[one.name].memory()
             figures[one.name] = {"label": one.label, "peak_bytes": held.peak, "between_bytes": held.between}
-    return timed.described(problem) | {"variants": figures, "failed": failed}
+    return problem.described() | {"variants": figures, "failed": failed}
 
 
 def table(result: dict[str, Any]) -> Any:
@@ -58,7 +58,7 @@ def table(result: dict[str, Any]) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    found = Table(title=timed.title(result), box=SIMPLE_HEAD)
+    found = Table(title=title(result), box=SIMPLE_HEAD)
     for column in ("", "peak MiB", "over frozen", "between MiB", "over frozen"):
         found.add_column(column, justify="left" if not column else "right")
     floor = result["variants"]["frozen"]

@@ -47,6 +47,11 @@ class Case:
     def name(self) -> str:
         return f"{self.model.name}, accumulate {self.accumulate}, checkpointing {'on' if self.checkpointing else 'off'}"
 
+    @property
+    def title(self) -> str:
+        """The case and its layers."""
+        return f"{self.name}, {self.sizes.layers} layers"
+
 
 @dataclass
 class _Run:

@@ -10,9 +10,9 @@ A baseline is a Python file. What it may define:
     FORMS       {suffix: options}: several variants of one file; the options go to its functions ({"": {}})
     unavailable(kind, device, **options) -> str   why it cannot run there, "" when it can
     linear(given, **options), group(given, **options), experts(given, **options)
-                build it for the inputs of `lorafuse.bench.linear`, `group` or `moe`: the call, and the tensors it trains
-                by the names of their gradients. A file without the function of a kind is no baseline of that kind;
-                without `group`, its `linear` runs once for each layer.
+                build it for the inputs of `lorafuse.bench.linear`, `group` or `moe`: the call, and the tensors it
+                trains by the names of their gradients. A file without the function of a kind is no baseline of that
+                kind; without `group`, its `linear` runs once for each layer.
 """
 
 import importlib.util
@@ -72,7 +72,8 @@ def _rank(one: Baseline) -> tuple[int, str]:
 def load_file(file: Path, kind: str, device: torch.device) -> list[Baseline]:
     """The variants of one file for a kind; none when it has no function for it."""
     spec = importlib.util.spec_from_file_location(f"_lorafuse_baseline_{file.stem}", file)
-    assert spec is not None and spec.loader is not None, file
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not any(hasattr(module, name) for name in _FUNCTIONS[kind]):

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from lorafuse.bench.variant import Variant
 
-__all__ = ["Problem", "Work"]
+__all__ = ["Problem", "Work", "title"]
+
+
+_SIZES = ("M", "E", "k", "H", "I", "N", "K", "R", "routing")
+
+
+def title(result: dict[str, Any]) -> str:
+    """The case of a result and its sizes."""
+    sizes = ", ".join(f"{name} {result[name]}" for name in _SIZES if name in result)
+    return f"{result['case']}: {sizes}, {result['dtype']}"
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,15 @@ class Problem:
     def sizes(self) -> dict[str, Any]:
         """Every field but the name, in the order in which a table says them."""
         return {name: value for name, value in asdict(self).items() if name not in ("name", "dtype")}
+
+    @property
+    def title(self) -> str:
+        """The case and its sizes."""
+        return title(self.described())
+
+    def described(self) -> dict[str, Any]:
+        """What every result of this problem begins with."""
+        return {"kind": self.kind, "case": self.name, **self.sizes(), "dtype": self.dtype}
 
     def inputs(self, device: torch.device) -> Any:
         """The numbers of this problem, the same in every process."""

@@ -1,7 +1,6 @@
 """A variant that another process runs, asked for its times like one of this process."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -37,7 +36,6 @@ class RemoteRunner:
     ) -> None:
         self.name = name
         tree = tree or Path(__file__).parents[2]
-        path = os.pathsep.join(part for part in (str(tree), os.environ.get("PYTHONPATH", "")) if part)
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "lorafuse.bench.worker"],
@@ -45,8 +43,8 @@ class RemoteRunner:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
+            # where -m looks first
             cwd=tree,
-            env={**os.environ, "PYTHONPATH": path},
         )
         try:
             self.wrong = self._ask(

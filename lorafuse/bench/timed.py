@@ -10,14 +10,14 @@ import torch
 from lorafuse.bench import peaks, plugins
 from lorafuse.bench.limits import is_out_of_memory
 from lorafuse.bench.plugins import Baseline
-from lorafuse.bench.problem import Problem
+from lorafuse.bench.problem import Problem, title
 from lorafuse.bench.remote import RemoteRunner
 from lorafuse.bench.result import Failed, Wrong
 from lorafuse.bench.runner import Runner
 from lorafuse.bench.variant import wrong
 from lorafuse.testing.timing import Clock, Samples, measure, percentile
 
-__all__ = ["Progress", "built", "closing", "described", "run_case", "select", "table", "title"]
+__all__ = ["Progress", "built", "closing", "run_case", "select", "table"]
 
 # called with what is done, out of how much, and what that is
 Progress = Callable[[int, int, str], None]
@@ -38,7 +38,8 @@ def run_case(problem: Problem, args: argparse.Namespace, device: torch.device, p
     with built(problem, args, device, progress) as (present, runners, failed):
         warm_up = max(2, args.rounds // 10)
         samples: dict[str, Samples] = {}
-        for index, samples in enumerate(measure(list(runners.values()), args.rounds, warm_up, args.seconds)):
+        for index, taken in enumerate(measure(list(runners.values()), args.rounds, warm_up, args.seconds)):
+            samples = taken
             progress(index + 1, args.rounds + warm_up, "timing")
         figures = {one.name: _figures(problem, one, samples, device) for one in present if one.name in runners}
         for index, (name, runner) in enumerate(runners.items()):
@@ -48,21 +49,10 @@ def run_case(problem: Problem, args: argparse.Namespace, device: torch.device, p
             if runner.launched:
                 figures[name]["launched"] = runner.launched
     rounds = len(samples["frozen"].total)
-    return described(problem) | {
+    return problem.described() | {
         "rounds": rounds, "floors": problem.floors(), "variants": figures, "failed": failed,
         "absent": {one.name: one.absent for one in select(problem.kind, args, device) if one.absent},
     }  # fmt: skip
-
-
-def described(problem: Problem) -> dict[str, Any]:
-    """What every result begins with."""
-    return {"kind": problem.kind, "case": problem.name, **problem.sizes(), "dtype": problem.dtype}
-
-
-def title(result: dict[str, Any]) -> str:
-    """The case of a result and its sizes."""
-    sizes = [name for name in ("M", "E", "k", "H", "I", "N", "K", "R", "routing") if name in result]
-    return f"{result['case']}: {', '.join(f'{name} {result[name]}' for name in sizes)}, {result['dtype']}"
 
 
 @contextmanager
@@ -194,7 +184,7 @@ def closing(results: list[dict[str, Any]]) -> list[str]:
     """Over all cases, for each variant that ran in all of them: geometric means of 1 + tax and of the ratio to full."""
     from lorafuse.bench.result import geomean
 
-    lines = []
+    lines: list[str] = []
     if len(results) < 2:
         return lines
     for name in results[0]["variants"]:

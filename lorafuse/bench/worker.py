@@ -35,7 +35,7 @@ class _Worker:
     ) -> str:
         """Build a variant and check it. "" or what is wrong."""
         torch.set_num_threads(threads)
-        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in problem.items()}
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in problem.items()}
         made, where = PROBLEMS[kind](**fields), torch.device(device)
         path = Path(file)
         (baseline,) = (one for one in plugins.load_file(path, kind, where) if one.name == name)

@@ -125,15 +125,15 @@ def _run_cases(
                     with _progress(console, case.name) as progress:
                         result = kind.run_case(case, args, device, progress)
                 except Wrong as error:
-                    console.print(f"{case.name}: no numbers, the run stops: {error}", style="red", highlight=False)
-                    content["not_run"][case.name] = str(error)
+                    console.print(f"{case.title}: no numbers, the run stops: {error}", style="red", highlight=False)
+                    content["not_run"][case.title] = str(error)
                     return 1
                 except (MemoryError, RuntimeError) as error:
                     if not is_out_of_memory(error):
                         raise
                     said = f"out of memory: {str(error).partition(chr(10))[0]}"
-                    console.print(f"{case.name}: no numbers, {said}", style="red", highlight=False)
-                    content["not_run"][case.name] = said
+                    console.print(f"{case.title}: no numbers, {said}", style="red", highlight=False)
+                    content["not_run"][case.title] = said
                 else:
                     content["results"].append(result)
                     console.print(kind.table(result))

@@ -20,6 +20,7 @@ import torch
 from lorafuse import env, functional
 from lorafuse.backends import base, cuda_native
 from lorafuse.errors import MissingDependency
+from lorafuse.plan import tuned
 from lorafuse.testing import numerics
 from lorafuse.testing.conditions import cpu, program_output
 
@@ -77,6 +78,7 @@ def findings() -> Iterator[Finding]:
     yield from _compilers()
     yield from _backends()
     yield from _environment()
+    yield from _measurements()
     yield from _self_test()
 
 
@@ -176,6 +178,28 @@ def _environment() -> Iterator[Finding]:
         value = env.get(variable.name)
         note = " (default)" if value == variable.default else ""
         yield Finding("environment", variable.name, value + note)
+
+
+def _measurements() -> Iterator[Finding]:
+    """What `lorafuse tune` has kept, a file a GPU model; nothing where it never ran."""
+    for path in sorted((env.cache_dir() / "tuned").glob("*.json")):
+        try:
+            entries = tuned.read(path, own=True)
+        except ValueError as error:
+            yield Finding("measurements", path.stem, str(error), "fail", f"rm {path}")
+            continue
+        dates = sorted(entry.date for entry in entries)
+        value = f"{path}: {len(entries)} entries" + (f", the last of {dates[-1]}" if dates else "")
+        known = ((name, _installed(name)) for name in ("torch", "triton"))
+        old = [
+            f"{name} {version}"
+            for name, version in known
+            if any(entry.conditions.get(name, version) != version for entry in entries)
+        ]
+        if old:
+            value += f"; some were measured with another version than {' and '.join(old)}"
+        fix = "run lorafuse tune --again" if old else ""
+        yield Finding("measurements", path.stem, value, "warn" if old else "ok", fix)
 
 
 def _self_test() -> Iterator[Finding]:

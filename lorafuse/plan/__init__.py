@@ -5,7 +5,7 @@ from lorafuse.plan.device import DEVICES, DeviceSpec, find, probe
 from lorafuse.plan.experts import ExpertsProblem, GroupedProblem, select_experts
 from lorafuse.plan.problem import Problem
 from lorafuse.plan.ragged import ragged_config
-from lorafuse.plan.select import Candidate, Plan, only, runs_kernels, select
+from lorafuse.plan.select import Candidate, Plan, forget, modelled, only, runs_kernels, select
 
 __all__ = [
     "DEVICES",
@@ -17,6 +17,8 @@ __all__ = [
     "Plan",
     "Problem",
     "find",
+    "forget",
+    "modelled",
     "only",
     "probe",
     "ragged_config",

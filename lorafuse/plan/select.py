@@ -1,6 +1,6 @@
 """The choice of backend, kernels and configurations for a problem, with its reasons."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +11,7 @@ from lorafuse.plan.cost import Part
 from lorafuse.plan.device import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["Candidate", "Plan", "only", "runs_kernels", "select"]
+__all__ = ["Candidate", "Plan", "forget", "modelled", "only", "runs_kernels", "select"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,21 @@ def select(problem: Problem, device: DeviceSpec | None, available: tuple[tuple[s
     time wins, unless a measurement for this GPU says otherwise. Raises ValueError when no backend can run the problem.
     """
     return _select(problem, device, available, _only)
+
+
+def forget() -> None:
+    """Read measurements again for the next plan: for whoever wrote them, or changed LORAFUSE_CACHE_DIR, meanwhile."""
+    tuned.load.cache_clear()
+    _select.cache_clear()
+
+
+def modelled(ways: Sequence[Candidate]) -> Candidate:
+    """The one of a plan's candidates that the model takes where there is no measurement."""
+    # what waits for other programs of its own launch, and what no GPU has run yet, is taken when it was measured, not
+    # on trust
+    plain = [way for way in ways if way.kernel != "single_kernel"]
+    trusted = [way for way in plain if way.backend != "cuda"]
+    return min(trusted or plain, key=lambda way: way.seconds)
 
 
 @lru_cache(maxsize=4096)
@@ -163,17 +178,13 @@ def _choose(
     asked = by_name.get(wanted or "") or next((way for way in ways if way.kernel == wanted), None)
     if asked:
         return asked, f"{wanted} was asked for"
-    measured = device and tuned.match(problem, device)
-    if measured and measured.kernel in by_name:
-        said = f"{measured.kernel} was fastest when measured on {device.name}: {measured.seconds * 1e6:.0f} us"  # type: ignore[union-attr]
-        return by_name[measured.kernel], f"{said} ({measured.date}, commit {measured.commit})"
-    # what waits for other programs of its own launch, and what no GPU has run yet, is taken when it was measured, not
-    # on trust
-    plain = [way for way in ways if way.kernel != "single_kernel"]
-    trusted = [way for way in plain if way.backend != "cuda"]
-    chosen = min(trusted or plain, key=lambda way: way.seconds)
+    measured = device and tuned.match(problem, device, by_name)
+    if measured:
+        return by_name[measured.kernel], f"{measured.kernel} was {measured.said(problem, device.name)}"  # type: ignore[union-attr]
+    chosen = modelled(ways)
     if chosen.backend == "eager":
         why = "runs every problem; low-rank product first, base GEMM accumulated onto it (beta = 1)"
         return chosen, why + (f", model {chosen.seconds * 1e6:.0f} us" if chosen.seconds else "")
     why = f"{chosen.kernel}, model {chosen.seconds * 1e6:.0f} us"
-    return chosen, why + ("" if len(plain) == len(ways) else "; single_kernel is taken only where measured")
+    single = any(way.kernel == "single_kernel" for way in ways)
+    return chosen, why + ("; single_kernel is taken only where measured" if single else "")

@@ -111,8 +111,8 @@ def find_group(name: str) -> tuple[Case, ...]:
 
 def find_any(name: str) -> str:
     """The kind of the case of that name: "linear", "group" or "moe". Raises ValueError as the others do."""
-    kinds = {"linear": CASES, "group": GROUPS, "moe": MOE_CASES}
-    return _find(name, {case: kind for kind, known in kinds.items() for case in known})
+    kinds = dict.fromkeys(CASES, "linear") | dict.fromkeys(GROUPS, "group") | dict.fromkeys(MOE_CASES, "moe")
+    return _find(name, kinds)
 
 
 def find_moe(name: str) -> MoECase:

@@ -76,12 +76,12 @@ GATE = (
 )
 
 
-def make_operands(case: LinearCase, seed: int = 0) -> Operands:
-    """Operands of a case from a generator of their own; products of them have unit size."""
-    generator = torch.Generator().manual_seed(seed)
+def make_operands(case: LinearCase, seed: int = 0, device: torch.device | str = "cpu") -> Operands:
+    """Operands of a case from a generator of their own, the device's; products of them have unit size."""
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, size: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator).mul_(size).to(dtype)
+        return torch.randn(shape, generator=generator, device=device).mul_(size).to(dtype)
 
     adapter = case.adapter_dtype or case.dtype
     return Operands(

@@ -48,13 +48,20 @@ def assert_three_way(name: str, actual: Tensor, same_dtype: Tensor, reference: T
     assert ours <= bound, f"{name}: error {ours:.3e} above {bound:.3e} (torch in {actual.dtype}: {theirs:.3e})"
 
 
-def lora_formula(x: Tensor, w: Tensor, a: Tensor, b: Tensor, dy: Tensor, scale: float) -> dict[str, Tensor]:
-    """`y = x wᵀ + scale · (x aᵀ) bᵀ` and its gradients `dx`, `da`, `db`, in fp64; all inputs 2-D."""
+def lora_formula(
+    x: Tensor, w: Tensor, a: Tensor, b: Tensor, dy: Tensor, scale: float, keep: Tensor | None = None
+) -> dict[str, Tensor]:
+    """`y = x wᵀ + scale · (x aᵀ) bᵀ` and its gradients `dx`, `da`, `db`, in fp64; all inputs 2-D.
+
+    `keep`, bool `[M, K]`, masks x in the low-rank path; dropout's `1 / (1 - p)` is a part of `scale`.
+    """
     x, w, a, b, dy = (t.detach().double() for t in (x, w, a, b, dy))
-    xa, dyb = x @ a.t(), dy @ b
+    low = x if keep is None else x * keep
+    xa, dyb = low @ a.t(), dy @ b
+    low_dx = dyb @ a if keep is None else keep * (dyb @ a)
     return {
         "y": x @ w.t() + scale * xa @ b.t(),
-        "dx": dy @ w + scale * dyb @ a,
-        "da": scale * dyb.t() @ x,
+        "dx": dy @ w + scale * low_dx,
+        "da": scale * dyb.t() @ low,
         "db": scale * dy.t() @ xa,
     }

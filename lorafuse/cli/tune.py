@@ -1,0 +1,241 @@
+"""Measure on this GPU every way that the planner knows to run a model's LoRA layers, and let plans follow the fastest.
+
+A result that differs from the formula in fp64 is reported and never recorded. What is recorded stays in the folder of
+LORAFUSE_CACHE_DIR, one file a GPU model; a run that was interrupted goes on where it stopped.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafuse.backends import base
+from lorafuse.backends.probe import device_spec
+from lorafuse.cli import _common, _tune_print
+from lorafuse.cli._common import DTYPES
+from lorafuse.errors import MissingDependency
+from lorafuse.plan import Problem, find, forget, tuned
+from lorafuse.testing import tuning
+from lorafuse.testing.cases import Case
+from lorafuse.testing.cases import find as find_case
+from lorafuse.testing.conditions import conditions, describe
+from lorafuse.testing.model_layers import linear_layers
+from lorafuse.testing.timing import CACHE_NOTE
+from lorafuse.testing.tuning import Outcome, Target
+
+SUMMARY = "measure what is fastest for a model on this GPU, and let plans follow it"
+
+__all__ = ["SUMMARY", "add_arguments", "run"]
+
+# passes of one layer, M and R that share their operands
+_Group = list[Problem]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", type=Path, metavar="DIR", help="the layers of a model directory or its config.json")
+    which.add_argument("--case", action="append", metavar="NAME", help="a layer by name; may be repeated")
+    which.add_argument("--shape", action="append", metavar="N,K", help="out and in features; may be repeated")
+    parser.add_argument("--m", type=int, nargs="+", default=[512, 2048, 8192], help="tokens (512 2048 8192)")
+    parser.add_argument("--rank", type=int, nargs="+", default=[16], help="of the adapter (16)")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the base (bfloat16)")
+    parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of the adapter (0)")
+    parser.add_argument("--device", default="", help="cuda, cuda:1, … (cuda)")
+    parser.add_argument("--rounds", type=int, default=40, help="timed calls of each way (40)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="keep measurements there, where plans do not look")
+    parser.add_argument("--again", action="store_true", help="measure also what is there already")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be measured; nothing runs")
+    parser.add_argument("--gpu", metavar="NAME", help="with --dry-run: as on an H200, A100, … (the GPU here)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0; 1 when a way was wrong; 130 when interrupted. Raises ValueError, and MissingDependency, for what cannot be."""
+    _check(args)
+    layers, experts = _named(args), 0
+    target = _planned(args.gpu) if args.gpu else _target(args.device)
+    if args.model:
+        layers, experts = _of_model(args.model)
+    path = args.out or tuned.own_file(target.spec.model)
+    entries = tuned.read(path, own=args.out is None)
+    work = {case: _groups(case, args, target, () if args.again else entries) for case in layers}
+    console = _console()
+    if experts:
+        console.print(f"experts in {experts} layers are planned by the model and not tuned: this is of linear layers")
+    _say_what_is_left_out(console, layers, args, target, entries)
+    if args.dry_run:
+        _tune_print.print_work(console, target, work, args.rounds)
+        return 0
+    if not any(work.values()):
+        text = f"nothing left to measure: {path} holds it; --again measures it again"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        return 0
+    _check_writable(path)
+    found = conditions(target.device) | {"timing": CACHE_NOTE.get(target.device.type, "caches as they are")}
+    console.print(f"{describe(found)}, {args.rounds} rounds", highlight=False)
+    return _measure_all(console, args, target, {case: (layers[case], work[case]) for case in work}, path, found)
+
+
+def _check(args: argparse.Namespace) -> None:
+    _common.check_at_least_one(args, "rounds")
+    for name in ("m", "rank"):
+        for value in getattr(args, name):
+            if value < 1:
+                raise ValueError(f"--{name} {value}: it must be at least 1")
+    if not 0.0 <= args.dropout < 1.0:
+        raise ValueError(f"--dropout {args.dropout}: it must be at least 0 and below 1")
+    if args.gpu and not args.dry_run:
+        raise ValueError(
+            f"--gpu {args.gpu}: measuring needs the GPU itself; add --dry-run to see what would be measured"
+        )
+    if args.out and args.out.is_dir():
+        raise ValueError(f"--out {args.out}: it is a folder; name a file")
+
+
+def _planned(name: str) -> Target:
+    """A GPU that need not be here, with every backend. Raises ValueError that lists the known ones."""
+    return Target(torch.device("meta"), find(name), tuple((backend, "") for backend in base.BACKENDS))
+
+
+def _target(name: str) -> Target:
+    """The GPU of that name here. Raises ValueError where plans have nothing to choose from."""
+    device = _common.device(name)
+    available = tuple((backend, base.availability(backend).reason) for backend in base.BACKENDS)
+    why = dict(available)["triton"] if device.type == "cuda" else f"plans on {device.type} take it for every problem"
+    if why:
+        raise ValueError(
+            f"there is nothing to tune: eager is the only backend on {device} ({why}). Run this where a GPU is, or say "
+            "what would be measured on one: --dry-run --gpu H200"
+        )
+    if device.index is None:
+        device = torch.device(device.type, torch.cuda.current_device())
+    spec = device_spec(device)
+    assert spec is not None
+    return Target(device, spec, available)
+
+
+def _of_model(path: Path) -> tuple[dict[Case, int], int]:
+    """`({shape: how many layers have it}, number of layers with experts)`."""
+    try:
+        return linear_layers(path)
+    except ImportError as error:
+        raise MissingDependency("--model needs peft and transformers: pip install 'lorafuse[peft]'") from error
+
+
+def _named(args: argparse.Namespace) -> dict[Case, int]:
+    """`{shape: 1}` of what --case and --shape name, each shape once."""
+    cases = [find_case(name) for name in args.case or ()]
+    for text in args.shape or ():
+        sizes = text.split(",")
+        if len(sizes) != 2 or not all(size.isdecimal() and int(size) for size in sizes):
+            raise ValueError(f"--shape {text}: it must be two sizes, out and in features: --shape 4096,4096")
+        cases.append(Case("", int(sizes[0]), int(sizes[1])))
+    by_shape: dict[tuple[int, int], Case] = {}
+    for case in cases:
+        by_shape.setdefault((case.N, case.K), case)
+    return dict.fromkeys(by_shape.values(), 1)
+
+
+def _console() -> Any:
+    try:
+        return _common.console()
+    except ImportError as error:
+        raise MissingDependency("lorafuse tune needs rich: pip install 'lorafuse[cli]'") from error
+
+
+def _groups(case: Case, args: argparse.Namespace, target: Target, entries: Sequence[tuned.Tuned]) -> list[_Group]:
+    """The passes of a layer to measure: those with a choice that plans can look up, and that are not there yet."""
+    groups = []
+    for M in sorted(set(args.m)):
+        for R in sorted(set(args.rank)):
+            every = tuning.passes(case, M, R, args.dtype, args.dropout > 0)
+            group = [p for p in every if tuning.is_tunable(p, target) and not tuning.is_there(p, entries)]
+            if group:
+                groups.append(group)
+    return groups
+
+
+def _say_what_is_left_out(
+    console: Any, layers: dict[Case, int], args: argparse.Namespace, target: Target, entries: Sequence[tuned.Tuned]
+) -> None:
+    """What no measurement can help, and how much is there. Raises ValueError when nothing could be tuned at all."""
+    every = {case: _groups(case, args, target, ()) for case in layers}
+    for case, groups in every.items():
+        if not groups:
+            console.print(
+                f"{_tune_print.shape(case)}: left out; {target.spec.name} has one way to run it, or its rows are off "
+                "16-byte boundaries, where measurements do not speak",
+                highlight=False,
+            )
+    if not any(every.values()):
+        raise ValueError(
+            f"there is nothing to tune: plans on {target.spec.name} have no choice for any of these layers"
+        )
+    there = sum(tuning.is_there(problem, entries) for groups in every.values() for group in groups for problem in group)
+    if there and not args.again:
+        console.print(f"{there} passes are measured already; --again measures them again", highlight=False)
+
+
+def _check_writable(path: Path) -> None:
+    """Before anything is measured. Raises ValueError where no file can be written."""
+    if path.parts[0].startswith("~"):
+        raise ValueError(f"{path}: the home folder is not known; name another file by --out or LORAFUSE_CACHE_DIR")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error}): name another by --out or LORAFUSE_CACHE_DIR") from error
+
+
+def _measure_all(
+    console: Any,
+    args: argparse.Namespace,
+    target: Target,
+    work: dict[Case, tuple[int, list[_Group]]],
+    path: Path,
+    found: dict[str, str],
+) -> int:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    status, totals = 0, _tune_print.Totals()
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    total = sum(len(group) for _, groups in work.values() for group in groups)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        for case, (count, groups) in work.items():
+            outcomes: list[Outcome] = []
+            try:
+                for group in groups:
+                    sizes = f"{_tune_print.shape(case)}, M {group[0].M}, R {group[0].R}"
+                    bar.update(task, description=sizes)
+                    outcomes += tuning.measure(target, group, args.dropout, args.rounds)
+                    bar.advance(task, len(group))
+            except KeyboardInterrupt:
+                console.print("interrupted; what is done is kept")
+                status = 130
+            finally:
+                entries = _keep(path, outcomes, found, own=args.out is None)
+            if outcomes:
+                _tune_print.print_layer(console, case, count, outcomes, entries, target)
+                totals.add(count, outcomes, entries)
+            if status == 130:
+                break
+            status = max(status, int(any(outcome.wrong for outcome in outcomes)))
+    _tune_print.print_totals(console, totals, path, args.out is None)
+    return status
+
+
+def _keep(path: Path, outcomes: list[Outcome], found: dict[str, str], own: bool) -> tuple[tuned.Tuned, ...]:
+    """Record outcomes in the file, read anew so that entries of a run beside this one stay; the entries that it holds.
+
+    Plans made after this, in this process too, follow them.
+    """
+    entries = tuned.read(path, own)
+    if outcomes:
+        entries = tuning.record(entries, outcomes, found)
+        tuned.write(path, entries)
+        forget()
+    return entries

@@ -1,0 +1,380 @@
+"""`lorafuse tune` (T1, T2): shapes of a model, the gate, what is recorded, resuming.
+
+The candidates run in Triton's interpreter. Times come from the test, except where a run is measured from end to end.
+"""
+
+import json
+import sys
+
+import pytest
+import tiny_models
+import torch
+from rich.console import Console
+
+from lorafuse import cli
+from lorafuse.backends import eager
+from lorafuse.backends import triton as triton_backend
+from lorafuse.cli import _common, tune
+from lorafuse.plan import Problem, find, forget, select, tuned
+from lorafuse.testing import tuning
+from lorafuse.testing.tuning import Target
+
+H200 = find("H200")
+AVAILABLE = (("eager", ""), ("triton", ""), ("cuda", "not built"))
+SMALL = ["tune", "--shape", "32,64", "--m", "16", "48", "--rank", "4", "--dtype", "float16", "--rounds", "3"]
+# seconds of the candidates of both passes
+TIMES = {"aten_beta1": 5e-6, "two_kernel": 3e-6, "single_kernel": 4e-6, "one_pass_backward": 6e-6}
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter stands for the GPU here")
+
+
+@pytest.fixture
+def target(tmp_path, monkeypatch):
+    """CPU tensors that are planned as on an H200, and a cache folder of this test."""
+    monkeypatch.setenv("LORAFUSE_CACHE_DIR", str(tmp_path / "cache"))
+    here = Target(torch.device("cpu"), H200, AVAILABLE)
+    monkeypatch.setattr(tune, "_target", lambda name: here)
+    forget()
+    yield here
+    forget()
+
+
+@pytest.fixture
+def times(monkeypatch):
+    """`TIMES`, which the test may change, in the place of the clock; the calls that would be timed are listed."""
+    taken = dict(TIMES)
+    timed = []
+
+    def measure_calls(calls, rounds, warm_up, device):
+        timed.append(list(calls))
+        return {name: taken[name] if isinstance(taken[name], list) else [taken[name]] * rounds for name in calls}
+
+    monkeypatch.setattr(tuning, "measure_calls", measure_calls)
+    taken["timed"] = timed
+    return taken
+
+
+def entries():
+    return tuned.read(tuned.own_file("H200"))
+
+
+def recorded():
+    """`{(pass, M range): kernel}` of the file."""
+    return {("backward" if entry.gradients else "forward", entry.M): entry.kernel for entry in entries()}
+
+
+def plan(M, gradients=()):
+    return select(Problem(M, 32, 64, 4, "float16", "float32", gradients=gradients), H200, AVAILABLE)
+
+
+class TestRun:
+    def test_end_to_end(self, target, capsys):
+        assert cli.main(SMALL) == 0
+        out = capsys.readouterr().out
+        assert {(entry.gradients, entry.R) for entry in entries()} == {((), (4, 4)), (("dx", "da", "db"), (4, 4))}
+        points = {(entry.gradients, M): seconds for entry in entries() for M, _, seconds in entry.points}
+        assert points.keys() == {(gradients, M) for gradients in tuning.PASSES.values() for M in (16, 48)}
+        assert min(points.values()) > 0
+        for entry in entries():
+            assert {"device", "torch", "triton", "lorafuse"} <= entry.conditions.keys()
+        assert out.startswith(entries()[0].conditions["device"])
+        assert "32 × 64, float16" in out
+        assert "before → after, measured:" in out
+        assert str(tuned.own_file("H200")) in out
+
+    def test_plans_of_this_process_follow_at_once(self, target, times, capsys):
+        assert plan(16).backend == "eager"
+        assert cli.main(SMALL) == 0
+        assert recorded() == {("forward", (16, 48)): "two_kernel", ("backward", (16, 48)): "aten_beta1"}
+        assert plan(16).kernel == "two_kernel"
+        assert (
+            plan(30).reasons[-1].startswith("triton: two_kernel was fastest within noise when measured on H200: 3 us")
+        )
+        assert "by lorafuse tune" in plan(16).reasons[-1]
+        assert plan(49).backend == "eager"
+        assert "measured" not in plan(49).reasons[-1]
+        out = capsys.readouterr().out
+        # before: 2 forwards of 5 us and 2 backwards of 5 us; after: 3 us forward
+        assert "0.020 → 0.016 ms" in out
+        assert "gain 1.291×" in out
+        assert "1.67×" in out
+
+    def test_every_way_runs_as_what_it_is_called(self, target, times, monkeypatch):
+        ran = set()
+
+        def watched(backend, name):
+            run = getattr(backend, name)
+
+            def call(*args):
+                ran.add((backend.__name__.rpartition(".")[2], name, sys.modules["lorafuse.plan.select"]._only))
+                return run(*args)
+
+            monkeypatch.setattr(backend, name, call)
+
+        for backend in (eager, triton_backend):
+            watched(backend, "linear_forward")
+            watched(backend, "linear_backward")
+        launch = triton_backend.linear_fwd.lora_linear_fwd
+        singles = []
+
+        def launched(*args):
+            singles.append(args[-1].single)
+            return launch(*args)
+
+        monkeypatch.setattr(triton_backend.linear_fwd, "lora_linear_fwd", launched)
+        assert cli.main([*SMALL, "--m", "16"]) == 0
+        assert ran == {
+            ("eager", "linear_forward", "aten_beta1"), ("eager", "linear_backward", "aten_beta1"),
+            ("triton", "linear_forward", "two_kernel"), ("triton", "linear_forward", "single_kernel"),
+            ("triton", "linear_forward", "one_pass_backward"), ("triton", "linear_backward", "one_pass_backward"),
+        }  # fmt: skip
+        # two_kernel, single_kernel, and the forward that backward needs
+        assert singles == [False, True, False]
+
+    def test_within_noise_the_models_choice_is_recorded_and_it_is_said(self, target, times, capsys):
+        times["two_kernel"] = [4e-6, 4.5e-6, 5.5e-6]
+        times["single_kernel"] = 9e-6
+        assert cli.main([*SMALL, "--m", "16"]) == 0
+        assert recorded()["forward", (16, 16)] == "aten_beta1"
+        assert "1.00×, aten_beta1 recorded" in " ".join(capsys.readouterr().out.split())
+
+    def test_it_goes_on_where_it_stopped(self, target, times, capsys):
+        assert cli.main(SMALL) == 0
+        assert len(times["timed"]) == 4
+        capsys.readouterr()
+        assert cli.main(SMALL) == 0
+        assert len(times["timed"]) == 4
+        assert "nothing left to measure" in capsys.readouterr().out
+        assert cli.main([*SMALL, "--m", "16", "96"]) == 0
+        assert len(times["timed"]) == 6
+        # the points of both runs are one range
+        assert recorded()["forward", (16, 96)] == "two_kernel"
+        assert cli.main([*SMALL, "--again"]) == 0
+        assert len(times["timed"]) == 10
+
+    def test_again_replaces(self, target, times):
+        assert cli.main(SMALL) == 0
+        times["aten_beta1"] = 1e-6
+        assert cli.main([*SMALL, "--again", "--m", "16"]) == 0
+        # isqrt(16 * 48) = 27
+        assert recorded() == {
+            ("forward", (16, 27)): "aten_beta1",
+            ("forward", (28, 48)): "two_kernel",
+            ("backward", (16, 48)): "aten_beta1",
+        }
+        assert plan(16).backend == "eager"
+
+    def test_other_shapes_and_kinds_stay(self, target, times):
+        assert cli.main(SMALL) == 0
+        before = entries()
+        assert cli.main([*SMALL, "--shape", "64,64", "--dropout", "0.25"]) == 0
+        assert set(map(repr, before)) < set(map(repr, entries()))
+        assert {(entry.N, entry.dropout) for entry in entries()} == {(32, False), (32, True), (64, True)}
+
+    def test_out_names_another_file(self, target, times, tmp_path, capsys):
+        assert cli.main([*SMALL, "--out", str(tmp_path / "there" / "x.json")]) == 0
+        assert not tuned.own_file("H200").exists()
+        assert len(tuned.read(tmp_path / "there" / "x.json")) == 2
+        assert "plans do not look there" in capsys.readouterr().out
+        assert plan(16).backend == "eager"
+
+    def test_interruption_keeps_what_is_done(self, target, times, monkeypatch, capsys):
+        measure = tuning.measure
+
+        def interrupted(target, problems, p, rounds):
+            if problems[0].M == 48:
+                raise KeyboardInterrupt
+            return measure(target, problems, p, rounds)
+
+        monkeypatch.setattr(tuning, "measure", interrupted)
+        assert cli.main([*SMALL, "--shape", "64,64"]) == 130
+        assert {entry.M for entry in entries()} == {(16, 16)}
+        assert {entry.N for entry in entries()} == {32}
+        out = capsys.readouterr().out
+        assert "interrupted; what is done is kept" in out
+        assert "nothing was recorded" not in out
+        assert "two_kernel" in out
+        monkeypatch.setattr(tuning, "measure", measure)
+        assert cli.main(SMALL) == 0
+        assert recorded()["forward", (16, 48)] == "two_kernel"
+        assert len(times["timed"]) == 4
+
+    def test_layers_of_a_model_are_weighed(self, target, times, tmp_path, capsys):
+        tiny_models.tiny().config.save_pretrained(tmp_path)
+        assert cli.main(["tune", "--model", str(tmp_path), "--m", "16", "--rank", "4", "--dtype", "float16"]) == 0
+        out = capsys.readouterr().out
+        assert {(entry.N, entry.K) for entry in entries()} == {(32, 32), (16, 32), (40, 32), (32, 40)}
+        assert "q_proj, o_proj (32 × 32), 4 layers" in out
+        # 14 layers, forward and backward of 5 us each, before; 3 us forward after
+        assert "0.140 → 0.112 ms" in out
+
+    def test_interruption_before_anything_is_done(self, target, monkeypatch, capsys):
+        def interrupted(*args):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(tuning, "measure", interrupted)
+        assert cli.main(SMALL) == 130
+        assert "nothing was recorded" in capsys.readouterr().out
+        assert not tuned.own_file("H200").exists()
+
+    def test_a_narrow_terminal_cuts_nothing_off(self, target, times, monkeypatch, capsys):
+        monkeypatch.setattr(_common, "console", lambda: Console(width=80))
+        assert cli.main(SMALL) == 0
+        out = capsys.readouterr().out
+        assert "before" in out
+        assert "…" not in out
+
+
+class TestGate:
+    def test_a_wrong_way_is_never_recorded(self, target, times, monkeypatch, capsys):
+        """It would be the fastest everywhere, and is wrong at one M alone."""
+        run = triton_backend.linear_forward
+
+        def doubled(x, *rest):
+            y, xa = run(x, *rest)
+            return (y * 2 if x.shape[0] == 48 else y), xa
+
+        monkeypatch.setattr(triton_backend, "linear_forward", doubled)
+        assert cli.main(SMALL) == 1
+        assert recorded()["forward", (16, 48)] == "aten_beta1"
+        assert not {"two_kernel", "single_kernel"} & {entry.kernel for entry in entries()}
+        out = " ".join(capsys.readouterr().out.split())
+        assert "M 48, R 4: two_kernel is not recorded, y is wrong by 1.00e+00 relative, the bound is 4e-03" in out
+        assert "M 16, R 4: two_kernel is not recorded" not in out
+        assert times["timed"][2] == ["aten_beta1"]
+
+    @pytest.mark.parametrize("broken", ["dx", "da", "db"])
+    @pytest.mark.parametrize("how", ["zero", "NaN", "1 % off"])
+    def test_every_gradient_is_looked_at(self, target, times, monkeypatch, broken, how):
+        run = triton_backend.linear_backward
+
+        def backward(*args):
+            grads = list(run(*args))
+            i = ["dx", "da", "db"].index(broken)
+            grads[i] = grads[i] * {"zero": 0.0, "NaN": float("nan"), "1 % off": 1.01}[how]
+            return tuple(grads)
+
+        monkeypatch.setattr(triton_backend, "linear_backward", backward)
+        times["one_pass_backward"] = 1e-6
+        assert cli.main([*SMALL, "--m", "16"]) == 1
+        assert recorded()["backward", (16, 16)] == "aten_beta1"
+
+    def test_what_was_recorded_and_is_wrong_now_goes(self, target, times, monkeypatch):
+        assert cli.main(SMALL) == 0
+        run = triton_backend.linear_forward
+        monkeypatch.setattr(triton_backend, "linear_forward", lambda *args: (run(*args)[0] * 2, run(*args)[1]))
+        assert cli.main([*SMALL, "--again", "--m", "16"]) == 1
+        assert recorded() == {("forward", (16, 16)): "aten_beta1", ("backward", (16, 48)): "aten_beta1"}
+
+    def test_dropout_is_compared_with_the_same_mask(self, target, times):
+        assert cli.main([*SMALL, "--m", "16", "--dropout", "0.25"]) == 0
+        assert {entry.dropout for entry in entries()} == {True}
+        assert recorded()["forward", (16, 16)] == "two_kernel"
+
+    @pytest.mark.parametrize(
+        ("error", "said"),
+        [
+            (
+                torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+                "OutOfMemoryError: CUDA out of memory",
+            ),
+            (RuntimeError("CUDA error: invalid configuration"), "RuntimeError: CUDA error: invalid configuration"),
+        ],
+    )
+    @pytest.mark.parametrize("when", ["first", "while timed"])
+    def test_one_way_fails_and_the_others_are_recorded(self, target, monkeypatch, capsys, error, said, when):
+        run, calls = triton_backend.linear_forward, []
+
+        def forward(*args):
+            calls.append(args)
+            if when == "first" or len(calls) > 4:
+                raise error
+            return run(*args)
+
+        monkeypatch.setattr(triton_backend, "linear_forward", forward)
+        monkeypatch.setattr(tuning, "PASSES", {"forward": ()})
+        assert cli.main([*SMALL, "--m", "16"]) == 0
+        assert recorded() == {("forward", (16, 16)): "aten_beta1"}
+        out = " ".join(capsys.readouterr().out.split())
+        for name in ("two_kernel", "single_kernel"):
+            assert f"{name} is left out, {said}" in out
+
+    def test_operands_that_do_not_fit_leave_one_size_out(self, target, times, monkeypatch, capsys):
+        make_operands = tuning.make_operands
+
+        def full(case, device):
+            if case.leading == (16,):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return make_operands(case, device=device)
+
+        monkeypatch.setattr(tuning, "make_operands", full)
+        assert cli.main(SMALL) == 0
+        assert {entry.M for entry in entries()} == {(48, 48)}
+        assert "M 16, R 4: operands and reference is left out" in " ".join(capsys.readouterr().out.split())
+
+    def test_a_device_that_is_lost_ends_the_run_and_keeps_what_is_done(self, target, times, monkeypatch, capsys):
+        run = triton_backend.linear_forward
+
+        def forward(x, *rest):
+            if x.shape[0] == 48:
+                monkeypatch.setattr(torch, "zeros", lost)
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return run(x, *rest)
+
+        def lost(*args, **kwargs):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(triton_backend, "linear_forward", forward)
+        assert cli.main(SMALL) == 2
+        assert "runs nothing any more since two_kernel failed" in capsys.readouterr().err
+        assert recorded() == {("forward", (16, 16)): "two_kernel", ("backward", (16, 16)): "aten_beta1"}
+
+
+class TestInput:
+    @pytest.mark.parametrize(
+        ("argv", "said"),
+        [
+            (["--case", "llama-3.1-8b.dwn"], "did you mean llama-3.1-8b.down"),
+            (["--shape", "12"], "--shape 12"),
+            (["--shape", "32,64", "--m", "16", "0"], "--m 0"),
+            (["--shape", "32,64", "--rank", "0"], "--rank 0"),
+            (["--shape", "32,64", "--dropout", "1"], "--dropout 1.0"),
+            (["--shape", "32,64", "--rounds", "0"], "--rounds 0"),
+            (["--shape", "32,64", "--gpu", "H200"], "add --dry-run"),
+            (["--shape", "32,64", "--dry-run", "--gpu", "H20"], "The known ones: A100, L40S"),
+            (["--shape", "33,67"], "there is nothing to tune"),
+            (["--model", "nowhere"], "no config.json"),
+            (["--shape", "32,64", "--out", "."], "it is a folder"),
+            (["--shape", "32,64", "--out", "/proc/x/y.json"], "cannot be written"),
+        ],
+    )
+    def test_bad_input_says_the_value_and_the_fix(self, target, argv, said, capsys):
+        assert cli.main(["tune", *argv]) == 2
+        assert said in capsys.readouterr().err
+
+    def test_a_broken_file_is_refused_before_anything_runs(self, target, times, capsys):
+        path = tuned.own_file("H200")
+        path.parent.mkdir(parents=True)
+        path.write_text("{")
+        assert cli.main(SMALL) == 2
+        assert f"{path}: " in capsys.readouterr().err
+        assert path.read_text() == "{"
+        assert times["timed"] == []
+
+    def test_without_a_home_a_file_must_be_named(self, target, times, monkeypatch, capsys):
+        monkeypatch.setenv("LORAFUSE_CACHE_DIR", "~nobody-of-this-name/cache")
+        assert cli.main(SMALL) == 2
+        assert "the home folder is not known; name another file by --out" in capsys.readouterr().err
+        assert times["timed"] == []
+
+    def test_a_layer_without_a_choice_is_named_and_the_others_are_tuned(self, target, times, capsys):
+        assert cli.main([*SMALL, "--shape", "33,67"]) == 0
+        assert "33 × 67: left out" in capsys.readouterr().out
+        assert {entry.N for entry in entries()} == {32}
+
+
+def test_the_written_file_is_json_of_version_2(target, times):
+    assert cli.main(SMALL) == 0
+    written = json.loads(tuned.own_file("H200").read_text())
+    assert written["version"] == 2
+    assert written["entries"][0]["points"][0] == [16, 4, 3e-6]
