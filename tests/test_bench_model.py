@@ -1,4 +1,4 @@
-"""`lorafuse bench model`: its arithmetic against real models, its checks against planted errors, too little memory."""
+"""`lorafuse bench model`: its figures, its checks against planted errors, memory that runs out, bad input."""
 
 import argparse
 import io
@@ -9,35 +9,16 @@ from unittest import mock
 import pytest
 import torch
 from rich.console import Console
-from torch.utils.flop_counter import FlopCounterMode
+from tiny_transformers import TINY, TINY_MOE
 
 from lorafuse.bench import model, model_run, training, transformer
 from lorafuse.bench.result import Wrong
 from lorafuse.bench.training import Trainee
-from lorafuse.bench.transformer_cost import (
-    WAYS,
-    Sizes,
-    Training,
-    fitting,
-    step_flops,
-    together_bytes,
-    training_bytes,
-)
+from lorafuse.bench.transformer_cost import WAYS, Sizes, Training, step_flops, training_bytes
 from lorafuse.cli import main
 from lorafuse.integrations import hf_experts, hf_peft, patch
 
 CPU = torch.device("cpu")
-_DENSE = {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-_EXPERTS = {"moe_intermediate_size": 32, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2}
-TINY = transformer.Model("tiny", "LlamaConfig", _DENSE)
-TINY_MOE = transformer.Model("tiny-moe", "Qwen3MoeConfig", _DENSE | _EXPERTS)
 # what matrix products reach is made up here, so that it is known
 PEAK = 2.0e9
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory.\nTried to")
@@ -330,67 +311,6 @@ def test_losses_before_memory_ran_out_are_compared(monkeypatch):
         run(ways=["peft", "lorafuse"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tiny", [TINY, TINY_MOE], ids=lambda tiny: tiny.name)
-def test_sizes_are_those_of_the_model(tiny, dtype):
-    sizes = Sizes.of(tiny.config())
-    built = transformer.build(tiny, sizes, dtype, CPU)
-    # norms are left out
-    norms = sum(p.numel() for p in built.parameters() if p.dim() == 1)
-    assert sum(p.numel() for p in built.parameters()) - norms == sizes.weights()
-    peft = transformer.adapted(built, 4)
-    assert sum(p.numel() for p in peft.parameters() if p.requires_grad) == sizes.adapter_weights(4, sizes.E)
-    twin = transformer.twin(peft)
-    for (name, one), (_, other) in zip(peft.named_parameters(), twin.named_parameters(), strict=True):
-        assert (one is other) == (not one.requires_grad), name
-        assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("name", ["smollm2-135m", "llama-3.1-8b", "qwen3-30b-a3b"])
-def test_published_sizes(name):
-    sizes = Sizes.of(transformer.MODELS[name].config())
-    # billions, as the models' cards give them; Qwen's name rounds its active ones up
-    published = {"smollm2-135m": (0.1345, 0.1345), "llama-3.1-8b": (8.03, 7.50), "qwen3-30b-a3b": (30.5, 3.04)}[name]
-    assert (sizes.weights() / 1e9, sizes.active_weights() / 1e9) == pytest.approx(published, rel=2e-3)
-
-
-# PEFT's experts are left out: it builds W + ΔW of every one, which the formula does not ask for
-@pytest.mark.parametrize(("way", "tiny"), [("full", TINY), ("peft", TINY), ("full", TINY_MOE)])
-def test_flops_are_those_that_torch_counts(way, tiny):
-    sizes, tokens, sequence, rank = Sizes.of(tiny.config()), 64, 32, 4
-    built = transformer.build(tiny, sizes, torch.float32, CPU)
-    # as plain matrix products, attention of whole squares, which is what the counter knows
-    built.set_attn_implementation("eager")
-    if sizes.E:
-        built.set_experts_implementation("eager")
-    one = Trainee(way, built if way == "full" else transformer.adapted(built, rank))
-    with FlopCounterMode(display=False) as counter:
-        one.backward(torch.randint(sizes.vocabulary, (1, tokens // sequence, sequence)))
-    expected = step_flops(sizes, way, rank, tokens, sequence)
-    # 3 %: LoRA's first of four layers needs no input gradient of q, k and v
-    assert counter.get_total_flops() == pytest.approx(expected, rel=0.03)
-
-
-def test_lora_counts_no_gradient_of_frozen_weights():
-    sizes = Sizes.of(TINY.config())
-    difference = step_flops(sizes, "full", 4, 64, 32) - step_flops(sizes, "lorafuse", 4, 64, 32)
-    assert difference == 64 * (2 * sizes.active_weights() - 6 * sizes.adapter_weights(4, 0))
-
-
-def test_as_many_layers_as_fit():
-    sizes = Sizes(32, 128256, 4096, 4096, 1024, 14336)
-
-    def needed(cut):
-        return 10 * cut.vocabulary + 1_000_000 * cut.layers
-
-    # 0.8 of what is free: the vocabulary, and so many layers
-    assert fitting(sizes, needed, 100_000_000) == sizes
-    assert fitting(sizes, needed, 10_000_000) == replace(sizes, layers=6)
-    assert fitting(sizes, needed, 2_853_200) == replace(sizes, layers=1)
-    assert fitting(sizes, needed, 2_853_199) == replace(sizes, layers=1, vocabulary=64128)
-    assert fitting(sizes, needed, 1_000_000).layers == 0
-
-
 @pytest.mark.parametrize("case", ["tiny", "tiny-moe"])
 def test_what_was_estimated_holds_what_was_measured(case):
     found = {}
@@ -401,13 +321,6 @@ def test_what_was_estimated_holds_what_was_measured(case):
             assert figure["peak_bytes"] <= training_bytes(sizes, way, Training(4, 96, 4, on)), (way, on)
             found[way, on] = figure["step_peak_bytes"]
     assert all(found[way, True] < found[way, False] for way in WAYS)
-
-
-def test_ways_together_hold_one_frozen_base():
-    sizes, setting = Sizes.of(TINY.config()), Training(4, 96, 4, False)
-    apart = [training_bytes(sizes, way, setting) for way in WAYS]
-    assert together_bytes(sizes, ["full", "peft"], setting) == apart[0] + apart[1]
-    assert together_bytes(sizes, list(WAYS), setting) == sum(apart) - 4 * sizes.weights()
 
 
 def test_four_micro_batches_are_one_of_four_times_the_size():
