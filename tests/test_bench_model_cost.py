@@ -80,3 +80,13 @@ def test_ways_together_hold_one_frozen_base():
     apart = [training_bytes(sizes, way, setting) for way in WAYS]
     assert together_bytes(sizes, ["full", "peft"], setting) == apart[0] + apart[1]
     assert together_bytes(sizes, list(WAYS), setting) == sum(apart) - 4 * sizes.weights()
+
+
+def test_a_tied_embedding_has_two_gradients_at_once_and_an_update_a_fifth_tensor():
+    sizes, setting = Sizes.of(TINY.config()), Training(4, 96, 4, False)
+    tied = replace(sizes, tied=True)
+    assert training_bytes(tied, "full", setting) - training_bytes(sizes, "full", setting) == (
+        # one matrix less, with its gradient and two moments, and a gradient more
+        (1 - 4) * 4 * sizes.vocabulary * sizes.H
+    )
+    assert training_bytes(sizes, "full", replace(setting, tokens=1)) == 5 * 4 * sizes.weights()

@@ -95,6 +95,7 @@ def training_bytes(sizes: Sizes, way: str, training: Training) -> int:
     per layer and token what autograd keeps (inputs of products, norms in float32, q and k before and after rotation,
     four tensors of inner size; PEFT's float32 copies of inputs where the base is not float32), of one layer with
     checkpointing; logits, three times more in float32. PEFT builds W + ΔW of the experts and keeps it for backward.
+    On GPUs AdamW takes one more tensor for each parameter while it updates them all at once.
     """
     size, L = training.itemsize, sizes.layers
     inner = sizes.I * max(sizes.k, 1)
@@ -109,7 +110,9 @@ def training_bytes(sizes: Sizes, way: str, training: Training) -> int:
         total += L * training.tokens * sizes.H * size
     total += training.tokens * sizes.vocabulary * (size + 3 * 4)
     if way == "full":
-        return total + 3 * size * sizes.weights()
+        # a tied embedding has a gradient from the head and one from the look-up before they are one
+        tied = size * sizes.vocabulary * sizes.H if sizes.tied else 0
+        return max(total + 3 * size * sizes.weights() + tied, 5 * size * sizes.weights())
     return total + _ADAPTER_BYTES * sizes.adapter_weights(training.rank, sizes.E)
 
 
