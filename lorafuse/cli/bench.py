@@ -23,7 +23,7 @@ from lorafuse.testing.conditions import conditions, describe
 from lorafuse.testing.timing import CACHE_NOTE
 
 SUMMARY = "measure the LoRA tax of layers, blocks and models against PEFT, others and full fine-tuning"
-KINDS = ("linear", "group", "moe", "memory")
+KINDS = ("linear", "group", "moe", "model", "memory")
 
 __all__ = ["KINDS", "SUMMARY", "add_arguments", "prepared", "run"]
 
