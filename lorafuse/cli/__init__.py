@@ -6,7 +6,7 @@ import sys
 
 from lorafuse.errors import BackendUnavailable, MissingDependency
 
-COMMANDS = ("demo", "bench", "doctor", "plan")
+COMMANDS = ("demo", "bench", "doctor", "plan", "advise")
 
 __all__ = ["COMMANDS", "main"]
 
