@@ -74,7 +74,9 @@ def data_bits(*, tokens: int | None = None, episodes: int | None = None) -> floa
     """
     if (tokens is None) == (episodes is None):
         raise ValueError("give the data as tokens or as episodes, one of the two")
-    number, bits, name = (tokens, BITS_PER_TOKEN, "tokens") if episodes is None else (episodes, BITS_PER_EPISODE, "episodes")
+    number, bits, name = (
+        (tokens, BITS_PER_TOKEN, "tokens") if episodes is None else (episodes, BITS_PER_EPISODE, "episodes")
+    )
     assert number is not None
     if number < 1:
         raise ValueError(f"--{name} {number}: it must be at least 1")
@@ -121,7 +123,8 @@ def flops_ratio(shapes: ModelShapes, rank: int) -> float:
     """
     base = sum(linear.active * linear.N * linear.K for linear in shapes.linears)
     low = sum(
-        linear.active * rank_of(linear, rank, shapes.active_experts) * (linear.N + linear.K) for linear in shapes.adapted
+        linear.active * rank_of(linear, rank, shapes.active_experts) * (linear.N + linear.K)
+        for linear in shapes.adapted
     )
     return (2 * base + 3 * low) / (3 * base)
 

@@ -79,7 +79,7 @@ def allocate(spectra: dict[str, list[float]], costs: dict[str, int], budget: int
     `costs` (N + K) next, while the budget of parameters lasts. No layer gets more ranks than it has values."""
     ranks = dict.fromkeys(spectra, 1)
     left = budget - sum(costs.values())
-    queue = [(-values[1] ** 2 / costs[name], name) for name, values in spectra.items() if len(values) > 1]
+    queue = [(-(values[1] ** 2) / costs[name], name) for name, values in spectra.items() if len(values) > 1]
     heapq.heapify(queue)
     while queue:
         _, name = heapq.heappop(queue)
@@ -89,7 +89,7 @@ def allocate(spectra: dict[str, list[float]], costs: dict[str, int], budget: int
         left -= costs[name]
         values = spectra[name]
         if ranks[name] < len(values):
-            heapq.heappush(queue, (-values[ranks[name]] ** 2 / costs[name], name))
+            heapq.heappush(queue, (-(values[ranks[name]] ** 2) / costs[name], name))
     return ranks
 
 

@@ -101,11 +101,15 @@ def load_config(path: Path) -> Any:
     """
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"--model {path}: no config.json there; it must be a model's directory or its config.json")
+        raise FileNotFoundError(
+            f"--model {path}: no config.json there; it must be a model's directory or its config.json"
+        )
     try:
         from transformers import AutoConfig
     except ImportError as error:
-        raise MissingDependency("a model's configuration needs transformers: pip install 'transformers>=5.7'") from error
+        raise MissingDependency(
+            "a model's configuration needs transformers: pip install 'transformers>=5.7'"
+        ) from error
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
         model_type = settings.pop("model_type")
@@ -159,7 +163,7 @@ def _of_modules(model: nn.Module, name: str, active_experts: int | None) -> Mode
     linears = []
     for at, module, N, K in layers:
         match = _LISTED_EXPERT.match(at)
-        kind = _kind(at, module is head, bool(match), bool(experts) and N <= experts)
+        kind = _kind(at, module is head, bool(match), bool(experts) and experts >= N)
         linears.append(Linear(at, kind, N, K, active=active / counts[match[1]] if match else 1.0))
     linears += [Linear(s.name, s.kind, s.N, s.K, s.experts, float(active), True) for s in stacks]
     if not any(linear.adapted for linear in linears):

@@ -25,7 +25,9 @@ def step_seconds(shapes: ModelShapes, rank: int, tokens: int, device: DeviceSpec
         raise ValueError(f"tokens {tokens}: it must be at least 1")
     found = dict.fromkeys(WAYS, 0.0)
     blocks, rest = _blocks(shapes.linears)
-    sizes = Counter((x.N, x.K, x.adapted, rank_of(x, rank, shapes.active_experts), x.active / x.experts, x.experts) for x in rest)
+    sizes = Counter(
+        (x.N, x.K, x.adapted, rank_of(x, rank, shapes.active_experts), x.active / x.experts, x.experts) for x in rest
+    )
     for (N, K, adapted, R, share, copies), count in sizes.items():
         problem = Problem(math.ceil(tokens * share), N, K, R, "bfloat16", "float32")
         for way, seconds in _linear(problem, device, adapted).items():
