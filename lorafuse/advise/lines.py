@@ -59,14 +59,13 @@ def _capacity(a: Advice) -> list[Line]:
         given = f"{request.episodes:,} episodes"
     else:
         given = f"{request.tokens:,} supervised tokens"
-    sure, source = ("measured here", "F2, MODULES") if request.count else ("published figure", "F2, GIVEN")
     lines.append(
         Line(
             section,
             "the data teaches",
             f"at most {_big(a.bits)}bit ({given}), {a.bits / held:.0%} of that",
-            sure if False else "published figure",
-            source,
+            "published figure",
+            "F2, GIVEN",
         )
     )
     if request.count:

@@ -7,6 +7,7 @@ only by --probe.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,12 +59,12 @@ def run(args: argparse.Namespace) -> int:
     advice = plan_adapter(args.model, **given)
     if args.probe is not None:
         patterns = _probe(args, advice.rank)
-        advice = plan_adapter(args.model, **given, **patterns)
+        advice = plan_adapter(args.model, **given | patterns)
     print(json.dumps(advice.as_dict(), indent=1) if args.json else advice)
     return 0
 
 
-def _probe(args: argparse.Namespace, rank: int) -> dict[str, dict[str, int]]:
+def _probe(args: argparse.Namespace, rank: int) -> dict[str, Any]:
     if args.probe < 1:
         raise ValueError(f"--probe {args.probe}: it must be at least 1")
     if args.data is None or not args.model.is_dir():
