@@ -10,12 +10,12 @@ import peft
 import pytest
 import torch
 import transformers
+from tiny_models import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lorafuse import advise, cli
 from lorafuse.advise import capacity, data, schedule
 from lorafuse.advise.sources import FINDINGS, SURE
-from tiny_models import tiny
 
 LLAMA = {
     "model_type": "llama",
@@ -217,7 +217,7 @@ PLAIN = (
 )
 MARKED = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ '<u> ' + m.content + ' <e> ' }}{% else %}{{ '<a> ' }}"
-    "{% generation %}{{ m.content }}{{ ' <e> ' }}{% endgeneration %}{% endif %}{% endfor %}"
+    "{% generation %}{{ m.content }}{{ ' <e>' }}{% endgeneration %}{{ ' ' }}{% endif %}{% endfor %}"
 )
 TURNS = [
     {"role": "user", "content": "how many"},

@@ -104,7 +104,8 @@ def _encode(record: dict[str, Any], tokenizer: Any) -> Row | str:
     if _are_messages(record.get("messages")):
         return _chat(record["messages"], 0, tokenizer)
     if _are_messages(prompt) and _are_messages(completion):
-        assert isinstance(prompt, list) and isinstance(completion, list)
+        assert isinstance(prompt, list)
+        assert isinstance(completion, list)
         return _chat(prompt + completion, len(prompt), tokenizer)
     if isinstance(prompt, str) and isinstance(completion, str):
         return _after(prompt, prompt + completion, lambda text: tokenizer(text)["input_ids"])

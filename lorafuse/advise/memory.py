@@ -21,7 +21,7 @@ _LOGITS = 2 + 4 + 4
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: of weights that are not trained, of trained ones with gradients and optimizer, of activations, of logits."""
+    """Bytes: of frozen weights, of trained ones with gradients and optimizer, of activations, of logits."""
 
     frozen: int
     trained: int

@@ -46,10 +46,14 @@ def snippet(shapes: ModelShapes, settings: Settings) -> str:
     stacks = target_parameters(shapes)
     pattern = settings.rank_pattern | expert_ranks(shapes, settings.rank)
     routers = sorted({x.name.rpartition(".")[2] for x in shapes.linears if x.kind == "router"})
+    # with stacks, PEFT 0.21 resolves "all-linear" by the names of transformers 4: it would adapt routers too, and give
+    # gate_up twice the rank
+    names = sorted({x.name.rpartition(".")[2] for x in shapes.adapted if not x.parameter})
+    modules = names if stacks else "all-linear"
     lora = [
         f"r={settings.rank}",
         f"lora_alpha={ALPHA}",
-        'target_modules="all-linear"',
+        f"target_modules={modules!r}",
         *([f"exclude_modules={routers}"] if routers else []),
         *([f"target_parameters={stacks}"] if stacks else []),
         *([f"rank_pattern={pattern}"] if pattern else []),
