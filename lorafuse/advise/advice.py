@@ -130,7 +130,7 @@ def plan_adapter(
 
     `tokens` are supervised tokens of one epoch, `episodes` policy-gradient episodes of the run, `data` a JSON-lines
     file that is counted with `tokenizer`, or the directory's own; under goal "rl" each of its lines is a prompt with
-    `rollouts` episodes an epoch. Without `goal`, episodes mean "rl" and the others "sft". `batch` is cut to the ceiling.
+    `rollouts` episodes an epoch. Without `goal`, episodes mean "rl" and the others "sft". `batch` is cut to 512.
     `rank` overrides the advised one; patterns are those of a probe; `gpu` is a name that `lorafuse.plan.find` knows.
 
     Raises ValueError and FileNotFoundError, with the option, its value and the fix.

@@ -99,8 +99,8 @@ def check_rank(shapes: ModelShapes, rank: int) -> None:
         if own > least:
             said = f"--rank {rank}" + (f", {own} for each expert" if own != rank else "")
             raise ValueError(
-                f"{said}: {linear.name} is {linear.N} x {linear.K}; a rank above min(N, K) = {least} adds parameters but "
-                f"no matrix that a lower one cannot make. Use at most {_rank_within(shapes)}"
+                f"{said}: {linear.name} is {linear.N} x {linear.K}; a rank above min(N, K) = {least} adds parameters "
+                f"but no matrix that a lower one cannot make. Use at most {_rank_within(shapes)}"
             )
 
 
@@ -111,7 +111,7 @@ def _rank_within(shapes: ModelShapes) -> int:
 
 
 def square_flops_ratio(N: int, rank: int) -> float:
-    """Multiply-adds of a LoRA step over those of full fine-tuning, of one `[N, N]` layer: 2/3 + 2R/N (finding FLOPS)."""
+    """Multiply-adds of a LoRA step over those of full fine-tuning, of an `[N, N]` layer: 2/3 + 2R/N (FLOPS)."""
     return 2 / 3 + 2 * rank / N
 
 
@@ -154,7 +154,7 @@ class Rank:
 
 
 def rank_for(shapes: ModelShapes, bits: float, goal: str) -> Rank:
-    """The rank for so many bits: the smallest comfortable one, up to the next power of two, not below the ranks at which
+    """The rank for so many bits: the smallest comfortable one, up to the next power of two, not below the ranks where
     the findings show equality with full fine-tuning (8 for sft, F1; 4 for rl, F5); above the highest, full fine-tuning.
     """
     highest = highest_rank(shapes)

@@ -55,10 +55,8 @@ def _capacity(a: Advice) -> list[Line]:
     )
     held = cap.capacity_bits(a.trainable)
     lines.append(Line(section, "the adapter holds", f"{_big(held)}bit", "published figure", "F2"))
-    if request.goal == "rl":
-        given = f"{request.episodes:,} episodes"
-    else:
-        given = f"{request.tokens:,} supervised tokens"
+    numbers = {"sft": (request.tokens, "supervised tokens"), "rl": (request.episodes, "episodes")}[request.goal]
+    given = f"{numbers[0]:,} {numbers[1]}"
     lines.append(
         Line(
             section,

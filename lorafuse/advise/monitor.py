@@ -34,7 +34,7 @@ class LoRAMonitor(TrainerCallback):
     - the gradients of an adapter's matrix are exactly zero or absent for three steps in a row, or all adapter gradients
       together shrink below 1e-4 of what they were in the first ten steps;
     - capacity is exhausted: the data seen so far, its first pass at the measured loss in bits for each token, is more
-      than the adapter's 2 bits a parameter (finding F2), and the loss has stopped falling (5 logs against the 5 before).
+      than the adapter's 2 bits a parameter (finding F2), and the loss has stopped falling (5 logs against 5 before).
 
     `tokens` are the supervised tokens of one epoch (`Advice.tokens`); without them the monitor counts what Trainer does
     (`include_num_input_tokens_seen`), and without that it cannot watch capacity, which `watches_capacity` says after
@@ -67,8 +67,8 @@ class LoRAMonitor(TrainerCallback):
         if batch > self.ceiling:
             self._warn(
                 "batch",
-                f"a step sees {batch} sequences, more than {self.ceiling}: LoRA loses more from large batches than full "
-                "fine-tuning, at every rank; lower gradient_accumulation_steps or per_device_train_batch_size",
+                f"a step sees {batch} sequences, more than {self.ceiling}: LoRA loses more from large batches than "
+                "full fine-tuning, at every rank; lower gradient_accumulation_steps or per_device_train_batch_size",
             )
         self._trained = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "lora_" in name)
 
@@ -88,8 +88,8 @@ class LoRAMonitor(TrainerCallback):
             more = f" and {len(zero) - 3} more" if len(zero) > 3 else ""
             self._warn(
                 "zero",
-                f"no gradient reaches {', '.join(zero[:3])}{more}: exactly zero or absent for {_STEPS} steps; the layer "
-                "may be frozen, detached or not run",
+                f"no gradient reaches {', '.join(zero[:3])}{more}: exactly zero or absent for {_STEPS} steps; the "
+                "layer may be frozen, detached or not run",
             )
         self._vanishing(math.sqrt(total))
 

@@ -14,7 +14,7 @@ __all__ = ["page"]
 
 _NOTES = (
     "memory is of one device and nothing sharded; attention, activation functions and allocators are left out",
-    "step time is one optimizer step of a device: linear layers and experts, bf16, without attention, loss and optimizer",
+    "step time is one optimizer step of a device: linear layers and experts, bf16, no attention, loss or optimizer",
 )
 
 
@@ -22,8 +22,8 @@ def page(a: Advice) -> str:
     """Sections of lines, `name  value  [how sure; source]`, the sources, and the snippet."""
     s = a.shapes
     experts = f", {s.experts} experts, {s.active_experts} active" if s.experts else ""
-    head = f"{s.name}: {s.model_type or 'no model type'}, {s.parameters / 1e9:.2f} G parameters, hidden {s.hidden}{experts}"
-    out = [f"{head}; goal {a.request.goal}"]
+    head = f"{s.name}: {s.model_type or 'no model type'}, {s.parameters / 1e9:.2f} G parameters, hidden {s.hidden}"
+    out = [f"{head}{experts}; goal {a.request.goal}"]
     lines = a.lines
     width = max(len(line.name) for line in lines)
     for section, group in groupby(lines, lambda line: line.section):

@@ -1,8 +1,8 @@
 """A gradient probe: which layers would use more rank, from a few batches, as PEFT's `rank_pattern` and `alpha_pattern`.
 
 Finding F6 names adaptive rank as an outlook and gives no formula; this one is an assumption, a rule of thumb. The
-gradient G = dyᵀ x of a weight is sketched as G Ωᵀ with a random Ω `[width, K]`, which is what the gradient of B is when A
-is Ω, so no gradient of full size is built. Its singular values stand for those of G (randomized range finder, Halko et
+gradient G = dyᵀ x of a weight is sketched as G Ωᵀ with a random Ω `[width, K]`, which is the gradient of B when A is
+Ω, so no gradient of full size is built. Its singular values stand for those of G (randomized range finder, Halko et
 al. 2011). Ranks are then given one by one to the layer whose next singular value, squared, is the largest for each
 parameter that it costs, until the parameters of the uniform rank are spent: the most gradient energy for the same
 adapter size.

@@ -120,8 +120,8 @@ def load_config(path: Path) -> Any:
         return AutoConfig.for_model(model_type, **settings)
     except ValueError as error:
         raise ValueError(
-            f"--model {file}: transformers here does not know the model_type {model_type!r}; load the model with its own "
-            "code and pass it to lorafuse.advise.plan_adapter, which counts its modules"
+            f"--model {file}: transformers here does not know the model_type {model_type!r}; load the model with its "
+            "own code and pass it to lorafuse.advise.plan_adapter, which counts its modules"
         ) from error
 
 
