@@ -288,6 +288,28 @@ def test_the_readme_quotes_the_page(llama):
     assert [line for line in quoted if line not in lines] == [], "\n".join(lines)
 
 
+def test_too_much_data_says_full_fine_tuning_or_qlora(llama, capsys):
+    assert cli.main(["advise", "--model", str(llama), "--tokens", "5G"]) == 0
+    said = "use full fine-tuning; or QLoRA at rank 512, and expect 2 to 5 times the steps"
+    assert said in capsys.readouterr().out
+
+
+def test_a_probe_from_the_command_line_ends_in_the_snippet(tokenizer, tmp_path, capsys, monkeypatch):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    path = jsonl(tmp_path, *({"prompt": "how many ", "completion": "four three"} for _ in range(3)))
+    argv = ["advise", "--model", str(tmp_path), "--data", str(path), "--probe", "2", "--rank", "4", "--json"]
+    assert cli.main(argv) == 0
+    found = json.loads(capsys.readouterr().out)
+    config, _ = run_snippet(found["snippet"], tmp_path, monkeypatch)
+    assert config.rank_pattern == found["rank_pattern"] != {}
+    assert found["request"]["tokens"] == 6
+    adapted = peft.get_peft_model(model, config)
+    ranks = {m.r["default"] for m in adapted.modules() if isinstance(m, peft.tuners.lora.Linear)}
+    assert len(ranks) > 1
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
