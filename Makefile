@@ -36,7 +36,7 @@ lint: $(READY) ## check style, format and types; edits nothing
 fmt: $(READY) ## sort imports, apply ruff's safe fixes and format
 	@$(PY) -m ruff check --fix . ; $(PY) -m ruff format .
 
-bench: $(READY) ## measure this machine: call overhead, then a layer; options with ARGS="..."
+bench: $(READY) ## measure this machine: call overhead, usual cases, then a layer; options of `lorafuse bench linear` with ARGS
 	@$(PY) -m pytest bench
 	@$(PY) -m lorafuse bench linear $(ARGS)
 

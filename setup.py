@@ -2,6 +2,7 @@
 
 `build_ext` builds `lorafuse._cuda` where nvcc is, and `lorafuse._emu` where LORAFUSE_BUILD_EMULATOR is 1;
 LORAFUSE_SKIP_CUDA_BUILD=1 leaves the first out. Without nvcc it says so, and lorafuse runs without CUDA kernels.
+`build_py` copies bench/baselines into the package, for `lorafuse bench` where there is no checkout.
 """
 
 import ast
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import SetupError
 
 ROOT = Path(__file__).parent
@@ -41,9 +43,22 @@ class BuildKernels(build_ext):
         subprocess.run([sys.executable, BUILD, target, self.get_ext_fullpath(ext.name)], check=True)
 
 
+class CopyBaselines(build_py):
+    """lorafuse/_baselines/ is a folder of files that are loaded by path, as bench/baselines/ is; no package."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        folder = Path(self.build_lib) / "lorafuse" / "_baselines"
+        self.mkpath(str(folder))
+        for file in sorted((ROOT / "bench" / "baselines").glob("*.py")):
+            self.copy_file(str(file), str(folder / file.name))
+
+
 sources = ["csrc/bindings.cpp"]
 modules = [Extension("lorafuse._cuda", sources, optional=True)]
 if os.environ.get("LORAFUSE_BUILD_EMULATOR") == "1":
     modules.append(Extension("lorafuse._emu", sources))
 
-setup(version=read_version(), ext_modules=modules, cmdclass={"build_ext": BuildKernels})
+setup(version=read_version(), ext_modules=modules, cmdclass={"build_ext": BuildKernels, "build_py": CopyBaselines})

@@ -3,7 +3,11 @@
 import csv
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from lorafuse.cli import main
 from lorafuse.testing import memory, timing
 from lorafuse.testing.cases import CASES, GROUPS, Case, find, find_any, find_group
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 TINY = Linear("tiny", "float32", 16, 24, 40, 3)
 # without the one that compiles
@@ -283,7 +288,8 @@ def test_find_lists_the_known_names():
     with pytest.raises(ValueError, match="smollm2-135m.q"):
         find("nothing")
     assert [layer.N for layer in find_group("llama-3.1-8b.qkv")] == [4096, 1024, 1024]
-    assert all(len({layer.K for layer in layers}) == 1 for layers in GROUPS.values())
+    # down, the last layer of an MLP, reads what gate and up give
+    assert all(len({one.K for one in ls[: 2 if name.endswith(".mlp") else None]}) == 1 for name, ls in GROUPS.items())
     assert [find_any(name) for name in ("square-2048", "smollm2-135m.qkv", "moe-64")] == ["linear", "group", "moe"]
     assert len(CASES) == 29
 
@@ -301,3 +307,12 @@ def test_peaks_are_of_this_machine(monkeypatch):
 def test_the_usual_dtype_is_the_faster_one(half, said, monkeypatch):
     monkeypatch.setattr(peaks, "matmul_flops", lambda dtype, device: half if dtype == torch.bfloat16 else 1e11)
     assert peaks.usual_dtype(CPU) == said
+
+
+def test_a_built_package_brings_the_baselines(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    environment = {**os.environ, "LORAFUSE_SKIP_CUDA_BUILD": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    brought = {file.name: file.read_text() for file in (tmp_path / "lorafuse" / "_baselines").glob("*.py")}
+    assert brought == {file.name: file.read_text() for file in plugins.folder().glob("*.py")}
+    assert "frozen.py" in brought

@@ -142,7 +142,7 @@ def test_the_usual_cases_are_cases():
 
     for argv in USUAL:
         args = parse([*argv, "--dtype", "float32", "--device", "cpu", "--base", "HEAD"])
-        cases, _ = command._prepared(args)
+        cases, _ = command.prepared(args)
         parsed += [case.kind for case in cases]
         assert args.base == "HEAD"
     assert set(parsed) == {"linear", "group", "moe"}

@@ -50,7 +50,7 @@ LAYERS = {
     "functional": (_OPERATORS, {"torch"}),
     "nn": (_BASE | {"quant", "functional"}, {"torch"}),
     "integrations": (_OPERATORS | {"functional", "nn"}, {"torch"} | _HUGGING_FACE),
-    "advise": (_LEAVES | {"plan"}, {"torch"}),
+    "advise": (_LEAVES | {"plan"}, {"torch"} | _HUGGING_FACE),
     "__init__": (_LIBRARY, set()),
     "testing": (_TOOLS, {"torch", "triton", "numpy"} | _HUGGING_FACE),
     "study": (_TOOLS, {"torch", "numpy", "matplotlib"} | _HUGGING_FACE),

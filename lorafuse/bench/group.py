@@ -1,4 +1,4 @@
-"""Linear layers that read the same x (q, k and v; gate and up), forward and backward together, in every way compared.
+"""Layers that read the same x (q, k and v; gate and up; the whole MLP), forward and backward, in every way compared.
 
 LoRA tax = time(adapted) / time(frozen) - 1, forward and backward. No number is printed for a result that is not right.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lorafuse.bench import linear
 from lorafuse.bench.linear import Inputs
+from lorafuse.bench.mlp import Mlp
 from lorafuse.bench.problem import Problem, Work
 from lorafuse.bench.timed import closing, run_case, select, table
 from lorafuse.bench.variant import Variant
@@ -31,17 +32,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, nargs="+", default=[16], help="of each adapter (16)")
 
 
-def cases(args: argparse.Namespace) -> list["Group"]:
+def cases(args: argparse.Namespace) -> list[Problem]:
     """Every group at every M and rank. Raises ValueError for unknown names, sizes below 1, ranks above the layers'."""
     names = list(GROUPS) if args.all else args.case or [_DEFAULT]
-    problems = []
+    problems: list[Problem] = []
     for name in names:
         layers = find_group(name)
-        N = tuple(layer.N for layer in layers)
-        problems += [Group(name, args.dtype, m, N, layers[0].K, r) for m in args.m for r in args.rank]
-    for problem in problems:
-        if min(*problem.N, problem.K) < problem.R:
-            raise ValueError(f"--rank {problem.R}: {problem.name} has {problem.N} x {problem.K}, no rank above those")
+        N, K = tuple(layer.N for layer in layers), layers[0].K
+        for r in args.rank:
+            if min(*N, K) < r:
+                raise ValueError(f"--rank {r}: {name} has {N} x {K}, no rank above those")
+        for m in args.m:
+            for r in args.rank:
+                whole = name.endswith(".mlp")
+                problems.append(Mlp(name, args.dtype, m, K, N[0], r) if whole else Group(name, args.dtype, m, N, K, r))
     return problems
 
 

@@ -44,13 +44,12 @@ def cases(args: argparse.Namespace) -> list[Problem]:
 
 def run_case(problem: Problem, args: argparse.Namespace, device: torch.device, progress: Progress) -> dict[str, Any]:
     """Bytes of every variant. Raises Wrong when a result of this project's own baselines is not right."""
-    with timed.built(problem, args, device, progress) as (present, runners, failed):
-        figures: dict[str, Any] = {}
-        for index, one in enumerate(one for one in present if one.name in runners):
-            progress(index + 1, len(runners), f"memory of {one.name}")
-            held = runners[one.name].memory()
-            figures[one.name] = {"label": one.label, "peak_bytes": held.peak, "between_bytes": held.between}
-    return problem.described() | {"variants": figures, "failed": failed}
+    with timed.built(problem, args, device, progress) as found:
+        figures = {
+            name: {"label": found.baselines[name].label, "peak_bytes": held.peak, "between_bytes": held.between}
+            for name, held in found.memory(progress).items()
+        }
+    return problem.described() | {"variants": figures, "failed": found.failed, "absent": found.absent}
 
 
 def table(result: dict[str, Any]) -> Any:

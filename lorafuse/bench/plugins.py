@@ -1,18 +1,20 @@
 """The baselines: one file each in `bench/baselines/`, found by name, asked whether they can run here.
 
-A baseline is a Python file. What it may define:
+A baseline is a Python file. It is imported here also when it runs in a process of its own, and imports what it compares
+with only inside of its functions. What it may define:
 
     LABEL       how tables call it
     TRAINS      "adapters" (the default), "base" or "nothing": which results are right, and which work is counted
-    REQUIRES    modules that have to be importable; none marks a baseline of this project's own, whose wrong result
-                stops the run, where a peer's is reported and not counted
-    ISOLATED    True: it runs in a process of its own, because its licence, its imports or its patches ask for that
+    REQUIRES    top-level modules that have to be importable; none marks a baseline of this project's own, whose wrong
+                result stops the run, where a peer's is reported and not counted
+    ISOLATED    True: it runs in a process of its own, because its licence, its imports or its patches ask for that, or
+                because it writes into its inputs, which the others of one process share
     FORMS       {suffix: options}: several variants of one file; the options go to its functions ({"": {}})
     unavailable(kind, device, **options) -> str   why it cannot run there, "" when it can
-    linear(given, **options), group(given, **options), experts(given, **options)
-                build it for the inputs of `lorafuse.bench.linear`, `group` or `moe`: the call, and the tensors it
-                trains by the names of their gradients. A file without the function of a kind is no baseline of that
-                kind; without `group`, its `linear` runs once for each layer.
+    linear(given, **options), group(given, **options), mlp(given, **options), experts(given, **options)
+                build it for the inputs of `lorafuse.bench.linear`, `group`, `mlp` or `moe`: the call, and the tensors
+                it trains by the names of their gradients. A file without the function of a kind is no baseline of that
+                kind; without `group` or `mlp`, its `linear` runs once for each layer.
 """
 
 import importlib.util
@@ -25,7 +27,7 @@ import torch
 
 __all__ = ["Baseline", "folder", "load", "load_file"]
 
-_FUNCTIONS = {"linear": ("linear",), "group": ("group", "linear"), "moe": ("experts",)}
+_FUNCTIONS = {"linear": ("linear",), "group": ("group", "linear"), "mlp": ("mlp", "linear"), "moe": ("experts",)}
 # first what others are measured from, last what this project is about
 _FIRST, _LAST = ("frozen", "full"), "lorafuse"
 
@@ -58,7 +60,7 @@ def folder() -> Path:
 
 
 def load(kind: str, device: torch.device, place: Path | None = None) -> list[Baseline]:
-    """The baselines of a kind ("linear", "group", "moe"), those that cannot run here included."""
+    """The baselines of a kind ("linear", "group", "mlp", "moe"), those that cannot run here included."""
     found = [one for file in (place or folder()).glob("*.py") for one in load_file(file, kind, device)]
     return sorted(found, key=_rank)
 

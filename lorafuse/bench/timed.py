@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from lorafuse.bench.remote import RemoteRunner
 from lorafuse.bench.result import Failed, Wrong
 from lorafuse.bench.runner import Runner
 from lorafuse.bench.variant import wrong
+from lorafuse.testing.memory import Held
 from lorafuse.testing.timing import Clock, Samples, measure, percentile
 
-__all__ = ["Progress", "built", "closing", "run_case", "select", "table"]
+__all__ = ["Built", "Progress", "built", "closing", "run_case", "select", "table"]
 
 # called with what is done, out of how much, and what that is
 Progress = Callable[[int, int, str], None]
@@ -35,86 +37,103 @@ def select(kind: str, args: argparse.Namespace, device: torch.device) -> list[Ba
 
 def run_case(problem: Problem, args: argparse.Namespace, device: torch.device, progress: Progress) -> dict[str, Any]:
     """Every figure of one problem. Raises Wrong when a result of this project's own baselines is not right."""
-    with built(problem, args, device, progress) as (present, runners, failed):
+    with built(problem, args, device, progress) as found:
         warm_up = max(2, args.rounds // 10)
         samples: dict[str, Samples] = {}
-        for index, taken in enumerate(measure(list(runners.values()), args.rounds, warm_up, args.seconds)):
+        rounds = measure(list(found.runners.values()), args.rounds, warm_up, args.seconds, found.drop)
+        for index, taken in enumerate(rounds):
             samples = taken
             progress(index + 1, args.rounds + warm_up, "timing")
-        figures = {one.name: _figures(problem, one, samples, device) for one in present if one.name in runners}
-        for index, (name, runner) in enumerate(runners.items()):
-            progress(index + 1, len(runners), f"memory of {name}")
-            held = runner.memory()
-            figures[name] |= {"peak_bytes": held.peak, "between_bytes": held.between}
+        held = found.memory(progress)
+        figures: dict[str, Any] = {}
+        for name, runner in found.runners.items():
+            figures[name] = _figures(problem, found.baselines[name], samples, device)
+            figures[name] |= {"peak_bytes": held[name].peak, "between_bytes": held[name].between}
             if runner.launched:
                 figures[name]["launched"] = runner.launched
-    rounds = len(samples["frozen"].total)
     return problem.described() | {
-        "rounds": rounds, "floors": problem.floors(), "variants": figures, "failed": failed,
-        "absent": {one.name: one.absent for one in select(problem.kind, args, device) if one.absent},
+        "rounds": len(samples["frozen"].total), "floors": problem.floors(), "variants": figures,
+        "failed": found.failed, "absent": found.absent,
     }  # fmt: skip
 
 
+@dataclass
+class Built:
+    """The baselines of a problem by name: those that run here, their runners once they are right, and the others."""
+
+    baselines: dict[str, Baseline]
+    # why a baseline cannot run here
+    absent: dict[str, str]
+    runners: dict[str, Runner | RemoteRunner] = field(default_factory=dict)
+    # what went wrong with a baseline that is not counted
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def drop(self, name: str, error: Exception) -> None:
+        """Report what a baseline raised and count it no longer.
+
+        Raises it again for the floor, without which there is nothing to compare with, and for this project's own
+        baselines, unless memory ran out.
+        """
+        no_memory = is_out_of_memory(error)
+        if name == "frozen" or not (self.baselines[name].peer or no_memory):
+            raise error
+        if isinstance(error, Failed | Wrong):
+            self.failed[name] = str(error)
+        else:
+            what = "out of memory" if no_memory else type(error).__name__
+            self.failed[name] = f"{what}: {str(error).partition(chr(10))[0]}"
+        if isinstance(runner := self.runners.pop(name, None), RemoteRunner):
+            runner.close()
+
+    def memory(self, progress: Progress) -> dict[str, Held]:
+        """Bytes that every variant holds; one that raises is dropped."""
+        held: dict[str, Held] = {}
+        for index, (name, runner) in enumerate(list(self.runners.items())):
+            progress(index, len(self.baselines), f"memory of {name}")
+            try:
+                held[name] = runner.memory()
+            except Exception as error:
+                self.drop(name, error)
+        return held
+
+
 @contextmanager
-def built(
-    problem: Problem, args: argparse.Namespace, device: torch.device, progress: Progress
-) -> Iterator[tuple[list[Baseline], dict[str, Runner | RemoteRunner], dict[str, str]]]:
-    """The baselines that can run here, their variants that are right, the reasons of those that failed."""
-    present = [one for one in select(problem.kind, args, device) if not one.absent]
-    runners: dict[str, Runner | RemoteRunner] = {}
-    failed: dict[str, str] = {}
+def built(problem: Problem, args: argparse.Namespace, device: torch.device, progress: Progress) -> Iterator[Built]:
+    """Runners for the baselines that are right; their processes end with the context.
+
+    Raises Wrong when a result of this project's own baselines is not right.
+    """
+    chosen = select(problem.kind, args, device)
+    found = Built(
+        {one.name: one for one in chosen if not one.absent}, {one.name: one.absent for one in chosen if one.absent}
+    )
     try:
-        _build(problem, present, args, device, progress, runners, failed)
-        yield present, runners, failed
+        progress(0, len(found.baselines), "reference")
+        given = problem.inputs(device)
+        references, clock = problem.references(given), Clock(device)
+        for index, one in enumerate(found.baselines.values()):
+            progress(index, len(found.baselines), f"checking {one.name}")
+            try:
+                if one.isolated:
+                    found.runners[one.name] = remote = RemoteRunner(
+                        one.name, problem, one, device, args.graphs, timeout=args.timeout
+                    )
+                    said = remote.wrong
+                else:
+                    variant = problem.variant(one.name, one.module, given, **one.options)
+                    said = wrong(variant, references[one.trains], problem.shaped)
+                if said:
+                    raise Wrong(said)
+                if not one.isolated:
+                    found.runners[one.name] = Runner(variant, clock, args.graphs)
+                found.runners[one.name].once()
+            except Exception as error:
+                found.drop(one.name, error)
+        yield found
     finally:
-        for runner in runners.values():
+        for runner in found.runners.values():
             if isinstance(runner, RemoteRunner):
                 runner.close()
-
-
-def _build(
-    problem: Problem,
-    present: list[Baseline],
-    args: argparse.Namespace,
-    device: torch.device,
-    progress: Progress,
-    runners: dict[str, Runner | RemoteRunner],
-    failed: dict[str, str],
-) -> None:
-    """Fill `runners` with the variants that are right, `failed` with the reasons of the others."""
-    progress(0, len(present), "reference")
-    given = problem.inputs(device)
-    references, clock = problem.references(given), Clock(device)
-    for index, one in enumerate(present):
-        progress(index, len(present), f"checking {one.name}")
-        try:
-            if one.isolated:
-                runner: Runner | RemoteRunner = RemoteRunner(one.name, problem, one, device, args.graphs)
-                said = runner.wrong  # type: ignore[union-attr]
-            else:
-                variant = problem.variant(one.name, one.module, given, **one.options)
-                said = wrong(variant, references[one.trains], problem.shaped)
-                runner = Runner(variant, clock, args.graphs) if not said else None  # type: ignore[assignment]
-            if said:
-                if isinstance(runner, RemoteRunner):
-                    runner.close()
-                raise Wrong(said)
-            runners[one.name] = runner
-            runner.once()
-        except Wrong as error:
-            if not one.peer:
-                raise
-            failed[one.name] = str(error)
-        except Exception as error:
-            # what cannot run is reported and not counted; without the floor there is nothing to compare with
-            if one.name == "frozen" or not (one.peer or is_out_of_memory(error)):
-                raise
-            what = "out of memory" if is_out_of_memory(error) else type(error).__name__
-            failed[one.name] = (
-                str(error) if isinstance(error, Failed) else f"{what}: {str(error).partition(chr(10))[0]}"
-            )
-            if isinstance(dropped := runners.pop(one.name, None), RemoteRunner):
-                dropped.close()
 
 
 def _figures(problem: Problem, one: Baseline, samples: dict[str, Samples], device: torch.device) -> dict[str, Any]:
@@ -171,6 +190,10 @@ def table(result: dict[str, Any]) -> Any:
     floors = result["floors"]
     notes = [f"arithmetic floors: LoRA tax {floors['tax']:.1%}, of full fine-tuning {floors['ratio_to_full']:.2f}"]
     notes += [f"{name} failed and is not counted: {reason}" for name, reason in result["failed"].items()]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in result["absent"].items():
+        reasons.setdefault(reason, []).append(name)
+    notes += [f"not run: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
     notes += [
         f"* {name} is not in a CUDA graph: {figure['launched']}"
         for name, figure in result["variants"].items()

@@ -47,6 +47,8 @@ def wrong(variant: Variant, expected: dict[str, Tensor], shaped: Callable[[str, 
 
     `shaped(name, expected, found)` brings an expected tensor into the form in which this variant keeps it.
     """
+    # what is checked is a second call: it is wrong too where the first one wrote into its inputs
+    variant.results()
     found = variant.results()
     missing = expected.keys() - found.keys()
     if missing:
@@ -55,7 +57,10 @@ def wrong(variant: Variant, expected: dict[str, Tensor], shaped: Callable[[str, 
     bound = tolerance(found[variant.outputs[0]].dtype)
     for name, given in expected.items():
         tensor = found[name]
-        error = relative_l2(tensor, shaped(name, given, tensor))
+        right = shaped(name, given, tensor)
+        if tensor.shape != right.shape:
+            return f"{variant.name}: {name} is {list(tensor.shape)}, it must be {list(right.shape)}"
+        error = relative_l2(tensor, right)
         # not above: NaN fails too
         if not error <= bound or not tensor.any():
             return f"{variant.name}: {name} is wrong by {error:.2e} relative, the bound is {bound:.0e}"

@@ -1,11 +1,15 @@
 """A process of its own for one variant: `python -m lorafuse.bench.worker`, spoken to in lines of JSON.
 
 It makes the problem's inputs from the same seed, checks its variant against the formula, and times it when asked, so
-that variants of several processes take turns as those of one process do. Standard output carries the answers only.
+that variants of several processes take turns as those of one process do. Questions and answers go through copies of
+standard input and output: what a peer prints goes to standard error, and it reads nothing. The argument is the id of
+the process that asks; without it this one ends.
 """
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import traceback
 from dataclasses import asdict
@@ -14,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lorafuse.bench import group, linear, moe, plugins
+from lorafuse.bench import group, linear, mlp, moe, plugins
 from lorafuse.bench.problem import Problem
 from lorafuse.bench.runner import Runner
 from lorafuse.bench.variant import wrong
@@ -22,7 +26,7 @@ from lorafuse.testing.timing import Clock
 
 __all__ = ["PROBLEMS", "main"]
 
-PROBLEMS: dict[str, type[Problem]] = {one.kind: one for one in (linear.Linear, group.Group, moe.Experts)}
+PROBLEMS: dict[str, type[Problem]] = {one.kind: one for one in (linear.Linear, group.Group, mlp.Mlp, moe.Experts)}
 
 
 class _Worker:
@@ -56,13 +60,23 @@ class _Worker:
         return asdict(self.runner.memory())
 
 
+def _end_with(parent: int) -> None:
+    """Let the kernel end this process when `parent` ends, for a peer that hangs reads no end of input."""
+    PR_SET_PDEATHSIG = 1
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        sys.exit(f"process {parent}, which asked for this one, has ended")
+
+
 def main() -> int:
     """Answer every line of standard input until it ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    # whatever else is printed must not come between the answers
+    _end_with(int(sys.argv[1]))
+    questions, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     worker = _Worker()
-    for line in sys.stdin:
+    for line in questions:
         asked = json.loads(line)
         try:
             answer = {"result": getattr(worker, asked.pop("do"))(**asked)}

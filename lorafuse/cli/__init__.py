@@ -6,7 +6,7 @@ import sys
 
 from lorafuse.errors import BackendUnavailable, MissingDependency
 
-COMMANDS = ("demo", "bench", "doctor", "plan", "tune")
+COMMANDS = ("demo", "bench", "doctor", "plan", "tune", "advise")
 
 __all__ = ["COMMANDS", "main"]
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lorafuse.bench.limits import is_out_of_memory, within_memory
+from lorafuse.bench.remote import TIMEOUT
 from lorafuse.bench.result import VERSION, Wrong, write_csv, write_json
 from lorafuse.cli import _common
 from lorafuse.cli._common import DTYPES
@@ -22,9 +23,9 @@ from lorafuse.testing.conditions import conditions, describe
 from lorafuse.testing.timing import CACHE_NOTE
 
 SUMMARY = "measure the LoRA tax of layers, blocks and models against PEFT, others and full fine-tuning"
-KINDS = ("linear", "group", "moe", "memory")
+KINDS = ("linear", "group", "moe", "model", "memory")
 
-__all__ = ["KINDS", "SUMMARY", "add_arguments", "run"]
+__all__ = ["KINDS", "SUMMARY", "add_arguments", "prepared", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +52,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--seconds", type=float, default=120.0, help="of one case, then fewer rounds, a fifth at least (120)"
     )
+    how.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT,
+        help=f"seconds for an answer of a baseline's own process ({TIMEOUT:g})",
+    )
     how.add_argument("--only", nargs="+", metavar="NAME", help="these baselines, and frozen (all)")
     how.add_argument("--baselines", type=Path, metavar="DIR", help="folder of baselines (bench/baselines)")
     how.add_argument("--no-graphs", dest="graphs", action="store_false", help="on GPUs: launch, without CUDA graphs")
@@ -75,9 +82,9 @@ def run(args: argparse.Namespace) -> int:
         from lorafuse.bench import compare
 
         runs = [args.again([*argv, "--base", args.base]) for argv in compare.USUAL] if args.kind is None else [args]
-        return compare.run(runs, console, _prepared)
+        return compare.run(runs, console, prepared)
     kind = _module(args.kind)
-    cases, device = _prepared(args)
+    cases, device = prepared(args)
     found = conditions(device) | {"timing": CACHE_NOTE.get(device.type, "caches as they are")}
     console.print(describe(found), highlight=False)
     content: dict[str, Any] = {"version": VERSION, "kind": args.kind, "conditions": found, "results": [], "not_run": {}}
@@ -92,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
-def _prepared(args: argparse.Namespace) -> tuple[list[Any], torch.device]:
+def prepared(args: argparse.Namespace) -> tuple[list[Any], torch.device]:
     """The cases and the device; every mistake in the options is found here. Raises ValueError."""
     for name in ("json", "csv"):
         path = getattr(args, name)
@@ -100,7 +107,9 @@ def _prepared(args: argparse.Namespace) -> tuple[list[Any], torch.device]:
             raise ValueError(f"--{name} {path}: it is a folder; name a file")
     if args.plot and args.plot.is_file():
         raise ValueError(f"--plot {args.plot}: it is a file; name a folder")
-    _common.check_at_least_one(args, *(name for name in ("m", "rank", "rounds", "seconds") if hasattr(args, name)))
+    _common.check_at_least_one(
+        args, *(name for name in ("m", "rank", "rounds", "seconds", "timeout") if hasattr(args, name))
+    )
     device = _common.device(args.device)
     if args.dtype is None:
         from lorafuse.bench import peaks

@@ -18,6 +18,7 @@ __all__ = [
     "Part",
     "eager",
     "frozen",
+    "full",
     "in_a_row",
     "kernel_seconds",
     "sum_seconds",
@@ -118,6 +119,14 @@ def frozen(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
     if problem.gradients:
         return in_a_row([Part("dx = dy w", _cublas(M, K, N, problem, device))], "aten")
     return in_a_row([Part("y = x wᵀ", _cublas(M, N, K, problem, device))], "aten")
+
+
+def full(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
+    """The layer without an adapter, its weight trained: y forward, dx and dw backward."""
+    if not problem.gradients:
+        return frozen(problem, device)
+    dw = Part("dw = dyᵀ x", _cublas(problem.N, problem.K, problem.M, problem, device))
+    return in_a_row([Part("dx = dy w", _cublas(problem.M, problem.K, problem.N, problem, device)), dw], "aten")
 
 
 def _passes(problem: Problem, device: DeviceSpec) -> tuple[float, float]:

@@ -61,11 +61,15 @@ CASES: dict[str, Case] = {
     )
 }
 
-# layers that read the same x, as one case
+# layers that read the same x as one case; "mlp" is gate and up with down behind them
 GROUPS: dict[str, tuple[Case, ...]] = {
     f"{model}.{name}": tuple(CASES[f"{model}.{layer}"] for layer in layers)
     for model in _MODELS
-    for name, layers in (("qkv", ("q", "k", "v")), ("gate_up", ("gate", "up")))
+    for name, layers in (
+        ("qkv", ("q", "k", "v")),
+        ("gate_up", ("gate", "up")),
+        ("mlp", ("gate", "up", "down")),
+    )
 }
 
 

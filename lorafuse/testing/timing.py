@@ -82,19 +82,34 @@ class Timed(Protocol):
 
 
 def measure(
-    variants: Sequence[Timed], rounds: int, warm_up: int, seconds: float = float("inf")
+    variants: Sequence[Timed],
+    rounds: int,
+    warm_up: int,
+    seconds: float = float("inf"),
+    drop: Callable[[str, Exception], None] | None = None,
 ) -> Iterator[dict[str, Samples]]:
     """Time forward and backward of every variant once a round, in a new order each round; yields after each round.
 
     After `seconds` it stops early, but not before a fifth of the rounds, so that medians stay medians of something.
+    What a variant raises goes to `drop`, with its name: unless that raises, the others go on, and the samples of this
+    one are gone. Without `drop` it ends the measurement.
     """
     order, end = random.Random(0), time.monotonic() + seconds
     samples = {variant.name: Samples() for variant in variants}
+    running = list(variants)
     for index in range(warm_up + rounds):
         if index >= warm_up + max(1, rounds // 5) and time.monotonic() > end:
             return
-        for variant in order.sample(list(variants), len(variants)):
-            forward, backward = variant.once()
+        for variant in order.sample(running, len(running)):
+            try:
+                forward, backward = variant.once()
+            except Exception as error:
+                if drop is None:
+                    raise
+                drop(variant.name, error)
+                running.remove(variant)
+                del samples[variant.name]
+                continue
             if index >= warm_up:
                 samples[variant.name].forward.append(forward)
                 samples[variant.name].backward.append(backward)

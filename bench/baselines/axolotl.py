@@ -1,0 +1,62 @@
+"""Axolotl's LoRA kernels, handed PEFT's layers as its patched models hand them: adapters in fp32.
+
+Gate and up without the down projection, which it never runs apart, go through the kernel of a single layer one by one.
+"""
+
+from types import SimpleNamespace
+
+from lorafuse.bench.layers import peft_linear
+
+LABEL = "Axolotl"
+REQUIRES = ("axolotl",)
+# its imports register operators and bring bitsandbytes
+ISOLATED = True
+
+
+def unavailable(kind, device):
+    return "" if device.type == "cuda" else "needs a GPU"
+
+
+def _block(*names, given):
+    """What its functions take for the module that owns the projections, and the gradients' tensors of each."""
+    built = [peft_linear(one) for one in given]
+    block = SimpleNamespace(training=True, **dict(zip(names, (layer for layer, _ in built), strict=True)))
+    return block, [wanted for _, wanted in built]
+
+
+def _numbered(every):
+    return {f"{name} {i}": tensor for i, wanted in enumerate(every) for name, tensor in wanted.items()}
+
+
+def linear(given):
+    from axolotl.kernels.lora import apply_lora_o
+
+    block, (wanted,) = _block("o_proj", given=[given])
+    # its backward takes [batch, tokens, features] only
+    return (lambda x: apply_lora_o(block, x[None])[0]), wanted
+
+
+def group(given):
+    from axolotl.kernels.lora import apply_lora_o, apply_lora_qkv
+
+    if len(given) == 3:
+        block, every = _block("q_proj", "k_proj", "v_proj", given=given)
+
+        # not in place: versions before July 2026 write dx over x then, and the next call would read that
+        def call(x):
+            return [y[0] for y in apply_lora_qkv(block, x[None], inplace=False)]
+    else:
+        blocks, wanted = zip(*(_block("o_proj", given=[one]) for one in given), strict=True)
+        every = [one for (one,) in wanted]
+
+        def call(x):
+            return [apply_lora_o(block, x[None])[0] for block in blocks]
+
+    return call, _numbered(every)
+
+
+def mlp(given):
+    from axolotl.kernels.lora import apply_lora_mlp_swiglu
+
+    block, every = _block("gate_proj", "up_proj", "down_proj", given=given)
+    return (lambda x: apply_lora_mlp_swiglu(block, x[None], inplace=False)[0]), _numbered(every)

@@ -1,0 +1,65 @@
+"""Unsloth's own `LoRA_W`, `LoRA_QKV` and `LoRA_MLP`, called as its patched models call them.
+
+Adapters in fp32, as it trains them; its kernels cast them to x's dtype in every call. Gate and up without the down
+projection, which it never runs apart, go through `LoRA_W` one by one.
+"""
+
+from lorafuse.bench.variant import SCALE
+
+LABEL = "Unsloth"
+REQUIRES = ("unsloth",)
+# its import replaces parts of torch, transformers and PEFT
+ISOLATED = True
+
+
+def unavailable(kind, device):
+    return "" if device.type == "cuda" else "needs a GPU"
+
+
+def _kernels():
+    # the package before its parts: it refuses to be imported in pieces
+    import unsloth
+    from unsloth.kernels import fast_lora
+
+    assert unsloth is not None
+    return fast_lora
+
+
+def _projection(given):
+    """Weight, its quantization state (there is none), A, B and scale, as every one of its functions takes them."""
+    a, b = given.a.clone().requires_grad_(), given.b.clone().requires_grad_()
+    return given.w, None, a, b, SCALE
+
+
+def _wanted(projections):
+    return {f"d{name} {i}": p[at] for i, p in enumerate(projections) for name, at in (("a", 2), ("b", 3))}
+
+
+def linear(given):
+    function, projection = _kernels().LoRA_W, _projection(given)
+    # its backward takes [batch, tokens, features] only
+    return (lambda x: function.apply(x[None], *projection)[0]), {"da": projection[2], "db": projection[3]}
+
+
+def group(given):
+    kernels, projections = _kernels(), [_projection(one) for one in given]
+    if len(given) == 3:
+        flat = [part for projection in projections for part in projection]
+
+        # not in place, a switch of its own: in place it writes dx over x, and the next call would read that
+        def call(x):
+            return [y[0] for y in kernels.LoRA_QKV.apply(x[None], *flat, False)]
+    else:
+
+        def call(x):
+            return [kernels.LoRA_W.apply(x[None], *projection)[0] for projection in projections]
+
+    return call, _wanted(projections)
+
+
+def mlp(given):
+    kernels, projections = _kernels(), [_projection(one) for one in given]
+    flat = [part for projection in projections for part in projection]
+    swiglu = kernels.swiglu_fg_kernel, kernels.swiglu_DWf_DW_dfg_kernel
+    # not in place, as above
+    return (lambda x: kernels.LoRA_MLP.apply(x[None], *flat, *swiglu, False)[0]), _wanted(projections)

@@ -1,0 +1,247 @@
+"""Which linear layers and experts a model has: from its configuration, on the meta device, or from loaded modules."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorafuse.errors import MissingDependency
+
+__all__ = ["KINDS", "Linear", "ModelShapes", "load_config", "shapes_of"]
+
+KINDS = ("mlp", "attention", "experts", "other", "router", "unembedding")
+# neither is adapted: PEFT's "all-linear" leaves the unembedding out, and no finding speaks of routers
+_NOT_ADAPTED = ("router", "unembedding")
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_MLP = re.compile(r"mlp|feed_?forward|ffn|intermediate|shared_expert|dense|\bfc\d|\bwi_?\d?\b|\bwo\b", re.IGNORECASE)
+# an expert of a list of experts, with linear layers of its own
+_LISTED_EXPERT = re.compile(r"^(.*experts)\.\d+\.")
+_ROUTERS = {"gate", "router", "shared_expert_gate", "wg"}
+_ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts", "top_k")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer, `N` out and `K` in features, or one stack of `experts` such layers in a 3-D parameter.
+
+    `active` is how many layers of it each token passes through: 1, or the active experts of a stack, or their share
+    where every expert is a layer of its own. `parameter` says that it is a parameter, which PEFT takes by
+    `target_parameters`.
+    """
+
+    name: str
+    kind: str
+    N: int
+    K: int
+    experts: int = 1
+    active: float = 1.0
+    parameter: bool = False
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the advised adapter includes it."""
+        return self.kind not in _NOT_ADAPTED
+
+    @property
+    def per_rank(self) -> int:
+        """Adapter parameters for each unit of rank: a row of a and a column of b, of every expert."""
+        return self.experts * (self.N + self.K)
+
+    @property
+    def weights(self) -> int:
+        """Parameters of the weight itself."""
+        return self.experts * self.N * self.K
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """What the advisor knows of a model. `parameters` counts all of the base, a tied embedding once; `experts` and
+    `active_experts` are 0 for a dense model."""
+
+    name: str
+    model_type: str
+    hidden: int
+    vocabulary: int
+    layers: int
+    parameters: int
+    linears: tuple[Linear, ...]
+    experts: int = 0
+    active_experts: int = 0
+
+    @property
+    def adapted(self) -> tuple[Linear, ...]:
+        """The linear layers that the advised adapter includes."""
+        return tuple(linear for linear in self.linears if linear.adapted)
+
+
+def shapes_of(model: Any, *, active_experts: int | None = None) -> ModelShapes:
+    """The shapes of a loaded model, or of a directory or `config.json`, which needs no weights.
+
+    Raises FileNotFoundError for a path without a configuration, ValueError for a model without linear layers, or with
+    experts where neither configuration nor router says how many are active, MissingDependency without transformers.
+    """
+    if isinstance(model, nn.Module):
+        return _of_modules(model, type(model).__name__, active_experts)
+    path = Path(model)
+    module = _on_meta(load_config(path), path)
+    folder = path if path.is_dir() else path.parent
+    return _of_modules(module, folder.resolve().name, active_experts)
+
+
+def load_config(path: Path) -> Any:
+    """The transformers configuration of a directory or file.
+
+    Raises FileNotFoundError where there is none, ValueError where it is not one that transformers knows.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"--model {path}: no config.json there; it must be a model's directory or its config.json"
+        )
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise MissingDependency(
+            "a model's configuration needs transformers: pip install 'transformers>=5.7'"
+        ) from error
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        model_type = settings.pop("model_type")
+    except (ValueError, KeyError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"--model {file}: it must be a JSON object with a model_type ({reason})") from error
+    try:
+        return AutoConfig.for_model(model_type, **settings)
+    except ValueError as error:
+        raise ValueError(
+            f"--model {file}: transformers here does not know the model_type {model_type!r}; load the model with its "
+            "own code and pass it to lorafuse.advise.plan_adapter, which counts its modules"
+        ) from error
+
+
+def _on_meta(config: Any, path: Path) -> nn.Module:
+    import transformers
+
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if found is not None:
+            with torch.device("meta"):
+                return found(config)
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
+        if type(config) in auto._model_mapping:
+            with torch.device("meta"):
+                return auto.from_config(config)
+    raise ValueError(
+        f"--model {path}: transformers has no model for {config.model_type!r}; load it and pass it to plan_adapter"
+    )
+
+
+def _plain(name: str) -> str:
+    """A module's name as in the base model, without what PEFT puts around and between."""
+    return re.sub(r"\.base_layer\b|^base_layer\.|^base_model\.model\.", "", name)
+
+
+def _of_modules(model: nn.Module, name: str, active_experts: int | None) -> ModelShapes:
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    head = _unembedding(model)
+    stacks = list(_stacks(model))
+    modules = [(_plain(at), module) for at, module in model.named_modules() if "lora_" not in at]
+    layers = [(at, module, *sizes) for at, module in modules if (sizes := _sizes(module))]
+    listed = Counter(match[1] for at, *_ in layers if (match := _LISTED_EXPERT.match(at)))
+    distinct = {match[0] for at, *_ in layers if (match := _LISTED_EXPERT.match(at))}
+    counts = {group: sum(1 for prefix in distinct if prefix.startswith(f"{group}.")) for group in listed}
+    experts = max([stack.experts for stack in stacks] + list(counts.values()), default=0)
+    active = _active(config, modules, active_experts, experts) if experts else 0
+    linears = []
+    for at, module, N, K in layers:
+        match = _LISTED_EXPERT.match(at)
+        kind = _kind(at, module is head, bool(match), bool(experts) and experts >= N)
+        linears.append(Linear(at, kind, N, K, active=active / counts[match[1]] if match else 1.0))
+    linears += [Linear(s.name, s.kind, s.N, s.K, s.experts, float(active), True) for s in stacks]
+    if not any(linear.adapted for linear in linears):
+        raise ValueError(f"{name} has no linear layer that an adapter could go to")
+    parameters = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
+    parameters += sum(_unpacked(module) for _, module in modules)
+    hidden = getattr(config, "hidden_size", None) or Counter(linear.K for linear in linears).most_common(1)[0][0]
+    vocabulary = next((linear.N for linear in linears if linear.kind == "unembedding"), 0)
+    depth = getattr(config, "num_hidden_layers", None) or _depth([at for at, *_ in layers])
+    model_type = getattr(config, "model_type", "")
+    return ModelShapes(
+        name, model_type, int(hidden), vocabulary, int(depth), parameters, tuple(linears), experts, active
+    )
+
+
+def _unembedding(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    found = getter() if callable(getter) else None
+    return getattr(found, "base_layer", found)
+
+
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
+    """`(N, K)` of a linear layer, a quantized one or GPT-2's Conv1D included; None for anything else."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return int(module.nf), int(module.weight.shape[0])  # type: ignore[arg-type,union-attr,index]
+    return None
+
+
+def _unpacked(module: nn.Module) -> int:
+    """What a 4-bit linear layer holds more than the elements of its packed weight say."""
+    if not isinstance(module, nn.Linear) or module.weight.is_floating_point():
+        return 0
+    return module.out_features * module.in_features - module.weight.numel()
+
+
+def _stacks(model: nn.Module) -> Iterator[Linear]:
+    """3-D parameters `[E, N, K]`, or `[E, K, N]` where the module says that it is transposed, of experts modules."""
+    for at, module in model.named_modules():
+        plain = _plain(at)
+        if "lora_" in at or "expert" not in plain.rpartition(".")[2].lower() or hasattr(module, "base_layer"):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3:
+                E, N, K = parameter.shape
+                if getattr(module, "is_transposed", False):
+                    N, K = K, N
+                yield Linear(f"{plain}.{name}", "experts", N, K, experts=E, parameter=True)
+
+
+def _active(config: Any, modules: list[tuple[str, nn.Module]], given: int | None, experts: int) -> int:
+    """How many experts a token goes to: as given, as the configuration says, or as a router's top_k says."""
+    found = [given] if given is not None else [getattr(config, name, None) for name in _ACTIVE]
+    found += [getattr(module, "top_k", None) for _, module in modules]
+    number = next((value for value in found if isinstance(value, int)), None)
+    if number is None:
+        raise ValueError("neither configuration nor routers say how many experts are active; give --active-experts")
+    if not 1 <= number <= experts:
+        raise ValueError(f"--active-experts {number}: it must be from 1 to the model's {experts} experts")
+    return number
+
+
+def _kind(at: str, head: bool, listed: bool, narrow: bool) -> str:
+    leaf = at.rpartition(".")[2]
+    if head:
+        return "unembedding"
+    if listed:
+        return "experts"
+    if narrow and leaf in _ROUTERS:
+        return "router"
+    if _ATTENTION.search(at):
+        # BERT names its attention's output projection attention.output.dense
+        return "attention"
+    return "mlp" if _MLP.search(at) else "other"
+
+
+def _depth(names: list[str]) -> int:
+    """How many blocks the names of layers lie in, by their first number; at least 1."""
+    found = {match[0] for name in names if (match := re.match(r"^\D*\d+(?=\.)", name))}
+    return max(len(found), 1)

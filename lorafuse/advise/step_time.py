@@ -1,0 +1,99 @@
+"""Step time of a model's linear layers on a GPU, by the cost model of `lorafuse.plan`. A model, not a measurement."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from lorafuse.advise.capacity import rank_of
+from lorafuse.advise.shapes import Linear, ModelShapes
+from lorafuse.plan import DeviceSpec, ExpertsProblem, Problem, cost, experts, select, select_experts
+
+__all__ = ["WAYS", "step_seconds"]
+
+WAYS = ("frozen", "full fine-tuning", "PEFT", "lorafuse")
+# CUDA kernels are chosen only where they were measured, so they are no candidate here
+_AVAILABLE = (("eager", ""), ("triton", ""))
+
+
+def step_seconds(shapes: ModelShapes, rank: int, tokens: int, device: DeviceSpec) -> dict[str, float]:
+    """Modelled seconds, forward and backward, of `tokens` through all linear layers and experts, for each of `WAYS`.
+
+    bf16 base; attention, norms, loss and optimizer are left out of all alike. PEFT is modelled with bf16 adapters on
+    linear layers, which is faster than as shipped, and as shipped on experts. Raises ValueError for tokens below 1.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens {tokens}: it must be at least 1")
+    found = dict.fromkeys(WAYS, 0.0)
+    blocks, rest = _blocks(shapes.linears)
+    sizes = Counter(
+        (x.N, x.K, x.adapted, rank_of(x, rank, shapes.active_experts), x.active / x.experts, x.experts) for x in rest
+    )
+    for (N, K, adapted, R, share, copies), count in sizes.items():
+        problem = Problem(math.ceil(tokens * share), N, K, R, "bfloat16", "float32")
+        for way, seconds in _linear(problem, device, adapted).items():
+            found[way] += seconds * count * copies
+    for (up, down), count in Counter((_sizes(up), _sizes(down)) for up, down in blocks).items():
+        R = rank_of(blocks[0][0], rank, shapes.active_experts)
+        for way, seconds in _experts(up, down, shapes.active_experts, R, tokens, device).items():
+            found[way] += seconds * count
+    return found
+
+
+def _sizes(linear: Linear) -> tuple[int, int, int]:
+    return linear.experts, linear.N, linear.K
+
+
+def _blocks(linears: Sequence[Linear]) -> tuple[list[tuple[Linear, Linear]], list[Linear]]:
+    """Pairs of stacks that make the experts of a block, gate_up and down, and all that is no such pair."""
+    modules: dict[str, list[Linear]] = {}
+    rest = [linear for linear in linears if not linear.parameter]
+    for linear in linears:
+        if linear.parameter:
+            modules.setdefault(linear.name.rpartition(".")[0], []).append(linear)
+    pairs = []
+    for stacks in modules.values():
+        by_order = [(up, down) for up in stacks for down in stacks if up is not down and _pair(up, down)]
+        if len(stacks) == 2 and by_order:
+            # where H is I without gate both orders fit; the first parameter is then the first projection
+            pairs.append(by_order[0])
+        else:
+            rest += stacks
+    return pairs, rest
+
+
+def _pair(up: Linear, down: Linear) -> bool:
+    return up.K == down.N and up.N in (down.K, 2 * down.K) and up.experts == down.experts
+
+
+def _linear(problem: Problem, device: DeviceSpec, adapted: bool) -> dict[str, float]:
+    both = [problem, Problem(*_key(problem), gradients=("dx", "da", "db"))]
+    frozen = sum(cost.total(cost.frozen(each, device)) for each in both)
+    full = sum(cost.total(cost.full(each, device)) for each in both)
+    if not adapted:
+        return {"frozen": frozen, "full fine-tuning": full, "PEFT": frozen, "lorafuse": frozen}
+    peft = sum(cost.total(cost.BASELINES["PEFT, bf16 adapters"](each, device)) for each in both)
+    ours = 0.0
+    for each in both:
+        plan = select(each, device, _AVAILABLE)
+        ours += next(w.seconds for w in plan.candidates if (w.backend, w.kernel) == (plan.backend, plan.kernel))
+    return {"frozen": frozen, "full fine-tuning": full, "PEFT": peft, "lorafuse": ours}
+
+
+def _key(p: Problem) -> tuple[int, int, int, int, str, str]:
+    return p.M, p.N, p.K, p.R, p.dtype, p.adapter_dtype
+
+
+def _experts(
+    up: tuple[int, int, int], down: tuple[int, int, int], active: int, R: int, tokens: int, device: DeviceSpec
+) -> dict[str, float]:
+    (E, U, H), I = up, down[2]  # noqa: E741
+    found = dict.fromkeys(WAYS, 0.0)
+    for backward in (False, True):
+        gated = U == 2 * I
+        p = ExpertsProblem(tokens, E, active, H, I, R, "bfloat16", "float32", gated=gated, backward=backward)
+        for way, name in (("frozen", "frozen"), ("full fine-tuning",) * 2, ("PEFT", "PEFT as shipped")):
+            found[way] += cost.total(experts.BASELINES[name](p, device, backward))
+        plan = select_experts(p, device, _AVAILABLE)
+        chosen = (w.seconds for w in plan.candidates if (w.backend, w.kernel) == (plan.backend, plan.kernel))
+        found["lorafuse"] += next(chosen)
+    return found

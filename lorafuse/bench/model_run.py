@@ -1,0 +1,290 @@
+"""One case of `lorafuse bench model`: its ways built and checked, then in turns step by step, then their memory."""
+
+import argparse
+import copy
+import gc
+import math
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from lorafuse.bench import peaks, training
+from lorafuse.bench.limits import is_out_of_memory
+from lorafuse.bench.result import Wrong
+from lorafuse.bench.timed import Progress
+from lorafuse.bench.training import Trainee
+from lorafuse.bench.transformer import Model, adapted, build, free_bytes, twin
+from lorafuse.bench.transformer_cost import WAYS, Sizes, Training, fits, step_flops, together_bytes
+from lorafuse.integrations import patch
+from lorafuse.testing.timing import percentile
+
+__all__ = ["Case", "run_case"]
+
+_T = TypeVar("_T")
+
+# a median needs them
+_LEAST_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of those sizes, `accumulate` micro-batches of `batch` sequences of `tokens` a step."""
+
+    model: Model
+    sizes: Sizes
+    accumulate: int
+    checkpointing: bool
+    batch: int
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model.name}, accumulate {self.accumulate}, checkpointing {'on' if self.checkpointing else 'off'}"
+
+    @property
+    def title(self) -> str:
+        """The case and its layers."""
+        return f"{self.name}, {self.sizes.layers} layers"
+
+
+@dataclass
+class _Run:
+    """A case on its way: what it is, and what is known of each way so far."""
+
+    case: Case
+    args: argparse.Namespace
+    device: torch.device
+    progress: Progress
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    parity: dict[str, Any] = field(default_factory=dict)
+    built: dict[str, Any] = field(default_factory=dict)
+    # of every step that was done, also by ways that failed later
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    # loss of the first micro-batch by "base", the PEFT model without adapters, and by "full" before its first step
+    first: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = getattr(torch, self.args.dtype)
+        return found
+
+    def ids(self, step: int) -> torch.Tensor:
+        size = (self.case.accumulate, self.case.batch, self.case.tokens)
+        return training.batches(self.case.sizes.vocabulary, size, step, self.device)
+
+    def attempt(self, way: str, run: Callable[[], _T]) -> _T | None:
+        """What `run()` gives; None, and the reason in `failed`, when memory runs out in it."""
+        try:
+            return run()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.failed[way] = _reason(error)
+        _release(self.device)
+        return None
+
+
+def run_case(case: Case, args: argparse.Namespace, device: torch.device, progress: Progress) -> dict[str, Any]:
+    """Figures of every way. Raises Wrong when losses part, MemoryError when no way fits.
+
+    A way that runs out of memory is in "failed" and the others go on; when it did beside the weights of full
+    fine-tuning, the case is run again with that apart.
+    """
+    if not case.sizes.layers:
+        raise MemoryError(f"not one layer of {case.model.name} fits in the {free_bytes(device) / 2**30:.1f} GiB free")
+    # PEFT calls methods that transformers renamed, and looks for a config.json beside a GGUF file that has none
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="Could not find a config file in", category=UserWarning)
+        apart = [group for group in (["full"], ["peft", "lorafuse"]) if set(group) & set(args.ways)]
+        apart = [[way for way in group if way in args.ways] for group in apart]
+        together = [[way for way in WAYS if way in args.ways]]
+        train = Training(args.rank, case.batch * case.tokens, getattr(torch, args.dtype).itemsize, case.checkpointing)
+        turns = together if fits(together_bytes(case.sizes, together[0], train), free_bytes(device)) else apart
+        run = _run_turns(turns, case, args, device, progress)
+        if run.failed and turns != apart:
+            turns = apart
+            run = _run_turns(turns, case, args, device, progress)
+    if not run.figures:
+        raise MemoryError("; ".join(f"{way}: {reason}" for way, reason in run.failed.items()))
+    return _result(run, turns)
+
+
+def _run_turns(
+    turns: list[list[str]], case: Case, args: argparse.Namespace, device: torch.device, progress: Progress
+) -> _Run:
+    run = _Run(case, args, device, progress)
+    for ways in turns:
+        try:
+            _run_group(run, ways, args.seconds / len(turns))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # in what the ways share
+            for way in ways:
+                run.failed.setdefault(way, _reason(error))
+        _release(device)
+    losses = run.first
+    if len(losses) == 2:
+        difference, bound = abs(losses["full"] - losses["base"]), training.loss_bound(run.dtype, losses["base"])
+        if not difference <= bound:
+            raise Wrong(
+                f"full fine-tuning begins at a loss of {losses['full']:.6f}, the base without adapters has "
+                f"{losses['base']:.6f}: above {bound:.1e} apart"
+            )
+        run.parity["full_from_base"] = difference
+    return run
+
+
+def _run_group(run: _Run, ways: list[str], seconds: float) -> None:
+    """Build the ways, check them, let them take turns, measure memory: figures, reasons and parity go into `run`."""
+    trainees = _build(run, ways)
+    warm_up = max(1, run.args.rounds // 10)
+    total, order, end = warm_up + run.args.rounds, random.Random(0), time.monotonic() + seconds
+    for index in range(total):
+        if index >= warm_up + min(_LEAST_ROUNDS, run.args.rounds) and time.monotonic() > end:
+            break
+        ids = run.ids(index)
+        for trainee in order.sample(trainees, len(trainees)):
+            run.progress(index, total, f"{trainee.name}, step {index + 1}")
+            run.attempt(trainee.name, lambda trainee=trainee, ids=ids: trainee.step(ids))  # type: ignore[misc]
+            if trainee.name in run.failed:
+                # the others must not pay for what it left
+                trainee.optimizer.zero_grad()
+        trainees = [trainee for trainee in trainees if trainee.name not in run.failed]
+    _check_losses(run)
+    for trainee in trainees:
+        run.progress(total, total, f"memory of {trainee.name}")
+        memory = run.attempt(trainee.name, lambda trainee=trainee: trainee.memory(run.ids(0)))  # type: ignore[misc]
+        if memory is not None:
+            run.figures[trainee.name] = _figures(run, trainee, warm_up) | memory | run.built[trainee.name]
+
+
+def _build(run: _Run, ways: list[str]) -> list[Trainee]:
+    """The ways that fit, each checked on the first micro-batch: patched against PEFT, full against the base."""
+    run.progress(0, 1, f"building {run.case.model.name}")
+    micro = run.ids(0)[0]
+    base = build(run.case.model, run.case.sizes, run.dtype, run.device)
+    parameters = sum(p.numel() for p in base.parameters())
+    if run.case.checkpointing:
+        # non-reentrant: inputs need no gradient for it
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    trainees: list[Trainee] = []
+
+    def take(way: str, model: Any, **facts: Any) -> None:
+        trainee = Trainee(way, model)
+        trainees.append(trainee)
+        run.losses[way] = trainee.losses
+        run.built[way] = {"parameters": parameters, "trained": sum(p.numel() for p in trainee.trained), **facts}
+
+    if "full" in ways:
+        full = base if ways == ["full"] else run.attempt("full", lambda: copy.deepcopy(base))
+        seen = run.attempt("full", lambda: training.observe(full, micro, gradients=False)) if full is not None else None
+        if seen is not None:
+            run.first["full"] = seen.loss
+            take("full", full)
+    if ways == ["full"]:
+        return trainees
+    run.progress(0, 1, "comparing patched with PEFT")
+    stock = adapted(base, run.args.rank)
+    patched = twin(stock) if "lorafuse" in ways else None
+    without = training.without_adapters(stock, micro)
+    run.first["base"] = without.loss
+    # also where PEFT is not asked for: it is what patched is compared with
+    peft = run.attempt("peft", lambda: training.observe(stock, micro))
+    if peft is not None and "peft" in ways:
+        take("peft", stock)
+    if patched is None:
+        return trainees
+    report = patch(patched)
+    if not report.patched:
+        raise Wrong(f"nothing was patched: {report}")
+    ours = run.attempt("lorafuse", lambda: training.observe(patched, micro))
+    if ours is None:
+        return trainees
+    take("lorafuse", patched, patched=len(report.patched), skipped=len(report.skipped))
+    if peft is None:
+        run.parity["not_compared"] = "PEFT ran out of memory on the first micro-batch"
+    else:
+        found = training.compare(
+            ours, peft, without, lambda: training.half_adapters(stock, micro, run.dtype), run.dtype
+        )
+        if wrong := found.pop("wrong"):
+            raise Wrong(str(wrong))
+        run.parity["first_micro_batch"] = found
+    return trainees
+
+
+def _check_losses(run: _Run) -> None:
+    """Raises Wrong for a loss that is not finite, and where PEFT and patched part by more than `loss_bound`."""
+    losses = run.losses
+    for name, taken in losses.items():
+        for step, loss in enumerate(taken):
+            if not math.isfinite(loss):
+                raise Wrong(f"{name}: the loss of step {step + 1} is {loss}")
+    if not {"peft", "lorafuse"} <= losses.keys():
+        return
+    largest, steps = 0.0, min(len(losses["peft"]), len(losses["lorafuse"]))
+    for step, (ours, peft) in enumerate(zip(losses["lorafuse"][:steps], losses["peft"][:steps], strict=True)):
+        bound = training.loss_bound(run.dtype, peft)
+        if not abs(ours - peft) <= bound:
+            raise Wrong(f"step {step + 1}: lorafuse has loss {ours:.6f}, PEFT {peft:.6f}: above {bound:.1e} apart")
+        largest = max(largest, abs(ours - peft))
+    if steps:
+        run.parity |= {"steps": steps, "largest_loss_difference": largest}
+
+
+def _figures(run: _Run, trainee: Trainee, warm_up: int) -> dict[str, Any]:
+    seconds = trainee.seconds[warm_up:]
+    median = statistics.median(seconds)
+    case = run.case
+    tokens = case.accumulate * case.batch * case.tokens
+    flops = step_flops(case.sizes, trainee.name, run.args.rank, tokens, case.tokens)
+    return {
+        "step": {"median": median, "p20": percentile(seconds, 0.2), "p80": percentile(seconds, 0.8)},
+        "rounds": len(seconds),
+        "tokens_per_s": tokens / median,
+        "model_flops": flops,
+        "flops_per_s": flops / median,
+        "mfu": flops / median / peaks.matmul_flops(run.dtype, run.device),
+        "first_loss": trainee.losses[0],
+        "last_loss": trainee.losses[-1],
+    }
+
+
+def _result(run: _Run, turns: list[list[str]]) -> dict[str, Any]:
+    case, args = run.case, run.args
+    whole = Sizes.of(case.model.config())
+    variants = {way: run.figures[way] for way in WAYS if way in run.figures}
+    if "full" in variants:
+        for figure in variants.values():
+            figure["ratio_to_full"] = figure["step"]["median"] / variants["full"]["step"]["median"]
+    return {
+        "kind": "model", "case": case.name, "model": case.model.name,
+        "weights": "real" if case.model.real else "random",
+        "layers": case.sizes.layers, "layers_of_model": whole.layers,
+        "vocabulary": case.sizes.vocabulary, "vocabulary_of_model": whole.vocabulary,
+        "accumulate": case.accumulate, "batch": case.batch, "tokens": case.tokens,
+        "tokens_per_step": case.accumulate * case.batch * case.tokens,
+        "checkpointing": case.checkpointing, "R": args.rank, "dtype": args.dtype,
+        "peak_flops_per_s": peaks.matmul_flops(run.dtype, run.device),
+        "turns": turns, "parity": run.parity, "variants": variants,
+        "failed": {way: reason for way, reason in run.failed.items() if way in args.ways},
+    }  # fmt: skip
+
+
+def _reason(error: BaseException) -> str:
+    return f"out of memory: {str(error).partition(chr(10))[0]}"
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,198 @@
+"""One way to train a model: optimizer steps of several micro-batches, timed; what they hold; whether it is right."""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafuse.testing.memory import peak_bytes
+from lorafuse.testing.numerics import relative_l2, rounding, tolerance
+
+__all__ = ["Seen", "Trainee", "batches", "compare", "half_adapters", "loss_bound", "observe", "without_adapters"]
+
+# so that losses stay finite and yet move: of adapters, and of whole models
+_LEARNING_RATE = {"full": 1e-5, "adapters": 1e-4}
+# relative L2 of logits and gradients in float32, and of every loss: what issues of equality in Hugging Face's
+# libraries allow between two implementations
+_FP32_BOUND = 1e-3
+# logits of so many tokens are compared, a whole vocabulary each
+_POSITIONS = 64
+
+
+def batches(vocabulary: int, size: tuple[int, int, int], step: int, device: torch.device) -> Tensor:
+    """Token ids `[accumulate, batch, tokens]` of a step, the same ones for the same step."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    return torch.randint(vocabulary, size, generator=generator).to(device)
+
+
+@dataclass
+class Trainee:
+    """A model in training, and what was seen of it: mean loss and seconds of each step."""
+
+    name: str
+    model: Any
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        rate = _LEARNING_RATE.get(self.name, _LEARNING_RATE["adapters"])
+        self.optimizer = torch.optim.AdamW(self.trained, lr=rate, weight_decay=0.0)
+
+    def backward(self, ids: Tensor) -> Tensor:
+        """Mean loss of the micro-batches `[accumulate, batch, tokens]`, with its gradients added to what is there."""
+        total = torch.zeros((), device=ids.device)
+        for micro in ids:
+            loss: Tensor = self.model(input_ids=micro, labels=micro).loss / len(ids)
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def update(self, ids: Tensor) -> Tensor:
+        """One optimizer step; its loss."""
+        loss = self.backward(ids)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+    def step(self, ids: Tensor) -> None:
+        """One optimizer step, timed from an idle device to an idle device."""
+        _synchronize(ids.device)
+        start = time.perf_counter()
+        loss = self.update(ids)
+        _synchronize(ids.device)
+        self.seconds.append(time.perf_counter() - start)
+        self.losses.append(loss.item())
+
+    def memory(self, ids: Tensor) -> dict[str, int]:
+        """Bytes: of weights, gradients and optimizer state, the most a whole step holds beside weights and state, and
+        all of that together.
+
+        The step that is measured has two micro-batches at most: what the second one meets, gradients, is what every
+        further one meets.
+        """
+        step = peak_bytes(lambda: self.update(ids[:2]), ids.device)
+        weights = _bytes(list(self.model.parameters()))
+        state = _bytes([v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)])
+        return {
+            "weights_bytes": weights,
+            "gradient_bytes": _bytes(self.trained),
+            "optimizer_bytes": state,
+            "step_peak_bytes": step,
+            "peak_bytes": weights + state + step,
+        }
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass
+class Seen:
+    """What one micro-batch gives: loss, logits `[positions, vocabulary]` in float32, gradients of what is trained."""
+
+    loss: float
+    logits: Tensor
+    gradients: dict[str, Tensor]
+
+    def unused(self) -> list[str]:
+        """Names of trained parameters whose gradient is zero, missing or not finite."""
+        return [name for name, grad in self.gradients.items() if not (grad.any() and grad.isfinite().all())]
+
+
+def observe(model: Any, micro: Tensor, gradients: bool = True) -> Seen:
+    """Loss, logits and gradients of token ids `[batch, tokens]`; leaves no gradient behind."""
+    with nullcontext() if gradients else torch.no_grad():
+        out = model(input_ids=micro, labels=micro)
+    logits = out.logits.detach().flatten(0, 1)
+    stride = -(-len(logits) // _POSITIONS)
+    seen = Seen(out.loss.item(), logits[::stride].float(), {})
+    if gradients:
+        out.loss.backward()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                found = torch.zeros(()) if parameter.grad is None else parameter.grad.float().clone()
+                seen.gradients[name] = found
+                parameter.grad = None
+    return seen
+
+
+def without_adapters(model: Any, micro: Tensor) -> Seen:
+    """What the base of a PEFT model gives, without gradients."""
+    with model.disable_adapter():
+        return observe(model, micro, gradients=False)
+
+
+def half_adapters(model: Any, micro: Tensor, dtype: torch.dtype) -> Seen:
+    """What a PEFT model gives with its adapters in the base's dtype; they are float32 again afterwards."""
+    kept = {p: p.data for p in model.parameters() if p.requires_grad}
+    try:
+        for parameter in kept:
+            parameter.data = parameter.data.to(dtype)
+        return observe(model, micro)
+    finally:
+        for parameter, data in kept.items():
+            parameter.data = data
+
+
+def loss_bound(dtype: torch.dtype, loss: float) -> float:
+    """How far losses of two right ways may be apart, at a loss of that size.
+
+    In float32 1e-3 of it. In bfloat16 and float16 the table's tolerance of a result (`tolerance`): the rounding of one
+    step goes into the weights of the next, so that two right runs part by more than one forward pass does; one forward
+    and backward pass are held to the three-way rule by `compare`.
+    """
+    return (_FP32_BOUND if dtype is torch.float32 else tolerance(dtype)) * max(1.0, abs(loss))
+
+
+def compare(ours: Seen, peft: Seen, base: Seen, half: Callable[[], Seen], dtype: torch.dtype) -> dict[str, float | str]:
+    """Patched against PEFT on one micro-batch: relative L2 errors of logits and gradients, their bounds, what is wrong.
+
+    In float32 the bound is 1e-3. In bfloat16 and float16 it is the three-way rule with what rounds as ours does in
+    torch's place: PEFT with adapters in that dtype (`half`), whose distance from PEFT as shipped may be reached twice,
+    plus one rounding. Between two equally rounded results and an exact one twice is what the triangle inequality gives.
+    A bound of the logits that the adapters' own effect does not exceed would show nothing: that is wrong too.
+    """
+    names = list(peft.gradients)
+
+    def apart(one: Seen) -> dict[str, float]:
+        return {
+            "logits": relative_l2(one.logits, peft.logits),
+            "gradients": relative_l2(_flat(one, names), _flat(peft, names)),
+        }
+
+    errors = apart(ours)
+    if dtype is torch.float32:
+        bounds = dict.fromkeys(errors, _FP32_BOUND)
+    else:
+        bounds = {name: 2 * error + rounding(dtype) for name, error in apart(half()).items()}
+    effect = relative_l2(base.logits, peft.logits)
+    wrong = [
+        f"{name} of the first micro-batch are {error:.1e} from PEFT's, above {bounds[name]:.1e}"
+        for name, error in errors.items()
+        if not error <= bounds[name]
+    ]
+    if not effect > bounds["logits"]:
+        wrong.append(f"the adapters change the logits by {effect:.1e} only, below the bound {bounds['logits']:.1e}")
+    if unused := ours.unused() + peft.unused():
+        wrong.append(f"no gradient reaches {', '.join(unused[:3])}, {len(unused)} parameters in all")
+    return {
+        "wrong": "; ".join(wrong),
+        "adapters_effect": effect,
+        **{f"{name}_error": error for name, error in errors.items()},
+        **{f"{name}_bound": bound for name, bound in bounds.items()},
+    }
+
+
+def _flat(seen: Seen, names: list[str]) -> Tensor:
+    """All gradients as one vector, in PEFT's order. Patching renames nothing."""
+    return torch.cat([seen.gradients[name].flatten() for name in names])

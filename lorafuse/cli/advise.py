@@ -1,0 +1,85 @@
+"""Say how much LoRA a model needs for its data: rank, learning rate, batch, memory, time, and the code to start with.
+
+Every line says how sure it is and where it comes from. A model's directory or config.json is enough; weights are read
+only by --probe.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafuse.advise import plan_adapter, probe_ranks
+from lorafuse.advise.data import load_tokenizer, read_rows
+
+SUMMARY = "rank, learning rate, batch, memory and time for a model and its data"
+
+__all__ = ["SUMMARY", "add_arguments", "run"]
+
+_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
+
+
+def _number(text: str) -> int:
+    unit = _UNITS.get(text[-1:].lower(), 1)
+    digits = text[:-1] if unit > 1 else text
+    try:
+        return round(float(digits.replace("_", "")) * unit)
+    except (ValueError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number like 250000, 250k or 10M") from error
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, help="a model's directory, or its config.json")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--tokens", type=_number, metavar="N", help="supervised tokens of one epoch: 250k, 10M")
+    data.add_argument("--episodes", type=_number, metavar="N", help="policy-gradient episodes of the run")
+    data.add_argument("--data", type=Path, metavar="FILE", help="JSON lines: messages, prompt and completion, or text")
+    parser.add_argument("--goal", choices=("sft", "rl"), help="(rl with --episodes, else sft)")
+    parser.add_argument("--rank", type=int, help="use this rank instead of the advised one")
+    parser.add_argument("--gpu", help="model the step time on it: H200, A100, …")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence (2048)")
+    parser.add_argument("--micro-batch", type=int, default=4, help="sequences of a device at a time (4)")
+    parser.add_argument("--devices", type=int, default=1, help="devices that train together (1)")
+    parser.add_argument("--batch", type=int, help="sequences of an optimizer step (32)")
+    parser.add_argument("--epochs", type=float, default=1, help="passes over the data (1)")
+    parser.add_argument("--rollouts", type=int, default=1, help="episodes for each line of --data with --goal rl (1)")
+    parser.add_argument("--active-experts", type=int, metavar="N", help="of a token, where the model does not say it")
+    parser.add_argument(
+        "--probe", type=int, metavar="N", help="ranks by layer, from the gradients of N lines of --data"
+    )
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0; raises ValueError and FileNotFoundError for what cannot be."""
+    names = "tokens", "episodes", "data", "goal", "rank", "gpu", "length", "micro_batch", "devices", "batch", "epochs"
+    given = {name: getattr(args, name) for name in (*names, "rollouts", "active_experts")}
+    advice = plan_adapter(args.model, **given)
+    if args.probe is not None:
+        patterns = _probe(args, advice.rank)
+        advice = plan_adapter(args.model, **given | patterns)
+    print(json.dumps(advice.as_dict(), indent=1) if args.json else advice)
+    return 0
+
+
+def _probe(args: argparse.Namespace, rank: int) -> dict[str, Any]:
+    if args.probe < 1:
+        raise ValueError(f"--probe {args.probe}: it must be at least 1")
+    if args.data is None or not args.model.is_dir():
+        raise ValueError("--probe needs --data FILE and --model DIRECTORY with weights")
+    from transformers import AutoModelForCausalLM
+
+    rows = read_rows(args.data, load_tokenizer(args.model))[: args.probe]
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(args.model))
+    except OSError as error:
+        raise FileNotFoundError(f"--probe: {args.model} has no weights that transformers can load ({error})") from error
+    batches = []
+    for row in rows:
+        ids = torch.tensor(row.ids[: args.length])
+        labels = torch.where(torch.tensor(row.supervised[: args.length]), ids, -100)
+        batches.append({"input_ids": ids[None], "labels": labels[None]})
+    probe = probe_ranks(model, batches, rank)
+    return {"rank_pattern": probe.rank_pattern, "alpha_pattern": probe.alpha_pattern}

@@ -1,0 +1,359 @@
+"""The advisor (T1): the published figures come out exactly, counts are PEFT's, the snippet runs, bad input is clear."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from tiny_models import tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from lorafuse import advise, cli
+from lorafuse.advise import capacity, data, schedule
+from lorafuse.advise.sources import FINDINGS, SURE
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+QWEN_MOE = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "vocab_size": 151936,
+}
+
+
+def written(folder, settings):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("models") / "Llama-3.1-8B", LLAMA)
+
+
+@pytest.fixture(scope="module")
+def llama_shapes(llama):
+    return advise.shapes_of(llama)
+
+
+def tiny_moe():
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 64}
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes, **more))
+
+
+def test_counts_of_llama_are_the_published_ones(llama_shapes):
+    assert advise.per_rank(llama_shapes) == {"mlp": 1_769_472, "attention": 851_968, "unembedding": 132_352}
+    assert advise.trainable(llama_shapes, 1, unembedding=True) == 2_753_792
+    assert advise.trainable(llama_shapes, 256, unembedding=True) == 704_970_752
+    assert advise.trainable(llama_shapes, 16) == 16 * (1_769_472 + 851_968)
+
+
+def test_learning_rates_are_the_published_ones():
+    assert f"{advise.learning_rate(4096, 'llama').lora:.3e}" == "2.856e-04"
+    assert f"{advise.learning_rate(4096, 'qwen3').lora:.3e}" == "4.730e-04"
+    assert f"{advise.learning_rate(5120, 'qwen3').lora:.3e}" == "4.649e-04"
+    assert f"{advise.learning_rate(8192, 'llama').lora:.3e}" == "1.662e-04"
+
+
+def test_short_runs_take_fifteen_times_and_others_ten():
+    short, long = (advise.learning_rate(4096, "llama", steps) for steps in (99, 100))
+    assert (short.multiple, long.multiple) == (15, 10)
+    assert short.lora == pytest.approx(15 * short.full)
+    assert long.full == advise.full_learning_rate(4096, 0.781)
+
+
+@pytest.mark.parametrize(("hidden", "exponent"), [(4096, 0.781), (576, 0.0775)])
+def test_an_unknown_family_takes_the_lower_rate_and_says_so(hidden, exponent):
+    rate = advise.learning_rate(hidden, "gemma3")
+    assert rate.exponent == exponent
+    assert not rate.published
+    assert rate.lora == min(advise.learning_rate(hidden, family).lora for family in ("llama", "qwen3"))
+
+
+@pytest.mark.parametrize(("rank", "ratio"), [(16, 0.6745), (64, 0.6979), (256, 0.7917)])
+def test_flops_ratio_is_the_published_one(rank, ratio):
+    assert round(advise.square_flops_ratio(4096, rank), 4) == ratio
+    layer = advise.Linear("q_proj", "attention", 4096, 4096)
+    shapes = advise.ModelShapes("square", "", 4096, 0, 1, layer.weights, (layer,))
+    assert advise.flops_ratio(shapes, rank) == pytest.approx(advise.square_flops_ratio(4096, rank), rel=1e-12)
+
+
+def test_experts_share_the_total_rank(tmp_path):
+    shapes = advise.shapes_of(written(tmp_path, QWEN_MOE))
+    assert (shapes.experts, shapes.active_experts) == (128, 8)
+    assert shapes.parameters == 30_532_122_624
+    assert advise.per_rank(shapes)["experts"] == 48 * 128 * (1536 + 2048 + 2048 + 768)
+    assert [advise.expert_rank(rank, 8) for rank in (1, 8, 9, 32, 64)] == [1, 1, 2, 4, 8]
+    attention = advise.per_rank(shapes)["attention"]
+    assert advise.trainable(shapes, 32) == 32 * attention + 4 * advise.per_rank(shapes)["experts"]
+
+
+def run_snippet(source, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    found = {}
+    exec(source, found)
+    return found["config"], found["args"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "moe"])
+def test_the_snippet_runs_and_trains_as_many_parameters_as_said(family, tmp_path, monkeypatch):
+    model = tiny_moe() if family == "moe" else tiny(family)
+    advice = advise.plan_adapter(model, tokens=1000, rank=4)
+    config, args = run_snippet(advice.snippet, tmp_path, monkeypatch)
+    assert args.gradient_accumulation_steps * args.per_device_train_batch_size == advice.request.batch
+    assert args.learning_rate == pytest.approx(advice.learning_rate.lora, rel=1e-3)
+    adapted = peft.get_peft_model(model, config)
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == advice.trainable
+    # an adapted model has the shapes of its base
+    again = advise.shapes_of(adapted)
+    assert {(x.name, x.kind) for x in again.linears} == {(x.name, x.kind) for x in advice.shapes.linears}
+    assert again.parameters == advice.shapes.parameters
+
+
+def test_the_smallest_comfortable_rank_is_the_smallest(llama_shapes):
+    for tokens in (1, 10**6, 10**7, 10**8):
+        rank = advise.rank_for(llama_shapes, advise.data_bits(tokens=tokens), "sft")
+        assert advise.trainable(llama_shapes, rank.comfortable) >= tokens
+        assert rank.comfortable == 1 or advise.trainable(llama_shapes, rank.comfortable - 1) < tokens
+        assert rank.advised >= max(rank.comfortable, 8)
+        assert rank.verdict == "lora"
+
+
+def test_more_data_than_the_adapter_holds_is_full_fine_tuning(llama_shapes):
+    most = advise.trainable(llama_shapes, 512)
+    assert advise.rank_for(llama_shapes, most, "sft").verdict == "lora"
+    assert advise.rank_for(llama_shapes, most + 1, "sft").verdict == "tight"
+    assert advise.rank_for(llama_shapes, 2 * most + 1, "sft").verdict == "full"
+
+
+def test_reinforcement_learning_needs_little(llama_shapes):
+    # MATH: 10,000 problems with 32 episodes each
+    rank = advise.rank_for(llama_shapes, advise.data_bits(episodes=320_000), "rl")
+    assert (rank.comfortable, rank.advised) == (1, 4)
+
+
+def test_no_rank_is_advised_that_costs_more_than_full_fine_tuning():
+    shapes = advise.shapes_of(tiny("llama"))
+    highest = capacity.highest_rank(shapes)
+    assert advise.flops_ratio(shapes, highest) <= 1 < advise.flops_ratio(shapes, highest + 1)
+
+
+def test_accumulation_keeps_the_batch():
+    assert advise.accumulation(512, 4, 8) == 16
+    assert advise.accumulation(10, 4) == 2
+    with pytest.raises(
+        ValueError, match="--micro-batch 4 on 3 devices is 12 sequences a step, more than the batch of 10"
+    ):
+        advise.accumulation(10, 4, 3)
+    assert schedule.optimizer_steps(65, 32, 2) == 6
+
+
+def test_a_batch_above_the_ceiling_is_cut(llama):
+    advice = advise.plan_adapter(llama, tokens=10**7, batch=2048)
+    assert advice.request.batch == 512
+    assert "cut from 2048" in str(advice)
+
+
+def test_memory_adds_up(llama_shapes):
+    full = advise.memory(llama_shapes, "full", 16, 8192, checkpointing=True)
+    lora, qlora = (advise.memory(llama_shapes, way, 16, 8192, checkpointing=True) for way in ("lora", "qlora"))
+    assert full.trained == 16 * llama_shapes.parameters
+    assert lora.frozen == 2 * llama_shapes.parameters
+    assert lora.trained == 16 * advise.trainable(llama_shapes, 16)
+    packed = sum(x.weights for x in llama_shapes.adapted)
+    assert qlora.frozen == round(2 * (llama_shapes.parameters - packed) + packed * 4.127 / 8)
+    without = advise.memory(llama_shapes, "lora", 16, 8192, checkpointing=False)
+    assert without.activations > 5 * lora.activations
+    with pytest.raises(ValueError, match="'dora' is not one of full, lora, qlora"):
+        advise.memory(llama_shapes, "dora", 16, 8192, checkpointing=False)
+
+
+@pytest.mark.parametrize("model", [tiny, tiny_moe])
+def test_step_time_is_the_plans(model):
+    advice = advise.plan_adapter(model(), tokens=1000, gpu="h200")
+    ways = advice.step_seconds
+    assert list(ways) == ["frozen", "full fine-tuning", "PEFT", "lorafuse"]
+    assert all(ways.values())
+    assert ways["full fine-tuning"] > ways["frozen"]
+    twice = advise.plan_adapter(model(), tokens=1000, gpu="H200", batch=64).step_seconds
+    assert twice == pytest.approx({way: 2 * seconds for way, seconds in ways.items()})
+
+
+@pytest.fixture
+def tokenizer():
+    words = ["[UNK]", "<u>", "<a>", "<e>", "how", "many", "four", "three"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+
+
+PLAIN = (
+    "{% for m in messages %}{{ '<u> ' if m.role == 'user' else '<a> ' }}{{ m.content }}{{ ' <e> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<a> ' }}{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<u> ' + m.content + ' <e> ' }}{% else %}{{ '<a> ' }}"
+    "{% generation %}{{ m.content }}{{ ' <e>' }}{% endgeneration %}{{ ' ' }}{% endif %}{% endfor %}"
+)
+TURNS = [
+    {"role": "user", "content": "how many"},
+    {"role": "assistant", "content": "four"},
+    {"role": "user", "content": "how"},
+    {"role": "assistant", "content": "three three"},
+]
+
+
+def jsonl(folder, *records):
+    path = folder / "data.jsonl"
+    path.write_text("".join(f"{r if isinstance(r, str) else json.dumps(r)}\n" for r in records))
+    return path
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_of_a_chat_the_answers_are_counted(template, tokenizer, tmp_path):
+    tokenizer.chat_template = template
+    path = jsonl(tmp_path, {"messages": TURNS})
+    # four <e>, three three <e>
+    assert advise.count_file(path, tokenizer) == advise.Count(1, 14, 5, 14)
+    (row,) = data.read_rows(path, tokenizer)
+    kept = [i for i, on in zip(row.ids, row.supervised, strict=True) if on]
+    assert tokenizer.decode(kept).split() == ["four", "<e>", "three", "three", "<e>"]
+
+
+def test_of_a_pair_the_completion_is_counted_and_of_a_text_everything(tokenizer, tmp_path):
+    path = jsonl(tmp_path, {"prompt": "how many ", "completion": "four three"}, {"text": "how many four"})
+    assert advise.count_file(path, tokenizer) == advise.Count(2, 7, 5, 4)
+
+
+def test_bad_lines_are_numbered(tokenizer, tmp_path):
+    path = jsonl(tmp_path, {"text": "how"}, "", "{", "[1]", {"question": "x"}, {"messages": TURNS}, {"text": ""})
+    with pytest.raises(ValueError, match="A line must be") as found:
+        advise.count_file(path, tokenizer)
+    said = str(found.value)
+    for part in ("line 2: it is empty", "line 3: no JSON", "line 4: a list", "line 5: it holds 'question'"):
+        assert part in said
+    assert "line 6: messages, but the tokenizer has no chat template" in said
+    assert "and 1 more" in said
+    with pytest.raises(ValueError, match="it is empty"):
+        advise.count_file(jsonl(tmp_path), tokenizer)
+
+
+def test_every_line_says_how_sure_it_is_and_from_where(llama, capsys):
+    assert cli.main(["advise", "--model", str(llama), "--tokens", "10M", "--gpu", "H200"]) == 0
+    out = capsys.readouterr().out
+    advice = advise.plan_adapter(llama, tokens=10**7, gpu="H200")
+    assert out.strip() == str(advice)
+    for line in advice.lines:
+        assert line.sure in SURE
+        assert all(key.strip() in FINDINGS for key in line.source.split(","))
+        assert f"{line.value}  [{line.sure}; {line.source}]" in out
+        # a modelled number says so on its own line
+        assert line.sure != "model" or "(model)" in line.value
+    assert cli.main(["advise", "--model", str(llama), "--tokens", "10M", "--gpu", "H200", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads(json.dumps(advice.as_dict()))
+    assert found["learning_rate"]["lora"] == pytest.approx(2.856e-4, rel=1e-3)
+
+
+def test_the_readme_quotes_the_page(llama):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    section = readme.split("## How much LoRA is enough")[1].split("\n## ")[0]
+    quoted = re.findall(r"^  .*\]$", section, re.MULTILINE)
+    lines = str(advise.plan_adapter(llama, tokens=10**7, gpu="H200")).splitlines()
+    assert len(quoted) > 4
+    assert [line for line in quoted if line not in lines] == [], "\n".join(lines)
+
+
+def test_too_much_data_says_full_fine_tuning_or_qlora(llama, capsys):
+    assert cli.main(["advise", "--model", str(llama), "--tokens", "5G"]) == 0
+    said = "use full fine-tuning; or QLoRA at rank 512, and expect 2 to 5 times the steps"
+    assert said in capsys.readouterr().out
+
+
+def test_a_probe_from_the_command_line_ends_in_the_snippet(tokenizer, tmp_path, capsys, monkeypatch):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    path = jsonl(tmp_path, *({"prompt": "how many ", "completion": "four three"} for _ in range(3)))
+    argv = ["advise", "--model", str(tmp_path), "--data", str(path), "--probe", "2", "--rank", "4", "--json"]
+    assert cli.main(argv) == 0
+    found = json.loads(capsys.readouterr().out)
+    config, _ = run_snippet(found["snippet"], tmp_path, monkeypatch)
+    assert config.rank_pattern == found["rank_pattern"] != {}
+    assert found["request"]["tokens"] == 6
+    adapted = peft.get_peft_model(model, config)
+    ranks = {m.r["default"] for m in adapted.modules() if isinstance(m, peft.tuners.lora.Linear)}
+    assert len(ranks) > 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--tokens", "0"], "--tokens 0: it must be at least 1"),
+        (["--tokens", "5", "--goal", "rl"], "--goal rl counts its data by --episodes N"),
+        (["--episodes", "5", "--goal", "sft"], "--goal sft counts its data by --tokens N"),
+        (["--tokens", "5", "--rank", "1025"], "min(N, K) = 1024"),
+        (["--tokens", "5", "--rank", "0"], "--rank 0: it must be at least 1"),
+        (["--tokens", "5", "--gpu", "H20"], "did you mean H200"),
+        (["--tokens", "5", "--batch", "2"], "--micro-batch 4 on 1 devices"),
+        (["--tokens", "5", "--epochs", "0"], "--epochs 0.0: it must be above 0"),
+        (["--data", "absent.jsonl"], "no tokenizer there"),
+        (["--tokens", "5", "--probe", "2"], "--probe needs --data FILE"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(argv, said, llama, capsys):
+    assert cli.main(["advise", "--model", str(llama), *argv]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "must be a JSON object"), ("{}", "with a model_type"), ('{"model_type": "novel"}', "does not know")],
+)
+def test_a_bad_configuration_is_refused(text, said, tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json there"):
+        advise.shapes_of(tmp_path / "absent")
+    (tmp_path / "config.json").write_text(text)
+    assert cli.main(["advise", "--model", str(tmp_path), "--tokens", "5"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_plain_module_is_counted_from_its_layers():
+    model = torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.ReLU(), torch.nn.Linear(20, 12))
+    shapes = advise.shapes_of(model)
+    assert advise.per_rank(shapes) == {"other": 64}
+    assert shapes.parameters == 12 * 20 * 2 + 32
+    with pytest.raises(ValueError, match="no linear layer"):
+        advise.shapes_of(torch.nn.ReLU())
+
+
+def test_import_is_lean():
+    code = "import lorafuse.advise, sys; print([n for n in ('transformers', 'peft') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,399 @@
+"""`lorafuse bench model`: its figures, its checks against planted errors, memory that runs out, bad input."""
+
+import argparse
+import io
+import json
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_transformers import TINY, TINY_MOE
+
+from lorafuse.bench import model, model_run, training, transformer
+from lorafuse.bench.result import Wrong
+from lorafuse.bench.training import Trainee
+from lorafuse.bench.transformer_cost import WAYS, Sizes, Training, step_flops, training_bytes
+from lorafuse.cli import main
+from lorafuse.integrations import hf_experts, hf_peft, patch
+
+CPU = torch.device("cpu")
+# what matrix products reach is made up here, so that it is known
+PEAK = 2.0e9
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory.\nTried to")
+
+
+@pytest.fixture(autouse=True)
+def _tiny_models(monkeypatch):
+    monkeypatch.setitem(transformer.MODELS, "tiny", TINY)
+    monkeypatch.setitem(transformer.MODELS, "tiny-moe", TINY_MOE)
+    monkeypatch.setattr(model_run.peaks, "matmul_flops", lambda dtype, device: PEAK)
+    # several threads wait for each other longer than such products take
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def options(**changes):
+    """Arguments as the command gives them, of a run that is short."""
+    parser = argparse.ArgumentParser()
+    model.add_arguments(parser)
+    short = {"case": ["tiny"], "layers": 2, "tokens": 8, "accumulate": [1], "checkpointing": "off", "rank": 4}
+    engine = {"device": "cpu", "dtype": "float32", "rounds": 2, "seconds": 60.0}
+    engine |= {"only": None, "baselines": None, "graphs": True}
+    return argparse.Namespace(**vars(parser.parse_args([])) | short | engine | changes)
+
+
+def run(progress=lambda *_: None, **changes):
+    """The result of the only case."""
+    args = options(**changes)
+    (case,) = model.cases(args)
+    return model.run_case(case, args, CPU, progress)
+
+
+def test_every_figure_of_a_result():
+    shown = []
+    with mock.patch.object(hf_peft, "run_linear", wraps=hf_peft.run_linear) as calls:
+        result = run(progress=lambda *call: shown.append(call), accumulate=[3], ways=["full", "peft", "lorafuse"])
+    # 14 layers of one way: a micro-batch in the comparison, three in each of three steps, two in the measured one
+    assert calls.call_count == 14 * (1 + 3 * 3 + 2)
+    assert json.loads(json.dumps(result)) == result
+    expected = {"model": "tiny", "layers": 2, "layers_of_model": 4, "vocabulary": 256, "weights": "random"}
+    expected |= {"accumulate": 3, "batch": 1, "tokens": 8, "tokens_per_step": 24, "checkpointing": False, "R": 4}
+    expected |= {"dtype": "float32", "turns": [["full", "peft", "lorafuse"]], "failed": {}, "peak_flops_per_s": PEAK}
+    assert {key: result[key] for key in expected} == expected
+    sizes = replace(Sizes.of(TINY.config()), layers=2)
+    full, peft, ours = (result["variants"][way] for way in WAYS)
+    for way, figure in result["variants"].items():
+        step = figure["step"]
+        assert 0 < step["p20"] <= step["median"] <= step["p80"]
+        assert figure["rounds"] == 2
+        assert figure["tokens_per_s"] == pytest.approx(24 / step["median"])
+        assert figure["model_flops"] == step_flops(sizes, way, 4, 24, 8)
+        assert figure["mfu"] == pytest.approx(figure["model_flops"] / step["median"] / PEAK)
+        assert figure["ratio_to_full"] == pytest.approx(step["median"] / full["step"]["median"])
+        assert figure["gradient_bytes"] == 4 * figure["trained"]
+        # two moments, and a counter of each parameter
+        assert 0 <= figure["optimizer_bytes"] - 8 * figure["trained"] <= 0.02 * figure["optimizer_bytes"]
+        assert figure["step_peak_bytes"] > figure["gradient_bytes"]
+        assert figure["peak_bytes"] == sum(figure[f"{p}_bytes"] for p in ("weights", "optimizer", "step_peak"))
+    assert full["trained"] == full["parameters"] == peft["parameters"] == full["weights_bytes"] / 4
+    assert peft["trained"] == ours["trained"] == sizes.adapter_weights(4, 0)
+    assert (ours["patched"], ours["skipped"]) == (14, 0)
+    # losses move, and PEFT's and ours are the same
+    assert peft["first_loss"] != peft["last_loss"]
+    assert ours["last_loss"] == pytest.approx(peft["last_loss"], abs=1e-5)
+    parity = result["parity"]
+    assert parity["steps"] == 3
+    assert parity["largest_loss_difference"] < 1e-5
+    assert parity["full_from_base"] < 1e-5
+    assert parity["first_micro_batch"]["adapters_effect"] > 0.1
+    assert [text for _, _, text in shown][-1] == "memory of lorafuse"
+    assert all(0 <= done <= total for done, total, _ in shown)
+
+
+def test_experts_run_fused_and_are_compared():
+    with mock.patch.object(hf_experts, "lora_experts", wraps=hf_experts.lora_experts) as calls:
+        result = run(case=["tiny-moe"], checkpointing="on", ways=["peft", "lorafuse"])
+    # two layers, twice with checkpointing, in the comparison, the three steps, and the measured one
+    assert calls.call_count == 2 * 2 * 5
+    assert result["variants"].keys() == {"peft", "lorafuse"}
+    # four linear layers and one block of experts in each layer
+    assert result["variants"]["lorafuse"]["patched"] == 10
+    assert result["parity"]["steps"] == 3
+    assert result["variants"]["peft"]["trained"] == replace(Sizes.of(TINY_MOE.config()), layers=2).adapter_weights(4, 8)
+
+
+def test_bfloat16_is_held_to_the_three_way_rule():
+    first = run(dtype="bfloat16")["parity"]["first_micro_batch"]
+    for what in ("logits", "gradients"):
+        # one rounding at least, and much less than what the adapters do
+        assert 2.0**-8 < first[f"{what}_bound"] < first["adapters_effect"]
+        assert first[f"{what}_error"] <= first[f"{what}_bound"]
+
+
+def test_adapters_are_float32_again_after_the_yardstick():
+    sizes = replace(Sizes.of(TINY.config()), layers=1)
+    peft = transformer.adapted(transformer.build(TINY, sizes, torch.bfloat16, CPU), 4)
+    before = {name: p.detach().clone() for name, p in peft.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in before.values()} == {torch.float32}
+    micro = training.batches(256, (1, 1, 8), 0, CPU)[0]
+    half, whole = training.half_adapters(peft, micro, torch.bfloat16), training.observe(peft, micro)
+    assert not torch.equal(half.logits, whole.logits)
+    after = {name: p for name, p in peft.named_parameters() if p.requires_grad}
+    assert all(torch.equal(before[name], after[name]) and after[name].dtype is torch.float32 for name in before)
+    assert all(p.grad is None for p in after.values())
+
+
+def _scaled(patched):
+    for module in patched.modules():
+        # attention has a number of that name
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] *= 1.01
+
+
+def _doubled_gradients(patched):
+    for parameter in patched.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient: 2 * gradient)
+
+
+def _dead_gradient(patched):
+    next(p for p in patched.parameters() if p.requires_grad).register_hook(torch.zeros_like)
+
+
+@pytest.mark.parametrize(
+    ("planted", "said"),
+    [
+        (_scaled, "logits of the first micro-batch"),
+        (_doubled_gradients, "gradients of the first micro-batch"),
+        (_dead_gradient, "no gradient reaches base_model"),
+    ],
+)
+@pytest.mark.parametrize("ways", [["peft", "lorafuse"], ["lorafuse"]])
+def test_a_wrong_patch_has_no_numbers(planted, said, ways, monkeypatch):
+    def wrong_patch(patched):
+        report = patch(patched)
+        planted(patched)
+        return report
+
+    monkeypatch.setattr(model_run, "patch", wrong_patch)
+    with pytest.raises(Wrong, match=said):
+        run(ways=ways)
+
+
+def test_losses_that_part_have_no_numbers(monkeypatch):
+    def another_rate(self):
+        _init(self)
+        if self.name == "lorafuse":
+            self.optimizer.param_groups[0]["lr"] = 0.1
+
+    _init = Trainee.__post_init__
+    monkeypatch.setattr(Trainee, "__post_init__", another_rate)
+    with pytest.raises(Wrong, match="step 2: lorafuse has loss"):
+        run(ways=["peft", "lorafuse"])
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_another_base_has_no_numbers(apart, monkeypatch):
+    build, observe = model_run.build, training.observe
+
+    def observe_changed(one, *rest, **more):
+        if not hasattr(one, "peft_config"):
+            with torch.no_grad():
+                one.get_output_embeddings().weight.mul_(1.5)
+        return observe(one, *rest, **more)
+
+    monkeypatch.setattr(training, "observe", observe_changed)
+    monkeypatch.setattr(model_run, "fits", lambda needed, free: not apart)
+    with pytest.raises(Wrong, match="full fine-tuning begins at a loss of"):
+        run()
+    assert model_run.build is build
+
+
+def test_a_loss_that_is_not_finite_has_no_numbers(monkeypatch):
+    step = Trainee.step
+
+    def broken(self, ids):
+        step(self, ids)
+        if self.name == "full":
+            self.losses[-1] = float("nan")
+
+    monkeypatch.setattr(Trainee, "step", broken)
+    with pytest.raises(Wrong, match="full: the loss of step 1 is nan"):
+        run()
+
+
+def test_nothing_patched_is_an_error(monkeypatch):
+    monkeypatch.setattr(model_run, "patch", lambda patched: patch(torch.nn.Linear(2, 2)))
+    with pytest.warns(UserWarning, match="patched nothing"), pytest.raises(Wrong, match="nothing was patched"):
+        run(ways=["lorafuse"])
+
+
+def _out_of_memory(method, *names, times=10**9, error=NO_MEMORY):
+    """`method` of a trainee of those names, which runs out of memory the first `times` times."""
+    original, left = getattr(Trainee, method), [times]
+
+    def limited(self, ids):
+        if self.name in names and left[0]:
+            left[0] -= 1
+            raise error
+        return original(self, ids)
+
+    return mock.patch.object(Trainee, method, limited)
+
+
+@pytest.mark.parametrize(("way", "method"), [("full", "step"), ("peft", "step"), ("lorafuse", "memory")])
+def test_a_way_out_of_memory_is_reported_and_the_others_go_on(way, method):
+    with _out_of_memory(method, way):
+        result = run()
+    assert result["failed"] == {way: "out of memory: CUDA out of memory."}
+    assert result["variants"].keys() == set(WAYS) - {way}
+    assert result["turns"] == [["full"], ["peft", "lorafuse"]]
+    assert ("largest_loss_difference" in result["parity"]) == (way == "full" or method == "memory")
+    printed = _printed(result)
+    assert f"{way} failed: out of memory" in printed
+
+
+def test_what_does_not_fit_beside_the_others_runs_apart():
+    with _out_of_memory("step", "peft", times=1, error=RuntimeError("can't allocate memory: you tried")):
+        result = run()
+    assert result["failed"] == {}
+    assert result["turns"] == [["full"], ["peft", "lorafuse"]]
+    assert result["variants"].keys() == set(WAYS)
+    assert result["parity"]["full_from_base"] < 1e-5
+
+
+def test_memory_that_runs_out_for_every_way_ends_the_case():
+    with _out_of_memory("step", *WAYS), pytest.raises(MemoryError, match="lorafuse: out of memory"):
+        run()
+
+
+def test_another_error_is_not_taken_for_memory():
+    broken = _out_of_memory("step", "peft", error=RuntimeError("shapes differ"))
+    with broken, pytest.raises(RuntimeError, match="shapes differ"):
+        run()
+
+
+def test_where_peft_has_no_memory_it_is_said_that_nothing_was_compared(monkeypatch):
+    observe = training.observe
+
+    def limited(one, micro, gradients=True):
+        if gradients and not any(type(m).__module__.startswith("lorafuse") for m in one.modules()):
+            raise MemoryError("planted")
+        return observe(one, micro, gradients)
+
+    monkeypatch.setattr(training, "observe", limited)
+    result = run(ways=["peft", "lorafuse"])
+    assert result["failed"] == {"peft": "out of memory: planted"}
+    assert result["variants"].keys() == {"lorafuse"}
+    assert "not compared with PEFT" in _printed(result)
+
+
+def test_the_time_that_is_given_ends_a_case():
+    result = run(rounds=50, seconds=0.0, ways=["peft"])
+    assert result["variants"]["peft"]["rounds"] == 3
+
+
+def _printed(result):
+    console = Console(file=io.StringIO(), width=160)
+    console.print(model.table(result))
+    return console.file.getvalue()
+
+
+def test_table_says_what_was_built_and_how_it_was_compared():
+    printed = _printed(run())
+    for said in ("of\n", "tokens/s", "MFU", "2 of 4 layers", "full and peft and lorafuse", "14 adapted layers patched"):
+        assert said.strip() in printed, said
+    assert "losses of 3 steps at most" in printed
+    assert "(bound 1.0e-03)" in printed
+
+
+def test_losses_before_memory_ran_out_are_compared(monkeypatch):
+    step = Trainee.step
+
+    def limited(self, ids):
+        if self.name == "peft" and len(self.losses) == 2:
+            raise NO_MEMORY
+        step(self, ids)
+        if self.name == planted[0]:
+            self.losses[-1] += 0.1
+
+    monkeypatch.setattr(Trainee, "step", limited)
+    planted = [""]
+    result = run(ways=["peft", "lorafuse"])
+    assert result["parity"]["steps"] == 2
+    assert result["variants"].keys() == {"lorafuse"}
+    planted[0] = "lorafuse"
+    with pytest.raises(Wrong, match="step 1: lorafuse has loss"):
+        run(ways=["peft", "lorafuse"])
+
+
+@pytest.mark.parametrize("case", ["tiny", "tiny-moe"])
+def test_what_was_estimated_holds_what_was_measured(case):
+    found = {}
+    for on in (False, True):
+        result = run(case=[case], checkpointing="on" if on else "off", tokens=96, layers=4)
+        sizes = Sizes.of(transformer.MODELS[case].config())
+        for way, figure in result["variants"].items():
+            assert figure["peak_bytes"] <= training_bytes(sizes, way, Training(4, 96, 4, on)), (way, on)
+            found[way, on] = figure["step_peak_bytes"]
+    assert all(found[way, True] < found[way, False] for way in WAYS)
+
+
+def test_four_micro_batches_are_one_of_four_times_the_size():
+    sizes = replace(Sizes.of(TINY.config()), layers=2)
+    one = Trainee("peft", transformer.adapted(transformer.build(TINY, sizes, torch.float32, CPU), 4))
+    ids = training.batches(256, (4, 2, 8), 0, CPU)
+    found = []
+    for given in (ids, ids.flatten(0, 1)[None]):
+        loss = one.backward(given)
+        found.append((loss, [p.grad.clone() for p in one.trained]))
+        one.optimizer.zero_grad()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
+    # and each of them counts
+    assert not torch.allclose(one.backward(ids[:1]), found[0][0], rtol=1e-5)
+
+
+def test_every_way_and_run_gets_the_same_batches():
+    first, second = (training.batches(256, (2, 1, 8), step, CPU) for step in (0, 1))
+    assert torch.equal(first, training.batches(256, (2, 1, 8), 0, CPU))
+    assert not torch.equal(first, second)
+
+
+def test_cases_are_every_combination():
+    args = options(case=["tiny", "tiny-moe"], accumulate=[1, 4, 4], checkpointing="both")
+    names = [case.name for case in model.cases(args)]
+    assert len(names) == len(set(names)) == 2 * 2 * 2
+    assert "tiny-moe, accumulate 4, checkpointing on" in names
+    assert [case.model.name for case in model.cases(options(case=None, layers=None))] == ["smollm2-135m"]
+    assert {case.model.name for case in model.cases(options(all=True, layers=None))} == set(transformer.MODELS)
+
+
+def test_layers_are_those_of_the_hungriest_way_that_is_asked_for(monkeypatch):
+    whole = Sizes.of(TINY.config())
+    for ways in (["full"], ["lorafuse"]):
+        needed = training_bytes(replace(whole, layers=3), ways[0], Training(4, 8, 4, False))
+        monkeypatch.setattr(model, "free_bytes", lambda device, needed=needed: needed / 0.8)
+        assert model.cases(options(ways=ways, layers=None))[0].sizes == replace(whole, layers=3)
+        assert model.cases(options(layers=None))[0].sizes.layers == (3 if ways == ["full"] else 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"case": ["llama-3.1-8"]}, "the known ones: smollm2-135m, llama-3.1-8b, qwen3-30b-a3b"),
+        ({"tokens": 1}, "--tokens 1: it must be at least 2"),
+        ({"accumulate": [1, 0]}, "--accumulate 0: it must be at least 1"),
+        ({"batch": 0}, "--batch 0"),
+        ({"rank": 0}, "--rank 0"),
+        ({"rounds": 0}, "--rounds 0"),
+        ({"layers": 5}, "--layers 5: tiny has 4"),
+        ({"layers": 3, "case": ["smollm2-135m"]}, "a real model of 30; leave it out"),
+        ({"only": ["addmm"]}, "--only: .* by --ways"),
+        ({"graphs": False}, "--no-graphs"),
+    ],
+)
+def test_bad_input_says_the_value_and_the_fix(changes, said):
+    with pytest.raises(ValueError, match=said):
+        model.cases(options(**changes))
+
+
+def test_the_command_reports_a_model_that_does_not_fit_and_goes_on(tmp_path, monkeypatch, capsys):
+    free = {"tiny": 10**9, "tiny-moe": 10**4}
+    sizes = model._sizes
+
+    def limited(one, args, device, tokens):
+        with mock.patch.object(model, "free_bytes", return_value=free[one.name]):
+            return sizes(one, args, device, tokens)
+
+    monkeypatch.setattr(model, "_sizes", limited)
+    arguments = ["--case", "tiny-moe", "--case", "tiny", "--tokens", "8", "--accumulate", "1", "--rank", "4"]
+    arguments += ["--checkpointing", "off", "--ways", "peft", "lorafuse", "--rounds", "2", "--device", "cpu"]
+    assert main(["bench", "model", *arguments, "--dtype", "float32", "--json", str(tmp_path / "r.json")]) == 0
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert [result["model"] for result in written["results"]] == ["tiny"]
+    assert "not one layer of tiny-moe fits" in written["not_run"]["tiny-moe, accumulate 1, checkpointing off, 0 layers"]
+    assert "no numbers, out of memory" in capsys.readouterr().out
