@@ -184,10 +184,10 @@ def _newer_layers(root: Path) -> str:
     if file is None:
         return f"LoRA tax against rank and M on a CPU without AMX: {ABSENT}."
     content = load(file)
-    said = f"On {tables.conditions(content)}: `{_named(root, file)}`."
+    said = f"{tables.conditions(content)}: `{_named(root, file)}`."
     if graph is None:
         return f"{said}\n\n{tables.layers(content)}"
-    return f"![LoRA tax: {graph[0]}](docs/{graph[0]}.png)\n\nThe graph: {_named(root, graph[1])}. {said}"
+    return f"![LoRA tax: {graph[0]}](docs/{graph[0]}.png)\n\nThe graph is of `{_named(root, graph[1])}`. {said}"
 
 
 def _newer_experts(root: Path) -> str:
@@ -215,18 +215,18 @@ def _gpus(root: Path, gpus: list[tuple[Path, dict]]) -> str:
 def results(root: Path) -> str:
     """bench/README.md's section: of every published file the conditions, then its tables."""
     parts = []
-    listed = [(one.title, found(root, one), one.pattern) for one in PUBLISHED]
-    known = [file for _, file, _ in listed]
+    listed = [(one.title, found(root, one)) for one in PUBLISHED]
+    known = [file for _, file in listed]
     for file in on_gpus(root):
         if file not in known:
             content = load(file)
-            listed.append((f"{content['kind']}, {content['conditions']['device']}", file, file.name))
-    for title, file, pattern in listed:
-        said = f"`bench/results/{pattern.replace('*', '<date>')}`: {ABSENT}."
-        parts.append(f"### {title}\n\n" + (said if file is None else tables.everything(load(file), _named(root, file))))
+            listed.append((f"{content['kind']}, {content['conditions']['device']}", file))
+    for title, file in listed:
+        said = f"{ABSENT.capitalize()}." if file is None else tables.everything(load(file), _named(root, file))
+        parts.append(f"### {title}\n\n{said}")
     for one in DEMO.values():
         file = found(root, one)
-        said = f"{ABSENT}." if file is None else tables.all_conditions(load(file), _named(root, file))
+        said = f"{ABSENT.capitalize()}." if file is None else tables.all_conditions(load(file), _named(root, file))
         parts.append(f"### {one.title}\n\n{said}" + ("" if file is None else f"\n\n{tables.demo_steps(load(file))}"))
     if not on_gpus(root):
         parts.append(f"### GPUs\n\n{ABSENT.capitalize()}.")

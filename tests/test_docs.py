@@ -15,7 +15,10 @@ from lorafuse import cli, env
 pytestmark = pytest.mark.no_poison
 
 ROOT = Path(__file__).parents[1]
-DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "bench/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 SUFFIXES = {
     ".py",
     ".md",
@@ -130,7 +133,7 @@ def table_of_variables(markdown):
     return re.findall(r"^\| `(LORAFUSE_\w+)` \| `([^`]*)` \| (.*) \|$", markdown, re.MULTILINE)
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
 class TestEveryDocument:
     def test_paths_exist(self, path):
         assert missing_paths(path.read_text()) == []
