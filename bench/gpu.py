@@ -50,6 +50,11 @@ def steps(out: Path) -> list[Step]:
         options = ["--case", case, "--m", str(m), "--routing", routing, "--json", str(out / f"{file}.json")]
         return Step(file, [python, "-m", "lorafuse", "bench", "moe", *options], 2 * _CASE)
 
+    def model(case: str, layers: int) -> Step:
+        options = ["--case", case, "--layers", str(layers), "--accumulate", "1", "--checkpointing", "off"]
+        options += ["--rounds", "10", "--json", str(out / f"model-{case}.json")]
+        return Step(f"model-{case}", [python, "-m", "lorafuse", "bench", "model", *options], 2 * _CASE)
+
     llama = [f"llama-3.1-8b.{name}" for name in ("q", "k", "gate", "down")]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
     smoke = [*pytest, "tests/test_triton_linear.py", "-k", "gate or test_dropout"]
@@ -66,6 +71,7 @@ def steps(out: Path) -> list[Step]:
         experts(8192, "qwen3-30b-a3b", "balanced"),
         Step("gpu-tests", [*pytest, "tests/test_gpu.py", "tests/test_gpu_experts.py"], 120),
         layer(2048, 16, *llama),
+        model("llama-3.1-8b", 4),
         layer(8192, 16, *llama[1:]),
         Step("all-kernel-tests", [*pytest, "tests/test_triton_linear.py", "tests/test_philox.py", *parallel], 180),
         Step("all-experts-tests", [*pytest, "tests/test_triton_experts.py", *parallel], 120),
@@ -111,7 +117,7 @@ def run(step: Step, out: Path, left: float) -> None:
 
 
 def table(out: Path) -> list[str]:
-    """One line for each measured layer or block: tax of every variant."""
+    """One line for each measured layer, block or model: tax, or tokens/s, of every variant."""
     lines = []
     for file in sorted([*out.glob("layers-*.json"), *out.glob("experts-*.json")]):
         for result in json.loads(file.read_text())["results"]:
@@ -120,6 +126,10 @@ def table(out: Path) -> list[str]:
                 f"{name} {v['tax']:.1%}" for name, v in result["variants"].items() if name not in ("frozen", "full")
             )
             lines.append(f"{result['case']} M {result['M']} R {result['R']}: frozen {frozen:.0f} us, tax: {taxes}")
+    for file in sorted(out.glob("model-*.json")):
+        for result in json.loads(file.read_text())["results"]:
+            speeds = "  ".join(f"{name} {way['tokens_per_s']:.0f}" for name, way in result["variants"].items())
+            lines.append(f"{result['case']}, tokens/s: {speeds}")
     return lines
 
 

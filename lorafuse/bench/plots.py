@@ -38,13 +38,13 @@ _STYLES = {
     "lorafuse-triton-single": Style("#f0a58f", "p", "oo"),
     "lorafuse-cuda": Style("#b5476b", "h", "**"),
     "lorafuse-cuda-single": Style("#e8a0bf", "d", "OO"),
+    "unsloth": Style("#cc79a7", "X", "///"),
+    "axolotl": Style("#6a3d9a", "*", "\\\\\\"),
+    "axolotl-scattermoe": Style("#b15928", "1", "xxx"),
+    "lorafusion": Style("#4d4d00", "2", "---"),
 }
 # for baselines that are not this project's
 _OTHERS = (
-    Style("#cc79a7", "X", "///"),
-    Style("#6a3d9a", "*", "\\\\\\"),
-    Style("#b15928", "1", "xxx"),
-    Style("#4d4d00", "2", "---"),
     Style("#a6761d", "3", "+++"),
     Style("#386cb0", "4", "ooo"),
 )
