@@ -40,7 +40,8 @@ def steps(out: Path) -> list[Step]:
     parallel = ["-n", "8"] if _has("xdist") else []
 
     def layer(m: int, rank: int, *cases: str) -> Step:
-        file = f"layers-m{m}-r{rank}"
+        # the first layer of the list names the file: several steps have the same sizes
+        file = f"layers-m{m}-r{rank}-{cases[0]}"
         options = [part for case in cases for part in ("--case", case)]
         options += ["--m", str(m), "--rank", str(rank), "--json", str(out / f"{file}.json")]
         return Step(file, [python, "-m", "lorafuse", "bench", "linear", *options], _CASE * len(cases))

@@ -129,6 +129,8 @@ def built(problem: Problem, args: argparse.Namespace, device: torch.device, prog
                 found.runners[one.name].once()
             except Exception as error:
                 found.drop(one.name, error)
+        # in fp64: as large as all operands together, and more
+        del references
         yield found
     finally:
         for runner in found.runners.values():
@@ -142,9 +144,7 @@ def _figures(problem: Problem, one: Baseline, samples: dict[str, Samples], devic
     # ratios of calls of one round, which met the machine in one state
     taxes = [own / floor - 1 for own, floor in zip(taken.total, frozen, strict=True)]
     median = found["total"]["median"]
-    found["tax"] = (
-        median / Samples(samples["frozen"].forward, samples["frozen"].backward).summary()["total"]["median"] - 1
-    )
+    found["tax"] = median / samples["frozen"].summary()["total"]["median"] - 1
     found["tax_p20"], found["tax_p80"] = percentile(taxes, 0.2), percentile(taxes, 0.8)
     if "full" in samples:
         found["ratio_to_full"] = median / samples["full"].summary()["total"]["median"]
