@@ -38,14 +38,16 @@ class Published:
 LAYERS = Published("One linear layer", "cpu-xeon-amx-2026-11-24.json")
 EXPERTS = Published("Experts", "cpu-xeon-amx-2026-11-24-moe.json")
 CACHE = Published("Experts, a larger cache of oneDNN's kernels", "cpu-xeon-amx-2026-11-24-moe-zipf-cache.json")
-NEWER_LAYERS = Published("One linear layer, a CPU without AMX", "cpu-epyc-*-linear.json")
-NEWER_EXPERTS = Published("Experts, a CPU without AMX", "cpu-epyc-*-moe.json")
+# a CPU without instructions for bfloat16, in float32
+NEWER_LAYERS = Published("One linear layer by M and rank, float32", "cpu-epyc-*-linear.json")
+ALL_LAYERS = Published("Every named linear layer, float32", "cpu-epyc-*-linear-all.json")
+NEWER_EXPERTS = Published("Experts, float32", "cpu-epyc-*-moe.json")
 DEMO = {
     "float32": Published("make demo, float32", "cpu-xeon-amx-2026-11-24-demo-float32.json"),
     "bfloat16": Published("make demo, bfloat16", "cpu-xeon-amx-2026-11-24-demo-bfloat16.json"),
 }
 # in the order of bench/README.md; files of version 2 that name CUDA in their conditions follow by themselves
-PUBLISHED = (LAYERS, EXPERTS, CACHE, NEWER_LAYERS, NEWER_EXPERTS)
+PUBLISHED = (LAYERS, EXPERTS, CACHE, NEWER_LAYERS, ALL_LAYERS, NEWER_EXPERTS)
 # README's rows: a model's attention and MLP, and the layers where lorafuse is behind most
 README_CASES = (
     *(f"llama-3.1-8b.{layer}" for layer in ("q", "k", "gate", "down")),
@@ -182,7 +184,7 @@ def _demo(root: Path) -> str:
 def _newer_layers(root: Path) -> str:
     file, graph = found(root, NEWER_LAYERS), wanted_graph(root)
     if file is None:
-        return f"LoRA tax against rank and M on a CPU without AMX: {ABSENT}."
+        return f"LoRA tax against rank and M in float32: {ABSENT}."
     content = load(file)
     said = f"{tables.conditions(content)}: `{_named(root, file)}`."
     if graph is None:
@@ -193,7 +195,7 @@ def _newer_layers(root: Path) -> str:
 def _newer_experts(root: Path) -> str:
     file = found(root, NEWER_EXPERTS)
     if file is None:
-        return f"Experts on a CPU without AMX: {ABSENT}."
+        return f"Experts in float32: {ABSENT}."
     content = load(file)
     intro = f"Experts on {tables.conditions(content)}, {tables.common(content['results'])} (`{_named(root, file)}`):"
     return f"{intro}\n\n{tables.experts(content)}"

@@ -134,6 +134,21 @@ def test_files_hold_every_variant_and_the_conditions(tmp_path, capsys):
     assert float(rows[0]["total.median"]) == written["results"][0]["variants"]["frozen"]["total"]["median"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sizes"),
+    [
+        (["group", "--shape", "24,8,40", "--m", "16", "--rank", "3"], {"N": [24, 8], "K": 40}),
+        (["moe", "--shape", "4,2,32,16", "--m", "8", "--rank", "4"], {"E": 4, "k": 2, "H": 32, "I": 16}),
+    ],
+)
+def test_explicit_shapes(arguments, sizes, tmp_path):
+    how = ["--rounds", "2", "--device", "cpu", "--dtype", "float32", "--only", "peft", "lorafuse"]
+    assert main(["bench", *arguments, *how, "--json", str(tmp_path / "r.json")]) == 0
+    (one,) = result.read(tmp_path / "r.json")["results"]
+    assert sizes.items() <= one.items()
+    assert one["variants"].keys() == {"frozen", "peft", "lorafuse"}
+
+
 def test_interruption_keeps_what_is_done(monkeypatch, tmp_path, capsys):
     run = linear.run_case
 
@@ -211,15 +226,17 @@ def test_percentile_interpolates():
 def test_geometric_means():
     def one(**seconds):
         variants = {n: {"tax": s - 1, "ratio_to_full": s / 2, "total": {"median": s}} for n, s in seconds.items()}
-        return {"variants": variants}
+        return {"variants": variants, "absent": {"a": "not installed", "b": "needs a GPU", "c": "needs a GPU"}}
 
     lines = timed.closing(
         [one(frozen=1.0, full=2.0, peft=2.0, lorafuse=1.1), one(frozen=1.0, full=2.0, peft=8.0, lorafuse=1.1)]
     )
-    assert lines[0] == "geometric means over 2 cases"
+    absent = ["not run: a: not installed", "not run: b, c: needs a GPU"]
+    assert lines[:3] == [*absent, "geometric means over 2 cases"]
     assert "peft: LoRA tax 300.0%, of full fine-tuning 2.00" in lines
     assert "lorafuse: LoRA tax 10.0%, of full fine-tuning 0.55, 3.64 times as fast as PEFT" in lines
-    assert timed.closing([one(frozen=1.0)]) == []
+    assert timed.closing([one(frozen=1.0)]) == absent
+    assert timed.closing([]) == []
 
 
 def test_floors_are_arithmetic():
@@ -268,6 +285,10 @@ def test_memory_of_a_patched_layer_is_xa_and_the_adapter_gradients(tmp_path, cap
         (["linear", "--case", "llama-3.1-8b.dwn"], "llama-3.1-8b.down"),
         (["linear", "--shape", "12"], "--shape 12"),
         (["linear", "--m", "8", "0"], "--m 0"),
+        (["group", "--shape", "24"], "--shape 24"),
+        (["group", "--shape", "24,8,40", "--rank", "9"], "no rank above those"),
+        (["moe", "--shape", "4,2,32"], "--shape 4,2,32"),
+        (["moe", "--shape", "2,4,32,16"], "cannot have 4 of 2"),
         (["linear", "--shape", "24,40", "--rank", "25"], "no rank above that"),
         (["linear", "--only", "nothing"], "the known ones: frozen, full"),
         (["linear", "--json", "."], "it is a folder"),

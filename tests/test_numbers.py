@@ -112,8 +112,8 @@ def test_a_missing_file_is_not_yet_measured(tree, one, title):
 
 def test_slots_are_not_yet_measured(tree):
     readme = block(tree)
-    assert "LoRA tax against rank and M on a CPU without AMX: not yet measured." in readme
-    assert "Experts on a CPU without AMX: not yet measured." in readme
+    assert "LoRA tax against rank and M in float32: not yet measured." in readme
+    assert "Experts in float32: not yet measured." in readme
     assert readme.count("| not yet measured |") == 6
     page = block(tree, "bench/README.md", "results")
     for title in (publish.NEWER_LAYERS.title, publish.NEWER_EXPERTS.title, "GPUs"):

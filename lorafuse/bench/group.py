@@ -16,7 +16,7 @@ from lorafuse.bench.mlp import Mlp
 from lorafuse.bench.problem import Problem, Work
 from lorafuse.bench.timed import closing, run_case, select, table
 from lorafuse.bench.variant import Variant
-from lorafuse.testing.cases import GROUPS, find_group
+from lorafuse.testing.cases import GROUPS, Case, find_group, sizes
 
 __all__ = ["SUMMARY", "Group", "add_arguments", "cases", "closing", "run_case", "select", "table"]
 
@@ -28,16 +28,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--case", action="append", metavar="NAME", help=f"layers by name; may be repeated ({_DEFAULT})")
     which.add_argument("--all", action="store_true", help="every named group")
+    which.add_argument("--shape", metavar="N,…,K", help="out features of each layer, and the in features of all")
     parser.add_argument("--m", type=int, nargs="+", default=[1024], help="tokens (1024)")
     parser.add_argument("--rank", type=int, nargs="+", default=[16], help="of each adapter (16)")
 
 
 def cases(args: argparse.Namespace) -> list[Problem]:
     """Every group at every M and rank. Raises ValueError for unknown names, sizes below 1, ranks above the layers'."""
-    names = list(GROUPS) if args.all else args.case or [_DEFAULT]
+    if args.shape:
+        *many, k = sizes(args.shape, 2, 64, "out features of each layer, then in features", "4096,1024,1024,4096")
+        groups = {"x".join(map(str, (*many, k))): tuple(Case(args.shape, n, k) for n in many)}
+    else:
+        groups = {name: find_group(name) for name in (list(GROUPS) if args.all else args.case or [_DEFAULT])}
     problems: list[Problem] = []
-    for name in names:
-        layers = find_group(name)
+    for name, layers in groups.items():
         N, K = tuple(layer.N for layer in layers), layers[0].K
         for r in args.rank:
             if min(*N, K) < r:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lorafuse.bench.problem import Problem, Work
 from lorafuse.bench.timed import closing, run_case, select, table
 from lorafuse.bench.variant import SCALE, Variant
-from lorafuse.testing.cases import CASES, Case, find
+from lorafuse.testing.cases import CASES, Case, find, sizes
 
 __all__ = [
     "SUMMARY",
@@ -56,10 +56,8 @@ def cases(args: argparse.Namespace) -> list["Linear"]:
 
 def shape(text: str) -> Case:
     """The layer that "N,K" means. Raises ValueError for anything else."""
-    sizes = text.split(",")
-    if len(sizes) != 2 or not all(size.isdecimal() and int(size) for size in sizes):
-        raise ValueError(f"--shape {text}: it must be two sizes, out and in features: --shape 4096,4096")
-    return Case(f"{sizes[0]}x{sizes[1]}", int(sizes[0]), int(sizes[1]))
+    n, k = sizes(text, 2, 2, "two sizes, out and in features", "4096,4096")
+    return Case(f"{n}x{k}", n, k)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lorafuse.bench.problem import Problem, Work
 from lorafuse.bench.timed import closing, run_case, select, table
 from lorafuse.bench.variant import SCALE, Variant
-from lorafuse.testing.cases import MOE_CASES, find_moe
+from lorafuse.testing.cases import MOE_CASES, MoECase, find_moe, sizes
 
 __all__ = [
     "ROUTINGS",
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--case", action="append", metavar="NAME", help="experts by name; may be repeated (moe-64)")
     which.add_argument("--all", action="store_true", help="every named one")
+    which.add_argument("--shape", metavar="E,k,H,I", help="experts, of each token, hidden and intermediate size")
     parser.add_argument("--m", type=int, nargs="+", default=[512], help="tokens (512)")
     parser.add_argument("--rank", type=int, nargs="+", default=[16], help="of each expert's adapters (16)")
     parser.add_argument(
@@ -47,7 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def cases(args: argparse.Namespace) -> list["Experts"]:
     """Every block at every M, rank and routing. Raises ValueError for unknown names, ranks above the experts'."""
-    found = list(MOE_CASES.values()) if args.all else [find_moe(name) for name in args.case or ["moe-64"]]
+    if args.shape:
+        E, k, H, I = sizes(args.shape, 4, 4, "experts, experts of a token, hidden and inner size", "64,8,2048,768")
+        if k > E:
+            raise ValueError(f"--shape {args.shape}: a token cannot have {k} of {E} experts")
+        found = [MoECase(f"experts-{args.shape.replace(',', '-')}", E, k, H, I)]
+    else:
+        found = list(MOE_CASES.values()) if args.all else [find_moe(name) for name in args.case or ["moe-64"]]
     problems = [
         Experts(c.name, args.dtype, m, c.E, c.k, c.H, c.I, r, routing)
         for c in found for m in args.m for r in args.rank for routing in args.routing

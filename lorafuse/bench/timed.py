@@ -13,7 +13,7 @@ from lorafuse.bench.limits import is_out_of_memory
 from lorafuse.bench.plugins import Baseline
 from lorafuse.bench.problem import Problem, title
 from lorafuse.bench.remote import RemoteRunner
-from lorafuse.bench.result import Failed, Wrong
+from lorafuse.bench.result import Failed, Wrong, geomean
 from lorafuse.bench.runner import Runner
 from lorafuse.bench.variant import wrong
 from lorafuse.testing.memory import Held
@@ -190,10 +190,6 @@ def table(result: dict[str, Any]) -> Any:
     floors = result["floors"]
     notes = [f"arithmetic floors: LoRA tax {floors['tax']:.1%}, of full fine-tuning {floors['ratio_to_full']:.2f}"]
     notes += [f"{name} failed and is not counted: {reason}" for name, reason in result["failed"].items()]
-    reasons: dict[str, list[str]] = {}
-    for name, reason in result["absent"].items():
-        reasons.setdefault(reason, []).append(name)
-    notes += [f"not run: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
     notes += [
         f"* {name} is not in a CUDA graph: {figure['launched']}"
         for name, figure in result["variants"].items()
@@ -204,23 +200,24 @@ def table(result: dict[str, Any]) -> Any:
 
 
 def closing(results: list[dict[str, Any]]) -> list[str]:
-    """Over all cases, for each variant that ran in all of them: geometric means of 1 + tax and of the ratio to full."""
-    from lorafuse.bench.result import geomean
-
-    lines: list[str] = []
+    """Who did not run here and why; then, of each variant that ran in all of several cases, geometric means."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in (results[0]["absent"] if results else {}).items():
+        reasons.setdefault(reason, []).append(name)
+    lines = [f"not run: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
     if len(results) < 2:
         return lines
+    lines.append(f"geometric means over {len(results)} cases")
     for name in results[0]["variants"]:
         figures = [result["variants"].get(name) for result in results]
-        if name == "frozen" or any(figure is None for figure in figures):
+        if name in ("frozen", "full") or not all(figures):
             continue
-        said = f"{name}: " + ("" if name == "full" else f"LoRA tax {geomean([1 + f['tax'] for f in figures]) - 1:.1%}")
-        if all("ratio_to_full" in figure for figure in figures) and name != "full":
-            said += f", of full fine-tuning {geomean([f['ratio_to_full'] for f in figures]):.2f}"
+        said = f"{name}: LoRA tax {geomean([1 + figure['tax'] for figure in figures]) - 1:.1%}"
+        if all("ratio_to_full" in figure for figure in figures):
+            said += f", of full fine-tuning {geomean([figure['ratio_to_full'] for figure in figures]):.2f}"
         peft = [result["variants"].get("peft") for result in results]
         if all(peft) and name.startswith("lorafuse"):
             ratios = [p["total"]["median"] / f["total"]["median"] for p, f in zip(peft, figures, strict=True)]
             said += f", {geomean(ratios):.2f} times as fast as PEFT"
-        if name != "full":
-            lines.append(said)
-    return [f"geometric means over {len(results)} cases", *lines] if lines else []
+        lines.append(said)
+    return lines

@@ -17,6 +17,7 @@ __all__ = [
     "find_any",
     "find_group",
     "find_moe",
+    "sizes",
 ]
 
 _Case = TypeVar("_Case")
@@ -111,6 +112,14 @@ def find(name: str) -> Case:
 def find_group(name: str) -> tuple[Case, ...]:
     """The layers of that name which share x. Raises ValueError that lists the nearest and all known names."""
     return _find(name, GROUPS)
+
+
+def sizes(text: str, least: int, most: int, meaning: str, example: str) -> list[int]:
+    """The sizes of "4096,1024". Raises ValueError, with what they mean, for too few, too many, or one below 1."""
+    found = text.split(",")
+    if not least <= len(found) <= most or not all(size.isdecimal() and int(size) for size in found):
+        raise ValueError(f"--shape {text}: it must be {meaning}: --shape {example}")
+    return [int(size) for size in found]
 
 
 def find_any(name: str) -> str:
