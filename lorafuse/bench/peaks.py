@@ -59,7 +59,8 @@ def _best(run: Callable[[], object], device: torch.device, repeated: float = _RE
     """Seconds of the quickest of five calls and more, for as long as `repeated` seconds."""
     clock = Clock(device)
     run()
-    taken, start = [], time.monotonic()
+    taken: list[float] = []
+    start = time.monotonic()
     while len(taken) < 5 or time.monotonic() - start < repeated:
         taken.append(clock.time(run)[0])
     return min(taken)
