@@ -186,10 +186,11 @@ def _newer_layers(root: Path) -> str:
     if file is None:
         return f"LoRA tax against rank and M in float32: {ABSENT}."
     content = load(file)
-    said = f"{tables.conditions(content)}: `{_named(root, file)}`."
     if graph is None:
-        return f"{said}\n\n{tables.layers(content)}"
-    return f"![LoRA tax: {graph[0]}](docs/{graph[0]}.png)\n\nThe graph is of `{_named(root, graph[1])}`. {said}"
+        return f"{tables.conditions(content)}: `{_named(root, file)}`.\n\n{tables.layers(content)}"
+    shown = load(graph[1])
+    source = f"`{_named(root, graph[1])}`: {tables.common(shown['results'])}; {tables.conditions(shown)}"
+    return f"![LoRA tax: {graph[0]}](docs/{graph[0]}.png)\n\nThe graph is of {source}."
 
 
 def _newer_experts(root: Path) -> str:
