@@ -40,7 +40,7 @@ EXPERTS = Published("Experts", "cpu-xeon-amx-2026-11-24-moe.json")
 CACHE = Published("Experts, a larger cache of oneDNN's kernels", "cpu-xeon-amx-2026-11-24-moe-zipf-cache.json")
 # a CPU without instructions for bfloat16, in float32
 NEWER_LAYERS = Published("One linear layer by M and rank, float32", "cpu-epyc-*-linear.json")
-ALL_LAYERS = Published("Every named linear layer, float32", "cpu-epyc-*-linear-all.json")
+ALL_LAYERS = Published("Named linear layers, float32", "cpu-epyc-*-linear-all.json")
 NEWER_EXPERTS = Published("Experts, float32", "cpu-epyc-*-moe.json")
 DEMO = {
     "float32": Published("make demo, float32", "cpu-xeon-amx-2026-11-24-demo-float32.json"),

@@ -12,6 +12,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 # what `lorafuse tune` measured on this machine would change the plans that tests look at
 _cache = tempfile.TemporaryDirectory()
@@ -20,6 +21,10 @@ os.environ["LORAFUSE_CACHE_DIR"] = _cache.name
 # Before any kernel is defined: without a GPU, kernels run in Triton's interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Remembered at its first call: under a patched torch.empty it would remember that one, and `with torch.device("meta")`
+# would then allocate whole models.
+_device_constructors()
 
 _POISONED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
