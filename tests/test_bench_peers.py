@@ -286,7 +286,7 @@ def test_own_baselines_run_the_mlp(name, dtype):
 
 
 def test_mlp_is_a_case_of_group():
-    args = argparse.Namespace(case=["smollm2-135m.mlp"], all=False, m=[64], rank=[4], dtype="float32")
+    args = argparse.Namespace(case=["smollm2-135m.mlp"], all=False, shape=None, m=[64], rank=[4], dtype="float32")
     (problem,) = group.cases(args)
     assert problem == Mlp("smollm2-135m.mlp", "float32", 64, 576, 1536, 4)
     # 3 products each way, and two thin ones for each layer forward
