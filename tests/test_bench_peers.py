@@ -174,6 +174,8 @@ def test_a_peers_process_ends_with_ours(folder):
             cwd=Path(__file__).parents[1],
             env={**os.environ, "SAID": str(said[how])},
             stdout=subprocess.DEVNULL,
+            # a shell's background jobs ignore it, and so would what they start
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         for how in ways
     }
