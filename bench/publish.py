@@ -42,12 +42,16 @@ CACHE = Published("Experts, a larger cache of oneDNN's kernels", "cpu-xeon-amx-2
 NEWER_LAYERS = Published("One linear layer by M and rank, float32", "cpu-epyc-*-linear.json")
 ALL_LAYERS = Published("Named linear layers, float32", "cpu-epyc-*-linear-all.json")
 NEWER_EXPERTS = Published("Experts, float32", "cpu-epyc-*-moe.json")
+REPEATED = (
+    Published("The same command twice: first", "cpu-epyc-*-repeated-1.json"),
+    Published("The same command twice: second", "cpu-epyc-*-repeated-2.json"),
+)
 DEMO = {
     "float32": Published("make demo, float32", "cpu-xeon-amx-2026-11-24-demo-float32.json"),
     "bfloat16": Published("make demo, bfloat16", "cpu-xeon-amx-2026-11-24-demo-bfloat16.json"),
 }
 # in the order of bench/README.md; files of version 2 that name CUDA in their conditions follow by themselves
-PUBLISHED = (LAYERS, EXPERTS, CACHE, NEWER_LAYERS, ALL_LAYERS, NEWER_EXPERTS)
+PUBLISHED = (LAYERS, EXPERTS, CACHE, NEWER_LAYERS, ALL_LAYERS, NEWER_EXPERTS, *REPEATED)
 # README's rows: a model's attention and MLP, and the layers where lorafuse is behind most
 README_CASES = (
     *(f"llama-3.1-8b.{layer}" for layer in ("q", "k", "gate", "down")),
