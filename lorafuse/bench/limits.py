@@ -7,12 +7,22 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["available_bytes", "is_out_of_memory", "within_memory"]
+__all__ = ["available_bytes", "first_line", "is_out_of_memory", "out_of_memory", "within_memory"]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether it says that memory ran out: torch raises a plain RuntimeError for that on CPUs."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the state of an allocator and the advice that follow."""
+    return str(error).partition("\n")[0]
+
+
+def out_of_memory(error: BaseException) -> str:
+    """The reason of a case or a variant that did not fit."""
+    return f"out of memory: {first_line(error)}"
 
 
 def available_bytes() -> int | None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from lorafuse.bench import peaks, training
-from lorafuse.bench.limits import is_out_of_memory
+from lorafuse.bench.limits import is_out_of_memory, out_of_memory
 from lorafuse.bench.result import Wrong
 from lorafuse.bench.timed import Progress
 from lorafuse.bench.training import Trainee
@@ -86,7 +86,7 @@ class _Run:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            self.failed[way] = _reason(error)
+            self.failed[way] = out_of_memory(error)
         _release(self.device)
         return None
 
@@ -129,7 +129,7 @@ def _run_turns(
                 raise
             # in what the ways share
             for way in ways:
-                run.failed.setdefault(way, _reason(error))
+                run.failed.setdefault(way, out_of_memory(error))
         _release(device)
     losses = run.first
     if len(losses) == 2:
@@ -278,10 +278,6 @@ def _result(run: _Run, turns: list[list[str]]) -> dict[str, Any]:
         "turns": turns, "parity": run.parity, "variants": variants,
         "failed": {way: reason for way, reason in run.failed.items() if way in args.ways},
     }  # fmt: skip
-
-
-def _reason(error: BaseException) -> str:
-    return f"out of memory: {str(error).partition(chr(10))[0]}"
 
 
 def _release(device: torch.device) -> None:

@@ -22,7 +22,10 @@ class Failed(Exception):
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write the file whole or not at all, so that an interrupted run leaves the former one."""
-    _write(path, json.dumps(content, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(unfinished, path)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -81,10 +84,3 @@ def _flat(figures: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in figures.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lorafuse.bench import peaks, plugins
-from lorafuse.bench.limits import is_out_of_memory
+from lorafuse.bench.limits import first_line, is_out_of_memory, out_of_memory
 from lorafuse.bench.plugins import Baseline
 from lorafuse.bench.problem import Problem, title
 from lorafuse.bench.remote import RemoteRunner
@@ -80,8 +80,7 @@ class Built:
         if isinstance(error, Failed | Wrong):
             self.failed[name] = str(error)
         else:
-            what = "out of memory" if no_memory else type(error).__name__
-            self.failed[name] = f"{what}: {str(error).partition(chr(10))[0]}"
+            self.failed[name] = out_of_memory(error) if no_memory else f"{type(error).__name__}: {first_line(error)}"
         if isinstance(runner := self.runners.pop(name, None), RemoteRunner):
             runner.close()
 

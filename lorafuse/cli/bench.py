@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lorafuse.bench.limits import is_out_of_memory, within_memory
+from lorafuse.bench.limits import is_out_of_memory, out_of_memory, within_memory
 from lorafuse.bench.remote import TIMEOUT
 from lorafuse.bench.result import VERSION, Wrong, write_csv, write_json
 from lorafuse.cli import _common
@@ -140,7 +140,7 @@ def _run_cases(
                 except (MemoryError, RuntimeError) as error:
                     if not is_out_of_memory(error):
                         raise
-                    said = f"out of memory: {str(error).partition(chr(10))[0]}"
+                    said = out_of_memory(error)
                     console.print(f"{case.title}: no numbers, {said}", style="red", highlight=False)
                     content["not_run"][case.title] = said
                 else:
