@@ -151,12 +151,12 @@ def test_ranks_and_rows(R, M):
 
 @pytest.mark.parametrize("R", [5, 24])
 @pytest.mark.parametrize(("dtype", "a_dtype"), DTYPES[:2])
-def test_wide_blocks(R, dtype, a_dtype):
-    """Many rows and few columns: blocks of 512 columns in reduce_dy, of 64 rows in project_x."""
+def test_tall_blocks(R, dtype, a_dtype):
+    """Many rows: blocks of 64 in project_x, and shares of reduce_dy that end within a column block."""
     check_all(700, 512, 264, R, dtype, a_dtype, sms=2, p=0.0)
     sizes = {"type": TYPES[dtype], "b_type": TYPES[a_dtype], "M": 700, "N": 512, "R": R, "sms": 2}
-    pitch, slots = R + R % 2, 2
-    floats = 700 * pitch + slots * 512 * (pitch + 1)
+    pitch, slots = R + R % 2, 3
+    floats = 2 * 700 * pitch + slots * 256 * (pitch + 1)
     assert emu.reduce_dy_workspace(**sizes, dyb=True, db=True, dbias=True) == 4 * floats
 
 

@@ -110,7 +110,6 @@ class TestLegal:
             (CONFIG, replace(HEADLINE, aligned=False), "H200", "16-byte"),
             (CONFIG, replace(HEADLINE, K=4100), "H200", "16-byte"),
             (replace(CONFIG, form="pointer", single=True), HEADLINE, "A100", "single kernel needs sm_90"),
-            (replace(CONFIG, flatten=True, single=True), HEADLINE, "H200", "flattens"),
             (replace(CONFIG, single=True), replace(HEADLINE, R=65), "H200", "R <= 64"),
             (replace(CONFIG, single=True), replace(HEADLINE, dropout=True), "H200", "mask"),
             (replace(CONFIG, warps=4), HEADLINE, "H200", "32768 accumulators.*4 warps"),

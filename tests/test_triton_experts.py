@@ -68,7 +68,7 @@ def planned(monkeypatch):
             if not kernel.startswith("ragged"):
                 return ragged_config(kernel, problem, groups, device)
             config = max(ragged_candidates(kernel, problem, device), key=lambda c: c.block_m * c.block_n)
-            forms.append((config.form, config.flatten, config.block_m, config.block_n))
+            forms.append((config.form, config.block_m, config.block_n))
             return config
 
         monkeypatch.setattr(triton_experts, "ragged_config", largest)
@@ -88,8 +88,8 @@ def large_index():
     return index
 
 
-# the GPUs whose tiles the interpreter runs: descriptors in flat loops, descriptors, pointers
-GPUS = {"H200": ("tma", True, 128), "B200": ("tma", False, 128), "A100": ("pointer", False, 128)}
+# the GPUs whose tiles the interpreter runs: descriptors, pointers
+GPUS = {"H200": ("tma", 128), "B200": ("tma", 128), "A100": ("pointer", 128)}
 CLAMPED = {"activation": "clamped_swiglu", "bias": "levels", "size": 0.3}
 LAYOUTS = {
     "halves": {"bias": True},
@@ -106,8 +106,8 @@ LAYOUTS = {
 def test_the_largest_tiles(gpu, layout, planned):
     forms = planned(gpu)
     check_here(**LARGE, **LAYOUTS[layout], index=large_index())
-    assert {form[:3] for form in forms} == {GPUS[gpu]}
-    assert max(form[3] for form in forms) == (256 if gpu == "H200" else 128)
+    assert {form[:2] for form in forms} == {GPUS[gpu]}
+    assert max(form[2] for form in forms) == (256 if gpu == "H200" else 128)
 
 
 @pytest.mark.skipif(ON_GPU, reason="these are tiles of other GPUs")
@@ -115,9 +115,7 @@ def test_the_largest_tiles(gpu, layout, planned):
 def test_the_largest_tiles_at_every_rank(gpu, R, planned):
     forms = planned(gpu)
     check_here(**(LARGE | {"R": R}), index=large_index())
-    # several rank tiles are a loop of their own, which does not flatten
     assert {form[0] for form in forms} == {GPUS[gpu][0]}
-    assert {form[1] for form in forms} == {GPUS[gpu][1] and R <= 32}
 
 
 @pytest.mark.parametrize("change", ["offset", "columns apart", "odd halves"])
@@ -261,7 +259,7 @@ MUTATIONS = {
     "the first expert's weight (pointers)": (ragged, "p_w + group_w * stride_wg", "p_w + 0 * stride_wg", "out", "halves", "A100"),
     "the last block of K is left out (TMA)": (ragged, '"pointer":\n            for i_k in range(0, K,', '"pointer":\n            for i_k in range(0, K - BLOCK_K,', "out", "halves", "H200"),
     "the last block of K is left out (pointers)": (ragged, "* BLOCK_K\n            for i_k in range(0, K,", "* BLOCK_K\n            for i_k in range(0, K - BLOCK_K,", "out", "halves", "A100"),
-    "programs skip tiles": (ragged, "tl.num_programs(0), flatten", "2 * tl.num_programs(0), flatten", "out", "halves", "H200"),
+    "programs skip tiles": (ragged, "tiles_m * tiles_n, tl.num_programs(0)", "tiles_m * tiles_n, 2 * tl.num_programs(0)", "out", "halves", "H200"),
     "an expert's last row is not stored": (ragged, "rows = (o_m < end)[:, None]", "rows = (o_m < end - 1)[:, None]", "out", "halves", "H200"),
     "up is not multiplied": (ragged_epilogue, "return h * up, slope * up, h", "return h, slope * up, h", "out", "halves", "H200"),
     "gate's slope without up": (ragged_epilogue, "return h * up, slope * up, h", "return h * up, slope, h", "x", "halves", "H200"),

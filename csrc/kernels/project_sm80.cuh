@@ -30,8 +30,9 @@ struct ProjectShape {
   using X = SharedTile<T, BLOCK_M, BLOCK_K>;
   using Adapter = SharedTile<A, RANKS, BLOCK_K>;
   static constexpr int kStageBytes = X::kBytes + Adapter::kBytes;
-  // two blocks on an SM of an A100 (164 KB) where three stages allow it
-  static constexpr int kFit = 80 * 1024 / kStageBytes;
+  // a tall block is alone on its SM and keeps more in flight, within the 99 KB of smaller GPUs; of flat ones two fit
+  // an SM of an A100 (164 KB) where three stages allow it
+  static constexpr int kFit = (BLOCK_M == 64 ? 96 : 80) * 1024 / kStageBytes;
   static constexpr int kStages = kFit < 3 ? 3 : kFit > 6 ? 6 : kFit;
   static constexpr int kSharedBytes = kStages * kStageBytes;
   static constexpr int kBlocks = kSharedBytes > 112 * 1024 ? 1 : 2;

@@ -49,22 +49,26 @@ class _Projection:
     def config(self, kernel: str) -> KernelConfig:
         return ragged_config(kernel, self._problem, self.tiles.groups, self._device)
 
+    def rows_of_b(self) -> Tensor | None:
+        """b with contiguous rows, for the epilogues that read a few of them; rounded there, after its scale."""
+        return None if self.b is None else _packed(self.b, self.b.dtype)
+
     def project(self, x: Tensor, source: Tensor | None = None) -> Tensor | None:
         """`xa [S, R]`; None without an adapter."""
         if self.a is None:
             return None
-        return ragged_rank.project(self.tiles, x, self.a, 1.0, self.config("project"), source=source)
+        return ragged_rank.project(self.tiles, x, self.a.to(x.dtype), 1.0, self.config("project"), source=source)
 
     def project_back(self, dy: Tensor, source: Tensor | None = None) -> Tensor | None:
         """`dyb = scale · dy b`, `[S, R]`; None without an adapter."""
         if self.b is None:
             return None
-        b = self.b.transpose(1, 2)
+        b = _packed(self.b.transpose(1, 2), dy.dtype)
         return ragged_rank.project(self.tiles, dy, b, self.scale, self.config("project"), source=source)
 
     def linear(self, x: Tensor, bias: Tensor | None, xa: Tensor | None, source: Tensor | None = None) -> Tensor:
         """y."""
-        given = x, self.w, bias, xa, self.b, self.scale
+        given = x, self.w, bias, xa, self.rows_of_b(), self.scale
         return ragged.ragged_linear(self.tiles, *given, self.programs, self.config("ragged"), source=source)
 
     def linear_back(self, dy: Tensor, dyb: Tensor | None, source: Tensor | None = None) -> Tensor:
@@ -184,7 +188,7 @@ def experts_forward(
         xa = first.project(x, token)
         if isinstance(act, Activation):
             u, h = ragged.ragged_activated(
-                tiles, x, first.w, up_bias, xa, up_b, up_scale, act.name, _layout(act), first.programs,
+                tiles, x, first.w, up_bias, xa, first.rows_of_b(), up_scale, act.name, _layout(act), first.programs,
                 first.config("ragged_act"), source=token,
             )  # fmt: skip
         else:
@@ -289,6 +293,11 @@ def _is_aligned(w: Tensor, layout: str) -> bool:
     # a stride of 0 repeats one group's weight
     spaced = all(stride > 0 and stride * size % 16 == 0 for stride in outer)
     return w.stride(inner) == 1 and spaced and w.data_ptr() % 16 == 0
+
+
+def _packed(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """`t` contiguous in `dtype`. PEFT packs b with the experts fastest: there each element is a sector of its own."""
+    return t if t.is_contiguous() and t.dtype is dtype else torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format).copy_(t)
 
 
 def _beyond(ends: Tensor, rows: int) -> Tensor:

@@ -159,7 +159,6 @@ def _lora_linear_dx_kernel(
     GROUPED: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):
     """Tiles of BLOCK_M rows and BLOCK_N columns of dx; the reduction over N goes in steps of BLOCK_K."""
     dtype: tl.constexpr = p_dy.dtype.element_ty
@@ -170,7 +169,7 @@ def _lora_linear_dx_kernel(
         d_w = tl.make_tensor_descriptor(p_w, [N, K], [stride_wn, 1], [BLOCK_K, BLOCK_N])
         d_dx = tl.make_tensor_descriptor(p_dx, [M, K], [K, 1], [BLOCK_M, BLOCK_N // 2])
 
-    for t in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+    for t in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         i_m, i_n = tile_of(t, tiles_m, tiles_n, GROUP_M)
         o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
         o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -365,7 +364,6 @@ def lora_linear_dx(
             GROUPED=grouped(K),
             PRECISION=precision(dy.dtype),
             TMA=tma,
-            FLATTEN=config.flatten,
             **options(config),
         )
 

@@ -162,7 +162,6 @@ def _lora_linear_fwd_kernel(
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):
     dtype: tl.constexpr = p_x.dtype.element_ty
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -207,7 +206,7 @@ def _lora_linear_fwd_kernel(
                 tl.atomic_xchg(p_flags + 2 + i_m, 1, sem="release", scope="gpu")
                 i_m = tl.atomic_add(p_flags + 1, 1, sem="relaxed")
 
-    for t in tl.range(program, tiles_m * tiles_n, programs, flatten=FLATTEN):
+    for t in range(program, tiles_m * tiles_n, programs):
         i_m, i_n = tile_of(t, tiles_m, tiles_n, GROUP_M)
         o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
         o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -327,7 +326,6 @@ def lora_linear_fwd(
             GROUP_M=config.group_m,
             PRECISION=precision(x.dtype),
             TMA=tma,
-            FLATTEN=config.flatten,
             **options(config),
         )
 

@@ -130,7 +130,6 @@ def _ragged_kernel(
     LAYOUT: tl.constexpr,
     PARTS: tl.constexpr,
     WEIGHT: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):
     """N rows of w; for an activation those of gate and up together. p_y is y, u or du."""
     dtype: tl.constexpr = p_x.dtype.element_ty
@@ -143,7 +142,7 @@ def _ragged_kernel(
         d_w = _stack_descriptor(
             p_w, G, N, K, stride_wg, stride_wn, stride_wk, WEIGHT, HALVES, BLOCK_N, BLOCK_K
         )  # fmt: skip
-    for t in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+    for t in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         i_m, i_n = tile_of(t, tiles_m, tiles_n, GROUP_M)
         group = tl.load(p_tiles + i_m * 3)
         row = tl.load(p_tiles + i_m * 3 + 1)
@@ -272,7 +271,6 @@ def _launch(
             LAYOUT=layout,
             PARTS=max(1, config.block_m * config.block_n // (32 * config.warps * _PART)),
             WEIGHT="pointer" if not tma else "nk" if w.stride(2) == 1 else "kn",
-            FLATTEN=config.flatten,
             **options(config),
         )
 

@@ -98,8 +98,10 @@ def route(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """
     flat = index.reshape(-1)
     torch._assert_async((flat >= 0).all(), "topk_index holds a negative expert")
-    ordered, order = flat.sort(stable=True)
-    return order, torch.searchsorted(ordered, torch.arange(experts, device=index.device), right=True)
+    # a radix sort reads its keys once for each byte of them; choices above all experts stay behind them
+    keys = torch.int16 if experts < 2**15 else torch.int32
+    ordered, order = flat.clamp(max=experts).to(keys).sort(stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(experts, dtype=keys, device=index.device), right=True)
 
 
 def combine(y: Tensor, order: Tensor, ends: Tensor, weight: Tensor | None, tokens: int) -> Tensor:

@@ -17,9 +17,8 @@ class KernelConfig:
     fwd and dx compute tiles of `block_m` rows and `block_n` columns in reduction steps of `block_k`; xa has no block_n;
     dyb_db and da own `block_n` columns and walk `1 / splits` of the rows in steps of `block_m`; reduce sums `block_n`
     numbers a program. `block_r` ranks are taken at a time. `form` is how fwd and dx read, and the main loops of ragged
-    rows their weights: "tma" (persistent, tensor descriptors) or "pointer". `single`: fwd computes xa too. `flatten`:
-    the loop over tiles and that over the reduction are pipelined as one, so that a tile's first loads overlap the
-    stores of the one before. `max_registers` of a thread; 0 leaves it to the compiler.
+    rows their weights: "tma" (persistent, tensor descriptors) or "pointer". `single`: fwd computes xa too.
+    `max_registers` of a thread; 0 leaves it to the compiler.
     """
 
     kernel: str
@@ -33,16 +32,15 @@ class KernelConfig:
     group_m: int = 8
     splits: int = 1
     single: bool = False
-    flatten: bool = False
     max_registers: int = 0
     cluster: int = 1
 
 
 _MAIN_LOOPS = ("fwd", "dx", "ragged", "ragged_act", "ragged_act_backward")
-# (block_m, block_n, block_k, stages, warps) of fwd and dx, best first where all fill the GPU. Chosen by what compiles
-# without spills (Triton 3.6, 2026-11-24); no speed was measured yet.
+# (block_m, block_n, block_k, stages, warps) of fwd and dx, best first where all fill the GPU. Those of sm_90 were
+# measured on an H200 (docs/performance.md, 2026-11-26), the others chosen by what compiles without spills (Triton 3.6).
 _TMA = {
-    90: ((128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4)),
+    90: ((128, 256, 64, 4, 8), (128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4)),
     100: ((128, 256, 64, 3, 8), (128, 128, 64, 3, 8), (64, 128, 64, 4, 8), (64, 64, 64, 4, 8)),
 }
 _POINTER = ((128, 128, 32, 4, 8), (64, 128, 32, 4, 4), (64, 64, 32, 4, 4))
@@ -76,7 +74,7 @@ def shared_memory(config: KernelConfig, itemsize: int) -> int:
         if c.kernel == "ragged_act_backward" and c.form == "tma":
             # du of gate and up; pointers leave the pipeline's buffers to it
             staging = 2 * c.block_m * c.block_n * itemsize
-        tiles = c.stages * (c.block_m + c.block_n) * c.block_k * itemsize + staging + 2 * ranks + 1024
+        tiles = max(c.stages * (c.block_m + c.block_n) * c.block_k * itemsize, 2 * ranks) + staging + 1024
         return (
             max(tiles, shared_memory(replace(c, kernel="xa", block_r=_MAX_SINGLE_R), itemsize)) if c.single else tiles
         )
@@ -102,8 +100,6 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
             return f"the TMA form is for 16-bit dtypes, not {problem.dtype}"
         if is_odd(problem):
             return "TMA needs rows that start on 16-byte boundaries"
-    if c.flatten and (c.form != "tma" or c.single or c.block_r < problem.R):
-        return "only the two-kernel TMA form with one rank tile flattens its loops"
     if c.single and (device.arch < 90 or problem.R > _MAX_SINGLE_R or problem.itemsize != 2 or is_odd(problem)):
         return f"the single kernel needs sm_90, R <= {_MAX_SINGLE_R}, a 16-bit dtype and rows on 16-byte boundaries"
     if c.single and problem.dropout:
@@ -148,6 +144,9 @@ def _skinny(kernel: str, problem: Problem, device: DeviceSpec) -> Iterator[Kerne
     if kernel == "xa":
         # x is read once for each rank tile: all ranks in one where shared memory holds them
         ranks = {min(rank, 64 if small else 256), min(rank, 64)}
+        if not small and rank <= 32:
+            # 27 us where 64 rows in steps of 64 took 43 (8192 x 4096, R 16, H200, 2026-11-26)
+            yield KernelConfig("xa", "pointer", 32, 0, 128, rank, 4, 4)
         for block_m, block_r in itertools.product((64, 32, 16), sorted(ranks)):
             if block_m == 16 and block_r > 32:
                 continue
@@ -170,15 +169,12 @@ def candidates(kernel: str, problem: Problem, device: DeviceSpec) -> tuple[Kerne
         return (KernelConfig("reduce", "pointer", 0, 1024, 0, 0, 1, 4),)
     if kernel in ("fwd", "dx"):
         block_r = min(padded_rank(problem.R), 16 if problem.itemsize == 4 or is_odd(problem) else _MAX_BLOCK_R)
-        # several rank tiles are a loop of their own, which does not flatten; on sm_100 Triton 3.6
-        # fails to compile it
-        flatten = block_r >= problem.R and device.arch == 90
         found = [
-            KernelConfig(kernel, form, *tile[:3], block_r, *tile[3:], flatten=flatten and form == "tma")
+            KernelConfig(kernel, form, *tile[:3], block_r, *tile[3:])
             for form, tile in _tiles(problem, device)
         ]
         if kernel == "fwd":
-            found += [replace(config, single=True, flatten=False) for config in found]
+            found += [replace(config, single=True) for config in found]
     else:
         found = list(_skinny(kernel, problem, device))
     if 100 <= device.arch < 120:

@@ -40,10 +40,10 @@ def _main_loops(kernel: str, problem: Problem, device: DeviceSpec) -> list[Kerne
         tiles = _FP32 if problem.itemsize == 4 else _ODD
         return [KernelConfig(kernel, "pointer", *tile[:3], min(rank, 16), *tile[3:]) for tile in tiles]
     block_r = min(rank, _MAX_BLOCK_R)
-    # sm_120 has no TMA form, and sm_100 none that flattens, for the reasons that `config` gives
-    form, flatten = "tma" if device.arch in _TMA else "pointer", device.arch == 90 and block_r >= problem.R
+    # sm_120 has no TMA form for the reason that `config` gives
+    form = "tma" if device.arch in _TMA else "pointer"
     found = [
-        KernelConfig(kernel, form, *tile[:3], block_r, *tile[3:], flatten=flatten)
+        KernelConfig(kernel, form, *tile[:3], block_r, *tile[3:])
         for tile in _TMA.get(device.arch, _POINTER)
     ]
     return found + [KernelConfig(kernel, "pointer", *tile[:3], block_r, *tile[3:]) for tile in _SHORT]
