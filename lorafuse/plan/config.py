@@ -169,10 +169,7 @@ def candidates(kernel: str, problem: Problem, device: DeviceSpec) -> tuple[Kerne
         return (KernelConfig("reduce", "pointer", 0, 1024, 0, 0, 1, 4),)
     if kernel in ("fwd", "dx"):
         block_r = min(padded_rank(problem.R), 16 if problem.itemsize == 4 or is_odd(problem) else _MAX_BLOCK_R)
-        found = [
-            KernelConfig(kernel, form, *tile[:3], block_r, *tile[3:])
-            for form, tile in _tiles(problem, device)
-        ]
+        found = [KernelConfig(kernel, form, *tile[:3], block_r, *tile[3:]) for form, tile in _tiles(problem, device)]
         if kernel == "fwd":
             found += [replace(config, single=True) for config in found]
     else:

@@ -15,6 +15,7 @@ from lorafuse.plan.problem import Problem
 
 __all__ = [
     "BASELINES",
+    "SKINNY",
     "Part",
     "eager",
     "frozen",
@@ -38,17 +39,20 @@ class Part:
 
 # between kernels that depend on each other, on the device (assumed; hopper launches overlap at best 2 to 4 us)
 _GAP = 2e-6
-# of the host for one launch: an ATen operator, a Triton kernel with its Python launcher (assumed, not measured here)
-_HOST = {"aten": 5e-6, "triton": 15e-6}
+# of the host for one launch: an ATen operator or one of ours in CUDA, a Triton kernel with its Python launcher (beside
+# an H200, 2026-11-26: forward and backward of a patched layer of 16 x 512 x 512)
+_HOST = {"aten": 12e-6, "triton": 60e-6}
 # what a tile reaches of the sustained rate, by its area (assumed, after published ablations of Hopper kernels)
 _TILE = {128 * 256: 1.0, 128 * 128: 0.92, 64 * 128: 0.8, 64 * 64: 0.65, 32 * 64: 0.45, 16 * 64: 0.25}
 # the same where a warp multiplies by itself (mma.sync), which needs less from shared memory (assumed)
 _WARP_TILE = {128 * 256: 1.0, 128 * 128: 0.97, 64 * 128: 0.85, 64 * 64: 0.7, 32 * 64: 0.5, 16 * 64: 0.3}
 _CUBLAS_TILES = ((128, 256), (128, 128), (64, 128), (64, 64), (32, 64))
-# what Triton's main loop reaches of cuBLAS: persistent with descriptors 0.97 to 1.0 published for Hopper; pointers feed
+# what a main loop reaches of cuBLAS: Triton's with descriptors and ours in CUDA (H200, 2026-11-26); pointers feed
 # Hopper's tensor cores through cp.async and keep up on older GPUs (assumed)
-_FORM = {"tma": 0.97, "pointer": 0.97}
+_FORM = {"tma": 0.94, "wgmma": 1.0, "pointer": 0.97}
 _POINTER_ON_HOPPER = 0.85
+# of a copy's bandwidth: products with the rank, whoever runs them, read or write at 2.7 to 3.2 of 4.3 TB/s (H200)
+SKINNY = 0.7
 # bytes/s that one SM streams: 64 B a clock at 1.7 GHz
 _SM_BANDWIDTH = 110e9
 # Philox 4x32-10: 100 integer operations give four words; an SM does 64 a clock at 1.7 GHz
@@ -101,7 +105,7 @@ def _aten_mask(problem: Problem, device: DeviceSpec) -> list[Part]:
 
 def total(parts: Sequence[Part]) -> float:
     """Seconds of all parts."""
-    return sum(part.seconds for part in parts)
+    return math.fsum(part.seconds for part in parts)
 
 
 def in_a_row(parts: list[Part], host: str) -> tuple[Part, ...]:
@@ -134,16 +138,35 @@ def _passes(problem: Problem, device: DeviceSpec) -> tuple[float, float]:
     return _pass(problem.M * problem.K, problem, device), _pass(problem.M * problem.N, problem, device)
 
 
+def _products(problem: Problem, device: DeviceSpec) -> tuple[float, float]:
+    """Seconds of a product with the rank that reads or writes an [M, K], or an [M, N] matrix."""
+    over_k, over_n = _passes(problem, device)
+    return over_k / SKINNY, over_n / SKINNY
+
+
+def _cast(problem: Problem, device: DeviceSpec, launches: int) -> Part:
+    """The factors in the base's dtype: a kernel for each, and one for the scale."""
+    moved = (problem.N + problem.K) * problem.R * (4 + problem.itemsize)
+    return Part("factors in the base's dtype", moved / device.sustained_bandwidth, launches)
+
+
 def eager(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
     """Our eager backend: low-rank product first, base GEMM accumulated onto it, so that its read of y is hidden."""
-    over_k, over_n = _passes(problem, device)
+    over_k, over_n = _products(problem, device)
     base = frozen(problem, device)[0].seconds
     mask = _aten_mask(problem, device)
     wanted = problem.gradients
     if not wanted:
-        parts = [*mask, Part("xa = x aᵀ", over_k), Part("y = xa bᵀ", over_n), Part("y += x wᵀ", base)]
+        parts = [
+            _cast(problem, device, 3),
+            *mask,
+            Part("xa = x aᵀ", over_k),
+            Part("y = xa bᵀ", over_n),
+            Part("y += x wᵀ", base),
+        ]
         return in_a_row(parts, "aten")
-    parts = [Part("dyb = dy b", over_n), *mask] if "dx" in wanted or "da" in wanted else []
+    parts = [_cast(problem, device, 3)]
+    parts += [Part("dyb = dy b", over_n), *mask] if "dx" in wanted or "da" in wanted else []
     if "dx" in wanted:
         parts += [Part("dx = dyb a", over_k), Part("dx += dy w", base)]
     if "da" in wanted:
@@ -157,7 +180,7 @@ def eager(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
 
 def _addmm(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
     """GEMM and `addmm_` as Unsloth and others do: xa is not saved, and dy b is computed for da and for dx."""
-    over_k, over_n = _passes(problem, device)
+    over_k, over_n = _products(problem, device)
     base = frozen(problem, device)[0]
     if not problem.gradients:
         return in_a_row([base, Part("xa = x aᵀ", over_k), Part("y.addmm_(xa, bᵀ)", 2 * over_n)], "aten")
@@ -168,12 +191,13 @@ def _addmm(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
 def _peft(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
     """PEFT with adapters in the base's dtype, run by autograd; as shipped, with fp32 adapters, it moves more."""
     over_k, over_n = _passes(problem, device)
+    skinny_k, skinny_n = _products(problem, device)
     base = frozen(problem, device)[0]
     if not problem.gradients:
-        low = [Part("xa", over_k), Part("xa bᵀ", over_n), Part("times scale", 2 * over_n)]
+        low = [Part("xa", skinny_k), Part("xa bᵀ", skinny_n), Part("times scale", 2 * over_n)]
         return in_a_row([base, *low, Part("sum", 3 * over_n)], "aten")
-    low = [Part("dy times scale", 2 * over_n), Part("dyb", over_n), Part("db", over_n)]
-    low += [Part("da", over_k), Part("dyb a", over_k)]
+    low = [Part("dy times scale", 2 * over_n), Part("dyb", skinny_n), Part("db", skinny_n)]
+    low += [Part("da", skinny_k), Part("dyb a", skinny_k)]
     return in_a_row([*low, base, Part("sum", 3 * over_k)], "aten")
 
 
@@ -200,7 +224,9 @@ def kernel_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -
     programs = math.ceil(M / c.block_m) if c.kernel == "xa" else math.ceil(columns / c.block_n) * c.splits
     mask = 0.0 if c.kernel == "dyb_db" else rank_tiles * _mask(problem, device)
     return (
-        _pass(M * columns * rank_tiles, problem, device, programs * rank_tiles) + mask + sum_seconds(c, problem, device)
+        _pass(M * columns * rank_tiles, problem, device, programs * rank_tiles) / SKINNY
+        + mask
+        + sum_seconds(c, problem, device)
     )
 
 

@@ -20,6 +20,7 @@ from lorafuse.plan.grouped import (
     loop_steps,
     read_on_host,
     rows_step,
+    skinny_step,
     torch_steps,
     triton_step,
 )
@@ -216,19 +217,19 @@ def triton(p: ExpertsProblem, device: DeviceSpec, backward: bool) -> tuple[Part,
     up, down = (p.linear(which, backward) for which in (True, False))
     if not backward:
         parts = [
-            rows_step("xa, x gathered", over_h, up, device),
+            skinny_step("xa, x gathered", over_h, up, device),
             triton_step("gate_up, activation", of["gate_up and activation"], up, device),
-            rows_step("ha", over_i, up, device),
+            skinny_step("ha", over_i, up, device),
             triton_step("down", of["down"], down, device),
             rows_step("weighted sum over k", over_h + out, up, device),
         ]
     else:
         parts = [
-            rows_step("dyb of down, dout gathered", over_h, up, device),
+            skinny_step("dyb of down, dout gathered", over_h, up, device),
             triton_step("dh, activation's backward", of["dh and activation's backward"], down, device),
-            rows_step("da, db of down", over_i + over_h, up, device, 2),
-            rows_step("dyb of gate_up", over_u, up, device),
-            rows_step("da, db of gate_up", over_h + over_u, up, device, 2),
+            skinny_step("da, db of down", over_i + over_h, up, device, 2),
+            skinny_step("dyb of gate_up", over_u, up, device),
+            skinny_step("da, db of gate_up", over_h + over_u, up, device, 2),
             triton_step("dx", of["dx"], up, device),
             rows_step("sum over k of dx", over_h + out, up, device),
         ]

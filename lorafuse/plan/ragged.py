@@ -42,10 +42,7 @@ def _main_loops(kernel: str, problem: Problem, device: DeviceSpec) -> list[Kerne
     block_r = min(rank, _MAX_BLOCK_R)
     # sm_120 has no TMA form for the reason that `config` gives
     form = "tma" if device.arch in _TMA else "pointer"
-    found = [
-        KernelConfig(kernel, form, *tile[:3], block_r, *tile[3:])
-        for tile in _TMA.get(device.arch, _POINTER)
-    ]
+    found = [KernelConfig(kernel, form, *tile[:3], block_r, *tile[3:]) for tile in _TMA.get(device.arch, _POINTER)]
     return found + [KernelConfig(kernel, "pointer", *tile[:3], block_r, *tile[3:]) for tile in _SHORT]
 
 

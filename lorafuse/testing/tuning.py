@@ -4,10 +4,11 @@ A pass is the forward or the backward of one LoRA linear at M tokens and rank R;
 candidate is first compared with the formula in fp64: none that is wrong anywhere in a layer is recorded for it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from lorafuse.plan.ranges import rectangles
 from lorafuse.testing.cases import Case
 from lorafuse.testing.check_linear import LinearCase, Operands, make_operands
 from lorafuse.testing.numerics import lora_formula, relative_l2, tolerance
-from lorafuse.testing.timing import measure_calls, percentile
+from lorafuse.testing.timing import captured, measure_calls, percentile
 
 __all__ = ["PASSES", "Outcome", "Target", "is_there", "is_tunable", "measure", "passes", "record", "usual"]
 
@@ -159,14 +160,18 @@ def _reference(given: Operands, p: float, seed: Tensor | None) -> dict[str, Tens
 def _right_calls(
     outcome: Outcome, target: Target, given: Operands, expected: dict[str, Tensor], p: float, seed: Tensor | None
 ) -> dict[str, Callable[[], object]]:
-    """The calls of all candidates that are right; the others are noted in the outcome."""
+    """The calls of all candidates that are right, on GPUs as CUDA graphs; the others are noted in the outcome."""
     calls: dict[str, Callable[[], object]] = {}
+    stream = torch.cuda.Stream() if target.device.type == "cuda" else None
     for name, way in target.candidates(outcome.problem).items():
         try:
-            call = _call(name, way.backend, outcome.problem.gradients, given, p, seed)
-            results = dict(zip(outcome.problem.gradients or ("y",), call(), strict=True))
-            wrong = _wrong(results, expected, tolerance(given.x.dtype))
-            del results
+            with nullcontext() if stream is None else _beside(stream):
+                call: Callable[[], Any] = _call(name, way.backend, outcome.problem.gradients, given, p, seed)
+                results = dict(zip(outcome.problem.gradients or ("y",), call(), strict=True))
+                wrong = _wrong(results, expected, tolerance(given.x.dtype))
+                del results
+            if stream is not None and not wrong:
+                call = captured(call, stream)
         except _failures() as error:
             outcome.failed[name] = _first_line(error)
             _check_alive(name, error, target.device)
@@ -176,6 +181,15 @@ def _right_calls(
         else:
             calls[name] = call
     return calls
+
+
+@contextmanager
+def _beside(stream: torch.cuda.Stream) -> Iterator[None]:
+    """The stream is current and waits for the one that was, which waits for it afterwards."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 def _call(
