@@ -9,6 +9,7 @@ What is not in `bench/results/` is "not yet measured". The sentences around READ
 
 import argparse
 import difflib
+import functools
 import hashlib
 import json
 import re
@@ -35,6 +36,13 @@ class Published:
     pattern: str
 
 
+GPU_MODEL = Published("A training step, H200", "h200-*-model.json")
+GPU_LAYERS = Published("Linear layers, H200", "h200-*-linear.json")
+GPU_PEERS = Published("One linear layer beside other fused kernels, H200", "h200-*-peers.json")
+GPU_ROWS = Published("One linear layer by M, H200", "h200-*-rows.json")
+GPU_EXPERTS = Published("Experts, H200", "h200-*-moe.json")
+# by bench/hopper.py, whose files have their own form
+GPU_STEPS = Published("The CUDA kernels step by step, H200", "h200-*-hopper.json")
 LAYERS = Published("One linear layer", "cpu-xeon-amx-2026-11-24.json")
 EXPERTS = Published("Experts", "cpu-xeon-amx-2026-11-24-moe.json")
 CACHE = Published("Experts, a larger cache of oneDNN's kernels", "cpu-xeon-amx-2026-11-24-moe-zipf-cache.json")
@@ -51,13 +59,24 @@ DEMO = {
     "bfloat16": Published("make demo, bfloat16", "cpu-xeon-amx-2026-11-24-demo-bfloat16.json"),
 }
 # in the order of bench/README.md; files of version 2 that name CUDA in their conditions follow by themselves
-PUBLISHED = (LAYERS, EXPERTS, CACHE, NEWER_LAYERS, ALL_LAYERS, NEWER_EXPERTS, *REPEATED)
+GPUS = (GPU_MODEL, GPU_LAYERS, GPU_PEERS, GPU_ROWS, GPU_EXPERTS)
+PUBLISHED = (*GPUS, GPU_STEPS, LAYERS, EXPERTS, CACHE, NEWER_LAYERS, ALL_LAYERS, NEWER_EXPERTS, *REPEATED)
 # README's rows: a model's attention and MLP, and the layers where lorafuse is behind most
 README_CASES = (
     *(f"llama-3.1-8b.{layer}" for layer in ("q", "k", "gate", "down")),
     "smollm2-135m.q",
     "smollm2-135m.k",
 )
+# README's tables, by the names of their placeholders
+README = {
+    "gpu_model": (GPU_MODEL, tables.training_steps),
+    "gpu_layers": (GPU_LAYERS, tables.layers),
+    "gpu_peers": (GPU_PEERS, tables.layers),
+    "gpu_rows": (GPU_ROWS, tables.layers),
+    "gpu_experts": (GPU_EXPERTS, tables.experts),
+    "layers": (LAYERS, functools.partial(tables.layers, cases=README_CASES)),
+    "experts": (EXPERTS, tables.experts),
+}
 # README's graph: the first of these that a file's data supports
 GRAPHS = ("tax-by-rank", "tax-by-m", "tax-by-case")
 ABSENT = "not yet measured"
@@ -99,7 +118,10 @@ def generate(root: Path) -> dict[Path, str]:
     blocks = {
         "README.md": {"numbers": readme(root)},
         "bench/README.md": {"results": results(root)},
-        "docs/performance.md": {"experts-model": tables.experts_model()},
+        "docs/performance.md": {
+            "layers-model": tables.layers_model([load(file) for file in on_gpus(root)], ABSENT),
+            "experts-model": tables.experts_model([load(file) for file in on_gpus(root)], ABSENT),
+        },
     }
     documents = {}
     for name, named in blocks.items():
@@ -141,23 +163,18 @@ def on_gpus(root: Path) -> list[Path]:
 
 def readme(root: Path) -> str:
     """README's block: `bench/numbers.md` with its numbers filled in, paragraphs wrapped."""
-    values = dict.fromkeys(re.findall(r"\$(\w+)", (root / "bench" / "numbers.md").read_text()), ABSENT)
-    if (file := found(root, LAYERS)) is not None:
-        content = load(file)
-        values |= {
-            "layers_sizes": tables.common(content["results"]),
-            "layers_table": tables.layers(content, README_CASES),
-            "layers_conditions": tables.conditions(content),
-            "layers_rounds": tables.rounds(content["results"]),
-            "layers_file": _named(root, file),
-        }
-    if (file := found(root, EXPERTS)) is not None:
-        content = load(file)
-        values |= {
-            "experts_sizes": tables.common(content["results"]),
-            "experts_table": tables.experts(content),
-            "experts_file": _named(root, file),
-        }
+    template = (root / "bench" / "numbers.md").read_text()
+    values = dict.fromkeys(re.findall(r"\$(\w+)", template), ABSENT)
+    for name, (one, table) in README.items():
+        if (file := found(root, one)) is not None:
+            content = load(file)
+            values |= {
+                f"{name}_table": table(content),
+                f"{name}_sizes": tables.common(content["results"]),
+                f"{name}_rounds": tables.rounds(content["results"]),
+                f"{name}_conditions": tables.conditions(content),
+                f"{name}_file": _named(root, file),
+            }
     if (file := found(root, CACHE)) is not None:
         content = load(file)
         (result,) = content["results"]
@@ -168,12 +185,8 @@ def readme(root: Path) -> str:
             "cache_tax": f"{own['tax']:.0%}",
         }
     values["demo"] = _demo(root)
-    values["newer_layers"] = _newer_layers(root)
-    values["newer_experts"] = _newer_experts(root)
-    gpus = [(file, load(file)) for file in on_gpus(root)]
-    values["gpu_measured"] = _gpus(root, gpus)
-    values["gpu_table"] = tables.gpu([content for _, content in gpus], ABSENT)
-    return _wrapped(Template((root / "bench" / "numbers.md").read_text()).substitute(values))
+    values["graph"] = _graph(root)
+    return _wrapped(Template(template).substitute(values))
 
 
 def _demo(root: Path) -> str:
@@ -185,38 +198,14 @@ def _demo(root: Path) -> str:
     return f"{said} ({named}; [loss curves](docs/demo-loss.png))."
 
 
-def _newer_layers(root: Path) -> str:
-    file, graph = found(root, NEWER_LAYERS), wanted_graph(root)
-    if file is None:
-        return f"LoRA tax against rank and M in float32: {ABSENT}."
-    content = load(file)
+def _graph(root: Path) -> str:
+    graph = wanted_graph(root)
     if graph is None:
-        return f"{tables.conditions(content)}: `{_named(root, file)}`.\n\n{tables.layers(content)}"
-    shown = load(graph[1])
-    source = f"`{_named(root, graph[1])}`: {tables.common(shown['results'])}; {tables.conditions(shown)}"
-    return f"![LoRA tax: {graph[0]}](docs/{graph[0]}.png)\n\nThe graph is of {source}."
-
-
-def _newer_experts(root: Path) -> str:
-    file = found(root, NEWER_EXPERTS)
-    if file is None:
-        return f"Experts in float32: {ABSENT}."
-    content = load(file)
-    intro = f"Experts on {tables.conditions(content)}, {tables.common(content['results'])} (`{_named(root, file)}`):"
-    return f"{intro}\n\n{tables.experts(content)}"
-
-
-def _gpus(root: Path, gpus: list[tuple[Path, dict]]) -> str:
-    parts = []
-    for file, content in gpus:
-        if content["kind"] in ("linear", "moe"):
-            table = tables.layers(content) if content["kind"] == "linear" else tables.experts(content)
-            sizes = tables.common(content["results"])
-            parts.append(f"On {tables.conditions(content)}, {sizes} (`{_named(root, file)}`):\n\n{table}\n\n")
-    said = (
-        "On GPUs nothing was measured yet: the Triton kernels are tested in Triton's interpreter and compiled for six"
-    )
-    return "".join(parts) or f"{said} architectures."
+        return f"LoRA tax as a graph: {ABSENT}."
+    name, file = graph
+    shown = load(file)
+    source = f"`{_named(root, file)}`: {tables.common(shown['results'])}; {tables.conditions(shown)}"
+    return f"![LoRA tax: {name}](docs/{name}.png)\n\nThe graph is of {source}."
 
 
 def results(root: Path) -> str:
@@ -229,14 +218,13 @@ def results(root: Path) -> str:
             content = load(file)
             listed.append((f"{content['kind']}, {content['conditions']['device']}", file))
     for title, file in listed:
-        said = f"{ABSENT.capitalize()}." if file is None else tables.everything(load(file), _named(root, file))
+        table = tables.kernel_steps if title == GPU_STEPS.title else tables.everything
+        said = f"{ABSENT.capitalize()}." if file is None else table(load(file), _named(root, file))
         parts.append(f"### {title}\n\n{said}")
     for one in DEMO.values():
         file = found(root, one)
         said = f"{ABSENT.capitalize()}." if file is None else tables.all_conditions(load(file), _named(root, file))
         parts.append(f"### {one.title}\n\n{said}" + ("" if file is None else f"\n\n{tables.demo_steps(load(file))}"))
-    if not on_gpus(root):
-        parts.append(f"### GPUs\n\n{ABSENT.capitalize()}.")
     return _wrapped("\n\n".join(parts))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from lorafuse.bench.result import with_adapters
 from lorafuse.plan import Problem, cost, find, select
+from lorafuse.plan.tuned import name_of
 from lorafuse.plan.experts import WAYS, ExpertsProblem
 
 # of files before version 2, which have none; also the order of README's columns
@@ -20,7 +21,7 @@ LABELS = {
 }
 _SIZES = ("M", "E", "k", "H", "I", "N", "K", "R", "routing", "dtype")
 _CONDITIONS = ("device", "threads", "cuda", "power limit", "torch", "peft", "date", "commit")
-# the model's GPU, and its rows by the variants that measure them
+# the model's GPU; its rows, by the variants that measure them
 _GPU = "H200"
 _MEASURED_AS = {
     "frozen": "frozen",
@@ -28,7 +29,19 @@ _MEASURED_AS = {
     "PEFT, bf16 adapters": "peft-half",
     "lorafuse, eager": "lorafuse-eager",
     "lorafuse, Triton": "lorafuse-triton",
-    "lorafuse, Triton, forward in a single kernel": "lorafuse-triton-single",
+    "lorafuse, CUDA": "lorafuse",
+}
+_KERNELS = {
+    "lorafuse, eager": ("aten_beta1", "aten_beta1"),
+    "lorafuse, Triton": ("two_kernel", "one_pass_backward"),
+    "lorafuse, CUDA": ("cuda two_kernel", "cuda one_pass_backward"),
+}
+_EXPERTS_AS = {
+    "frozen": "frozen",
+    "full fine-tuning": "full",
+    "PEFT as shipped": "peft",
+    "split grouped_mm": "split",
+    "lorafuse, Triton": "lorafuse",
 }
 
 Content = dict[str, Any]
@@ -54,8 +67,8 @@ def all_conditions(content: Content, file: str) -> str:
 
 
 def rounds(results: list[Result]) -> str:
-    """The number of rounds, or the least and the most of them."""
-    numbers = sorted({result["rounds"] for result in results})
+    """The number of rounds, or the least and the most of them; whole models count them by way."""
+    numbers = sorted({r["rounds"] for result in results for r in (result, *result["variants"].values()) if "rounds" in r})
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
@@ -111,6 +124,39 @@ def experts(content: Content) -> str:
         ]
         rows.append([f"{_own(result, results)} (frozen {frozen})", *cells])
     return _table(["experts", *(_label(results, name) for name in names)], rows)
+
+
+def training_steps(content: Content) -> str:
+    """Step, tokens/s, model FLOPs utilization and peak memory of every way to train each model."""
+    rows = []
+    for result in content["results"]:
+        rows.append([f"*{_model(result)}*", *[""] * 6])
+        peft = result["variants"].get("peft")
+        for name, one in result["variants"].items():
+            faster = f"{peft['step']['median'] / one['step']['median']:.2f}×" if peft and name != "full" else ""
+            step = f"{one['step']['median'] * 1e3:.0f} ms"
+            memory = f"{one['peak_bytes'] / 2**30:.1f} GiB"
+            ratio = f"{one['ratio_to_full']:.2f}" if "ratio_to_full" in one else ""
+            rows.append([LABELS[name], step, f"{one['tokens_per_s']:,.0f}", ratio, faster, f"{one['mfu']:.0%}", memory])
+    head = ["", "step", "tokens/s", "time / full fine-tuning", "faster than PEFT", "MFU", "peak memory"]
+    return _table(head, rows)
+
+
+def _model(result: Result) -> str:
+    layers = f"{result['layers']} of {result['layers_of_model']} layers"
+    return f"{result['model']}, {layers}, {result['accumulate']} × {result['batch']} × {result['tokens']} tokens"
+
+
+def kernel_steps(content: Content, file: str) -> str:
+    """What bench/hopper.py measured: a column for each shape, time and share of cuBLAS's rate."""
+    results = content["results"]
+    names = dict.fromkeys(name for result in results for name in result["calls"])
+    rows = [
+        [name, *(f"{r['calls'][name]['median'] * 1e6:.0f} µs, {r['calls'][name]['of_cublas']:.2f}" for r in results)]
+        for name in names
+    ]
+    head = ["time, rate / cuBLAS", *(f"M {r['M']}, N {r['N']}, K {r['K']}, R {r['R']}" for r in results)]
+    return f"{all_conditions(content, file)}\n\nMedians of {results[0]['rounds']} rounds, bfloat16.\n\n{_table(head, rows)}"
 
 
 def everything(content: Content, file: str) -> str:
@@ -245,50 +291,57 @@ def demo_steps(content: Content) -> str:
     return _table(["", "median step", "tokens/s", "peak MiB of a step", "last loss"], rows)
 
 
-def gpu(contents: list[Content], absent: str) -> str:
-    """What the model says of one layer on an H200, and the LoRA tax that was measured on one, or `absent`."""
+def layers_model(contents: list[Content], absent: str) -> str:
+    """What the model says of one layer on an H200, and what was measured of it on one, or `absent`."""
     device, forward = find(_GPU), Problem(8192, 4096, 4096, 16, "bfloat16", "float32")
     problems = forward, replace(forward, gradients=("dx", "da", "db"))
-    plans = [select(problem, device, (("eager", ""), ("triton", ""))) for problem in problems]
+    plans = [select(problem, device, tuple((name, "") for name in ("eager", "triton", "cuda"))) for problem in problems]
+    ways = [{name_of(way.backend, way.kernel): way.seconds for way in plan.candidates} for plan in plans]
     rows = {name: [cost.total(way(problem, device)) for problem in problems] for name, way in cost.BASELINES.items()}
-    base = sum(rows["frozen"])
-    for name, kernels in {
-        "lorafuse, eager": ("aten_beta1", "aten_beta1"),
-        "lorafuse, Triton": ("two_kernel", "one_pass_backward"),
-        "lorafuse, Triton, forward in a single kernel": ("single_kernel", "one_pass_backward"),
-    }.items():
-        ways = [{way.kernel: way.seconds for way in plan.candidates} for plan in plans]
+    for name, kernels in _KERNELS.items():
         rows[name] = [way[kernel] for way, kernel in zip(ways, kernels, strict=True)]
-    measured = _measured(contents, forward)
-    lines = ["| way | forward (model) | backward (model) | LoRA tax (model) | measured |", "|---|---:|---:|---:|---|"]
-    for name, (ahead, back) in rows.items():
-        tax = f"{(ahead + back) / base - 1:.1%}"
-        found = measured.get(_MEASURED_AS[name], absent)
-        lines.append(f"| {name} | {ahead * 1e6:.0f} µs | {back * 1e6:.0f} µs | {tax} | {found} |")
-    return "\n".join(lines)
+    wanted = {"M": forward.M, "N": forward.N, "K": forward.K, "R": forward.R, "dtype": forward.dtype}
+    measured = _measured(contents, "linear", wanted, _MEASURED_AS)
+    return _beside(rows, measured, absent)
 
 
-def _measured(contents: list[Content], problem: Problem) -> dict[str, str]:
-    """LoRA tax by variant of that layer where it was measured on the model's GPU."""
-    wanted = {"M": problem.M, "N": problem.N, "K": problem.K, "R": problem.R, "dtype": problem.dtype}
-    return {
-        name: _spread(figure, result)
-        for content in contents
-        if _GPU in content["conditions"]["device"] and content["kind"] == "linear"
-        for result in content["results"]
-        if all(result[key] == value for key, value in wanted.items())
-        for name, figure in result["variants"].items()
-    }
-
-
-def experts_model() -> str:
-    """What the model says of one block's experts on an H200, in microseconds."""
+def experts_model(contents: list[Content], absent: str) -> str:
+    """What the model says of one block's experts on an H200, and what was measured of it on one, or `absent`."""
     block, device = ExpertsProblem(8192, 128, 8, 2048, 768, 16, "bfloat16", "float32"), find(_GPU)
-    times = {n: [cost.total(way(block, device, backward)) for backward in (False, True)] for n, way in WAYS.items()}
-    base = sum(times["frozen"])
-    lines = ["| way | forward | backward | tax |", "|---|---:|---:|---:|"]
-    for name, (forward, backward) in times.items():
-        label = "frozen, torch's grouped_mm" if name == "frozen" else name
-        tax = f" {(forward + backward) / base - 1:.1%}".replace("%", " %") if name != "frozen" else ""
-        lines.append(f"| {label} | {forward * 1e6:.0f} | {backward * 1e6:.0f} |{tax} |")
-    return "\n".join(lines)
+    rows = {n: [cost.total(way(block, device, backward)) for backward in (False, True)] for n, way in WAYS.items()}
+    wanted = {"M": block.T, "E": block.E, "k": block.k, "H": block.H, "I": block.I, "R": block.R, "routing": "balanced"}
+    return _beside(rows, _measured(contents, "moe", wanted, _EXPERTS_AS), absent)
+
+
+def _measured(
+    contents: list[Content], kind: str, wanted: dict[str, Any], named: dict[str, str]
+) -> dict[str, tuple[float, float]]:
+    """Seconds of forward and backward by the model's names, the first that was measured on the model's GPU."""
+    found: dict[str, tuple[float, float]] = {}
+    for content in contents:
+        if _GPU in content["conditions"]["device"] and content["kind"] == kind:
+            for result in content["results"]:
+                if all(result[key] == value for key, value in wanted.items()):
+                    for name, variant in named.items():
+                        if (one := result["variants"].get(variant)) is not None:
+                            found.setdefault(name, (one["forward"]["median"], one["backward"]["median"]))
+    return found
+
+
+def _beside(rows: dict[str, list[float]], measured: dict[str, tuple[float, float]], absent: str) -> str:
+    """The model's seconds and LoRA tax, and the measured ones beside them."""
+
+    def tax(own: float, base: float) -> str:
+        return f"{own / base - 1:.1%}".replace("%", " %")
+
+    base, measured_base = sum(rows["frozen"]), sum(measured.get("frozen", (0.0,)))
+    head = ["way", "forward", "backward", "tax", "forward, measured", "backward, measured", "tax, measured"]
+    lines = []
+    for name, times in rows.items():
+        cells = [*(f"{1e6 * t:.0f}" for t in times), tax(sum(times), base)]
+        if name in measured and measured_base:
+            cells += [*(f"{1e6 * t:.0f}" for t in measured[name]), tax(sum(measured[name]), measured_base)]
+        else:
+            cells += [absent] * 3
+        lines.append([name, *cells])
+    return _table(head, lines)
