@@ -68,7 +68,9 @@ def all_conditions(content: Content, file: str) -> str:
 
 def rounds(results: list[Result]) -> str:
     """The number of rounds, or the least and the most of them; whole models count them by way."""
-    numbers = sorted({r["rounds"] for result in results for r in (result, *result["variants"].values()) if "rounds" in r})
+    numbers = sorted(
+        {r["rounds"] for result in results for r in (result, *result["variants"].values()) if "rounds" in r}
+    )
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 

@@ -112,12 +112,12 @@ def test_a_missing_file_is_not_yet_measured(tree, one, title):
 
 def test_slots_are_not_yet_measured(tree):
     readme = block(tree)
-    assert "LoRA tax against rank and M in float32: not yet measured." in readme
-    assert "Experts in float32: not yet measured." in readme
-    assert readme.count("| not yet measured |") == 6
+    assert "LoRA tax as a graph: not yet measured." in readme
+    modelled = block(tree, "docs/performance.md", "layers-model")
+    assert modelled.count("| not yet measured | not yet measured | not yet measured |") == 6
     page = block(tree, "bench/README.md", "results")
-    for title in (publish.NEWER_LAYERS.title, publish.NEWER_EXPERTS.title, "GPUs"):
-        assert f"### {title}\n\nNot yet measured.\n" in page
+    for one in (publish.NEWER_LAYERS, publish.NEWER_EXPERTS, publish.GPU_STEPS, *publish.GPUS):
+        assert f"### {one.title}\n\nNot yet measured.\n" in page
 
 
 def test_tables_hold_the_files_numbers(tree):
@@ -176,8 +176,6 @@ def test_the_graph_follows_the_data(tree, sizes, name):
     put(tree, NEWER, content(**sizes))
     assert publish.main([], tree) == 0
     assert [path.stem for path in (tree / "docs").glob("tax-*.png")] == [name] * (name is not None)
-    # without a graph its table
-    assert ("| wide |" in block(tree)) == (name is None)
 
 
 @pytest.mark.parametrize(("device", "filled"), [("NVIDIA H200", True), ("NVIDIA H100", False)])
@@ -185,16 +183,18 @@ def test_a_file_of_a_gpu_is_published_by_itself(tree, device, filled, capsys):
     written = content(device=device, cuda="13.0")
     written["results"][0] |= {"M": 8192, "N": 4096, "K": 4096}
     variants = written["results"][0]["variants"]
-    variants["lorafuse-triton"] = variants["lorafuse"] | {"label": "lorafuse, triton", "tax": 0.123}
+    for name in variants:
+        variants[name] |= {"forward": {"median": 1.5}, "backward": {"median": 2.5}}
+    variants["lorafuse-triton"] = variants["lorafuse"] | {"label": "lorafuse, triton", "forward": {"median": 1.234}}
     put(tree, "bench/results/gpu-2026-12-01.json", written)
     assert publish.main([], tree) == 0
     assert check(tree, capsys)[0] == 0
-    readme, page = block(tree), block(tree, "bench/README.md", "results")
-    assert "On GPUs nothing was measured yet" not in readme
+    page = block(tree, "bench/README.md", "results")
     assert f"### linear, {device}" in page
-    assert "### GPUs" not in page
-    modelled = next(line for line in readme.splitlines() if line.startswith("| lorafuse, Triton |"))
-    assert ("12%" in modelled) == filled
+    table = block(tree, "docs/performance.md", "layers-model").splitlines()
+    modelled = next(line for line in table if line.startswith("| lorafuse, Triton |"))
+    forward = written["results"][0]["variants"]["lorafuse-triton"]["forward"]["median"]
+    assert (f"| {forward * 1e6:.0f} |" in modelled) == filled
     assert ("not yet measured" in modelled) != filled
 
 

@@ -1,7 +1,9 @@
 """The cost model of the planner (T1): known figures, and every term of it by what changes when it changes."""
 
 import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from plan_problems import ALL, BACKWARD, HEADLINE, problems
@@ -11,18 +13,19 @@ from lorafuse.plan.config import KernelConfig
 
 pytestmark = pytest.mark.no_poison
 
+MEASURED = Path(__file__).parents[1] / "bench" / "results" / "h200-2026-11-26-linear.json"
+
 
 class TestCost:
-    """The rows of the design's table: M 8192, K = N 4096, R 16, bf16 on an H200, microseconds."""
+    """M 8192, K = N 4096, R 16, bf16 on an H200, microseconds."""
 
     @pytest.mark.parametrize(
         ("model", "forward", "backward"),
         [
             (cost.frozen, 348, 348),
-            (cost.BASELINES["PEFT, bf16 adapters"], 465, 501),
-            (cost.BASELINES["addmm_"], 399, 470),
-            # the read of dx that beta = 1 needs is hidden in backward as in forward; the table's 434 counts it
-            (cost.eager, 383, 434 - 15.6),
+            (cost.BASELINES["PEFT, bf16 adapters"], 478, 527),
+            (cost.BASELINES["addmm_"], 419, 516),
+            (cost.eager, 403, 451),
         ],
     )
     def test_known_figures(self, model, forward, backward):
@@ -31,12 +34,32 @@ class TestCost:
         found = cost.total(model(replace(HEADLINE, gradients=BACKWARD), device))
         assert found * 1e6 == pytest.approx(backward, rel=0.01)
 
-    def test_two_kernels_cost_what_the_design_says_over_their_main_loop(self):
-        """15.7 us for xa, 2 us between, and a main loop that Triton runs at 0.97 of cuBLAS."""
+    def test_it_says_what_was_measured(self):
+        """Within 8 % of the committed medians of an H200, forward and backward of every way that it knows."""
+        (result,) = (r for r in json.loads(MEASURED.read_text())["results"] if r["case"] == "llama-3.1-8b.q")
+        assert all(result[key] == getattr(HEADLINE, key) for key in ("M", "N", "K", "R", "dtype"))
+        every = (*ALL, ("cuda", ""))
+        for gradients, half in (((), "forward"), (BACKWARD, "backward")):
+            problem, device = replace(HEADLINE, gradients=gradients), find("H200")
+            ways = select(problem, device, every).candidates
+            fastest = {name: min(w.seconds for w in ways if w.backend == name) for name in ("eager", "triton", "cuda")}
+            modelled = {
+                "frozen": cost.total(cost.frozen(problem, device)),
+                "addmm": cost.total(cost.BASELINES["addmm_"](problem, device)),
+                "peft-half": cost.total(cost.BASELINES["PEFT, bf16 adapters"](problem, device)),
+                "lorafuse-eager": fastest["eager"],
+                "lorafuse-triton": fastest["triton"],
+                "lorafuse": fastest["cuda"],
+            }
+            for name, seconds in modelled.items():
+                assert seconds == pytest.approx(result["variants"][name][half]["median"], rel=0.08), (name, half)
+
+    def test_two_kernels_cost_a_pass_and_a_main_loop(self):
+        """A pass over x at 0.7 of a copy's bandwidth, 2 us between, and a main loop at 0.94 of cuBLAS."""
         plan = select(HEADLINE, find("H200"), ALL)
         assert plan.kernel == "two_kernel"
         (way,) = (w for w in plan.candidates if w.kernel == plan.kernel)
-        assert way.seconds * 1e6 == pytest.approx(15.7 + 2 + 347.9 * (1 + 16 / 4096) / 0.97, rel=0.01)
+        assert way.seconds * 1e6 == pytest.approx(15.7 / 0.7 + 2 + 347.9 * (1 + 16 / 4096) / 0.94, rel=0.01)
 
     @pytest.mark.parametrize("gradients", [(), BACKWARD])
     @pytest.mark.parametrize("device", DEVICES)
@@ -46,7 +69,7 @@ class TestCost:
         for name, values in {"M": (1, 512, 1024, 8192, 32768), "N": (1024, 4096, 16384), "K": (1024, 4096)}.items():
             for model in models:
                 costs = [cost.total(model(replace(HEADLINE, gradients=gradients, **{name: v}), device)) for v in values]
-                assert costs == sorted(costs)
+                assert all(less <= more * (1 + 1e-12) for less, more in itertools.pairwise(costs))
 
     def test_an_adapter_never_costs_less_than_no_adapter(self):
         for problem, device in itertools.product(problems(), DEVICES.values()):
@@ -65,7 +88,7 @@ class TestCost:
             tma, pointer = (
                 cost.kernel_seconds(replace(config, form=form), HEADLINE, find(device)) for form in ("tma", "pointer")
             )
-            assert tma / pointer == pytest.approx(share)
+            assert tma / pointer == pytest.approx(share * 0.97 / 0.94)
 
     @pytest.mark.parametrize(("device", "ratio"), [("A100", 16), ("RTX 4090", 2), ("H200", 989 / 67)])
     def test_fp32_runs_at_the_rate_of_the_cuda_cores(self, device, ratio):
@@ -100,12 +123,12 @@ class TestCost:
         """One program streams 110 GB/s."""
         config = KernelConfig("xa", "pointer", 64, 0, 64, 16, 3, 4)
         found = cost.kernel_seconds(config, replace(HEADLINE, M=64), find("H200"))
-        assert found == pytest.approx(64 * 4096 * 2 / 110e9)
+        assert found == pytest.approx(64 * 4096 * 2 / 110e9 / 0.7)
 
     def test_dbias_is_a_pass_of_its_own_in_eager_and_free_in_triton(self):
         device, with_bias = find("H200"), (*BACKWARD, "dbias")
         one, other = (select(replace(HEADLINE, gradients=g), device, ALL).candidates for g in (BACKWARD, with_bias))
-        assert other[0].seconds - one[0].seconds == pytest.approx(8192 * 4096 * 2 / 4.3e12 + 2e-6)
+        assert other[0].seconds - one[0].seconds == pytest.approx(8192 * 4096 * 2 / 4.3e12 / 0.7 + 2e-6)
         assert other[1].seconds == one[1].seconds
 
     def test_waves_are_quantized(self):
@@ -116,11 +139,13 @@ class TestCost:
         more = cost.kernel_seconds(config, replace(HEADLINE, M=128 * 133, N=256), device)
         assert more == pytest.approx(2 * full)
 
-    def test_xa_is_free_where_the_last_wave_has_room(self):
-        """1024 tiles leave 32 of 132 SMs one short: room for the 64 items; 8 x 132 tiles leave none."""
+    def test_xa_beside_the_tiles_costs_its_items(self):
+        """1024 tiles leave 32 of 132 SMs one short, which take two items each; 8 x 132 tiles leave none, all take one."""
         device = find("H200")
         config = KernelConfig("fwd", "tma", 128, 256, 64, 16, 3, 8)
-        single = replace(config, single=True)
-        room, none = HEADLINE, replace(HEADLINE, M=128 * 66, N=256 * 16)
-        assert cost.kernel_seconds(single, room, device) == cost.kernel_seconds(config, room, device)
-        assert cost.kernel_seconds(single, none, device) > cost.kernel_seconds(config, none, device)
+        item = 128 * 4096 * 2 / 55e9
+        for problem, items in ((HEADLINE, 2), (replace(HEADLINE, M=128 * 66, N=256 * 16), 1)):
+            one, two = (
+                cost.kernel_seconds(replace(config, single=single), problem, device) for single in (True, False)
+            )
+            assert one - two == pytest.approx(items * item)

@@ -69,14 +69,15 @@ class TestLegal:
 
 
 class TestCost:
-    def test_a_main_loop_of_97_percent(self):
-        """x is read once for xa; then cuBLAS's time for R more columns of x, over 0.97; two gaps of 2 us."""
+    def test_a_main_loop_like_cublas(self):
+        """x is read once for xa, at 0.7 of a copy's rate; then cuBLAS's time for R more columns of x; two gaps of 2 us."""
         found = ways(HEADLINE, find("H200"))["two_kernel"]
-        assert found.seconds * 1e6 == pytest.approx(15.6 + 4 + 347.9 * (1 + 16 / 4096) / 0.97, rel=0.01)
+        assert found.seconds * 1e6 == pytest.approx(15.6 / 0.7 + 4 + 347.9 * (1 + 16 / 4096), rel=0.01)
 
-    def test_one_launch_saves_the_read_of_x_where_there_is_slack(self):
+    def test_one_launch_costs_more_than_the_read_of_x(self):
+        """As measured: 410 us against 394."""
         found = ways(HEADLINE, find("H200"))
-        assert found["two_kernel"].seconds - found["single_kernel"].seconds == pytest.approx(15.6e-6, rel=0.02)
+        assert found["single_kernel"].seconds - found["two_kernel"].seconds == pytest.approx(16e-6, rel=0.1)
 
     def test_a_backward_pass_reads_dy_once_beside_the_product(self):
         (found,) = ways(replace(HEADLINE, gradients=BACKWARD), find("H200")).values()
@@ -100,13 +101,15 @@ class TestCost:
 
 
 class TestSelect:
-    def test_nobody_takes_them_on_trust(self):
+    def test_the_least_modelled_time_wins_but_not_in_one_launch(self):
         for problem, device in itertools.product(problems(), DEVICES.values()):
             plan = select(problem, device, EVERY)
-            assert plan.backend != "cuda"
-            for kernel in ways(problem, device):
-                reason = next(r for r in plan.reasons if r.startswith(f"cuda {kernel}: not chosen, model"))
-                assert reason.endswith("CUDA kernels are taken only where measured")
+            plain = [way for way in plan.candidates if way.kernel != "single_kernel"]
+            assert plan.kernel != "single_kernel"
+            best = min(plain, key=lambda way: way.seconds)
+            assert (plan.backend, plan.kernel) == (best.backend, best.kernel)
+        assert select(HEADLINE, find("H200"), EVERY).backend == "cuda"
+        assert select(replace(HEADLINE, gradients=BACKWARD), find("H200"), EVERY).backend == "cuda"
 
     def test_by_name_they_run_without_xa_and_y_in_one_launch(self):
         for problem, device in itertools.product(problems(), map(find, HOPPER)):
