@@ -156,6 +156,13 @@ def shape(figures):
     return {k: shape(v) for k, v in figures.items()} if isinstance(figures, dict) else type(figures)
 
 
+def test_a_process_that_runs_out_of_memory_says_so(folder):
+    # on a CPU torch raises a plain RuntimeError for that
+    write(folder, "greedy", before="torch.empty(2**49)", isolated=True)
+    _, result = bench(folder)
+    assert result["failed"]["greedy"].startswith("out of memory: RuntimeError: ")
+
+
 def test_a_peer_that_hangs_is_given_up(folder):
     write(folder, "hangs", before="time.sleep(600)", isolated=True)
     _, result = bench(folder, "--timeout", "4")
