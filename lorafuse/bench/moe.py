@@ -16,6 +16,7 @@ from lorafuse.bench.problem import Problem, Work
 from lorafuse.bench.timed import closing, run_case, select, table
 from lorafuse.bench.variant import SCALE, Variant
 from lorafuse.testing.cases import MOE_CASES, MoECase, find_moe, sizes
+from lorafuse.testing.timing import timing
 
 __all__ = [
     "ROUTINGS",
@@ -28,6 +29,7 @@ __all__ = [
     "run_case",
     "select",
     "table",
+    "timing",
 ]
 
 SUMMARY = "the experts of a mixture-of-experts block"
