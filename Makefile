@@ -5,6 +5,8 @@ PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
+# a file of tests stays in one process, which makes its fixtures once; ARGS=-n0 for a debugger
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 READY := $(VENV)/.ready
 REQUIREMENTS := requirements/dev.txt requirements/no-deps.txt
 
@@ -15,7 +17,7 @@ demo: $(READY) ## see it work on this machine; options with ARGS="..."
 	@$(PY) -m lorafuse demo $(ARGS)
 
 test: $(READY) ## run all tests, lint included; pytest options with ARGS="..."
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 test-compile: $(READY) ## compile every kernel for every architecture, every dtype; minutes, no GPU
 	@$(PY) -m pytest tests/test_compile.py --every-dtype $(ARGS)

@@ -6,8 +6,8 @@ from typing import Any
 
 from lorafuse.bench.result import with_adapters
 from lorafuse.plan import Problem, cost, find, select
-from lorafuse.plan.tuned import name_of
 from lorafuse.plan.experts import WAYS, ExpertsProblem
+from lorafuse.plan.tuned import name_of
 
 # of files before version 2, which have none; also the order of README's columns
 LABELS = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorafuse.bench import linear, peaks, plugins, result, timed
+from lorafuse.bench import linear, model, peaks, plugins, result, timed
 from lorafuse.bench.group import Group
 from lorafuse.bench.linear import Linear
 from lorafuse.bench.moe import Experts
@@ -132,6 +132,18 @@ def test_files_hold_every_variant_and_the_conditions(tmp_path, capsys):
         (str(one["M"]), name) for one in written["results"] for name in one["variants"]
     ]
     assert float(rows[0]["total.median"]) == written["results"][0]["variants"]["frozen"]["total"]["median"]
+
+
+def test_the_conditions_say_how_each_kind_is_timed(tmp_path):
+    file, gpu = tmp_path / "r.json", torch.device("cuda")
+    assert main([*SMALL, "--json", str(file)]) == 0
+    assert result.read(file)["conditions"]["timing"] == linear.timing(CPU) == model.timing(CPU)
+    # steps of a model are timed by the wall clock, on what the step before left
+    assert linear.timing(gpu) == "interleaved, L2 overwritten before every call"
+    assert model.timing(gpu) == model.timing(CPU)
+    how = ["--device", "cpu", "--dtype", "float32", "--only", "lorafuse"]
+    assert main(["bench", "memory", "--case", "smollm2-135m.k", "--m", "8", *how, "--json", str(file)]) == 0
+    assert "timing" not in result.read(file)["conditions"]
 
 
 @pytest.mark.parametrize(

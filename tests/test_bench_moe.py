@@ -1,6 +1,7 @@
 """`lorafuse bench moe`: every variant against the formula, the gate, routings, memory, and what bad input gets."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -47,9 +48,17 @@ def test_the_own_baselines_are_all_there():
     assert {"frozen", "full", "peft", "peft-half", "split", "lorafuse"} <= BASELINES.keys()
 
 
-@pytest.mark.parametrize("broken", ["out", "dx", "dweight", "d_gate_up_a", "d_gate_up_b", "d_down_a", "d_down_b"])
-def test_gate_sees_a_wrong_result(broken):
-    variant, expected = build("lorafuse", problem(routing="zipf"))
+COMMON = ["out", "dx", "dweight"]
+RESULTS = {
+    "lorafuse": [*COMMON, "d_gate_up_a", "d_gate_up_b", "d_down_a", "d_down_b"],
+    "full": [*COMMON, "d_gate_up", "d_down"],
+}
+
+
+@pytest.mark.parametrize(("name", "broken"), [(name, broken) for name, found in RESULTS.items() for broken in found])
+def test_gate_sees_a_wrong_result(name, broken):
+    variant, expected = build(name, problem(routing="zipf"))
+    assert expected.keys() == set(RESULTS[name])
     if broken == "out":
         call = variant.call
         variant.call = lambda: (call()[0] * 1.01,)
@@ -57,6 +66,21 @@ def test_gate_sees_a_wrong_result(broken):
         backward, index = variant.backward, list(variant.wanted).index(broken)
         variant.backward = lambda y: tuple(g * (1.01 if i == index else 1) for i, g in enumerate(backward(y)))
     assert f"{broken} is wrong" in wrong(variant, expected, problem().shaped)
+
+
+@pytest.mark.parametrize("stack", ["gate_up_proj", "down_proj"])
+def test_a_wrong_weight_gradient_of_full_fine_tuning_stops_the_run(stack, tiny, tmp_path, capsys):
+    folder = tmp_path / "baselines"
+    shutil.copytree(plugins.folder(), folder, ignore=shutil.ignore_patterns("__pycache__"))
+    source = (folder / "full.py").read_text()
+    returned = "    return block, "
+    assert source.count(returned) == 1
+    planted = f"    block.{stack}.register_hook(lambda dw: 1.01 * dw)\n"
+    (folder / "full.py").write_text(source.replace(returned, planted + returned))
+    assert main([*tiny, "--baselines", str(folder), "--only", "full"]) == 1
+    printed = capsys.readouterr().out
+    assert f"full: d_{stack.removesuffix('_proj')} is wrong" in printed
+    assert "LoRA tax" not in printed
 
 
 def test_json_holds_every_variant_and_the_routings(tmp_path, capsys, tiny):

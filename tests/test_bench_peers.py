@@ -156,6 +156,24 @@ def shape(figures):
     return {k: shape(v) for k, v in figures.items()} if isinstance(figures, dict) else type(figures)
 
 
+def test_a_process_that_runs_out_of_memory_says_so(folder):
+    # on a CPU torch raises a plain RuntimeError for that
+    write(folder, "greedy", before="torch.empty(2**49)", isolated=True)
+    _, result = bench(folder)
+    assert result["failed"]["greedy"].startswith("out of memory: RuntimeError: ")
+
+
+def test_a_file_is_loaded_once_until_it_changes(folder):
+    write(folder, "good")
+    file, loads = folder / "good.py", folder.parent / "loads"
+    file.write_text(f"{file.read_text()}\nwith open({str(loads)!r}, 'a') as log:\n    log.write('.')\n")
+    bench(folder, "--m", "8", "16")
+    assert loads.read_text() == "."
+    os.utime(file, ns=(0, 0))
+    bench(folder)
+    assert loads.read_text() == ".."
+
+
 def test_a_peer_that_hangs_is_given_up(folder):
     write(folder, "hangs", before="time.sleep(600)", isolated=True)
     _, result = bench(folder, "--timeout", "4")

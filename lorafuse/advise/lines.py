@@ -101,6 +101,8 @@ def _rank(a: Advice) -> list[Line]:
     if a.rank_pattern:
         low, high = min(a.rank_pattern.values()), max(a.rank_pattern.values())
         value = f"{len(a.rank_pattern)} layers off rank {a.rank}, {low} to {high}, by the gradient probe"
+        if any(linear.parameter for linear in a.shapes.adapted):
+            value += "; it does not see stacks of experts, which keep theirs"
         lines.append(Line(section, "rank by layer", value, "rule of thumb", "F6"))
     return lines
 

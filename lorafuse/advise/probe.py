@@ -117,7 +117,7 @@ def probe_ranks(
     head = getter() if callable(getter) else None
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     skipped = {
-        f"{at}.{name}": "a stack of experts is no nn.Linear; it keeps the uniform rank"
+        f"{at}.{name}": "a stack of experts is no nn.Linear; it keeps its rank"
         for at, module in model.named_modules()
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3

@@ -1,6 +1,5 @@
 """Which linear layers and experts a model has: from its configuration, on the meta device, or from loaded modules."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -8,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from lorafuse.errors import MissingDependency
+from lorafuse.advise.configuration import load_config, on_meta
 
-__all__ = ["KINDS", "Linear", "ModelShapes", "load_config", "shapes_of"]
+__all__ = ["KINDS", "Linear", "ModelShapes", "shapes_of"]
 
 KINDS = ("mlp", "attention", "experts", "other", "router", "unembedding")
 # neither is adapted: PEFT's "all-linear" leaves the unembedding out, and no finding speaks of routers
@@ -89,57 +87,14 @@ def shapes_of(model: Any, *, active_experts: int | None = None) -> ModelShapes:
     if isinstance(model, nn.Module):
         return _of_modules(model, type(model).__name__, active_experts)
     path = Path(model)
-    module = _on_meta(load_config(path), path)
+    config = load_config(path)
+    module = on_meta(config)
+    if module is None:
+        raise ValueError(
+            f"--model {path}: transformers has no model for {config.model_type!r}; load it and pass it to plan_adapter"
+        )
     folder = path if path.is_dir() else path.parent
     return _of_modules(module, folder.resolve().name, active_experts)
-
-
-def load_config(path: Path) -> Any:
-    """The transformers configuration of a directory or file.
-
-    Raises FileNotFoundError where there is none, ValueError where it is not one that transformers knows.
-    """
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"--model {path}: no config.json there; it must be a model's directory or its config.json"
-        )
-    try:
-        from transformers import AutoConfig
-    except ImportError as error:
-        raise MissingDependency(
-            "a model's configuration needs transformers: pip install 'transformers>=5.7'"
-        ) from error
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        model_type = settings.pop("model_type")
-    except (ValueError, KeyError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"--model {file}: it must be a JSON object with a model_type ({reason})") from error
-    try:
-        return AutoConfig.for_model(model_type, **settings)
-    except ValueError as error:
-        raise ValueError(
-            f"--model {file}: transformers here does not know the model_type {model_type!r}; load the model with its "
-            "own code and pass it to lorafuse.advise.plan_adapter, which counts its modules"
-        ) from error
-
-
-def _on_meta(config: Any, path: Path) -> nn.Module:
-    import transformers
-
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)
-        if found is not None:
-            with torch.device("meta"):
-                return found(config)
-    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
-        if type(config) in auto._model_mapping:
-            with torch.device("meta"):
-                return auto.from_config(config)
-    raise ValueError(
-        f"--model {path}: transformers has no model for {config.model_type!r}; load it and pass it to plan_adapter"
-    )
 
 
 def _plain(name: str) -> str:

@@ -1,6 +1,8 @@
 """The advice as code: a `LoraConfig` and a `TrainingArguments` that can be pasted and run."""
 
+import importlib.util
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 from lorafuse.advise.capacity import rank_of
 from lorafuse.advise.shapes import ModelShapes
@@ -41,23 +43,43 @@ def expert_ranks(shapes: ModelShapes, rank: int) -> dict[str, int]:
     return found
 
 
+def _taken_for_experts(names: list[str], model_type: str) -> set[str]:
+    """The names of modules that PEFT takes for those of experts in transformers 4, and so leaves out of the others."""
+    if importlib.util.find_spec("peft") is None:
+        return set()
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=names)
+    convert_peft_config_for_transformers(config, SimpleNamespace(config=SimpleNamespace(model_type=model_type)), None)
+    return set(names) - set(config.target_modules)
+
+
 def snippet(shapes: ModelShapes, settings: Settings) -> str:
     """Python source that defines `config` and `args`."""
-    stacks = target_parameters(shapes)
-    pattern = settings.rank_pattern | expert_ranks(shapes, settings.rank)
+    parameters = target_parameters(shapes)
     routers = sorted({x.name.rpartition(".")[2] for x in shapes.linears if x.kind == "router"})
     # with stacks, PEFT 0.21 resolves "all-linear" by the names of transformers 4: it would adapt routers too, and give
     # gate_up twice the rank
     names = sorted({x.name.rpartition(".")[2] for x in shapes.adapted if not x.parameter})
-    modules = names if stacks else "all-linear"
+    # shared experts, most often; by their weights PEFT adapts them all the same
+    taken = _taken_for_experts(names, shapes.model_type) if parameters else set()
+    modules = [name for name in names if name not in taken] if parameters else "all-linear"
+    parameters += [f"{name}.weight" for name in sorted(taken)]
+
+    def of_weights(pattern: dict[str, int]) -> dict[str, int]:
+        return {rf"{key}\.weight" if key.rpartition(r"\.")[2] in taken else key: own for key, own in pattern.items()}
+
+    ranks = of_weights(settings.rank_pattern) | expert_ranks(shapes, settings.rank)
+    alphas = of_weights(settings.alpha_pattern)
     lora = [
         f"r={settings.rank}",
         f"lora_alpha={ALPHA}",
         f"target_modules={modules!r}",
         *([f"exclude_modules={routers}"] if routers else []),
-        *([f"target_parameters={stacks}"] if stacks else []),
-        *([f"rank_pattern={pattern}"] if pattern else []),
-        *([f"alpha_pattern={settings.alpha_pattern}"] if settings.alpha_pattern else []),
+        *([f"target_parameters={parameters}"] if parameters else []),
+        *([f"rank_pattern={ranks}"] if ranks else []),
+        *([f"alpha_pattern={alphas}"] if alphas else []),
         "lora_dropout=0.0",
         *(['task_type="CAUSAL_LM"'] if shapes.vocabulary else []),
     ]

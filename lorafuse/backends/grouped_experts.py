@@ -18,22 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorafuse.activation import Activation, Recomputed
+from lorafuse.backends.routing import route
 
 __all__ = ["experts_backward", "experts_forward", "grouped_backward", "grouped_forward"]
 
 # grouped_mm takes rows that start on such boundaries only
 _ALIGNMENT = 16
-
-
-def _route(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """`(order [T·k], ends [E])`: choices in the order of their experts, and where each expert's end.
-
-    A negative index stops the device with an assertion.
-    """
-    flat = index.reshape(-1)
-    torch._assert_async((flat >= 0).all(), "topk_index holds a negative expert")
-    ordered, order = flat.sort(stable=True)
-    return order, torch.searchsorted(ordered, torch.arange(experts, device=index.device), right=True)
 
 
 def _combine(y: Tensor, order: Tensor, ends: Tensor, k: int, weight: Tensor | None) -> Tensor:
@@ -205,7 +195,7 @@ def experts_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`(out [T, H], u [S, U], xa [S, R], ha [S, R'], order [S], ends [E])`; rows of sentinels are not written."""
     k = index.shape[1]
-    order, ends = _route(index, up.shape[0])
+    order, ends = route(index, up.shape[0])
     first = projection(ends, up, up_bias, up_a, up_b, up_scale, transposed)
     u, xa = first.forward(x.index_select(0, order // k))
     second = projection(ends, down, down_bias, down_a, down_b, down_scale, transposed)

@@ -12,6 +12,7 @@ from torch import Tensor
 from lorafuse.activation import Activation, Recomputed
 from lorafuse.backends import eager_experts, probe
 from lorafuse.backends.on_gpu import check_device, device_guard
+from lorafuse.backends.routing import route
 from lorafuse.kernels import ragged, ragged_rank, routing
 from lorafuse.kernels.routing import Tiles
 from lorafuse.plan import DeviceSpec, KernelConfig, Problem, find, ragged_config
@@ -181,7 +182,7 @@ def experts_forward(
     with device_guard(x.device):
         x = _rows(x)
         up_bias, down_bias = (None if bias is None else bias.contiguous() for bias in (up_bias, down_bias))
-        order, ends = routing.route(index, up.shape[0])
+        order, ends = route(index, up.shape[0])
         tiles, token = Tiles(ends, order.shape[0]), order // index.shape[1]
         first = _Projection(tiles, x, up, up_a, up_b, up_scale, transposed, _layout(act))
         second = _Projection(tiles, x, down, down_a, down_b, down_scale, transposed)

@@ -17,8 +17,9 @@ from lorafuse.bench.problem import Problem, Work
 from lorafuse.bench.timed import closing, run_case, select, table
 from lorafuse.bench.variant import Variant
 from lorafuse.testing.cases import GROUPS, Case, find_group, sizes
+from lorafuse.testing.timing import timing
 
-__all__ = ["SUMMARY", "Group", "add_arguments", "cases", "closing", "run_case", "select", "table"]
+__all__ = ["SUMMARY", "Group", "add_arguments", "cases", "closing", "run_case", "select", "table", "timing"]
 
 SUMMARY = "linear layers that read the same x"
 _DEFAULT = "smollm2-135m.qkv"

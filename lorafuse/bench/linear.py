@@ -14,6 +14,7 @@ from lorafuse.bench.problem import Problem, Work
 from lorafuse.bench.timed import closing, run_case, select, table
 from lorafuse.bench.variant import SCALE, Variant
 from lorafuse.testing.cases import CASES, Case, find, sizes
+from lorafuse.testing.timing import timing
 
 __all__ = [
     "SUMMARY",
@@ -27,6 +28,7 @@ __all__ = [
     "select",
     "shape",
     "table",
+    "timing",
 ]
 
 SUMMARY = "one linear layer"

@@ -15,8 +15,9 @@ import torch
 from lorafuse.bench.model_run import Case, run_case
 from lorafuse.bench.transformer import MODELS, Model, find, free_bytes
 from lorafuse.bench.transformer_cost import WAYS, Sizes, Training, fitting, training_bytes
+from lorafuse.testing.timing import WARM
 
-__all__ = ["SUMMARY", "Case", "add_arguments", "cases", "run_case", "table"]
+__all__ = ["SUMMARY", "Case", "add_arguments", "cases", "run_case", "table", "timing"]
 
 SUMMARY = "one training step of a whole model, with full fine-tuning, PEFT and lorafuse"
 
@@ -90,6 +91,11 @@ def _sizes(model: Model, args: argparse.Namespace, device: torch.device, tokens:
         lambda cut: max(training_bytes(cut, way, one) for way in args.ways for one in settings),
         free_bytes(device),
     )
+
+
+def timing(device: torch.device) -> str:
+    """How steps are timed: a step begins with the caches as the step before left them, on GPUs too."""
+    return WARM
 
 
 def table(result: dict[str, Any]) -> Any:

@@ -16,6 +16,7 @@ from lorafuse.bench.problem import Problem, Work
 from lorafuse.bench.timed import closing, run_case, select, table
 from lorafuse.bench.variant import SCALE, Variant
 from lorafuse.testing.cases import MOE_CASES, MoECase, find_moe, sizes
+from lorafuse.testing.timing import timing
 
 __all__ = [
     "ROUTINGS",
@@ -28,9 +29,11 @@ __all__ = [
     "run_case",
     "select",
     "table",
+    "timing",
 ]
 
 SUMMARY = "the experts of a mixture-of-experts block"
+_STACKS = ("gate_up", "down")
 _FACTORS = ("gate_up_a", "gate_up_b", "down_a", "down_b")
 
 
@@ -138,9 +141,9 @@ class Experts(Problem):
         )
 
     def references(self, given: ExpertsInputs) -> dict[str, dict[str, Tensor]]:
-        """A trained base's own gradients are of the stacks' size and are not compared; its other results are."""
-        frozen = _formula(given, adapted=False)
-        return {"nothing": frozen, "base": frozen, "adapters": _formula(given, adapted=True)}
+        base = _formula(given, _STACKS)
+        frozen = {name: tensor for name, tensor in base.items() if name.removeprefix("d_") not in _STACKS}
+        return {"nothing": frozen, "base": base, "adapters": _formula(given, _FACTORS)}
 
     def variant(self, name: str, baseline: Any, given: ExpertsInputs, **options: Any) -> Variant:
         call, parameters = baseline.experts(given, **options)
@@ -171,27 +174,29 @@ class Experts(Problem):
         return {"forward": forward, "backward": backward}
 
 
-def _formula(given: ExpertsInputs, adapted: bool) -> dict[str, Tensor]:
-    """out and every gradient in fp64, expert by expert."""
-    leaves = {n: getattr(given, n).double() for n in ("x", "weight", *(_FACTORS if adapted else ()))}
-    for leaf in leaves.values():
-        leaf.requires_grad_()
-    out = torch.zeros_like(leaves["x"])
+def _formula(given: ExpertsInputs, trained: tuple[str, ...]) -> dict[str, Tensor]:
+    """out and every gradient in fp64, expert by expert, so that one expert's weights are held in fp64 at a time."""
+    x, weight, dout = (t.double() for t in (given.x, given.weight, given.dout))
+    found = {"out": torch.zeros_like(x), "dx": torch.zeros_like(x), "dweight": torch.zeros_like(weight)}
+    found |= {f"d_{name}": torch.zeros_like(getattr(given, name), dtype=torch.float64) for name in trained}
+    names = _STACKS + (_FACTORS if trained == _FACTORS else ())
     for e in range(given.gate_up.shape[0]):
         token, slot = torch.where(given.index == e)
         if token.numel() == 0:
             continue
+        rows, factor = x[token].requires_grad_(), weight[token, slot].requires_grad_()
+        of = {name: getattr(given, name)[e].double().requires_grad_(name in trained) for name in names}
 
-        def project(v: Tensor, name: str, e: int = e) -> Tensor:
-            y = v @ getattr(given, name)[e].double().t()
-            if adapted:
-                y = y + SCALE * (v @ leaves[f"{name}_a"][e].t()) @ leaves[f"{name}_b"][e].t()
-            return y
+        def project(v: Tensor, name: str, of: dict[str, Tensor] = of) -> Tensor:
+            y = v @ of[name].t()
+            return y + SCALE * (v @ of[f"{name}_a"].t()) @ of[f"{name}_b"].t() if f"{name}_a" in of else y
 
-        gate, up = project(leaves["x"][token], "gate_up").chunk(2, 1)
-        y = project(F.silu(gate) * up, "down") * leaves["weight"][token, slot].unsqueeze(1)
-        out = out.index_add(0, token, y)
-    grads = torch.autograd.grad(out, list(leaves.values()), given.dout.double())
-    return {"out": out.detach()} | {
-        (f"d_{n}" if n in _FACTORS else f"d{n}"): grad for n, grad in zip(leaves, grads, strict=True)
-    }
+        gate, up = project(rows, "gate_up").chunk(2, 1)
+        y = project(F.silu(gate) * up, "down") * factor.unsqueeze(1)
+        dx, dfactor, *grads = torch.autograd.grad(y, (rows, factor, *(of[name] for name in trained)), dout[token])
+        found["out"].index_add_(0, token, y.detach())
+        found["dx"].index_add_(0, token, dx)
+        found["dweight"][token, slot] = dfactor
+        for name, grad in zip(trained, grads, strict=True):
+            found[f"d_{name}"][e] = grad
+    return found

@@ -19,6 +19,7 @@ with only inside of its functions. What it may define:
 
 import importlib.util
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -71,13 +72,20 @@ def _rank(one: Baseline) -> tuple[int, str]:
     return len(_FIRST) + one.name.startswith(_LAST), one.name
 
 
-def load_file(file: Path, kind: str, device: torch.device) -> list[Baseline]:
-    """The variants of one file for a kind; none when it has no function for it."""
+@cache
+def _module(file: Path, changed: int) -> ModuleType:
+    """A file as a module, loaded once for as long as nobody has changed it."""
     spec = importlib.util.spec_from_file_location(f"_lorafuse_baseline_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def load_file(file: Path, kind: str, device: torch.device) -> list[Baseline]:
+    """The variants of one file for a kind; none when it has no function for it."""
+    module = _module(file, file.stat().st_mtime_ns)
     if not any(hasattr(module, name) for name in _FUNCTIONS[kind]):
         return []
     requires = getattr(module, "REQUIRES", ())

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from lorafuse.bench import group, linear, mlp, moe, plugins
+from lorafuse.bench.limits import is_out_of_memory
 from lorafuse.bench.problem import Problem
 from lorafuse.bench.runner import Runner
 from lorafuse.bench.variant import wrong
@@ -83,7 +84,7 @@ def main() -> int:
         except Exception as error:
             # a peer's process must answer whatever its code raises; it is reported under the variant's name
             traceback.print_exc()
-            kind = "memory" if isinstance(error, MemoryError | torch.OutOfMemoryError) else "error"
+            kind = "memory" if is_out_of_memory(error) else "error"
             answer = {kind: f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

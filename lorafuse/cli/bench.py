@@ -20,7 +20,6 @@ from lorafuse.cli import _common
 from lorafuse.cli._common import DTYPES
 from lorafuse.errors import MissingDependency
 from lorafuse.testing.conditions import conditions, describe
-from lorafuse.testing.timing import CACHE_NOTE
 
 SUMMARY = "measure the LoRA tax of layers, blocks and models against PEFT, others and full fine-tuning"
 KINDS = ("linear", "group", "moe", "model", "memory")
@@ -85,7 +84,9 @@ def run(args: argparse.Namespace) -> int:
         return compare.run(runs, console, prepared)
     kind = _module(args.kind)
     cases, device = prepared(args)
-    found = conditions(device) | {"timing": CACHE_NOTE.get(device.type, "caches as they are")}
+    found = conditions(device)
+    if hasattr(kind, "timing"):
+        found["timing"] = kind.timing(device)
     console.print(describe(found), highlight=False)
     content: dict[str, Any] = {"version": VERSION, "kind": args.kind, "conditions": found, "results": [], "not_run": {}}
     status = _run_cases(kind, cases, args, device, console, content)

@@ -23,7 +23,7 @@ from lorafuse.testing.cases import Case
 from lorafuse.testing.cases import find as find_case
 from lorafuse.testing.conditions import conditions, describe
 from lorafuse.testing.model_layers import linear_layers
-from lorafuse.testing.timing import CACHE_NOTE
+from lorafuse.testing.timing import timing
 from lorafuse.testing.tuning import Outcome, Target
 
 SUMMARY = "measure what is fastest for a model on this GPU, and let plans follow it"
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
         return 0
     _check_writable(path)
-    found = conditions(target.device) | {"timing": CACHE_NOTE.get(target.device.type, "caches as they are")}
+    found = conditions(target.device) | {"timing": timing(target.device)}
     console.print(f"{describe(found)}, {args.rounds} rounds", highlight=False)
     return _measure_all(console, args, target, {case: (layers[case], work[case]) for case in work}, path, found)
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Tiles", "combine", "ragged_tiles", "route", "source_rows"]
+__all__ = ["Tiles", "combine", "ragged_tiles", "source_rows"]
 
 
 @triton.jit
@@ -89,19 +89,6 @@ def ragged_tiles(ends: Tensor, rows: int, block_m: int) -> Tensor:
         ends, tiles, groups, capacity, block_m, BLOCK_G=block_g, BLOCK_T=block_t, num_warps=8
     )
     return tiles
-
-
-def route(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """`(order [T·k], ends [E])`: choices in the order of their experts, and where each expert's end.
-
-    Nothing waits for the device; a negative index stops it with a device-side assertion.
-    """
-    flat = index.reshape(-1)
-    torch._assert_async((flat >= 0).all(), "topk_index holds a negative expert")
-    # a radix sort reads its keys once for each byte of them; choices above all experts stay behind them
-    keys = torch.int16 if experts < 2**15 else torch.int32
-    ordered, order = flat.clamp(max=experts).to(keys).sort(stable=True)
-    return order, torch.searchsorted(ordered, torch.arange(experts, dtype=keys, device=index.device), right=True)
 
 
 def combine(y: Tensor, order: Tensor, ends: Tensor, weight: Tensor | None, tokens: int) -> Tensor:

@@ -142,10 +142,13 @@ def _results(case: LinearCase, backend: str, device: torch.device, sample: int) 
     exact = _prepare(make_operands(case, 2 * sample).to(torch.float64))
     given = make_operands(case, 2 * sample).to(device)
     ours, theirs = _prepare(given.clone()), _prepare(given.clone())
-    other = _prepare(make_operands(case, 2 * sample + 1).to(device))
-    run(functional.lora_linear, other, backend=backend)
+    # of further samples the one before is the other input
+    others = [_prepare(make_operands(case, 1).to(device))] if sample == 0 else []
+    for other in others:
+        run(functional.lora_linear, other, backend=backend)
     y = run(functional.lora_linear, ours, backend=backend)
-    run(functional.lora_linear, other, backend=backend)
+    for other in others:
+        run(functional.lora_linear, other, backend=backend)
     actual = gradients(y, ours)
     for name, before in vars(given).items():
         after = getattr(ours, name)

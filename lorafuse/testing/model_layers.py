@@ -3,11 +3,11 @@
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from lorafuse.advise.configuration import config_file, on_meta
 from lorafuse.testing.cases import Case
 
 __all__ = ["linear_layers"]
@@ -43,18 +43,15 @@ def linear_layers(path: Path) -> tuple[dict[Case, int], int]:
     return {Case(", ".join(names[shape]), *shape): count for shape, count in counts.items()}, experts
 
 
-def _model(path: Path) -> Any:
+def _model(path: Path) -> nn.Module:
     """The model that a configuration describes, on the meta device."""
     import transformers
 
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"{path}: no config.json; it must be a Hugging Face model directory")
-    config = transformers.AutoConfig.from_pretrained(file)
-    found = (getattr(transformers, name, None) for name in config.architectures or ())
-    build = next((model for model in found if model is not None), transformers.AutoModelForCausalLM.from_config)
-    with torch.device("meta"):
-        return build(config)
+    config = transformers.AutoConfig.from_pretrained(config_file(path, "a Hugging Face model directory"))
+    model = on_meta(config)
+    if model is None:
+        raise ValueError(f"{path}: transformers has no model for {config.model_type!r}")
+    return model
 
 
 def _is_experts(module: nn.Module) -> bool:

@@ -9,12 +9,15 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["CACHE_NOTE", "Clock", "Samples", "Timed", "captured", "measure", "measure_calls", "percentile"]
+__all__ = ["WARM", "Clock", "Samples", "Timed", "captured", "measure", "measure_calls", "percentile", "timing"]
 
-CACHE_NOTE = {
-    "cpu": "interleaved, caches hold what the other variants left",
-    "cuda": "interleaved, L2 overwritten before every call",
-}
+# how calls in turns find the caches where nobody empties them
+WARM = "interleaved, caches hold what the other variants left"
+
+
+def timing(device: torch.device) -> str:
+    """How `Clock` times calls in turns, for the conditions of a run."""
+    return "interleaved, L2 overwritten before every call" if device.type == "cuda" else WARM
 
 
 def percentile(values: Sequence[float], fraction: float) -> float:
