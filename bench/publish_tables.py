@@ -158,7 +158,8 @@ def kernel_steps(content: Content, file: str) -> str:
         for name in names
     ]
     head = ["time, rate / cuBLAS", *(f"M {r['M']}, N {r['N']}, K {r['K']}, R {r['R']}" for r in results)]
-    return f"{all_conditions(content, file)}\n\nMedians of {results[0]['rounds']} rounds, bfloat16.\n\n{_table(head, rows)}"
+    said = f"Medians of {results[0]['rounds']} rounds, bfloat16."
+    return "\n\n".join([all_conditions(content, file), said, _table(head, rows)])
 
 
 def everything(content: Content, file: str) -> str:

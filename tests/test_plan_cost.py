@@ -140,7 +140,7 @@ class TestCost:
         assert more == pytest.approx(2 * full)
 
     def test_xa_beside_the_tiles_costs_its_items(self):
-        """1024 tiles leave 32 of 132 SMs one short, which take two items each; 8 x 132 tiles leave none, all take one."""
+        """1024 tiles leave 32 of 132 SMs one short: two items each. 8 x 132 tiles leave none: all take one."""
         device = find("H200")
         config = KernelConfig("fwd", "tma", 128, 256, 64, 16, 3, 8)
         item = 128 * 4096 * 2 / 55e9

@@ -70,7 +70,7 @@ class TestLegal:
 
 class TestCost:
     def test_a_main_loop_like_cublas(self):
-        """x is read once for xa, at 0.7 of a copy's rate; then cuBLAS's time for R more columns of x; two gaps of 2 us."""
+        """A read of x for xa, at 0.7 of a copy's rate; cuBLAS's time for R more columns of x; two gaps of 2 us."""
         found = ways(HEADLINE, find("H200"))["two_kernel"]
         assert found.seconds * 1e6 == pytest.approx(15.6 / 0.7 + 4 + 347.9 * (1 + 16 / 4096), rel=0.01)
 

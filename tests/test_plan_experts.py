@@ -62,7 +62,7 @@ class TestTimes:
         assert 759 < us("full fine-tuning", BLOCK, True) - us("frozen", BLOCK, True) < 830
 
     def test_two_tokens_read_sixteen_experts(self):
-        """2 x 8 choices: 16 of 128 experts, 0.151 GB or 35 us; all would be 281 us. The host takes the rest, 12 us a launch."""
+        """2 x 8 choices: 16 of 128 experts, 0.151 GB or 35 us; all would be 281 us. Launches take the rest."""
         two = replace(BLOCK, T=2)
         for way in ("frozen", "split grouped_mm", "lorafuse, eager", "lorafuse, Triton"):
             assert 35 < us(way, two, False) < 310, way

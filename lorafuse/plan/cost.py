@@ -239,7 +239,7 @@ def sum_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -> f
 
 
 def _xa_beside(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
-    """What the xa items of a single kernel add: those of the SMs that the last wave leaves free, before the first tiles.
+    """What the xa items of a single kernel add, on the SMs that the last wave leaves free, before the first tiles.
 
     At half of what an SM streams: 38 us for two items each (H200, 2026-11-26). That the others compute meanwhile does
     not help, since every tile waits for its rows of xa.
