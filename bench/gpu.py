@@ -2,9 +2,10 @@
 
     python bench/gpu.py --out DIR [--minutes 9]        (or: make gpu ARGS="--out DIR")
 
-It runs from a bare checkout with the torch and triton that are there: nothing is installed, nothing is fetched. The
-most valuable steps come first, each within what is left of the time, so that a run that is cut off is still worth
-keeping. Every step's output is a file in DIR, `gpu.json` is the summary, and a short table is printed last.
+It runs from a bare checkout with the torch and triton that are there: nothing is installed, nothing is fetched. Checks
+run side by side, since they wait for compilers; what is timed runs alone after them, the most valuable first, each
+within what is left of the time, so that a run that is cut off is still worth keeping. Every step's output is a file in
+DIR, `gpu.json` is the summary, and a short table is printed last.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,11 +26,15 @@ _CASE = 60
 
 @dataclass
 class Step:
-    """One command: `name` of its output file, what it shows, and the most seconds it may take."""
+    """One command: `name` of its output file, what it shows, and the most seconds it may take.
+
+    Steps of one `stage` run side by side, those of none alone.
+    """
 
     name: str
     command: list[str]
     seconds: int
+    stage: int = 0
     outcome: str = "not started: no time was left"
     took: float = 0.0
 
@@ -36,8 +42,10 @@ class Step:
 def steps(out: Path) -> list[Step]:
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=25"]
-    # where pytest-xdist is installed, kernels compile on several cores
-    parallel = ["-n", "8"] if _has("xdist") else []
+
+    def parallel(processes: int) -> list[str]:
+        # where pytest-xdist is installed, kernels compile on several cores
+        return ["-n", str(processes)] if _has("xdist") else []
 
     def layer(m: int, rank: int, *cases: str) -> Step:
         # the first layer of the list names the file: several steps have the same sizes
@@ -61,35 +69,50 @@ def steps(out: Path) -> list[Step]:
     smoke = [*pytest, "tests/test_triton_linear.py", "-k", "gate or test_dropout"]
     cuda_smoke = [*pytest, "tests/test_gpu.py", "-k", "every_rank_of_the_cuda or one_cuda_launch and not 8192"]
     experts_smoke = [*pytest, "tests/test_triton_experts.py", "-k", "several_tiles or every_activation"]
+    linear, experts_file, on_gpu = (f"tests/test_{name}.py" for name in ("triton_linear", "triton_experts", "gpu"))
     return [
-        Step("doctor", [python, "-m", "lorafuse", "doctor"], 60),
-        Step("gate", [*pytest, "tests/test_triton_linear.py", "-k", "gate or single or integers", *parallel], 120),
-        Step("cuda-build", [python, "csrc/build.py", "cuda"], 150),
-        Step("cuda-gate", [*pytest, "tests/test_gpu.py", "-k", "cuda and not offsets"], 90),
-        Step("hopper", [python, "bench/hopper.py", "--json", str(out / "hopper.json")], 90),
-        layer(8192, 16, "llama-3.1-8b.q"),
-        Step("experts-gate", [*pytest, "tests/test_triton_experts.py", "-k", "layout or activation", *parallel], 90),
+        Step("doctor", [python, "-m", "lorafuse", "doctor"], 60, 1),
+        Step("cuda-build", [python, "csrc/build.py", "cuda"], 150, 1),
+        Step("gate", [*pytest, linear, "-k", "gate or single or integers", *parallel(4)], 120, 1),
+        Step("experts-gate", [*pytest, experts_file, "-k", "layout or activation", *parallel(3)], 120, 1),
+        Step("gpu-tests", [*pytest, on_gpu, "-k", "not cuda and not offsets", *parallel(3)], 120, 1),
+        Step("gpu-experts-tests", [*pytest, "tests/test_gpu_experts.py", *parallel(2)], 120, 1),
+        Step("cuda-gate", [*pytest, on_gpu, "-k", "cuda and not offsets", *parallel(3)], 90, 2),
+        layer(8192, 16, *llama),
         experts(8192, "qwen3-30b-a3b", "balanced"),
-        Step("gpu-tests", [*pytest, "tests/test_gpu.py", "tests/test_gpu_experts.py"], 120),
+        model("llama-3.1-8b", 8),
+        Step("hopper", [python, "bench/hopper.py", "--json", str(out / "hopper.json")], 60),
         layer(2048, 16, *llama),
-        model("llama-3.1-8b", 4),
-        layer(8192, 16, *llama[1:]),
-        Step("all-kernel-tests", [*pytest, "tests/test_triton_linear.py", "tests/test_philox.py", *parallel], 180),
-        Step("all-experts-tests", [*pytest, "tests/test_triton_experts.py", *parallel], 120),
-        layer(8192, 64, "llama-3.1-8b.q"),
         experts(8192, "qwen3-30b-a3b", "zipf"),
-        Step("memcheck", [*sanitizer, "memcheck", *smoke], 120),
-        *(Step(f"cuda-{tool}", [*sanitizer, tool, *cuda_smoke], 90) for tool in ("memcheck", "racecheck", "synccheck")),
-        Step("racecheck", [*sanitizer, "racecheck", *smoke], 120),
-        Step("experts-memcheck", [*sanitizer, "memcheck", *experts_smoke], 90),
-        layer(16384, 16, "llama-3.1-8b.q"),
-        layer(1024, 16, "llama-3.1-8b.q"),
+        layer(8192, 64, "llama-3.1-8b.q"),
         layer(512, 16, "llama-3.1-8b.q"),
+        layer(16384, 16, "llama-3.1-8b.q"),
+        Step("all-kernel-tests", [*pytest, linear, "tests/test_philox.py", *parallel(8)], 180, 3),
+        Step("all-experts-tests", [*pytest, experts_file, *parallel(5)], 180, 3),
+        Step("offsets", [*pytest, on_gpu, "-k", "offsets"], 90, 3),
+        Step("memcheck", [*sanitizer, "memcheck", *smoke], 120, 4),
+        *(
+            Step(f"cuda-{tool}", [*sanitizer, tool, *cuda_smoke], 120, 4)
+            for tool in ("memcheck", "racecheck", "synccheck")
+        ),
+        Step("racecheck", [*sanitizer, "racecheck", *smoke], 120, 4),
+        Step("experts-memcheck", [*sanitizer, "memcheck", *experts_smoke], 120, 4),
     ]
 
 
 def _has(module: str) -> bool:
     return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True).returncode == 0
+
+
+def grouped(plan: list[Step]) -> list[list[Step]]:
+    """The steps in their order, those of one stage together."""
+    groups: list[list[Step]] = []
+    for step in plan:
+        if step.stage and groups and groups[-1][0].stage == step.stage:
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    return groups
 
 
 def run(step: Step, out: Path, left: float) -> None:
@@ -157,8 +180,9 @@ def main() -> int:
 
     end = time.monotonic() + args.minutes * 60
     found, plan = conditions(torch.device("cuda")), steps(args.out)
-    for step in plan:
-        run(step, args.out, end - time.monotonic())
+    for group in grouped(plan):
+        with ThreadPoolExecutor(len(group)) as pool:
+            list(pool.map(lambda step: run(step, args.out, end - time.monotonic()), group))
         done = [{k: v for k, v in asdict(s).items() if k != "command"} for s in plan]
         (args.out / "gpu.json").write_text(json.dumps({"conditions": found, "steps": done}, indent=1) + "\n")
     print("\n" + "\n".join(table(args.out)))
