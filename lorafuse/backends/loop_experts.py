@@ -26,8 +26,8 @@ from lorafuse.backends.factors import Stack, stack
 
 __all__ = ["experts_backward", "experts_forward", "grouped_backward", "grouped_forward"]
 
-# of the rows of a product: oneDNN compiles a kernel for each size it meets
-_STEP = 32
+# of the rows of a product by dtype: oneDNN, which multiplies these, compiles a kernel for each size it meets
+_STEP = {torch.bfloat16: 32, torch.float16: 32}
 # group, its rows
 _Segments = Sequence[tuple[int, slice]]
 
@@ -68,14 +68,15 @@ def _oriented(w: Tensor, transposed: bool) -> Tensor:
     return w if transposed else w.t()
 
 
-def _rounded_up(rows: slice, last: int) -> slice:
+def _rounded_up(rows: slice, last: int, dtype: torch.dtype) -> slice:
     """A group's rows and some of the next ones', which are computed with theirs later, so that sizes are few."""
-    return slice(rows.start, min(rows.start + -(-(rows.stop - rows.start) // _STEP) * _STEP, last))
+    step = _STEP.get(dtype, 1)
+    return slice(rows.start, min(rows.start + -(-(rows.stop - rows.start) // step) * step, last))
 
 
 def _base(x: Tensor, right: Tensor, y: Tensor, rows: slice, last: int, accumulate: bool) -> None:
     """`y[rows] = x[rows] right`, or added to what y holds."""
-    wide = _rounded_up(rows, last)
+    wide = _rounded_up(rows, last, x.dtype)
     if not accumulate:
         torch.mm(x[wide], right, out=y[wide])
         return
@@ -87,7 +88,8 @@ def _base(x: Tensor, right: Tensor, y: Tensor, rows: slice, last: int, accumulat
 
 def _over_rows(left: Tensor, right: Tensor) -> Tensor:
     """`leftᵀ right`; a multiple of some rows and the rest apart, so that sizes are few."""
-    whole = left.shape[0] // _STEP * _STEP
+    step = _STEP.get(left.dtype, 1)
+    whole = left.shape[0] // step * step
     if whole in (0, left.shape[0]):
         return torch.mm(left.t(), right)
     return torch.mm(left[:whole].t(), right[:whole]).addmm_(left[whole:].t(), right[whole:])
@@ -114,11 +116,11 @@ def _forward(
     if a is not None and b is not None:
         factors = Stack(a, x.dtype)
         for e, rows in segments:
-            wide = _rounded_up(rows, last)
+            wide = _rounded_up(rows, last, x.dtype)
             torch.mm(x[wide], factors[e].t(), out=xa[wide])
         factors, scaled = Stack(b, x.dtype), xa * scale
         for e, rows in segments:
-            wide = _rounded_up(rows, last)
+            wide = _rounded_up(rows, last, x.dtype)
             torch.mm(scaled[wide], factors[e].t(), out=y[wide])
     for e, rows in segments:
         _base(x, _oriented(w[e], transposed), y, rows, last, accumulate=a is not None)
@@ -173,7 +175,7 @@ def _backward(
     if a is not None and b is not None and (dx is not None or need_da):
         dyb = dy.new_empty((dy.shape[0], a.shape[1]))
         for e, rows in segments:
-            wide = _rounded_up(rows, last)
+            wide = _rounded_up(rows, last, dy.dtype)
             torch.mm(dy[wide], b[e], out=dyb[wide])
         dyb.mul_(scale)
     if need_db:
@@ -193,7 +195,7 @@ def _backward(
         if dyb is not None:
             assert a is not None
             for e, rows in segments:
-                wide = _rounded_up(rows, last)
+                wide = _rounded_up(rows, last, dy.dtype)
                 torch.mm(dyb[wide], a[e], out=dx[wide])
         for e, rows in segments:
             _base(dy, _oriented(w[e], transposed).t(), dx, rows, last, accumulate=dyb is not None)
