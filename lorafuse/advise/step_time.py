@@ -11,8 +11,8 @@ from lorafuse.plan import DeviceSpec, ExpertsProblem, Problem, cost, experts, se
 __all__ = ["WAYS", "step_seconds"]
 
 WAYS = ("frozen", "full fine-tuning", "PEFT", "lorafuse")
-# CUDA kernels are chosen only where they were measured, so they are no candidate here
-_AVAILABLE = (("eager", ""), ("triton", ""))
+# where nvcc is: without it, lorafuse has Triton and eager
+_AVAILABLE = (("eager", ""), ("triton", ""), ("cuda", ""))
 
 
 def step_seconds(shapes: ModelShapes, rank: int, tokens: int, device: DeviceSpec) -> dict[str, float]:
