@@ -1,0 +1,62 @@
+"""`make gpu`: its steps are commands that exist, checks before times, and tests that are there."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import gpu  # noqa: E402
+
+from lorafuse import cli  # noqa: E402
+
+pytestmark = pytest.mark.no_poison
+STEPS = gpu.steps(Path("out"))
+
+
+def named(part):
+    return [step for step in STEPS if part in step.command]
+
+
+def test_every_step_runs_once_in_its_order():
+    groups = gpu.grouped(STEPS)
+    assert [step for group in groups for step in group] == STEPS
+    assert len({step.name for step in STEPS}) == len(STEPS)
+    for group in groups:
+        assert len({step.stage for step in group}) == 1
+        assert len(group) == 1 or group[0].stage
+    # what is timed runs alone, and within four minutes of checks
+    assert all(step.stage == 0 for step in named("bench"))
+    assert sum(max(step.seconds for step in group) for group in groups[:2]) <= 240
+
+
+def test_there_are_tests_to_run():
+    wanted = {}
+    for step in named("pytest"):
+        options = step.command[step.command.index("pytest") + 1 :]
+        if "-n" in options:
+            del options[options.index("-n") : options.index("-n") + 2]
+        wanted[step.name] = [*options, "--collect-only"]
+    # in one process, since each imports torch
+    script = f"import pytest; print({{name: int(pytest.main(options)) for name, options in {wanted!r}.items()}})"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == repr(dict.fromkeys(wanted, 0)), done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("step", named("bench"), ids=lambda s: s.name)
+def test_benchmarks_take_their_options(step, monkeypatch):
+    """As far as the run itself, which needs the GPU."""
+    seen = []
+    monkeypatch.setattr("lorafuse.cli.bench.run", lambda args: seen.append(args) or 0)
+    assert cli.main(step.command[step.command.index("bench") :]) == 0
+    assert seen[0].json.parent == Path("out")
+
+
+def test_without_a_gpu_it_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu.main() == 0
+    assert "no NVIDIA GPU here: nothing to run" in capsys.readouterr().out
