@@ -1,0 +1,56 @@
+"""The base that the studies fine-tune: pretrained once on a mixture of tasks and kept in the user's cache directory."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorafuse import env
+from lorafuse.study import model as _model
+from lorafuse.study import tasks
+from lorafuse.study.model import Size, Transformer
+from lorafuse.study.tasks import Data
+from lorafuse.study.train import loss_of, single_thread
+
+__all__ = ["base", "path"]
+
+_BATCH, _RATE, _WARMUP = 64, 4e-3, 50
+
+
+def path(size: Size, steps: int, seed: int) -> Path:
+    """The file of a base; its name holds what the base depends on, the code included."""
+    code = [Path(module.__file__).read_text() for module in (_model, tasks)] + [Path(__file__).read_text()]
+    what = json.dumps([asdict(size), steps, seed, torch.__version__, code])
+    return env.cache_dir() / "study" / f"base-{hashlib.sha256(what.encode()).hexdigest()[:16]}.pt"
+
+
+def base(size: Size, steps: int, seed: int) -> dict[str, Tensor]:
+    """The weights, on the CPU; from the cache, or trained now (the same bits each time) and put there."""
+    file = path(size, steps, seed)
+    if file.exists():
+        return torch.load(file, weights_only=True)
+    with single_thread():
+        weights = _pretrain(size, steps, seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    torch.save(weights, unfinished)
+    os.replace(unfinished, file)
+    return weights
+
+
+def _pretrain(size: Size, steps: int, seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    model = Transformer(size)
+    data = tasks.mixture(_BATCH * steps, seed)
+    adam = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: min(1, (step + 1) / _WARMUP) * (1 - step / steps))
+    for tokens, labels in zip(data.tokens.split(_BATCH), data.labels.split(_BATCH), strict=True):
+        adam.zero_grad()
+        loss_of(model, Data(tokens, labels)).backward()
+        adam.step()
+        schedule.step()
+    return model.state_dict()
