@@ -1,5 +1,6 @@
 """The base that the studies fine-tune: pretrained once on a mixture of tasks and kept in the user's cache directory."""
 
+import ast
 import hashlib
 import json
 import os
@@ -16,16 +17,21 @@ from lorafuse.study.model import Size, Transformer
 from lorafuse.study.tasks import Data
 from lorafuse.study.train import loss_of, single_thread
 
-__all__ = ["base", "path"]
+__all__ = ["base", "path", "shape_of_code"]
 
 _BATCH, _RATE, _WARMUP = 64, 4e-3, 50
 
 
 def path(size: Size, steps: int, seed: int) -> Path:
     """The file of a base; its name holds what the base depends on, the code included."""
-    code = [Path(module.__file__).read_text() for module in (_model, tasks)] + [Path(__file__).read_text()]
+    code = [shape_of_code(Path(str(file))) for file in (_model.__file__, tasks.__file__, __file__)]
     what = json.dumps([asdict(size), steps, seed, torch.__version__, code])
     return env.cache_dir() / "study" / f"base-{hashlib.sha256(what.encode()).hexdigest()[:16]}.pt"
+
+
+def shape_of_code(file: Path) -> str:
+    """A source file without its comments and layout."""
+    return ast.dump(ast.parse(file.read_text()))
 
 
 def base(size: Size, steps: int, seed: int) -> dict[str, Tensor]:

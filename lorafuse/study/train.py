@@ -19,6 +19,8 @@ __all__ = ["Spec", "loss_of", "optimizer", "prepared", "run", "single_thread"]
 _WARMUP = 10
 # a run is evaluated this often; its loss is the mean of the last of them, so that one step's noise counts less
 _EVALUATIONS, _LAST = 20, 4
+# training losses that are kept
+_EARLY = 100
 # what a run that diverged counts as
 DIVERGED = 1e3
 
@@ -52,6 +54,11 @@ class Spec:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def rounded(value: float) -> float:
+    """To six digits, so that files stay small."""
+    return float(f"{value:.6g}")
 
 
 @contextmanager
@@ -105,7 +112,7 @@ def _examples(spec: Spec) -> tuple[Data, Data]:
 
 
 def run(spec: Spec, base: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
-    """`loss` (mean of the last evaluations), `start`, `curve` [[step, loss]], `early` training losses, `trained`."""
+    """`loss` (mean of the last evaluations), `start`, `curve` [[step, loss]], `early` training losses, `trained` parameters."""
     model = prepared(spec, base, device)
     train, test = (data.to(device) for data in _examples(spec))
     adam, schedule = optimizer(model, spec.lr)
@@ -114,7 +121,7 @@ def run(spec: Spec, base: dict[str, Tensor], device: torch.device) -> dict[str, 
         with torch.no_grad():
             parts = [loss_of(model, Data(*pair)) * len(pair[0]) for pair in
                      zip(test.tokens.split(512), test.labels.split(512), strict=True)]  # fmt: skip
-            value = float(sum(parts)) / len(test)
+            value = rounded(float(sum(parts)) / len(test))
         return value if math.isfinite(value) and value < DIVERGED else DIVERGED
 
     curve = [[0, evaluate()]]
@@ -136,6 +143,6 @@ def run(spec: Spec, base: dict[str, Tensor], device: torch.device) -> dict[str, 
         "loss": DIVERGED if DIVERGED in last else sum(last) / len(last),
         "start": curve[0][1],
         "curve": curve,
-        "training": [float(value) for value in losses],
+        "early": [rounded(float(value)) for value in losses[:_EARLY]],
         "trained": sum(parameter.numel() for parameter in trained(model)),
     }
