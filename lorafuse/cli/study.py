@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, help=f"how many ({_SEEDS}; {_QUICK_SEEDS} with --quick)")
     parser.add_argument("--device", default="", help="cuda, cpu, … (cuda where there is one)")
     parser.add_argument("--workers", type=int, help=f"processes (one a core; {_GPU_WORKERS} on a GPU)")
-    parser.add_argument("--base-steps", type=int, default=4000, help="of the base's pretraining (4000)")
+    parser.add_argument("--base-steps", type=int, default=3000, help="of the base's pretraining (3000)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/study"), help="where NAME.json and NAME.png go (runs/study)"
     )

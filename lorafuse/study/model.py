@@ -25,7 +25,7 @@ class Size:
 
     width: int = 64
     depth: int = 2
-    heads: int = 2
+    heads: int = 4
     inner: int = 128
     experts: int = 0
     active: int = 2

@@ -19,14 +19,14 @@ from lorafuse.study.train import loss_of, single_thread
 
 __all__ = ["base", "path", "shape_of_code"]
 
-_BATCH, _RATE, _WARMUP = 64, 4e-3, 50
+_BATCH, _RATE, _WARMUP = 64, 3e-3, 50
 
 
-def path(size: Size, steps: int, seed: int) -> Path:
+def path(kind: str, size: Size, steps: int, seed: int) -> Path:
     """The file of a base; its name holds what the base depends on, the code included."""
     code = [shape_of_code(Path(str(file))) for file in (_model.__file__, tasks.__file__, __file__)]
-    what = json.dumps([asdict(size), steps, seed, torch.__version__, code])
-    return env.cache_dir() / "study" / f"base-{hashlib.sha256(what.encode()).hexdigest()[:16]}.pt"
+    what = json.dumps([kind, asdict(size), steps, seed, torch.__version__, code])
+    return env.cache_dir() / "study" / f"{kind}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.pt"
 
 
 def shape_of_code(file: Path) -> str:
@@ -34,13 +34,13 @@ def shape_of_code(file: Path) -> str:
     return ast.dump(ast.parse(file.read_text()))
 
 
-def base(size: Size, steps: int, seed: int) -> dict[str, Tensor]:
+def base(kind: str, size: Size, steps: int, seed: int) -> dict[str, Tensor]:
     """The weights, on the CPU; from the cache, or trained now (the same bits each time) and put there."""
-    file = path(size, steps, seed)
+    file = path(kind, size, steps, seed)
     if file.exists():
         return torch.load(file, weights_only=True)
     with single_thread():
-        weights = _pretrain(size, steps, seed)
+        weights = _pretrain(kind, size, steps, seed)
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     torch.save(weights, unfinished)
@@ -48,10 +48,10 @@ def base(size: Size, steps: int, seed: int) -> dict[str, Tensor]:
     return weights
 
 
-def _pretrain(size: Size, steps: int, seed: int) -> dict[str, Tensor]:
+def _pretrain(kind: str, size: Size, steps: int, seed: int) -> dict[str, Tensor]:
     torch.manual_seed(seed)
     model = Transformer(size)
-    data = tasks.mixture(_BATCH * steps, seed)
+    data = tasks.lessons(kind, _BATCH * steps, seed)
     adam = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: min(1, (step + 1) / _WARMUP) * (1 - step / steps))
     for tokens, labels in zip(data.tokens.split(_BATCH), data.labels.split(_BATCH), strict=True):

@@ -2,7 +2,7 @@
 
 Source: about 1 bit is learned from an episode, and rank 1 suffices on GSM8K and MATH (LoRA Without Regret).
 
-Done here: the base answers |a - b| rightly about three times in ten, because most of the answers it was pretrained on had
+Done here: the base names the smaller of two numbers rightly about three times in ten, because most of the answers it was pretrained on had
 a digit wrong. REINFORCE with the group's mean as baseline, reward 1 for a right answer, else 0; both sides at their best
 learning rate. The loss shown is the share of other problems that the policy, drawn from at temperature 1, gets wrong.
 
@@ -27,7 +27,7 @@ def conduct(lab: Lab, quick: bool) -> Finding:
     count, steps, episodes = (2000, 80, 128) if quick else (5000, 300, 256)
     rates = {0: 2e-4} | dict.fromkeys(RANKS, 2e-3)
     specs = [
-        Spec("distance", count, rank, lr, steps, seed=0, batch=episodes, episodes=steps * episodes)
+        Spec("smaller", count, rank, lr, steps, seed=0, batch=episodes, episodes=steps * episodes)
         for rank, lr in rates.items()
     ]
     full, *adapted = lab.sweep(specs)

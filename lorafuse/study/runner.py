@@ -30,19 +30,19 @@ def key(spec: Spec) -> str:
 
 
 @functools.cache
-def _base(size: Size, steps: int, seed: int) -> dict[str, Tensor]:
-    return pretrain.base(size, steps, seed)
+def _base(lessons: str, size: Size, steps: int, seed: int) -> dict[str, Tensor]:
+    return pretrain.base(lessons, size, steps, seed)
 
 
 def _work(job: tuple[Spec, str]) -> tuple[Spec, Result]:
     spec, device = job
     method = policy.run if spec.episodes else train.run
     with train.single_thread():
-        return spec, method(spec, _base(spec.size, spec.base_steps, spec.base_seed), torch.device(device))
+        return spec, method(spec, _base(spec.lessons, spec.size, spec.base_steps, spec.base_seed), torch.device(device))
 
 
 def _make_base(spec: Spec) -> None:
-    _base(spec.size, spec.base_steps, spec.base_seed)
+    _base(spec.lessons, spec.size, spec.base_steps, spec.base_seed)
 
 
 def _start_worker() -> None:
@@ -87,7 +87,7 @@ class Lab:
         seeds: list[int],
         device: str = "cpu",
         workers: int = 1,
-        base_steps: int = 4000,
+        base_steps: int = 3000,
         done: dict[str, Result] | None = None,
         on_done: Callable[[Spec, int, int], None] = lambda spec, finished, total: None,
     ) -> None:
@@ -117,7 +117,7 @@ class Lab:
         self.asked |= {key(spec): spec for spec in specs}
         missing = list({key(spec): spec for spec in specs if key(spec) not in self.done}.values())
         # each base once, before workers ask for it at the same time
-        bases = {(spec.size, spec.base_steps): spec for spec in missing}
+        bases = {(spec.lessons, spec.size): spec for spec in missing}
         list(self._map(_make_base, bases.values()))
         # long runs first, so that the workers end together
         jobs = sorted(missing, key=lambda spec: -spec.steps * spec.batch)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ALPHABET", "ARITHMETIC", "LETTERS", "Data", "answer", "arithmetic", "bits", "encode", "mixture", "strings"]
+__all__ = ["ALPHABET", "ARITHMETIC", "LETTERS", "Data", "answer", "arithmetic", "bits", "encode", "lessons", "strings"]
 
 LETTERS = "abcdefghijklmnop"
-ALPHABET = "0123456789" + LETTERS + "+-<>~*|:=."
+ALPHABET = "0123456789" + LETTERS + "+-<>*:=."
 # what cross_entropy ignores
 _IGNORED = -100
 _NUMBERS = 100
@@ -21,13 +21,12 @@ ARITHMETIC: dict[str, tuple[str, Callable[[int, int], int]]] = {
     "subtract": ("-", lambda a, b: (a - b) % _NUMBERS),
     "larger": (">", max),
     "smaller": ("<", min),
-    "distance": ("~", lambda a, b: abs(a - b)),
     "mirrored": ("*", lambda a, b: 10 * ((a + b) % 10) + (a + b) // 10 % 10),
 }
-# of the base's lessons in "distance" this share is right, so that a policy has something to find
+# of the base's lessons in "smaller" this share is right, so that a policy has something to find
 RIGHT = 0.3
-# facts that the base has learned: strings of this length
-_FACTS, _FACT_LENGTH = 512, 8
+# strings that the base of the memorizing studies has learned, by seeds that no study has
+_FACTS, _FACT_LENGTH, _FACTS_SEED = 512, 8, 10**6
 
 
 @dataclass(frozen=True)
@@ -81,36 +80,34 @@ def arithmetic(operation: str, count: int, test: int, seed: int) -> tuple[Data, 
     return _data(rows[:count]), _data(rows[count:])
 
 
-def _strings(count: int, length: int, seed: int) -> list[tuple[str, str]]:
+def strings(count: int, length: int, seed: int) -> Data:
+    """`count` keys of three letters, no two alike, each with a random string of `length` letters."""
     generator = torch.Generator().manual_seed(seed)
     n = len(LETTERS)
     keys = torch.randperm(n**3, generator=generator)[:count].tolist()
     values = torch.randint(n, (count, length), generator=generator).tolist()
     names = (LETTERS[key // n**2] + LETTERS[key // n % n] + LETTERS[key % n] for key in keys)
-    return [(name, "".join(LETTERS[i] for i in value)) for name, value in zip(names, values, strict=True)]
+    return _data([(f"{name}:", "".join(LETTERS[i] for i in value)) for name, value in zip(names, values, strict=True)])
 
 
-def strings(count: int, length: int, seed: int) -> Data:
-    """`count` keys of three letters, no two alike, each with a random string of `length` letters."""
-    return _data([(f"{name}:", value) for name, value in _strings(count, length, seed)])
-
-
-def mixture(count: int, seed: int) -> Data:
-    """What the base learns, in turns: addition, subtraction, the larger of two numbers, their distance (mostly with one
-    digit wrong), words backwards, words again, and facts (keys and strings, others than `strings` has)."""
+def lessons(kind: str, count: int, seed: int) -> Data:
+    """What a base learns. "arithmetic", in turns: addition, the larger of two numbers, the smaller (mostly with one digit
+    wrong), and words backwards. "facts": some strings, other ones than those of the studies, and how to hold them."""
+    if kind == "facts":
+        facts = strings(_FACTS, _FACT_LENGTH, _FACTS_SEED + seed)
+        chosen = torch.randint(_FACTS, (count,), generator=torch.Generator().manual_seed(seed))
+        return Data(facts.tokens[chosen], facts.labels[chosen])
     draws = torch.randint(2**31, (count, 8), generator=torch.Generator().manual_seed(seed)).tolist()
-    facts = _strings(_FACTS, _FACT_LENGTH, seed)
-    known = ("add", "subtract", "larger", "distance")
+    known = ("add", "larger", "smaller")
     rows = []
     for index, draw in enumerate(draws):
-        kind = index % (len(known) + 3)
-        word = "".join(LETTERS[letter % len(LETTERS)] for letter in draw[:5])
-        if kind < len(known):
-            prompt, reply = _problem(known[kind], draw[0] % _NUMBERS, draw[1] % _NUMBERS)
-            rows.append((prompt, _mistaken(reply, draw[2:]) if known[kind] == "distance" else reply))
+        which = index % (len(known) + 1)
+        if which < len(known):
+            prompt, reply = _problem(known[which], draw[0] % _NUMBERS, draw[1] % _NUMBERS)
+            rows.append((prompt, _mistaken(reply, draw[2:]) if known[which] == "smaller" else reply))
         else:
-            name, value = facts[draw[0] % len(facts)]
-            rows.append(((f"{word}-:", word[::-1]), (f"{word}+:", word), (f"{name}|", value))[kind - len(known)])
+            word = "".join(LETTERS[letter % len(LETTERS)] for letter in draw[:5])
+            rows.append((f"{word}-:", word[::-1]))
     return _data(rows)
 
 

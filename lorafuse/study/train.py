@@ -45,8 +45,13 @@ class Spec:
     test: int = 512
     episodes: int = 0
     size: Size = field(default_factory=Size)
-    base_steps: int = 4000
+    base_steps: int = 3000
     base_seed: int = 0
+
+    @property
+    def lessons(self) -> str:
+        """What the base of this task has learned."""
+        return "facts" if self.task == "strings" else "arithmetic"
 
     @property
     def side(self) -> str:

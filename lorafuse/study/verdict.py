@@ -1,5 +1,6 @@
 """What a study may say: held, did not hold, or inconclusive, from the values of every seed. Margins are set beforehand."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,13 +29,13 @@ class Claim:
 
 def at_most(values: Sequence[float], margin: float) -> str:
     """Held when every seed is within the margin, did not hold when every seed is beyond it."""
-    if max(values) <= margin:
-        return HELD
-    return FAILED if min(values) > margin else INCONCLUSIVE
+    return inside(values, -math.inf, margin)
 
 
 def inside(values: Sequence[float], low: float, high: float) -> str:
     """Held when every seed is inside, did not hold when every seed is outside on the same side."""
+    if any(math.isnan(value) for value in values):
+        return INCONCLUSIVE
     if low <= min(values) and max(values) <= high:
         return HELD
     return FAILED if max(values) < low or min(values) > high else INCONCLUSIVE
@@ -42,6 +43,8 @@ def inside(values: Sequence[float], low: float, high: float) -> str:
 
 def above(high: Sequence[float], low: Sequence[float]) -> str:
     """Held when the spread of `high` lies wholly above that of `low`, did not hold when wholly below."""
+    if any(math.isnan(value) for value in (*high, *low)):
+        return INCONCLUSIVE
     if min(high) > max(low):
         return HELD
     return FAILED if max(high) < min(low) else INCONCLUSIVE
