@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "names", nargs="+", choices=(*STUDIES, "all"), metavar="NAME", help=f"{', '.join(STUDIES)}, or all"
     )
-    parser.add_argument("--quick", action="store_true", help="smaller data and fewer steps: all in 15 minutes on 2 cores")
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller data and fewer steps: all in 15 minutes on 2 cores"
+    )
     parser.add_argument("--seed", type=int, default=0, help="the first seed, also the base's (0)")
     parser.add_argument("--seeds", type=int, help=f"how many ({_SEEDS}; {_QUICK_SEEDS} with --quick)")
     parser.add_argument("--device", default="", help="cuda, cpu, … (cuda where there is one)")

@@ -3,12 +3,12 @@
 Source: on 10,000 examples the gap between LoRA and full fine-tuning grows with the batch, independent of rank (LoRA
 Without Regret).
 
-Done here: the same number of examples in batches of growing size, so that the steps become fewer; both sides at the best
-rate of each batch size.
+Done here: the same number of examples in batches of growing size, so that the steps become fewer; both sides at the
+best rate of each batch size.
 
-Held when at each rank the gap of LoRA's test loss over full's is larger at the largest batch than at the smallest, with
-spreads that do not overlap; it did not hold when it is smaller in the same sense. That the growth is the same at every
-rank is held when the ranks' growths differ by at most half of their mean with every seed.
+Held when at each rank the gap of LoRA's test loss over full's is larger at the largest batch than at the smallest,
+with spreads that do not overlap; it did not hold when it is smaller in the same sense. That the growth is the same
+at every rank is held when the ranks' growths differ by at most half of their mean with every seed.
 """
 
 from lorafuse.study.finding import Finding, Panel, line, row

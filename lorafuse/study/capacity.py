@@ -1,26 +1,25 @@
-"""F2: LoRA departs from full fine-tuning as the data outgrow its capacity, later at higher rank; about 2 bits a parameter.
+"""F2: LoRA departs from full fine-tuning as the data outgrow its capacity, later at higher rank; about 2 bits a
+parameter.
 
-Source: LoRA keeps up with full fine-tuning until the adapter's capacity, about 2 bits per parameter, is used up; beyond
-it learns more slowly. No hard floor.
+Source: LoRA keeps up with full fine-tuning until the adapter's capacity, about 2 bits per parameter, is used up;
+beyond it learns more slowly. No hard floor.
 
-Done here: random strings are memorized, each behind its key. What is held can be measured exactly: a string of L of 16
-letters is 4 L bits, and the mean cross-entropy says how many of them are missing. More and more strings, several ranks,
-full fine-tuning beside them; the same epochs' worth of steps for all at one number of strings.
+Done here: random strings are memorized, each behind its key. What is held can be measured exactly: a string of L of
+16 letters is 4 L bits, and the mean cross-entropy says how many of them are missing. More and more strings, several
+ranks, full fine-tuning beside them; the same epochs' worth of steps for all at one number of strings.
 
 Held when, at the largest number of strings, the losses of full fine-tuning and of each rank, from the highest to the
-lowest, are in that order with spreads that do not overlap, while at the smallest number the highest rank's loss is at most
-0.2 nats above full's. The bits per parameter of the lowest rank at the most strings are inside 1 to 4, a factor of two
-about the source's 2, with every seed. A run of fixed length shows what was learned in it, which is a lower bound of what
-could be held.
+lowest, are in that order with spreads that do not overlap, while at the smallest number the highest rank's loss is
+at most 0.2 nats above full's. The bits per parameter of the lowest rank at the most strings are inside 1 to 4, a
+factor of two about the source's 2, with every seed. A run of fixed length shows what was learned in it, which is a
+lower bound of what could be held.
 """
-
-from dataclasses import replace
 
 from lorafuse.study import tasks
 from lorafuse.study.finding import Finding, Panel, line, row
 from lorafuse.study.runner import Lab, Swept
 from lorafuse.study.train import Spec
-from lorafuse.study.verdict import HELD, above, at_most, both, claim, inside
+from lorafuse.study.verdict import above, at_most, claim, inside
 
 SUMMARY = "random strings memorized: loss as data outgrow rank, bits per parameter"
 SOURCE = "about 2 bits per adapter parameter; slower beyond"

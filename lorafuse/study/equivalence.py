@@ -14,7 +14,7 @@ share of the model as in the source.
 
 import math
 
-from lorafuse.study.finding import Finding, line, panel_of_rates, row, Panel
+from lorafuse.study.finding import Finding, Panel, line, panel_of_rates, row
 from lorafuse.study.runner import Lab
 from lorafuse.study.train import Spec
 from lorafuse.study.verdict import at_most, claim
@@ -27,11 +27,11 @@ RANKS = (1, 8)
 __all__ = ["SOURCE", "SUMMARY", "conduct", "sft"]
 
 
-def sft(quick: bool) -> dict[str, Spec]:
+def sft(quick: bool) -> dict[int, Spec]:
     """Supervised fine-tuning as the studies equivalence, rate and rank share it; rates where the sweeps begin."""
     count, steps = (1000, 300) if quick else (2000, 800)
     ranks = {0: 1e-3, 1: 4e-3, 8: 4e-3, 64: 4e-3}
-    return {rank: Spec("mirrored", count, rank, lr, steps, seed=0) for rank, lr in ranks.items()}  # type: ignore
+    return {rank: Spec("mirrored", count, rank, lr, steps, seed=0) for rank, lr in ranks.items()}
 
 
 def conduct(lab: Lab, quick: bool) -> Finding:

@@ -49,9 +49,10 @@ class Finding:
 
 def line(name: str, x: Sequence[float], values: Sequence[Sequence[float]]) -> Line:
     """A line from the values of every seed at each x."""
+    means = [sum(seeds) / len(seeds) for seeds in values]
     return Line(
-        name, [float(at) for at in x], [sum(v) / len(v) for v in values], [min(v) for v in values], [max(v) for v in values]
-    )  # fmt: skip
+        name, [float(at) for at in x], means, [min(seeds) for seeds in values], [max(seeds) for seeds in values]
+    )
 
 
 def row(swept: Swept, **more: Any) -> dict[str, Any]:

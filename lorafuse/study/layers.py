@@ -1,14 +1,14 @@
 """F4: adapt all layers, above all MLP and experts; attention alone is worse at as many parameters.
 
-Source: MLP-only is about as good as all layers; attention-only at rank 256 (0.25 B parameters) loses to MLP-only at rank
-128 (0.24 B) on Llama-3.1-8B (LoRA Without Regret).
+Source: MLP-only is about as good as all layers; attention-only at rank 256 (0.25 B parameters) loses to MLP-only at
+rank 128 (0.24 B) on Llama-3.1-8B (LoRA Without Regret).
 
-Done here: random strings are memorized through adapters on attention, on the MLP (dense or experts) or on all layers, at
-ranks chosen so that attention-only has at least as many parameters as each of the others; full fine-tuning beside them.
-Memorizing, because there the adapter's capacity is what counts.
+Done here: random strings are memorized through adapters on attention, on the MLP (dense or experts) or on all
+layers, at ranks chosen so that attention-only has at least as many parameters as each of the others; full fine-
+tuning beside them. Memorizing, because there the adapter's capacity is what counts.
 
-Held, for the dense model and for the mixture of experts each, when attention-only's loss lies above that of MLP-only and
-above that of all layers with spreads that do not overlap.
+Held, for the dense model and for the mixture of experts each, when attention-only's loss lies above that of MLP-only
+and above that of all layers with spreads that do not overlap.
 """
 
 from dataclasses import replace

@@ -145,9 +145,8 @@ def _adapt_linears(module: nn.Module, names: tuple[str, ...], rank: int) -> None
 
 
 def _adapted_experts(experts: nn.Module, size: Size, rank: int) -> LoRAExperts:
-    adapted = LoRAExperts(
-        size.experts, size.width, size.inner, math.ceil(rank / size.active), alpha=ALPHA, device=experts.down_proj.device
-    )  # fmt: skip
+    own = math.ceil(rank / size.active)
+    adapted = LoRAExperts(size.experts, size.width, size.inner, own, alpha=ALPHA)
     adapted.load_state_dict(experts.state_dict(), strict=False)
     return adapted
 

@@ -30,8 +30,16 @@ def path(kind: str, size: Size, steps: int, seed: int) -> Path:
 
 
 def shape_of_code(file: Path) -> str:
-    """A source file without its comments and layout."""
-    return ast.dump(ast.parse(file.read_text()))
+    """A source file without comments, docstrings and layout."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [line for line in body if not _is_text(line)]  # type: ignore[attr-defined]
+    return ast.dump(tree)
+
+
+def _is_text(line: ast.AST) -> bool:
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)
 
 
 def base(kind: str, size: Size, steps: int, seed: int) -> dict[str, Tensor]:

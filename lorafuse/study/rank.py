@@ -1,14 +1,14 @@
 """With paths scaled by 1 / r, the start of the learning curve and the best learning rate hardly depend on the rank.
 
-Source: learning curves of ranks 1 to 512 coincide at the start at one learning rate; the best rate moves by less than a
-factor of two from rank 4 to 512 (LoRA Without Regret).
+Source: learning curves of ranks 1 to 512 coincide at the start at one learning rate; the best rate moves by less
+than a factor of two from rank 4 to 512 (LoRA Without Regret).
 
-Done here: the sweeps of `equivalence` with one more rank. The start is the first tenth of the run, at the rate that is
-best for rank 8.
+Done here: the sweeps of `equivalence` with one more rank. The start is the first tenth of the run, at the rate that
+is best for rank 8.
 
-Held, for the start, when the losses of any two ranks, averaged over each of its five parts, differ by at most 10% of how
-far the loss fell in it, with every seed; for the rate, when the highest best rate is at most twice the lowest with every
-seed.
+Held, for the start, when the losses of any two ranks, averaged over each of its five parts, differ by at most 10% of
+how far the loss fell in it, with every seed; for the rate, when the highest best rate is at most twice the lowest
+with every seed.
 """
 
 from dataclasses import replace

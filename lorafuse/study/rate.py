@@ -2,11 +2,11 @@
 
 Source: 9.8 times, fitted over 14 models; about 15 times for runs of under 100 steps (LoRA Without Regret).
 
-Done here: the sweeps of `equivalence`. The best rate of a seed is the vertex of a parabola through the best rate tried
-and its two neighbours, over the logarithm of the rate; the ratio is taken seed by seed.
+Done here: the sweeps of `equivalence`. The best rate of a seed is the vertex of a parabola through the best rate
+tried and its two neighbours, over the logarithm of the rate; the ratio is taken seed by seed.
 
-Held when the ratio is between 5 and 20, a factor of two about 10, with every seed; it did not hold when every seed is
-outside on the same side.
+Held when the ratio is between 5 and 20, a factor of two about 10, with every seed; it did not hold when every seed
+is outside on the same side.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""A study's file: conditions, what was found, and every finished run, so that an interrupted study goes on from there."""
+"""A study's file: conditions, what was found, and every finished run, from which an interrupted study goes on."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ VERSION = 1
 
 def code() -> str:
     """A digest of the code and the torch that results depend on; runs of another one are not used again."""
-    texts = [shape_of_code(Path(module.__file__)) for module in (model, policy, pretrain, tasks, train)]
+    texts = [shape_of_code(Path(str(module.__file__))) for module in (model, policy, pretrain, tasks, train)]
     return hashlib.sha256(json.dumps([torch.__version__, *texts]).encode()).hexdigest()[:16]
 
 
@@ -28,15 +28,15 @@ def finished_runs(folder: Path, device: str) -> dict[str, dict[str, Any]]:
 
     Raises ValueError for a file that is not JSON.
     """
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for file in sorted(folder.glob("*.json")):
         try:
             content = json.loads(file.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{file}: it is not JSON ({error}); move it away, or name another --out") from error
-        if isinstance(content, dict) and (content.get("version"), content.get("code")) == (VERSION, code()):
-            if content["device"] == device:
-                found |= {json.dumps(run["spec"], sort_keys=True): run["result"] for run in content["runs"]}
+        mine = VERSION, code(), device
+        if isinstance(content, dict) and tuple(map(content.get, ("version", "code", "device"))) == mine:
+            found |= {json.dumps(run["spec"], sort_keys=True): run["result"] for run in content["runs"]}
     return found
 
 

@@ -2,18 +2,20 @@
 
 Source: about 1 bit is learned from an episode, and rank 1 suffices on GSM8K and MATH (LoRA Without Regret).
 
-Done here: the base names the smaller of two numbers rightly about three times in ten, because most of the answers it was pretrained on had
-a digit wrong. REINFORCE with the group's mean as baseline, reward 1 for a right answer, else 0; both sides at their best
-learning rate. The loss shown is the share of other problems that the policy, drawn from at temperature 1, gets wrong.
+Done here: the base names the smaller of two numbers rightly about three times in ten, because most of the answers it
+was pretrained on had a digit wrong. REINFORCE with the group's mean as baseline, reward 1 for a right answer, else
+0; both sides at their best learning rate. The loss shown is the share of other problems that the policy, drawn from
+at temperature 1, gets wrong.
 
-Held when at each rank this share is at most 0.05 above full's with every seed; it did not hold when every seed is beyond.
-And the policy must have learned: full's share of right answers is to rise by at least 0.2, or nothing was compared.
+Held when at each rank this share is at most 0.05 above full's with every seed; it did not hold when every seed is
+beyond. And the policy must have learned: full's share of right answers is to rise by at least 0.2, or nothing was
+compared.
 """
 
 from lorafuse.study.finding import Finding, Panel, line, panel_of_rates, row
 from lorafuse.study.runner import Lab
 from lorafuse.study.train import Spec
-from lorafuse.study.verdict import FAILED, INCONCLUSIVE, at_most, claim
+from lorafuse.study.verdict import INCONCLUSIVE, at_most, claim
 
 SUMMARY = "policy gradient at rank 1, 4, 8 against full fine-tuning"
 SOURCE = "rank 1 equals full fine-tuning; about 1 bit an episode"

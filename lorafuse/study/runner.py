@@ -152,7 +152,8 @@ class Lab:
 
     def _losses(self, conditions: list[Spec], rates: list[list[float]], seeds: list[int]) -> list[list[list[float]]]:
         specs = [
-            replace(c, lr=rate, seed=seed) for c, row in zip(conditions, rates, strict=True) for rate in row for seed in seeds
+            replace(condition, lr=rate, seed=seed)
+            for condition, row in zip(conditions, rates, strict=True) for rate in row for seed in seeds
         ]  # fmt: skip
         found = iter([float(result["loss"]) for result in self.run(specs)])
         return [[[next(found) for _ in seeds] for _ in row] for row in rates]

@@ -91,8 +91,11 @@ def strings(count: int, length: int, seed: int) -> Data:
 
 
 def lessons(kind: str, count: int, seed: int) -> Data:
-    """What a base learns. "arithmetic", in turns: addition, the larger of two numbers, the smaller (mostly with one digit
-    wrong), and words backwards. "facts": some strings, other ones than those of the studies, and how to hold them."""
+    """What a base learns.
+
+    "arithmetic", in turns: addition, the larger of two numbers, the smaller (mostly with one digit wrong), and words
+    backwards. "facts": strings, other ones than those of the studies.
+    """
     if kind == "facts":
         facts = strings(_FACTS, _FACT_LENGTH, _FACTS_SEED + seed)
         chosen = torch.randint(_FACTS, (count,), generator=torch.Generator().manual_seed(seed))

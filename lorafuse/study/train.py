@@ -1,4 +1,4 @@
-"""One run: a base fine-tuned on one task, in full or by adapters, and what came of it; the same bits for the same spec."""
+"""One run: a base fine-tuned on one task, in full or by adapters; the same spec gives the same bits."""
 
 import math
 from collections.abc import Iterator
@@ -68,7 +68,7 @@ def rounded(value: float) -> float:
 
 @contextmanager
 def single_thread() -> Iterator[None]:
-    """Sums are taken in an order that depends on the number of threads: one, and results do not depend on the machine's."""
+    """The order of sums, and so their last bits, depend on the number of threads: one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -117,7 +117,11 @@ def _examples(spec: Spec) -> tuple[Data, Data]:
 
 
 def run(spec: Spec, base: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
-    """`loss` (mean of the last evaluations), `start`, `curve` [[step, loss]], `early` training losses, `trained` parameters."""
+    """Train as the spec says.
+
+    Returns `loss` (mean of the last evaluations), `start` (the base's), `curve` [[step, loss]], `early` training losses
+    and `trained`, the number of parameters.
+    """
     model = prepared(spec, base, device)
     train, test = (data.to(device) for data in _examples(spec))
     adam, schedule = optimizer(model, spec.lr)

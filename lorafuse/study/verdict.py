@@ -1,4 +1,4 @@
-"""What a study may say: held, did not hold, or inconclusive, from the values of every seed. Margins are set beforehand."""
+"""What a study may say: held, did not hold, or inconclusive, from the values of every seed; margins are set first."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ EDGE = "the best learning rate is at an edge of the sweep"
 
 @dataclass(frozen=True)
 class Claim:
-    """One thing that was claimed and what was found. `low` to `high` is the spread over seeds of `value`, their mean."""
+    """One thing that was claimed and what was found. `value` is the mean over seeds, `low` to `high` the spread."""
 
     claim: str
     outcome: str
