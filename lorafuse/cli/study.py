@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, help=f"how many ({_SEEDS}; {_QUICK_SEEDS} with --quick)")
     parser.add_argument("--device", default="", help="cuda, cpu, … (cuda where there is one)")
     parser.add_argument("--workers", type=int, help=f"processes (one a core; {_GPU_WORKERS} on a GPU)")
-    parser.add_argument("--base-steps", type=int, default=3000, help="of the base's pretraining (3000)")
+    parser.add_argument("--base-steps", type=int, metavar="N", help="of the bases' pretraining (1500 and 2500)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/study"), help="where NAME.json and NAME.png go (runs/study)"
     )
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     device = _common.device(args.device)
     if args.workers is None:
         args.workers = _GPU_WORKERS if device.type == "cuda" else len(os.sched_getaffinity(0))
-    _common.check_at_least_one(args, "seeds", "workers", "base_steps")
+    _common.check_at_least_one(args, "seeds", "workers", *(["base_steps"] if args.base_steps is not None else []))
     if args.out.is_file():
         raise ValueError(f"--out {args.out}: it is a file; name a folder")
     try:

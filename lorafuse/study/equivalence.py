@@ -29,7 +29,7 @@ __all__ = ["SOURCE", "SUMMARY", "conduct", "sft"]
 
 def sft(quick: bool) -> dict[int, Spec]:
     """Supervised fine-tuning as the studies equivalence, rate and rank share it; rates where the sweeps begin."""
-    count, steps = (1000, 300) if quick else (2000, 800)
+    count, steps = (2000, 200) if quick else (2000, 1000)
     ranks = {0: 1e-3, 1: 4e-3, 8: 4e-3, 64: 4e-3}
     return {rank: Spec("mirrored", count, rank, lr, steps, seed=0) for rank, lr in ranks.items()}
 

@@ -41,7 +41,7 @@ def matched(size: Size, rank: int) -> dict[str, int]:
 
 
 def conduct(lab: Lab, quick: bool) -> Finding:
-    count, steps, rank = (256, 400, 4) if quick else (1024, 2000, 8)
+    count, steps, rank = (256, 150, 4) if quick else (1024, 2000, 8)
     rates = {"full": 2e-3} | dict.fromkeys(LAYERS, 8e-3)
     specs = []
     for size in SIZES.values():

@@ -1,5 +1,6 @@
 """A study's file: conditions, what was found, and every finished run, from which an interrupted study goes on."""
 
+import functools
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ __all__ = ["VERSION", "code", "finished_runs", "write"]
 VERSION = 1
 
 
+@functools.cache
 def code() -> str:
     """A digest of the code and the torch that results depend on; runs of another one are not used again."""
     texts = [shape_of_code(Path(str(module.__file__))) for module in (model, policy, pretrain, tasks, train)]

@@ -77,7 +77,7 @@ class Lab:
     Args:
         seeds: of the data, its order and the adapters; the base has the first one.
         device, workers: one worker is this process, more are processes of their own.
-        base_steps: of its pretraining.
+        base_steps: of its pretraining, instead of `pretrain.STEPS`.
         done: finished runs by `key`, from an earlier time; new ones are added.
         on_done: called after each run with its spec, the number of finished runs of this call and of all of them.
     """
@@ -87,7 +87,7 @@ class Lab:
         seeds: list[int],
         device: str = "cpu",
         workers: int = 1,
-        base_steps: int = 3000,
+        base_steps: int | None = None,
         done: dict[str, Result] | None = None,
         on_done: Callable[[Spec, int, int], None] = lambda spec, finished, total: None,
     ) -> None:
@@ -113,7 +113,7 @@ class Lab:
 
     def run(self, specs: list[Spec]) -> list[Result]:
         """The result of each spec, in their order; what is done already is not run again."""
-        specs = [replace(spec, base_seed=self.seeds[0], base_steps=self.base_steps) for spec in specs]
+        specs = [self._with_base(spec) for spec in specs]
         self.asked |= {key(spec): spec for spec in specs}
         missing = list({key(spec): spec for spec in specs if key(spec) not in self.done}.values())
         # each base once, before workers ask for it at the same time
@@ -125,6 +125,10 @@ class Lab:
             self.done[key(spec)] = result
             self.on_done(spec, finished, len(jobs))
         return [self.done[key(spec)] for spec in specs]
+
+    def _with_base(self, spec: Spec) -> Spec:
+        steps = self.base_steps or pretrain.STEPS[spec.lessons]
+        return replace(spec, base_seed=self.seeds[0], base_steps=steps)
 
     def sweep(self, conditions: list[Spec], every_seed: bool = False) -> list[Swept]:
         """Each condition at its best learning rate, with every seed.

@@ -45,7 +45,7 @@ class Spec:
     test: int = 512
     episodes: int = 0
     size: Size = field(default_factory=Size)
-    base_steps: int = 3000
+    base_steps: int = 0
     base_seed: int = 0
 
     @property
