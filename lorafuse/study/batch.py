@@ -27,10 +27,10 @@ __all__ = ["SOURCE", "SUMMARY", "conduct"]
 
 def conduct(lab: Lab, quick: bool) -> Finding:
     batches, examples, ranks = ((16, 64, 256), 4096, (1, 8)) if quick else ((16, 64, 256, 1024), 32768, (1, 8, 32))
-    rates = {0: 1e-3, 1: 4e-3, 8: 4e-3, 32: 4e-3}
+    rates = {0: 4e-4, 1: 2e-3, 8: 2e-3, 32: 2e-3}
     specs = [
         # a larger batch wants a larger rate, about as its square root
-        Spec("mirrored", 2000, rank, rates[rank] * (1 if batch <= 64 else 2), examples // batch, seed=0, batch=batch)
+        Spec("smaller", 2000, rank, rates[rank] * (1 if batch <= 64 else 2), examples // batch, seed=0, batch=batch)
         for batch in batches for rank in (0, *ranks)
     ]  # fmt: skip
     found = {(one.spec.batch, one.spec.rank): one for one in lab.sweep(specs)}

@@ -32,9 +32,9 @@ _LENGTH = 8
 
 
 def conduct(lab: Lab, quick: bool) -> Finding:
-    counts, ranks, steps = ((64, 512), (1, 4), 200) if quick else ((64, 256, 1024, 4096), (1, 4, 16), 4000)
+    counts, ranks, steps = ((64, 512), (1, 4), 150) if quick else ((64, 256, 1024, 4096), (1, 4, 16), 4000)
     sides = (0, *reversed(ranks))
-    rates = {0: 2e-3, 1: 8e-3, 4: 8e-3, 16: 4e-3}
+    rates = {0: 4e-3, 1: 2e-3, 4: 2e-3, 16: 2e-3}
     specs = [
         Spec("strings", count, rank, rates[rank], steps, seed=0, batch=64, length=_LENGTH)
         for count in counts for rank in sides

@@ -3,16 +3,15 @@
 Source: learning curves of LoRA and full fine-tuning coincide until the adapter's capacity is used up (LoRA Without
 Regret; Alpaca, GSM8K, Dolly-15k at rank 8 to 16, up to 99% fewer parameters).
 
-Done here: the base, which can add, subtract, compare and reverse, is fine-tuned on an operation it has not seen, and
-tested on other problems of it. Both sides at their best learning rate.
+Done here: the base can add, reverse and name the larger of two numbers, and knows of the smaller one only from answers of
+which 7 in 10 had a digit wrong. It is fine-tuned on 2,000 right ones and tested on other problems. Both sides at their
+best learning rate. A task that the base has no notion of ("mirrored": a sum's digits exchanged) was tried first: neither
+side learned anything of it in 200 steps, so there was nothing to compare.
 
-Held when LoRA's test loss is at most 5% of what full fine-tuning learned above it with every seed; what was learned
-counts from the loss of digits drawn at random, ln 10, because the base's own loss also holds the format. It did not
-hold when every seed is beyond that. LoRA being better counts as held. At this width an adapter cannot be as small a
-share of the model as in the source.
+Held when LoRA's test loss is above full fine-tuning's by at most 5% of what full learned, counted from the base's loss,
+with every seed; it did not hold when every seed is beyond that. LoRA being better counts as held. At this width an adapter
+cannot be as small a share of the model as in the source.
 """
-
-import math
 
 from lorafuse.study.finding import Finding, Panel, line, panel_of_rates, row
 from lorafuse.study.runner import Lab
@@ -22,16 +21,16 @@ from lorafuse.study.verdict import at_most, claim
 SUMMARY = "LoRA's test loss against full fine-tuning's on a small set"
 SOURCE = "curves coincide at rank 8 to 16 with up to 99% fewer parameters"
 MARGIN = 0.05
-RANKS = (1, 8)
+RANKS = (8, 16)
 
 __all__ = ["SOURCE", "SUMMARY", "conduct", "sft"]
 
 
 def sft(quick: bool) -> dict[int, Spec]:
     """Supervised fine-tuning as the studies equivalence, rate and rank share it; rates where the sweeps begin."""
-    count, steps = (2000, 200) if quick else (2000, 1000)
-    ranks = {0: 1e-3, 1: 4e-3, 8: 4e-3, 64: 4e-3}
-    return {rank: Spec("mirrored", count, rank, lr, steps, seed=0) for rank, lr in ranks.items()}
+    steps = 150 if quick else 1000
+    rates = {0: 4e-4, 1: 2e-3, 8: 2e-3, 16: 2e-3, 64: 2e-3}
+    return {rank: Spec("smaller", 2000, rank, lr, steps, seed=0) for rank, lr in rates.items()}
 
 
 def conduct(lab: Lab, quick: bool) -> Finding:
@@ -39,7 +38,10 @@ def conduct(lab: Lab, quick: bool) -> Finding:
     full, *adapted = lab.sweep([specs[0], *(specs[rank] for rank in RANKS)], every_seed=True)
     claims = []
     for one in adapted:
-        gaps = [(lora - base) / (math.log(10) - base) for lora, base in zip(one.losses, full.losses, strict=True)]
+        gaps = [
+            (lora - base) / (run["start"] - base)
+            for lora, base, run in zip(one.losses, full.losses, full.runs, strict=True)
+        ]
         share = one.runs[0]["trained"] / full.runs[0]["trained"]
         claims.append(
             claim(

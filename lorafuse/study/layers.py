@@ -41,8 +41,8 @@ def matched(size: Size, rank: int) -> dict[str, int]:
 
 
 def conduct(lab: Lab, quick: bool) -> Finding:
-    count, steps, rank = (256, 150, 4) if quick else (1024, 2000, 8)
-    rates = {"full": 2e-3} | dict.fromkeys(LAYERS, 8e-3)
+    count, steps, rank = (256, 120, 4) if quick else (1024, 2000, 8)
+    rates = {"full": 4e-3} | dict.fromkeys(LAYERS, 2e-3)
     specs = []
     for size in SIZES.values():
         for layers, own in {"full": 0, **matched(size, rank)}.items():

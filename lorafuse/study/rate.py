@@ -20,7 +20,7 @@ from lorafuse.study.verdict import claim, inside
 SUMMARY = "the best learning rate of LoRA over that of full fine-tuning"
 SOURCE = "9.8 times over 14 models"
 RATIO = (5.0, 20.0)
-RANKS = (1, 8)
+RANKS = (8, 16)
 
 __all__ = ["SOURCE", "SUMMARY", "best_rates", "conduct", "vertex"]
 
