@@ -3,14 +3,14 @@
 Source: learning curves of LoRA and full fine-tuning coincide until the adapter's capacity is used up (LoRA Without
 Regret; Alpaca, GSM8K, Dolly-15k at rank 8 to 16, up to 99% fewer parameters).
 
-Done here: the base can add, reverse and name the larger of two numbers, and knows of the smaller one only from answers of
-which 7 in 10 had a digit wrong. It is fine-tuned on 2,000 right ones and tested on other problems. Both sides at their
-best learning rate. A task that the base has no notion of ("mirrored": a sum's digits exchanged) was tried first: neither
-side learned anything of it in 200 steps, so there was nothing to compare.
+Done here: the base can add, reverse and name the larger of two numbers, and knows of the smaller one only from
+answers of which 7 in 10 had a digit wrong. It is fine-tuned on 2,000 right ones and tested on other problems. Both
+sides at their best learning rate. A task that the base has no notion of ("mirrored": a sum's digits exchanged) was
+tried first: neither side learned anything of it in 200 steps, so there was nothing to compare.
 
-Held when LoRA's test loss is above full fine-tuning's by at most 5% of what full learned, counted from the base's loss,
-with every seed; it did not hold when every seed is beyond that. LoRA being better counts as held. At this width an adapter
-cannot be as small a share of the model as in the source.
+Held when LoRA's test loss is above full fine-tuning's by at most 5% of what full learned, counted from the base's
+loss, with every seed; it did not hold when every seed is beyond that. LoRA being better counts as held. At this
+width an adapter cannot be as small a share of the model as in the source.
 """
 
 from lorafuse.study.finding import Finding, Panel, line, panel_of_rates, row
