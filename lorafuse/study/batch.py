@@ -26,7 +26,7 @@ __all__ = ["SOURCE", "SUMMARY", "conduct"]
 
 
 def conduct(lab: Lab, quick: bool) -> Finding:
-    batches, examples, ranks = ((16, 64, 256), 4096, (1, 8)) if quick else ((16, 64, 256, 1024), 32768, (1, 8, 32))
+    batches, examples, ranks = ((16, 64, 256), 4096, (1, 8)) if quick else ((16, 64, 256, 1024), 16384, (1, 8, 32))
     rates = {0: 4e-4, 1: 2e-3, 8: 2e-3, 32: 2e-3}
     specs = [
         # a larger batch wants a larger rate, about as its square root

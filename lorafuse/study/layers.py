@@ -41,7 +41,7 @@ def matched(size: Size, rank: int) -> dict[str, int]:
 
 
 def conduct(lab: Lab, quick: bool) -> Finding:
-    count, steps, rank = (256, 120, 4) if quick else (1024, 2000, 8)
+    count, steps, rank = (256, 120, 4) if quick else (512, 400, 4)
     rates = {"full": 4e-3} | dict.fromkeys(LAYERS, 2e-3)
     specs = []
     for size in SIZES.values():
