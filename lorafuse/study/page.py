@@ -19,6 +19,7 @@ _BEGIN, _END = "<!-- results -->\n", "<!-- /results -->"
 def section(folder: Path) -> str:
     """A table of all studies in the folder, then what each one found, claim by claim."""
     found = {name: json.loads(file.read_text()) for name in STUDIES if (file := folder / f"{name}.json").exists()}
+    found = {name: content for name, content in found.items() if "finding" in content}
     lines = ["| study | finding | in the source | outcome here | seeds | seconds |", "|---|---|---|---|---:|---:|"]
     for name, content in found.items():
         module = importlib.import_module(f"lorafuse.study.{name}")
