@@ -38,8 +38,8 @@ def section(folder: Path) -> str:
         where = ", ".join(f"{key} {conditions[key]}" for key in ("threads", "torch", "commit") if key in conditions)
         lines += [
             "", f"### {name}: {content['finding']['outcome']}", "",
-            f"{size}, {conditions['device']}, {where}, {conditions['date']}: [every run]({name}.json)", "",
-            f"![{name}]({name}.png)", "", *_claims(content["finding"]["claims"]),
+            f"{size}, {conditions['device']}, {where}, {conditions['date']}: [every run](/docs/studies/{name}.json)", "",
+            f"![{name}](/docs/studies/{name}.png)", "", *_claims(content["finding"]["claims"]),
         ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
