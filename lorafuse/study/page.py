@@ -34,12 +34,12 @@ def section(folder: Path) -> str:
         lines.append(f"| `{name}` | " + " | ".join(map(str, cells)) + " |")
     for name, content in found.items():
         conditions = content["conditions"]
-        size = "`--quick`" if content["quick"] else "full size"
+        size, beside = "`--quick`" if content["quick"] else "full size", f"/docs/studies/{name}"
         where = ", ".join(f"{key} {conditions[key]}" for key in ("threads", "torch", "commit") if key in conditions)
         lines += [
             "", f"### {name}: {content['finding']['outcome']}", "",
-            f"{size}, {conditions['device']}, {where}, {conditions['date']}: [every run](/docs/studies/{name}.json)", "",
-            f"![{name}](/docs/studies/{name}.png)", "", *_claims(content["finding"]["claims"]),
+            f"{size}, {conditions['device']}, {where}, {conditions['date']}: [every run]({beside}.json)", "",
+            f"![{name}]({beside}.png)", "", *_claims(content["finding"]["claims"]),
         ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
