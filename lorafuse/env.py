@@ -21,7 +21,8 @@ VARIABLES: dict[str, Variable] = {
         Variable(
             "LORAFUSE_CACHE_DIR",
             "~/.cache/lorafuse",
-            "where `lorafuse tune` keeps its measurements; `$XDG_CACHE_HOME/lorafuse` where that variable is set",
+            "where `lorafuse tune` keeps its measurements and `lorafuse study` its bases; "
+            "`$XDG_CACHE_HOME/lorafuse` where that variable is set",
         ),
         # of an installation; setup.py reads them
         Variable("LORAFUSE_SKIP_CUDA_BUILD", "0", "1: `pip install` leaves the CUDA kernels out, though nvcc is there"),

@@ -6,7 +6,7 @@ import sys
 
 from lorafuse.errors import BackendUnavailable, MissingDependency
 
-COMMANDS = ("demo", "bench", "doctor", "plan", "tune", "advise")
+COMMANDS = ("demo", "bench", "doctor", "plan", "tune", "advise", "study")
 
 __all__ = ["COMMANDS", "main"]
 

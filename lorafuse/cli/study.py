@@ -1,0 +1,131 @@
+"""Try the findings about LoRA and full fine-tuning that this project stands on: small experiments on its own layers.
+
+Each trains a small transformer, pretrained here, in full and by adapters, learning rates swept for both, several seeds,
+and says of each claim: held, did not hold or inconclusive. Finished runs are kept and used again, after Ctrl-C too.
+"""
+
+import argparse
+import importlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from lorafuse.cli import _common
+from lorafuse.errors import MissingDependency
+from lorafuse.study import STUDIES
+from lorafuse.testing.conditions import conditions, describe
+
+SUMMARY = "small experiments that test the findings about LoRA and full fine-tuning"
+
+__all__ = ["SUMMARY", "add_arguments", "run"]
+
+_SEEDS, _QUICK_SEEDS = 5, 3
+# of a GPU: small models leave it idle
+_GPU_WORKERS = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "names", nargs="+", choices=(*STUDIES, "all"), metavar="NAME", help=f"{', '.join(STUDIES)}, or all"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller data and fewer steps: all in 15 minutes on 2 cores"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the first seed, also the base's (0)")
+    parser.add_argument("--seeds", type=int, help=f"how many ({_SEEDS}; {_QUICK_SEEDS} with --quick)")
+    parser.add_argument("--device", default="", help="cuda, cpu, … (cuda where there is one)")
+    parser.add_argument("--workers", type=int, help=f"processes (one a core; {_GPU_WORKERS} on a GPU)")
+    parser.add_argument("--base-steps", type=int, metavar="N", help="of the bases' pretraining (1500 and 2500)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/study"), help="where NAME.json and NAME.png go (runs/study)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when the studies ran, whatever they found; 130 when interrupted."""
+    if args.seeds is None:
+        args.seeds = _QUICK_SEEDS if args.quick else _SEEDS
+    device = _common.device(args.device)
+    if args.workers is None:
+        args.workers = _GPU_WORKERS if device.type == "cuda" else len(os.sched_getaffinity(0))
+    _common.check_at_least_one(args, "seeds", "workers", *(["base_steps"] if args.base_steps is not None else []))
+    if args.out.is_file():
+        raise ValueError(f"--out {args.out}: it is a file; name a folder")
+    try:
+        import matplotlib  # noqa: F401
+
+        console = _common.console()
+    except ImportError as error:
+        raise MissingDependency("lorafuse study needs rich and matplotlib: pip install 'lorafuse[cli]'") from error
+    found = conditions(device) | {"threads": f"{args.workers} processes of 1"}
+    console.print(describe(found), highlight=False)
+    from lorafuse.study.record import finished_runs
+
+    done = finished_runs(args.out, str(device))
+    outcomes = {}
+    for name in STUDIES if "all" in args.names else dict.fromkeys(args.names):
+        finding = _study(name, args, str(device), found, done, console)
+        if finding is None:
+            console.print(f"{name}: interrupted; finished runs are in {args.out}, the same command goes on from there")
+            return 130
+        outcomes[name] = finding.outcome
+    if len(outcomes) > 1:
+        for name, outcome in outcomes.items():
+            console.print(f"{name:12s} {outcome}", highlight=False)
+    return 0
+
+
+def _study(
+    name: str, args: argparse.Namespace, device: str, found: dict[str, str], done: dict[str, Any], console: Any
+) -> Any:
+    """One study with its table, claims, file and plot; None when interrupted."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from lorafuse.study import plots, record
+    from lorafuse.study.runner import Lab, Spec
+
+    module = importlib.import_module(f"lorafuse.study.{name}")
+    console.rule(f"{name}: {module.SUMMARY}")
+    file = args.out / f"{name}.json"
+    head: dict[str, Any] = {"study": name, "quick": args.quick, "conditions": found}
+    start = time.perf_counter()
+
+    def on_done(spec: Spec, finished: int, total: int) -> None:
+        shown = f"{spec.task} {spec.side} rate {spec.lr:.3g} seed {spec.seed}"
+        bar.update(task, completed=finished, total=total, shown=shown)
+        record.write(file, head, lab)
+
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[shown]}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=None, shown="pretraining the base, where it is not in the cache")
+        seeds = list(range(args.seed, args.seed + args.seeds))
+        with Lab(seeds, device, args.workers, args.base_steps, done, on_done) as lab:
+            try:
+                finding = module.conduct(lab, args.quick)
+            except KeyboardInterrupt:
+                return None
+    head |= {"seconds": round(time.perf_counter() - start, 1), "finding": finding.as_dict()}
+    record.write(file, head, lab)
+    size = f"{'--quick' if args.quick else 'full size'}, {len(seeds)} seeds"
+    plots.draw(args.out / f"{name}.png", name, finding, f"{size}; {found['device']}, {found['date']}")
+    _print(console, finding)
+    console.print(f"{head['seconds']:.0f} s; wrote {name}.json and {name}.png to {args.out}", highlight=False)
+    return finding
+
+
+def _print(console: Any, finding: Any) -> None:
+    from rich.table import Table
+
+    shown = {"best rate": "{:.3g}", "loss": "{:.4f}", "low": "{:.4f}", "high": "{:.4f}", "bits": "{:.0f}"}
+    table = Table(*finding.conditions[0], title="at the best rate of each, mean and spread over seeds")
+    for row in finding.conditions:
+        table.add_row(*(shown.get(name, "{}").format(value) for name, value in row.items()))
+    console.print(table)
+    for one in finding.claims:
+        console.print(
+            f"{one.outcome}: {one.claim}: {one.value:.3g} ({one.low:.3g} to {one.high:.3g}); margin: {one.margin}; "
+            f"source: {one.source}",
+            highlight=False,
+        )
+    console.print(f"verdict: {finding.outcome}", style="bold", highlight=False)

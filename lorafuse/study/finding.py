@@ -1,0 +1,75 @@
+"""What a study found: claims with their outcomes, and the lines of its plot."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lorafuse.study.runner import Swept
+from lorafuse.study.verdict import Claim, overall
+
+__all__ = ["Finding", "Line", "Panel", "line", "panel_of_rates"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """`y` over `x`, the mean of seeds, between `low` and `high`."""
+
+    name: str
+    x: list[float]
+    y: list[float]
+    low: list[float]
+    high: list[float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    x: str
+    y: str
+    lines: list[Line]
+    log_x: bool = False
+    log_y: bool = False
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`conditions` are the rows of the study's table: what was trained, its best rate, its result."""
+
+    claims: list[Claim]
+    panels: list[Panel]
+    conditions: list[dict[str, Any]]
+
+    @property
+    def outcome(self) -> str:
+        return overall(self.claims)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"outcome": self.outcome, **asdict(self)}
+
+
+def line(name: str, x: Sequence[float], values: Sequence[Sequence[float]]) -> Line:
+    """A line from the values of every seed at each x."""
+    means = [sum(seeds) / len(seeds) for seeds in values]
+    return Line(
+        name, [float(at) for at in x], means, [min(seeds) for seeds in values], [max(seeds) for seeds in values]
+    )
+
+
+def row(swept: Swept, **more: Any) -> dict[str, Any]:
+    """A row of the study's table."""
+    return {
+        "trained": swept.spec.side,
+        **more,
+        "parameters": swept.runs[0]["trained"],
+        "best rate": swept.best,
+        "rates": f"{swept.rates[0]:.3g} to {swept.rates[-1]:.3g}" + (", best at the edge" if swept.at_edge else ""),
+        "loss": sum(swept.losses) / len(swept.losses),
+        "low": min(swept.losses),
+        "high": max(swept.losses),
+    }
+
+
+def panel_of_rates(swept: Sequence[Swept], y: str = "loss, nats") -> Panel:
+    """The sweeps themselves."""
+    lines = [line(one.spec.side, one.rates, one.by_rate) for one in swept]
+    return Panel("learning rates", "learning rate", y, lines, log_x=True)

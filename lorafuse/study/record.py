@@ -1,0 +1,57 @@
+"""A study's file: conditions, what was found, and every finished run, from which an interrupted study goes on."""
+
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafuse.study import model, policy, pretrain, tasks, train
+from lorafuse.study.pretrain import shape_of_code
+from lorafuse.study.runner import Lab
+
+__all__ = ["VERSION", "code", "finished_runs", "write"]
+
+VERSION = 1
+
+
+@functools.cache
+def code() -> str:
+    """A digest of the code and the torch that results depend on; runs of another one are not used again."""
+    texts = [shape_of_code(Path(str(module.__file__))) for module in (model, policy, pretrain, tasks, train)]
+    return hashlib.sha256(json.dumps([torch.__version__, *texts]).encode()).hexdigest()[:16]
+
+
+def finished_runs(folder: Path, device: str) -> dict[str, dict[str, Any]]:
+    """Runs in the folder's files that this code made on this kind of device, by `runner.key`.
+
+    Raises ValueError for a file that is not JSON.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}: it is not JSON ({error}); move it away, or name another --out") from error
+        mine = VERSION, code(), device
+        if isinstance(content, dict) and tuple(map(content.get, ("version", "code", "device"))) == mine:
+            found |= {json.dumps(run["spec"], sort_keys=True): run["result"] for run in content["runs"]}
+    return found
+
+
+def write(file: Path, head: dict[str, Any], lab: Lab) -> None:
+    """Write the file whole or not at all: the head, then every finished run of the study on a line of its own."""
+    head = {"version": VERSION, "code": code(), "device": lab.device, "seeds": lab.seeds, **head}
+    runs = [
+        json.dumps({"spec": spec.as_dict(), "result": lab.done[key]})
+        for key, spec in lab.asked.items()
+        if key in lab.done
+    ]
+    text = json.dumps(head, indent=1)[:-2] + ',\n "runs": [\n' + ",\n".join(runs) + "\n ]\n}\n"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    os.replace(unfinished, file)
