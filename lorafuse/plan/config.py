@@ -74,7 +74,9 @@ def shared_memory(config: KernelConfig, itemsize: int) -> int:
         if c.kernel == "ragged_act_backward" and c.form == "tma":
             # du of gate and up; pointers leave the pipeline's buffers to it
             staging = 2 * c.block_m * c.block_n * itemsize
-        tiles = max(c.stages * (c.block_m + c.block_n) * c.block_k * itemsize, 2 * ranks) + staging + 1024
+        pipeline = c.stages * (c.block_m + c.block_n) * c.block_k * itemsize
+        # tiles of the ranks take the place of the pipeline's buffers, or lie beside those that pointers fill
+        tiles = (max(pipeline, 2 * ranks) if c.form == "tma" else pipeline + 2 * ranks) + staging + 1024
         return (
             max(tiles, shared_memory(replace(c, kernel="xa", block_r=_MAX_SINGLE_R), itemsize)) if c.single else tiles
         )
