@@ -298,11 +298,9 @@ def _is_aligned(w: Tensor, layout: str) -> bool:
 
 def _packed(t: Tensor, dtype: torch.dtype) -> Tensor:
     """`t` contiguous in `dtype`. PEFT packs b with the experts fastest: there each element is a sector of its own."""
-    return (
-        t
-        if t.is_contiguous() and t.dtype is dtype
-        else torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format).copy_(t)
-    )
+    if t.is_contiguous() and t.dtype is dtype:
+        return t
+    return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format).copy_(t)
 
 
 def _beyond(ends: Tensor, rows: int) -> Tensor:
