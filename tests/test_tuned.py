@@ -163,11 +163,11 @@ class TestPrecedence:
         tuned.write(tuned.own_file("H200"), (replace(ENTRY, kernel="cuda two_kernel"),))
         assert select(HEADLINE, H200, ALL).kernel == "single_kernel"
 
-    def test_the_model_alone_takes_nothing_on_trust(self):
+    def test_the_model_alone_takes_no_single_kernel(self):
         plan = select(HEADLINE, H200, (*ALL[:2], ("cuda", "")))
         assert {way.backend for way in plan.candidates} == {"eager", "triton", "cuda"}
         assert modelled(plan.candidates).kernel == "two_kernel"
-        assert modelled(plan.candidates).backend == "triton"
+        assert modelled(plan.candidates).backend == "cuda"
 
 
 @pytest.mark.parametrize(
