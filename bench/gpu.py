@@ -9,6 +9,7 @@ DIR, `gpu.json` is the summary, and a short table is printed last.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -43,9 +44,11 @@ def steps(out: Path) -> list[Step]:
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=25"]
 
+    xdist = importlib.util.find_spec("xdist") is not None
+
     def parallel(processes: int) -> list[str]:
         # where pytest-xdist is installed, kernels compile on several cores
-        return ["-n", str(processes)] if _has("xdist") else []
+        return ["-n", str(processes)] if xdist else []
 
     def layer(m: int, rank: int, *cases: str) -> Step:
         # the first layer of the list names the file: several steps have the same sizes
@@ -98,10 +101,6 @@ def steps(out: Path) -> list[Step]:
         Step("racecheck", [*sanitizer, "racecheck", *smoke], 120, 4),
         Step("experts-memcheck", [*sanitizer, "memcheck", *experts_smoke], 120, 4),
     ]
-
-
-def _has(module: str) -> bool:
-    return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True).returncode == 0
 
 
 def grouped(plan: list[Step]) -> list[list[Step]]:

@@ -115,12 +115,13 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
 
 def generate(root: Path) -> dict[Path, str]:
     """Each document as it should be. Raises ValueError for files without their conditions and for missing markers."""
+    on_gpu = [load(file) for file in on_gpus(root)]
     blocks = {
         "README.md": {"numbers": readme(root)},
         "bench/README.md": {"results": results(root)},
         "docs/performance.md": {
-            "layers-model": tables.layers_model([load(file) for file in on_gpus(root)], ABSENT),
-            "experts-model": tables.experts_model([load(file) for file in on_gpus(root)], ABSENT),
+            "layers-model": tables.layers_model(on_gpu, ABSENT),
+            "experts-model": tables.experts_model(on_gpu, ABSENT),
         },
     }
     documents = {}

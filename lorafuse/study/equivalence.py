@@ -13,7 +13,7 @@ loss, with every seed; it did not hold when every seed is beyond that. LoRA bein
 width an adapter cannot be as small a share of the model as in the source.
 """
 
-from lorafuse.study.finding import Finding, Panel, line, panel_of_rates, row
+from lorafuse.study.finding import Finding, Panel, curve, panel_of_rates, row
 from lorafuse.study.runner import Lab
 from lorafuse.study.train import Spec
 from lorafuse.study.verdict import at_most, claim
@@ -51,10 +51,6 @@ def conduct(lab: Lab, quick: bool) -> Finding:
                 at_edge=one.at_edge or full.at_edge,
             )
         )  # fmt: skip
-    curves = [
-        line(one.spec.side, [step for step, _ in one.runs[0]["curve"]],
-             [[run["curve"][at][1] for run in one.runs] for at in range(len(one.runs[0]["curve"]))])
-        for one in (full, *adapted)
-    ]  # fmt: skip
+    curves = [curve(one) for one in (full, *adapted)]
     panel = Panel("test loss at the best rates", "step", "loss, nats", curves, log_y=True)
     return Finding(claims, [panel, panel_of_rates([full, *adapted])], [row(one) for one in (full, *adapted)])

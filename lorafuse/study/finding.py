@@ -1,13 +1,13 @@
 """What a study found: claims with their outcomes, and the lines of its plot."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorafuse.study.runner import Swept
 from lorafuse.study.verdict import Claim, overall
 
-__all__ = ["Finding", "Line", "Panel", "line", "panel_of_rates"]
+__all__ = ["Finding", "Line", "Panel", "curve", "line", "panel_of_rates", "row"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,16 @@ def line(name: str, x: Sequence[float], values: Sequence[Sequence[float]]) -> Li
     return Line(
         name, [float(at) for at in x], means, [min(seeds) for seeds in values], [max(seeds) for seeds in values]
     )
+
+
+def curve(swept: Swept, name: str = "", first: int = 0, shown: Callable[[float], float] = lambda value: value) -> Line:
+    """`shown` of what was evaluated over the steps at the best rate, from the evaluation `first` on; named as the side.
+
+    It ends where the first of its runs did: one that diverged is shorter.
+    """
+    points = list(zip(*(run["curve"] for run in swept.runs), strict=False))[first:]
+    steps = [at[0][0] for at in points]
+    return line(name or swept.spec.side, steps, [[shown(value) for _, value in at] for at in points])
 
 
 def row(swept: Swept, **more: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ and above that of all layers with spreads that do not overlap.
 
 from dataclasses import replace
 
-from lorafuse.study.finding import Finding, Panel, line, row
+from lorafuse.study.finding import Finding, Panel, curve, row
 from lorafuse.study.model import LAYERS, Size, adapter_parameters
 from lorafuse.study.runner import Lab
 from lorafuse.study.train import Spec
@@ -63,10 +63,6 @@ def conduct(lab: Lab, quick: bool) -> Finding:
                 )
             )  # fmt: skip
         rows += [row(one, model=name, layers=layers) for layers, one in by.items()]
-        curves = [
-            line(layers, [step for step, _ in one.runs[0]["curve"]][1:],
-                 [[run["curve"][at][1] for run in one.runs] for at in range(1, len(one.runs[0]["curve"]))])
-            for layers, one in by.items()
-        ]  # fmt: skip
+        curves = [curve(one, layers, first=1) for layers, one in by.items()]
         panels.append(Panel(f"{name}, at the best rates", "step", "loss, nats", curves))
     return Finding(claims, panels, rows)

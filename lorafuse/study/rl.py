@@ -12,7 +12,7 @@ beyond. And the policy must have learned: full's share of right answers is to ri
 compared.
 """
 
-from lorafuse.study.finding import Finding, Panel, line, panel_of_rates, row
+from lorafuse.study.finding import Finding, Panel, curve, panel_of_rates, row
 from lorafuse.study.runner import Lab
 from lorafuse.study.train import Spec
 from lorafuse.study.verdict import INCONCLUSIVE, at_most, claim
@@ -43,11 +43,7 @@ def conduct(lab: Lab, quick: bool) -> Finding:
                   margin=f"at most {MARGIN:g}, full having risen by {LEARNED:g} (it did by {risen:.2f})", source=SOURCE,
                   at_edge=one.at_edge or full.at_edge)
         )  # fmt: skip
-    curves = [
-        line(one.spec.side, [step for step, _ in one.runs[0]["curve"]],
-             [[1 - run["curve"][at][1] for run in one.runs] for at in range(len(one.runs[0]["curve"]))])
-        for one in (full, *adapted)
-    ]  # fmt: skip
+    curves = [curve(one, shown=lambda wrong: 1 - wrong) for one in (full, *adapted)]
     panel = Panel("reward on other problems, at the best rates", "step", "share of right answers", curves)
     swept = [full, *adapted]
     return Finding(claims, [panel, panel_of_rates(swept, "share of wrong answers")], [row(one) for one in swept])
