@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Before transformers is imported: tests build their models from configurations and never download.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import fcntl
 import random
 import tempfile
 from collections import defaultdict
@@ -85,6 +86,20 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, this machine has none"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Under pytest-xdist a test marked `alone` runs while no other process runs a test: it measures time."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    folder = item.config.cache.mkdir("locks")
+    with (folder / "turn").open("w") as turn, (folder / "room").open("w") as room:
+        # whoever waits for the room holds the turn, so that nobody overtakes a test that wants it alone
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        return (yield)
 
 
 def skipped_by_reason(reports):

@@ -79,6 +79,7 @@ def planted(checkout):
     file.write_text(before)
 
 
+@pytest.mark.alone
 def test_a_slow_down_of_a_tenth_is_detected(checkout, planted, tmp_path):
     planted(
         "def planted(call):\n"
@@ -100,6 +101,7 @@ def test_a_slow_down_of_a_tenth_is_detected(checkout, planted, tmp_path):
     assert 1.05 < result["ratios"]["forward"]["median"] < 1.2
 
 
+@pytest.mark.alone
 def test_an_unchanged_tree_is_not_slower(checkout):
     status, printed = bench(checkout, "--rounds", "60")
     assert status == 0, printed

@@ -21,6 +21,8 @@ SUMMARY = "small experiments that test the findings about LoRA and full fine-tun
 __all__ = ["SUMMARY", "add_arguments", "run"]
 
 _SEEDS, _QUICK_SEEDS = 5, 3
+# the models' usual width, and the features of a head, of which there are whole ones
+_WIDTH, _HEAD = 64, 16
 # of a GPU: small models leave it idle
 _GPU_WORKERS = 4
 
@@ -36,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, help=f"how many ({_SEEDS}; {_QUICK_SEEDS} with --quick)")
     parser.add_argument("--device", default="", help="cuda, cpu, … (cuda where there is one)")
     parser.add_argument("--workers", type=int, help=f"processes (one a core; {_GPU_WORKERS} on a GPU)")
+    parser.add_argument(
+        "--width", type=int, default=_WIDTH, metavar="N", help=f"of the model, a multiple of {_HEAD} ({_WIDTH})"
+    )
     parser.add_argument("--base-steps", type=int, metavar="N", help="of the bases' pretraining (1500 and 2500)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/study"), help="where NAME.json and NAME.png go (runs/study)"
@@ -50,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     if args.workers is None:
         args.workers = _GPU_WORKERS if device.type == "cuda" else len(os.sched_getaffinity(0))
     _common.check_at_least_one(args, "seeds", "workers", *(["base_steps"] if args.base_steps is not None else []))
+    if args.width < 1 or args.width % _HEAD:
+        raise ValueError(f"--width {args.width}: it must be a multiple of {_HEAD}, such as {_WIDTH} or {2 * _WIDTH}")
     if args.out.is_file():
         raise ValueError(f"--out {args.out}: it is a file; name a folder")
     try:
@@ -88,7 +95,7 @@ def _study(
     module = importlib.import_module(f"lorafuse.study.{name}")
     console.rule(f"{name}: {module.SUMMARY}")
     file = args.out / f"{name}.json"
-    head: dict[str, Any] = {"study": name, "quick": args.quick, "conditions": found}
+    head: dict[str, Any] = {"study": name, "quick": args.quick, "width": args.width, "conditions": found}
     start = time.perf_counter()
 
     def on_done(spec: Spec, finished: int, total: int) -> None:
@@ -100,14 +107,14 @@ def _study(
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=None, shown="pretraining the base, where it is not in the cache")
         seeds = list(range(args.seed, args.seed + args.seeds))
-        with Lab(seeds, device, args.workers, args.base_steps, done, on_done) as lab:
+        with Lab(seeds, device, args.workers, args.base_steps, args.width, done, on_done) as lab:
             try:
                 finding = module.conduct(lab, args.quick)
             except KeyboardInterrupt:
                 return None
     head |= {"seconds": round(time.perf_counter() - start, 1), "finding": finding.as_dict()}
     record.write(file, head, lab)
-    size = f"{'--quick' if args.quick else 'full size'}, {len(seeds)} seeds"
+    size = f"{'--quick' if args.quick else 'full size'}, width {args.width}, {len(seeds)} seeds"
     plots.draw(args.out / f"{name}.png", name, finding, f"{size}; {found['device']}, {found['date']}")
     _print(console, finding)
     console.print(f"{head['seconds']:.0f} s; wrote {name}.json and {name}.png to {args.out}", highlight=False)

@@ -11,6 +11,8 @@ with spreads that do not overlap; it did not hold when it is smaller in the same
 at every rank is held when the ranks' growths differ by at most half of their mean with every seed.
 """
 
+import math
+
 from lorafuse.study.finding import Finding, Panel, line, row
 from lorafuse.study.runner import Lab
 from lorafuse.study.train import Spec
@@ -27,10 +29,9 @@ __all__ = ["SOURCE", "SUMMARY", "conduct"]
 
 def conduct(lab: Lab, quick: bool) -> Finding:
     batches, examples, ranks = ((16, 64, 256), 4096, (1, 8)) if quick else ((16, 64, 256, 1024), 16384, (1, 8, 32))
-    rates = {0: 4e-4, 1: 2e-3, 8: 2e-3, 32: 2e-3}
     specs = [
         # a larger batch wants a larger rate, about as its square root
-        Spec("smaller", 2000, rank, rates[rank] * (1 if batch <= 64 else 2), examples // batch, seed=0, batch=batch)
+        Spec("smaller", 2000, rank, (2e-3 if rank else 4e-4) * math.sqrt(batch / 64), examples // batch, 0, batch)
         for batch in batches for rank in (0, *ranks)
     ]  # fmt: skip
     found = {(one.spec.batch, one.spec.rank): one for one in lab.sweep(specs)}

@@ -35,8 +35,10 @@ _LENGTH = 8
 def conduct(lab: Lab, quick: bool) -> Finding:
     counts, ranks, steps = ((64, 192), (1, 4), 300) if quick else ((64, 192, 576), (1, 4, 16), 450)
     sides = (0, *reversed(ranks))
+    rates = {0: 0.016} | dict.fromkeys(ranks, 0.008)
+    faster = dict.fromkeys(counts, 1) | {counts[0]: 2}
     specs = [
-        Spec("strings", count, rank, 8e-3 if count == counts[0] else 4e-3, steps, seed=0, batch=64, length=_LENGTH)
+        Spec("strings", count, rank, rates[rank] * faster[count], steps, seed=0, batch=64, length=_LENGTH)
         for count in counts for rank in sides
     ]  # fmt: skip
     found = {(one.spec.count, one.spec.rank): one for one in lab.sweep(specs)}

@@ -29,7 +29,7 @@ __all__ = ["SOURCE", "SUMMARY", "conduct", "sft"]
 def sft(quick: bool) -> dict[int, Spec]:
     """Supervised fine-tuning as the studies equivalence, rate and rank share it; rates where the sweeps begin."""
     steps = 150 if quick else 600
-    rates = {0: 4e-4, 1: 2e-3, 8: 2e-3, 16: 2e-3, 64: 2e-3}
+    rates = {0: 4e-4} | dict.fromkeys((1, 8, 16, 64), 1e-3)
     return {rank: Spec("smaller", 2000, rank, lr, steps, seed=0) for rank, lr in rates.items()}
 
 

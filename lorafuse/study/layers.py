@@ -14,7 +14,7 @@ and above that of all layers with spreads that do not overlap.
 from dataclasses import replace
 
 from lorafuse.study.finding import Finding, Panel, curve, row
-from lorafuse.study.model import LAYERS, Size, adapter_parameters
+from lorafuse.study.model import Size, adapter_parameters
 from lorafuse.study.runner import Lab
 from lorafuse.study.train import Spec
 from lorafuse.study.verdict import above, claim
@@ -42,7 +42,7 @@ def matched(size: Size, rank: int) -> dict[str, int]:
 
 def conduct(lab: Lab, quick: bool) -> Finding:
     count, steps, rank = (256, 120, 4) if quick else (512, 400, 4)
-    rates = {"full": 4e-3} | dict.fromkeys(LAYERS, 2e-3)
+    rates = {"full": 8e-3, "attention": 2e-3, "mlp": 8e-3, "all": 4e-3}
     specs = []
     for size in SIZES.values():
         for layers, own in {"full": 0, **matched(size, rank)}.items():

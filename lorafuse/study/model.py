@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,12 @@ class Size:
     active: int = 2
     vocabulary: int = len(ALPHABET)
     length: int = 16
+
+    def wide(self, width: int) -> "Size":
+        """The same shape at another width: heads of as many features, the MLP as many times wider than the model."""
+        return replace(
+            self, width=width, heads=self.heads * width // self.width, inner=self.inner * width // self.width
+        )
 
 
 class Attention(nn.Module):

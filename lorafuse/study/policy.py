@@ -8,13 +8,12 @@ from torch import Tensor
 from lorafuse.study import tasks
 from lorafuse.study.model import Transformer, trained
 from lorafuse.study.tasks import Data
-from lorafuse.study.train import Spec, batches, optimizer, prepared, rounded
+from lorafuse.study.train import Spec, batches, due, optimizer, prepared, result, rounded
 
 __all__ = ["GROUP", "reward", "run", "sample"]
 
 # answers to each problem of a batch
 GROUP = 8
-_EVALUATIONS, _LAST = 20, 4
 
 
 def sample(model: Transformer, prompts: Tensor, length: int, generator: torch.Generator | None) -> Tensor:
@@ -44,7 +43,7 @@ def split(data: Data) -> tuple[Tensor, Tensor]:
 
 
 def run(spec: Spec, base: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
-    """`loss` is the share of other problems answered wrongly, drawn at temperature 1; see `train.run`.
+    """A `result` of which the losses are the share of other problems answered wrongly, drawn at temperature 1.
 
     A step takes `batch` episodes: batch / GROUP problems, GROUP answers to each. One gradient step for each batch, so
     that the policy is the one that drew. The advantage is the reward less the group's mean.
@@ -61,7 +60,7 @@ def run(spec: Spec, base: dict[str, Tensor], device: torch.device) -> dict[str, 
 
     curve = [[0, evaluate()]]
     rewards = []
-    every = max(1, spec.steps // _EVALUATIONS)
+    broken = None
     for step, chosen in enumerate(batches(len(train[0]), spec.batch // GROUP, spec.steps, spec.seed), 1):
         prompts = train[0][chosen].repeat_interleave(GROUP, 0)
         answers = sample(model, prompts, length, generator)
@@ -76,15 +75,9 @@ def run(spec: Spec, base: dict[str, Tensor], device: torch.device) -> dict[str, 
         schedule.step()
         rewards.append(float(gained.mean()))
         if not all(torch.isfinite(parameter).all() for parameter in trained(model)):
-            curve.append([step, 1.0])
+            broken = 1.0
+            curve.append([step, broken])
             break
-        if step % every == 0 or step == spec.steps:
+        if due(step, spec.steps):
             curve.append([step, evaluate()])
-    last = [value for _, value in curve[1:]][-_LAST:]
-    return {
-        "loss": 1.0 if curve[-1][0] < spec.steps else sum(last) / len(last),
-        "start": curve[0][1],
-        "curve": curve,
-        "early": rewards[:100],
-        "trained": sum(parameter.numel() for parameter in trained(model)),
-    }
+    return result(model, curve, rewards, broken)

@@ -27,7 +27,7 @@ __all__ = ["SOURCE", "SUMMARY", "conduct"]
 
 def conduct(lab: Lab, quick: bool) -> Finding:
     count, steps, episodes = (2000, 120, 128) if quick else (5000, 200, 256)
-    rates = {0: 4e-4} | dict.fromkeys(RANKS, 2e-3)
+    rates = {0: 4e-4} | dict.fromkeys(RANKS, 1e-3)
     specs = [
         Spec("smaller", count, rank, lr, steps, seed=0, batch=episodes, episodes=steps * episodes)
         for rank, lr in rates.items()

@@ -78,6 +78,7 @@ class Lab:
         seeds: of the data, its order and the adapters; the base has the first one.
         device, workers: one worker is this process, more are processes of their own.
         base_steps: of its pretraining, instead of `pretrain.STEPS`.
+        width: of the model, instead of that of the study's specs.
         done: finished runs by `key`, from an earlier time; new ones are added.
         on_done: called after each run with its spec, the number of finished runs of this call and of all of them.
     """
@@ -88,10 +89,11 @@ class Lab:
         device: str = "cpu",
         workers: int = 1,
         base_steps: int | None = None,
+        width: int | None = None,
         done: dict[str, Result] | None = None,
         on_done: Callable[[Spec, int, int], None] = lambda spec, finished, total: None,
     ) -> None:
-        self.seeds, self.device, self.workers, self.base_steps = seeds, device, workers, base_steps
+        self.seeds, self.device, self.workers, self.base_steps, self.width = seeds, device, workers, base_steps, width
         self.done: dict[str, Result] = {} if done is None else done
         self.on_done = on_done
         # what the study has asked for, in its order
@@ -113,7 +115,7 @@ class Lab:
 
     def run(self, specs: list[Spec]) -> list[Result]:
         """The result of each spec, in their order; what is done already is not run again."""
-        specs = [self._with_base(spec) for spec in specs]
+        specs = [self._complete(spec) for spec in specs]
         self.asked |= {key(spec): spec for spec in specs}
         missing = list({key(spec): spec for spec in specs if key(spec) not in self.done}.values())
         # each base once, before workers ask for it at the same time
@@ -126,9 +128,10 @@ class Lab:
             self.on_done(spec, finished, len(jobs))
         return [self.done[key(spec)] for spec in specs]
 
-    def _with_base(self, spec: Spec) -> Spec:
+    def _complete(self, spec: Spec) -> Spec:
+        size = spec.size if self.width is None else spec.size.wide(self.width)
         steps = self.base_steps or pretrain.STEPS[spec.lessons]
-        return replace(spec, base_seed=self.seeds[0], base_steps=steps)
+        return replace(spec, size=size, base_seed=self.seeds[0], base_steps=steps)
 
     def sweep(self, conditions: list[Spec], every_seed: bool = False) -> list[Swept]:
         """Each condition at its best learning rate, with every seed.

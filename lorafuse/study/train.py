@@ -13,7 +13,7 @@ from lorafuse.study import tasks
 from lorafuse.study.model import Size, Transformer, adapt, trained
 from lorafuse.study.tasks import Data
 
-__all__ = ["Spec", "loss_of", "optimizer", "prepared", "run", "single_thread"]
+__all__ = ["Spec", "batches", "due", "loss_of", "optimizer", "prepared", "result", "rounded", "run", "single_thread"]
 
 # of the learning rate, then constant as in the source
 _WARMUP = 10
@@ -109,6 +109,29 @@ def batches(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
         yield chosen
 
 
+def due(step: int, steps: int) -> bool:
+    """Whether the run is evaluated after this step."""
+    return step % max(1, steps // _EVALUATIONS) == 0 or step == steps
+
+
+def result(
+    model: nn.Module, curve: list[list[float]], early: list[float], broken: float | None = None
+) -> dict[str, Any]:
+    """What a run returns; `broken` is the loss of one that ended before its time.
+
+    `loss` (mean of the last evaluations), `start` (the base's), `curve` [[step, loss]], `early` values of training and
+    `trained`, the number of parameters.
+    """
+    last = [value for _, value in curve[1:]][-_LAST:]
+    return {
+        "loss": sum(last) / len(last) if broken is None else broken,
+        "start": curve[0][1],
+        "curve": curve,
+        "early": early[:_EARLY],
+        "trained": sum(parameter.numel() for parameter in trained(model)),
+    }
+
+
 def _examples(spec: Spec) -> tuple[Data, Data]:
     if spec.task == "strings":
         data = tasks.strings(spec.count, spec.length, spec.seed)
@@ -117,11 +140,7 @@ def _examples(spec: Spec) -> tuple[Data, Data]:
 
 
 def run(spec: Spec, base: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
-    """Train as the spec says.
-
-    Returns `loss` (mean of the last evaluations), `start` (the base's), `curve` [[step, loss]], `early` training losses
-    and `trained`, the number of parameters.
-    """
+    """Train as the spec says; returns a `result`, a mean cross-entropy in nats as its losses."""
     model = prepared(spec, base, device)
     train, test = (data.to(device) for data in _examples(spec))
     adam, schedule = optimizer(model, spec.lr)
@@ -135,7 +154,6 @@ def run(spec: Spec, base: dict[str, Tensor], device: torch.device) -> dict[str, 
 
     curve = [[0, evaluate()]]
     losses: list[Tensor] = []
-    every = max(1, spec.steps // _EVALUATIONS)
     for step, chosen in enumerate(batches(len(train), spec.batch, spec.steps, spec.seed), 1):
         loss = loss_of(model, Data(train.tokens[chosen], train.labels[chosen]))
         adam.zero_grad()
@@ -143,15 +161,9 @@ def run(spec: Spec, base: dict[str, Tensor], device: torch.device) -> dict[str, 
         adam.step()
         schedule.step()
         losses.append(loss.detach())
-        if step % every == 0 or step == spec.steps:
+        if due(step, spec.steps):
             curve.append([step, evaluate()])
             if curve[-1][1] == DIVERGED:
                 break
-    last = [value for _, value in curve[1:]][-_LAST:]
-    return {
-        "loss": DIVERGED if DIVERGED in last else sum(last) / len(last),
-        "start": curve[0][1],
-        "curve": curve,
-        "early": [rounded(float(value)) for value in losses[:_EARLY]],
-        "trained": sum(parameter.numel() for parameter in trained(model)),
-    }
+    early = [rounded(float(value)) for value in losses[:_EARLY]]
+    return result(model, curve, early, DIVERGED if curve[-1][1] == DIVERGED else None)
