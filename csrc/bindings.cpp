@@ -46,9 +46,11 @@ void linear_forward(int type, int64_t M, int64_t N, int64_t K, int64_t R, Pointe
 void linear_dx(int type, int64_t M, int64_t N, int64_t K, int64_t R, Pointer dy, int64_t stride_dy, Pointer w,
                int64_t stride_w, Pointer dyb, int64_t stride_dyb, Pointer a, int64_t stride_a, Pointer dx,
                int64_t stride_dx, Pointer seed, uint32_t drop_below, bool overlap_previous, const TilingValues& tiling,
-               Pointer stream) {
+               int sum_blocks, int adapter_type, float scale, Pointer x, int64_t stride_x, Pointer da, Pointer xa,
+               int64_t stride_xa, Pointer db, Pointer stream) {
   lorafuse::linear_dx({Type{type}, M, N, K, R, at(dy), stride_dy, at(w), stride_w, at(dyb), stride_dyb, at(a), stride_a,
-                       at(dx), stride_dx, at<int64_t>(seed), drop_below, overlap_previous, tiling_of(tiling)},
+                       at(dx), stride_dx, at<int64_t>(seed), drop_below, overlap_previous, tiling_of(tiling),
+                       sum_blocks, Type{adapter_type}, scale, at(x), stride_x, at(da), at(xa), stride_xa, at(db)},
                       at(stream));
 }
 
@@ -62,9 +64,10 @@ void grouped_linear(int type, int64_t rows, int64_t groups, int64_t N, int64_t K
                            at(stream));
 }
 
-void round_adapter(int in_type, int type, int64_t rows, int64_t columns, Pointer in, int64_t stride_in, float scale,
-                   Pointer out, int64_t stride_out, Pointer stream) {
-  lorafuse::round_adapter({Type{in_type}, Type{type}, rows, columns, at(in), stride_in, scale, at(out), stride_out},
+void round_adapter(int in_type, int type, bool transposed, int64_t rows, int64_t columns, Pointer in, int64_t stride_in,
+                   float scale, Pointer out, int64_t stride_out, Pointer stream) {
+  lorafuse::round_adapter({Type{in_type}, Type{type}, transposed, rows, columns, at(in), stride_in, scale, at(out),
+                           stride_out},
                           at(stream));
 }
 
@@ -174,13 +177,15 @@ PYBIND11_MODULE(LORAFUSE_MODULE, m) {
   m.def("linear_dx", &linear_dx, Release(), py::kw_only(), arg("type"), arg("M"), arg("N"), arg("K"), arg("R"),
         arg("dy"), arg("stride_dy"), arg("w"), arg("stride_w"), arg("dyb") = 0, arg("stride_dyb") = 0, arg("a") = 0,
         arg("stride_a") = 0, arg("dx"), arg("stride_dx"), arg("seed") = 0, arg("drop_below") = 0,
-        arg("overlap_previous") = false, arg("tiling"), arg("stream") = 0);
+        arg("overlap_previous") = false, arg("tiling"), arg("sum_blocks") = 0, arg("adapter_type") = 2,
+        arg("scale") = 1.0f, arg("x") = 0, arg("stride_x") = 0, arg("da") = 0, arg("xa") = 0, arg("stride_xa") = 0,
+        arg("db") = 0, arg("stream") = 0);
   m.def("grouped_linear", &grouped_linear, Release(), py::kw_only(), arg("type"), arg("rows"), arg("groups"), arg("N"),
         arg("K"), arg("R"), arg("transposed") = false, arg("ends"), arg("x"), arg("stride_x"), arg("w"),
         arg("bias") = 0, arg("xa") = 0, arg("stride_xa") = 0, arg("b") = 0, arg("stride_b") = 0, arg("y"),
         arg("stride_y"), arg("overlap_previous") = false, arg("tiling"), arg("stream") = 0);
-  m.def("round_adapter", &round_adapter, Release(), py::kw_only(), arg("in_type"), arg("type"), arg("rows"),
-        arg("columns"), arg("input"), arg("stride_input"), arg("scale") = 1.0f, arg("out"), arg("stride_out"),
+  m.def("round_adapter", &round_adapter, Release(), py::kw_only(), arg("in_type"), arg("type"),
+        arg("transposed") = false, arg("rows"), arg("columns"), arg("input"), arg("stride_input"), arg("scale") = 1.0f, arg("out"), arg("stride_out"),
         arg("stream") = 0);
   m.def("project_x", &project_x, Release(), py::kw_only(), arg("type"), arg("a_type"), arg("M"), arg("K"), arg("R"),
         arg("x"), arg("stride_x"), arg("a"), arg("stride_a"), arg("xa"), arg("stride_xa"), arg("seed") = 0,

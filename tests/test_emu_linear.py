@@ -152,6 +152,40 @@ def test_the_flags_of_a_single_kernel_are_left_as_they_were(backend):
     assert torch.equal(first[2], first[0])
 
 
+@pytest.mark.parametrize("R", [r for r in UGLY_R if r <= 64])
+@pytest.mark.parametrize("M", [1, 63, 128, 257])
+def test_da_and_db_beside_dx(M, R, launched):
+    N, K = ALIGNED_NK[(M + R) % len(ALIGNED_NK)]
+    adapters = torch.float32 if M % 2 else DTYPES[R % 2]
+    with only("cuda one_launch_backward"):
+        check(LinearCase(leading=(M,), N=N, K=K, R=R, dtype=DTYPES[R % 2], adapter_dtype=adapters, bias=False))
+    assert not {"reduce_dy", "reduce_x"} & {name for name, _ in launched}
+    products = [arguments for name, arguments in launched if name == "linear_dx"]
+    assert products
+    assert all(dx["sum_blocks"] and dx["da"] and dx["db"] for dx in products)
+
+
+@pytest.mark.parametrize("config", [config for config in TILINGS if config[2] == 1])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 50])
+def test_any_number_of_blocks_beside_dx(blocks, config, tiles, launched, monkeypatch):
+    """More and fewer than there are columns to sum, and than there are multiprocessors."""
+    monkeypatch.setattr(cuda, "_besides", lambda problem, device: [blocks])
+    tiles(config)
+    with only("cuda one_launch_backward"):
+        check(LinearCase(leading=(2, 150), N=264, K=520, R=24, dtype=torch.bfloat16, bias=False, scale=-0.5))
+    products = [arguments for name, arguments in launched if name == "linear_dx"]
+    assert {(dx["sum_blocks"], dx["tiling"][:3]) for dx in products} == {(blocks, config)}
+
+
+def test_where_da_and_db_cannot_be_beside_dx(launched):
+    """Many ranks, a mask, dbias, or neither of them: they run as they did."""
+    plain = LinearCase(leading=(40,), N=72, K=64, R=8, dtype=torch.float16, bias=False)
+    for change in ({"R": 65}, {"dropout_p": 0.2}, {"bias": True}):
+        with only("cuda one_launch_backward"):
+            check(replace(plain, **change))
+    assert all(not arguments.get("sum_blocks") for name, arguments in launched if name == "linear_dx")
+
+
 @by_dtype
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9, 1.0, 2**-33])
 def test_dropout(dropout_p, dtype):
@@ -185,6 +219,10 @@ def test_integers_are_exact(M, N, K, R, backend):
     w, dy = w * (torch.rand_like(w) < 0.3), dy * (torch.rand_like(dy) < 0.1)
     y, xa = backend.linear_forward(x, w, None, a, b, None, 2.0, 0.0)
     dx, da, db, dbias = backend.linear_backward(dy, x, xa, w, a, b, None, 2.0, 0.0, True, True, True, True)
+    with only("cuda one_launch_backward"):
+        beside = backend.linear_backward(dy, x, xa, w, a, b, None, 2.0, 0.0, True, True, True, False)
+    for one, other in zip(beside, (dx, da, db, None), strict=True):
+        assert one is other is None or torch.equal(one, other)
     X, W, A, B, D = (t.double() for t in (x, w, a, b, dy))
     expected = {"y": X @ W.T + 2 * (X @ A.T) @ B.T, "dx": D @ W + 2 * (D @ B) @ A, "da": 2 * (D @ B).T @ X}
     expected |= {"db": 2 * D.T @ (X @ A.T), "dbias": D.sum(0)}
@@ -193,14 +231,16 @@ def test_integers_are_exact(M, N, K, R, backend):
         assert torch.equal(actual.double(), expected[name]), name
 
 
+@pytest.mark.parametrize("kernel", ["one_pass_backward", "one_launch_backward"])
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)))
-def test_only_what_is_needed_is_computed(needs, backend):
+def test_only_what_is_needed_is_computed(needs, kernel, backend):
     o = make_operands(LinearCase(leading=(70,), K=64, dtype=torch.float16))
-    seed = torch.tensor([5])
-    _, xa = backend.linear_forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)
-    everything = backend.linear_backward(o.dy, o.x, xa, o.w, o.a, o.b, seed, 1.7, 0.2, True, True, True, True)
+    seed, p = (None, 0.0) if kernel == "one_launch_backward" else (torch.tensor([5]), 0.2)
+    _, xa = backend.linear_forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, p)
+    everything = backend.linear_backward(o.dy, o.x, xa, o.w, o.a, o.b, seed, 1.7, p, True, True, True, True)
     x, xa = o.x if needs[1] else None, xa if needs[2] else None
-    found = backend.linear_backward(o.dy, x, xa, o.w, o.a, o.b, seed, 1.7, 0.2, *needs)
+    with only(f"cuda {kernel}"):
+        found = backend.linear_backward(o.dy, x, xa, o.w, o.a, o.b, seed, 1.7, p, *needs)
     for need, one, other in zip(needs, found, everything, strict=True):
         assert (one is not None) == need
         assert one is None or relative_l2(one, other) < tolerance(torch.float16)
@@ -297,6 +337,21 @@ def test_many_schedules(kernel, emu, backend, tiles, launched, request):
             for one, other in zip(found, first, strict=True):
                 assert one is other is None or torch.equal(one, other), i
     assert name in {called for called, _ in launched}
+
+
+def test_many_schedules_beside_dx(emu, backend, tiles, launched, request):
+    o = make_operands(LinearCase(leading=(200,), N=136, K=264, R=24, dtype=torch.bfloat16))
+    _, xa = backend.linear_forward(o.x, o.w, None, o.a, o.b, None, 1.7, 0.0)
+    alone = [config for config in TILINGS if config[2] == 1]
+    first = None
+    with only("cuda one_launch_backward"):
+        for i in range(request.config.getoption("--seeds")):
+            emu.configure(seed=i, resident=1 + i % 4, multiprocessors=4)
+            tiles(alone[i % len(alone)])
+            found = backwards(backend, o, xa, None, True, True, True, False)
+            first = first or found
+            assert all(torch.equal(*pair) for pair in zip(found[:3], first[:3], strict=True)), i
+    assert all(arguments["sum_blocks"] for name, arguments in launched if name == "linear_dx")
 
 
 def test_eager_and_the_kernels_may_be_mixed(backend):

@@ -30,6 +30,7 @@ SCENARIOS = {
     "no_ticket_reset": ONE_BLOCK,
     # blocks take their turns by number, and those with the first turns may not have started
     "no_program_ticket": ("single_kernel", (128, 4, 1), 1),
+    "sum_no_launch_wait": ("one_launch_backward", (256, 3, 1), 0),
     "group_overrun": ("grouped", None, 0),
     "wrong_group": ("grouped", None, 0),
 }
@@ -59,6 +60,12 @@ def run(kind, tiling, monkeypatch):
     monkeypatch.setattr(cuda, "CONFIGS", (tiling,))
     _select.cache_clear()
     o = make_operands(LinearCase(leading=(300,), N=264, K=200, R=24, dtype=torch.bfloat16))
+    if kind == "one_launch_backward":
+        _, xa = backend.linear_forward(o.x, o.w, None, o.a, o.b, None, 1.7, 0.0)
+        with only(f"cuda {kind}"):
+            return list(backend.linear_backward(o.dy, o.x, xa, o.w, o.a, o.b, None, 1.7, 0.0, True, True, True, False))[
+                :3
+            ]
     launches = range(2 if kind == "single_kernel" else 1)
     with only(f"cuda {kind}"):
         found = [backend.linear_forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0) for _ in launches]

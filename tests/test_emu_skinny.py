@@ -110,6 +110,21 @@ def round_adapter(t, dtype, scale, stride):
     return out
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 40), (300, 16), (72, 13)])
+@pytest.mark.parametrize("in_dtype", [FP32, BF16])
+def test_rounded_and_transposed(shape, in_dtype):
+    t = torch.randn(shape).to(in_dtype)
+    emu.forget_memory()
+    (rows, columns), stride = reversed(shape), -(-shape[0] // 8) * 8 + 8
+    out = nan(rows, stride, dtype=BF16)
+    emu.round_adapter(
+        in_type=TYPES[in_dtype], type=TYPES[BF16], transposed=True, rows=rows, columns=columns, input=declare("in", t),
+        stride_input=t.stride(0), scale=0.75, out=declare("out", out), stride_out=stride,
+    )  # fmt: skip
+    assert torch.equal(out[:, :columns], (0.75 * t.float()).to(BF16).t())
+    assert not out[:, columns:].any()
+
+
 def assert_near(name, actual, reference):
     error, bound = relative_l2(actual, reference), rounding(actual.dtype) + FP32_SUMS
     assert error <= bound, f"{name}: error {error:.3e} above {bound:.3e}, one rounding"

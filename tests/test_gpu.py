@@ -39,7 +39,8 @@ CASE = LinearCase(leading=(1000,), N=1536, K=1024, R=16, dtype=torch.bfloat16, a
 def operands(case=CASE, device="cuda", seed=0):
     found = make_operands(case, seed).to(torch.device(device))
     for tensor in (found.x, found.a, found.b, found.bias):
-        tensor.requires_grad_()
+        if tensor is not None:
+            tensor.requires_grad_()
     return found
 
 
@@ -87,6 +88,21 @@ def test_xa_and_y_in_one_cuda_launch(M):
             assert relative_l2(tensor, eager[name]) < tolerance(torch.bfloat16), name
         for _ in range(100):
             assert torch.equal(run(o, "cuda"), first["y"])
+
+
+@pytest.mark.parametrize("M", [1, 512, 1000, 8192])
+def test_da_and_db_beside_dx_in_one_cuda_launch(M):
+    able("cuda")
+    case = LinearCase(leading=(M,), N=4096, K=1024, R=16, dtype=torch.bfloat16, adapter_dtype=torch.float32, bias=False)
+    o = operands(case)
+    eager = results(o, "eager")
+    with only("cuda one_launch_backward"):
+        first = results(o, "cuda")
+        for name, tensor in first.items():
+            assert relative_l2(tensor, eager[name]) < tolerance(torch.bfloat16), name
+        for _ in range(100):
+            for name, tensor in results(o, "cuda").items():
+                assert torch.equal(tensor, first[name]), name
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,6 +154,17 @@ def test_runs_of_other_code_are_run_again(plant, tmp_path, monkeypatch):
     assert not record.finished_runs(tmp_path, "cpu")
 
 
+def test_another_width_keeps_heads_and_proportions(plant, tmp_path):
+    assert study(tmp_path, "layers", "--width", "128") == 0
+    content = read(tmp_path, "layers")
+    assert content["width"] == 128
+    sizes = {(run["spec"]["size"]["experts"], *(run["spec"]["size"][name] for name in ("width", "heads", "inner")))
+             for run in content["runs"]}  # fmt: skip
+    assert sizes == {(0, 128, 8, 256), (4, 128, 8, 128)}
+    wide = {name: size.wide(128) for name, size in layers.SIZES.items()}
+    assert all(layers.matched(wide[name], 4) == layers.matched(layers.SIZES[name], 4) for name in wide)
+
+
 def test_the_same_command_twice_gives_the_same_file(tmp_path, monkeypatch):
     """Real runs, tiny ones, in this process and in two of their own."""
     contents = []
@@ -184,6 +196,7 @@ def test_the_base_comes_from_the_cache(tmp_path, monkeypatch):
         (["rate", "--seeds", "0"], "--seeds 0: it must be at least 1"),
         (["rate", "--workers", "-1"], "--workers -1: it must be at least 1"),
         (["rate", "--device", "cuda:7"], "--device cuda:7"),
+        (["rate", "--width", "40"], "--width 40: it must be a multiple of 16"),
         (["rate", "--out", __file__], "it is a file; name a folder"),
     ],
 )
@@ -219,9 +232,11 @@ def test_the_page_says_what_the_committed_results_say():
 
 
 def test_a_changed_result_is_seen(tmp_path):
-    for file in (PAGE, *PAGE.parent.glob("*.json")):
-        (tmp_path / file.name).write_text(file.read_text())
-    content = read(tmp_path, "rl")
-    content["finding"]["outcome"] = "planted"
-    (tmp_path / "rl.json").write_text(json.dumps(content))
-    assert page.rewrite(tmp_path / PAGE.name) != PAGE.read_text()
+    shutil.copytree(PAGE.parent, tmp_path, dirs_exist_ok=True)
+    assert page.rewrite(tmp_path / PAGE.name) == PAGE.read_text()
+    for folder in (tmp_path, tmp_path / "quick"):
+        content = read(folder, "rl")
+        before = page.rewrite(tmp_path / PAGE.name)
+        content["finding"]["outcome"] = "planted"
+        (folder / "rl.json").write_text(json.dumps(content))
+        assert page.rewrite(tmp_path / PAGE.name) != before

@@ -6,7 +6,7 @@ from lorafuse.bench.layers import peft_experts, peft_linear
 from lorafuse.plan import only
 
 LABEL = "lorafuse"
-# the ways that plans choose from on GPUs; a forward in one kernel is never chosen before it was measured
+# the ways that plans choose from on GPUs; those with a kernel are never chosen before they were measured
 FORMS = {
     "": {},
     "eager": {"backend": "eager"},
@@ -14,6 +14,7 @@ FORMS = {
     "triton-single": {"backend": "triton", "kernel": "single_kernel"},
     "cuda": {"backend": "cuda"},
     "cuda-single": {"backend": "cuda", "kernel": "cuda single_kernel"},
+    "cuda-beside": {"backend": "cuda", "kernel": "cuda one_launch_backward"},
 }
 
 

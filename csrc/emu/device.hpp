@@ -81,7 +81,8 @@ void fence_proxy_async(bool shared_only);
 void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int pending);
-void wgmma(Element element, int columns, bool b_is_mn_major, float* d, uint64_t a, uint64_t b, bool accumulate);
+void wgmma(Element element, int columns, bool a_is_mn_major, bool b_is_mn_major, float* d, uint64_t a, uint64_t b,
+           bool accumulate);
 
 // emulator.cpp
 void run_launch(int grid, int threads, int shared_bytes, int cluster, bool overlap_previous,

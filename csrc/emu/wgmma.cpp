@@ -167,7 +167,7 @@ void begin_reads(Thread& thread, Warpgroup& warpgroup, WgmmaOperation& operation
     collect_lines(*warpgroup.block, decode(operation.b, operation.b_is_mn_major, "b"), 0,
                   static_cast<uint32_t>(operation.columns), "b", operation.b_lines);
   }
-  collect_lines(*warpgroup.block, decode(operation.a, false, "a"), warp * 16, warp * 16 + 16, "a",
+  collect_lines(*warpgroup.block, decode(operation.a, operation.a_is_mn_major, "a"), warp * 16, warp * 16 + 16, "a",
                 operation.a_lines[warp]);
   for (const auto* lines : {&operation.a_lines[warp], &operation.b_lines}) {
     for (const uint32_t line : *lines) warpgroup.block->shadow->begin_async_read(thread, line, "wgmma");
@@ -190,14 +190,25 @@ void execute(Warpgroup& warpgroup) {
   const WgmmaOperation& operation = operation_at(warpgroup, warpgroup.executed);
   const Block& block = *warpgroup.block;
   static float a[64 * 16], b[16 * 256];
-  const Matrix a_matrix = decode(operation.a, false, "a"), b_matrix = decode(operation.b, operation.b_is_mn_major, "b");
+  const Matrix a_matrix = decode(operation.a, operation.a_is_mn_major, "a");
+  const Matrix b_matrix = decode(operation.b, operation.b_is_mn_major, "b");
   const auto fetch = [&](const Matrix& matrix, uint32_t mn, uint32_t k, const char* operand, float* to) {
     const uint32_t address = matrix.chunk(mn, k);
     check_chunk(block, address, operand);
     convert(operation.element, block.window + address, to);
   };
-  for (uint32_t m = 0; m < 64; ++m) {
-    for (uint32_t k = 0; k < 16; k += 8) fetch(a_matrix, m, k, "a", a + m * 16 + k);
+  if (operation.a_is_mn_major) {
+    for (uint32_t k = 0; k < 16; ++k) {
+      for (uint32_t m = 0; m < 64; m += 8) {
+        float values[8];
+        fetch(a_matrix, m, k, "a", values);
+        for (uint32_t i = 0; i < 8; ++i) a[(m + i) * 16 + k] = values[i];
+      }
+    }
+  } else {
+    for (uint32_t m = 0; m < 64; ++m) {
+      for (uint32_t k = 0; k < 16; k += 8) fetch(a_matrix, m, k, "a", a + m * 16 + k);
+    }
   }
   const uint32_t columns = static_cast<uint32_t>(operation.columns);
   if (operation.b_is_mn_major) {
@@ -228,7 +239,8 @@ void wgmma_fence() { current->wgmma.needs_fence = false; }
 
 void wgmma_commit() { current->wgmma.commits.push_back(current->wgmma.issued); }
 
-void wgmma(Element element, int columns, bool b_is_mn_major, float* d, uint64_t a, uint64_t b, bool accumulate) {
+void wgmma(Element element, int columns, bool a_is_mn_major, bool b_is_mn_major, float* d, uint64_t a, uint64_t b,
+           bool accumulate) {
   maybe_yield();
   Thread& thread = *current;
   const size_t group = static_cast<size_t>(thread.number / 128);
@@ -253,6 +265,7 @@ void wgmma(Element element, int columns, bool b_is_mn_major, float* d, uint64_t 
     WgmmaOperation operation{};
     operation.element = element;
     operation.columns = columns;
+    operation.a_is_mn_major = a_is_mn_major;
     operation.b_is_mn_major = b_is_mn_major;
     operation.a = a;
     operation.b = b;
@@ -262,7 +275,8 @@ void wgmma(Element element, int columns, bool b_is_mn_major, float* d, uint64_t 
   }
   WgmmaOperation& operation = operation_at(warpgroup, number);
   if (operation.a != a || operation.b != b || operation.columns != columns || operation.accumulate != accumulate ||
-      operation.element != element || operation.b_is_mn_major != b_is_mn_major) {
+      operation.element != element || operation.a_is_mn_major != a_is_mn_major ||
+      operation.b_is_mn_major != b_is_mn_major) {
     fail("the operands of a wgmma differ between the threads of the warpgroup: descriptors ", hex(operation.a), " and ",
          hex(a), ", ", hex(operation.b), " and ", hex(b), ", accumulate ", operation.accumulate, " and ", accumulate);
   }

@@ -27,7 +27,7 @@ struct Accumulator {
 struct WgmmaOperation {
   Element element;
   int columns;
-  bool b_is_mn_major;
+  bool a_is_mn_major, b_is_mn_major;
   uint64_t a, b;
   bool accumulate;
   Accumulator* accumulator;

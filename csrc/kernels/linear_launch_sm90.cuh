@@ -33,6 +33,7 @@ struct LinearProblem {
   uint32_t* workspace = nullptr;
   const int64_t* seed = nullptr;  // kDxDropout
   uint32_t drop_below = 0;
+  const LinearDx* beside = nullptr;  // kDxBeside
 };
 
 // Items of xa that a program computes while others compute one tile: an item reads 128 rows of x, which L2 gives at 64
@@ -84,6 +85,24 @@ TensorMap operand_b_map(const void* base, int64_t columns, int64_t reduction, in
   return matrix_map<T>(base, reduction, columns, stride, BLOCK_K);
 }
 
+// db and da of p: what their blocks read, and where they write.
+template <class T, int BLOCK_N>
+void set_sums(const LinearDx& p, LinearMaps& maps, LinearArguments& arguments) {
+  const bool fp32 = p.adapter_type == Type::FP32;
+  const auto set = [&](int i, void* out, int64_t C, const void* left, int64_t stride_left, const void* right,
+                       int64_t stride_right, float scale) {
+    if (out == nullptr) return;
+    const int blocks = static_cast<int>(ceil_div<int64_t>(C, BLOCK_N));
+    arguments.sums[i] = {static_cast<int>(C), blocks, out, fp32, i == 1, scale};
+    maps.sums[i] = {matrix_map<T>(left, p.M, C, stride_left, BLOCK_K),
+                    matrix_map<T>(right, p.M, p.R, stride_right, BLOCK_K)};
+  };
+  set(0, p.db, p.N, p.dy, p.stride_dy, p.xa, p.stride_xa, p.scale);
+  set(1, p.da, p.K, p.x, p.stride_x, p.dyb, p.stride_dyb, 1.0f);
+  // as many as there are items at most
+  arguments.sum_blocks = std::min(p.sum_blocks, arguments.sums[0].column_blocks + arguments.sums[1].column_blocks);
+}
+
 template <class T, int BLOCK_N, int kRankSteps, Form kForm>
 void launch_linear_kernel(const LinearProblem& p, Stream stream) {
   constexpr Major kMajor = kMajorOfB<kForm>;
@@ -132,6 +151,13 @@ void launch_linear_kernel(const LinearProblem& p, Stream stream) {
     arguments.item_programs = item_programs({tiles, clusters}, rows, kItemsInSlack<BLOCK_N>);
   }
 
+  if constexpr (kForm == Form::kDxBeside) {
+    require(cluster == 1, "clusters of ", cluster, " blocks beside blocks that sum; they have 1");
+    set_sums<T, BLOCK_N>(*p.beside, maps, arguments);
+    const int sms = clusters_launched(p.tiling, int64_t{1} << 31);
+    clusters = std::min(tiles, std::max(1, sms - arguments.sum_blocks)) + arguments.sum_blocks;
+  }
+
   LaunchConfig config{clusters * cluster, kThreads};
   config.shared_bytes = Plan::bytes(p.tiling.stages);
   config.cluster = cluster;
@@ -154,7 +180,7 @@ void launch_linear(const LinearProblem& p, Stream stream) {
       if constexpr (kForm == Form::kDxDropout) {
         // one, or four of which the last multiply zeros: drawing the mask costs more, and compiling it takes long
         choose<1, 4>(last == 1 ? 1 : 4, "rank steps", launch_steps);
-      } else if constexpr (kForm == Form::kForwardFused) {
+      } else if constexpr (kForm == Form::kForwardFused || kForm == Form::kDxBeside) {
         choose<1, 2, 3, 4>(last, "rank steps", launch_steps);
       } else {
         choose<0, 1, 2, 3, 4>(last, "rank steps", launch_steps);
@@ -166,6 +192,7 @@ void launch_linear(const LinearProblem& p, Stream stream) {
 extern template void launch_linear<Form::kForward>(const LinearProblem&, Stream);
 extern template void launch_linear<Form::kForwardFused>(const LinearProblem&, Stream);
 extern template void launch_linear<Form::kDx>(const LinearProblem&, Stream);
+extern template void launch_linear<Form::kDxBeside>(const LinearProblem&, Stream);
 extern template void launch_linear<Form::kDxDropout>(const LinearProblem&, Stream);
 
 }  // namespace lorafuse::sm90

@@ -12,8 +12,18 @@ using sm90::check_size;
 using sm90::Form;
 using sm90::LinearProblem;
 
-// Ranks whose xa is computed in the accumulators of one item.
+// Ranks whose xa, or whose part of da and db, is computed in the accumulators of one item.
 constexpr int64_t kMaxFusedRank = 64;
+
+void check_sums(const LinearDx& p) {
+  require(p.sum_blocks >= 1, "da or db is wanted of ", p.sum_blocks, " blocks");
+  require(p.R >= 1 && p.R <= kMaxFusedRank, "R of ", p.R, ": one launch sums da and db of 1 to ", kMaxFusedRank,
+          " ranks");
+  require(p.seed == nullptr, "blocks that sum da draw no mask");
+  require(p.adapter_type == Type::FP32 || p.adapter_type == p.type, "da and db are fp32 or of dy's type");
+  if (p.da != nullptr) check_matrix("x", p.x, p.K, p.stride_x);
+  if (p.db != nullptr) check_matrix("xa", p.xa, p.R, p.stride_xa);
+}
 
 }  // namespace
 
@@ -80,6 +90,12 @@ void linear_dx(const LinearDx& p, void* stream) {
                         .xa = p.dyb, .stride_xa = p.stride_dyb, .b = p.a, .stride_b = p.stride_a,
                         .y = p.dx, .stride_y = p.stride_dx, .tiling = p.tiling};
   problem.overlap_previous = p.overlap_previous;
+  if (p.da != nullptr || p.db != nullptr) {
+    check_sums(p);
+    problem.beside = &p;
+    sm90::launch_linear<Form::kDxBeside>(problem, static_cast<Stream>(stream));
+    return;
+  }
   if (p.seed == nullptr || p.R == 0) {
     sm90::launch_linear<Form::kDx>(problem, static_cast<Stream>(stream));
     return;

@@ -12,6 +12,7 @@
 //                       rows of xa first, in that slack (schedule.cuh), publish them by a flag for each row block, and
 //                       the tiles wait for it before their last K-blocks, when it has long been set.
 // Form::kDx             w and b are read with their columns contiguous (MN-major).
+// Form::kDxBeside       the same, and blocks without a tile sum da and db meanwhile (beside_sm90.cuh).
 // Form::kDxDropout      the low-rank product comes first and is masked in its accumulators, to which dy w is added.
 //
 // Roles: pipeline_sm90.cuh. The way out: epilogue_sm90.cuh. Host: linear_launch_sm90.cuh.
@@ -19,19 +20,21 @@
 
 #include <lorafuse/schedule.cuh>
 
+#include "beside_sm90.cuh"
 #include "epilogue_sm90.cuh"
 
 namespace lorafuse::sm90 {
 
-enum class Form { kForward, kForwardFused, kDx, kDxDropout };
+enum class Form { kForward, kForwardFused, kDx, kDxBeside, kDxDropout };
 
 constexpr int BLOCK_M = 128;
 
 template <Form kForm>
-constexpr Major kMajorOfB = kForm == Form::kDx || kForm == Form::kDxDropout ? Major::MN : Major::K;
+constexpr Major kMajorOfB = kForm == Form::kForward || kForm == Form::kForwardFused ? Major::K : Major::MN;
 
 struct LinearMaps {
   TensorMap x, w, xa, b, a, y;
+  SumMaps sums[2];
 };
 
 struct LinearArguments {
@@ -48,6 +51,9 @@ struct LinearArguments {
   int row_items;      // clusters of row blocks whose xa is to be computed
   int item_programs;  // by the programs of the first tickets
   uint32_t* workspace;
+  // kDxBeside: db and da, by the last blocks
+  int sum_blocks;
+  Sum sums[2];
   // kDxDropout
   const int64_t* seed;
   uint32_t drop_below;
@@ -111,8 +117,9 @@ LF_KERNEL(kThreads)
 linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments p) {
   constexpr Major kMajorB = kMajorOfB<kForm>;
   constexpr bool kFused = kForm == Form::kForwardFused;
+  constexpr bool kBeside = kForm == Form::kDxBeside;
   constexpr bool kDropout = kForm == Form::kDxDropout;
-  // of an item: the columns of xa that wgmma computes
+  // of an item: the columns of xa that wgmma computes, the ranks of da and db
   constexpr int kItemColumns = kRankSteps == 1 ? 16 : kRankSteps == 2 ? 32 : 64;
   using Plan = SharedPlan<BLOCK_M, BLOCK_N>;
 
@@ -129,7 +136,7 @@ linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments
   ptx::warp_sync();
   if (!LF_PLANTED("no_init_sync")) ptx::cluster_sync();
 
-  const Walk walk{p.order.tiles(), static_cast<int>(gridDim.x) / p.cluster};
+  const Walk walk{p.order.tiles(), static_cast<int>(gridDim.x) / p.cluster - (kBeside ? p.sum_blocks : 0)};
   int program = static_cast<int>(blockIdx.x) / p.cluster;
   int turn = 0;
   if constexpr (kFused) {
@@ -139,7 +146,8 @@ linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments
           draw_ticket(p.workspace + kProgramTickets, walk.programs - 1, pipeline.mailbox(), turn, p.cluster, rank);
     }
   }
-  const int waves = walk.count(program);
+  const bool sums = kBeside && program >= walk.programs;
+  const int waves = sums ? 0 : walk.count(program);
   const auto next_item = [&] {
     // each of the item programs draws one ticket that is no item
     return draw_ticket(p.workspace + kItemTickets, p.row_items + p.item_programs - 1, pipeline.mailbox(), turn,
@@ -166,6 +174,16 @@ linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments
       }
     }
     if (warp == 0 && ptx::elect_one()) {
+      if constexpr (kBeside) {
+        if (sums) {
+          if (p.overlap_previous) {
+            if (!LF_PLANTED("sum_no_launch_wait")) ptx::wait_for_previous_launch();
+            ptx::fence_proxy_async();
+          }
+          for_each_item<BLOCK_N>(p.sums, program - walk.programs, p.sum_blocks,
+                                 [&](int sum, int column) { load_item(pipeline, maps.sums[sum], p.M, column); });
+        }
+      }
       for (int wave = 0; wave < waves; ++wave) {
         const Tile tile = p.order.at(walk.tile(program, wave));
         const int row_block = first_row_block(tile.row), column = tile.column * BLOCK_N;
@@ -204,6 +222,13 @@ linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments
           finish_blocks(pipeline, lane);
           publish_xa<T, kItemColumns>(d, p, first_row_block(item), consumer, thread);
         }
+      }
+    }
+    if constexpr (kBeside) {
+      if (sums) {
+        for_each_item<BLOCK_N>(p.sums, program - walk.programs, p.sum_blocks, [&](int sum, int column) {
+          sum_item<T, kItemColumns>(pipeline, p.sums[sum], p.M, p.R, column, consumer, thread);
+        });
       }
     }
     for (int wave = 0; wave < waves; ++wave) {

@@ -113,29 +113,36 @@ struct Pipeline {
   }
 };
 
+// The descriptor of an operand with 64 reduction elements, and what its next 16 add to it.
+template <Major kMajor>
+LF_DEVICE uint64_t descriptor(const uint8_t* operand) {
+  const uint32_t address = ptx::shared_address(operand);
+  return kMajor == Major::K ? k_major_descriptor(address) : mn_major_descriptor(address, BLOCK_K);
+}
+template <Major kMajor>
+constexpr uint64_t kStep = kMajor == Major::K ? kStepKMajor : kStepMNMajor;
+
 // Adds kSteps steps of 16 reduction elements: d[64, N] (+)= a[64, 16 kSteps] b[16 kSteps, N].
-template <class T, int N, Major kMajorB, int kSteps>
+template <class T, int N, Major kMajorB, int kSteps, Major kMajorA = Major::K>
 LF_DEVICE void multiply(float (&d)[N / 2], const uint8_t* a, const uint8_t* b, bool accumulate) {
-  const uint64_t descriptor_a = k_major_descriptor(ptx::shared_address(a));
-  const uint64_t descriptor_b = kMajorB == Major::K ? k_major_descriptor(ptx::shared_address(b))
-                                                    : mn_major_descriptor(ptx::shared_address(b), BLOCK_K);
-  constexpr uint64_t kStepB = kMajorB == Major::K ? kStepKMajor : kStepMNMajor;
+  const uint64_t descriptor_a = descriptor<kMajorA>(a), descriptor_b = descriptor<kMajorB>(b);
   LF_UNROLL
   for (int step = 0; step < kSteps; ++step) {
-    ptx::wgmma<T, N, kMajorB>(d, descriptor_a + step * kStepKMajor, descriptor_b + step * kStepB,
-                              step > 0 || accumulate);
+    ptx::wgmma<T, N, kMajorB, kMajorA>(d, descriptor_a + step * kStep<kMajorA>, descriptor_b + step * kStep<kMajorB>,
+                                       step > 0 || accumulate);
   }
 }
 
-// Consumer: one K-block for the accumulators of its `part` of a tile, N columns. It stays in flight; the block before
-// it, where one still is (`in_flight`), is complete then and its stage is released.
-template <class T, int N, Major kMajorB, int kSteps, int BLOCK_M, int BLOCK_N>
-LF_DEVICE void multiply_block(float (&d)[N / 2], Pipeline<BLOCK_M, BLOCK_N>& pipeline,
-                              const ConsumerPart<BLOCK_M, BLOCK_N>& part, int lane, bool in_flight, bool accumulate) {
+// Consumer: waits for the stage, whose products may be issued then.
+template <int BLOCK_M, int BLOCK_N>
+LF_DEVICE void begin_stage(Pipeline<BLOCK_M, BLOCK_N>& pipeline) {
   if (!LF_PLANTED("no_full_wait")) ptx::mbarrier_wait(pipeline.full(), pipeline.parity);
   if (!LF_PLANTED("no_wgmma_fence")) ptx::wgmma_fence();
-  multiply<T, N, kMajorB, kSteps>(d, pipeline.a() + part.row * kBoxRowBytes, pipeline.b() + part.column * kBoxRowBytes,
-                                  LF_PLANTED("stale_accumulator") || accumulate);
+}
+// The products of the stage stay in flight; those of the stage before, where some still are (`in_flight`), are complete
+// then and their stage is released.
+template <int BLOCK_M, int BLOCK_N>
+LF_DEVICE void end_stage(Pipeline<BLOCK_M, BLOCK_N>& pipeline, int lane, bool in_flight) {
   if (!LF_PLANTED("no_commit")) ptx::wgmma_commit();
   if (LF_PLANTED("early_release")) {
     pipeline.advance();
@@ -147,7 +154,17 @@ LF_DEVICE void multiply_block(float (&d)[N / 2], Pipeline<BLOCK_M, BLOCK_N>& pip
   pipeline.advance();
 }
 
-// Consumer: completes what multiply_block left in flight.
+// Consumer: one K-block for the accumulators of its `part` of a tile, N columns.
+template <class T, int N, Major kMajorB, int kSteps, int BLOCK_M, int BLOCK_N>
+LF_DEVICE void multiply_block(float (&d)[N / 2], Pipeline<BLOCK_M, BLOCK_N>& pipeline,
+                              const ConsumerPart<BLOCK_M, BLOCK_N>& part, int lane, bool in_flight, bool accumulate) {
+  begin_stage(pipeline);
+  multiply<T, N, kMajorB, kSteps>(d, pipeline.a() + part.row * kBoxRowBytes, pipeline.b() + part.column * kBoxRowBytes,
+                                  LF_PLANTED("stale_accumulator") || accumulate);
+  end_stage(pipeline, lane, in_flight);
+}
+
+// Consumer: completes what the last stage left in flight.
 template <int BLOCK_M, int BLOCK_N>
 LF_DEVICE void finish_blocks(Pipeline<BLOCK_M, BLOCK_N>& pipeline, int lane) {
   if (!LF_PLANTED("no_final_wait")) ptx::wgmma_wait<0>();

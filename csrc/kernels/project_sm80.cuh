@@ -133,16 +133,19 @@ LF_KERNEL_SHARED(kThreads, (ProjectShape<T, A, BLOCK_M, RANKS>::kBlocks)) projec
 }
 
 // out = scale · in rounded to T, zeros up to the stride: eight columns a thread. Bytes: one read and one write.
+// Transposed, neighbouring threads have neighbouring rows of out, which are neighbours in a row of in.
 template <class T, class In>
 LF_KERNEL_SHARED(kThreads, 4) round_kernel(const Round p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + static_cast<int64_t>(threadIdx.x);
-  const int64_t chunks = p.stride_out / 8, row = i / chunks, column = i % chunks * 8;
-  if (row >= p.rows) return;
-  const In* in = static_cast<const In*>(p.in) + row * p.stride_in + column;
+  const int64_t chunks = p.stride_out / 8;
+  const int64_t row = p.transposed ? i % p.rows : i / chunks, column = (p.transposed ? i / p.rows : i % chunks) * 8;
+  if (row >= p.rows || column >= p.stride_out) return;
+  const int64_t step = p.transposed ? p.stride_in : 1;
+  const In* in = static_cast<const In*>(p.in) + row * (p.transposed ? 1 : p.stride_in) + column * step;
   float values[8];
   LF_UNROLL
   for (int j = 0; j < 8; ++j) {
-    values[j] = column + j < p.columns ? p.scale * ptx::to_float(ptx::load_global(in + j)) : 0.0f;
+    values[j] = column + j < p.columns ? p.scale * ptx::to_float(ptx::load_global(in + j * step)) : 0.0f;
   }
   Chunk chunk;
   LF_UNROLL

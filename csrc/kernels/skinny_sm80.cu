@@ -184,7 +184,8 @@ Reduce reduce_of(const ReduceX& p) {
 void round_adapter(const Round& p, void* stream) {
   require(p.rows >= 1 && p.columns >= 1, "an adapter of ", p.rows, " rows and ", p.columns, " columns is empty");
   require(p.in != nullptr, "in is null");
-  require(p.stride_in >= p.columns, "stride ", p.stride_in, " of in is below its ", p.columns, " columns");
+  const int64_t columns_in = p.transposed ? p.rows : p.columns;
+  require(p.stride_in >= columns_in, "stride ", p.stride_in, " of in is below its ", columns_in, " columns");
   check_rows("out", p.out, p.stride_out, p.columns, 2);
   with_type(p.type, [&](auto type) {
     using T = decltype(type);

@@ -1,7 +1,8 @@
 """The LoRA linear in the CUDA kernels of csrc, step by step, on a GPU or in their emulator (`Runner`).
 
 Forward: b rounded with the scale inside, xa = drop(x) aᵀ, then y = x wᵀ + bias + xa bᵀ; or both adapters rounded, and
-xa and y in one launch. Backward: dyb, db and dbias from one read of dy, a rounded, dx = dy w + mask ⊙ (dyb a), then da.
+xa and y in one launch. Backward: dyb, db and dbias from one read of dy, a rounded, dx = dy w + mask ⊙ (dyb a), then da;
+or bᵀ rounded with the scale inside, dyb, a rounded, then dx, da and db in one launch.
 The products take adapters of x's dtype whose rows, like those of xa and dyb, are padded to 16 bytes with zeros. Nothing
 waits for the device, and all memory is torch's, so that CUDA graphs capture it.
 """
@@ -102,6 +103,8 @@ def backward(
     M, (N, K), R = flat.shape[0], w.shape, a.shape[0]
     wanted = tuple(name for name, need in zip(("dx", "da", "db", "dbias"), needs, strict=True) if need)
     plan = _plan(run, probe.linear_problem(flat, w, a, False, seed is not None, wanted), dy.device)
+    if plan.kernel == "one_launch_backward":
+        return _one_launch(run, plan, dy, flat, x, xa, w, a, b, scale, need_da, need_db)
     scale = scale if seed is None else rescaled(scale, p)
     dx = da = db = dbias = dyb = None
     with run.guard(dy.device):
@@ -149,6 +152,40 @@ def backward(
     return dx, da, None if db is None else db.to(b.dtype), dbias
 
 
+def _one_launch(
+    run: Runner, plan: Plan, dy: Tensor, flat: Tensor, x: Tensor | None, xa: Tensor | None, w: Tensor, a: Tensor,
+    b: Tensor, scale: float, need_da: bool, need_db: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, None]:  # fmt: skip
+    """Backward without mask and dbias: dyb, then dx with da and db beside it."""
+    (M, N), K, R = flat.shape, w.shape[1], a.shape[0]
+    config = plan.config("dx")
+    with run.guard(dy.device):
+        stream = run.stream(dy.device)
+        dyb, dx = dy.new_empty((M, _padded(R))), dy.new_empty((M, K))
+        rounded_b = _rounded(run, b, dy.dtype, scale, stream, transposed=True)
+        run.native.project_x(
+            type=TYPES[dy.dtype], a_type=TYPES[dy.dtype], M=M, K=N, R=R, x=flat.data_ptr(), stride_x=flat.stride(0),
+            a=rounded_b.data_ptr(), stride_a=rounded_b.stride(0), xa=dyb.data_ptr(), stride_xa=dyb.shape[1],
+            stream=stream,
+        )  # fmt: skip
+        rounded_a = _rounded(run, a, dy.dtype, 1.0, stream)
+        dtype = dy.dtype if a.dtype is b.dtype is dy.dtype else torch.float32
+        da = dy.new_empty(a.shape, dtype=dtype) if need_da else None
+        db = dy.new_empty(b.shape, dtype=dtype) if need_db else None
+        x = None if da is None or x is None else _aligned_rows(_rows(x))
+        xa = None if db is None or xa is None else _padded_rows(xa)
+        run.native.linear_dx(
+            type=TYPES[dy.dtype], M=M, N=N, K=K, R=R, dy=flat.data_ptr(), stride_dy=flat.stride(0), w=w.data_ptr(),
+            stride_w=w.stride(0), dyb=dyb.data_ptr(), stride_dyb=dyb.shape[1], a=rounded_a.data_ptr(),
+            stride_a=rounded_a.stride(0), dx=dx.data_ptr(), stride_dx=K, overlap_previous=True,
+            tiling=_tiling(config), sum_blocks=config.beside, adapter_type=TYPES[dtype], scale=scale, x=_at(x),
+            stride_x=0 if x is None else x.stride(0), da=_at(da), xa=_at(xa), stride_xa=_padded(R), db=_at(db),
+            stream=stream,
+        )  # fmt: skip
+    dx = dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], K)
+    return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype), None
+
+
 def _at(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -180,16 +217,16 @@ def _adapter(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     return (t := _aligned(t if t.dtype in (dtype, torch.float32) else t.float())), TYPES[t.dtype]
 
 
-def _rounded(run: Runner, t: Tensor, dtype: torch.dtype, scale: float, stream: int) -> Tensor:
-    """`scale · t` in x's dtype with rows padded to 16 bytes: `[rows, padded columns]`; `t` itself where it is that."""
-    rows, columns = t.shape
+def _rounded(run: Runner, t: Tensor, dtype: torch.dtype, scale: float, stream: int, transposed: bool = False) -> Tensor:
+    """`scale · t`, or its transpose, in x's dtype with rows padded to 16 bytes; `t` itself where it is that."""
     t, kind = _adapter(t, dtype)
-    if scale == 1.0 and t.dtype is dtype and columns % _ALIGN == 0:
+    rows, columns = reversed(t.shape) if transposed else t.shape
+    if scale == 1.0 and t.dtype is dtype and columns % _ALIGN == 0 and not transposed:
         return t
     out = t.new_empty((rows, _padded(columns)), dtype=dtype)
     run.native.round_adapter(
-        in_type=kind, type=TYPES[dtype], rows=rows, columns=columns, input=t.data_ptr(), stride_input=columns,
-        scale=scale, out=out.data_ptr(), stride_out=out.shape[1], stream=stream,
+        in_type=kind, type=TYPES[dtype], transposed=transposed, rows=rows, columns=columns, input=t.data_ptr(),
+        stride_input=t.shape[1], scale=scale, out=out.data_ptr(), stride_out=out.shape[1], stream=stream,
     )  # fmt: skip
     return out
 

@@ -18,7 +18,7 @@ class KernelConfig:
     dyb_db and da own `block_n` columns and walk `1 / splits` of the rows in steps of `block_m`; reduce sums `block_n`
     numbers a program. `block_r` ranks are taken at a time. `form` is how fwd and dx read, and the main loops of ragged
     rows their weights: "tma" (persistent, tensor descriptors) or "pointer". `single`: fwd computes xa too.
-    `max_registers` of a thread; 0 leaves it to the compiler.
+    `max_registers` of a thread; 0 leaves it to the compiler. `beside`: blocks of dx that sum da and db meanwhile.
     """
 
     kernel: str
@@ -34,6 +34,7 @@ class KernelConfig:
     single: bool = False
     max_registers: int = 0
     cluster: int = 1
+    beside: int = 0
 
 
 _MAIN_LOOPS = ("fwd", "dx", "ragged", "ragged_act", "ragged_act_backward")

@@ -220,9 +220,9 @@ def kernel_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -
     if c.kernel == "reduce":
         return 0.0
     rank_tiles = math.ceil(R / c.block_r)
-    columns = N if c.kernel == "dyb_db" else K
-    programs = math.ceil(M / c.block_m) if c.kernel == "xa" else math.ceil(columns / c.block_n) * c.splits
-    mask = 0.0 if c.kernel == "dyb_db" else rank_tiles * _mask(problem, device)
+    columns = N if c.kernel in ("dyb", "dyb_db") else K
+    programs = math.ceil(M / c.block_m) if c.kernel in ("dyb", "xa") else math.ceil(columns / c.block_n) * c.splits
+    mask = 0.0 if c.kernel in ("dyb", "dyb_db") else rank_tiles * _mask(problem, device)
     return (
         _pass(M * columns * rank_tiles, problem, device, programs * rank_tiles) / SKINNY
         + mask

@@ -2,10 +2,10 @@
 
 The products run on sm_90a alone, in tiles of 128 rows. The memory-bound passes choose their own tiles. Steps forward:
 `b` rounded, xa, y; or both adapters rounded, and xa and y in one launch. Backward: `a` rounded, dyb with db and dbias,
-dx, da.
+dx, da; or both adapters rounded, dyb, and dx, da and db in one launch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from lorafuse.plan import cost
@@ -28,10 +28,14 @@ _SHARED_REST = 2048
 CONFIGS = tuple((block_n, stages, cluster) for block_n, stages in ((256, 3), (128, 4)) for cluster in (2, 1))
 # row blocks that are walked together (assumed)
 _GROUP_M = 16
-# bytes that L2 gives in a clock, of all SMs together, and dense FLOPs of one SM (published model of Hopper kernels)
-_L2_BYTES, _SM_FLOPS = 6154, 4096
+# bytes that L2 gives in a clock, of all SMs together: those that 128x256 tiles without a cluster ask for, which lose
+# nothing by it (H200, 2026-11-26; published models say 6154); and dense FLOPs of one SM
+_L2_BYTES, _SM_FLOPS = 6336, 4096
 # columns of a block of the reductions, and rows of one of project_x
 _REDUCE_N, _PASS_M = 256, 64
+# bytes/s of x or dy that a block takes in which sums da or db: 53 a clock at 1.7 GHz (model of shared memory,
+# csrc/kernels/beside_sm90.cuh; not measured)
+_SUM_BANDWIDTH = 90e9
 
 
 def refusal(problem: Problem, device: DeviceSpec) -> str:
@@ -63,6 +67,10 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
         return f"one launch computes xa and y of up to {_MAX_SINGLE_R} ranks"
     if c.single and problem.dropout:
         return "a launch that computes xa and y draws no mask"
+    if c.beside and (c.kernel != "dx" or c.cluster != 1 or problem.R > _MAX_SINGLE_R):
+        return f"da and db beside dx are of up to {_MAX_SINGLE_R} ranks, in clusters of 1"
+    if c.beside and problem.dropout:
+        return "blocks that sum da draw no mask"
     tiles = c.stages * (_BLOCK_M + c.block_n) * _BLOCK_K * 2 + _BLOCK_M * c.block_n * 2
     needed = tiles + _SHARED_REST
     if c.stages < 2 or needed > device.smem_per_block:
@@ -70,12 +78,14 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
     return ""
 
 
-def tunable(kernel: str, problem: Problem, device: DeviceSpec, single: bool = False) -> tuple[KernelConfig, ...]:
+def tunable(
+    kernel: str, problem: Problem, device: DeviceSpec, single: bool = False, beside: int = 0
+) -> tuple[KernelConfig, ...]:
     """The legal configurations of "fwd" or "dx"."""
     found = (
         KernelConfig(
             kernel, "wgmma", _BLOCK_M, block_n, _BLOCK_K, _BLOCK_K, stages, _WARPS, group_m=_GROUP_M, single=single,
-            cluster=cluster,
+            cluster=cluster, beside=beside,
         )
         for block_n, stages, cluster in CONFIGS
         # one row block leaves a neighbour without rows
@@ -94,8 +104,8 @@ def ways(problem: Problem, device: DeviceSpec) -> Iterator[tuple[str, tuple[Kern
         parts = [_rounded("b", problem.N, problem, device), _part(xa, problem, device), _part(two, problem, device)]
         yield "two_kernel", (xa, two), cost.in_a_row(parts, "aten")
         if one is not None:
-            rounded = (_rounded("a", problem.K, problem, device), _rounded("b", problem.N, problem, device))
-            yield "single_kernel", (one,), cost.in_a_row([*rounded, _part(one, problem, device)], "aten")
+            both = (_rounded("a", problem.K, problem, device), _rounded("b", problem.N, problem, device))
+            yield "single_kernel", (one,), cost.in_a_row([*both, _part(one, problem, device)], "aten")
         return
     configs = [_passes("dyb_db", problem, device)]
     parts = [_part(configs[0], problem, device)]
@@ -108,10 +118,32 @@ def ways(problem: Problem, device: DeviceSpec) -> Iterator[tuple[str, tuple[Kern
         configs.append(_passes("da", problem, device))
         parts.append(_part(configs[-1], problem, device))
     yield "one_pass_backward", tuple(configs), cost.in_a_row(parts, "aten")
+    if "dx" not in wanted or "dbias" in wanted or not {"da", "db"} & set(wanted):
+        return
+    beside = _best("dx", problem, device, False, _besides(problem, device))
+    if beside is not None:
+        dyb = _passes("dyb", problem, device)
+        rounded = [_rounded(*adapter, problem, device) for adapter in (("b", problem.N), ("a", problem.K))]
+        parts = [rounded[0], _part(dyb, problem, device), rounded[1], _part(beside, problem, device)]
+        yield "one_launch_backward", (dyb, beside), cost.in_a_row(parts, "aten")
 
 
-def _best(kernel: str, problem: Problem, device: DeviceSpec, single: bool) -> KernelConfig | None:
-    found = tunable(kernel, problem, device, single)
+def _items(config: KernelConfig, problem: Problem) -> int:
+    """Column blocks of what is summed beside dx: of dy for db, of x for da."""
+    columns = [size for name, size in (("db", problem.N), ("da", problem.K)) if name in problem.gradients]
+    return sum(-(-size // config.block_n) for size in columns)
+
+
+def _besides(problem: Problem, device: DeviceSpec) -> list[int]:
+    """Numbers of blocks beside dx: the fewest for each number of column blocks that the busiest of them sums."""
+    items = -(-problem.N // _REDUCE_N) + -(-problem.K // _REDUCE_N)
+    return sorted({-(-items // rounds) for rounds in range(-(-items // (device.sms // 2)), items + 1)})
+
+
+def _best(
+    kernel: str, problem: Problem, device: DeviceSpec, single: bool, besides: Sequence[int] = (0,)
+) -> KernelConfig | None:
+    found = [config for blocks in besides for config in tunable(kernel, problem, device, single, blocks)]
     return min(found, key=lambda config: _seconds(config, problem, device), default=None)
 
 
@@ -123,13 +155,20 @@ def _seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -> floa
     asked = (c.block_m + c.block_n // c.cluster) * c.block_k * 2 * device.sms
     clocks = 2 * c.block_m * c.block_n * c.block_k / _SM_FLOPS
     share = min(1.0, _L2_BYTES / (asked / clocks))
-    return cost.kernel_seconds(config, whole, device) / share
+    left = device.sms - c.beside
+    tiles = cost.kernel_seconds(
+        c, whole, replace(device, sms=left, sustained_flops=device.sustained_flops * left / device.sms)
+    )
+    if not c.beside:
+        return tiles / share
+    summed = -(-_items(c, problem) // c.beside) * problem.M * c.block_n * problem.itemsize / _SUM_BANDWIDTH
+    return max(tiles / share, summed)
 
 
 def _passes(kernel: str, problem: Problem, device: DeviceSpec) -> KernelConfig:
     """One of the memory-bound passes, as the model sees it."""
     block_r = min(padded_rank(problem.R), 64)
-    if kernel == "xa":
+    if kernel in ("xa", "dyb"):
         return KernelConfig(kernel, "mma", _PASS_M, 0, _BLOCK_K, block_r, 3, 4)
     columns = problem.N if kernel == "dyb_db" else problem.K
     splits = max(1, min(device.sms * _REDUCE_N // columns, -(-problem.M // _PASS_M)))
@@ -138,6 +177,7 @@ def _passes(kernel: str, problem: Problem, device: DeviceSpec) -> KernelConfig:
 
 _NAMES = {
     "xa": "xa = x aᵀ",
+    "dyb": "dyb = dy b",
     "fwd": "y = x wᵀ + xa bᵀ",
     "dyb_db": "dyb, db from one read of dy",
     "dx": "dx = dy w + dyb a",
@@ -147,10 +187,11 @@ _NAMES = {
 
 def _part(config: KernelConfig, problem: Problem, device: DeviceSpec) -> Part:
     if config.form == "wgmma":
-        return Part(_NAMES[config.kernel], _seconds(config, problem, device))
+        name = "dx = dy w + dyb a, da and db beside" if config.beside else _NAMES[config.kernel]
+        return Part(name, _seconds(config, problem, device))
     seconds = cost.kernel_seconds(config, problem, device) + cost.sum_seconds(config, problem, device)
     # the reductions' partial sums are a launch of their own
-    return Part(_NAMES[config.kernel], seconds, launches=1 if config.kernel == "xa" else 2)
+    return Part(_NAMES[config.kernel], seconds, launches=1 if config.kernel in ("xa", "dyb") else 2)
 
 
 def _rounded(name: str, size: int, problem: Problem, device: DeviceSpec) -> Part:

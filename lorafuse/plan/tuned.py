@@ -30,8 +30,9 @@ from lorafuse.plan.problem import Problem
 __all__ = ["KERNELS", "Tuned", "load", "match", "name_of", "own_file", "read", "write"]
 
 _TRITON = ("two_kernel", "single_kernel", "one_pass_backward")
-# name: backend; the CUDA kernels do the same steps as Triton's
-KERNELS = {"aten_beta1": "eager", **dict.fromkeys(_TRITON, "triton")} | {f"cuda {name}": "cuda" for name in _TRITON}
+# name: backend; the CUDA kernels do the same steps as Triton's, or da and db in dx's launch
+KERNELS = {"aten_beta1": "eager", **dict.fromkeys(_TRITON, "triton")}
+KERNELS |= {f"cuda {name}": "cuda" for name in (*_TRITON, "one_launch_backward")}
 _FOLDER = Path(__file__).parent / "tuned"
 _VERSION = 2
 _FIELDS: dict[str, type | tuple[type, ...]] = {

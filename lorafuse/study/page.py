@@ -1,4 +1,4 @@
-"""The results in `docs/studies/README.md`, written from the files beside it.
+"""The results in `docs/studies/README.md`, written from the files beside it and in folders below.
 
 `python -m lorafuse.study.page docs/studies/README.md` writes them anew.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafuse.study import STUDIES
+from lorafuse.study.model import Size
 
 __all__ = ["rewrite", "section"]
 
@@ -17,31 +18,38 @@ _BEGIN, _END = "<!-- results -->\n", "<!-- /results -->"
 
 
 def section(folder: Path) -> str:
-    """A table of all studies in the folder, then what each one found, claim by claim."""
-    found = {name: json.loads(file.read_text()) for name in STUDIES if (file := folder / f"{name}.json").exists()}
-    found = {name: content for name, content in found.items() if "finding" in content}
-    lines = ["| study | finding | in the source | outcome here | seeds | seconds |", "|---|---|---|---|---:|---:|"]
-    for name, content in found.items():
+    """A table of all studies, then what each one found, claim by claim: in the folder, then in the folders below it."""
+    found = {name: _results(folder, name) for name in STUDIES}
+    lines = ["| study | finding | in the source | outcome here |", "|---|---|---|---|"]
+    for name, results in found.items():
         module = importlib.import_module(f"lorafuse.study.{name}")
         finding = str(module.__doc__).split("\n\n")[0].replace("\n", " ")
-        cells = (
-            finding,
-            module.SOURCE,
-            content["finding"]["outcome"],
-            len(content["seeds"]),
-            f"{content['seconds']:.0f}",
-        )
-        lines.append(f"| `{name}` | " + " | ".join(map(str, cells)) + " |")
-    for name, content in found.items():
-        conditions = content["conditions"]
-        size, beside = "`--quick`" if content["quick"] else "full size", f"/docs/studies/{name}"
-        where = ", ".join(f"{key} {conditions[key]}" for key in ("threads", "torch", "commit") if key in conditions)
-        lines += [
-            "", f"### {name}: {content['finding']['outcome']}", "",
-            f"{size}, {conditions['device']}, {where}, {conditions['date']}: [every run]({beside}.json)", "",
-            f"![{name}]({beside}.png)", "", *_claims(content["finding"]["claims"]),
-        ]  # fmt: skip
+        outcomes = "; ".join(f"{_size(content)}: {content['finding']['outcome']}" for content in results.values())
+        lines.append(f"| `{name}` | {finding} | {module.SOURCE} | {outcomes} |")
+    for name, results in found.items():
+        lines += ["", f"### {name}"]
+        for beside, content in results.items():
+            conditions = content["conditions"]
+            where = ", ".join(f"{key} {conditions[key]}" for key in ("threads", "torch", "commit") if key in conditions)
+            lines += [
+                "", f"**{_size(content)}: {content['finding']['outcome']}.** {len(content['seeds'])} seeds, "
+                f"{content['seconds']:.0f} s, {conditions['device']}, {where}, {conditions['date']}: "
+                f"[every run](/docs/studies/{beside}.json)", "",
+                f"![{name}](/docs/studies/{beside}.png)", "", *_claims(content["finding"]["claims"]),
+            ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _results(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    """What was found, by the file's path below the folder, without its ending."""
+    files = (folder / f"{name}.json", *sorted(folder.glob(f"*/{name}.json")))
+    contents = {str(file.relative_to(folder).with_suffix("")): json.loads(file.read_text()) for file in files}
+    return {beside: content for beside, content in contents.items() if "finding" in content}
+
+
+def _size(content: dict[str, Any]) -> str:
+    size = "`--quick`" if content["quick"] else "full size"
+    return size if content["width"] == Size().width else f"{size}, width {content['width']}"
 
 
 def _claims(claims: list[dict[str, Any]]) -> list[str]:

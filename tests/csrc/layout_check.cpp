@@ -146,6 +146,7 @@ void check_cute() {
   check_cute_fragments<128>("cute fragments n128");
   check_cute_fragments<256>("cute fragments n256");
   check_cute_k_major();
+  check_cute_mn_major<64>("cute MN-major tile n64", "cute MN-major step n64", "cute MN-major descriptor n64");
   check_cute_mn_major<128>("cute MN-major tile n128", "cute MN-major step n128", "cute MN-major descriptor n128");
   check_cute_mn_major<256>("cute MN-major tile n256", "cute MN-major step n256", "cute MN-major descriptor n256");
 }

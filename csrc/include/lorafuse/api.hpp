@@ -51,6 +51,8 @@ void linear_forward(const LinearForward& p, void* stream);
 
 // dx = dy w + mask ⊙ (dyb a): dy [M, N], w [N, K], dyb [M, R] with the scale inside, a [R, K], dx [M, K]. `seed` not
 // null: the mask is that of lorafuse.philox for x [M, K], an element is kept where its draw is at least drop_below.
+// `da` [R, K] or `db` [N, R] not null, each of adapter_type: `sum_blocks` blocks of the launch compute da = dybᵀ x and
+// db = scale · dyᵀ xa meanwhile, of x [M, K] and xa [M, R]; with R at most 64, clusters of 1 and no mask.
 struct LinearDx {
   Type type;
   int64_t M, N, K, R;
@@ -68,6 +70,15 @@ struct LinearDx {
   uint32_t drop_below;
   bool overlap_previous;
   Tiling tiling;
+  int sum_blocks;
+  Type adapter_type;
+  float scale;
+  const void* x;
+  int64_t stride_x;
+  void* da;
+  const void* xa;
+  int64_t stride_xa;
+  void* db;
 };
 void linear_dx(const LinearDx& p, void* stream);
 
@@ -96,9 +107,11 @@ void grouped_linear(const GroupedLinear& p, void* stream);
 
 // The memory-bound passes, sm_80 and later.
 
-// out[r, c] = scale · in[r, c] in `type`, zero for columns in [C, stride_out): an adapter as the products take it.
+// out[r, c] = scale · in[r, c], or in[c, r] where `transposed`, in `type`, zero for columns in [columns, stride_out): an
+// adapter [rows, columns] as the products take it.
 struct Round {
   Type in_type, type;
+  bool transposed;
   int64_t rows, columns;
   const void* in;
   int64_t stride_in;

@@ -1,0 +1,86 @@
+// db = scale · dyᵀ xa and da = dybᵀ x, by blocks of dx's launch that have no tile (Form::kDxBeside).
+//
+// Eight waves of 1024 tiles leave four of 132 multiprocessors without work, few rows leave most of them: these sum
+// instead. In the words of reduce_sm80.cuh: columns[c, r] = Σ_m left[m, c] right[m, r], left = dy or x [M, C], right =
+// xa or dyb [M, R], R at most 64; no bias, no mask.
+//
+// An item is BLOCK_N columns and all rows: its sums stay in registers from the first row to the last, so that there are
+// no partial sums, and their order is that of the rows. Every 64 rows are a stage of the ring: boxes of 64 columns of
+// left in b(), one box of 64 ranks of right, zeros from R on, in a(). Both have their reduction index, the rows, in the
+// rows of their boxes: MN-major. Each consumer multiplies half of the columns.
+//
+// FLOPs 2 M C R. Bytes: 2 M C of left once from memory; right comes from L2 once an item. Through shared memory of a
+// stage of 256 columns: 32 + 8 KB in, left out once, right for each 64 columns (R / 8 KB, 8 at R 16): 80 KB, 620 clocks
+// at 128 bytes, 53 bytes of left a clock, where an SM takes in 64 (model; not measured).
+#pragma once
+
+#include <lorafuse/ptx/convert.cuh>
+
+#include "pipeline_sm90.cuh"
+
+namespace lorafuse::sm90 {
+
+// One of the two sums. column_blocks 0: it is not wanted.
+struct Sum {
+  int C, column_blocks;
+  void* out;              // [C, R], transposed [R, C]
+  bool fp32, transposed;  // else out is of left's type
+  float scale;
+};
+struct SumMaps {
+  TensorMap left, right;
+};
+
+// Calls f(sum, first column) for every item of block `index` of `blocks`.
+template <int BLOCK_N, class F>
+LF_DEVICE void for_each_item(const Sum (&sums)[2], int index, int blocks, F f) {
+  for (int item = index; item < sums[0].column_blocks + sums[1].column_blocks; item += blocks) {
+    const int sum = item < sums[0].column_blocks ? 0 : 1;
+    f(sum, (item - sum * sums[0].column_blocks) * BLOCK_N);
+  }
+}
+
+// Producer, one thread.
+template <int BLOCK_M, int BLOCK_N>
+LF_DEVICE void load_item(Pipeline<BLOCK_M, BLOCK_N>& pipeline, const SumMaps& maps, int M, int column) {
+  for (int row = 0; row < M; row += BLOCK_K) {
+    pipeline.acquire((kBoxElements + BLOCK_N) * kBoxRowBytes);
+    ptx::tma_load(pipeline.a(), &maps.right, 0, row, pipeline.full());
+    load_b<Major::MN>(pipeline, &maps.left, row, column, 0);
+    pipeline.advance();
+  }
+}
+
+// Consumer: its half of an item.
+template <class T, int RANKS, int BLOCK_M, int BLOCK_N>
+LF_DEVICE void sum_item(Pipeline<BLOCK_M, BLOCK_N>& pipeline, const Sum& sum, int M, int R, int column, int consumer,
+                        int thread) {
+  constexpr int kBoxes = BLOCK_N / 2 / kBoxElements;
+  const int lane = thread % 32;
+  float d[kBoxes][RANKS / 2];
+  for (int row = 0; row < M; row += BLOCK_K) {
+    begin_stage(pipeline);
+    LF_UNROLL
+    for (int box = 0; box < kBoxes; ++box) {
+      const uint8_t* left = pipeline.b() + (consumer * kBoxes + box) * kBoxBytes;
+      multiply<T, RANKS, Major::MN, kStepsOfBlock, Major::MN>(d[box], left, pipeline.a(), row > 0);
+    }
+    end_stage(pipeline, lane, row > 0);
+  }
+  finish_blocks(pipeline, lane);
+  LF_UNROLL
+  for (int i = 0; i < kBoxes * RANKS / 2; ++i) {
+    const int box = i / (RANKS / 2), element = i % (RANKS / 2), r = fragment_column(thread, element);
+    const int c = column + (consumer * kBoxes + box) * kBoxElements + fragment_row(thread, element);
+    if (c >= sum.C || r >= R) continue;
+    const int64_t place = sum.transposed ? static_cast<int64_t>(r) * sum.C + c : static_cast<int64_t>(c) * R + r;
+    const float value = sum.scale * d[box][element];
+    if (sum.fp32) {
+      ptx::store_global(static_cast<float*>(sum.out) + place, value);
+    } else {
+      ptx::store_global(static_cast<T*>(sum.out) + place, ptx::from_float<T>(value));
+    }
+  }
+}
+
+}  // namespace lorafuse::sm90
