@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafuse.advise.shapes import shapes_of
+
 __all__ = ["Probe", "allocate", "probe_ranks", "sketch"]
 
 
@@ -102,7 +104,8 @@ def probe_ranks(
     keep_scale: bool = False,
     seed: int = 0,
 ) -> Probe:
-    """Ranks for each `nn.Linear` of a base model that cost what a uniform `rank` costs, after the batches' gradients.
+    """Ranks for each `nn.Linear` that the advised adapter includes, neither routers nor the unembedding, of a base model:
+    together they cost what a uniform `rank` costs, after the batches' gradients.
 
     `batches` are keyword arguments of the model, labels included. No layer gets more than twice the uniform rank, the
     width of the sketch. alpha stays the same for all layers, with which the start of training does not depend on the
@@ -113,9 +116,9 @@ def probe_ranks(
         raise ValueError(f"rank {rank}: it must be at least 1")
     if any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("the model has adapters; probe the base model, before get_peft_model")
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    # how many experts are active does not matter here
+    adapted = {linear.name for linear in shapes_of(model, active_experts=1).adapted}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n in adapted}
     skipped = {
         f"{at}.{name}": "a stack of experts is no nn.Linear; it keeps its rank"
         for at, module in model.named_modules()
