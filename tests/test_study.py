@@ -133,16 +133,16 @@ def test_interrupted_runs_are_kept_and_not_run_again(plant, tmp_path, capsys):
         return run
 
     plant(until(5))
-    assert study(tmp_path, "rate") == 130
+    assert study(tmp_path, "equivalence") == 130
     assert "goes on from there" in capsys.readouterr().out
-    assert len(read(tmp_path, "rate")["runs"]) == 5
+    assert len(read(tmp_path, "equivalence")["runs"]) == 5
     plant(until(None))
-    assert study(tmp_path, "rate") == 0
-    content = read(tmp_path, "rate")
+    assert study(tmp_path, "equivalence") == 0
+    content = read(tmp_path, "equivalence")
     assert len(made) == len(set(map(runner.key, made))) == len(content["runs"])
     # and what one study ran another one has
     count = len(made)
-    assert study(tmp_path, "equivalence") == 0
+    assert study(tmp_path, "rate") == 0
     assert len(made) == count
 
 

@@ -154,6 +154,20 @@ def test_a_run_is_the_same_bits_twice(method, rank):
     assert len(first["early"]) == 4
 
 
+@pytest.mark.parametrize(("rank", "rest"), [(0, False), (4, True)])
+def test_controls_train_what_they_say(rank, rest):
+    """Full fine-tuning without the rest trains the adapted layers alone, adapters with it train both."""
+    base = Transformer(TINY_EXPERTS).state_dict()
+    spec = Spec("strings", 8, rank, 1e-3, 1, 0, size=TINY_EXPERTS, rest=rest)
+    model = train.prepared(spec, base, torch.device("cpu"))
+    named = {name for name, p in model.named_parameters() if p.requires_grad}
+    inside = {name for name in named if ".attention." in name or ".mlp." in name}
+    outside = {name for name, _ in model.named_parameters() if ".attention." not in name and ".mlp." not in name}
+    assert named - inside == (outside if rest else set())
+    assert inside
+    assert all(("lora_" in name) == bool(rank) for name in inside)
+
+
 def test_a_run_leaves_the_base_as_it_was():
     base = Transformer(TINY).state_dict()
     kept = {name: value.clone() for name, value in base.items()}

@@ -104,7 +104,7 @@ def probe_ranks(
     keep_scale: bool = False,
     seed: int = 0,
 ) -> Probe:
-    """Ranks for each `nn.Linear` that the advised adapter includes, neither routers nor the unembedding, of a base model:
+    """Ranks of a base model's `nn.Linear` layers, routers and the unembedding left out as in the advised adapter:
     together they cost what a uniform `rank` costs, after the batches' gradients.
 
     `batches` are keyword arguments of the model, labels included. No layer gets more than twice the uniform rank, the

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lorafuse.nn import LoRAExperts, LoRALinear
 from lorafuse.study.tasks import ALPHABET
 
-__all__ = ["ALPHA", "LAYERS", "Size", "Transformer", "adapt", "adapter_parameters", "trained"]
+__all__ = ["ALPHA", "LAYERS", "Size", "Transformer", "adapt", "adapter_parameters", "train_rest", "trained"]
 
 # of the source: paths scaled by 32 / r at every rank
 ALPHA = 32.0
@@ -143,6 +143,13 @@ def adapt(model: Transformer, rank: int, layers: str = "all") -> Transformer:
             else:
                 _adapt_linears(block.mlp, _MLP, rank)
     return model
+
+
+def train_rest(model: Transformer, wanted: bool) -> None:
+    """Whether what no adapter goes to is trained: embeddings, positions, norms and unembedding."""
+    for name, parameter in model.named_parameters():
+        if ".attention." not in name and ".mlp." not in name:
+            parameter.requires_grad_(wanted)
 
 
 def _adapt_linears(module: nn.Module, names: tuple[str, ...], rank: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafuse.study import tasks
-from lorafuse.study.model import Size, Transformer, adapt, trained
+from lorafuse.study.model import Size, Transformer, adapt, train_rest, trained
 from lorafuse.study.tasks import Data
 
 __all__ = ["Spec", "batches", "due", "loss_of", "optimizer", "prepared", "result", "rounded", "run", "single_thread"]
@@ -30,7 +30,8 @@ class Spec:
     """All that a run depends on.
 
     task: "strings", evaluated on the strings themselves; an operation of `tasks.ARITHMETIC`, evaluated on `test` other
-    problems; with `episodes`, the same by policy gradient. rank 0 is full fine-tuning.
+    problems; with `episodes`, the same by policy gradient. rank 0 is full fine-tuning. `rest`, where it is not None,
+    says whether embeddings, norms and unembedding are trained, as they are in full fine-tuning and not beside adapters.
     """
 
     task: str
@@ -47,6 +48,7 @@ class Spec:
     size: Size = field(default_factory=Size)
     base_steps: int = 0
     base_seed: int = 0
+    rest: bool | None = None
 
     @property
     def lessons(self) -> str:
@@ -55,7 +57,8 @@ class Spec:
 
     @property
     def side(self) -> str:
-        return f"LoRA r {self.rank}" if self.rank else "full"
+        side = f"LoRA r {self.rank}" if self.rank else "full"
+        return side if self.rest is None else f"{side} and the rest" if self.rest else f"{side}, adapted layers only"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -84,6 +87,8 @@ def prepared(spec: Spec, base: dict[str, Tensor], device: torch.device) -> Trans
     model.load_state_dict(base)
     if spec.rank:
         adapt(model, spec.rank, spec.layers)
+    if spec.rest is not None:
+        train_rest(model, spec.rest)
     return model.to(device)
 
 
