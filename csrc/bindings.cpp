@@ -46,11 +46,12 @@ void linear_forward(int type, int64_t M, int64_t N, int64_t K, int64_t R, Pointe
 void linear_dx(int type, int64_t M, int64_t N, int64_t K, int64_t R, Pointer dy, int64_t stride_dy, Pointer w,
                int64_t stride_w, Pointer dyb, int64_t stride_dyb, Pointer a, int64_t stride_a, Pointer dx,
                int64_t stride_dx, Pointer seed, uint32_t drop_below, bool overlap_previous, const TilingValues& tiling,
-               int sum_blocks, int adapter_type, float scale, Pointer x, int64_t stride_x, Pointer da, Pointer xa,
-               int64_t stride_xa, Pointer db, Pointer stream) {
+               int sum_blocks, Pointer x, int64_t stride_x, Pointer da, int da_type, Pointer xa, int64_t stride_xa,
+               Pointer db, int db_type, float scale, Pointer stream) {
   lorafuse::linear_dx({Type{type}, M, N, K, R, at(dy), stride_dy, at(w), stride_w, at(dyb), stride_dyb, at(a), stride_a,
                        at(dx), stride_dx, at<int64_t>(seed), drop_below, overlap_previous, tiling_of(tiling),
-                       sum_blocks, Type{adapter_type}, scale, at(x), stride_x, at(da), at(xa), stride_xa, at(db)},
+                       sum_blocks, at(x), stride_x, at(da), Type{da_type}, at(xa), stride_xa, at(db), Type{db_type},
+                       scale},
                       at(stream));
 }
 
@@ -177,9 +178,9 @@ PYBIND11_MODULE(LORAFUSE_MODULE, m) {
   m.def("linear_dx", &linear_dx, Release(), py::kw_only(), arg("type"), arg("M"), arg("N"), arg("K"), arg("R"),
         arg("dy"), arg("stride_dy"), arg("w"), arg("stride_w"), arg("dyb") = 0, arg("stride_dyb") = 0, arg("a") = 0,
         arg("stride_a") = 0, arg("dx"), arg("stride_dx"), arg("seed") = 0, arg("drop_below") = 0,
-        arg("overlap_previous") = false, arg("tiling"), arg("sum_blocks") = 0, arg("adapter_type") = 2,
-        arg("scale") = 1.0f, arg("x") = 0, arg("stride_x") = 0, arg("da") = 0, arg("xa") = 0, arg("stride_xa") = 0,
-        arg("db") = 0, arg("stream") = 0);
+        arg("overlap_previous") = false, arg("tiling"), arg("sum_blocks") = 0, arg("x") = 0, arg("stride_x") = 0,
+        arg("da") = 0, arg("da_type") = 2, arg("xa") = 0, arg("stride_xa") = 0, arg("db") = 0, arg("db_type") = 2,
+        arg("scale") = 1.0f, arg("stream") = 0);
   m.def("grouped_linear", &grouped_linear, Release(), py::kw_only(), arg("type"), arg("rows"), arg("groups"), arg("N"),
         arg("K"), arg("R"), arg("transposed") = false, arg("ends"), arg("x"), arg("stride_x"), arg("w"),
         arg("bias") = 0, arg("xa") = 0, arg("stride_xa") = 0, arg("b") = 0, arg("stride_b") = 0, arg("y"),

@@ -30,6 +30,8 @@ SCENARIOS = {
     "no_ticket_reset": ONE_BLOCK,
     # blocks take their turns by number, and those with the first turns may not have started
     "no_program_ticket": ("single_kernel", (128, 4, 1), 1),
+    "sum_no_sync": ("one_launch_backward", (256, 3, 1), 0),
+    "sum_no_wait_read": ("one_launch_backward", (128, 4, 1), 0),
     "sum_no_launch_wait": ("one_launch_backward", (256, 3, 1), 0),
     "group_overrun": ("grouped", None, 0),
     "wrong_group": ("grouped", None, 0),
@@ -59,7 +61,9 @@ def run(kind, tiling, monkeypatch):
     backend._RUN.flags.clear()
     monkeypatch.setattr(cuda, "CONFIGS", (tiling,))
     _select.cache_clear()
-    o = make_operands(LinearCase(leading=(300,), N=264, K=200, R=24, dtype=torch.bfloat16))
+    # sums over few rows, so that the ring holds an item and one consumer can be an item ahead
+    rows = 100 if kind == "one_launch_backward" else 300
+    o = make_operands(LinearCase(leading=(rows,), N=264, K=200, R=24, dtype=torch.bfloat16))
     if kind == "one_launch_backward":
         _, xa = backend.linear_forward(o.x, o.w, None, o.a, o.b, None, 1.7, 0.0)
         with only(f"cuda {kind}"):

@@ -89,20 +89,29 @@ class TestCost:
         assert names == ["dyb, db from one read of dy", "a rounded", "dx = dy w + dyb a", "da = dybᵀ x", "launch gaps"]
         assert [c.kernel for c in found.configs] == ["dyb_db", "dx", "da"]
 
-    def test_da_and_db_beside_dx(self):
-        """Four blocks sum 32 column blocks of 4 MiB at 90 GB/s, longer than the others' eight waves; one read of dy."""
-        found = ways(replace(HEADLINE, gradients=BACKWARD), find("H200"))["one_launch_backward"]
-        assert [c.kernel for c in found.configs] == ["dyb", "dx"]
-        assert found.configs[1].beside == 4
-        assert found.seconds * 1e6 == pytest.approx(15.6 / 0.7 + 6 + 8 * 2**22 / 90e3, rel=0.01)
+    def test_da_and_db_beside_dx(self, monkeypatch):
+        """Four blocks take 128 stages of 32 column blocks through shared memory, longer than eight waves of tiles; one
+        read of dy."""
+        backward, device = replace(HEADLINE, gradients=BACKWARD), find("H200")
+
+        def found(**change):
+            return ways(replace(backward, **change), device)["one_launch_backward"]
+
+        monkeypatch.setattr(cuda, "_ONE_LAUNCH", cuda._ONE_LAUNCH[:1])
+        _select.cache_clear()
+        assert [c.kernel for c in found().configs] == ["dyb", "dx"]
+        assert found().configs[1].beside == 4
+        assert found().seconds * 1e6 == pytest.approx(15.6 / 0.7 + 6 + 8 * 128 * 2 * 40960 / 217.6e3, rel=0.01)
         # a short product is better off with fewer tiles at a time
-        short = ways(replace(HEADLINE, N=1024, gradients=BACKWARD), find("H200"))["one_launch_backward"]
-        assert short.configs[1].beside > 4
-        tall = replace(HEADLINE, gradients=("dx", "da"))
-        assert ways(tall, find("H200"))["one_launch_backward"].seconds < found.seconds
-        for change in ({"R": 65}, {"dropout": True}, {"gradients": (*BACKWARD, "dbias")}, {"gradients": ("dx",)}):
-            problem = replace(HEADLINE, **({"gradients": BACKWARD} | change))
-            assert set(ways(problem, find("H200"))) == {"one_pass_backward"}
+        assert found(N=1024).configs[1].beside > 4
+        monkeypatch.undo()
+        _select.cache_clear()
+        # where four blocks are too few for both, da alone
+        assert [c.kernel for c in found().configs] == ["dyb_db", "dx"]
+        assert [c.kernel for c in found(K=14336).configs] == ["dyb", "dx"]
+        assert [c.kernel for c in found(gradients=(*BACKWARD, "dbias")).configs] == ["dyb_db", "dx"]
+        for change in ({"R": 65}, {"dropout": True}, {"gradients": ("dx",)}, {"gradients": ("dx", "db", "dbias")}):
+            assert set(ways(replace(backward, **change), device)) == {"one_pass_backward"}
 
     def test_clusters_where_l2_would_be_the_limit(self):
         """Blocks that share w; not where the second would have no rows."""

@@ -5,13 +5,14 @@
 // xa or dyb [M, R], R at most 64; no bias, no mask.
 //
 // An item is BLOCK_N columns and all rows: its sums stay in registers from the first row to the last, so that there are
-// no partial sums, and their order is that of the rows. Every 64 rows are a stage of the ring: boxes of 64 columns of
-// left in b(), one box of 64 ranks of right, zeros from R on, in a(). Both have their reduction index, the rows, in the
-// rows of their boxes: MN-major. Each consumer multiplies half of the columns.
+// no partial sums in memory, and their order is fixed. Every 64 rows are a stage of the ring: boxes of 64 columns of left
+// in b(), one box of 64 ranks of right, zeros from R on, in a(). Both have their reduction index, the rows, in the rows of
+// their boxes: MN-major. The product is d[64 ranks, BLOCK_N] = rightᵀ left; a consumer multiplies 32 of the rows, so that
+// left leaves shared memory once, and the two sums are added at the end of the item.
 //
-// FLOPs 2 M C R. Bytes: 2 M C of left once from memory; right comes from L2 once an item. Through shared memory of a
-// stage of 256 columns: 32 + 8 KB in, left out once, right for each 64 columns (R / 8 KB, 8 at R 16): 80 KB, 620 clocks
-// at 128 bytes, 53 bytes of left a clock, where an SM takes in 64 (model; not measured).
+// FLOPs 2 M C R, issued as if R were 64. Bytes: 2 M C of left once from memory; right comes from L2 once an item. Through
+// shared memory of a stage of 256 columns: 32 + 8 KB in and as much out, 640 clocks at 128 bytes, 51 bytes of left a
+// clock, where an SM takes in 64 (model; not measured).
 #pragma once
 
 #include <lorafuse/ptx/convert.cuh>
@@ -51,36 +52,50 @@ LF_DEVICE void load_item(Pipeline<BLOCK_M, BLOCK_N>& pipeline, const SumMaps& ma
   }
 }
 
-// Consumer: its half of an item.
-template <class T, int RANKS, int BLOCK_M, int BLOCK_N>
+// Both consumers.
+LF_DEVICE void consumers_sync() { ptx::named_barrier_sync<3, 256>(); }
+
+// Consumer: an item. `shared` holds 64 rows of BLOCK_N floats.
+template <class T, int BLOCK_M, int BLOCK_N>
 LF_DEVICE void sum_item(Pipeline<BLOCK_M, BLOCK_N>& pipeline, const Sum& sum, int M, int R, int column, int consumer,
                         int thread) {
-  constexpr int kBoxes = BLOCK_N / 2 / kBoxElements;
-  const int lane = thread % 32;
-  float d[kBoxes][RANKS / 2];
+  constexpr int kSteps = kStepsOfBlock / 2;
+  const int lane = thread % 32, rows = consumer * kSteps * kStepElements;
+  float d[BLOCK_N / 2];
   for (int row = 0; row < M; row += BLOCK_K) {
     begin_stage(pipeline);
-    LF_UNROLL
-    for (int box = 0; box < kBoxes; ++box) {
-      const uint8_t* left = pipeline.b() + (consumer * kBoxes + box) * kBoxBytes;
-      multiply<T, RANKS, Major::MN, kStepsOfBlock, Major::MN>(d[box], left, pipeline.a(), row > 0);
-    }
+    multiply<T, BLOCK_N, Major::MN, kSteps, Major::MN>(d, pipeline.a() + rows * kBoxRowBytes,
+                                                       pipeline.b() + rows * kBoxRowBytes, row > 0);
     end_stage(pipeline, lane, row > 0);
   }
   finish_blocks(pipeline, lane);
-  LF_UNROLL
-  for (int i = 0; i < kBoxes * RANKS / 2; ++i) {
-    const int box = i / (RANKS / 2), element = i % (RANKS / 2), r = fragment_column(thread, element);
-    const int c = column + (consumer * kBoxes + box) * kBoxElements + fragment_row(thread, element);
-    if (c >= sum.C || r >= R) continue;
-    const int64_t place = sum.transposed ? static_cast<int64_t>(r) * sum.C + c : static_cast<int64_t>(c) * R + r;
-    const float value = sum.scale * d[box][element];
+
+  float* shared = reinterpret_cast<float*>(pipeline.output(0));
+  const auto each = [&](auto f) {
+    LF_UNROLL
+    for (int i = 0; i < BLOCK_N / 2; ++i) {
+      const int r = fragment_row(thread, i), c = fragment_column(thread, i);
+      if (r < R && column + c < sum.C) f(i, r, c);
+    }
+  };
+  if (consumer == 1) {
+    // the sums of the item before have been read
+    if (!LF_PLANTED("sum_no_wait_read")) consumers_sync();
+    each([&](int i, int r, int c) { ptx::store_shared(shared + r * BLOCK_N + c, d[i]); });
+    if (!LF_PLANTED("sum_no_sync")) consumers_sync();
+    return;
+  }
+  if (!LF_PLANTED("sum_no_wait_read")) consumers_sync();
+  if (!LF_PLANTED("sum_no_sync")) consumers_sync();
+  each([&](int i, int r, int c) {
+    const float value = sum.scale * (d[i] + ptx::load_shared<float>(shared + r * BLOCK_N + c));
+    const int64_t at = column + c, place = sum.transposed ? r * static_cast<int64_t>(sum.C) + at : at * R + r;
     if (sum.fp32) {
       ptx::store_global(static_cast<float*>(sum.out) + place, value);
     } else {
       ptx::store_global(static_cast<T*>(sum.out) + place, ptx::from_float<T>(value));
     }
-  }
+  });
 }
 
 }  // namespace lorafuse::sm90

@@ -88,17 +88,16 @@ TensorMap operand_b_map(const void* base, int64_t columns, int64_t reduction, in
 // db and da of p: what their blocks read, and where they write.
 template <class T, int BLOCK_N>
 void set_sums(const LinearDx& p, LinearMaps& maps, LinearArguments& arguments) {
-  const bool fp32 = p.adapter_type == Type::FP32;
-  const auto set = [&](int i, void* out, int64_t C, const void* left, int64_t stride_left, const void* right,
-                       int64_t stride_right, float scale) {
+  const auto set = [&](int i, void* out, Type type, int64_t C, const void* left, int64_t stride_left,
+                       const void* right, int64_t stride_right, float scale) {
     if (out == nullptr) return;
     const int blocks = static_cast<int>(ceil_div<int64_t>(C, BLOCK_N));
-    arguments.sums[i] = {static_cast<int>(C), blocks, out, fp32, i == 1, scale};
+    arguments.sums[i] = {static_cast<int>(C), blocks, out, type == Type::FP32, i == 1, scale};
     maps.sums[i] = {matrix_map<T>(left, p.M, C, stride_left, BLOCK_K),
                     matrix_map<T>(right, p.M, p.R, stride_right, BLOCK_K)};
   };
-  set(0, p.db, p.N, p.dy, p.stride_dy, p.xa, p.stride_xa, p.scale);
-  set(1, p.da, p.K, p.x, p.stride_x, p.dyb, p.stride_dyb, 1.0f);
+  set(0, p.db, p.db_type, p.N, p.dy, p.stride_dy, p.xa, p.stride_xa, p.scale);
+  set(1, p.da, p.da_type, p.K, p.x, p.stride_x, p.dyb, p.stride_dyb, 1.0f);
   // as many as there are items at most
   arguments.sum_blocks = std::min(p.sum_blocks, arguments.sums[0].column_blocks + arguments.sums[1].column_blocks);
 }

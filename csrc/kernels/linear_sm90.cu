@@ -20,7 +20,9 @@ void check_sums(const LinearDx& p) {
   require(p.R >= 1 && p.R <= kMaxFusedRank, "R of ", p.R, ": one launch sums da and db of 1 to ", kMaxFusedRank,
           " ranks");
   require(p.seed == nullptr, "blocks that sum da draw no mask");
-  require(p.adapter_type == Type::FP32 || p.adapter_type == p.type, "da and db are fp32 or of dy's type");
+  for (const Type type : {p.da_type, p.db_type}) {
+    require(type == Type::FP32 || type == p.type, "da and db are fp32 or of dy's type");
+  }
   if (p.da != nullptr) check_matrix("x", p.x, p.K, p.stride_x);
   if (p.db != nullptr) check_matrix("xa", p.xa, p.R, p.stride_xa);
 }

@@ -119,7 +119,7 @@ linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments
   constexpr bool kFused = kForm == Form::kForwardFused;
   constexpr bool kBeside = kForm == Form::kDxBeside;
   constexpr bool kDropout = kForm == Form::kDxDropout;
-  // of an item: the columns of xa that wgmma computes, the ranks of da and db
+  // of an item: the columns of xa that wgmma computes
   constexpr int kItemColumns = kRankSteps == 1 ? 16 : kRankSteps == 2 ? 32 : 64;
   using Plan = SharedPlan<BLOCK_M, BLOCK_N>;
 
@@ -227,7 +227,7 @@ linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments
     if constexpr (kBeside) {
       if (sums) {
         for_each_item<BLOCK_N>(p.sums, program - walk.programs, p.sum_blocks, [&](int sum, int column) {
-          sum_item<T, kItemColumns>(pipeline, p.sums[sum], p.M, p.R, column, consumer, thread);
+          sum_item<T>(pipeline, p.sums[sum], p.M, p.R, column, consumer, thread);
         });
       }
     }

@@ -2,7 +2,7 @@
 
 Forward: b rounded with the scale inside, xa = drop(x) aᵀ, then y = x wᵀ + bias + xa bᵀ; or both adapters rounded, and
 xa and y in one launch. Backward: dyb, db and dbias from one read of dy, a rounded, dx = dy w + mask ⊙ (dyb a), then da;
-or bᵀ rounded with the scale inside, dyb, a rounded, then dx, da and db in one launch.
+or da in dx's launch; or bᵀ rounded with the scale inside, dyb alone, a rounded, then dx, da and db in one launch.
 The products take adapters of x's dtype whose rows, like those of xa and dyb, are padded to 16 bytes with zeros. Nothing
 waits for the device, and all memory is torch's, so that CUDA graphs capture it.
 """
@@ -103,14 +103,15 @@ def backward(
     M, (N, K), R = flat.shape[0], w.shape, a.shape[0]
     wanted = tuple(name for name, need in zip(("dx", "da", "db", "dbias"), needs, strict=True) if need)
     plan = _plan(run, probe.linear_problem(flat, w, a, False, seed is not None, wanted), dy.device)
-    if plan.kernel == "one_launch_backward":
-        return _one_launch(run, plan, dy, flat, x, xa, w, a, b, scale, need_da, need_db)
     scale = scale if seed is None else rescaled(scale, p)
+    # in dx's launch da is summed, and db too where nothing but dyb has a pass before
+    beside = plan.kernel == "one_launch_backward"
+    db_beside = beside and any(config.kernel == "dyb" for config in plan.configs)
     dx = da = db = dbias = dyb = None
     with run.guard(dy.device):
         stream = run.stream(dy.device)
         common = {"type": TYPES[dy.dtype], "M": M, "N": N, "R": R, "dy": flat.data_ptr(), "stride_dy": flat.stride(0)}
-        given_b, b_type = _adapter(b, dy.dtype)
+        (given_a, a_type), (given_b, b_type) = _adapter(a, dy.dtype), _adapter(b, dy.dtype)
         if need_dx or need_da:
             dyb = dy.new_empty((M, _padded(R)))
         if need_db:
@@ -118,72 +119,54 @@ def backward(
             xa, db = _padded_rows(xa), given_b.new_empty(b.shape)
         if need_dbias:
             dbias = dy.new_empty((N,))
-        shape = {"type": TYPES[dy.dtype], "b_type": b_type, "M": M, "N": N, "R": R}
-        size = run.native.reduce_dy_workspace(**shape, dyb=dyb is not None, db=need_db, dbias=need_dbias)
-        work = torch.empty(size, dtype=torch.uint8, device=dy.device)
-        run.native.reduce_dy(
-            **common, b_type=b_type, b=given_b.data_ptr(), stride_b=R, xa=_at(xa) if need_db else 0,
-            stride_xa=_padded(R), scale=scale, dyb=_at(dyb), stride_dyb=_padded(R), db=_at(db), dbias=_at(dbias),
-            workspace=work.data_ptr(), stream=stream,
-        )  # fmt: skip
+        if need_da:
+            assert x is not None
+            x, da = _aligned_rows(_rows(x)), given_a.new_empty(a.shape)
+        if db_beside:
+            assert dyb is not None
+            transposed = _rounded(run, b, dy.dtype, scale, stream, transposed=True)
+            run.native.project_x(
+                type=TYPES[dy.dtype], a_type=TYPES[dy.dtype], M=M, K=N, R=R, x=flat.data_ptr(),
+                stride_x=flat.stride(0), a=transposed.data_ptr(), stride_a=transposed.shape[1], xa=dyb.data_ptr(),
+                stride_xa=dyb.shape[1], stream=stream,
+            )  # fmt: skip
+        else:
+            shape = {"type": TYPES[dy.dtype], "b_type": b_type, "M": M, "N": N, "R": R}
+            size = run.native.reduce_dy_workspace(**shape, dyb=dyb is not None, db=need_db, dbias=need_dbias)
+            work = torch.empty(size, dtype=torch.uint8, device=dy.device)
+            run.native.reduce_dy(
+                **common, b_type=b_type, b=given_b.data_ptr(), stride_b=R, xa=_at(xa) if need_db else 0,
+                stride_xa=_padded(R), scale=scale, dyb=_at(dyb), stride_dyb=_padded(R), db=_at(db), dbias=_at(dbias),
+                workspace=work.data_ptr(), stream=stream,
+            )  # fmt: skip
         if need_dx:
             assert dyb is not None
             rounded, dx = _rounded(run, a, dy.dtype, 1.0, stream), dy.new_empty((M, K))
+            sums: dict[str, int | float] = {}
+            if beside:
+                sums = {"sum_blocks": plan.config("dx").beside}
+            if beside and need_da:
+                assert x is not None
+                sums |= {"x": x.data_ptr(), "stride_x": x.stride(0), "da": _at(da), "da_type": a_type}
+            if db_beside and need_db:
+                sums |= {"xa": _at(xa), "stride_xa": _padded(R), "db": _at(db), "db_type": b_type, "scale": scale}
             run.native.linear_dx(
                 **common, K=K, w=w.data_ptr(), stride_w=w.stride(0), dyb=dyb.data_ptr(), stride_dyb=dyb.shape[1],
                 a=rounded.data_ptr(), stride_a=rounded.stride(0), dx=dx.data_ptr(), stride_dx=K, **_mask(seed, p),
-                overlap_previous=True, tiling=_tiling(plan.config("dx")), stream=stream,
+                overlap_previous=True, tiling=_tiling(plan.config("dx")), **sums, stream=stream,
             )  # fmt: skip
             dx = dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], K)
-        if need_da:
+        if need_da and not beside:
             assert x is not None
             assert dyb is not None
-            x = _aligned_rows(_rows(x))
-            given_a, a_type = _adapter(a, dy.dtype)
-            da = given_a.new_empty(a.shape)
             size = run.native.reduce_x_workspace(type=TYPES[dy.dtype], a_type=a_type, M=M, K=K, R=R)
             work = torch.empty(size, dtype=torch.uint8, device=dy.device)
             run.native.reduce_x(
                 type=TYPES[dy.dtype], a_type=a_type, M=M, K=K, R=R, x=x.data_ptr(), stride_x=x.stride(0),
-                dyb=dyb.data_ptr(), stride_dyb=dyb.shape[1], da=da.data_ptr(), **_mask(seed, p),
-                workspace=work.data_ptr(), stream=stream,
+                dyb=dyb.data_ptr(), stride_dyb=dyb.shape[1], da=_at(da), **_mask(seed, p), workspace=work.data_ptr(),
+                stream=stream,
             )  # fmt: skip
-            da = da.to(a.dtype)
-    return dx, da, None if db is None else db.to(b.dtype), dbias
-
-
-def _one_launch(
-    run: Runner, plan: Plan, dy: Tensor, flat: Tensor, x: Tensor | None, xa: Tensor | None, w: Tensor, a: Tensor,
-    b: Tensor, scale: float, need_da: bool, need_db: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, None]:  # fmt: skip
-    """Backward without mask and dbias: dyb, then dx with da and db beside it."""
-    (M, N), K, R = flat.shape, w.shape[1], a.shape[0]
-    config = plan.config("dx")
-    with run.guard(dy.device):
-        stream = run.stream(dy.device)
-        dyb, dx = dy.new_empty((M, _padded(R))), dy.new_empty((M, K))
-        rounded_b = _rounded(run, b, dy.dtype, scale, stream, transposed=True)
-        run.native.project_x(
-            type=TYPES[dy.dtype], a_type=TYPES[dy.dtype], M=M, K=N, R=R, x=flat.data_ptr(), stride_x=flat.stride(0),
-            a=rounded_b.data_ptr(), stride_a=rounded_b.stride(0), xa=dyb.data_ptr(), stride_xa=dyb.shape[1],
-            stream=stream,
-        )  # fmt: skip
-        rounded_a = _rounded(run, a, dy.dtype, 1.0, stream)
-        dtype = dy.dtype if a.dtype is b.dtype is dy.dtype else torch.float32
-        da = dy.new_empty(a.shape, dtype=dtype) if need_da else None
-        db = dy.new_empty(b.shape, dtype=dtype) if need_db else None
-        x = None if da is None or x is None else _aligned_rows(_rows(x))
-        xa = None if db is None or xa is None else _padded_rows(xa)
-        run.native.linear_dx(
-            type=TYPES[dy.dtype], M=M, N=N, K=K, R=R, dy=flat.data_ptr(), stride_dy=flat.stride(0), w=w.data_ptr(),
-            stride_w=w.stride(0), dyb=dyb.data_ptr(), stride_dyb=dyb.shape[1], a=rounded_a.data_ptr(),
-            stride_a=rounded_a.stride(0), dx=dx.data_ptr(), stride_dx=K, overlap_previous=True,
-            tiling=_tiling(config), sum_blocks=config.beside, adapter_type=TYPES[dtype], scale=scale, x=_at(x),
-            stride_x=0 if x is None else x.stride(0), da=_at(da), xa=_at(xa), stride_xa=_padded(R), db=_at(db),
-            stream=stream,
-        )  # fmt: skip
-    dx = dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], K)
-    return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype), None
+    return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype), dbias
 
 
 def _at(t: Tensor | None) -> int:

@@ -2,7 +2,7 @@
 
 The products run on sm_90a alone, in tiles of 128 rows. The memory-bound passes choose their own tiles. Steps forward:
 `b` rounded, xa, y; or both adapters rounded, and xa and y in one launch. Backward: `a` rounded, dyb with db and dbias,
-dx, da; or both adapters rounded, dyb, and dx, da and db in one launch.
+dx, da; or da in dx's launch; or both adapters rounded, dyb, and dx, da and db in one launch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,9 +33,11 @@ _GROUP_M = 16
 _L2_BYTES, _SM_FLOPS = 6336, 4096
 # columns of a block of the reductions, and rows of one of project_x
 _REDUCE_N, _PASS_M = 256, 64
-# bytes/s of x or dy that a block takes in which sums da or db: 53 a clock at 1.7 GHz (model of shared memory,
-# csrc/kernels/beside_sm90.cuh; not measured)
-_SUM_BANDWIDTH = 90e9
+# the pass before dx, and what is summed in dx's launch then
+_ONE_LAUNCH = (("dyb", ("da", "db")), ("dyb_db", ("da",)))
+# bytes/s of one SM's shared memory; where da or db is summed, x or dy passes through it twice, and so do dyb or xa, 64
+# rows of 64 ranks at a time (model, csrc/kernels/beside_sm90.cuh; not measured)
+_SHARED_BANDWIDTH, _RIGHT_BYTES = 128 * 1.7e9, 64 * 64 * 2
 
 
 def refusal(problem: Problem, device: DeviceSpec) -> str:
@@ -118,14 +120,25 @@ def ways(problem: Problem, device: DeviceSpec) -> Iterator[tuple[str, tuple[Kern
         configs.append(_passes("da", problem, device))
         parts.append(_part(configs[-1], problem, device))
     yield "one_pass_backward", tuple(configs), cost.in_a_row(parts, "aten")
-    if "dx" not in wanted or "dbias" in wanted or not {"da", "db"} & set(wanted):
-        return
-    beside = _best("dx", problem, device, False, _besides(problem, device))
+    beside = min(_one_launch(problem, device), key=lambda way: cost.total(way[1]), default=None)
     if beside is not None:
-        dyb = _passes("dyb", problem, device)
-        rounded = [_rounded(*adapter, problem, device) for adapter in (("b", problem.N), ("a", problem.K))]
-        parts = [rounded[0], _part(dyb, problem, device), rounded[1], _part(beside, problem, device)]
-        yield "one_launch_backward", (dyb, beside), cost.in_a_row(parts, "aten")
+        yield "one_launch_backward", *beside
+
+
+def _one_launch(problem: Problem, device: DeviceSpec) -> Iterator[tuple[tuple[KernelConfig, ...], tuple[Part, ...]]]:
+    """`(configurations, modelled parts)` of the ways to sum da, or da and db, in dx's launch."""
+    for first, sums in _ONE_LAUNCH:
+        beside = tuple(name for name in sums if name in problem.gradients)
+        # dbias takes a pass over dy, and db comes with it
+        if not beside or "dx" not in problem.gradients or (first == "dyb" and "dbias" in problem.gradients):
+            continue
+        alone = replace(problem, gradients=("dx", *beside))
+        dx = _best("dx", alone, device, False, _besides(problem, device))
+        if dx is not None:
+            before = _passes(first, problem, device)
+            rounded = [_rounded("b", problem.N, problem, device)] if first == "dyb" else []
+            parts = [*rounded, _part(before, problem, device), _rounded("a", problem.K, problem, device)]
+            yield (before, dx), cost.in_a_row([*parts, _part(dx, alone, device)], "aten")
 
 
 def _items(config: KernelConfig, problem: Problem) -> int:
@@ -161,8 +174,8 @@ def _seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -> floa
     )
     if not c.beside:
         return tiles / share
-    summed = -(-_items(c, problem) // c.beside) * problem.M * c.block_n * problem.itemsize / _SUM_BANDWIDTH
-    return max(tiles / share, summed)
+    stage = 2 * (c.block_n * _BLOCK_K * problem.itemsize + _RIGHT_BYTES) / _SHARED_BANDWIDTH
+    return max(tiles / share, -(-_items(c, problem) // c.beside) * -(-problem.M // _BLOCK_K) * stage)
 
 
 def _passes(kernel: str, problem: Problem, device: DeviceSpec) -> KernelConfig:
@@ -187,7 +200,8 @@ _NAMES = {
 
 def _part(config: KernelConfig, problem: Problem, device: DeviceSpec) -> Part:
     if config.form == "wgmma":
-        name = "dx = dy w + dyb a, da and db beside" if config.beside else _NAMES[config.kernel]
+        sums = " and ".join(name for name in ("da", "db") if name in problem.gradients)
+        name = _NAMES[config.kernel] + (f", {sums} beside" if config.beside else "")
         return Part(name, _seconds(config, problem, device))
     seconds = cost.kernel_seconds(config, problem, device) + cost.sum_seconds(config, problem, device)
     # the reductions' partial sums are a launch of their own

@@ -51,8 +51,8 @@ void linear_forward(const LinearForward& p, void* stream);
 
 // dx = dy w + mask ⊙ (dyb a): dy [M, N], w [N, K], dyb [M, R] with the scale inside, a [R, K], dx [M, K]. `seed` not
 // null: the mask is that of lorafuse.philox for x [M, K], an element is kept where its draw is at least drop_below.
-// `da` [R, K] or `db` [N, R] not null, each of adapter_type: `sum_blocks` blocks of the launch compute da = dybᵀ x and
-// db = scale · dyᵀ xa meanwhile, of x [M, K] and xa [M, R]; with R at most 64, clusters of 1 and no mask.
+// `da` [R, K] or `db` [N, R] not null: `sum_blocks` blocks of the launch compute da = dybᵀ x and db = scale · dyᵀ xa
+// meanwhile, of x [M, K] and xa [M, R]; with R at most 64, clusters of 1 and no mask.
 struct LinearDx {
   Type type;
   int64_t M, N, K, R;
@@ -71,14 +71,15 @@ struct LinearDx {
   bool overlap_previous;
   Tiling tiling;
   int sum_blocks;
-  Type adapter_type;
-  float scale;
   const void* x;
   int64_t stride_x;
   void* da;
+  Type da_type;
   const void* xa;
   int64_t stride_xa;
   void* db;
+  Type db_type;
+  float scale;
 };
 void linear_dx(const LinearDx& p, void* stream);
 

@@ -20,7 +20,7 @@ LF_DEVICE void wgmma_wait() {
 // How an operand lies in shared memory: its reduction index contiguous (K), or that of its rows or columns in d (MN).
 enum class Major { K, MN };
 
-// Adds to d when `accumulate` is not 0, overwrites it otherwise. With a in MN there are N of 16, 32 and 64 alone.
+// Adds to d when `accumulate` is not 0, overwrites it otherwise. With a in MN there are N of 128 and 256 alone.
 template <class T, int N, Major kMajorB, Major kMajorA = Major::K>
 LF_DEVICE void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate);
 
@@ -82,9 +82,8 @@ LF_WGMMA_ALL(32)
 LF_WGMMA_ALL(64)
 LF_WGMMA_ALL(128)
 LF_WGMMA_ALL(256)
-LF_WGMMA_BOTH_MN(16)
-LF_WGMMA_BOTH_MN(32)
-LF_WGMMA_BOTH_MN(64)
+LF_WGMMA_BOTH_MN(128)
+LF_WGMMA_BOTH_MN(256)
 #undef LF_WGMMA_BOTH_MN
 #undef LF_WGMMA_ALL
 #undef LF_WGMMA

@@ -17,7 +17,7 @@ enum class Major { K, MN };
 
 template <class T, int N, Major kMajorB, Major kMajorA = Major::K>
 inline void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
-  static_assert(N == 16 || N == 32 || N == 64 || (kMajorA == Major::K && (N == 128 || N == 256)));
+  static_assert(N == 128 || N == 256 || (kMajorA == Major::K && (N == 16 || N == 32 || N == 64)));
   emu::wgmma(kElement<T>, N, kMajorA == Major::MN, kMajorB == Major::MN, d, a, b, accumulate != 0);
 }
 
