@@ -19,6 +19,7 @@ def draw(file: Path, name: str, finding: Finding, conditions: str) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter
     except ImportError as error:
         raise MissingDependency("plots need matplotlib: pip install 'lorafuse[cli]'") from error
     figure = Figure(figsize=(4.4 * len(finding.panels), 3.9), layout="constrained")
@@ -39,6 +40,11 @@ def draw(file: Path, name: str, finding: Finding, conditions: str) -> None:
             axes.set_xscale("log", base=2 if panel.x == "batch" else 10)
         if panel.log_y:
             axes.set_yscale("log")
+        for axis, log in ((axes.xaxis, panel.log_x and panel.x != "batch"), (axes.yaxis, panel.log_y)):
+            if log:
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(which="both", labelsize=7)
