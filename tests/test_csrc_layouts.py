@@ -80,7 +80,7 @@ def test_layouts_and_descriptors_are_those_of_cute(tmp_path):
     if headers is None:
         pytest.skip("no CuTe headers (pip install --no-deps nvidia-cutlass) or no CUDA toolkit")
     found = mismatches(build("layout_check", tmp_path, *headers))
-    assert sum(name.startswith("cute") for name in found) == 14
+    assert sum(name.startswith("cute") for name in found) == 17
     assert not any(found.values()), found
 
 
