@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -48,18 +48,19 @@ def linear_problem(
     x: Tensor, w: Tensor, a: Tensor, bias: bool, dropout: bool, gradients: tuple[str, ...] = ()
 ) -> Problem:
     """The problem of operands `x [..., K]` (or dy `[..., N]`), `w [N, K]`, `a [R, K]`."""
-    return Problem(
-        M=math.prod(x.shape[:-1]),
-        N=w.shape[0],
-        K=w.shape[1],
-        R=a.shape[0],
-        dtype=_name(x),
-        adapter_dtype=_name(a),
-        bias=bias,
-        dropout=dropout,
-        gradients=gradients,
-        aligned=_rows_are_aligned(x) and _rows_are_aligned(w),
-    )
+    N, K = w.shape
+    aligned = _rows_are_aligned(x) and _rows_are_aligned(w)
+    tokens = math.prod(x.shape[:-1])
+    return _problem(tokens, N, K, a.shape[0], x.dtype, a.dtype, bias, dropout, gradients, aligned)
+
+
+# every call of a layer asks, and making one takes as long as a launch
+@lru_cache(maxsize=4096)
+def _problem(
+    M: int, N: int, K: int, R: int, dtype: torch.dtype, adapter_dtype: torch.dtype, bias: bool, dropout: bool,
+    gradients: tuple[str, ...], aligned: bool,
+) -> Problem:  # fmt: skip
+    return Problem(M, N, K, R, _name(dtype), _name(adapter_dtype), bias, dropout, gradients, aligned=aligned)
 
 
 def experts_problem(
@@ -83,8 +84,8 @@ def experts_problem(
         I=I,
         # both projections are planned with the larger rank
         R=max((a.shape[1] for a in factors), default=1),
-        dtype=_name(x),
-        adapter_dtype=_name(factors[0] if factors else x),
+        dtype=_name(x.dtype),
+        adapter_dtype=_name((factors[0] if factors else x).dtype),
         gated=U != I,
         aligned=_weights_are_aligned(up, down),
         backward=backward,
@@ -94,7 +95,7 @@ def experts_problem(
 def grouped_problem(x: Tensor, w: Tensor, a: Tensor | None, transposed: bool, backward: bool) -> GroupedProblem:
     """The problem of a grouped linear layer: x `[S, K]` or dy `[S, N]`, w `[E, N, K]` or transposed, a `[E, R, K]`."""
     E, N, K = (w.mT if transposed else w).shape
-    rank, dtypes = 1 if a is None else a.shape[1], (_name(x), _name(x if a is None else a))
+    rank, dtypes = 1 if a is None else a.shape[1], (_name(x.dtype), _name((x if a is None else a).dtype))
     return GroupedProblem(x.shape[0], E, N, K, rank, *dtypes, aligned=_weights_are_aligned(w), backward=backward)
 
 
@@ -114,7 +115,7 @@ def runs_grouped_mm(x: Tensor, *weights: Tensor) -> bool:
     """Whether torch has a fast kernel of grouped_mm for these stacks `[E, …]`, in x's dtype and on its device."""
     if not x.is_cuda:
         return False
-    return not no_grouped_mm(_name(x), weights[0].shape[0], _weights_are_aligned(*weights), _arch(x.device))
+    return not no_grouped_mm(_name(x.dtype), weights[0].shape[0], _weights_are_aligned(*weights), _arch(x.device))
 
 
 @cache
@@ -123,8 +124,8 @@ def _arch(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _name(t: Tensor) -> str:
-    return str(t.dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _weights_are_aligned(*weights: Tensor) -> bool:
