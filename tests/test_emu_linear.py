@@ -9,16 +9,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from native_build import emulator
 
-from lorafuse.backends import base, eager
+from lorafuse.backends import eager
 from lorafuse.functional import lora_linear
 from lorafuse.philox import keep_mask
-from lorafuse.plan import cuda, only
-from lorafuse.plan.select import _select
+from lorafuse.plan import only
 from lorafuse.testing.cases import UGLY_M, UGLY_R
 from lorafuse.testing.check_linear import LinearCase, check_linear, gradients, make_operands
 from lorafuse.testing.numerics import relative_l2, tolerance
+
+pytest_plugins = "emu_fixtures"
+pytestmark = pytest.mark.usefixtures("emu")
 
 DTYPES = (torch.bfloat16, torch.float16)
 # (N, K) of which TMA can read every row
@@ -26,64 +27,6 @@ ALIGNED_NK = ((96, 64), (72, 136), (264, 72))
 # (block_n, stages, cluster)
 TILINGS = ((256, 3, 2), (256, 3, 1), (128, 4, 2), (128, 4, 1), (128, 2, 2), (256, 2, 1))
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _built():
-    emulator()
-
-
-@pytest.fixture(scope="module")
-def backend(_built):
-    return base.load("emu")
-
-
-@pytest.fixture(autouse=True)
-def emu():
-    """The emulator, every test under a schedule of its own until it asks for another."""
-    module = emulator()
-    module.configure(seed=int(torch.randint(1, 2**31, ()).item()))
-    yield module
-    module.configure()
-
-
-@pytest.fixture
-def tiles(monkeypatch):
-    """Plans of these (block_n, stages, cluster) only."""
-
-    def set_tiles(*configs):
-        monkeypatch.setattr(cuda, "CONFIGS", configs)
-        _select.cache_clear()
-
-    yield set_tiles
-    _select.cache_clear()
-
-
-@pytest.fixture(params=cuda._ONE_LAUNCH, ids=lambda way: way[0])
-def beside(request, monkeypatch):
-    """Plans that sum in dx's launch after this pass; what they sum."""
-    monkeypatch.setattr(cuda, "_ONE_LAUNCH", (request.param,))
-    _select.cache_clear()
-    with only("cuda one_launch_backward"):
-        yield request.param[1]
-    _select.cache_clear()
-
-
-@pytest.fixture
-def launched(backend, monkeypatch):
-    """Names and arguments of the kernels' functions that ran."""
-    calls = []
-
-    class Recorder:
-        def __getattr__(self, name):
-            def record(**arguments):
-                calls.append((name, arguments))
-                return getattr(emulator(), name)(**arguments)
-
-            return record
-
-    monkeypatch.setattr(backend, "_RUN", replace(backend._RUN, native=Recorder(), flags={}))
-    return calls
 
 
 def check(case):
@@ -160,39 +103,6 @@ def test_the_flags_of_a_single_kernel_are_left_as_they_were(backend):
             assert torch.equal(y[:5], first[0][:5])
     assert torch.equal(first[1], first[0])
     assert torch.equal(first[2], first[0])
-
-
-@pytest.mark.parametrize("R", [r for r in UGLY_R if r <= 64])
-@pytest.mark.parametrize("M", [1, 63, 128, 257])
-def test_da_and_db_beside_dx(M, R, beside, launched):
-    N, K = ALIGNED_NK[(M + R) % len(ALIGNED_NK)]
-    adapters = torch.float32 if M % 2 else DTYPES[R % 2]
-    check(LinearCase(leading=(M,), N=N, K=K, R=R, dtype=DTYPES[R % 2], adapter_dtype=adapters, bias=False))
-    names = {name for name, _ in launched}
-    assert "reduce_x" not in names
-    assert ("reduce_dy" in names) == ("db" not in beside)
-    products = [arguments for name, arguments in launched if name == "linear_dx"]
-    assert products
-    assert all(dx["sum_blocks"] and all((name in dx) == (name in beside) for name in ("da", "db")) for dx in products)
-
-
-@pytest.mark.parametrize("config", [config for config in TILINGS if config[2] == 1])
-@pytest.mark.parametrize("blocks", [1, 2, 3, 50])
-def test_any_number_of_blocks_beside_dx(blocks, config, tiles, beside, launched, monkeypatch):
-    """More and fewer than there are columns to sum, and than there are multiprocessors."""
-    monkeypatch.setattr(cuda, "_besides", lambda problem, device: [blocks])
-    tiles(config)
-    check(LinearCase(leading=(2, 150), N=264, K=520, R=24, dtype=torch.bfloat16, bias="db" not in beside, scale=-0.5))
-    products = [arguments for name, arguments in launched if name == "linear_dx"]
-    assert {(dx["sum_blocks"], dx["tiling"][:3]) for dx in products} == {(blocks, config)}
-
-
-def test_where_da_and_db_cannot_be_beside_dx(beside, launched):
-    """Many ranks, or a mask: they run as they did."""
-    plain = LinearCase(leading=(40,), N=72, K=64, R=8, dtype=torch.float16, bias=False)
-    for change in ({"R": 65}, {"dropout_p": 0.2}):
-        check(replace(plain, **change))
-    assert all(not arguments.get("sum_blocks") for name, arguments in launched if name == "linear_dx")
 
 
 @by_dtype
@@ -346,20 +256,6 @@ def test_many_schedules(kernel, emu, backend, tiles, launched, request):
             for one, other in zip(found, first, strict=True):
                 assert one is other is None or torch.equal(one, other), i
     assert name in {called for called, _ in launched}
-
-
-def test_many_schedules_beside_dx(emu, backend, tiles, beside, launched, request):
-    o = make_operands(LinearCase(leading=(200,), N=136, K=264, R=24, dtype=torch.bfloat16))
-    _, xa = backend.linear_forward(o.x, o.w, None, o.a, o.b, None, 1.7, 0.0)
-    alone = [config for config in TILINGS if config[2] == 1]
-    first = None
-    for i in range(request.config.getoption("--seeds") // 2):
-        emu.configure(seed=i, resident=1 + i % 4, multiprocessors=4)
-        tiles(alone[i % len(alone)])
-        found = backwards(backend, o, xa, None, True, True, True, False)
-        first = first or found
-        assert all(torch.equal(*pair) for pair in zip(found[:3], first[:3], strict=True)), i
-    assert all(arguments["sum_blocks"] for name, arguments in launched if name == "linear_dx")
 
 
 def test_eager_and_the_kernels_may_be_mixed(backend):

@@ -1,0 +1,72 @@
+"""da and db beside dx (csrc/kernels/beside_sm90.cuh), emulated (T5): against fp64, any number of blocks, schedules."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_emu_linear import ALIGNED_NK, DTYPES, TILINGS, backwards, check
+
+from lorafuse.plan import cuda, only
+from lorafuse.plan.select import _select
+from lorafuse.testing.cases import UGLY_R
+from lorafuse.testing.check_linear import LinearCase, make_operands
+
+pytest_plugins = "emu_fixtures"
+pytestmark = pytest.mark.usefixtures("emu")
+
+
+@pytest.fixture(params=cuda._ONE_LAUNCH, ids=lambda way: way[0])
+def beside(request, monkeypatch):
+    """Plans that sum in dx's launch after this pass; what they sum."""
+    monkeypatch.setattr(cuda, "_ONE_LAUNCH", (request.param,))
+    _select.cache_clear()
+    with only("cuda one_launch_backward"):
+        yield request.param[1]
+    _select.cache_clear()
+
+
+@pytest.mark.parametrize("R", [r for r in UGLY_R if r <= 64])
+@pytest.mark.parametrize("M", [1, 63, 128, 257])
+def test_da_and_db_beside_dx(M, R, beside, launched):
+    N, K = ALIGNED_NK[(M + R) % len(ALIGNED_NK)]
+    adapters = torch.float32 if M % 2 else DTYPES[R % 2]
+    check(LinearCase(leading=(M,), N=N, K=K, R=R, dtype=DTYPES[R % 2], adapter_dtype=adapters, bias=False))
+    names = {name for name, _ in launched}
+    assert "reduce_x" not in names
+    assert ("reduce_dy" in names) == ("db" not in beside)
+    products = [arguments for name, arguments in launched if name == "linear_dx"]
+    assert products
+    assert all(dx["sum_blocks"] and all((name in dx) == (name in beside) for name in ("da", "db")) for dx in products)
+
+
+@pytest.mark.parametrize("config", [config for config in TILINGS if config[2] == 1])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 50])
+def test_any_number_of_blocks_beside_dx(blocks, config, tiles, beside, launched, monkeypatch):
+    """More and fewer than there are columns to sum, and than there are multiprocessors."""
+    monkeypatch.setattr(cuda, "_besides", lambda problem, device: [blocks])
+    tiles(config)
+    check(LinearCase(leading=(2, 150), N=264, K=520, R=24, dtype=torch.bfloat16, bias="db" not in beside, scale=-0.5))
+    products = [arguments for name, arguments in launched if name == "linear_dx"]
+    assert {(dx["sum_blocks"], dx["tiling"][:3]) for dx in products} == {(blocks, config)}
+
+
+def test_where_da_and_db_cannot_be_beside_dx(beside, launched):
+    """Many ranks, or a mask: they run as they did."""
+    plain = LinearCase(leading=(40,), N=72, K=64, R=8, dtype=torch.float16, bias=False)
+    for change in ({"R": 65}, {"dropout_p": 0.2}):
+        check(replace(plain, **change))
+    assert all(not arguments.get("sum_blocks") for name, arguments in launched if name == "linear_dx")
+
+
+def test_many_schedules_beside_dx(emu, backend, tiles, beside, launched, request):
+    o = make_operands(LinearCase(leading=(200,), N=136, K=264, R=24, dtype=torch.bfloat16))
+    _, xa = backend.linear_forward(o.x, o.w, None, o.a, o.b, None, 1.7, 0.0)
+    alone = [config for config in TILINGS if config[2] == 1]
+    first = None
+    for i in range(request.config.getoption("--seeds") // 2):
+        emu.configure(seed=i, resident=1 + i % 4, multiprocessors=4)
+        tiles(alone[i % len(alone)])
+        found = backwards(backend, o, xa, None, True, True, True, False)
+        first = first or found
+        assert all(torch.equal(*pair) for pair in zip(found[:3], first[:3], strict=True)), i
+    assert all(arguments["sum_blocks"] for name, arguments in launched if name == "linear_dx")
