@@ -55,7 +55,8 @@ LF_DEVICE void load_item(Pipeline<BLOCK_M, BLOCK_N>& pipeline, const SumMaps& ma
 // Both consumers.
 LF_DEVICE void consumers_sync() { ptx::named_barrier_sync<3, 256>(); }
 
-// Consumer: an item. `shared` holds 64 rows of BLOCK_N floats.
+// Consumer: an item. Where other blocks have their tile on its way out, 64 rows of BLOCK_N floats hold what consumer 1
+// has summed.
 template <class T, int BLOCK_M, int BLOCK_N>
 LF_DEVICE void sum_item(Pipeline<BLOCK_M, BLOCK_N>& pipeline, const Sum& sum, int M, int R, int column, int consumer,
                         int thread) {
@@ -70,7 +71,7 @@ LF_DEVICE void sum_item(Pipeline<BLOCK_M, BLOCK_N>& pipeline, const Sum& sum, in
   }
   finish_blocks(pipeline, lane);
 
-  float* shared = reinterpret_cast<float*>(pipeline.output(0));
+  float* others = reinterpret_cast<float*>(pipeline.output(0));
   const auto each = [&](auto f) {
     LF_UNROLL
     for (int i = 0; i < BLOCK_N / 2; ++i) {
@@ -81,14 +82,14 @@ LF_DEVICE void sum_item(Pipeline<BLOCK_M, BLOCK_N>& pipeline, const Sum& sum, in
   if (consumer == 1) {
     // the sums of the item before have been read
     if (!LF_PLANTED("sum_no_wait_read")) consumers_sync();
-    each([&](int i, int r, int c) { ptx::store_shared(shared + r * BLOCK_N + c, d[i]); });
+    each([&](int i, int r, int c) { ptx::store_shared(others + r * BLOCK_N + c, d[i]); });
     if (!LF_PLANTED("sum_no_sync")) consumers_sync();
     return;
   }
   if (!LF_PLANTED("sum_no_wait_read")) consumers_sync();
   if (!LF_PLANTED("sum_no_sync")) consumers_sync();
   each([&](int i, int r, int c) {
-    const float value = sum.scale * (d[i] + ptx::load_shared<float>(shared + r * BLOCK_N + c));
+    const float value = sum.scale * (d[i] + ptx::load_shared<float>(others + r * BLOCK_N + c));
     const int64_t at = column + c, place = sum.transposed ? r * static_cast<int64_t>(sum.C) + at : at * R + r;
     if (sum.fp32) {
       ptx::store_global(static_cast<float*>(sum.out) + place, value);
