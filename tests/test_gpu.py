@@ -55,6 +55,11 @@ def results(o, backend, dropout_p=0.0):
     return gradients(run(o, backend, dropout_p), o)
 
 
+def assert_near(found, expected, dtype=torch.bfloat16):
+    for name, tensor in found.items():
+        assert relative_l2(tensor, expected[name]) < tolerance(dtype), name
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_kernels_agree_with_eager(kernels, dtype, dropout_p):
@@ -63,8 +68,7 @@ def test_kernels_agree_with_eager(kernels, dtype, dropout_p):
     case = LinearCase(leading=(1000,), N=1536, K=1024, R=16, dtype=dtype, adapter_dtype=torch.float32)
     o = operands(case)
     eager = results(o, "eager", dropout_p)
-    for name, tensor in results(o, kernels, dropout_p).items():
-        assert relative_l2(tensor, eager[name]) < tolerance(dtype), name
+    assert_near(results(o, kernels, dropout_p), eager, dtype)
 
 
 @pytest.mark.parametrize("R", [1, 8, 24, 64, 100, 128])
@@ -73,8 +77,7 @@ def test_every_rank_of_the_cuda_kernels(leading, R):
     able("cuda")
     o = operands(LinearCase(leading=leading, N=1032, K=776, R=R, dtype=torch.bfloat16, adapter_dtype=torch.float32))
     eager = results(o, "eager")
-    for name, tensor in results(o, "cuda").items():
-        assert relative_l2(tensor, eager[name]) < tolerance(torch.bfloat16), name
+    assert_near(results(o, "cuda"), eager)
 
 
 @pytest.mark.parametrize("M", [1, 1000, 8192])
@@ -84,8 +87,7 @@ def test_xa_and_y_in_one_cuda_launch(M):
     eager = results(o, "eager")
     with only("single_kernel"):
         first = results(o, "cuda")
-        for name, tensor in first.items():
-            assert relative_l2(tensor, eager[name]) < tolerance(torch.bfloat16), name
+        assert_near(first, eager)
         for _ in range(100):
             assert torch.equal(run(o, "cuda"), first["y"])
 
@@ -98,8 +100,7 @@ def test_da_and_db_beside_dx_in_one_cuda_launch(M):
     eager = results(o, "eager")
     with only("cuda one_launch_backward"):
         first = results(o, "cuda")
-        for name, tensor in first.items():
-            assert relative_l2(tensor, eager[name]) < tolerance(torch.bfloat16), name
+        assert_near(first, eager)
         for _ in range(100):
             for name, tensor in results(o, "cuda").items():
                 assert torch.equal(tensor, first[name]), name

@@ -111,7 +111,7 @@ def backward(
     with run.guard(dy.device):
         stream = run.stream(dy.device)
         common = {"type": TYPES[dy.dtype], "M": M, "N": N, "R": R, "dy": flat.data_ptr(), "stride_dy": flat.stride(0)}
-        (given_a, a_type), (given_b, b_type) = _adapter(a, dy.dtype), _adapter(b, dy.dtype)
+        given_b, b_type = _adapter(b, dy.dtype)
         if need_dx or need_da:
             dyb = dy.new_empty((M, _padded(R)))
         if need_db:
@@ -121,6 +121,7 @@ def backward(
             dbias = dy.new_empty((N,))
         if need_da:
             assert x is not None
+            given_a, a_type = _adapter(a, dy.dtype)
             x, da = _aligned_rows(_rows(x)), given_a.new_empty(a.shape)
         if db_beside:
             assert dyb is not None
@@ -142,9 +143,7 @@ def backward(
         if need_dx:
             assert dyb is not None
             rounded, dx = _rounded(run, a, dy.dtype, 1.0, stream), dy.new_empty((M, K))
-            sums: dict[str, int | float] = {}
-            if beside:
-                sums = {"sum_blocks": plan.config("dx").beside}
+            sums: dict[str, int | float] = {"sum_blocks": plan.config("dx").beside}
             if beside and need_da:
                 assert x is not None
                 sums |= {"x": x.data_ptr(), "stride_x": x.stride(0), "da": _at(da), "da_type": a_type}
