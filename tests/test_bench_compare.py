@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafuse.bench.compare import USUAL, interval, verdict
+from lorafuse.bench.compare import USUAL, agreed, interval, verdict
 from lorafuse.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +41,16 @@ def test_verdicts():
     assert verdict(1.01, 1.02, 1.03) == ""
     assert verdict(0.8, 0.9, 0.99) == "faster"
     assert verdict(0.8, 0.9, 1.01) == ""
+
+
+def test_three_of_five_pairs_decide():
+    assert agreed([]) is None
+    assert agreed(["slower", "slower"]) is None
+    assert agreed(["slower"] * 3) == "slower"
+    assert agreed(["", "slower", "", ""]) == ""
+    assert agreed(["slower", "", "faster", "slower"]) is None
+    assert agreed(["slower", "", "faster", "slower", "slower"]) == "slower"
+    assert agreed(["slower", "", "faster", "slower", "faster"]) == ""
 
 
 @pytest.fixture(scope="module")
@@ -93,17 +103,18 @@ def test_a_slow_down_of_a_tenth_is_detected(checkout, planted, tmp_path):
         "        return y\n\n"
         "    return run\n"
     )
-    status, printed = bench(checkout, "--rounds", "80", "--json", str(tmp_path / "r.json"))
+    status, printed = bench(checkout, "--rounds", "40", "--json", str(tmp_path / "r.json"))
     assert status == 1, printed
     assert "768x768 forward" in printed
     (result,) = json.loads((tmp_path / "r.json").read_text())["results"]
     assert result["verdicts"]["forward"] == "slower"
-    assert 1.05 < result["ratios"]["forward"]["median"] < 1.2
+    assert 1.05 < result["ratios"]["forward"] < 1.2
+    assert 3 <= len(result["pairs"]["forward"]) <= 5
 
 
 @pytest.mark.alone
 def test_an_unchanged_tree_is_not_slower(checkout):
-    status, printed = bench(checkout, "--rounds", "60")
+    status, printed = bench(checkout, "--rounds", "40")
     assert status == 0, printed
     assert "nothing became slower" in printed
     trees = subprocess.run(["git", "-C", str(checkout), "worktree", "list"], capture_output=True, text=True, check=True)
@@ -115,6 +126,7 @@ def test_a_wrong_result_gets_no_number(checkout, planted):
     status, printed = bench(checkout, "--rounds", "3")
     assert status == 1, printed
     assert "no numbers, here: lorafuse: y is wrong" in printed
+    assert "nothing became slower" not in printed
     assert "total" not in printed
 
 
