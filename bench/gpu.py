@@ -151,8 +151,11 @@ def table(out: Path) -> list[str]:
             lines.append(f"{result['case']} M {result['M']} R {result['R']}: frozen {frozen:.0f} us, tax: {taxes}")
     for file in sorted(out.glob("model-*.json")):
         for result in json.loads(file.read_text())["results"]:
-            speeds = "  ".join(f"{name} {way['tokens_per_s']:.0f}" for name, way in result["variants"].items())
-            lines.append(f"{result['case']}, tokens/s: {speeds}")
+            said = "  ".join(
+                f"{name} {way['tokens_per_s']:.0f}" + (f" (tax {way['tax']:.1%})" if "tax" in way else "")
+                for name, way in result["variants"].items()
+            )
+            lines.append(f"{result['case']}, tokens/s: {said}")
     return lines
 
 

@@ -129,19 +129,32 @@ def experts(content: Content) -> str:
 
 
 def training_steps(content: Content) -> str:
-    """Step, tokens/s, model FLOPs utilization and peak memory of every way to train each model."""
+    """A table of every way to train each model; LoRA tax where the frozen model took turns too."""
+    columns: dict[str, Callable[[dict[str, Any], Result], str]] = {
+        "step": lambda one, _: f"{one['step']['median'] * 1e3:.0f} ms",
+        "LoRA tax": lambda one, _: f"{one['tax']:.0%}" if "tax" in one else "",
+        "tokens/s": lambda one, _: f"{one['tokens_per_s']:,.0f}",
+        "time / full fine-tuning": lambda one, _: f"{one['ratio_to_full']:.2f}" if "ratio_to_full" in one else "",
+        "faster than PEFT": _faster_than_peft,
+        "MFU": lambda one, _: f"{one['mfu']:.0%}",
+        "peak memory": lambda one, _: f"{one['peak_bytes'] / 2**30:.1f} GiB",
+    }
+    results = content["results"]
+    if not any(with_adapters(result, "tax") for result in results):
+        del columns["LoRA tax"]
     rows = []
-    for result in content["results"]:
-        rows.append([f"*{_model(result)}*", *[""] * 6])
-        peft = result["variants"].get("peft")
+    for result in results:
+        rows.append([f"*{_model(result)}*", *[""] * len(columns)])
         for name, one in result["variants"].items():
-            faster = f"{peft['step']['median'] / one['step']['median']:.2f}×" if peft and name != "full" else ""
-            step = f"{one['step']['median'] * 1e3:.0f} ms"
-            memory = f"{one['peak_bytes'] / 2**30:.1f} GiB"
-            ratio = f"{one['ratio_to_full']:.2f}" if "ratio_to_full" in one else ""
-            rows.append([LABELS[name], step, f"{one['tokens_per_s']:,.0f}", ratio, faster, f"{one['mfu']:.0%}", memory])
-    head = ["", "step", "tokens/s", "time / full fine-tuning", "faster than PEFT", "MFU", "peak memory"]
-    return _table(head, rows)
+            rows.append([LABELS[name], *(cell(one, result) for cell in columns.values())])
+    return _table(["", *columns], rows)
+
+
+def _faster_than_peft(one: dict[str, Any], result: Result) -> str:
+    peft = result["variants"].get("peft")
+    if peft is None or one in (result["variants"].get("full"), result["variants"].get("frozen")):
+        return ""
+    return f"{peft['step']['median'] / one['step']['median']:.2f}×"
 
 
 def _model(result: Result) -> str:
@@ -225,7 +238,7 @@ def _over_frozen(key: str) -> Callable[[dict[str, Any], Result], str]:
     return cell
 
 
-# head of the first column, which variants have it, what a cell says; whole models have steps and no frozen variant
+# head of the first column, which variants have it, what a cell says; whole models have steps
 _FIGURES: tuple[tuple[str, Callable[[Result], list[str]], Callable[[dict[str, Any], Result], str]], ...] = (
     ("LoRA tax", _with("tax"), _spread),
     ("time / full fine-tuning", _with("ratio_to_full"), lambda one, _: f"{one['ratio_to_full']:.2f}"),
@@ -241,7 +254,9 @@ _FIGURES: tuple[tuple[str, Callable[[Result], list[str]], Callable[[dict[str, An
 
 
 def _over_frozen_of(result: Result, figure: str) -> list[str]:
-    return _having(figure)(result) if "frozen" in result["variants"] else []
+    if "frozen" not in result["variants"]:
+        return []
+    return [name for name in _having(figure)(result) if "step" not in result["variants"][name]]
 
 
 def _variants(results: list[Result], wanted: Callable[[Result], list[str]]) -> list[str]:

@@ -39,7 +39,9 @@ def test_published_sizes(name):
 
 
 # PEFT's experts are left out: it builds W + ΔW of every one, which the formula does not ask for
-@pytest.mark.parametrize(("way", "tiny"), [("full", TINY), ("peft", TINY), ("full", TINY_MOE)])
+@pytest.mark.parametrize(
+    ("way", "tiny"), [("full", TINY), ("peft", TINY), ("frozen", TINY), ("full", TINY_MOE), ("frozen", TINY_MOE)]
+)
 def test_flops_are_those_that_torch_counts(way, tiny):
     sizes, tokens, sequence, rank = Sizes.of(tiny.config()), 64, 32, 4
     built = transformer.build(tiny, sizes, torch.float32, CPU)
@@ -47,7 +49,8 @@ def test_flops_are_those_that_torch_counts(way, tiny):
     built.set_attn_implementation("eager")
     if sizes.E:
         built.set_experts_implementation("eager")
-    one = Trainee(way, built if way == "full" else transformer.adapted(built, rank))
+    made = {"frozen": transformer.frozen, "peft": lambda base: transformer.adapted(base, rank)}
+    one = Trainee(way, made[way](built) if way in made else built)
     with FlopCounterMode(display=False) as counter:
         one.backward(torch.randint(sizes.vocabulary, (1, tokens // sequence, sequence)))
     expected = step_flops(sizes, way, rank, tokens, sequence)
@@ -78,8 +81,9 @@ def test_as_many_layers_as_fit():
 def test_ways_together_hold_one_frozen_base():
     sizes, setting = Sizes.of(TINY.config()), Training(4, 96, 4, False)
     apart = [training_bytes(sizes, way, setting) for way in WAYS]
-    assert together_bytes(sizes, ["full", "peft"], setting) == apart[0] + apart[1]
-    assert together_bytes(sizes, list(WAYS), setting) == sum(apart) - 4 * sizes.weights()
+    assert together_bytes(sizes, ["full", "peft"], setting) == apart[1] + apart[2]
+    assert together_bytes(sizes, ["peft", "lorafuse"], setting) == apart[2] + apart[3] - 4 * sizes.weights()
+    assert together_bytes(sizes, list(WAYS), setting) == sum(apart) - 2 * 4 * sizes.weights()
 
 
 def test_a_tied_embedding_has_two_gradients_at_once_and_an_update_a_fifth_tensor():

@@ -199,18 +199,26 @@ def test_a_file_of_a_gpu_is_published_by_itself(tree, device, filled, capsys):
 
 
 def test_whole_models_are_tabled(tree):
-    """Their figures have steps, and there is no frozen one and no LoRA tax."""
+    """Their figures have steps, and a LoRA tax where the frozen model took turns."""
     ways = {
+        "frozen": {"step": {"median": 1.0, "p20": 0.9, "p80": 1.1}, "ratio_to_full": 0.5, "peak_bytes": 2**28},
         "full": {"step": {"median": 2.0, "p20": 1.9, "p80": 2.1}, "ratio_to_full": 1.0, "peak_bytes": 2**30},
-        "lorafuse": {"step": {"median": 1.2, "p20": 1.1, "p80": 1.3}, "ratio_to_full": 0.6, "peak_bytes": 2**29},
+        "lorafuse": {
+            "step": {"median": 1.2, "p20": 1.1, "p80": 1.3},
+            "ratio_to_full": 0.6,
+            "peak_bytes": 2**29,
+            "tax": 0.2,
+        },
     }
     result = {"kind": "model", "case": "smollm2-135m", "R": 16, "dtype": "float32", "variants": ways, "failed": {}}
     put(tree, "bench/results/gpu-2026-12-01-model.json", content(cuda="13.0") | {"kind": "model", "results": [result]})
     assert publish.main([], tree) == 0
     page = block(tree, "bench/README.md", "results").split("### model, a CPU")[1]
-    assert "| smollm2-135m | 2000 ms (1900 to 2100) | 1200 ms (1100 to 1300) |" in page
+    assert "| smollm2-135m | 1000 ms (900 to 1100) | 2000 ms (1900 to 2100) | 1200 ms (1100 to 1300) |" in page
+    assert "| LoRA tax | lorafuse |\n|---|---:|\n| smollm2-135m | 20% |" in page
     assert "| time / full fine-tuning | lorafuse |\n|---|---:|\n| smollm2-135m | 0.60 |" in page
-    assert "| smollm2-135m | 1024 | 512 |" in page
+    assert "| smollm2-135m | 256 | 1024 | 512 |" in page
+    assert "over frozen" not in page
 
 
 def test_memory_is_tabled(tree):

@@ -1,5 +1,6 @@
 """One training step of a whole model with AdamW: full fine-tuning, LoRA by PEFT, and the same LoRA patched by lorafuse.
 
+The LoRA tax is over the frozen model: its forward, and its backward to the embedded tokens, with nothing to update.
 Tokens/s, peak memory, and model FLOPs utilization: the FLOPs that the model asks for, over time, over what a large
 matrix product reaches here. PEFT and patched start from the same adapters and take the same batches; where their
 losses part, no number is shown. Models of real sizes have random weights and as many layers as fit; SmolLM2 is real.
@@ -105,7 +106,7 @@ def table(result: dict[str, Any]) -> Any:
 
     title = f"{result['case']}: {result['batch']} × {result['tokens']} tokens a micro-batch, rank {result['R']}"
     found = Table(title=f"{title}, {result['dtype']}", box=SIMPLE_HEAD)
-    columns = ("", "step s\n\\[20-80 %]", "of\nfull", "tokens/s", "MFU", "peak\nMiB", "weights\nMiB")
+    columns = ("", "step s\n\\[20-80 %]", "LoRA\ntax", "of\nfull", "tokens/s", "MFU", "peak\nMiB", "weights\nMiB")
     for column in (*columns, "optimizer\nMiB", "step\nMiB", "of which\ngradients"):
         found.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for way, figure in result["variants"].items():
@@ -114,6 +115,7 @@ def table(result: dict[str, Any]) -> Any:
         found.add_row(
             way,
             f"{step['median']:.3f} \\[{step['p20']:.3f}-{step['p80']:.3f}]",
+            f"{figure['tax']:.1%}" if "tax" in figure else "",
             f"{figure['ratio_to_full']:.2f}" if "ratio_to_full" in figure else "",
             f"{figure['tokens_per_s']:.0f}",
             f"{figure['mfu']:.1%}",

@@ -19,7 +19,7 @@ from lorafuse.bench.limits import is_out_of_memory, out_of_memory
 from lorafuse.bench.result import Wrong
 from lorafuse.bench.timed import Progress
 from lorafuse.bench.training import Trainee
-from lorafuse.bench.transformer import Model, adapted, build, free_bytes, twin
+from lorafuse.bench.transformer import Model, adapted, build, free_bytes, frozen, twin
 from lorafuse.bench.transformer_cost import WAYS, Sizes, Training, fits, step_flops, together_bytes
 from lorafuse.integrations import patch
 from lorafuse.testing.timing import percentile
@@ -67,7 +67,8 @@ class _Run:
     built: dict[str, Any] = field(default_factory=dict)
     # of every step that was done, also by ways that failed later
     losses: dict[str, list[float]] = field(default_factory=dict)
-    # loss of the first micro-batch by "base", the PEFT model without adapters, and by "full" before its first step
+    # loss of the first micro-batch by "base", the PEFT model without adapters, by "full" before its first step, and by
+    # "frozen"
     first: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -103,7 +104,7 @@ def run_case(case: Case, args: argparse.Namespace, device: torch.device, progres
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6", category=FutureWarning)
         warnings.filterwarnings("ignore", message="Could not find a config file in", category=UserWarning)
-        apart = [group for group in (["full"], ["peft", "lorafuse"]) if set(group) & set(args.ways)]
+        apart = [group for group in (["full"], ["frozen", "peft", "lorafuse"]) if set(group) & set(args.ways)]
         apart = [[way for way in group if way in args.ways] for group in apart]
         together = [[way for way in WAYS if way in args.ways]]
         train = Training(args.rank, case.batch * case.tokens, getattr(torch, args.dtype).itemsize, case.checkpointing)
@@ -131,15 +132,14 @@ def _run_turns(
             for way in ways:
                 run.failed.setdefault(way, out_of_memory(error))
         _release(device)
-    losses = run.first
-    if len(losses) == 2:
-        difference, bound = abs(losses["full"] - losses["base"]), training.loss_bound(run.dtype, losses["base"])
+    base = run.first.pop("base", math.nan)
+    for way, loss in run.first.items() if not math.isnan(base) else ():
+        difference, bound = abs(loss - base), training.loss_bound(run.dtype, base)
         if not difference <= bound:
             raise Wrong(
-                f"full fine-tuning begins at a loss of {losses['full']:.6f}, the base without adapters has "
-                f"{losses['base']:.6f}: above {bound:.1e} apart"
+                f"{way} begins at a loss of {loss:.6f}, PEFT without adapters at {base:.6f}: above {bound:.1e} apart"
             )
-        run.parity["full_from_base"] = difference
+        run.parity[f"{way}_from_base"] = difference
     return run
 
 
@@ -155,7 +155,7 @@ def _run_group(run: _Run, ways: list[str], seconds: float) -> None:
         for trainee in order.sample(trainees, len(trainees)):
             run.progress(index, total, f"{trainee.name}, step {index + 1}")
             run.attempt(trainee.name, lambda trainee=trainee, ids=ids: trainee.step(ids))  # type: ignore[misc]
-            if trainee.name in run.failed:
+            if trainee.name in run.failed and trainee.optimizer is not None:
                 # the others must not pay for what it left
                 trainee.optimizer.zero_grad()
         trainees = [trainee for trainee in trainees if trainee.name not in run.failed]
@@ -168,7 +168,7 @@ def _run_group(run: _Run, ways: list[str], seconds: float) -> None:
 
 
 def _build(run: _Run, ways: list[str]) -> list[Trainee]:
-    """The ways that fit, each checked on the first micro-batch: patched against PEFT, full against the base."""
+    """The ways that fit, each checked on the first micro-batch: patched against PEFT, full and frozen by their loss."""
     run.progress(0, 1, f"building {run.case.model.name}")
     micro = run.ids(0)[0]
     base = build(run.case.model, run.case.sizes, run.dtype, run.device)
@@ -192,6 +192,14 @@ def _build(run: _Run, ways: list[str]) -> list[Trainee]:
             take("full", full)
     if ways == ["full"]:
         return trainees
+    if "frozen" in ways:
+        floor = frozen(base)
+        reached = run.attempt("frozen", lambda: training.input_gradient(floor, micro))
+        if reached is not None:
+            run.first["frozen"], gradient = reached
+            if gradient is None or not (gradient.any() and gradient.isfinite().all()):
+                raise Wrong("frozen: no gradient reaches the embedded tokens")
+            take("frozen", floor)
     run.progress(0, 1, "comparing patched with PEFT")
     stock = adapted(base, run.args.rank)
     patched = twin(stock) if "lorafuse" in ways else None
@@ -262,19 +270,27 @@ def _figures(run: _Run, trainee: Trainee, warm_up: int) -> dict[str, Any]:
 def _result(run: _Run, turns: list[list[str]]) -> dict[str, Any]:
     case, args = run.case, run.args
     whole = Sizes.of(case.model.config())
+    tokens = case.accumulate * case.batch * case.tokens
+    flops = {way: step_flops(case.sizes, way, args.rank, tokens, case.tokens) for way in WAYS}
     variants = {way: run.figures[way] for way in WAYS if way in run.figures}
-    if "full" in variants:
-        for figure in variants.values():
-            figure["ratio_to_full"] = figure["step"]["median"] / variants["full"]["step"]["median"]
+    medians = {way: figure["step"]["median"] for way, figure in variants.items()}
+    for way, figure in variants.items():
+        if "full" in medians:
+            figure["ratio_to_full"] = medians[way] / medians["full"]
+        if "frozen" in medians and way in ("peft", "lorafuse"):
+            figure["tax"] = medians[way] / medians["frozen"] - 1
     return {
         "kind": "model", "case": case.name, "model": case.model.name,
         "weights": "real" if case.model.real else "random",
         "layers": case.sizes.layers, "layers_of_model": whole.layers,
         "vocabulary": case.sizes.vocabulary, "vocabulary_of_model": whole.vocabulary,
         "accumulate": case.accumulate, "batch": case.batch, "tokens": case.tokens,
-        "tokens_per_step": case.accumulate * case.batch * case.tokens,
+        "tokens_per_step": tokens,
         "checkpointing": case.checkpointing, "R": args.rank, "dtype": args.dtype,
         "peak_flops_per_s": peaks.matmul_flops(run.dtype, run.device),
+        "floors": {
+            "tax": flops["lorafuse"] / flops["frozen"] - 1, "ratio_to_full": flops["lorafuse"] / flops["full"],
+        },
         "turns": turns, "parity": run.parity, "variants": variants,
         "failed": {way: reason for way, reason in run.failed.items() if way in args.ways},
     }  # fmt: skip

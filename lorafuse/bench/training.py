@@ -12,7 +12,10 @@ from torch import Tensor
 from lorafuse.testing.memory import peak_bytes
 from lorafuse.testing.numerics import relative_l2, rounding, tolerance
 
-__all__ = ["Seen", "Trainee", "batches", "compare", "half_adapters", "loss_bound", "observe", "without_adapters"]
+__all__ = [
+    "Seen", "Trainee", "batches", "compare", "half_adapters", "input_gradient", "loss_bound", "observe",
+    "without_adapters",
+]  # fmt: skip
 
 # so that losses stay finite and yet move: of adapters, and of whole models
 _LEARNING_RATE = {"full": 1e-5, "adapters": 1e-4}
@@ -31,7 +34,10 @@ def batches(vocabulary: int, size: tuple[int, int, int], step: int, device: torc
 
 @dataclass
 class Trainee:
-    """A model in training, and what was seen of it: mean loss and seconds of each step."""
+    """A model in training, and what was seen of it: mean loss and seconds of each step.
+
+    Of one that trains nothing a step is forward and backward to its embedded tokens.
+    """
 
     name: str
     model: Any
@@ -41,7 +47,7 @@ class Trainee:
     def __post_init__(self) -> None:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         rate = _LEARNING_RATE.get(self.name, _LEARNING_RATE["adapters"])
-        self.optimizer = torch.optim.AdamW(self.trained, lr=rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=rate, weight_decay=0.0) if self.trained else None
 
     def backward(self, ids: Tensor) -> Tensor:
         """Mean loss of the micro-batches `[accumulate, batch, tokens]`, with its gradients added to what is there."""
@@ -55,8 +61,9 @@ class Trainee:
     def update(self, ids: Tensor) -> Tensor:
         """One optimizer step; its loss."""
         loss = self.backward(ids)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         return loss
 
     def step(self, ids: Tensor) -> None:
@@ -77,7 +84,8 @@ class Trainee:
         """
         step = peak_bytes(lambda: self.update(ids[:2]), ids.device)
         weights = _bytes(list(self.model.parameters()))
-        state = _bytes([v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)])
+        states = self.optimizer.state.values() if self.optimizer is not None else ()
+        state = _bytes([v for s in states for v in s.values() if isinstance(v, Tensor)])
         return {
             "weights_bytes": weights,
             "gradient_bytes": _bytes(self.trained),
@@ -124,6 +132,16 @@ def observe(model: Any, micro: Tensor, gradients: bool = True) -> Seen:
                 seen.gradients[name] = found
                 parameter.grad = None
     return seen
+
+
+def input_gradient(model: Any, micro: Tensor) -> tuple[float, Tensor | None]:
+    """Loss of token ids `[batch, tokens]`, and the gradient that reaches a frozen model's embedded tokens."""
+    embedded: list[Tensor] = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, out: embedded.append(out))
+    loss = model(input_ids=micro, labels=micro).loss
+    hook.remove()
+    loss.backward()
+    return loss.item(), embedded[0].grad
 
 
 def without_adapters(model: Any, micro: Tensor) -> Seen:

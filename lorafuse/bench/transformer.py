@@ -10,7 +10,7 @@ from torch import nn
 from lorafuse.bench.limits import available_bytes
 from lorafuse.bench.transformer_cost import Sizes
 
-__all__ = ["MODELS", "Model", "adapted", "build", "find", "free_bytes", "twin"]
+__all__ = ["MODELS", "Model", "adapted", "build", "find", "free_bytes", "frozen", "twin"]
 
 # standard deviation of B, as transformers initializes weights: with scale 2 and rank 16 the delta of a layer is about a
 # tenth of its output, so that an adapter that is missing, or scaled, is seen in the loss
@@ -137,6 +137,13 @@ def build(model: Model, sizes: Sizes, dtype: torch.dtype, device: torch.device, 
             built = AutoModelForCausalLM.from_config(config, dtype=dtype)
     built.config.use_cache = False
     return built.train()
+
+
+def frozen(base: Any) -> Any:
+    """The model without adapters, its weights frozen and shared, as one whose backward reaches the embedded tokens."""
+    copied = twin(base.requires_grad_(False))
+    copied.enable_input_require_grads()
+    return copied
 
 
 def adapted(base: Any, rank: int, seed: int = 0) -> Any:

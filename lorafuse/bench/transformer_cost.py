@@ -10,7 +10,9 @@ from typing import Any
 
 __all__ = ["WAYS", "Sizes", "Training", "fits", "fitting", "step_flops", "together_bytes", "training_bytes"]
 
-WAYS = ("full", "peft", "lorafuse")
+WAYS = ("frozen", "full", "peft", "lorafuse")
+# these take turns on one set of frozen weights
+_ONE_BASE = {"frozen", "peft", "lorafuse"}
 # of the memory that is free: the allocator's fragments, the libraries' workspaces, and an estimate that is one
 _SHARE = 0.8
 # a vocabulary is not cut below it
@@ -70,12 +72,13 @@ def step_flops(sizes: Sizes, way: str, rank: int, tokens: int, sequence: int) ->
     full: 6·N·T + 12·L·D·S·T with N active weights, two FLOPs each in forward, input gradient and weight gradient
     (Chowdhery et al., PaLM, 2022, appendix B, whose attention term counts the whole S × S square as this one does).
     LoRA: 4·N·T + 6·N_lora·T + 12·L·D·S·T, the frozen weights having no gradient. The first layer's input gradient,
-    which nobody needs where the embedding is frozen, is counted nevertheless.
+    which nobody needs where the embedding is frozen, is counted nevertheless. frozen: the same without adapters.
     """
     attention = 12 * sizes.layers * sizes.D * sequence * tokens
     if way == "full":
         return 6 * sizes.active_weights() * tokens + attention
-    return (4 * sizes.active_weights() + 6 * sizes.adapter_weights(rank, sizes.k)) * tokens + attention
+    adapters = 0 if way == "frozen" else sizes.adapter_weights(rank, sizes.k)
+    return (4 * sizes.active_weights() + 6 * adapters) * tokens + attention
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def training_bytes(sizes: Sizes, way: str, training: Training) -> int:
         # a tied embedding has a gradient from the head and one from the look-up before they are one
         tied = size * sizes.vocabulary * sizes.H if sizes.tied else 0
         return max(total + 3 * size * sizes.weights() + tied, 5 * size * sizes.weights())
-    return total + _ADAPTER_BYTES * sizes.adapter_weights(training.rank, sizes.E)
+    return total + (0 if way == "frozen" else _ADAPTER_BYTES * sizes.adapter_weights(training.rank, sizes.E))
 
 
 def fitting(sizes: Sizes, needed: Callable[[Sizes], int], free: int) -> Sizes:
@@ -133,8 +136,8 @@ def fitting(sizes: Sizes, needed: Callable[[Sizes], int], free: int) -> Sizes:
 
 
 def together_bytes(sizes: Sizes, ways: list[str], training: Training) -> int:
-    """An upper estimate of what several ways hold that take turns in one process; PEFT and lorafuse share one base."""
-    shared = training.itemsize * sizes.weights() if {"peft", "lorafuse"} <= set(ways) else 0
+    """An upper estimate of what several ways hold that take turns in one process; all but full share one base."""
+    shared = training.itemsize * sizes.weights() * max(0, len(_ONE_BASE.intersection(ways)) - 1)
     return sum(training_bytes(sizes, way, training) for way in ways) - shared
 
 
