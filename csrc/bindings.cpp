@@ -6,6 +6,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
+#include <tuple>
 
 #include <lorafuse/api.hpp>
 
@@ -26,10 +28,17 @@ using Pointer = uintptr_t;
 using Release = py::call_guard<py::gil_scoped_release>;
 // block_n, stages, cluster, group_m, sms
 using TilingValues = std::array<int, 5>;
+// in_type, transposed, rows, columns, in, stride_in, scale, out, stride_out; None: no adapter
+using RoundValues = std::tuple<int, bool, int64_t, int64_t, Pointer, int64_t, float, Pointer, int64_t>;
 
 template <class T = void>
 T* at(Pointer address) {
   return reinterpret_cast<T*>(address);
+}
+lorafuse::Round round_of(int type, const std::optional<RoundValues>& values) {
+  if (!values) return {};
+  const auto& [in_type, transposed, rows, columns, in, stride_in, scale, out, stride_out] = *values;
+  return {Type{in_type}, Type{type}, transposed, rows, columns, at(in), stride_in, scale, at(out), stride_out};
 }
 Tiling tiling_of(const TilingValues& t) { return {t[0], t[1], t[2], t[3], t[4]}; }
 
@@ -65,17 +74,15 @@ void grouped_linear(int type, int64_t rows, int64_t groups, int64_t N, int64_t K
                            at(stream));
 }
 
-void round_adapter(int in_type, int type, bool transposed, int64_t rows, int64_t columns, Pointer in, int64_t stride_in,
-                   float scale, Pointer out, int64_t stride_out, Pointer stream) {
-  lorafuse::round_adapter({Type{in_type}, Type{type}, transposed, rows, columns, at(in), stride_in, scale, at(out),
-                           stride_out},
-                          at(stream));
+void round_adapter(int type, const RoundValues& rounded, Pointer stream) {
+  lorafuse::round_adapter(round_of(type, rounded), at(stream));
 }
 
 void project_x(int type, int a_type, int64_t M, int64_t K, int64_t R, Pointer x, int64_t stride_x, Pointer a,
-               int64_t stride_a, Pointer xa, int64_t stride_xa, Pointer seed, uint32_t drop_below, Pointer stream) {
+               int64_t stride_a, Pointer xa, int64_t stride_xa, Pointer seed, uint32_t drop_below,
+               const std::optional<RoundValues>& rounded, Pointer stream) {
   lorafuse::project_x({Type{type}, Type{a_type}, M, K, R, at(x), stride_x, at(a), stride_a, at(xa), stride_xa,
-                       at<int64_t>(seed), drop_below},
+                       at<int64_t>(seed), drop_below, round_of(type, rounded)},
                       at(stream));
 }
 
@@ -83,7 +90,7 @@ lorafuse::ReduceDy reduce_dy_of(int type, int b_type, int64_t M, int64_t N, int6
                                 Pointer b, int64_t stride_b, Pointer xa, int64_t stride_xa, float scale, Pointer dyb,
                                 int64_t stride_dyb, Pointer db, Pointer dbias, Pointer workspace, int sms) {
   return {Type{type}, Type{b_type}, M,         N,     R,       at(dy),     stride_dy, at(b),     stride_b,
-          at(xa),     stride_xa,    scale,     at(dyb), stride_dyb, at(db), at(dbias), at(workspace), sms};
+          at(xa),     stride_xa,    scale,     at(dyb), stride_dyb, at(db), at(dbias), at(workspace), sms,         {}};
 }
 int64_t reduce_dy_workspace(int type, int b_type, int64_t M, int64_t N, int64_t R, bool dyb, bool db, bool dbias,
                             int sms) {
@@ -93,10 +100,12 @@ int64_t reduce_dy_workspace(int type, int b_type, int64_t M, int64_t N, int64_t 
 }
 void reduce_dy(int type, int b_type, int64_t M, int64_t N, int64_t R, Pointer dy, int64_t stride_dy, Pointer b,
                int64_t stride_b, Pointer xa, int64_t stride_xa, float scale, Pointer dyb, int64_t stride_dyb,
-               Pointer db, Pointer dbias, Pointer workspace, int sms, Pointer stream) {
-  lorafuse::reduce_dy(reduce_dy_of(type, b_type, M, N, R, dy, stride_dy, b, stride_b, xa, stride_xa, scale, dyb,
-                                   stride_dyb, db, dbias, workspace, sms),
-                      at(stream));
+               Pointer db, Pointer dbias, Pointer workspace, int sms, const std::optional<RoundValues>& rounded,
+               Pointer stream) {
+  lorafuse::ReduceDy p = reduce_dy_of(type, b_type, M, N, R, dy, stride_dy, b, stride_b, xa, stride_xa, scale, dyb,
+                                      stride_dyb, db, dbias, workspace, sms);
+  p.rounded = round_of(type, rounded);
+  lorafuse::reduce_dy(p, at(stream));
 }
 
 lorafuse::ReduceX reduce_x_of(int type, int a_type, int64_t M, int64_t K, int64_t R, Pointer x, int64_t stride_x,
@@ -185,18 +194,16 @@ PYBIND11_MODULE(LORAFUSE_MODULE, m) {
         arg("K"), arg("R"), arg("transposed") = false, arg("ends"), arg("x"), arg("stride_x"), arg("w"),
         arg("bias") = 0, arg("xa") = 0, arg("stride_xa") = 0, arg("b") = 0, arg("stride_b") = 0, arg("y"),
         arg("stride_y"), arg("overlap_previous") = false, arg("tiling"), arg("stream") = 0);
-  m.def("round_adapter", &round_adapter, Release(), py::kw_only(), arg("in_type"), arg("type"),
-        arg("transposed") = false, arg("rows"), arg("columns"), arg("input"), arg("stride_input"), arg("scale") = 1.0f, arg("out"), arg("stride_out"),
-        arg("stream") = 0);
+  m.def("round_adapter", &round_adapter, Release(), py::kw_only(), arg("type"), arg("rounded"), arg("stream") = 0);
   m.def("project_x", &project_x, Release(), py::kw_only(), arg("type"), arg("a_type"), arg("M"), arg("K"), arg("R"),
         arg("x"), arg("stride_x"), arg("a"), arg("stride_a"), arg("xa"), arg("stride_xa"), arg("seed") = 0,
-        arg("drop_below") = 0, arg("stream") = 0);
+        arg("drop_below") = 0, arg("rounded") = py::none(), arg("stream") = 0);
   m.def("reduce_dy_workspace", &reduce_dy_workspace, py::kw_only(), arg("type"), arg("b_type"), arg("M"), arg("N"),
         arg("R"), arg("dyb"), arg("db"), arg("dbias"), arg("sms") = 0);
   m.def("reduce_dy", &reduce_dy, Release(), py::kw_only(), arg("type"), arg("b_type"), arg("M"), arg("N"), arg("R"),
         arg("dy"), arg("stride_dy"), arg("b") = 0, arg("stride_b") = 0, arg("xa") = 0, arg("stride_xa") = 0,
         arg("scale") = 1.0f, arg("dyb") = 0, arg("stride_dyb") = 0, arg("db") = 0, arg("dbias") = 0, arg("workspace"),
-        arg("sms") = 0, arg("stream") = 0);
+        arg("sms") = 0, arg("rounded") = py::none(), arg("stream") = 0);
   m.def("reduce_x_workspace", &reduce_x_workspace, py::kw_only(), arg("type"), arg("a_type"), arg("M"), arg("K"),
         arg("R"), arg("sms") = 0);
   m.def("reduce_x", &reduce_x, Release(), py::kw_only(), arg("type"), arg("a_type"), arg("M"), arg("K"), arg("R"),

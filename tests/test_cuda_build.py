@@ -153,11 +153,11 @@ class TestModule:
         compiled()
         if torch.cuda.is_available():
             pytest.skip("there is a GPU: nothing fails")
-        rounding = {"in_type": 2, "type": 0, "rows": 2, "columns": 8, "input": 64, "stride_input": 8, "out": 64}
+        rounded = 2, False, 2, 8, 64, 8, 1.0, 64
         with pytest.raises(RuntimeError, match="cuda"):
-            cuda_native.native("_cuda").round_adapter(**rounding, stride_out=8)
+            cuda_native.native("_cuda").round_adapter(type=0, rounded=(*rounded, 8))
         with pytest.raises(ValueError, match="stride 4 of out is below its 8 columns"):
-            cuda_native.native("_cuda").round_adapter(**rounding, stride_out=4)
+            cuda_native.native("_cuda").round_adapter(type=0, rounded=(*rounded, 4))
         with pytest.raises(TypeError, match="incompatible function arguments"):
             cuda_native.native("_cuda").round_adapter(2, 0)
 

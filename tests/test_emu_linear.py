@@ -321,7 +321,7 @@ class TestRefusals:
 
     def test_what_a_kernel_refuses_is_a_value_error(self, emu):
         with pytest.raises(ValueError, match="stride 12 of out is not a multiple of 8"):
-            emu.round_adapter(in_type=2, type=0, rows=2, columns=12, input=64, stride_input=12, out=64, stride_out=12)
+            emu.round_adapter(type=0, rounded=(2, False, 2, 12, 64, 12, 1.0, 64, 12))
 
     def test_what_the_emulator_objects_to_is_an_error_of_its_own(self, emu):
         assert issubclass(emu.EmulationError, RuntimeError)

@@ -54,20 +54,31 @@ def drop_arguments(seed, p):
     return {"seed": declare("seed", seed), "drop_below": min(int(p * 2**32), 2**32 - 1)}
 
 
-def project_x(x, a, seed=None, p=0.0, stride=None):
+def to_round(t, dtype, scale, stride, transposed=False):
+    """Where an adapter is to be rounded, and what its launch is told; `out` is read when the launch has ended."""
+    rows, columns = reversed(t.shape) if transposed else t.shape
+    out = nan(rows, stride, dtype=dtype)
+    place = declare("in", t), t.stride(0), scale, declare("out", out), stride
+    return out, (TYPES[t.dtype], transposed, rows, columns, *place)
+
+
+def project_x(x, a, seed=None, p=0.0, stride=None, adapter=None):
     emu.forget_memory()
+    out, rounded = to_round(*adapter) if adapter else (None, None)
     (M, K), R = x.shape, a.shape[0]
     stride = stride or -(-R // 8) * 8
     xa = nan(M, stride, dtype=x.dtype)
     emu.project_x(
         type=TYPES[x.dtype], a_type=TYPES[a.dtype], M=M, K=K, R=R, x=declare("x", x), stride_x=x.stride(0),
         a=declare("a", a), stride_a=a.stride(0), xa=declare("xa", xa), stride_xa=stride, **drop_arguments(seed, p),
+        rounded=rounded,
     )  # fmt: skip
-    return xa
+    return (xa, out) if adapter else xa
 
 
-def reduce_dy(dy, b, xa, scale=1.0, want=(True, True, True), sms=4, stride=None):
+def reduce_dy(dy, b, xa, scale=1.0, want=(True, True, True), sms=4, stride=None, adapter=None):
     emu.forget_memory()
+    rounded_out, rounded = to_round(*adapter) if adapter else (None, None)
     (M, N), R = dy.shape, b.shape[1]
     stride = stride or -(-R // 8) * 8
     out = (nan(M, stride, dtype=dy.dtype), nan(N, R, dtype=b.dtype), nan(N, dtype=dy.dtype))
@@ -82,9 +93,9 @@ def reduce_dy(dy, b, xa, scale=1.0, want=(True, True, True), sms=4, stride=None)
         xa=declare("xa", xa) if want[1] else 0, stride_xa=xa.stride(0),
         dyb=0 if dyb is None else declare("dyb", dyb), stride_dyb=stride,
         db=0 if db is None else declare("db", db), dbias=0 if dbias is None else declare("dbias", dbias),
-        workspace=declare("workspace", workspace, unwritten=True),
+        workspace=declare("workspace", workspace, unwritten=True), rounded=rounded,
     )  # fmt: skip
-    return dyb, db, dbias
+    return (dyb, db, dbias, rounded_out) if adapter else (dyb, db, dbias)
 
 
 def reduce_x(x, dyb, a_dtype, seed=None, p=0.0, sms=4):
@@ -100,27 +111,38 @@ def reduce_x(x, dyb, a_dtype, seed=None, p=0.0, sms=4):
     return da
 
 
-def round_adapter(t, dtype, scale, stride):
+def round_adapter(t, dtype, scale, stride, transposed=False):
     emu.forget_memory()
-    out = nan(t.shape[0], stride, dtype=dtype)
-    emu.round_adapter(
-        in_type=TYPES[t.dtype], type=TYPES[dtype], rows=t.shape[0], columns=t.shape[1], input=declare("in", t),
-        stride_input=t.stride(0), scale=scale, out=declare("out", out), stride_out=stride,
-    )  # fmt: skip
+    out, rounded = to_round(t, dtype, scale, stride, transposed)
+    emu.round_adapter(type=TYPES[dtype], rounded=rounded)
     return out
 
 
+def beside_project_x(*adapter):
+    """The same in the launch of another pass, whose own result must not change."""
+    x, a = rows(torch.randn(70, 40).to(adapter[1])), rows(torch.randn(17, 40))
+    xa, out = project_x(x, a, adapter=adapter)
+    assert torch.equal(xa, project_x(x, a))
+    return out
+
+
+def beside_reduce_dy(*adapter):
+    dy, b, xa = rows(torch.randn(70, 40).to(adapter[1])), torch.randn(40, 5), rows(torch.randn(70, 5).to(adapter[1]))
+    *found, out = reduce_dy(dy, b, xa, adapter=adapter)
+    assert all(torch.equal(one, other) for one, other in zip(found, reduce_dy(dy, b, xa), strict=True))
+    return out
+
+
+LAUNCHES = [round_adapter, beside_project_x, beside_reduce_dy]
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 40), (300, 16), (72, 13)])
 @pytest.mark.parametrize("in_dtype", [FP32, BF16])
-def test_rounded_and_transposed(shape, in_dtype):
+def test_rounded_and_transposed(shape, in_dtype, launch):
     t = torch.randn(shape).to(in_dtype)
-    emu.forget_memory()
-    (rows, columns), stride = reversed(shape), -(-shape[0] // 8) * 8 + 8
-    out = nan(rows, stride, dtype=BF16)
-    emu.round_adapter(
-        in_type=TYPES[in_dtype], type=TYPES[BF16], transposed=True, rows=rows, columns=columns, input=declare("in", t),
-        stride_input=t.stride(0), scale=0.75, out=declare("out", out), stride_out=stride,
-    )  # fmt: skip
+    columns, stride = shape[0], -(-shape[0] // 8) * 8 + 8
+    out = launch(t, BF16, 0.75, stride, True)
     assert torch.equal(out[:, :columns], (0.75 * t.float()).to(BF16).t())
     assert not out[:, columns:].any()
 
@@ -221,12 +243,13 @@ def test_mask_bit_for_bit(K, p, sms):
     assert torch.equal(xa[:, :last], keep[:, -last:])
 
 
+@pytest.mark.parametrize("launch", LAUNCHES)
 @pytest.mark.parametrize("in_dtype", [FP32, None])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(("shape", "stride"), [((1, 1), 8), ((5, 13), 16), ((70, 301), 304), ((3, 16), 64)])
-def test_round_adapter(shape, stride, dtype, in_dtype):
+def test_rounded(shape, stride, dtype, in_dtype, launch):
     t = torch.randn(shape).to(in_dtype or dtype)
-    out = round_adapter(t, dtype, 0.3, stride)
+    out = launch(t, dtype, 0.3, stride)
     assert torch.equal(out[:, : shape[1]], (t.float() * torch.tensor(0.3)).to(dtype))
     assert not out[:, shape[1] :].any()
 

@@ -74,19 +74,19 @@ class TestLegal:
 
 class TestCost:
     def test_a_main_loop_like_cublas(self):
-        """A read of x for xa, at 0.7 of a copy's rate; cuBLAS's time for R more columns of x; two gaps of 2 us."""
+        """A read of x for xa, at 0.7 of a copy's rate; cuBLAS's time for R more columns of x; a gap of 2 us."""
         found = ways(HEADLINE, find("H200"))["two_kernel"]
-        assert found.seconds * 1e6 == pytest.approx(15.6 / 0.7 + 4 + 347.9 * (1 + 16 / 4096), rel=0.01)
+        assert found.seconds * 1e6 == pytest.approx(15.6 / 0.7 + 2 + 347.9 * (1 + 16 / 4096), rel=0.005)
 
     def test_one_launch_costs_more_than_the_read_of_x(self):
-        """As measured: 410 us against 394."""
+        """As measured, 410 us against 394, of which 2 were b's own launch."""
         found = ways(HEADLINE, find("H200"))
-        assert found["single_kernel"].seconds - found["two_kernel"].seconds == pytest.approx(16e-6, rel=0.1)
+        assert found["single_kernel"].seconds - found["two_kernel"].seconds == pytest.approx(18e-6, rel=0.05)
 
     def test_a_backward_pass_reads_dy_once_beside_the_product(self):
         found = ways(replace(HEADLINE, gradients=BACKWARD), find("H200"))["one_pass_backward"]
         names = [part.name for part in found.parts]
-        assert names == ["dyb, db from one read of dy", "a rounded", "dx = dy w + dyb a", "da = dybᵀ x", "launch gaps"]
+        assert names == ["dyb, db from one read of dy, a rounded", "dx = dy w + dyb a", "da = dybᵀ x", "launch gaps"]
         assert [c.kernel for c in found.configs] == ["dyb_db", "dx", "da"]
 
     def test_da_and_db_beside_dx(self, monkeypatch):
@@ -101,7 +101,7 @@ class TestCost:
         _select.cache_clear()
         assert [c.kernel for c in found().configs] == ["dyb", "dx"]
         assert found().configs[1].beside == 4
-        assert found().seconds * 1e6 == pytest.approx(15.6 / 0.7 + 6 + 8 * 128 * 2 * 40960 / 217.6e3, rel=0.01)
+        assert found().seconds * 1e6 == pytest.approx(15.6 / 0.7 + 4 + 8 * 128 * 2 * 40960 / 217.6e3, rel=0.01)
         # a short product is better off with fewer tiles at a time
         assert found(N=1024).configs[1].beside > 4
         monkeypatch.undo()

@@ -1,4 +1,4 @@
-// xa = drop(x) aᵀ, the low-rank projection, in one pass over x; and adapters rounded for the products that take them.
+// xa = drop(x) aᵀ, the low-rank projection, in one pass over x; and beside it an adapter rounded for the product after it.
 //
 // Shapes: x [M, K], a [R, K] (fp32 is rounded to x's type on its way to the registers), xa [M, R] and zeros up to its
 // stride. The mask of dropout is that of lorafuse/philox.py, drawn in place, one Philox call for four elements.
@@ -12,12 +12,11 @@
 // and a three times (in, and out for two groups of rows): at R = 16 in 16 bits 2 · 16 + 3 · 4 KB a stage, 350 clocks at
 // 128 bytes, 47 bytes of x a clock; at R = 64 2 · 16 + 3 · 16 KB, 26 a clock. An H200 brings 21.
 //
-// Ranks above 64 take several blocks, which run side by side so that all but one find x in L2.
+// Ranks above 64 take several blocks, which run side by side so that all but one find x in L2. Blocks past those round
+// the adapter, if there is one (round_sm80.cuh).
 #pragma once
 
-#include "skinny_sm80.cuh"
-
-#include <lorafuse/api.hpp>
+#include "round_sm80.cuh"
 
 namespace lorafuse::skinny {
 
@@ -64,6 +63,11 @@ LF_KERNEL_SHARED(kThreads, (ProjectShape<T, A, BLOCK_M, RANKS>::kBlocks)) projec
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
   const int part = warp % S::kParts, warp_row = warp / S::kParts * S::WARP_M;
   const int rank_tiles = static_cast<int>(ceil_div<int64_t>(p.R, RANKS));
+  const int64_t past = static_cast<int64_t>(blockIdx.x) - ceil_div<int64_t>(p.M, BLOCK_M) * rank_tiles;
+  if (past >= 0) {
+    round_chunk<T>(p.rounded, past * kThreads + thread);
+    return;
+  }
   const int i_r = static_cast<int>(blockIdx.x) % rank_tiles, rank = i_r * RANKS;
   const int64_t row = static_cast<int64_t>(blockIdx.x) / rank_tiles * BLOCK_M;
   const int steps = static_cast<int>(ceil_div<int64_t>(p.K, S::BLOCK_K));
@@ -130,27 +134,6 @@ LF_KERNEL_SHARED(kThreads, (ProjectShape<T, A, BLOCK_M, RANKS>::kBlocks)) projec
       ptx::store_global(reinterpret_cast<Chunk*>(place), Chunk{});
     }
   }
-}
-
-// out = scale · in rounded to T, zeros up to the stride: eight columns a thread. Bytes: one read and one write.
-// Transposed, neighbouring threads have neighbouring rows of out, which are neighbours in a row of in.
-template <class T, class In>
-LF_KERNEL_SHARED(kThreads, 4) round_kernel(const Round p) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + static_cast<int64_t>(threadIdx.x);
-  const int64_t chunks = p.stride_out / 8;
-  const int64_t row = p.transposed ? i % p.rows : i / chunks, column = (p.transposed ? i / p.rows : i % chunks) * 8;
-  if (row >= p.rows || column >= p.stride_out) return;
-  const int64_t step = p.transposed ? p.stride_in : 1;
-  const In* in = static_cast<const In*>(p.in) + row * (p.transposed ? 1 : p.stride_in) + column * step;
-  float values[8];
-  LF_UNROLL
-  for (int j = 0; j < 8; ++j) {
-    values[j] = column + j < p.columns ? p.scale * ptx::to_float(ptx::load_global(in + j * step)) : 0.0f;
-  }
-  Chunk chunk;
-  LF_UNROLL
-  for (int j = 0; j < 4; ++j) chunk.words[j] = ptx::pack<T>(values[2 * j], values[2 * j + 1]);
-  ptx::store_global(reinterpret_cast<Chunk*>(static_cast<T*>(p.out) + row * p.stride_out + column), chunk);
 }
 
 }  // namespace lorafuse::skinny

@@ -11,7 +11,7 @@
 // The items of work, BLOCK_M rows of BLOCK_N columns, are listed column block by column block; block p of `blocks`
 // takes one contiguous share of the list and keeps the column sums of its column block in registers. Per item it writes
 // fp32 partial sums of rows, per column block it meets those of columns and bias. A second kernel adds them in the
-// order of the list, scales once and rounds.
+// order of the list, scales once and rounds; and beside that an adapter, for the product that follows.
 //
 // Bytes: 2 M C of left once, and partials, written and read, mostly within L2:
 //     8 R (M C / BLOCK_N + blocks · BLOCK_N + C), least where C / BLOCK_N = √(blocks C / M).
@@ -25,7 +25,7 @@
 // no warp can issue, for three barriers an item and eight warps that do the same at the same time.
 #pragma once
 
-#include "skinny_sm80.cuh"
+#include "round_sm80.cuh"
 
 namespace lorafuse::skinny {
 
@@ -67,6 +67,7 @@ struct Reduce {
   void* columns_out;  // [C, R], transposed [R, C]
   bool columns_fp32, transposed;
   void* bias_out;
+  Round rounded;
 };
 
 template <class T, int BLOCK_M, int BLOCK_N, int RANKS>
@@ -255,7 +256,7 @@ LF_DEVICE void store_result(void* out, int64_t index, float value, bool fp32) {
   }
 }
 
-// The partials' sums, one result a thread: blocks of rows first, then of columns, then of bias.
+// The partials' sums, one result a thread: blocks of rows first, then of columns, of bias, of the adapter.
 template <class T>
 LF_KERNEL_SHARED(kThreads, 4) sum_kernel(const Reduce p) {
   int64_t block = static_cast<int64_t>(blockIdx.x);
@@ -292,6 +293,8 @@ LF_KERNEL_SHARED(kThreads, 4) sum_kernel(const Reduce p) {
     if (i >= p.C) return;
     const float* from = p.bias + static_cast<int64_t>(first_slot(i)) * p.block_n + i % p.block_n;
     store_result<T>(p.bias_out, i, sum_in_order(from, slots(i), p.block_n), false);
+  } else if (element(round_chunks(p.rounded), i)) {
+    round_chunk<T>(p.rounded, i);
   }
 }
 

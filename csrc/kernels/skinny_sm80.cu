@@ -15,11 +15,14 @@ void with_type(Type type, Function function) {
   require(type == Type::BF16 || type == Type::FP16, "type ", static_cast<int>(type), " of x is neither BF16 nor FP16");
   type == Type::BF16 ? function(BF16{}) : function(FP16{});
 }
+void check_adapter_type(Type type, Type x_type) {
+  require(type == Type::FP32 || type == x_type, "adapter's type ", static_cast<int>(type),
+          " is neither FP32 nor that of x, ", static_cast<int>(x_type));
+}
 // The same for an adapter: fp32, or the type of T.
 template <class T, class Function>
 void with_adapter_type(Type type, Type x_type, Function function) {
-  require(type == Type::FP32 || type == x_type, "adapter's type ", static_cast<int>(type),
-          " is neither FP32 nor that of x, ", static_cast<int>(x_type));
+  check_adapter_type(type, x_type);
   type == Type::FP32 ? function(float{}) : function(T{});
 }
 template <int kValue>
@@ -48,6 +51,18 @@ void check_rows(const char* name, const void* base, int64_t stride, int64_t colu
   require(stride * element_bytes % 16 == 0, "stride ", stride, " of ", name, " is not a multiple of ",
           16 / element_bytes, " elements, 16 bytes");
 }
+// An adapter that is rounded for a product of `type`; none has no place.
+void check_round(const Round& p, Type type) {
+  if (!p.out) return;
+  require(p.rows >= 1 && p.columns >= 1, "an adapter of ", p.rows, " rows and ", p.columns, " columns is empty");
+  require(p.in != nullptr, "in is null");
+  const int64_t columns_in = p.transposed ? p.rows : p.columns;
+  require(p.stride_in >= columns_in, "stride ", p.stride_in, " of in is below its ", columns_in, " columns");
+  require(p.type == type, "an adapter is rounded to type ", static_cast<int>(p.type), " beside one of type ",
+          static_cast<int>(type));
+  check_adapter_type(p.in_type, type);
+  check_rows("out", p.out, p.stride_out, p.columns, 2);
+}
 int grid_size(int64_t blocks) {
   require(blocks < int64_t{1} << 31, "a launch of ", blocks, " blocks is above 2^31 - 1");
   return static_cast<int>(blocks);
@@ -56,7 +71,8 @@ int grid_size(int64_t blocks) {
 template <class T, class A, int BLOCK_M, int RANKS>
 void launch_project(const ProjectX& p, Stream stream) {
   using S = ProjectShape<T, A, BLOCK_M, RANKS>;
-  const int64_t blocks = ceil_div<int64_t>(p.M, BLOCK_M) * ceil_div<int64_t>(p.R, RANKS);
+  const int64_t blocks = ceil_div<int64_t>(p.M, BLOCK_M) * ceil_div<int64_t>(p.R, RANKS) +
+                         ceil_div<int64_t>(round_chunks(p.rounded), kThreads);
   LaunchConfig config{grid_size(blocks), kThreads, S::kSharedBytes};
   launch(project_kernel<T, A, BLOCK_M, RANKS>, config, stream, p);
 }
@@ -134,7 +150,7 @@ void run_reduce(Reduce& r, const ReducePlan& plan, void* workspace, Stream strea
   });
   const auto blocks = [](int64_t size) { return ceil_div<int64_t>(size, kThreads); };
   const int64_t sums = (r.rows_out ? blocks(r.M * r.stride_rows_out) : 0) + (r.columns_out ? blocks(r.C * r.R) : 0) +
-                       (r.bias_out ? blocks(r.C) : 0);
+                       (r.bias_out ? blocks(r.C) : 0) + blocks(round_chunks(r.rounded));
   launch(sum_kernel<T>, LaunchConfig{grid_size(sums), kThreads}, stream, r);
 }
 
@@ -157,6 +173,7 @@ Reduce reduce_of(const ReduceDy& p) {
   r.columns_out = p.db;
   r.columns_fp32 = r.b_fp32;
   r.bias_out = p.dbias;
+  r.rounded = p.rounded;
   return r;
 }
 
@@ -182,18 +199,11 @@ Reduce reduce_of(const ReduceX& p) {
 }  // namespace
 
 void round_adapter(const Round& p, void* stream) {
-  require(p.rows >= 1 && p.columns >= 1, "an adapter of ", p.rows, " rows and ", p.columns, " columns is empty");
-  require(p.in != nullptr, "in is null");
-  const int64_t columns_in = p.transposed ? p.rows : p.columns;
-  require(p.stride_in >= columns_in, "stride ", p.stride_in, " of in is below its ", columns_in, " columns");
-  check_rows("out", p.out, p.stride_out, p.columns, 2);
+  require(p.out != nullptr, "out is null");
+  check_round(p, p.type);
   with_type(p.type, [&](auto type) {
-    using T = decltype(type);
-    with_adapter_type<T>(p.in_type, p.type, [&](auto in) {
-      const int64_t blocks = ceil_div<int64_t>(p.rows * (p.stride_out / 8), kThreads);
-      LaunchConfig config{grid_size(blocks), kThreads};
-      launch(round_kernel<T, decltype(in)>, config, static_cast<Stream>(stream), p);
-    });
+    LaunchConfig config{grid_size(ceil_div<int64_t>(round_chunks(p), kThreads)), kThreads};
+    launch(round_kernel<decltype(type)>, config, static_cast<Stream>(stream), p);
   });
 }
 
@@ -202,6 +212,7 @@ void project_x(const ProjectX& p, void* stream) {
   check_rows("x", p.x, p.stride_x, p.K, 2);
   check_rows("a", p.a, p.stride_a, p.K, p.a_type == Type::FP32 ? 4 : 2);
   check_rows("xa", p.xa, p.stride_xa, p.R, 2);
+  check_round(p.rounded, p.type);
   const int sms = multiprocessors(), tile = rank_tile(p.R, has_large_blocks());
   const bool tall = project_cost(p, tile, 64, sms) <= project_cost(p, tile, 16, sms);
   with_type(p.type, [&](auto type) {
@@ -231,10 +242,11 @@ void reduce_dy(const ReduceDy& p, void* stream) {
     require(p.stride_b >= p.R, "stride ", p.stride_b, " of b is below its ", p.R, " columns");
   }
   if (p.db) check_rows("xa", p.xa, p.stride_xa, p.R, 2);
+  check_round(p.rounded, p.type);
   const ReducePlan plan = plan_reduce(r, p.sms);
   with_type(p.type, [&](auto type) {
     using T = decltype(type);
-    with_adapter_type<T>(p.b_type, p.type, [](auto) {});
+    check_adapter_type(p.b_type, p.type);
     run_reduce<T>(r, plan, p.workspace, static_cast<Stream>(stream));
   });
 }
@@ -252,7 +264,7 @@ void reduce_x(const ReduceX& p, void* stream) {
   const ReducePlan plan = plan_reduce(r, p.sms);
   with_type(p.type, [&](auto type) {
     using T = decltype(type);
-    with_adapter_type<T>(p.a_type, p.type, [](auto) {});
+    check_adapter_type(p.a_type, p.type);
     run_reduce<T>(r, plan, p.workspace, static_cast<Stream>(stream));
   });
 }

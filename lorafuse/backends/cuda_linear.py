@@ -1,10 +1,10 @@
 """The LoRA linear in the CUDA kernels of csrc, step by step, on a GPU or in their emulator (`Runner`).
 
-Forward: b rounded with the scale inside, xa = drop(x) aᵀ, then y = x wᵀ + bias + xa bᵀ; or both adapters rounded, and
-xa and y in one launch. Backward: dyb, db and dbias from one read of dy, a rounded, dx = dy w + mask ⊙ (dyb a), then da;
-or da in dx's launch; or bᵀ rounded with the scale inside, dyb alone, a rounded, then dx, da and db in one launch.
-The products take adapters of x's dtype whose rows, like those of xa and dyb, are padded to 16 bytes with zeros. Nothing
-waits for the device, and all memory is torch's, so that CUDA graphs capture it.
+Forward: xa = drop(x) aᵀ, and b rounded with the scale inside, then y = x wᵀ + bias + xa bᵀ; or both adapters rounded,
+and xa and y in one launch. Backward: dyb, db and dbias from one read of dy, and a rounded, dx = dy w + mask ⊙ (dyb a),
+then da; or da in dx's launch; or bᵀ rounded with the scale inside, dyb alone, and a rounded, then dx, da and db in one
+launch. The products take adapters of x's dtype whose rows, like those of xa and dyb, are padded to 16 bytes with zeros.
+Nothing waits for the device, and all memory is torch's, so that CUDA graphs capture it.
 """
 
 import contextlib
@@ -65,18 +65,21 @@ def forward(
     config, scale = plan.config("fwd"), scale if seed is None else rescaled(scale, p)
     with run.guard(x.device):
         stream = run.stream(x.device)
-        b = _rounded(run, b, x.dtype, scale, stream)
+        (given_a, a_type), (given_b, _) = _adapter(a, x.dtype), _adapter(b, x.dtype)
+        b, round_b = _rounding(given_b, x.dtype, scale)
         xa = x.new_empty((M, _padded(R)))
         one_launch: dict[str, int] = {}
         if config.single:
-            a = _rounded(run, a, x.dtype, 1.0, stream)
+            a, round_a = _rounding(given_a, x.dtype, 1.0)
+            for one in filter(None, (round_a, round_b)):
+                run.native.round_adapter(type=TYPES[x.dtype], rounded=one, stream=stream)
             flags = _flags(run, x.device, stream, M)
             one_launch = {"a": a.data_ptr(), "stride_a": a.stride(0), "workspace": flags.data_ptr()}
         else:
-            a, a_type = _adapter(a, x.dtype)
             run.native.project_x(
                 type=TYPES[x.dtype], a_type=a_type, M=M, K=K, R=R, x=flat.data_ptr(), stride_x=flat.stride(0),
-                a=a.data_ptr(), stride_a=K, xa=xa.data_ptr(), stride_xa=xa.shape[1], **_mask(seed, p), stream=stream,
+                a=given_a.data_ptr(), stride_a=K, xa=xa.data_ptr(), stride_xa=xa.shape[1], **_mask(seed, p),
+                rounded=round_b, stream=stream,
             )  # fmt: skip
         bias = None if bias is None else _aligned(bias)
         y = x.new_empty((M, N))
@@ -107,13 +110,16 @@ def backward(
     # in dx's launch da is summed, and db too where nothing but dyb has a pass before
     beside = plan.kernel == "one_launch_backward"
     db_beside = beside and any(config.kernel == "dyb" for config in plan.configs)
-    dx = da = db = dbias = dyb = None
+    dx = da = db = dbias = dyb = round_a = None
     with run.guard(dy.device):
         stream = run.stream(dy.device)
         common = {"type": TYPES[dy.dtype], "M": M, "N": N, "R": R, "dy": flat.data_ptr(), "stride_dy": flat.stride(0)}
         given_b, b_type = _adapter(b, dy.dtype)
         if need_dx or need_da:
             dyb = dy.new_empty((M, _padded(R)))
+            given_a, a_type = _adapter(a, dy.dtype)
+        if need_dx:
+            rounded_a, round_a = _rounding(given_a, dy.dtype, 1.0)
         if need_db:
             assert xa is not None
             xa, db = _padded_rows(xa), given_b.new_empty(b.shape)
@@ -121,15 +127,15 @@ def backward(
             dbias = dy.new_empty((N,))
         if need_da:
             assert x is not None
-            given_a, a_type = _adapter(a, dy.dtype)
             x, da = _aligned_rows(_rows(x)), given_a.new_empty(a.shape)
         if db_beside:
             assert dyb is not None
-            transposed = _rounded(run, b, dy.dtype, scale, stream, transposed=True)
+            transposed, round_b = _rounding(given_b, dy.dtype, scale, transposed=True)
+            run.native.round_adapter(type=TYPES[dy.dtype], rounded=round_b, stream=stream)
             run.native.project_x(
                 type=TYPES[dy.dtype], a_type=TYPES[dy.dtype], M=M, K=N, R=R, x=flat.data_ptr(),
                 stride_x=flat.stride(0), a=transposed.data_ptr(), stride_a=transposed.shape[1], xa=dyb.data_ptr(),
-                stride_xa=dyb.shape[1], stream=stream,
+                stride_xa=dyb.shape[1], rounded=round_a, stream=stream,
             )  # fmt: skip
         else:
             shape = {"type": TYPES[dy.dtype], "b_type": b_type, "M": M, "N": N, "R": R}
@@ -138,11 +144,11 @@ def backward(
             run.native.reduce_dy(
                 **common, b_type=b_type, b=given_b.data_ptr(), stride_b=R, xa=_at(xa) if need_db else 0,
                 stride_xa=_padded(R), scale=scale, dyb=_at(dyb), stride_dyb=_padded(R), db=_at(db), dbias=_at(dbias),
-                workspace=work.data_ptr(), stream=stream,
+                workspace=work.data_ptr(), rounded=round_a, stream=stream,
             )  # fmt: skip
         if need_dx:
             assert dyb is not None
-            rounded, dx = _rounded(run, a, dy.dtype, 1.0, stream), dy.new_empty((M, K))
+            dx = dy.new_empty((M, K))
             sums: dict[str, int | float] = {"sum_blocks": plan.config("dx").beside}
             if beside and need_da:
                 assert x is not None
@@ -151,7 +157,7 @@ def backward(
                 sums |= {"xa": _at(xa), "stride_xa": _padded(R), "db": _at(db), "db_type": b_type, "scale": scale}
             run.native.linear_dx(
                 **common, K=K, w=w.data_ptr(), stride_w=w.stride(0), dyb=dyb.data_ptr(), stride_dyb=dyb.shape[1],
-                a=rounded.data_ptr(), stride_a=rounded.stride(0), dx=dx.data_ptr(), stride_dx=K, **_mask(seed, p),
+                a=rounded_a.data_ptr(), stride_a=rounded_a.stride(0), dx=dx.data_ptr(), stride_dx=K, **_mask(seed, p),
                 overlap_previous=True, tiling=_tiling(plan.config("dx")), **sums, stream=stream,
             )  # fmt: skip
             dx = dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], K)
@@ -199,18 +205,20 @@ def _adapter(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     return (t := _aligned(t if t.dtype in (dtype, torch.float32) else t.float())), TYPES[t.dtype]
 
 
-def _rounded(run: Runner, t: Tensor, dtype: torch.dtype, scale: float, stream: int, transposed: bool = False) -> Tensor:
-    """`scale · t`, or its transpose, in x's dtype with rows padded to 16 bytes; `t` itself where it is that."""
-    t, kind = _adapter(t, dtype)
+def _rounding(
+    t: Tensor, dtype: torch.dtype, scale: float, transposed: bool = False
+) -> tuple[Tensor, tuple[int | float, ...] | None]:
+    """`scale · t`, or its transpose, in x's dtype with rows padded to 16 bytes; and what its launch is told.
+
+    None where `t` itself is that. `t` is of `_adapter`, and must live until that launch: what is allocated before it
+    may otherwise have t's memory, and be written by the same launch.
+    """
     rows, columns = reversed(t.shape) if transposed else t.shape
     if scale == 1.0 and t.dtype is dtype and columns % _ALIGN == 0 and not transposed:
-        return t
+        return t, None
     out = t.new_empty((rows, _padded(columns)), dtype=dtype)
-    run.native.round_adapter(
-        in_type=kind, type=TYPES[dtype], transposed=transposed, rows=rows, columns=columns, input=t.data_ptr(),
-        stride_input=t.shape[1], scale=scale, out=out.data_ptr(), stride_out=out.shape[1], stream=stream,
-    )  # fmt: skip
-    return out
+    place = t.data_ptr(), t.shape[1], scale, out.data_ptr(), out.shape[1]
+    return out, (TYPES[t.dtype], transposed, rows, columns, *place)
 
 
 def _padded_rows(xa: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The CUDA kernels of csrc in the planner: what they can run, their configurations, and what the model expects.
 
 The products run on sm_90a alone, in tiles of 128 rows. The memory-bound passes choose their own tiles. Steps forward:
-`b` rounded, xa, y; or both adapters rounded, and xa and y in one launch. Backward: `a` rounded, dyb with db and dbias,
-dx, da; or da in dx's launch; or both adapters rounded, dyb, and dx, da and db in one launch.
+xa with `b` rounded, y; or both adapters rounded, and xa and y in one launch. Backward: dyb with db, dbias and `a`
+rounded, dx, da; or da in dx's launch; or `b` rounded, dyb with `a` rounded, and dx, da and db in one launch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -103,7 +103,8 @@ def ways(problem: Problem, device: DeviceSpec) -> Iterator[tuple[str, tuple[Kern
         two, one = (_best("fwd", problem, device, single) for single in (False, True))
         assert two is not None
         xa = _passes("xa", problem, device)
-        parts = [_rounded("b", problem.N, problem, device), _part(xa, problem, device), _part(two, problem, device)]
+        first = _beside(_part(xa, problem, device), _rounded("b", problem.N, problem, device))
+        parts = [first, _part(two, problem, device)]
         yield "two_kernel", (xa, two), cost.in_a_row(parts, "aten")
         if one is not None:
             both = (_rounded("a", problem.K, problem, device), _rounded("b", problem.N, problem, device))
@@ -115,7 +116,7 @@ def ways(problem: Problem, device: DeviceSpec) -> Iterator[tuple[str, tuple[Kern
         dx = _best("dx", problem, device, False)
         assert dx is not None
         configs.append(dx)
-        parts += [_rounded("a", problem.K, problem, device), _part(dx, problem, device)]
+        parts = [_beside(parts[0], _rounded("a", problem.K, problem, device)), _part(dx, problem, device)]
     if "da" in wanted:
         configs.append(_passes("da", problem, device))
         parts.append(_part(configs[-1], problem, device))
@@ -137,8 +138,8 @@ def _one_launch(problem: Problem, device: DeviceSpec) -> Iterator[tuple[tuple[Ke
         if dx is not None:
             before = _passes(first, problem, device)
             rounded = [_rounded("b", problem.N, problem, device)] if first == "dyb" else []
-            parts = [*rounded, _part(before, problem, device), _rounded("a", problem.K, problem, device)]
-            yield (before, dx), cost.in_a_row([*parts, _part(dx, alone, device)], "aten")
+            second = _beside(_part(before, problem, device), _rounded("a", problem.K, problem, device))
+            yield (before, dx), cost.in_a_row([*rounded, second, _part(dx, alone, device)], "aten")
 
 
 def _items(config: KernelConfig, problem: Problem) -> int:
@@ -206,6 +207,11 @@ def _part(config: KernelConfig, problem: Problem, device: DeviceSpec) -> Part:
     seconds = cost.kernel_seconds(config, problem, device) + cost.sum_seconds(config, problem, device)
     # the reductions' partial sums are a launch of their own
     return Part(_NAMES[config.kernel], seconds, launches=1 if config.kernel in ("xa", "dyb") else 2)
+
+
+def _beside(part: Part, small: Part) -> Part:
+    """Both in the launches of the first."""
+    return replace(part, name=f"{part.name}, {small.name}", seconds=part.seconds + small.seconds)
 
 
 def _rounded(name: str, size: int, problem: Problem, device: DeviceSpec) -> Part:

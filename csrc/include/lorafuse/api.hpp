@@ -109,7 +109,7 @@ void grouped_linear(const GroupedLinear& p, void* stream);
 // The memory-bound passes, sm_80 and later.
 
 // out[r, c] = scale · in[r, c], or in[c, r] where `transposed`, in `type`, zero for columns in [columns, stride_out): an
-// adapter [rows, columns] as the products take it.
+// adapter [rows, columns] as the products take it. Beside another pass, `out` null is none.
 struct Round {
   Type in_type, type;
   bool transposed;
@@ -123,6 +123,7 @@ struct Round {
 void round_adapter(const Round& p, void* stream);
 
 // xa = drop(x) aᵀ: x [M, K], a [R, K] of a_type, xa [M, R], columns in [R, stride_xa) zero. The mask as in LinearDx.
+// `rounded`: an adapter of the product that follows, in the same launch.
 struct ProjectX {
   Type type, a_type;
   int64_t M, K, R;
@@ -134,12 +135,14 @@ struct ProjectX {
   int64_t stride_xa;
   const int64_t* seed;
   uint32_t drop_below;
+  Round rounded;
 };
 void project_x(const ProjectX& p, void* stream);
 
 // One read of dy [M, N] for dyb = scale · dy b, db = scale · dyᵀ xa and dbias = Σ dy: b [N, R] of b_type, xa [M, R],
 // dyb [M, R] in `type` with columns in [R, stride_dyb) zero, db [N, R] of b_type, dbias [N] in `type`; each of the three
 // may be null. `workspace`: reduce_dy_workspace(p) bytes of fp32 partial sums, which are added in a fixed order.
+// `rounded` as in ProjectX.
 struct ReduceDy {
   Type type, b_type;
   int64_t M, N, R;
@@ -156,6 +159,7 @@ struct ReduceDy {
   void* dbias;
   void* workspace;
   int sms;
+  Round rounded;
 };
 int64_t reduce_dy_workspace(const ReduceDy& p);
 void reduce_dy(const ReduceDy& p, void* stream);
