@@ -22,6 +22,7 @@ from string import Template
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
+import publish_grid  # noqa: E402
 import publish_tables as tables  # noqa: E402
 
 from lorafuse.bench import plots  # noqa: E402
@@ -118,7 +119,11 @@ def generate(root: Path) -> dict[Path, str]:
     on_gpu = [load(file) for file in on_gpus(root)]
     blocks = {
         "README.md": {"numbers": readme(root)},
-        "bench/README.md": {"results": results(root)},
+        "bench/README.md": {
+            "goals": _wrapped(publish_grid.goals(on_gpu, ABSENT)),
+            "grid": _wrapped(publish_grid.grid(on_gpu, ABSENT)),
+            "results": results(root),
+        },
         "docs/performance.md": {
             "layers-model": tables.layers_model(on_gpu, ABSENT),
             "experts-model": tables.experts_model(on_gpu, ABSENT),

@@ -221,6 +221,26 @@ def test_whole_models_are_tabled(tree):
     assert "over frozen" not in page
 
 
+def test_goals_and_the_grid_say_what_is_not_measured(tree):
+    """Layers of one shape share a figure; another GPU's says nothing; a peer that is ahead is named."""
+    goals, grid = (block(tree, "bench/README.md", name) for name in ("goals", "grid"))
+    assert goals.count("| not yet measured |") == 7
+    assert "| llama-3.1-8b.q |" + 5 * " not yet measured |" in grid
+    written = content(ms=(8192,), cuda="13.0", device="NVIDIA H200")
+    written["results"][0] |= {"case": "llama-3.1-8b.k", "N": 1024, "K": 4096}
+    for device in ("NVIDIA H100", "NVIDIA H200"):
+        written["conditions"]["device"] = device
+        put(tree, "bench/results/gpu-2026-12-01-linear.json", written)
+        assert publish.main([], tree) == 0
+        goals, grid = (block(tree, "bench/README.md", name) for name in ("goals", "grid"))
+        shown = f"{tax('lorafuse', 8192, 16):.0%}" if device == "NVIDIA H200" else "not yet measured"
+        for layer in "kv":
+            assert f"| llama-3.1-8b.{layer} | not yet measured | not yet measured | {shown} |" in grid
+    ratio = (1 + tax("lorafuse", 8192, 16)) / (1 + tax("addmm", 8192, 16))
+    assert f"| none | llama-3.1-8b.k, M 8192, r 16: {ratio - 1:.0%} behind addmm |" in goals
+    assert f"| {shown}, of 2 of 35 cases |" in goals
+
+
 def test_memory_is_tabled(tree):
     written = content(kind="memory", cuda="13.0")
     put(tree, "bench/results/gpu-2026-12-01-memory.json", written)

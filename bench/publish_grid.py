@@ -1,0 +1,137 @@
+"""Markdown tables of what was to be reached and to be measured on an H200, and of what was, from its result files."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from lorafuse.bench.moe import ROUTINGS
+from lorafuse.bench.result import geomean, with_adapters
+from lorafuse.bench.transformer import MODELS
+from lorafuse.testing.cases import CASES, MOE_CASES
+
+__all__ = ["goals", "grid"]
+
+Result = dict[str, Any]
+Content = dict[str, Any]
+
+_GPU = "H200"
+_MODEL = "llama-3.1-8b"
+_LAYERS = [case for name, case in CASES.items() if name.startswith(f"{_MODEL}.")]
+_M, _R = (512, 2048, 8192, 16384, 32768), (4, 8, 16, 64, 256)
+_SQUARE = CASES[f"{_MODEL}.q"]
+_HEADLINE = {"kind": "linear", "M": 8192, "N": _SQUARE.N, "K": _SQUARE.K, "R": 16}
+_BLOCKS = [case for name, case in MOE_CASES.items() if name != "moe-64"]
+# of the best peer's time; beyond it a case is behind
+_BEHIND = 1.02
+
+
+def goals(contents: list[Content], absent: str) -> str:
+    """What was to be reached, and what was measured of it, or `absent`."""
+    results = _results(contents)
+    layers = [_tax(_find(results, kind="linear", M=M, N=case.N, K=case.K, R=16)) for case in _LAYERS for M in _M]
+    taxed = [1 + one for one in layers if one is not None]
+    overall = f"{geomean(taxed) - 1:.0%}, of {len(taxed)} of {len(layers)} cases" if taxed else absent
+    experts = [_tax(one) for one in results if one["kind"] == "moe" and one["case"] == "qwen3-30b-a3b"]
+    models = [one for one in results if one["kind"] == "model" and one["model"] == _MODEL]
+    full = [way["ratio_to_full"] for one in models for way in _ours(one) if "ratio_to_full" in way]
+    peft = [_over_peft(one, absent) for one in models]
+    behind = _listed(list(_behind(results)), "none" if taxed else absent)
+    rows = [
+        ("LoRA tax, 8192 × 4096 × 4096, r 16", "≤ 4%", _percent(_tax(_find(results, **_HEADLINE)), absent)),
+        (f"its geometric mean over {_MODEL}'s layers, M 512 to 32768, r 16", "≤ 6%", overall),
+        ("LoRA tax, experts of qwen3-30b-a3b", "≤ 8%", _listed([_percent(one, absent) for one in experts], absent)),
+        (f"a step of {_MODEL} / full fine-tuning's", "≤ 0.70", _listed([f"{one:.2f}" for one in full], absent)),
+        ("the same, times as fast as PEFT", "≥ 1.5", _listed(peft, absent)),
+        ("the same, times as fast as Unsloth", "≥ 1.15", absent),
+        ("layers and experts more than 2% behind the best peer", "none", behind),
+    ]
+    return _table(["", "goal", "measured"], [list(row) for row in rows])
+
+
+def grid(contents: list[Content], absent: str) -> str:
+    """How much of the grid is measured: LoRA tax by rows, rank and routing, steps of models; `absent` elsewhere."""
+    results = _results(contents)
+    layers = [
+        [case.name, *(_percent(_tax(_find(results, kind="linear", M=M, N=case.N, K=case.K, R=16)), absent) for M in _M)]
+        for case in _LAYERS
+    ]
+    ranks = [_percent(_tax(_find(results, **_HEADLINE | {"R": R})), absent) for R in _R]
+    routed = [[_find(results, kind="moe", case=case.name, routing=one) for one in ROUTINGS] for case in _BLOCKS]
+    experts = [
+        [case.name, *(_percent(_tax(one), absent) for one in found)]
+        for case, found in zip(_BLOCKS, routed, strict=True)
+    ]
+    settings = [(accumulate, on) for accumulate in (1, 4, 16) for on in (False, True)]
+    models = []
+    for name in MODELS:
+        found = (_find(results, kind="model", model=name, accumulate=many, checkpointing=on) for many, on in settings)
+        models.append([name, *(_over_peft(one, absent) for one in found)])
+    heads = [f"accumulate {many}" + (", checkpointing" if on else "") for many, on in settings]
+    return "\n\n".join(
+        (
+            "LoRA tax by rows, r 16; layers of one shape share what was measured:",
+            _table(["", *(f"M {M}" for M in _M)], layers),
+            "LoRA tax by rank:",
+            _table([f"{_SQUARE.name}, M 8192", *(f"r {R}" for R in _R)], [["", *ranks]]),
+            "LoRA tax of experts over transformers' frozen block, r 16:",
+            _table(["", *ROUTINGS], experts),
+            "A training step, times as fast as PEFT's:",
+            _table(["", *heads], models),
+        )
+    )
+
+
+def _results(contents: list[Content]) -> list[Result]:
+    """Those of the GPU, from the newest file on."""
+    return [
+        {"kind": content["kind"]} | result
+        for content in reversed(contents)
+        if _GPU in content["conditions"]["device"]
+        for result in content["results"]
+    ]
+
+
+def _find(results: list[Result], **wanted: Any) -> Result | None:
+    return next((one for one in results if all(one.get(key) == value for key, value in wanted.items())), None)
+
+
+def _ours(result: Result | None) -> list[dict[str, Any]]:
+    return [] if result is None or "lorafuse" not in result["variants"] else [result["variants"]["lorafuse"]]
+
+
+def _tax(result: Result | None) -> float | None:
+    return next((own["tax"] for own in _ours(result)), None)
+
+
+def _over_peft(result: Result | None, absent: str) -> str:
+    peft = None if result is None else result["variants"].get("peft")
+    return absent if peft is None else _listed([f"{_ratio(peft, own):.2f}" for own in _ours(result)], absent)
+
+
+def _ratio(one: dict[str, Any], other: dict[str, Any]) -> float:
+    ratio: float = one["step"]["median"] / other["step"]["median"]
+    return ratio
+
+
+def _behind(results: list[Result]) -> Iterator[str]:
+    """Each layer or block where a peer is more than 2 % ahead of lorafuse, and by how much of its time."""
+    for result in results:
+        ways = {name: result["variants"][name] for name in with_adapters(result, "tax")}
+        peers = {name: one["total"]["median"] for name, one in ways.items() if not name.startswith("lorafuse")}
+        if peers and "lorafuse" in ways and "total" in ways["lorafuse"]:
+            best = min(peers, key=peers.__getitem__)
+            ratio = ways["lorafuse"]["total"]["median"] / peers[best]
+            if ratio > _BEHIND:
+                yield f"{result['case']}, M {result['M']}, r {result['R']}: {ratio - 1:.0%} behind {best}"
+
+
+def _percent(tax: float | None, absent: str) -> str:
+    return absent if tax is None else f"{tax:.0%}"
+
+
+def _listed(values: list[str], otherwise: str) -> str:
+    return "; ".join(dict.fromkeys(values)) or otherwise
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
