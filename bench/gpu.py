@@ -1,6 +1,7 @@
 """Everything that needs an NVIDIA GPU, in one command and under nine minutes: checks first, then times.
 
     python bench/gpu.py --out DIR [--minutes 9]        (or: make gpu ARGS="--out DIR")
+    python bench/gpu.py --out DIR --grid               what bench/README.md lists as not yet measured, and no checks
 
 It runs from a bare checkout with the torch and triton that are there: nothing is installed, nothing is fetched. Checks
 run side by side, since they wait for compilers; what is timed runs alone after them, the most valuable first, each
@@ -10,6 +11,7 @@ DIR, `gpu.json` is the summary, and a short table is printed last.
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -19,10 +21,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 # seconds: one layer in all variants, with its fp64 reference and the first compilation of its kernels
 _CASE = 60
+_BUILD = [sys.executable, "csrc/build.py", "cuda"]
+# models of the grid, with so many layers
+_LAYERS = {"llama-3.1-8b": 8, "qwen3-30b-a3b": 4}
 
 
 @dataclass
@@ -40,8 +46,35 @@ class Step:
     took: float = 0.0
 
 
+class _Bench:
+    """Steps that measure, each into a file of its own."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+
+    def _step(self, name: str, seconds: int, kind: str, *options: object) -> Step:
+        command = [sys.executable, "-m", "lorafuse", "bench", kind, *map(str, options)]
+        return Step(name, [*command, "--json", str(self._out / f"{name}.json")], seconds)
+
+    def layer(self, m: int, rank: int, *cases: str) -> Step:
+        # the first layer of the list names the file: several steps have the same sizes
+        named = [part for case in cases for part in ("--case", case)]
+        sizes = "--m", m, "--rank", rank
+        return self._step(f"layers-m{m}-r{rank}-{cases[0]}", _CASE * len(cases), "linear", *named, *sizes)
+
+    def experts(self, m: int, case: str, routing: str) -> Step:
+        name = f"experts-m{m}-{case}-{routing}"
+        return self._step(name, 2 * _CASE, "moe", "--case", case, "--m", m, "--routing", routing)
+
+    def model(self, case: str, accumulate: int = 1, checkpointing: bool = False) -> Step:
+        on = "on" if checkpointing else "off"
+        options = "--layers", _LAYERS[case], "--accumulate", accumulate, "--checkpointing", on, "--rounds", 10
+        return self._step(f"model-{case}-{accumulate}-{on}", 2 * _CASE, "model", "--case", case, *options)
+
+
 def steps(out: Path) -> list[Step]:
-    python = sys.executable
+    python, bench = sys.executable, _Bench(out)
+    layer, experts, model = bench.layer, bench.experts, bench.model
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=25"]
 
     xdist = importlib.util.find_spec("xdist") is not None
@@ -49,23 +82,6 @@ def steps(out: Path) -> list[Step]:
     def parallel(processes: int) -> list[str]:
         # where pytest-xdist is installed, kernels compile on several cores
         return ["-n", str(processes)] if xdist else []
-
-    def layer(m: int, rank: int, *cases: str) -> Step:
-        # the first layer of the list names the file: several steps have the same sizes
-        file = f"layers-m{m}-r{rank}-{cases[0]}"
-        options = [part for case in cases for part in ("--case", case)]
-        options += ["--m", str(m), "--rank", str(rank), "--json", str(out / f"{file}.json")]
-        return Step(file, [python, "-m", "lorafuse", "bench", "linear", *options], _CASE * len(cases))
-
-    def experts(m: int, case: str, routing: str) -> Step:
-        file = f"experts-m{m}-{case}-{routing}"
-        options = ["--case", case, "--m", str(m), "--routing", routing, "--json", str(out / f"{file}.json")]
-        return Step(file, [python, "-m", "lorafuse", "bench", "moe", *options], 2 * _CASE)
-
-    def model(case: str, layers: int) -> Step:
-        options = ["--case", case, "--layers", str(layers), "--accumulate", "1", "--checkpointing", "off"]
-        options += ["--rounds", "10", "--json", str(out / f"model-{case}.json")]
-        return Step(f"model-{case}", [python, "-m", "lorafuse", "bench", "model", *options], 2 * _CASE)
 
     llama = [f"llama-3.1-8b.{name}" for name in ("q", "k", "gate", "down")]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
@@ -75,7 +91,7 @@ def steps(out: Path) -> list[Step]:
     linear, experts_file, on_gpu = (f"tests/test_{name}.py" for name in ("triton_linear", "triton_experts", "gpu"))
     return [
         Step("doctor", [python, "-m", "lorafuse", "doctor"], 60, 1),
-        Step("cuda-build", [python, "csrc/build.py", "cuda"], 150, 1),
+        Step("cuda-build", _BUILD, 150, 1),
         Step("gate", [*pytest, linear, "-k", "gate or single or integers", *parallel(4)], 120, 1),
         Step("experts-gate", [*pytest, experts_file, "-k", "layout or activation", *parallel(3)], 120, 1),
         Step("gpu-tests", [*pytest, on_gpu, "-k", "not cuda and not offsets", *parallel(3)], 120, 1),
@@ -83,7 +99,7 @@ def steps(out: Path) -> list[Step]:
         Step("cuda-gate", [*pytest, on_gpu, "-k", "cuda and not offsets", *parallel(3)], 90, 2),
         layer(8192, 16, *llama),
         experts(8192, "qwen3-30b-a3b", "balanced"),
-        model("llama-3.1-8b", 8),
+        model("llama-3.1-8b"),
         Step("hopper", [python, "bench/hopper.py", "--json", str(out / "hopper.json")], 60),
         layer(2048, 16, *llama),
         experts(8192, "qwen3-30b-a3b", "zipf"),
@@ -101,6 +117,45 @@ def steps(out: Path) -> list[Step]:
         Step("racecheck", [*sanitizer, "racecheck", *smoke], 120, 4),
         Step("experts-memcheck", [*sanitizer, "memcheck", *experts_smoke], 120, 4),
     ]
+
+
+def grid(out: Path, done: list[dict[str, Any]]) -> list[Step]:
+    """The steps that fill the grid of bench/README.md, but for what `done` has: layers first, then models, experts."""
+    # not at the top, where there may be no torch
+    import publish_grid
+
+    from lorafuse.bench.moe import ROUTINGS
+    from lorafuse.testing.cases import CASES
+
+    bench = _Bench(out)
+
+    def missing(**wanted: object) -> bool:
+        return publish_grid.find(done, **wanted) is None
+
+    layers = {layer: CASES[f"llama-3.1-8b.{layer}"] for layer in ("q", "k", "gate", "down")}
+    plan = []
+    for m in publish_grid.ROWS:
+        sized = {"kind": "linear", "M": m, "R": 16}
+        if cases := [case.name for case in layers.values() if missing(**sized, N=case.N, K=case.K)]:
+            plan.append(bench.layer(m, 16, *cases))
+    q = {"kind": "linear", "M": 8192, "N": layers["q"].N, "K": layers["q"].K}
+    ranks = [rank for rank in publish_grid.RANKS if rank != 16 and missing(**q, R=rank)]
+    plan += [bench.layer(8192, rank, layers["q"].name) for rank in ranks]
+    for (accumulate, on), name in itertools.product(publish_grid.SETTINGS, _LAYERS):
+        if missing(kind="model", model=name, accumulate=accumulate, checkpointing=on):
+            plan.append(bench.model(name, accumulate, on))
+    for routing, block in itertools.product(ROUTINGS, publish_grid.BLOCKS):
+        if missing(kind="moe", case=block.name, routing=routing):
+            plan.append(bench.experts(8192, block.name, routing))
+    return plan
+
+
+def measured(device: str) -> list[dict[str, Any]]:
+    """The results in bench/results that were measured on that device."""
+    import publish_grid
+
+    contents = [json.loads(file.read_text()) for file in sorted((ROOT / "bench" / "results").glob("*.json"))]
+    return publish_grid.results_of(device, [one for one in contents if "version" in one])
 
 
 def grouped(plan: list[Step]) -> list[list[Step]]:
@@ -164,6 +219,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of the results (build/gpu)")
     parser.add_argument("--minutes", type=float, default=8.5, help="stop after so many (8.5)")
+    parser.add_argument(
+        "--grid", action="store_true", help="times alone: of the grid, what bench/results does not have"
+    )
     args = parser.parse_args()
     try:
         import torch
@@ -178,10 +236,16 @@ def main() -> int:
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     sys.path.insert(0, str(ROOT))
+    from lorafuse.backends import cuda_native
     from lorafuse.testing.conditions import conditions
 
-    end = time.monotonic() + args.minutes * 60
-    found, plan = conditions(torch.device("cuda")), steps(args.out)
+    end, found = time.monotonic() + args.minutes * 60, conditions(torch.device("cuda"))
+    if args.grid:
+        plan = [Step("cuda-build", _BUILD, 150), *grid(args.out, measured(found["device"]))]
+    else:
+        plan = steps(args.out)
+    if cuda_native.built("_cuda") and not cuda_native.stale("_cuda"):
+        plan = [step for step in plan if step.name != "cuda-build"]
     for group in grouped(plan):
         with ThreadPoolExecutor(len(group)) as pool:
             list(pool.map(lambda step: run(step, args.out, end - time.monotonic()), group))

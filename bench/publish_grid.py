@@ -8,7 +8,7 @@ from lorafuse.bench.result import geomean, with_adapters
 from lorafuse.bench.transformer import MODELS
 from lorafuse.testing.cases import CASES, MOE_CASES
 
-__all__ = ["goals", "grid"]
+__all__ = ["BLOCKS", "RANKS", "ROWS", "SETTINGS", "find", "goals", "grid", "results_of"]
 
 Result = dict[str, Any]
 Content = dict[str, Any]
@@ -16,18 +16,20 @@ Content = dict[str, Any]
 _GPU = "H200"
 _MODEL = "llama-3.1-8b"
 _LAYERS = [case for name, case in CASES.items() if name.startswith(f"{_MODEL}.")]
-_M, _R = (512, 2048, 8192, 16384, 32768), (4, 8, 16, 64, 256)
+ROWS, RANKS = (512, 2048, 8192, 16384, 32768), (4, 8, 16, 64, 256)
 _SQUARE = CASES[f"{_MODEL}.q"]
 _HEADLINE = {"kind": "linear", "M": 8192, "N": _SQUARE.N, "K": _SQUARE.K, "R": 16}
-_BLOCKS = [case for name, case in MOE_CASES.items() if name != "moe-64"]
+BLOCKS = [case for name, case in MOE_CASES.items() if name != "moe-64"]
+# micro-batches of a step, and whether activations are checkpointed
+SETTINGS = [(accumulate, on) for accumulate in (1, 4, 16) for on in (False, True)]
 # of the best peer's time; beyond it a case is behind
 _BEHIND = 1.02
 
 
 def goals(contents: list[Content], absent: str) -> str:
     """What was to be reached, and what was measured of it, or `absent`."""
-    results = _results(contents)
-    layers = [_tax(_find(results, kind="linear", M=M, N=case.N, K=case.K, R=16)) for case in _LAYERS for M in _M]
+    results = results_of(_GPU, contents)
+    layers = [_tax(find(results, kind="linear", M=M, N=case.N, K=case.K, R=16)) for case in _LAYERS for M in ROWS]
     taxed = [1 + one for one in layers if one is not None]
     overall = f"{geomean(taxed) - 1:.0%}, of {len(taxed)} of {len(layers)} cases" if taxed else absent
     experts = [_tax(one) for one in results if one["kind"] == "moe" and one["case"] == "qwen3-30b-a3b"]
@@ -36,7 +38,7 @@ def goals(contents: list[Content], absent: str) -> str:
     peft = [_over_peft(one, absent) for one in models]
     behind = _listed(list(_behind(results)), "none" if taxed else absent)
     rows = [
-        ("LoRA tax, 8192 × 4096 × 4096, r 16", "≤ 4%", _percent(_tax(_find(results, **_HEADLINE)), absent)),
+        ("LoRA tax, 8192 × 4096 × 4096, r 16", "≤ 4%", _percent(_tax(find(results, **_HEADLINE)), absent)),
         (f"its geometric mean over {_MODEL}'s layers, M 512 to 32768, r 16", "≤ 6%", overall),
         ("LoRA tax, experts of qwen3-30b-a3b", "≤ 8%", _listed([_percent(one, absent) for one in experts], absent)),
         (f"a step of {_MODEL} / full fine-tuning's", "≤ 0.70", _listed([f"{one:.2f}" for one in full], absent)),
@@ -49,29 +51,30 @@ def goals(contents: list[Content], absent: str) -> str:
 
 def grid(contents: list[Content], absent: str) -> str:
     """How much of the grid is measured: LoRA tax by rows, rank and routing, steps of models; `absent` elsewhere."""
-    results = _results(contents)
+    results = results_of(_GPU, contents)
     layers = [
-        [case.name, *(_percent(_tax(_find(results, kind="linear", M=M, N=case.N, K=case.K, R=16)), absent) for M in _M)]
+        [
+            case.name,
+            *(_percent(_tax(find(results, kind="linear", M=M, N=case.N, K=case.K, R=16)), absent) for M in ROWS),
+        ]
         for case in _LAYERS
     ]
-    ranks = [_percent(_tax(_find(results, **_HEADLINE | {"R": R})), absent) for R in _R]
-    routed = [[_find(results, kind="moe", case=case.name, routing=one) for one in ROUTINGS] for case in _BLOCKS]
+    ranks = [_percent(_tax(find(results, **_HEADLINE | {"R": R})), absent) for R in RANKS]
+    routed = [[find(results, kind="moe", case=case.name, routing=one) for one in ROUTINGS] for case in BLOCKS]
     experts = [
-        [case.name, *(_percent(_tax(one), absent) for one in found)]
-        for case, found in zip(_BLOCKS, routed, strict=True)
+        [case.name, *(_percent(_tax(one), absent) for one in found)] for case, found in zip(BLOCKS, routed, strict=True)
     ]
-    settings = [(accumulate, on) for accumulate in (1, 4, 16) for on in (False, True)]
     models = []
     for name in MODELS:
-        found = (_find(results, kind="model", model=name, accumulate=many, checkpointing=on) for many, on in settings)
+        found = (find(results, kind="model", model=name, accumulate=many, checkpointing=on) for many, on in SETTINGS)
         models.append([name, *(_over_peft(one, absent) for one in found)])
-    heads = [f"accumulate {many}" + (", checkpointing" if on else "") for many, on in settings]
+    heads = [f"accumulate {many}" + (", checkpointing" if on else "") for many, on in SETTINGS]
     return "\n\n".join(
         (
             "LoRA tax by rows, r 16; layers of one shape share what was measured:",
-            _table(["", *(f"M {M}" for M in _M)], layers),
+            _table(["", *(f"M {M}" for M in ROWS)], layers),
             "LoRA tax by rank:",
-            _table([f"{_SQUARE.name}, M 8192", *(f"r {R}" for R in _R)], [["", *ranks]]),
+            _table([f"{_SQUARE.name}, M 8192", *(f"r {R}" for R in RANKS)], [["", *ranks]]),
             "LoRA tax of experts over transformers' frozen block, r 16:",
             _table(["", *ROUTINGS], experts),
             "A training step, times as fast as PEFT's:",
@@ -80,17 +83,18 @@ def grid(contents: list[Content], absent: str) -> str:
     )
 
 
-def _results(contents: list[Content]) -> list[Result]:
-    """Those of the GPU, from the newest file on."""
+def results_of(device: str, contents: list[Content]) -> list[Result]:
+    """Those measured on a device of that name, or with that in its name, from the newest file on."""
     return [
         {"kind": content["kind"]} | result
         for content in reversed(contents)
-        if _GPU in content["conditions"]["device"]
+        if device in content["conditions"]["device"]
         for result in content["results"]
     ]
 
 
-def _find(results: list[Result], **wanted: Any) -> Result | None:
+def find(results: list[Result], **wanted: Any) -> Result | None:
+    """The first result that has those fields."""
     return next((one for one in results if all(one.get(key) == value for key, value in wanted.items())), None)
 
 

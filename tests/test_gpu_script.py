@@ -15,6 +15,7 @@ from lorafuse import cli  # noqa: E402
 
 pytestmark = pytest.mark.no_poison
 STEPS = gpu.steps(Path("out"))
+GRID = gpu.grid(Path("out"), [])
 
 
 def named(part):
@@ -46,13 +47,26 @@ def test_there_are_tests_to_run():
     assert done.stdout.splitlines()[-1] == repr(dict.fromkeys(wanted, 0)), done.stdout[-3000:]
 
 
-@pytest.mark.parametrize("step", named("bench"), ids=lambda s: s.name)
+@pytest.mark.parametrize("step", [*named("bench"), *GRID], ids=lambda s: s.name)
 def test_benchmarks_take_their_options(step, monkeypatch):
     """As far as the run itself, which needs the GPU."""
     seen = []
     monkeypatch.setattr("lorafuse.cli.bench.run", lambda args: seen.append(args) or 0)
     assert cli.main(step.command[step.command.index("bench") :]) == 0
     assert seen[0].json.parent == Path("out")
+
+
+def test_the_grid_is_what_is_not_measured_yet():
+    """What one machine has measured fills its own cells and no other's."""
+    assert len({step.name for step in GRID}) == len(GRID) == 5 + 4 + 12 + 12
+    here = gpu.measured("NVIDIA H200")
+    assert {one["kind"] for one in here} >= {"linear", "moe", "model"}
+    left = {step.name: step.command for step in gpu.grid(Path("out"), here)}
+    whole = {step.name: step.command for step in GRID}
+    gone = {"layers-m8192-r16-llama-3.1-8b.q", "model-llama-3.1-8b-1-off", "experts-m8192-qwen3-30b-a3b-zipf"}
+    assert gone <= whole.keys() - left.keys()
+    assert "layers-m32768-r16-llama-3.1-8b.q" in left
+    assert gpu.grid(Path("out"), gpu.measured("NVIDIA H100")) == GRID
 
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch):

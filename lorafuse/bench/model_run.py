@@ -132,8 +132,10 @@ def _run_turns(
             for way in ways:
                 run.failed.setdefault(way, out_of_memory(error))
         _release(device)
-    base = run.first.pop("base", math.nan)
-    for way, loss in run.first.items() if not math.isnan(base) else ():
+    base = run.first.pop("base", None)
+    if base is None:
+        return run
+    for way, loss in run.first.items():
         difference, bound = abs(loss - base), training.loss_bound(run.dtype, base)
         if not difference <= bound:
             raise Wrong(
