@@ -51,6 +51,7 @@ CACHE = Published("Experts, a larger cache of oneDNN's kernels", "cpu-xeon-amx-2
 NEWER_LAYERS = Published("One linear layer by M and rank, float32", "cpu-epyc-*-linear.json")
 ALL_LAYERS = Published("Named linear layers, float32", "cpu-epyc-*-linear-all.json")
 NEWER_EXPERTS = Published("Experts, float32", "cpu-epyc-*-moe.json")
+CPU_MODEL = Published("A training step, float32", "cpu-epyc-*-model.json")
 REPEATED = (
     Published("The same command twice: first", "cpu-epyc-*-repeated-1.json"),
     Published("The same command twice: second", "cpu-epyc-*-repeated-2.json"),
@@ -61,7 +62,7 @@ DEMO = {
 }
 # in the order of bench/README.md; files of version 2 that name CUDA in their conditions follow by themselves
 GPUS = (GPU_MODEL, GPU_LAYERS, GPU_PEERS, GPU_ROWS, GPU_EXPERTS)
-PUBLISHED = (*GPUS, GPU_STEPS, LAYERS, EXPERTS, CACHE, NEWER_LAYERS, ALL_LAYERS, NEWER_EXPERTS, *REPEATED)
+PUBLISHED = (*GPUS, GPU_STEPS, LAYERS, EXPERTS, CACHE, NEWER_LAYERS, ALL_LAYERS, NEWER_EXPERTS, CPU_MODEL, *REPEATED)
 # README's rows: a model's attention and MLP, and the layers where lorafuse is behind most
 README_CASES = (
     *(f"llama-3.1-8b.{layer}" for layer in ("q", "k", "gate", "down")),

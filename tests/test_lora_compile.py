@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch._inductor.config
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lorafuse.functional import lora_linear
 from lorafuse.nn import LoRALinear
+from lorafuse.ops import linear as linear_ops
 from lorafuse.testing.check_linear import LinearCase, make_operands
 from lorafuse.testing.numerics import assert_three_way, relative_l2, tolerance
 
@@ -306,3 +308,63 @@ class TestOpcheck:
         p = 0.4 if seed is not None else 0.0
         args = (o.dy, x, xa, o.w, o.a, o.b, seed, 0.7, p, list(needs), "eager")
         torch.library.opcheck(torch.ops.lorafuse.lora_linear_backward.default, args)
+
+
+class Named(torch.Tensor):
+    """A subclass, whose calls are its own affair."""
+
+
+class Seen(TorchDispatchMode):
+    """The operators of a call that reach torch's dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def run(x, w, a, b, bias):
+    return lora_linear(x, w, a, b, bias=bias, scale=0.7)
+
+
+class TestDispatcher:
+    """The operator is passed to torch's dispatcher where somebody would see it, and only there."""
+
+    BOTH = ("lorafuse.lora_linear.default", "lorafuse.lora_linear_backward.default")
+
+    def test_a_mode_sees_it(self):
+        o = operands(LinearCase())
+        unseen = results(run, o)
+        with Seen() as seen:
+            found = results(run, o)
+        assert [name for name in seen.names if name.startswith("lorafuse")] == list(self.BOTH)
+        assert all(torch.equal(found[name], one) for name, one in unseen.items())
+
+    def test_the_profiler_sees_it(self):
+        o = operands(LinearCase())
+        with torch.profiler.profile() as profiled:
+            results(run, o)
+        assert {name.removesuffix(".default").replace(".", "::") for name in self.BOTH} <= {
+            event.name for event in profiled.events()
+        }
+
+    @pytest.mark.parametrize("name", ["x", "w", "a"])
+    def test_a_subclass_sees_it(self, name, monkeypatch):
+        o, calls = operands(LinearCase()), []
+        op = linear_ops._op
+        monkeypatch.setattr(linear_ops, "_op", lambda *args: calls.append(args) or op(*args))
+        results(run, o)
+        assert not calls
+        given = {one: getattr(o, one).detach() for one in ("x", "w", "a", "b")}
+        given[name] = given[name].as_subclass(Named)
+        lora_linear(*given.values())
+        assert len(calls) == 1
+
+    def test_meta_tensors_have_shapes_and_no_kernel(self):
+        o = make_operands(LinearCase())
+        y = lora_linear(*(t.to("meta") for t in (o.x, o.w, o.a, o.b)))
+        assert y.is_meta
+        assert y.shape == lora_linear(o.x, o.w, o.a, o.b).shape

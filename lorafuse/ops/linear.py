@@ -5,6 +5,9 @@
 `xa = drop(x) aᵀ`, `[M, R]` in x's dtype, where drop() masks and does not rescale; with x it is all that backward needs
 besides the parameters. There is no gradient of w. The backend is an argument, so that backward runs where forward ran
 and a compiled graph shows the choice; "auto" is resolved by the plan when the operator runs, for each direction.
+
+Where nobody else would see the call (`_is_unseen`), autograd calls the kernels past torch's dispatcher, which costs as
+much as a small product.
 """
 
 import math
@@ -75,14 +78,19 @@ def _fake_forward(x, weight, bias, a, b, seed, scale, dropout_p, backend):
     return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((tokens, a.shape[0]))
 
 
-def _backward(dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backend):
+def _gradients(dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backend):
+    """`(dx, da, db, dbias)`, None where not needed."""
     if backend == "auto":
         wanted = tuple(name for name, need in zip(_GRADIENTS, needs, strict=True) if need)
         problem = linear_problem(dy, weight, a, False, seed is not None, wanted)
         backend = plan_problem(problem, dy.device).backend
     run = eager if backend == "eager" else base.load(backend)
-    grads = run.linear_backward(dy, x, xa, weight, a, b, seed, scale, dropout_p, *needs)
-    return tuple(dy.new_empty(0) if g is None else g for g in grads)
+    return run.linear_backward(dy, x, xa, weight, a, b, seed, scale, dropout_p, *needs)
+
+
+def _backward(dy, *rest):
+    # None is no tensor, which the schema wants
+    return tuple(dy.new_empty(0) if g is None else g for g in _gradients(dy, *rest))
 
 
 def _fake_backward(dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backend):
@@ -97,11 +105,25 @@ def _fake_backward(dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backe
 _op = torch.ops.lorafuse.lora_linear.default
 _op_backward = torch.ops.lorafuse.lora_linear_backward.default
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _is_unseen(*tensors):
+    """Whether nothing wants to see the operator itself: no mode, no transform, no profiler, no subclass of Tensor."""
+    return (
+        not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.autograd._profiler_enabled()
+        and all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
+    )
 
 
 def _run_forward(ctx, x, weight, bias, a, b, seed, scale, dropout_p, backend):
-    with _BelowAutograd():
-        y, xa = _op(x, weight, bias, a, b, seed, scale, dropout_p, backend)
+    if _is_unseen(x, weight, a, b):
+        y, xa = _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend)
+    else:
+        with _BelowAutograd():
+            y, xa = _op(x, weight, bias, a, b, seed, scale, dropout_p, backend)
     needs = ctx.needs_input_grad
     ctx.save_for_backward(x if needs[3] else None, xa if needs[4] else None, weight, a, b, seed)
     ctx.settings = scale, dropout_p, backend
@@ -112,7 +134,8 @@ def _run_backward(ctx, dy):
     need_x, _, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
     needs = [need_x, need_a, need_b, need_bias]
     x, xa, weight, a, b, seed = ctx.saved_tensors
-    grads = _op_backward(dy, x, xa, weight, a, b, seed, *ctx.settings[:2], needs, ctx.settings[2])
+    run = _gradients if _is_unseen(dy, x, weight, a, b) else _op_backward
+    grads = run(dy, x, xa, weight, a, b, seed, *ctx.settings[:2], needs, ctx.settings[2])
     dx, da, db, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
     return dx, None, dbias, da, db, None, None, None, None
 
