@@ -214,15 +214,19 @@ def table(out: Path) -> list[str]:
     return lines
 
 
-def main() -> int:
-    """0 when every step that ran passed, or when there is no GPU; 1 otherwise."""
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of the results (build/gpu)")
     parser.add_argument("--minutes", type=float, default=8.5, help="stop after so many (8.5)")
     parser.add_argument(
         "--grid", action="store_true", help="times alone: of the grid, what bench/results does not have"
     )
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """0 when every step that ran passed, or when there is no GPU; 1 otherwise."""
+    args = arguments().parse_args()
     try:
         import torch
     except ImportError:

@@ -6,15 +6,20 @@ import fnmatch
 import importlib
 import pkgutil
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from lorafuse import cli, env
 
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import gpu  # noqa: E402
+
 pytestmark = pytest.mark.no_poison
 
-ROOT = Path(__file__).parents[1]
 DOCS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "bench/README.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
@@ -74,8 +79,8 @@ def missing_targets(markdown, makefile):
 
 
 def flags_by_command():
-    """`{command: its flags}` from the argparse parsers themselves."""
-    found = {}
+    """`{command: its flags}` from the argparse parsers themselves, `make gpu` among them."""
+    found = {"gpu": flags_of(gpu.arguments())}
     for name in cli.COMMANDS:
         parser = argparse.ArgumentParser()
         importlib.import_module(f"lorafuse.cli.{name}").add_arguments(parser)
