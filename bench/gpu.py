@@ -152,10 +152,10 @@ def grid(out: Path, done: list[dict[str, Any]]) -> list[Step]:
 
 def measured(device: str) -> list[dict[str, Any]]:
     """The results in bench/results that were measured on that device."""
+    import publish
     import publish_grid
 
-    contents = [json.loads(file.read_text()) for file in sorted((ROOT / "bench" / "results").glob("*.json"))]
-    return publish_grid.results_of(device, [one for one in contents if "version" in one])
+    return publish_grid.results_of(device, [publish.load(file) for file in publish.on_gpus(ROOT)])
 
 
 def grouped(plan: list[Step]) -> list[list[Step]]:

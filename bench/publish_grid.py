@@ -3,15 +3,14 @@
 from collections.abc import Iterator
 from typing import Any
 
+from publish_tables import Content, Result, table
+
 from lorafuse.bench.moe import ROUTINGS
 from lorafuse.bench.result import geomean, with_adapters
 from lorafuse.bench.transformer import MODELS
 from lorafuse.testing.cases import CASES, MOE_CASES
 
 __all__ = ["BLOCKS", "RANKS", "ROWS", "SETTINGS", "find", "goals", "grid", "results_of"]
-
-Result = dict[str, Any]
-Content = dict[str, Any]
 
 _GPU = "H200"
 _MODEL = "llama-3.1-8b"
@@ -46,7 +45,7 @@ def goals(contents: list[Content], absent: str) -> str:
         ("the same, times as fast as Unsloth", "≥ 1.15", absent),
         ("layers and experts more than 2% behind the best peer", "none", behind),
     ]
-    return _table(["", "goal", "measured"], [list(row) for row in rows])
+    return table(["", "goal", "measured"], [list(row) for row in rows])
 
 
 def grid(contents: list[Content], absent: str) -> str:
@@ -72,13 +71,13 @@ def grid(contents: list[Content], absent: str) -> str:
     return "\n\n".join(
         (
             "LoRA tax by rows, r 16; layers of one shape share what was measured:",
-            _table(["", *(f"M {M}" for M in ROWS)], layers),
+            table(["", *(f"M {M}" for M in ROWS)], layers),
             "LoRA tax by rank:",
-            _table([f"{_SQUARE.name}, M 8192", *(f"r {R}" for R in RANKS)], [["", *ranks]]),
+            table([f"{_SQUARE.name}, M 8192", *(f"r {R}" for R in RANKS)], [["", *ranks]]),
             "LoRA tax of experts over transformers' frozen block, r 16:",
-            _table(["", *ROUTINGS], experts),
+            table(["", *ROUTINGS], experts),
             "A training step, times as fast as PEFT's:",
-            _table(["", *heads], models),
+            table(["", *heads], models),
         )
     )
 
@@ -134,8 +133,3 @@ def _percent(tax: float | None, absent: str) -> str:
 
 def _listed(values: list[str], otherwise: str) -> str:
     return "; ".join(dict.fromkeys(values)) or otherwise
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

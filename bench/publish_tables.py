@@ -92,7 +92,7 @@ def _size(result: Result, name: str) -> str:
     return str(value) if name in ("dtype", "routing") else f"{name} {value}"
 
 
-def _table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
+def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * left + "---:|" * (len(head) - left)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
@@ -105,7 +105,7 @@ def layers(content: Content, cases: tuple[str, ...] = ()) -> str:
         [_own(result, results), *(_cell(result, name, lambda one, _: f"{one['tax']:.0%}") for name in names)]
         for result in results
     ]
-    return _table(["layer", *(_label(results, name) for name in names)], rows)
+    return table(["layer", *(_label(results, name) for name in names)], rows)
 
 
 def experts(content: Content) -> str:
@@ -125,7 +125,7 @@ def experts(content: Content) -> str:
             for name in names
         ]
         rows.append([f"{_own(result, results)} (frozen {frozen})", *cells])
-    return _table(["experts", *(_label(results, name) for name in names)], rows)
+    return table(["experts", *(_label(results, name) for name in names)], rows)
 
 
 def training_steps(content: Content) -> str:
@@ -147,7 +147,7 @@ def training_steps(content: Content) -> str:
         rows.append([f"*{_model(result)}*", *[""] * len(columns)])
         for name, one in result["variants"].items():
             rows.append([LABELS[name], *(cell(one, result) for cell in columns.values())])
-    return _table(["", *columns], rows)
+    return table(["", *columns], rows)
 
 
 def _faster_than_peft(one: dict[str, Any], result: Result) -> str:
@@ -172,7 +172,7 @@ def kernel_steps(content: Content, file: str) -> str:
     ]
     head = ["time, rate / cuBLAS", *(f"M {r['M']}, N {r['N']}, K {r['K']}, R {r['R']}" for r in results)]
     said = f"Medians of {results[0]['rounds']} rounds, bfloat16."
-    return "\n\n".join([all_conditions(content, file), said, _table(head, rows)])
+    return "\n\n".join([all_conditions(content, file), said, table(head, rows)])
 
 
 def everything(content: Content, file: str) -> str:
@@ -195,7 +195,7 @@ def everything(content: Content, file: str) -> str:
             least = [shown.format(result["floors"][floors]) if "floors" in result else ""] if with_floor else []
             rows.append([_own(result, results), *least, *(_cell(result, name, cell) for name in names)])
         columns = [head, *(["floor"] if with_floor else []), *(_label(results, name) for name in names)]
-        parts.append(_table(columns, rows))
+        parts.append(table(columns, rows))
     notes = dict.fromkeys(
         f"{name}: {reason}"
         for result in results
@@ -306,7 +306,7 @@ def demo_steps(content: Content) -> str:
         for name, one in content["figures"].items()
         if isinstance(one, dict)
     ]
-    return _table(["", "median step", "tokens/s", "peak MiB of a step", "last loss"], rows)
+    return table(["", "median step", "tokens/s", "peak MiB of a step", "last loss"], rows)
 
 
 def layers_model(contents: list[Content], absent: str) -> str:
@@ -362,4 +362,4 @@ def _beside(rows: dict[str, list[float]], measured: dict[str, tuple[float, float
         else:
             cells += [absent] * 3
         lines.append([name, *cells])
-    return _table(head, lines)
+    return table(head, lines)

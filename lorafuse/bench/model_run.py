@@ -30,6 +30,8 @@ _T = TypeVar("_T")
 
 # a median needs them
 _LEAST_ROUNDS = 3
+# ways whose first loss is that of the base
+_BEGINS = {"full": "full fine-tuning", "frozen": "the frozen model"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.model.name}, accumulate {self.accumulate}, checkpointing {'on' if self.checkpointing else 'off'}"
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all micro-batches."""
+        return self.accumulate * self.batch * self.tokens
 
     @property
     def title(self) -> str:
@@ -139,7 +146,8 @@ def _run_turns(
         difference, bound = abs(loss - base), training.loss_bound(run.dtype, base)
         if not difference <= bound:
             raise Wrong(
-                f"{way} begins at a loss of {loss:.6f}, PEFT without adapters at {base:.6f}: above {bound:.1e} apart"
+                f"{_BEGINS[way]} begins at a loss of {loss:.6f}, the base without adapters has {base:.6f}: above "
+                f"{bound:.1e} apart"
             )
         run.parity[f"{way}_from_base"] = difference
     return run
@@ -254,8 +262,7 @@ def _check_losses(run: _Run) -> None:
 def _figures(run: _Run, trainee: Trainee, warm_up: int) -> dict[str, Any]:
     seconds = trainee.seconds[warm_up:]
     median = statistics.median(seconds)
-    case = run.case
-    tokens = case.accumulate * case.batch * case.tokens
+    case, tokens = run.case, run.case.tokens_per_step
     flops = step_flops(case.sizes, trainee.name, run.args.rank, tokens, case.tokens)
     return {
         "step": {"median": median, "p20": percentile(seconds, 0.2), "p80": percentile(seconds, 0.8)},
@@ -272,8 +279,7 @@ def _figures(run: _Run, trainee: Trainee, warm_up: int) -> dict[str, Any]:
 def _result(run: _Run, turns: list[list[str]]) -> dict[str, Any]:
     case, args = run.case, run.args
     whole = Sizes.of(case.model.config())
-    tokens = case.accumulate * case.batch * case.tokens
-    flops = {way: step_flops(case.sizes, way, args.rank, tokens, case.tokens) for way in WAYS}
+    flops = {way: step_flops(case.sizes, way, args.rank, case.tokens_per_step, case.tokens) for way in WAYS}
     variants = {way: run.figures[way] for way in WAYS if way in run.figures}
     medians = {way: figure["step"]["median"] for way, figure in variants.items()}
     for way, figure in variants.items():
@@ -287,7 +293,7 @@ def _result(run: _Run, turns: list[list[str]]) -> dict[str, Any]:
         "layers": case.sizes.layers, "layers_of_model": whole.layers,
         "vocabulary": case.sizes.vocabulary, "vocabulary_of_model": whole.vocabulary,
         "accumulate": case.accumulate, "batch": case.batch, "tokens": case.tokens,
-        "tokens_per_step": tokens,
+        "tokens_per_step": case.tokens_per_step,
         "checkpointing": case.checkpointing, "R": args.rank, "dtype": args.dtype,
         "peak_flops_per_s": peaks.matmul_flops(run.dtype, run.device),
         "floors": {

@@ -119,7 +119,7 @@ def _is_unseen(*tensors):
 
 
 def _run_forward(ctx, x, weight, bias, a, b, seed, scale, dropout_p, backend):
-    if _is_unseen(x, weight, a, b):
+    if _is_unseen(x, weight, bias, a, b):
         y, xa = _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend)
     else:
         with _BelowAutograd():
