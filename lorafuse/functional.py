@@ -94,7 +94,8 @@ def run_linear(
     """`lora_linear` for callers that already know that the parameters fit each other and the backend can run here."""
     kind = x.device.type
     # torch knows no autocast for meta tensors and raises when asked
-    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    if autocast and x.dtype is not torch.float64 and x.is_floating_point():
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.dtype is not weight.dtype or not x.is_floating_point():
@@ -105,11 +106,14 @@ def run_linear(
     if bias is not None and bias.dtype is not x.dtype:
         raise TypeError(f"lora_linear got x {x.dtype} and bias {bias.dtype}; they must have one dtype: cast the bias")
     if backend is None:
-        backend = base.current()
+        # Dynamo cannot read context variables, so a compiled graph looks when it runs
+        backend = "current" if torch.compiler.is_compiling() else base.current()
     if backend == "auto" and kind in _AUTO:
         backend = _AUTO[kind]
     seed = _seed_tensor(seed, x.device) if dropout_p else None
-    return _linear.lora_linear(x, weight, bias, a, b, seed, scale, dropout_p, backend)
+    # PEFT computes the low-rank path in the adapters' dtype; of those only fp16 is short of range
+    wide = x.dtype is torch.float16 and not autocast and (a.dtype is not x.dtype or b.dtype is not x.dtype)
+    return _linear.lora_linear(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide)
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:

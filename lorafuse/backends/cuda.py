@@ -4,8 +4,9 @@ Same operator as `eager`, shapes and meaning of arguments included, in bfloat16 
 capability 9.0. Launches go to the current stream of x's device. Experts: `lorafuse.backends.cuda_experts`.
 """
 
+from functools import partial
+
 import torch
-from torch import Tensor
 
 from lorafuse.backends import cuda_experts, cuda_linear, cuda_native, probe
 from lorafuse.backends.on_gpu import device_guard
@@ -34,30 +35,4 @@ _RUN = cuda_linear.Runner(
     capturing=torch.cuda.is_current_stream_capturing,
 )
 experts_forward, experts_backward, grouped_forward, grouped_backward = cuda_experts.functions(_RUN)
-
-
-def linear_forward(
-    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, seed: Tensor | None, scale: float, p: float
-) -> tuple[Tensor, Tensor]:
-    """`(y [..., N], xa [M, R])`, both in x's dtype. Raises ValueError or TypeError for what the kernels do not take."""
-    return cuda_linear.forward(_RUN, x, w, bias, a, b, seed, scale, p)
-
-
-def linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    xa: Tensor | None,
-    w: Tensor,
-    a: Tensor,
-    b: Tensor,
-    seed: Tensor | None,
-    scale: float,
-    p: float,
-    need_dx: bool,
-    need_da: bool,
-    need_db: bool,
-    need_dbias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """`(dx, da, db, dbias)`, None where not needed; da and db in their parameters' dtypes."""
-    needs = need_dx, need_da, need_db, need_dbias
-    return cuda_linear.backward(_RUN, dy, x, xa, w, a, b, seed, scale, p, *needs)
+linear_forward, linear_backward = partial(cuda_linear.forward, _RUN), partial(cuda_linear.backward, _RUN)

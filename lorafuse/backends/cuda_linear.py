@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lorafuse.backends import eager, probe
+from lorafuse.backends.rows import contiguous_rows, shaped_like
 from lorafuse.philox import rescaled
 from lorafuse.plan import DeviceSpec, KernelConfig, Plan, Problem, cuda, select
 
@@ -53,15 +54,15 @@ def _plan(run: Runner, problem: Problem, device: torch.device) -> Plan:
 
 def forward(
     run: Runner, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, seed: Tensor | None, scale: float,
-    p: float,
+    p: float, wide: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`linear_forward` of a backend."""
     if x.numel() == 0 or w.numel() == 0:
         # nothing to launch over
-        return eager.linear_forward(x, w, bias, a, b, seed, scale, p)
-    flat, w = _rows(x), _rows(w)
+        return eager.linear_forward(x, w, bias, a, b, seed, scale, p, wide)
+    flat, w = contiguous_rows(x), contiguous_rows(w)
     M, (N, K), R = flat.shape[0], w.shape, a.shape[0]
-    plan = _plan(run, probe.linear_problem(flat, w, a, bias is not None, seed is not None), x.device)
+    plan = _plan(run, probe.linear_problem(flat, w, a, bias is not None, seed is not None, wide=wide), x.device)
     config, scale = plan.config("fwd"), scale if seed is None else rescaled(scale, p)
     with run.guard(x.device):
         stream = run.stream(x.device)
@@ -91,21 +92,22 @@ def forward(
         )  # fmt: skip
         if xa.shape[1] != R:
             xa = xa[:, :R].contiguous()
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], N)), xa
+    return shaped_like(y, x), xa
 
 
 def backward(
     run: Runner, dy: Tensor, x: Tensor | None, xa: Tensor | None, w: Tensor, a: Tensor, b: Tensor, seed: Tensor | None,
     scale: float, p: float, need_dx: bool, need_da: bool, need_db: bool, need_dbias: bool,
+    wide: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """`linear_backward` of a backend."""
     needs = need_dx, need_da, need_db, need_dbias
     if dy.numel() == 0 or w.numel() == 0 or not any(needs):
-        return eager.linear_backward(dy, x, xa, w, a, b, seed, scale, p, *needs)
-    flat, w = _rows(dy), _rows(w)
+        return eager.linear_backward(dy, x, xa, w, a, b, seed, scale, p, *needs, wide)
+    flat, w = contiguous_rows(dy), contiguous_rows(w)
     M, (N, K), R = flat.shape[0], w.shape, a.shape[0]
     wanted = tuple(name for name, need in zip(("dx", "da", "db", "dbias"), needs, strict=True) if need)
-    plan = _plan(run, probe.linear_problem(flat, w, a, False, seed is not None, wanted), dy.device)
+    plan = _plan(run, probe.linear_problem(flat, w, a, False, seed is not None, wanted, wide), dy.device)
     scale = scale if seed is None else rescaled(scale, p)
     # in dx's launch da is summed, and db too where nothing but dyb has a pass before
     beside = plan.kernel == "one_launch_backward"
@@ -127,7 +129,7 @@ def backward(
             dbias = dy.new_empty((N,))
         if need_da:
             assert x is not None
-            x, da = _aligned_rows(_rows(x)), given_a.new_empty(a.shape)
+            x, da = _aligned_rows(contiguous_rows(x)), given_a.new_empty(a.shape)
         if db_beside:
             assert dyb is not None
             transposed, round_b = _rounding(given_b, dy.dtype, scale, transposed=True)
@@ -160,7 +162,7 @@ def backward(
                 a=rounded_a.data_ptr(), stride_a=rounded_a.stride(0), dx=dx.data_ptr(), stride_dx=K, **_mask(seed, p),
                 overlap_previous=True, tiling=_tiling(plan.config("dx")), **sums, stream=stream,
             )  # fmt: skip
-            dx = dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], K)
+            dx = shaped_like(dx, dy)
         if need_da and not beside:
             assert x is not None
             assert dyb is not None
@@ -229,15 +231,6 @@ def _padded_rows(xa: Tensor) -> Tensor:
     out = xa.new_zeros((xa.shape[0], _padded(R)))
     out[:, :R] = xa
     return out
-
-
-def _rows(t: Tensor) -> Tensor:
-    """`t` as a matrix of contiguous rows that do not overlap; copies only where its strides leave no other way."""
-    flat = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
-    if flat.shape[0] == 1:
-        # the stride of a single row can be anything, and TMA reads it
-        return flat.reshape(-1).unsqueeze(0)
-    return flat if flat.stride(1) == 1 and flat.stride(0) >= flat.shape[1] else flat.contiguous()
 
 
 def _aligned_rows(t: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lorafuse.backends import low_rank_fp32
 from lorafuse.backends.eager_experts import experts_backward, experts_forward, grouped_backward, grouped_forward
+from lorafuse.backends.rows import matrix, shaped_like
 from lorafuse.philox import keep_mask, rescaled, row_chunks
 
 __all__ = [
@@ -51,15 +53,28 @@ def _transposed(t: Tensor) -> Tensor:
 
 
 def linear_forward(
-    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, seed: Tensor | None, scale: float, p: float
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    p: float,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`(y [..., N], xa [M, R])`, both in x's dtype; dropout is applied when a seed (int64 [1]) is given."""
+    """`(y [..., N], xa [M, R])`, both in x's dtype; dropout is applied when a seed (int64 [1]) is given.
+
+    `wide` keeps the low-rank path of an fp16 base in fp32, and xa too.
+    """
+    if wide:
+        return low_rank_fp32.linear_forward(x, w, bias, a, b, seed, scale, p)
     dtype = x.dtype
     if a.dtype is not dtype:
         a = a.to(dtype)
     if b.dtype is not dtype:
         b = b.to(dtype)
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    flat = matrix(x)
     if x.is_cuda:
         # accumulating the base product onto the low-rank one hides the read of y behind the large GEMM
         xa, scale = _low_rank(flat, a, seed, scale, p)
@@ -70,7 +85,7 @@ def linear_forward(
         y = linear(flat, w, bias)
         xa, scale = _low_rank(flat, a, seed, scale, p)
         y.addmm_(xa, b.t(), alpha=scale)
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])), xa
+    return shaped_like(y, x), xa
 
 
 def linear_backward(
@@ -87,13 +102,17 @@ def linear_backward(
     need_da: bool,
     need_db: bool,
     need_dbias: bool,
+    wide: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """`(dx, da, db, dbias)`, None where not needed; da and db in their parameters' dtypes.
 
-    `x` may be None when da is not needed, `xa` when db is not.
+    `x` may be None when da is not needed, `xa` when db is not; `wide` is that of `linear_forward`.
     """
+    if wide:
+        needs = need_dx, need_da, need_db, need_dbias
+        return low_rank_fp32.linear_backward(dy, x, xa, w, a, b, seed, scale, p, *needs)
     dtype = dy.dtype
-    flat = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
+    flat = matrix(dy)
     dx = da = db = dbias = None
     effective = scale if seed is None else rescaled(scale, p)
     # next to dyb, which reads dy too
@@ -110,9 +129,9 @@ def linear_backward(
             da = _dropout_backward(dx, x if need_da else None, dyb, a, seed, p)
         elif need_da:
             assert x is not None
-            da = torch.mm(_transposed(dyb), x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).to(a.dtype)
+            da = torch.mm(_transposed(dyb), matrix(x)).to(a.dtype)
         if dx is not None:
-            dx = dx.addmm_(flat, w) if dy.dim() == 2 else dx.addmm_(flat, w).view(*dy.shape[:-1], w.shape[1])
+            dx = shaped_like(dx.addmm_(flat, w), dy)
     if need_dbias:
         dbias = flat.sum(0)
     return dx, da, db, dbias
@@ -130,7 +149,7 @@ def _dropout_backward(
     dx: Tensor | None, x: Tensor | None, dyb: Tensor, a: Tensor, seed: Tensor, p: float
 ) -> Tensor | None:
     """Mask `dx` in place and return `da`, from one mask per row chunk; either of dx and x may be absent."""
-    flat = None if x is None else x.reshape(-1, x.shape[-1])
+    flat = None if x is None else matrix(x)
     wide = torch.promote_types(a.dtype, torch.float32)
     da = None if flat is None else torch.zeros(a.shape, dtype=wide, device=a.device)
     for rows in row_chunks(dyb.shape[0], a.shape[1], dyb.device):

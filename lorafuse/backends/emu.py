@@ -4,9 +4,9 @@ Same functions as `cuda`. `lorafuse._emu.configure` says how launches run. Secon
 """
 
 import contextlib
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from lorafuse.backends import cuda_experts, cuda_linear, cuda_native
 from lorafuse.plan import DeviceSpec, find
@@ -36,30 +36,4 @@ _RUN = cuda_linear.Runner(
     capturing=lambda: False,
 )
 experts_forward, experts_backward, grouped_forward, grouped_backward = cuda_experts.functions(_RUN)
-
-
-def linear_forward(
-    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, seed: Tensor | None, scale: float, p: float
-) -> tuple[Tensor, Tensor]:
-    """See `lorafuse.backends.cuda.linear_forward`."""
-    return cuda_linear.forward(_RUN, x, w, bias, a, b, seed, scale, p)
-
-
-def linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    xa: Tensor | None,
-    w: Tensor,
-    a: Tensor,
-    b: Tensor,
-    seed: Tensor | None,
-    scale: float,
-    p: float,
-    need_dx: bool,
-    need_da: bool,
-    need_db: bool,
-    need_dbias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """See `lorafuse.backends.cuda.linear_backward`."""
-    needs = need_dx, need_da, need_db, need_dbias
-    return cuda_linear.backward(_RUN, dy, x, xa, w, a, b, seed, scale, p, *needs)
+linear_forward, linear_backward = partial(cuda_linear.forward, _RUN), partial(cuda_linear.backward, _RUN)

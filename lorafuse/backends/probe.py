@@ -45,22 +45,22 @@ def device_spec(device: torch.device) -> DeviceSpec | None:
 
 
 def linear_problem(
-    x: Tensor, w: Tensor, a: Tensor, bias: bool, dropout: bool, gradients: tuple[str, ...] = ()
+    x: Tensor, w: Tensor, a: Tensor, bias: bool, dropout: bool, gradients: tuple[str, ...] = (), wide: bool = False
 ) -> Problem:
     """The problem of operands `x [..., K]` (or dy `[..., N]`), `w [N, K]`, `a [R, K]`."""
     N, K = w.shape
     aligned = _rows_are_aligned(x) and _rows_are_aligned(w)
     tokens = math.prod(x.shape[:-1])
-    return _problem(tokens, N, K, a.shape[0], x.dtype, a.dtype, bias, dropout, gradients, aligned)
+    return _problem(tokens, N, K, a.shape[0], x.dtype, a.dtype, bias, dropout, gradients, aligned, wide)
 
 
 # every call of a layer asks, and making one takes as long as a launch
 @lru_cache(maxsize=4096)
 def _problem(
     M: int, N: int, K: int, R: int, dtype: torch.dtype, adapter_dtype: torch.dtype, bias: bool, dropout: bool,
-    gradients: tuple[str, ...], aligned: bool,
+    gradients: tuple[str, ...], aligned: bool, wide: bool,
 ) -> Problem:  # fmt: skip
-    return Problem(M, N, K, R, _name(dtype), _name(adapter_dtype), bias, dropout, gradients, aligned=aligned)
+    return Problem(M, N, K, R, _name(dtype), _name(adapter_dtype), bias, dropout, gradients, aligned, wide)
 
 
 def experts_problem(

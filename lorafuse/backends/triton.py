@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorafuse.backends import eager, probe
 from lorafuse.backends.on_gpu import check_device, device_guard
+from lorafuse.backends.rows import contiguous_rows, shaped_like
 from lorafuse.backends.triton_experts import experts_backward, experts_forward, grouped_backward, grouped_forward
 from lorafuse.kernels import linear_bwd, linear_fwd
 from lorafuse.philox import rescaled
@@ -29,21 +30,32 @@ _INTERPRETED_AS = "H200"
 
 
 def linear_forward(
-    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, seed: Tensor | None, scale: float, p: float
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    p: float,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`(y [..., N], xa [M, R])`, both in x's dtype. Raises ValueError or TypeError for what the kernels do not take."""
+    """`(y [..., N], xa [M, R])`, both in x's dtype, but xa in fp32 when `wide`.
+
+    Raises ValueError or TypeError for what the kernels do not take.
+    """
     check_device(x)
     if x.numel() == 0 or w.numel() == 0:
         # nothing to launch over
-        return eager.linear_forward(x, w, bias, a, b, seed, scale, p)
-    flat, w, a, b = _rows(x), _rows(w), a.contiguous(), b.contiguous()
+        return eager.linear_forward(x, w, bias, a, b, seed, scale, p, wide)
+    flat, w, a, b = contiguous_rows(x), contiguous_rows(w), a.contiguous(), b.contiguous()
     bias = None if bias is None else bias.contiguous()
-    plan, device = _plan(probe.linear_problem(flat, w, a, bias is not None, seed is not None), x.device)
+    plan, device = _plan(probe.linear_problem(flat, w, a, bias is not None, seed is not None, wide=wide), x.device)
     scale = scale if seed is None else rescaled(scale, p)
     with device_guard(x.device):
-        xa = None if plan.config("fwd").single else linear_fwd.lora_xa(flat, a, seed, p, plan.config("xa"))
+        xa = None if plan.config("fwd").single else linear_fwd.lora_xa(flat, a, seed, p, plan.config("xa"), wide)
         y, xa = linear_fwd.lora_linear_fwd(flat, w, bias, a, b, scale, xa, device.sms, plan.config("fwd"))
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])), xa
+    return shaped_like(y, x), xa
 
 
 def linear_backward(
@@ -60,15 +72,16 @@ def linear_backward(
     need_da: bool,
     need_db: bool,
     need_dbias: bool,
+    wide: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """`(dx, da, db, dbias)`, None where not needed; da and db in their parameters' dtypes."""
     check_device(dy)
     needs = need_dx, need_da, need_db, need_dbias
     if dy.numel() == 0 or w.numel() == 0 or not any(needs):
-        return eager.linear_backward(dy, x, xa, w, a, b, seed, scale, p, *needs)
-    flat, w = _rows(dy), _rows(w)
+        return eager.linear_backward(dy, x, xa, w, a, b, seed, scale, p, *needs, wide)
+    flat, w = contiguous_rows(dy), contiguous_rows(w)
     wanted = tuple(name for name, need in zip(("dx", "da", "db", "dbias"), needs, strict=True) if need)
-    plan, device = _plan(probe.linear_problem(flat, w, a, False, seed is not None, wanted), dy.device)
+    plan, device = _plan(probe.linear_problem(flat, w, a, False, seed is not None, wanted, wide), dy.device)
     scale = scale if seed is None else rescaled(scale, p)
     dx = da = db = dbias = dyb = None
     with device_guard(dy.device):
@@ -78,7 +91,7 @@ def linear_backward(
         )
         segments = []
         if dyb_parts is not None:
-            dyb = dy.new_empty((flat.shape[0], a.shape[0]))
+            dyb = dy.new_empty((flat.shape[0], a.shape[0]), dtype=torch.float32 if wide else dy.dtype)
             segments.append((dyb_parts, dyb, scale))
         if db_parts is not None:
             db = b.new_empty(b.shape)
@@ -89,22 +102,13 @@ def linear_backward(
         linear_bwd.sum_partials(segments, plan.config("reduce"))
         if need_dx:
             dx = linear_bwd.lora_linear_dx(flat, w, a.contiguous(), dyb, seed, p, device.sms, plan.config("dx"))
-            dx = dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], dx.shape[1])
+            dx = shaped_like(dx, dy)
         if need_da:
             assert x is not None
             da = a.new_empty(a.shape)
-            parts = linear_bwd.lora_da_partials(_rows(x), dyb, seed, p, plan.config("da"))
+            parts = linear_bwd.lora_da_partials(contiguous_rows(x), dyb, seed, p, plan.config("da"))
             linear_bwd.sum_partials([(parts, da, 1.0)], plan.config("reduce"))
     return dx, da, db, dbias
-
-
-def _rows(t: Tensor) -> Tensor:
-    """`t` as a matrix of contiguous rows that do not overlap; copies only where its strides leave no other way."""
-    flat = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
-    if flat.shape[0] == 1:
-        # the stride of a single row can be anything, and TMA reads it
-        return flat.reshape(-1).unsqueeze(0)
-    return flat if flat.stride(1) == 1 and flat.stride(0) >= flat.shape[1] else flat.contiguous()
 
 
 def _plan(problem: Problem, device: torch.device) -> tuple[Plan, DeviceSpec]:

@@ -48,8 +48,13 @@ def store_halves(d, row, column, acc, dtype: tl.constexpr):
     d.store([row, column + HALF], right.to(dtype))
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies fp32: IEEE unless torch allows tf32. Half-precision products are exact either way."""
+def precision(dtype: torch.dtype, low: torch.dtype | None = None) -> str:
+    """How `tl.dot` multiplies fp32: IEEE unless torch allows tf32. Half-precision products are exact either way.
+
+    `low` is the dtype of xa and dyb: where that is fp32 over an fp16 `dtype`, tf32 has fp16's mantissa, fp32's range.
+    """
+    if low is torch.float32 and dtype is not low:
+        return "tf32"
     return "tf32" if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 

@@ -5,6 +5,7 @@
 
 Shapes: dy [M, N] and x [M, K] with any row stride, w [N, K] likewise, a [R, K], b [N, R], xa and dyb [M, R] contiguous;
 dx [M, K], da [R, K], db [N, R], dbias [N]. There is no dw. `mask` is that of dropout, drawn again from its seed.
+Where xa and dyb are fp32 over fp16 operands, they are multiplied in tf32.
 
 Fused: dyb, db and dbias come from one read of dy. dx starts from the low-rank product in the fp32 accumulator of the
 base product, masked there, so that dx is written once and no mask is stored. Sums over many programs are deterministic:
@@ -53,6 +54,7 @@ def _lora_dyb_db_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
+    LOW_PRECISION: tl.constexpr,
 ):
     """Partials of dyb over a column block, of db and dbias over `rows` rows; None for those that are not wanted."""
     dtype: tl.constexpr = p_dy.dtype.element_ty
@@ -76,7 +78,7 @@ def _lora_dyb_db_kernel(
             tl.store(p_dyb + o_dyb, b_dyb, mask=mask_r)
         if p_db is not None:
             b_xa = tl.load(p_xa + o_m.to(tl.int64)[:, None] * R + o_r[None, :], mask=mask_r, other=0.0)
-            acc_db = tl.dot(b_dy.T, b_xa, acc_db, input_precision=PRECISION)
+            acc_db = tl.dot(b_dy.to(b_xa.dtype).T, b_xa, acc_db, input_precision=LOW_PRECISION)
         if p_dbias is not None:
             acc_dbias += tl.sum(b_dy.to(tl.float32), 0)
     if p_db is not None:
@@ -102,7 +104,7 @@ def _lora_da_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LOW_PRECISION: tl.constexpr,
 ):
     """Partials of da over `rows` rows, for the BLOCK_N columns of x that this program owns."""
     i_n = tl.program_id(0)
@@ -119,7 +121,7 @@ def _lora_da_kernel(
             b_x = tl.where(keep_tile(p_seed, drop_below, o_m, i_n * BLOCK_N, K, BLOCK_N, GROUPED), b_x, 0.0)
         mask_r = (o_m < M)[:, None] & (o_r < R)[None, :]
         b_dyb = tl.load(p_dyb + o_m.to(tl.int64)[:, None] * R + o_r[None, :], mask=mask_r, other=0.0)
-        acc = tl.dot(b_x.T, b_dyb, acc, input_precision=PRECISION)
+        acc = tl.dot(b_x.to(b_dyb.dtype).T, b_dyb, acc, input_precision=LOW_PRECISION)
     o_da = (i_s.to(tl.int64) * R + o_r)[None, :] * K + o_n[:, None]
     tl.store(p_da + o_da, acc, mask=(o_n < K)[:, None] & (o_r < R)[None, :])
 
@@ -158,6 +160,7 @@ def _lora_linear_dx_kernel(
     GROUP_M: tl.constexpr,
     GROUPED: tl.constexpr,
     PRECISION: tl.constexpr,
+    LOW_PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):
     """Tiles of BLOCK_M rows and BLOCK_N columns of dx; the reduction over N goes in steps of BLOCK_K."""
@@ -195,11 +198,11 @@ def _lora_linear_dx_kernel(
         # with dropout the low-rank product is masked on its way, in an accumulator of its own
         low = acc if p_seed is None else tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if RANK_STEPS == 1:
-            low = _add_low_rank(low, p_dyb, p_a, o_m, o_n, 0, M, K, R, BLOCK_R, PRECISION)
+            low = _add_low_rank(low, p_dyb, p_a, o_m, o_n, 0, M, K, R, BLOCK_R, LOW_PRECISION)
         else:
             # a loop and not unrolled, or the tiles of all ranks are in registers at once
             for i_r in tl.range(0, R, BLOCK_R, num_stages=1):
-                low = _add_low_rank(low, p_dyb, p_a, o_m, o_n, i_r, M, K, R, BLOCK_R, PRECISION)
+                low = _add_low_rank(low, p_dyb, p_a, o_m, o_n, i_r, M, K, R, BLOCK_R, LOW_PRECISION)
         if p_seed is None:
             acc = low
         else:
@@ -294,6 +297,7 @@ def lora_dyb_db_partials(
         BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,
         PRECISION=precision(dy.dtype),
+        LOW_PRECISION=precision(dy.dtype, dy.dtype if xa is None else xa.dtype),
         **options(config),
     )
     return dyb_parts, db_parts, dbias_parts
@@ -322,7 +326,7 @@ def lora_da_partials(x: Tensor, dyb: Tensor, seed: Tensor | None, p: float, conf
         BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,
         GROUPED=grouped(K),
-        PRECISION=precision(x.dtype),
+        LOW_PRECISION=precision(x.dtype, dyb.dtype),
         **options(config),
     )
     return parts
@@ -363,6 +367,7 @@ def lora_linear_dx(
             GROUP_M=config.group_m,
             GROUPED=grouped(K),
             PRECISION=precision(dy.dtype),
+            LOW_PRECISION=precision(dy.dtype, dyb.dtype),
             TMA=tma,
             **options(config),
         )

@@ -4,7 +4,7 @@
 
 Shapes: x [M, K] with any row stride, w [N, K] likewise, bias [N], a [R, K] and b [N, R] contiguous, xa [M, R],
 y [M, N]. drop() masks and does not rescale; a and b may be fp32 and are rounded to x's dtype in registers, b after its
-scale.
+scale. An fp32 xa over fp16 operands (the range of fp16 being too small) is multiplied with an fp32 b, in tf32.
 
 Fused: the low-rank product is accumulated in the fp32 accumulator of the base product, as R more columns of K; bias and
 rounding follow in the same registers. y is written once and never read. `xa` comes from a kernel of its own (two
@@ -72,7 +72,8 @@ def _xa_tile(
             b_x = tl.where(keep_tile(p_seed, drop_below, o_m, i_k, K, BLOCK_K, GROUPED), b_x, 0.0)
         acc = tl.dot(b_x, b_a, acc, input_precision=PRECISION)
     mask = (o_m < M)[:, None] & (o_r < R)[None, :]
-    tl.store(p_xa + o_m.to(tl.int64)[:, None] * R + o_r[None, :], acc.to(dtype), mask=mask)
+    p_xa_tile = p_xa + o_m.to(tl.int64)[:, None] * R + o_r[None, :]
+    tl.store(p_xa_tile, acc.to(p_xa.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["drop_below"])
@@ -161,6 +162,7 @@ def _lora_linear_fwd_kernel(
     RANK_STEPS: tl.constexpr,
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
+    LOW_PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):
     dtype: tl.constexpr = p_x.dtype.element_ty
@@ -232,12 +234,14 @@ def _lora_linear_fwd_kernel(
             while tl.atomic_add(p_flags + 2 + i_m, 0, sem="acquire", scope="gpu") == 0:
                 pass
         if RANK_STEPS == 1:
-            acc = _add_low_rank(acc, p_xa, p_b, o_m, o_n, 0, M, N, R, scale, BLOCK_R, p_flags is not None, PRECISION)
+            acc = _add_low_rank(
+                acc, p_xa, p_b, o_m, o_n, 0, M, N, R, scale, BLOCK_R, p_flags is not None, LOW_PRECISION
+            )
         else:
             # a loop and not unrolled, or the tiles of all ranks are in registers at once
             for i_r in tl.range(0, R, BLOCK_R, num_stages=1):
                 acc = _add_low_rank(
-                    acc, p_xa, p_b, o_m, o_n, i_r, M, N, R, scale, BLOCK_R, p_flags is not None, PRECISION
+                    acc, p_xa, p_b, o_m, o_n, i_r, M, N, R, scale, BLOCK_R, p_flags is not None, LOW_PRECISION
                 )
 
         if p_bias is not None:
@@ -249,10 +253,13 @@ def _lora_linear_fwd_kernel(
             tl.store(p_y + o_m.to(tl.int64)[:, None] * N + o_n[None, :], acc.to(dtype), mask=mask)
 
 
-def lora_xa(x: Tensor, a: Tensor, seed: Tensor | None, p: float, config: KernelConfig) -> Tensor:
-    """`xa = drop(x) aᵀ`, `[M, R]` in x's dtype. x `[M, K]` has contiguous rows, a `[R, K]` is contiguous."""
+def lora_xa(x: Tensor, a: Tensor, seed: Tensor | None, p: float, config: KernelConfig, wide: bool = False) -> Tensor:
+    """`xa = drop(x) aᵀ`, `[M, R]` in x's dtype, in fp32 when `wide`.
+
+    x `[M, K]` has contiguous rows, a `[R, K]` is contiguous.
+    """
     (M, K), R = x.shape, a.shape[0]
-    xa = x.new_empty((M, R))
+    xa = x.new_empty((M, R), dtype=torch.float32 if wide else x.dtype)
     grid = (triton.cdiv(M, config.block_m), rank_steps(R, config))
     _lora_xa_kernel[grid](
         x,
@@ -285,7 +292,7 @@ def lora_linear_fwd(
     programs: int,
     config: KernelConfig,
 ) -> tuple[Tensor, Tensor]:
-    """`(y [M, N], xa [M, R])` in x's dtype; `scale` is that of the masked low-rank path, dropout's rescaling included.
+    """`(y [M, N] in x's dtype, xa [M, R])`; `scale` is that of the masked low-rank path, dropout's rescaling included.
 
     `xa` comes from `lora_xa`, or is None and computed inside when `config.single`. x and w have contiguous rows, bias,
     a and b are contiguous; `programs` is how many run at a time, the number of SMs.
@@ -325,6 +332,7 @@ def lora_linear_fwd(
             RANK_STEPS=rank_steps(R, config),
             GROUP_M=config.group_m,
             PRECISION=precision(x.dtype),
+            LOW_PRECISION=precision(x.dtype, xa.dtype),
             TMA=tma,
             **options(config),
         )

@@ -2,23 +2,31 @@
 
     y = x wᵀ + bias + scale · (drop(x) aᵀ) bᵀ
 
-`xa = drop(x) aᵀ`, `[M, R]` in x's dtype, where drop() masks and does not rescale; with x it is all that backward needs
-besides the parameters. There is no gradient of w. The backend is an argument, so that backward runs where forward ran
-and a compiled graph shows the choice; "auto" is resolved by the plan when the operator runs, for each direction.
+`xa = drop(x) aᵀ`, `[M, R]`, where drop() masks and does not rescale; with x it is all that backward needs besides the
+parameters. It has x's dtype, or fp32 when `wide` (an fp16 base with adapters of a larger range). There is no gradient
+of w. The backend is an argument, so that backward runs where forward ran and a compiled graph shows the choice; "auto"
+is resolved by the plan when the operator runs, for each direction, and "current" is that of `use_backend` then.
 
-Where nobody else would see the call (`_is_unseen`), autograd calls the kernels past torch's dispatcher, which costs as
-much as a small product.
+Gradients of gradients come from the same formulas in plain torch, as do calls under transforms (`is_transformed`).
+Where nobody else would see the call (`can_bypass_dispatcher`), autograd calls the kernels past torch's dispatcher,
+which costs as much as a small product.
 """
 
+import contextlib
 import math
+from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 from lorafuse.backends import base, eager
 from lorafuse.backends.probe import device_spec, linear_problem
+from lorafuse.backends.rows import matrix
 from lorafuse.ops._define import LIBRARY
+from lorafuse.ops.transforms import is_transformed, needs_plain_backward
+from lorafuse.philox import keep_mask, rescaled
 from lorafuse.plan import Plan, Problem, select
 
 __all__ = ["check_shapes", "lora_linear", "plan_problem"]
@@ -27,11 +35,12 @@ _GRADIENTS = ("dx", "da", "db", "dbias")
 
 LIBRARY.define(
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor? seed, float scale, float dropout_p,"
-    " str backend) -> (Tensor y, Tensor xa)"
+    " str backend, bool wide=False) -> (Tensor y, Tensor xa)"
 )
 LIBRARY.define(
     "lora_linear_backward(Tensor dy, Tensor? x, Tensor? xa, Tensor weight, Tensor a, Tensor b, Tensor? seed,"
-    " float scale, float dropout_p, bool[] needs, str backend) -> (Tensor dx, Tensor da, Tensor db, Tensor dbias)"
+    " float scale, float dropout_p, bool[] needs, str backend, bool wide=False)"
+    " -> (Tensor dx, Tensor da, Tensor db, Tensor dbias)"
 )
 
 
@@ -63,37 +72,45 @@ def plan_problem(problem: Problem, device: torch.device) -> Plan:
     return select(problem, device_spec(device) if ("triton", "") in available else None, available)
 
 
-def _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend):
-    check_shapes(x, weight, bias, a, b)
+def _run(backend: str, problem: Callable[[], Problem], device: torch.device) -> ModuleType:
+    """The module that runs a call; `problem()` is what the plan is asked for "auto"."""
+    if backend == "current":
+        backend = base.current()
     if backend == "auto":
-        problem = linear_problem(x, weight, a, bias is not None, seed is not None)
-        backend = plan_problem(problem, x.device).backend
-    run = eager if backend == "eager" else base.load(backend)
-    return run.linear_forward(x, weight, bias, a, b, seed, scale, dropout_p)
+        backend = plan_problem(problem(), device).backend
+    return eager if backend == "eager" else base.load(backend)
 
 
-def _fake_forward(x, weight, bias, a, b, seed, scale, dropout_p, backend):
+def _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False):
+    check_shapes(x, weight, bias, a, b)
+    run = _run(backend, lambda: linear_problem(x, weight, a, bias is not None, seed is not None, wide=wide), x.device)
+    return run.linear_forward(x, weight, bias, a, b, seed, scale, dropout_p, wide)
+
+
+def _fake_forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False):
     check_shapes(x, weight, bias, a, b)
     tokens = math.prod(x.shape[:-1])
-    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((tokens, a.shape[0]))
+    xa = x.new_empty((tokens, a.shape[0]), dtype=torch.float32 if wide else x.dtype)
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), xa
 
 
-def _gradients(dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backend):
+def _gradients(dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backend, wide=False):
     """`(dx, da, db, dbias)`, None where not needed."""
-    if backend == "auto":
-        wanted = tuple(name for name, need in zip(_GRADIENTS, needs, strict=True) if need)
-        problem = linear_problem(dy, weight, a, False, seed is not None, wanted)
-        backend = plan_problem(problem, dy.device).backend
-    run = eager if backend == "eager" else base.load(backend)
-    return run.linear_backward(dy, x, xa, weight, a, b, seed, scale, dropout_p, *needs)
+
+    def problem():
+        needed = tuple(name for name, need in zip(_GRADIENTS, needs, strict=True) if need)
+        return linear_problem(dy, weight, a, False, seed is not None, needed, wide)
+
+    run = _run(backend, problem, dy.device)
+    return run.linear_backward(dy, x, xa, weight, a, b, seed, scale, dropout_p, *needs, wide)
 
 
 def _backward(dy, *rest):
-    # None is no tensor, which the schema wants
+    # None is no tensor, which the schema needs
     return tuple(dy.new_empty(0) if g is None else g for g in _gradients(dy, *rest))
 
 
-def _fake_backward(dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backend):
+def _fake_backward(dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backend, wide=False):
     shapes = ((*dy.shape[:-1], weight.shape[1]), a.shape, b.shape, (weight.shape[0],))
     dtypes = (dy.dtype, a.dtype, b.dtype, dy.dtype)
     return tuple(
@@ -102,14 +119,57 @@ def _fake_backward(dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backe
     )
 
 
+def _drop(x, seed, dropout_p):
+    if seed is None:
+        return x
+    return x * keep_mask(seed, dropout_p, slice(0, math.prod(x.shape[:-1])), x.shape[-1]).view(x.shape)
+
+
+def _plain(x, weight, bias, a, b, seed, scale, dropout_p, wide):
+    """y in plain torch, which every transform and every order of differentiation knows."""
+    low = torch.float32 if wide else x.dtype
+    factor = scale if seed is None else rescaled(scale, dropout_p)
+    delta = linear(linear(_drop(x, seed, dropout_p).to(low), a.to(low)), b.to(low)) * factor
+    return (linear(x, weight, bias) + delta).to(x.dtype)
+
+
+def _plain_gradients(leading, dy, dxa, x, xa, weight, a, b, seed, scale, dropout_p, needs, wide):
+    """`_gradients` in plain torch, differentiable in dy, x, a and b; `dxa` is the gradient of xa as a result, or None.
+
+    xa is computed again where x is there; it is an input of its own otherwise. `leading` are the sizes of x before K.
+    """
+    dtype, low = weight.dtype, torch.float32 if wide else weight.dtype
+    factor = scale if seed is None else rescaled(scale, dropout_p)
+    wide_a, wide_b = a.to(low), b.to(low)
+    need_dx, need_da, need_db, need_dbias = needs
+    dx = da = db = dbias = None
+    dyb = dxa
+    if dy is not None:
+        flat = matrix(dy)
+        own = (flat.to(low) @ wide_b) * factor
+        dyb = own if dxa is None else own + dxa
+        if need_db:
+            rows = xa if x is None else linear(_drop(matrix(x), seed, dropout_p).to(low), wide_a)
+            db = ((flat.to(low).mT @ rows) * factor).to(b.dtype)
+        if need_dbias:
+            dbias = flat.sum(0)
+    if need_dx:
+        dx = _drop(dyb @ wide_a, seed, dropout_p)
+        dx = dx.to(dtype) if dy is None else (flat @ weight + dx).to(dtype)
+        dx = dx.view(*leading, weight.shape[1])
+    if need_da:
+        da = (dyb.mT @ _drop(matrix(x), seed, dropout_p).to(low)).to(a.dtype)
+    return dx, da, db, dbias
+
+
 _op = torch.ops.lorafuse.lora_linear.default
 _op_backward = torch.ops.lorafuse.lora_linear_backward.default
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _is_unseen(*tensors):
-    """Whether nothing wants to see the operator itself: no mode, no transform, no profiler, no subclass of Tensor."""
+def can_bypass_dispatcher(*tensors):
+    """True when no dispatch mode, functorch transform, profiler or tensor subclass would see the operator."""
     return (
         not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
@@ -118,37 +178,55 @@ def _is_unseen(*tensors):
     )
 
 
-def _run_forward(ctx, x, weight, bias, a, b, seed, scale, dropout_p, backend):
-    if _is_unseen(x, weight, bias, a, b):
-        y, xa = _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend)
+_NOTHING = contextlib.nullcontext()
+
+
+def _no_autocast(kind):
+    """Backward computes in the dtypes of forward, whatever autocast is on when it runs."""
+    # torch knows no autocast for meta tensors
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return _NOTHING
+    return torch.autocast(kind, enabled=False)
+
+
+def _run_forward(ctx, x, weight, bias, a, b, seed, scale, dropout_p, backend, wide):
+    if can_bypass_dispatcher(x, weight, bias, a, b):
+        y, xa = _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide)
     else:
         with _BelowAutograd():
-            y, xa = _op(x, weight, bias, a, b, seed, scale, dropout_p, backend)
+            y, xa = _op(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide)
     needs = ctx.needs_input_grad
     ctx.save_for_backward(x if needs[3] else None, xa if needs[4] else None, weight, a, b, seed)
-    ctx.settings = scale, dropout_p, backend
+    ctx.settings = scale, dropout_p, backend, wide
     return y, xa
 
 
-def _run_backward(ctx, dy):
+def _run_backward(ctx, dy, dxa, leading):
     need_x, _, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
     needs = [need_x, need_a, need_b, need_bias]
     x, xa, weight, a, b, seed = ctx.saved_tensors
-    run = _gradients if _is_unseen(dy, x, weight, a, b) else _op_backward
-    grads = run(dy, x, xa, weight, a, b, seed, *ctx.settings[:2], needs, ctx.settings[2])
+    scale, dropout_p, backend, wide = ctx.settings
+    given = dy if dxa is None else dxa
+    if given is None:
+        return (None,) * 10
+    with _no_autocast(given.device.type):
+        if dxa is not None or needs_plain_backward(given):
+            grads = _plain_gradients(leading, dy, dxa, x, xa, weight, a, b, seed, scale, dropout_p, needs, wide)
+        else:
+            run = _gradients if can_bypass_dispatcher(dy, x, weight, a, b) else _op_backward
+            grads = run(dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backend, wide)
     dx, da, db, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return dx, None, dbias, da, db, None, None, None, None
+    return dx, None, dbias, da, db, None, None, None, None, None
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, seed, scale, dropout_p, backend):
-        return _run_forward(ctx, x, weight, bias, a, b, seed, scale, dropout_p, backend)[0]
+    def forward(ctx, *args):
+        return _run_forward(ctx, *args)[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        return _run_backward(ctx, dy)
+        return _run_backward(ctx, dy, None, dy.shape[:-1])
 
 
 # autograd.Function.apply spends 2.2 of its 6.0 us (torch 2.13, Xeon, 2026-11-23) on what only functorch needs
@@ -160,15 +238,16 @@ class _LoRALinearWithXa(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        y, xa = _run_forward(ctx, *args)
-        ctx.mark_non_differentiable(xa)
-        return y, xa
+        ctx.set_materialize_grads(False)
+        ctx.leading = args[0].shape[:-1]
+        return _run_forward(ctx, *args)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, _):
-        return _run_backward(ctx, dy)
+    def backward(ctx, dy, dxa):
+        return _run_backward(ctx, dy, dxa, ctx.leading)
 
+
+_apply_with_xa = super(torch.autograd.Function, _LoRALinearWithXa).apply
 
 LIBRARY.impl("lora_linear", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("lora_linear", lambda *args: _LoRALinearWithXa.apply(*args), "Autograd")
@@ -177,9 +256,18 @@ torch.library.register_fake("lorafuse::lora_linear", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("lorafuse::lora_linear_backward", _fake_backward, lib=LIBRARY)
 
 
-def lora_linear(x, weight, bias, a, b, seed, scale, dropout_p, backend):
+def lora_linear(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide):
     """y of the operator; see `lorafuse.functional.lora_linear` for the meaning."""
+    if is_transformed(x):
+        if not x.is_nested:
+            check_shapes(x, weight, bias, a, b)
+        elif seed is not None:
+            raise NotImplementedError("lora_linear draws no dropout mask for a nested x; pad it, or set dropout_p=0")
+        return _plain(x, weight, bias, a, b, seed, scale, dropout_p, wide)
+    args = x, weight, bias, a, b, seed, scale, dropout_p, backend, wide
     if torch.compiler.is_compiling():
-        return _op(x, weight, bias, a, b, seed, scale, dropout_p, backend)[0]
-    apply = _LoRALinear.apply if torch._C._are_functorch_transforms_active() else _apply
-    return apply(x, weight, bias, a, b, seed, scale, dropout_p, backend)
+        return _op(*args)[0]
+    # x is not kept for a frozen a, so that the gradient of b depends on x through xa only
+    if x.requires_grad and b.requires_grad and not a.requires_grad:
+        return _apply_with_xa(*args)[0]
+    return _apply(*args)

@@ -142,7 +142,7 @@ def _tiles(problem: Problem, device: DeviceSpec) -> Iterator[tuple[str, tuple[in
 
 def _skinny(kernel: str, problem: Problem, device: DeviceSpec) -> Iterator[KernelConfig]:
     """xa, dyb_db and da: memory-bound, so tiles are chosen for how many programs they give."""
-    small = problem.itemsize == 4 or is_odd(problem)
+    small = problem.itemsize == 4 or is_odd(problem) or problem.wide
     rank = padded_rank(problem.R)
     if kernel == "xa":
         # x is read once for each rank tile: all ranks in one where shared memory holds them
@@ -171,10 +171,12 @@ def candidates(kernel: str, problem: Problem, device: DeviceSpec) -> tuple[Kerne
     if kernel == "reduce":
         return (KernelConfig("reduce", "pointer", 0, 1024, 0, 0, 1, 4),)
     if kernel in ("fwd", "dx"):
-        block_r = min(padded_rank(problem.R), 16 if problem.itemsize == 4 or is_odd(problem) else _MAX_BLOCK_R)
+        # fp32 rank tiles of 16 take the shared memory of 32 in 16 bits
+        small = problem.itemsize == 4 or problem.wide or is_odd(problem)
+        block_r = min(padded_rank(problem.R), 16 if small else _MAX_BLOCK_R)
         found = [KernelConfig(kernel, form, *tile[:3], block_r, *tile[3:]) for form, tile in _tiles(problem, device)]
         if kernel == "fwd":
-            found += [replace(config, single=True) for config in found]
+            found += [replace(config, single=True) for config in found if not problem.wide]
     else:
         found = list(_skinny(kernel, problem, device))
     if 100 <= device.arch < 120:

@@ -12,7 +12,8 @@ class Problem:
     """One LoRA linear, forward or backward. `M` tokens, `N` out and `K` in features, `R` rank; dtypes by name.
 
     `gradients` are those that a backward pass computes, of "dx", "da", "db", "dbias"; without any it is a forward pass.
-    `aligned` says that every row of x, w and y starts on a 16-byte boundary, as TMA needs.
+    `aligned` says that every row of x, w and y starts on a 16-byte boundary, as TMA needs; `wide` that xa and dyb are
+    fp32, as adapters of a larger range than an fp16 base need.
     """
 
     M: int
@@ -25,6 +26,7 @@ class Problem:
     dropout: bool = False
     gradients: tuple[str, ...] = ()
     aligned: bool = True
+    wide: bool = False
     base_format: str = "dense"
 
     @property

@@ -7,9 +7,9 @@
       "points": [[1024, 1, 0.00005], [16384, 16, 0.00037]], "conditions": {"torch": "…", "triton": "…"}}]}
 
 An entry speaks for passes of its N, K, dtype, dropout and gradients (none is a forward pass) whose M and R lie in its
-ranges, ends included, and whose rows are aligned; adapter dtype and bias do not matter. `kernel` was fastest there, or
-as fast as any within noise. `points` are what was measured, `[M, R, seconds]`, and `seconds` those of the last;
-version 1 has neither points nor conditions.
+ranges, ends included, whose rows are aligned and whose xa is not fp32 over fp16; adapter dtype and bias do not matter.
+`kernel` was fastest there, or as fast as any within noise. `points` are what was measured, `[M, R, seconds]`, and
+`seconds` those of the last; version 1 has neither points nor conditions.
 """
 
 import json
@@ -71,7 +71,7 @@ class Tuned:
     def covers(self, problem: Problem) -> bool:
         """Whether it speaks for the problem."""
         ranges = self.M[0] <= problem.M <= self.M[1] and self.R[0] <= problem.R <= self.R[1]
-        return ranges and self.is_of(problem) and problem.aligned
+        return ranges and self.is_of(problem) and problem.aligned and not problem.wide
 
     def said(self, problem: Problem, device: str) -> str:
         """The reason that it gives for its kernel, with the time at the measured point that is nearest."""

@@ -197,8 +197,11 @@ def _call(
 ) -> Callable[[], tuple[Tensor, ...]]:
     """One pass of the public operator, held to a candidate; backward runs again and again over one forward."""
 
+    # fp16 is trained under autocast; outside of it fp32 adapters keep the low-rank path in fp32
+    half = given.x.dtype is torch.float16
+
     def forward() -> tuple[Tensor]:
-        with only(name):
+        with only(name), torch.autocast(given.x.device.type, given.x.dtype, enabled=half):
             operands = given.x, given.w, given.a, given.b
             return (lora_linear(*operands, scale=_SCALE, dropout_p=p, seed=seed, backend=backend),)
 
