@@ -16,8 +16,6 @@ from lorafuse.plan import Plan
 
 __all__ = ["lora_experts", "lora_grouped_linear", "lora_linear", "plan_experts", "plan_linear", "run_linear"]
 
-_AUTO = {"cpu": base.candidates("cpu")[-1]}
-
 
 def lora_linear(
     x: Tensor,
@@ -108,8 +106,6 @@ def run_linear(
     if backend is None:
         # Dynamo cannot read context variables, so a compiled graph looks when it runs
         backend = "current" if torch.compiler.is_compiling() else base.current()
-    if backend == "auto" and kind in _AUTO:
-        backend = _AUTO[kind]
     seed = _seed_tensor(seed, x.device) if dropout_p else None
     # PEFT computes the low-rank path in the adapters' dtype; of those only fp16 is short of range
     wide = x.dtype is torch.float16 and not autocast and (a.dtype is not x.dtype or b.dtype is not x.dtype)

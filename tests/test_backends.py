@@ -15,92 +15,13 @@ from lorafuse.errors import BackendUnavailable
 from lorafuse.functional import lora_linear, plan_linear
 from lorafuse.plan import Plan, Problem
 
-
-@pytest.fixture(autouse=True)
-def _no_choice_yet(monkeypatch):
-    monkeypatch.setattr(base, "_current", None)
-    monkeypatch.delenv("LORAFUSE_BACKEND", raising=False)
-
-
-@pytest.fixture
-def spy(monkeypatch):
-    """A backend "triton" that exists, computes as eager does, and records which of its functions ran."""
-    module = ModuleType("lorafuse.backends.triton")
-    module.calls = []
-    for name in ("linear_forward", "linear_backward"):
-
-        def run(*args, name=name):
-            module.calls.append(name)
-            return getattr(eager, name)(*args)
-
-        setattr(module, name, run)
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(base._AVAILABILITY, "triton", base.Availability(True))
-    return module
+pytest_plugins = "backend_fixtures"
+pytestmark = pytest.mark.usefixtures("no_choice_yet")
 
 
 def operands():
     x, w = torch.randn(3, 8), torch.randn(6, 8)
     return x, w, torch.randn(2, 8, requires_grad=True), torch.randn(6, 2, requires_grad=True)
-
-
-def test_the_default_is_auto():
-    assert base.current() == "auto"
-
-
-class TestUseBackend:
-    def test_as_setter(self):
-        lorafuse.use_backend("eager")
-        assert base.current() == "eager"
-        lorafuse.use_backend("auto")
-        assert base.current() == "auto"
-
-    def test_as_context_manager(self):
-        with lorafuse.use_backend("eager") as entered:
-            assert isinstance(entered, lorafuse.use_backend)
-            assert base.current() == "eager"
-        assert base.current() == "auto"
-
-    def test_nested(self, spy):
-        with lorafuse.use_backend("eager"):
-            with lorafuse.use_backend("triton"):
-                assert base.current() == "triton"
-                with lorafuse.use_backend("auto"):
-                    assert base.current() == "auto"
-                assert base.current() == "triton"
-            assert base.current() == "eager"
-        assert base.current() == "auto"
-
-    def test_restores_after_an_exception(self):
-        lorafuse.use_backend("auto")
-        with pytest.raises(KeyError), lorafuse.use_backend("eager"):
-            raise KeyError
-        assert base.current() == "auto"
-
-    @pytest.mark.parametrize("name", ["cuda", "cuDNN"])
-    def test_a_refusal_changes_nothing(self, name):
-        lorafuse.use_backend("eager")
-        with pytest.raises((BackendUnavailable, ValueError)):
-            lorafuse.use_backend(name)
-        assert base.current() == "eager"
-
-    def test_calls_follow_it(self, spy):
-        with lorafuse.use_backend("triton"):
-            y = lora_linear(*operands())
-        assert spy.calls == ["linear_forward"]
-        # backward runs where forward ran, whatever is set by then
-        y.sum().backward()
-        assert spy.calls == ["linear_forward", "linear_backward"]
-        lora_linear(*operands())
-        assert len(spy.calls) == 2
-
-    def test_a_named_backend_wins(self, spy):
-        with lorafuse.use_backend("triton"):
-            lora_linear(*operands(), backend="eager").sum().backward()
-        assert spy.calls == []
-        with lorafuse.use_backend("eager"):
-            lora_linear(*operands(), backend="triton")
-        assert spy.calls == ["linear_forward"]
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
@@ -224,7 +145,7 @@ class TestPlan:
             return Plan("triton" if problem.gradients else "eager", "")
 
         monkeypatch.setattr(op, "plan_problem", plan)
-        monkeypatch.setattr("lorafuse.functional._AUTO", {})
+        monkeypatch.setattr(op, "_ONLY", {})
         x, w, a, b = operands()
         lora_linear(x, w, a, b).sum().backward()
         assert told == [(), ("da", "db")]

@@ -25,7 +25,7 @@ def mutation(red):
 
 def _with_forward(change):
     """Forward whose operands `(x, w, bias, a, b, seed, scale, p)` went through `change`."""
-    return (lambda *args: eager.linear_forward(*change(*args))), eager.linear_backward
+    return (lambda *args: eager.linear_forward(*change(*args[:8]), *args[8:])), eager.linear_backward
 
 
 def _with_backward(change):

@@ -4,8 +4,11 @@ A backend is a module of this folder with `linear_forward` and `linear_backward`
 "emu", which runs the CUDA kernels on a CPU, is one for tests: it exists where `lorafuse._emu` was built.
 """
 
+import contextvars
+import functools
 import importlib
 import importlib.util
+import threading
 from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
@@ -144,33 +147,54 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"lorafuse.backends.{require(name)}")
 
 
-_current: str | None = None
+# the call of `use_backend` that set the backend of the process last, and that of the running thread or task
+_current: "use_backend | None" = None
+_local: contextvars.ContextVar[str | None] = contextvars.ContextVar("lorafuse_backend", default=None)
+_LOCK = threading.Lock()
+
+
+@functools.cache
+def _from_environment() -> str:
+    return require(env.get("LORAFUSE_BACKEND"))
 
 
 def current() -> str:
     """The backend of calls that name none: that of `use_backend`, else `LORAFUSE_BACKEND`, else "auto"."""
-    global _current
-    if _current is None:
-        _current = require(env.get("LORAFUSE_BACKEND"))
-    return _current
+    name = _local.get()
+    if name is not None:
+        return name
+    return _from_environment() if _current is None else _current.name
 
 
 class use_backend:
-    """Set the backend of every call that names none; as a context manager, for the block only.
+    """Set the backend of every call that names none: `lorafuse.use_backend("eager")` sets it for the whole process.
 
-    `lorafuse.use_backend("eager")` sets it, `with lorafuse.use_backend("eager"): …` restores the former one afterwards.
-    It is one setting for the whole process. Raises ValueError for an unknown name, `BackendUnavailable` for one that
-    cannot run here.
+    As a context manager, `with lorafuse.use_backend("eager"): …`, it holds for the block, in the thread or asyncio task
+    that runs the block; threads that the block starts follow the process. Raises ValueError for an unknown name,
+    `BackendUnavailable` for one that cannot run here.
     """
 
     def __init__(self, name: str) -> None:
         global _current
-        self._former = _current
-        _current = require(name)
+        self.name = require(name)
+        self._tokens: list[contextvars.Token[str | None]] = []
+        self._thread, self._is_block = threading.get_ident(), False
+        with _LOCK:
+            former, _current = _current, self
+            self._former = former
+            if former is not None and former._thread == self._thread:
+                # nobody goes back further: a setter in a loop keeps one former, not all
+                former._former = None
 
     def __enter__(self) -> "use_backend":
+        global _current
+        self._tokens.append(_local.set(self.name))
+        with _LOCK:
+            # a block is no setting of the process; those that other threads entered meanwhile are none either
+            self._is_block = True
+            while _current is not None and _current._is_block:
+                _current = _current._former
         return self
 
     def __exit__(self, *exc: object) -> None:
-        global _current
-        _current = self._former
+        _local.reset(self._tokens.pop())

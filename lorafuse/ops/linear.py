@@ -31,6 +31,8 @@ from lorafuse.plan import Plan, Problem, select
 
 __all__ = ["check_shapes", "lora_linear", "plan_problem"]
 
+# the one backend of a device type, which needs no plan
+_ONLY = {"cpu": base.candidates("cpu")[-1]}
 _GRADIENTS = ("dx", "da", "db", "dbias")
 
 LIBRARY.define(
@@ -77,7 +79,7 @@ def _run(backend: str, problem: Callable[[], Problem], device: torch.device) -> 
     if backend == "current":
         backend = base.current()
     if backend == "auto":
-        backend = plan_problem(problem(), device).backend
+        backend = _ONLY.get(device.type) or plan_problem(problem(), device).backend
     return eager if backend == "eager" else base.load(backend)
 
 
@@ -249,8 +251,13 @@ class _LoRALinearWithXa(torch.autograd.Function):
 
 _apply_with_xa = super(torch.autograd.Function, _LoRALinearWithXa).apply
 
+
+def _autograd(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False):
+    return _LoRALinearWithXa.apply(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide)
+
+
 LIBRARY.impl("lora_linear", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("lora_linear", lambda *args: _LoRALinearWithXa.apply(*args), "Autograd")
+LIBRARY.impl("lora_linear", _autograd, "Autograd")
 LIBRARY.impl("lora_linear_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("lorafuse::lora_linear", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("lorafuse::lora_linear_backward", _fake_backward, lib=LIBRARY)

@@ -24,6 +24,6 @@ def is_transformed(x: Tensor) -> bool:
 
 
 def needs_plain_backward(dy: Tensor) -> bool:
-    """True in a backward that is differentiated again (`create_graph`), transformed, or batched (`is_grads_batched`)."""
+    """True in a backward that is differentiated again (`create_graph`), transformed or batched (`is_grads_batched`)."""
     # grad mode is on in backward only under create_graph
     return torch.is_grad_enabled() or is_transformed(dy) or _tls_includes(_VMAP)
