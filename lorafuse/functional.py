@@ -1,5 +1,6 @@
 """Stateless operators: they check what was passed, apply autocast, choose a backend and call the operator."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -48,11 +49,16 @@ def lora_linear(
         own dtype.
 
     Raises:
-        ValueError: shapes, devices, dropout_p or the backend name do not fit; the message shows them and the rule.
-        TypeError: dtypes do not fit.
+        ValueError: shapes, devices, scale, dropout_p, seed or the backend name do not fit; the message shows them and
+            the rule.
+        TypeError: an operand is no tensor, or dtypes do not fit.
         NotImplementedError: weight requires a gradient.
         BackendUnavailable: the backend asked for cannot run here.
     """
+    given = {"x": x, "weight": weight, "a": a, "b": b, "bias": bias}
+    for name, operand in given.items():
+        if not isinstance(operand, Tensor) and (name != "bias" or operand is not None):
+            raise TypeError(f"lora_linear got a {type(operand).__name__} for {name}; it must be a tensor")
     device = x.device
     if weight.device != device or a.device != device or b.device != device:
         raise ValueError(
@@ -73,6 +79,8 @@ def lora_linear(
         )
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p={dropout_p} is not a probability; it must be between 0 and 1")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale={scale} is not finite; it is alpha / R")
     if backend is not None:
         base.require(backend)
     return run_linear(x, weight, a, b, scale, bias, dropout_p, seed, backend)
@@ -93,7 +101,7 @@ def run_linear(
     kind = x.device.type
     # torch knows no autocast for meta tensors and raises when asked
     autocast = kind != "meta" and torch.is_autocast_enabled(kind)
-    if autocast and x.dtype is not torch.float64 and x.is_floating_point():
+    if autocast and x.dtype is not torch.float64 and x.is_floating_point() and weight.is_floating_point():
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.dtype is not weight.dtype or not x.is_floating_point():
@@ -116,6 +124,8 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed is None:
         return draw_seed(device)
     if not isinstance(seed, Tensor):
+        if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed={seed!r} is not an int of 64 bits; the mask of dropout is drawn from one")
         return torch.tensor([seed], dtype=torch.int64, device=device)
     if seed.dtype is not torch.int64 or seed.shape != (1,) or seed.device != device:
         raise ValueError(

@@ -1,11 +1,14 @@
 """What the LoRA linear refuses (T1): each message holds the value, the rule and the fix."""
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from lorafuse.functional import lora_linear
+from lorafuse.nn import LoRALinear
 
 M, N, K, R = 3, 6, 8, 2
 
@@ -87,6 +90,45 @@ def test_integers_are_no_input():
     given = operands()
     with pytest.raises(TypeError, match=r"x torch.int64.*floating"):
         lora_linear(**given | {"x": given["x"].long(), "weight": given["weight"].long()})
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("name", ["x", "weight"])
+def test_autocast_makes_no_floats_of_other_dtypes(name, dtype):
+    given = operands()
+    given[name] = given[name].to(dtype)
+    with torch.autocast("cpu"), pytest.raises(TypeError, match=f"{name} {dtype}"):
+        lora_linear(**given)
+
+
+_NO_TENSORS = ([[1.0]], 3, "x", np.ones((3, 8), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        *itertools.product(("x", "weight", "a", "b", "bias"), _NO_TENSORS),
+        *itertools.product(("x", "weight", "a", "b"), (None,)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_operands_are_tensors(name, other):
+    with pytest.raises(TypeError, match=f"got a {type(other).__name__} for {name}; it must be a tensor"):
+        lora_linear(**operands(**{name: other}))
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
+def test_the_scale_is_finite(scale):
+    with pytest.raises(ValueError, match=f"scale={scale} is not finite"):
+        lora_linear(**operands(), scale=scale)
+    with pytest.raises(ValueError, match=f"alpha={scale} is not finite"):
+        LoRALinear(K, N, R, alpha=scale)
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 1.5, "1"])
+def test_integers_of_64_bits_are_seeds(seed):
+    with pytest.raises(ValueError, match="seed=.* is not an int of 64 bits"):
+        lora_linear(**operands(), dropout_p=0.5, seed=seed)
 
 
 def test_weight_gets_no_gradient():

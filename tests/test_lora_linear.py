@@ -274,13 +274,6 @@ def test_retain_graph():
         torch.autograd.grad(y, wanted, o.dy)
 
 
-def test_double_backward_is_refused():
-    o = trainable()
-    (dx,) = torch.autograd.grad(_call(o), o.x, o.dy.requires_grad_(), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 def test_views_and_writes_after_the_call():
     o = trainable()
     y = _call(o)

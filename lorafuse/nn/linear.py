@@ -26,7 +26,7 @@ class LoRALinear(nn.Module):
         device, dtype: of the base.
         adapter_dtype: of lora_A and lora_B; None means fp32 on a half-precision base (as PEFT does), else the base's.
 
-    Raises ValueError for a rank below 1 or a dropout outside [0, 1].
+    Raises ValueError for a rank below 1, a dropout outside [0, 1] or an alpha that is not finite.
     """
 
     def __init__(
@@ -48,6 +48,8 @@ class LoRALinear(nn.Module):
             raise ValueError(f"r={r} is not a rank; it must be at least 1")
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout={dropout} is not a probability; it must be between 0 and 1")
+        if alpha is not None and not math.isfinite(alpha):
+            raise ValueError(f"alpha={alpha} is not finite; the low-rank path is scaled by alpha / r")
         base = nn.Linear(in_features, out_features, bias, device, dtype)
         self.in_features, self.out_features, self.r = in_features, out_features, r
         self.alpha = float(r if alpha is None else alpha)
