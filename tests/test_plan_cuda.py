@@ -40,6 +40,7 @@ class TestLegal:
             (HEADLINE, "B200", "for sm_90, B200 is sm_100"),
             (replace(HEADLINE, dtype="float32"), "H200", "bfloat16 and float16, not float32"),
             (replace(HEADLINE, aligned=False), "H200", "16-byte boundaries"),
+            (replace(HEADLINE, dtype="float16", wide=True), "H200", "round xa and dyb to float16"),
             (replace(HEADLINE, K=4100), "H200", "K 4100 to be multiples of 8"),
             (replace(HEADLINE, N=4097), "H200", "N 4097 and K"),
             (replace(HEADLINE, M=2**31), "H200", "M 2147483648 is not below 2\\^31"),

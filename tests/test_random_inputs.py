@@ -1,0 +1,241 @@
+"""Random inputs of every operator against the fp64 formula: no wrong value, nothing modified, equal run to run (T1).
+
+Every element is held to `ROUNDINGS` roundings of the formula in absolute values, which bounds what a right order of
+operations can differ by, however much cancels. 8,000 examples in a minute; the same ones in every run.
+"""
+
+import math
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lorafuse.functional import lora_experts, lora_grouped_linear, lora_linear
+from lorafuse.philox import keep_mask, rescaled
+from lorafuse.testing.numerics import rounding
+
+ROUNDINGS = 16
+EXAMPLES = {"linear": 300, "grouped": 100, "experts": 100}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LAYOUTS = ("contiguous", "transposed", "strided", "shifted", "expanded")
+
+
+def examples(name):
+    return settings(
+        max_examples=EXAMPLES[name],
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def laid_out(t, layout):
+    """The values of `t`, stored otherwise; "expanded" repeats its first row."""
+    if layout == "transposed" and t.dim() > 1:
+        return t.mT.contiguous().mT
+    if layout == "strided":
+        return torch.stack([t, t + 1], -1)[..., 0]
+    if layout == "shifted":
+        return torch.cat([t.flatten()[:1], t.flatten()])[min(1, t.numel()) :].view(t.shape)
+    if layout == "expanded" and t.dim() > 1 and t.shape[0]:
+        return t[:1].expand(t.shape)
+    return t
+
+
+def draw_tensor(draw, generator, shape, dtype, size=1.0):
+    t = (torch.randn(shape, generator=generator, dtype=torch.float64) * size).to(dtype)
+    return laid_out(t, draw(st.sampled_from(LAYOUTS)))
+
+
+def run_twice(function, operands, names, draw, generator):
+    """`(y, {name: gradient}, dy)` of `function(**operands)`, after it was seen that a second run gives the same."""
+    before = {name: t.clone() for name, t in operands.items() if isinstance(t, torch.Tensor)}
+    for name in names:
+        # a leaf with the layout of the operand
+        operands[name].requires_grad_()
+    results, dy = [], None
+    for _ in range(2):
+        y = function(**operands)
+        if dy is None:
+            dy = draw_tensor(draw, generator, y.shape, y.dtype)
+        leaves = [operands[name] for name in names]
+        grads = torch.autograd.grad(y, leaves, dy) if names and y.requires_grad else []
+        results.append((y.detach(), *grads))
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second), "two runs differ"
+    for name, t in before.items():
+        assert torch.equal(operands[name].detach(), t), f"{name} was modified"
+    y, *grads = results[0]
+    return y, dict(zip(names, grads, strict=False)), dy
+
+
+def assert_close(name, actual, expected, magnitude, eps):
+    """`magnitude` is the formula in absolute values; results beyond the range of the dtype are not compared."""
+    error = (actual.double() - expected).abs()
+    bound = ROUNDINGS * eps * magnitude + torch.finfo(actual.dtype).smallest_normal
+    assert actual.shape == expected.shape, name
+    assert (error <= bound).all(), f"{name}: {error.max():.3e} where {bound[error > bound].min():.3e} is allowed"
+
+
+def low_rank(x, w, a, b, dy, scale, keep):
+    """The formula, its gradients too, of fp64 matrices."""
+    xa, dyb = (x * keep) @ a.mT, dy @ b
+    return {
+        "y": x @ w.mT + scale * xa @ b.mT,
+        "x": dy @ w + scale * keep * (dyb @ a),
+        "a": scale * dyb.mT @ (x * keep),
+        "b": scale * dy.mT @ xa,
+    }
+
+
+@examples("linear")
+@given(st.data())
+def test_linear(data):
+    draw = data.draw
+    leading = draw(st.lists(st.sampled_from([0, 1, 2, 3, 5]), max_size=3))
+    N, K, R = (draw(st.sampled_from(sizes)) for sizes in ([0, 1, 2, 5, 8], [0, 1, 3, 4, 7, 8], [1, 2, 3]))
+    dtype = draw(st.sampled_from(DTYPES))
+    wide = draw(st.sampled_from([dtype, torch.float32, torch.promote_types(dtype, torch.float32)]))
+    scale, p = draw(st.sampled_from([1.0, 0.0, -0.5, 3.0, 64.0])), draw(st.sampled_from([0.0, 0.0, 0.3, 1.0]))
+    has_bias, seed = draw(st.booleans()), draw(st.integers(0, 2**63 - 1))
+    names = draw(st.sets(st.sampled_from(["x", "a", "b", "bias"] if has_bias else ["x", "a", "b"])))
+    generator = torch.Generator().manual_seed(seed)
+    o = {
+        "x": draw_tensor(draw, generator, (*leading, K), dtype),
+        "weight": draw_tensor(draw, generator, (N, K), dtype),
+        "a": draw_tensor(draw, generator, (R, K), wide),
+        "b": draw_tensor(draw, generator, (N, R), wide),
+    }
+    if has_bias:
+        o["bias"] = draw_tensor(draw, generator, (N,), dtype)
+    y, grads, dy = run_twice(
+        lambda **given: lora_linear(**given, scale=scale, dropout_p=p, seed=seed), o, sorted(names), draw, generator
+    )
+    assert y.dtype is dtype
+    M = math.prod(leading)
+    x, w, a, b = (o[name].detach().double() for name in ("x", "weight", "a", "b"))
+    x, flat = x.reshape(M, K), dy.double().reshape(M, N)
+    keep = keep_mask(torch.tensor([seed]), p, slice(0, M), K).double() if p else torch.ones(M, K).double()
+    factor = rescaled(scale, p)
+    expected = low_rank(x, w, a, b, flat, factor, keep)
+    size = low_rank(*(t.abs() for t in (x, w, a, b, flat)), abs(factor), keep)
+    if has_bias:
+        bias = o["bias"].detach().double()
+        expected |= {"y": expected["y"] + bias, "bias": flat.sum(0)}
+        size |= {"y": size["y"] + bias.abs(), "bias": flat.abs().sum(0)}
+    # an fp32 or fp64 adapter over a 16-bit base is rounded to the base's dtype
+    eps = max(rounding(dtype), rounding(wide))
+    for name, actual in {"y": y, **grads}.items():
+        assert actual.dtype is (dtype if name == "y" else o[name].dtype)
+        shape = (*leading, N) if name == "y" else o[name].shape
+        assert actual.shape == shape, name
+        assert_close(name, actual.reshape(expected[name].shape), expected[name], size[name], eps)
+
+
+def draw_groups(draw, generator, E, N, K, R, dtype, wide):
+    transposed = draw(st.booleans())
+    w = draw_tensor(draw, generator, (E, K, N) if transposed else (E, N, K), dtype)
+    a, b = draw_tensor(draw, generator, (E, R, K), wide), draw_tensor(draw, generator, (E, N, R), wide)
+    if draw(st.booleans()):
+        # as PEFT packs it: neighbours from different experts
+        b = b.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return w, a, b, transposed
+
+
+@examples("grouped")
+@given(st.data())
+def test_grouped(data):
+    draw = data.draw
+    E, N, K, R = (draw(st.sampled_from(s)) for s in ([1, 2, 3], [0, 1, 4, 5], [0, 1, 3, 8], [1, 2]))
+    counts = draw(st.lists(st.integers(0, 3), min_size=E, max_size=E))
+    beyond = draw(st.integers(0, 2))
+    dtype = draw(st.sampled_from(DTYPES))
+    wide = draw(st.sampled_from([dtype, torch.promote_types(dtype, torch.float32)]))
+    scale = draw(st.sampled_from([1.0, 0.0, -0.5, 3.0]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**63 - 1)))
+    w, a, b, transposed = draw_groups(draw, generator, E, N, K, R, dtype, wide)
+    S = sum(counts) + beyond
+    o = {"x": draw_tensor(draw, generator, (S, K), dtype), "weight": w, "a": a, "b": b}
+    if draw(st.booleans()):
+        o["bias"] = draw_tensor(draw, generator, (E, N), dtype)
+    o["offsets"] = torch.tensor(counts).cumsum(0).to(draw(st.sampled_from([torch.int32, torch.int64])))
+    names = sorted(draw(st.sets(st.sampled_from(["x", "a", "b"]))))
+    y, grads, dy = run_twice(
+        lambda **given: lora_grouped_linear(**given, scale=scale, is_transposed=transposed), o, names, draw, generator
+    )
+    zero = {"y": torch.zeros(S, N).double(), "x": torch.zeros(S, K).double()}
+    zero |= {"a": torch.zeros(E, R, K).double(), "b": torch.zeros(E, N, R).double()}
+    expected, size = ({name: t.clone() for name, t in zero.items()} for _ in range(2))
+    first = 0
+    for e, count in enumerate(counts):
+        rows = slice(first, first + count)
+        first += count
+        each = o["x"][rows], w[e].mT if transposed else w[e], a[e], b[e], dy[rows]
+        each = [t.detach().double() for t in each]
+        for into, given in ((expected, each), (size, [t.abs() for t in each])):
+            found = low_rank(*given, scale if into is expected else abs(scale), torch.ones(1).double())
+            into["y"][rows], into["x"][rows] = found["y"], found["x"]
+            into["a"][e], into["b"][e] = found["a"], found["b"]
+            if "bias" in o:
+                bias = o["bias"][e].double()
+                into["y"][rows] += bias if into is expected else bias.abs()
+    eps = max(rounding(dtype), rounding(wide))
+    for name, actual in {"y": y, **grads}.items():
+        assert_close(name, actual, expected[name], size[name], eps)
+
+
+@examples("experts")
+@given(st.data())
+def test_experts(data):
+    draw = data.draw
+    T, E, k = (draw(st.sampled_from(s)) for s in ([0, 1, 2, 5], [1, 2, 4], [1, 2]))
+    H, I, R = (draw(st.sampled_from(s)) for s in ([1, 3, 8], [1, 2, 5], [1, 2]))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**63 - 1)))
+    up, up_a, up_b, transposed = draw_groups(draw, generator, E, 2 * I, H, R, dtype, dtype)
+    down, down_a, down_b, _ = draw_groups(draw, generator, E, H, I, R, dtype, dtype)
+    if (down.shape[1:] == (I, H)) is not transposed:
+        down = down.mT if H != I else down
+    if down.shape[1:] != ((I, H) if transposed else (H, I)):
+        down = down.mT
+    o = {
+        "x": draw_tensor(draw, generator, (T, H), dtype),
+        # E is a sentinel
+        "topk_index": torch.randint(0, E + 1, (T, k), generator=generator),
+        "topk_weight": draw_tensor(draw, generator, (T, k), dtype),
+        "gate_up": up / math.sqrt(H),
+        "down": down / math.sqrt(I),
+        "gate_up_a": up_a,
+        "gate_up_b": up_b,
+        "down_a": down_a,
+        "down_b": down_b,
+    }
+    names = ["x", "topk_weight", "gate_up_a", "gate_up_b", "down_a", "down_b"]
+    names = sorted(draw(st.sets(st.sampled_from(names))))
+
+    def fused(**given):
+        return lora_experts(**given, gate_up_scale=0.7, down_scale=-0.5, is_transposed=transposed)
+
+    y, grads, dy = run_twice(fused, o, names, draw, generator)
+    exact = {n: t if t.dtype is torch.int64 else t.detach().double().requires_grad_(n in names) for n, t in o.items()}
+    expected = _experts(**exact, transposed=transposed)
+    leaves = [exact[name] for name in names]
+    reference = torch.autograd.grad(expected, leaves, dy.double()) if leaves and expected.requires_grad else []
+    for name, actual, wanted in zip(["y", *names], [y, *grads.values()], [expected, *reference], strict=False):
+        bound = 64 * rounding(dtype) * max(1.0, wanted.abs().max().item() if wanted.numel() else 0.0) * (1 + T)
+        assert (actual.double() - wanted).abs().max().item() <= bound if wanted.numel() else True, name
+
+
+def _experts(
+    x, topk_index, topk_weight, gate_up, down, gate_up_a, gate_up_b, down_a, down_b, transposed
+):  # fmt: skip
+    """The formula over all choices at once, each with the matrices of its expert."""
+    chosen = topk_index < gate_up.shape[0]
+    e = topk_index.clamp(max=gate_up.shape[0] - 1)
+    up, down = (w.mT if transposed else w for w in (gate_up, down))
+    u = torch.einsum("tkuh,th->tku", (up + 0.7 * gate_up_b @ gate_up_a)[e], x)
+    gate, value = u.chunk(2, -1)
+    h = torch.nn.functional.silu(gate) * value
+    y = torch.einsum("tkhi,tki->tkh", (down - 0.5 * down_b @ down_a)[e], h)
+    return (y * (topk_weight * chosen)[..., None]).sum(1)
