@@ -173,8 +173,8 @@ def test_grouped(data):
         first += count
         each = o["x"][rows], w[e].mT if transposed else w[e], a[e], b[e], dy[rows]
         each = [t.detach().double() for t in each]
-        for into, given in ((expected, each), (size, [t.abs() for t in each])):
-            found = low_rank(*given, scale if into is expected else abs(scale), torch.ones(1).double())
+        for into, operands in ((expected, each), (size, [t.abs() for t in each])):
+            found = low_rank(*operands, scale if into is expected else abs(scale), torch.ones(1).double())
             into["y"][rows], into["x"][rows] = found["y"], found["x"]
             into["a"][e], into["b"][e] = found["a"], found["b"]
             if "bias" in o:

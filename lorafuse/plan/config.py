@@ -142,7 +142,7 @@ def _tiles(problem: Problem, device: DeviceSpec) -> Iterator[tuple[str, tuple[in
 
 def _skinny(kernel: str, problem: Problem, device: DeviceSpec) -> Iterator[KernelConfig]:
     """xa, dyb_db and da: memory-bound, so tiles are chosen for how many programs they give."""
-    small = problem.itemsize == 4 or is_odd(problem) or problem.wide
+    small = problem.itemsize == 4 or is_odd(problem)
     rank = padded_rank(problem.R)
     if kernel == "xa":
         # x is read once for each rank tile: all ranks in one where shared memory holds them
@@ -156,6 +156,8 @@ def _skinny(kernel: str, problem: Problem, device: DeviceSpec) -> Iterator[Kerne
             block_k = 32 if small or block_r == 256 else 64
             yield KernelConfig("xa", "pointer", block_m, 0, block_k, block_r, 3, 8 if small or block_r > 64 else 4)
         return
+    # products with an fp32 xa or dyb hold fp32 copies of their other operand
+    small = small or problem.wide
     columns = problem.N if kernel == "dyb_db" else problem.K
     block_m, block_r = (32, min(rank, 16)) if small else (64, min(rank, 64))
     for block_n in (64,) if small else (64, 128, 256):

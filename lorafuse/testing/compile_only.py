@@ -64,6 +64,7 @@ class Variant:
     rank_tiles: int = 1
     aligned: bool = True
     epilogue: str = ""
+    wide: bool = False
 
     @property
     def name(self) -> str:
@@ -76,6 +77,7 @@ class Variant:
             "single" if c.single else "",
             "dropout" if self.dropout else "",
             "" if self.aligned else "unaligned",
+            "wide" if self.wide else "",
         ]
         return " ".join(part for part in parts if part)
 
@@ -100,8 +102,11 @@ def variants(target: str, everything: bool) -> list[Variant]:
     found = set()
     dtypes = ("bfloat16", "float16", "float32") if everything else ("bfloat16", "float32")
     alignments = (True,) if target == "gfx942" else (True, False)
-    for dtype, R, aligned, dropout in itertools.product(dtypes, (16, 32, 64, 128, 256), alignments, (True, False)):
-        problem = Problem(8192, 4096, 4096, R, dtype, "float32", dropout=dropout, aligned=aligned)
+    # fp32 xa and dyb over fp16
+    kinds = [(dtype, False) for dtype in dtypes] + [("float16", True)] * everything
+    sizes = itertools.product(kinds, (16, 32, 64, 128, 256), alignments, (True, False))
+    for (dtype, wide), R, aligned, dropout in sizes:
+        problem = Problem(8192, 4096, 4096, R, dtype, "float32", dropout=dropout, aligned=aligned, wide=wide)
         for kernel in ("xa", "fwd", "dyb_db", "reduce", "dx", "da"):
             for config in candidates(kernel, problem, device):
                 masked = dropout and kernel in ("xa", "dx", "da")
@@ -109,8 +114,8 @@ def variants(target: str, everything: bool) -> list[Variant]:
                 tiles = min(2, R // config.block_r) if kernel in ("fwd", "dx") else 1
                 adapters = ("float32", dtype) if everything and kernel not in ("da", "reduce") else ("float32",)
                 config = replace(config, splits=1)
-                found |= {Variant(config, dtype, adapter, masked, tiles, aligned) for adapter in adapters}
-        if not dropout and target != "gfx942":
+                found |= {Variant(config, dtype, adapter, masked, tiles, aligned, wide=wide) for adapter in adapters}
+        if not dropout and not wide and target != "gfx942":
             found |= set(_ragged_variants(problem, device, everything))
     return sorted(found, key=lambda v: v.name)
 
@@ -189,12 +194,13 @@ def _launch(variant: Variant) -> None:
         return torch.empty(shape, dtype=of, device="meta")
 
     adapter = getattr(torch, variant.adapter_dtype)
-    x, w, dy, xa = tensor(m, k), tensor(n, k), tensor(m, n), tensor(m, r)
+    x, w, dy = tensor(m, k), tensor(n, k), tensor(m, n)
+    xa = tensor(m, r, of=torch.float32 if variant.wide else dtype)
     a, b = tensor(r, k, of=adapter), tensor(n, r, of=adapter)
     seed = tensor(1, of=torch.int64) if variant.dropout else None
     p, programs = (0.1 if variant.dropout else 0.0), 132
     if c.kernel == "xa":
-        linear_fwd.lora_xa(x, a, seed, p, c)
+        linear_fwd.lora_xa(x, a, seed, p, c, variant.wide)
     elif c.kernel == "fwd":
         xa_given = None if c.single else xa
         linear_fwd.lora_linear_fwd(x, w, tensor(n), a, b, 2.0, xa_given, programs, c)
