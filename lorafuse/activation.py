@@ -80,6 +80,13 @@ class Activation:
         forward, _ = GATES.get(self.name) or _product(self.name)
         return forward(*self._parts(u))
 
+    def differentiable(self, u: Tensor) -> Tensor:
+        """`forward` for autograd, which does not let every act's result be changed in place."""
+        if not self.gated or self.name in GATES:
+            return self.forward(u)
+        gate, up = self._parts(u)
+        return ACTIVATIONS[self.name][0](gate) * up
+
     def backward(self, u: Tensor, dh: Tensor) -> Tensor:
         """The gradient of `u` from that of `h`."""
         if not self.gated:
@@ -93,17 +100,22 @@ class Activation:
 
 @dataclass(frozen=True)
 class Recomputed:
-    """Any differentiable `u → h`; its backward runs it again under autograd."""
+    """Any differentiable `u → h`; its backward runs it again under autograd.
+
+    The function gets a copy of u, which is saved for backward: it may change its input in place and may return it.
+    """
 
     function: Callable[[Tensor], Tensor]
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.function(u)
+        return self.function(u.clone())
+
+    differentiable = forward
 
     def backward(self, u: Tensor, dh: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf = u.detach().requires_grad_()
-            (du,) = torch.autograd.grad(self.function(leaf), leaf, dh)
+            (du,) = torch.autograd.grad(self.function(leaf.clone()), leaf, dh)
         return du
 
 

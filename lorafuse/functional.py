@@ -9,7 +9,9 @@ from lorafuse.activation import named
 from lorafuse.backends import base
 from lorafuse.backends.probe import experts_problem, linear_problem, plan_grouped
 from lorafuse.ops import experts as _experts
+from lorafuse.ops import flops  # noqa: F401 (registers the formulas)
 from lorafuse.ops import linear as _linear
+from lorafuse.ops.autocast import autocast_is_on
 from lorafuse.ops.linear import plan_problem
 from lorafuse.philox import draw_seed
 from lorafuse.plan import Plan
@@ -184,8 +186,7 @@ def lora_grouped_linear(
             f"offsets is {offsets.dtype} {list(offsets.shape)}; it must hold the end of each of {groups} groups, as "
             "int32 or int64"
         )
-    with torch.autocast(x.device.type, enabled=False):
-        return _experts.lora_grouped_linear(x, offsets, weight, bias, a, b, scale, is_transposed, _backend(backend))
+    return _experts.lora_grouped_linear(x, offsets, weight, bias, a, b, scale, is_transposed, _backend(backend))
 
 
 def lora_experts(
@@ -277,13 +278,12 @@ def lora_experts(
     )
     settings = gate_up_scale, down_scale, is_transposed
     backend = _backend(backend)
-    with torch.autocast(x.device.type, enabled=False):
-        if isinstance(activation, str):
-            named(activation, has_gate, not is_concatenated)
-            out = _experts.lora_experts(*operands, *settings, activation, has_gate, not is_concatenated, backend)
-        else:
-            checked = _checked(activation, inner)
-            out = _experts.lora_experts_recomputed(*operands, *settings, activation=checked, backend=backend)
+    if isinstance(activation, str):
+        named(activation, has_gate, not is_concatenated)
+        out = _experts.lora_experts(*operands, *settings, activation, has_gate, not is_concatenated, backend)
+    else:
+        checked = _checked(activation, inner)
+        out = _experts.lora_experts_recomputed(*operands, *settings, activation=checked, backend=backend)
     return out.to(given)
 
 
@@ -324,7 +324,7 @@ def _checked(activation: Callable[[Tensor], Tensor], inner: int) -> Callable[[Te
 
 def _in_weights_dtype(x: Tensor, w: Tensor) -> Tensor:
     """x as it is; under autocast in the weights' dtype, as transformers runs experts."""
-    return x.to(w.dtype) if x.is_floating_point() and torch.is_autocast_enabled(x.device.type) else x
+    return x.to(w.dtype) if x.is_floating_point() and autocast_is_on(x) else x
 
 
 def _stacked(t: Tensor | None, groups: int) -> Tensor | None:
