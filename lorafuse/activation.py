@@ -121,6 +121,8 @@ class Recomputed:
 
 def named(name: str, gated: bool, interleaved: bool) -> Activation:
     """A known activation. Raises ValueError that lists the known ones, or for one that needs a gate without it."""
+    if not isinstance(name, str):
+        raise TypeError(f"activation is a {type(name).__name__}; it must be a name or a function of u")
     if name not in ACTIVATIONS and name not in GATES:
         known = ", ".join((*ACTIVATIONS, *GATES))
         raise ValueError(f"activation {name!r} is not one of {known}; or pass a function of u")

@@ -135,7 +135,9 @@ def _differentiate_experts(ctx, dout, *_):
     needed = [i for i in _DIFFERENTIABLE if ctx.needs_input_grad[i]]
     if dout is None:
         return tuple(grads)
-    inputs, saved = ctx.saved_tensors[:11], ctx.saved_tensors[11:]
+    # read once: a checkpoint hands them out once
+    tensors = ctx.saved_tensors
+    inputs, saved = tensors[:11], tensors[11:]
     if _is_differentiated():
         given = *inputs, *ctx.settings[:3], ctx.activation
         found = experts_plain.gradients(experts_plain.experts, given, needed, dout)
