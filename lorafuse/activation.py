@@ -5,10 +5,12 @@ A gated activation takes `u [rows, 2I]`, gate and up either one after the other 
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey
 from torch.nn import functional as F
 
 __all__ = ["ACTIVATIONS", "GATES", "GATE_ALPHA", "GATE_LIMIT", "Activation", "Recomputed", "named"]
@@ -98,6 +100,14 @@ class Activation:
         return du
 
 
+def _autograd() -> AbstractContextManager[object]:
+    """Lets autograd record inside an operator that a dispatch mode (FLOP counter, checkpoint) called below autograd."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (DispatchKey.AutogradFunctionality, DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
 @dataclass(frozen=True)
 class Recomputed:
     """Any differentiable `u → h`; its backward runs it again under autograd.
@@ -113,7 +123,7 @@ class Recomputed:
     differentiable = forward
 
     def backward(self, u: Tensor, dh: Tensor) -> Tensor:
-        with torch.enable_grad():
+        with torch.enable_grad(), _autograd():
             leaf = u.detach().requires_grad_()
             (du,) = torch.autograd.grad(self.function(leaf.clone()), leaf, dh)
         return du

@@ -1,9 +1,7 @@
 """Which operands the operators of `experts` accept; everything else is refused with what was passed, rule and fix."""
 
 import math
-from numbers import Real
 
-import torch
 from torch import Tensor
 
 __all__ = ["check_projection", "check_scale", "check_tensors"]
@@ -29,9 +27,10 @@ def check_tensors(operator: str, x: object, required: dict[str, object], optiona
 
 def check_scale(name: str, scale: object) -> None:
     """Raises TypeError or ValueError for a scale that is no finite number."""
-    if not isinstance(scale, Real):
+    if not isinstance(scale, int | float):
         raise TypeError(f"{name} is a {type(scale).__name__}; it must be a number, alpha / R")
-    if not math.isfinite(scale):
+    # no math.isfinite, which Dynamo cannot trace for a dynamic float
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"{name}={scale} is not finite; it must be alpha / R of a finite alpha")
 
 
