@@ -29,7 +29,9 @@ class TestDevices:
     @pytest.mark.parametrize("name", NAMES)
     def test_of_experts(self, name):
         o, settings = block(**SMALL)
-        with pytest.raises(ValueError, match=r"lora_experts got x on (cpu|meta) and \w+ on (cpu|meta); all tensors must"):
+        with pytest.raises(
+            ValueError, match=r"lora_experts got x on (cpu|meta) and \w+ on (cpu|meta); all tensors must"
+        ):
             fused(o | {name: o[name].to("meta")}, settings)
 
     @pytest.mark.parametrize("name", GROUPED)
@@ -135,7 +137,9 @@ class TestRefusals:
     @pytest.mark.parametrize("value", [[[1.0, 2.0]], np.ones((3, 8, 8)), 3.0])
     def test_what_is_no_tensor(self, name, value):
         o, settings = block(**SMALL)
-        with pytest.raises(TypeError, match=rf"lorafuse's lora_experts got a \w+ for {name}; it must be a torch.Tensor"):
+        with pytest.raises(
+            TypeError, match=rf"lorafuse's lora_experts got a \w+ for {name}; it must be a torch.Tensor"
+        ):
             fused({**o, name: value}, settings)
 
     @pytest.mark.parametrize("name", ["x", "topk_index", "topk_weight", "gate_up", "down"])

@@ -184,7 +184,9 @@ def test_a_function_is_no_longer_held_than_its_graph():
     o, settings = block(T=7, E=3, dtype=torch.float32, activation=own)
     gc.collect()
     before = set(_functions)
-    y = lora_experts(o["x"].requires_grad_(), o["topk_index"], o["topk_weight"], o["gate_up"], o["down"], activation=own)
+    y = lora_experts(
+        o["x"].requires_grad_(), o["topk_index"], o["topk_weight"], o["gate_up"], o["down"], activation=own
+    )
     assert len(set(_functions) - before) == 1
     y.sum().backward()
     del y

@@ -44,7 +44,7 @@ class Stack:
             self._grad[e] = grad
 
     def gradient(self, ends: Tensor, scale: float) -> Tensor | None:
-        """`scale` times what was collected, `[E, …]` in the factors' dtype and packing; zero for groups without rows."""
+        """`scale` times what was collected, in the factors' dtype and packing; zero for groups without rows."""
         grad = self._grad
         if grad is None:
             return None

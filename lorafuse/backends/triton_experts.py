@@ -61,7 +61,7 @@ class _Projection:
         return ragged_rank.project(self.tiles, x, self.a.to(x.dtype), 1.0, self.config("project"), source=source)
 
     def project_back(self, dy: Tensor, source: Tensor | None = None) -> Tensor | None:
-        """`dyb = dy b`, `[S, R]`, without the scale, which could take it out of fp16's range; None without an adapter."""
+        """`dyb = dy b`, `[S, R]`, without the scale, which may lead out of fp16's range; None without an adapter."""
         if self.b is None:
             return None
         b = _packed(self.b.transpose(1, 2), dy.dtype)

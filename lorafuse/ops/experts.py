@@ -227,7 +227,9 @@ def lora_experts(*args) -> Tensor:
     """out of the operator; see `lorafuse.functional.lora_experts` for the meaning."""
     if is_transformed(args[0]):
         with outside_autocast(args[0]):
-            return experts_plain.experts(*args[:14], _activation(*args[14:17]))
+            *operands, name, gated, interleaved, _ = args
+            act = _activation(name, gated, interleaved)
+            return experts_plain.experts(*operands, act)  # type: ignore[call-arg]
     return torch.ops.lorafuse.lora_experts(*args)[0]
 
 

@@ -5,6 +5,7 @@ Which rows a group has is an index here and never a slice, so that a traced file
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def experts(
 
 
 def gradients(
-    formula: Callable[..., Tensor], inputs: Sequence[object], needed: Sequence[int], dout: Tensor
+    formula: Callable[..., Tensor], inputs: Sequence[Any], needed: Sequence[int], dout: Tensor
 ) -> list[Tensor]:
     """Gradients of `formula(*inputs)` for the inputs at the places `needed`, which autograd can differentiate again."""
     create_graph, given = torch.is_grad_enabled(), list(inputs)
@@ -86,9 +87,7 @@ def gradients(
             given[i] = given[i].view_as(given[i])
         out = formula(*given)
         wanted = [given[i] for i in needed]
-        return list(
-            torch.autograd.grad(out, wanted, dout, create_graph=create_graph, materialize_grads=True)
-        )
+        return list(torch.autograd.grad(out, wanted, dout, create_graph=create_graph, materialize_grads=True))
 
 
 def _refuse_batched(operator: str, name: str, t: Tensor) -> None:

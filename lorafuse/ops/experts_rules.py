@@ -14,14 +14,14 @@ def check_tensors(operator: str, x: object, required: dict[str, object], optiona
             raise TypeError(f"lorafuse's {operator} got a {type(t).__name__} for {name}; it must be a torch.Tensor")
         if t.is_nested:
             raise NotImplementedError(
-                f"lorafuse's {operator} got a nested {name}; its rows must be one matrix: pass {name}.values() and wrap "
-                "the result again"
+                f"lorafuse's {operator} got a nested {name}; its rows must be one matrix: pass {name}.values() and "
+                "wrap the result again"
             )
         assert isinstance(x, Tensor)
         if t.device != x.device:
             raise ValueError(
-                f"lorafuse's {operator} got x on {x.device} and {name} on {t.device}; all tensors must be on one device: "
-                "move them with .to()"
+                f"lorafuse's {operator} got x on {x.device} and {name} on {t.device}; all tensors must be on one "
+                "device: move them with .to()"
             )
 
 

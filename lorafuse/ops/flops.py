@@ -26,14 +26,17 @@ _Shape = Sequence[int]
 _COUNTER = "torch.utils.flop_counter"
 
 
-def _forward(rows: int, n: int, k: int, rank: int) -> int:
-    return 2 * rows * (n * k + rank * (n + k))
+def _forward(rows: int, w: _Shape, a: _Shape | None) -> int:
+    """w `[…, N, K]` or `[…, K, N]`."""
+    *_, n, k = w
+    return 2 * rows * (n * k + _rank(a) * (n + k))
 
 
-def _backward(rows: int, n: int, k: int, rank: int, dx: bool, da: bool, db: bool) -> int:
+def _backward(rows: int, w: _Shape, a: _Shape | None, transposed: bool, dx: bool, da: bool, db: bool) -> int:
     """`dyb = dy b`, for dx and da; `dx = dy w + dyb a`, `da = dybᵀ x`, `db = dyᵀ xa`."""
+    n, k = (w[-1], w[-2]) if transposed else (w[-2], w[-1])
     low = n * (dx or da) + k * dx + k * da + n * db
-    return 2 * rows * (n * k * dx + rank * low)
+    return 2 * rows * (n * k * dx + _rank(a) * low)
 
 
 def _rank(a: _Shape | None) -> int:
@@ -42,29 +45,27 @@ def _rank(a: _Shape | None) -> int:
 
 
 def linear(x: _Shape, weight: _Shape, bias: _Shape | None, a: _Shape, *_: object, **__: object) -> int:
-    return _forward(math.prod(x[:-1]), *weight, _rank(a))
+    return _forward(math.prod(x[:-1]), weight, a)
 
 
 def linear_backward(
     dy: _Shape, x: object, xa: object, weight: _Shape, a: _Shape, b: object, seed: object, scale: float,
     dropout_p: float, needs: Sequence[bool], *_: object, **__: object,
 ) -> int:  # fmt: skip
-    dx, da, db, *_ = needs
-    return _backward(math.prod(dy[:-1]), *weight, _rank(a), dx, da, db)
+    return _backward(math.prod(dy[:-1]), weight, a, False, needs[0], needs[1], needs[2])
 
 
 def grouped(
     x: _Shape, ends: object, w: _Shape, bias: object, a: _Shape | None, *_: object, **__: object
 ) -> int:  # fmt: skip
-    return _forward(x[0], *w[1:], _rank(a))
+    return _forward(x[0], w, a)
 
 
 def grouped_backward(
     dy: _Shape, x: object, xa: object, ends: object, w: _Shape, a: _Shape | None, b: object, scale: float,
     transposed: bool, needs: Sequence[bool], *_: object, **__: object,
 ) -> int:  # fmt: skip
-    n, k = w[:0:-1] if transposed else w[1:]
-    return _backward(dy[0], n, k, _rank(a), *needs)
+    return _backward(dy[0], w, a, transposed, needs[0], needs[1], needs[2])
 
 
 def experts(
@@ -72,7 +73,7 @@ def experts(
     up_a: _Shape | None, up_b: object, down_a: _Shape | None, *_: object, **__: object,
 ) -> int:  # fmt: skip
     rows = math.prod(index)
-    return _forward(rows, *up[1:], _rank(up_a)) + _forward(rows, *down[1:], _rank(down_a))
+    return _forward(rows, up, up_a) + _forward(rows, down, down_a)
 
 
 def experts_backward(
@@ -82,11 +83,10 @@ def experts_backward(
     needs: Sequence[bool], *_: object, **__: object,
 ) -> int:  # fmt: skip
     rows, (dx, dweight, d_up_a, d_up_b, d_down_a, d_down_b) = math.prod(weight), needs
-    (n_up, k_up), (n_down, k_down) = (w[:0:-1] if transposed else w[1:] for w in (up, down))
     # of the hidden rows; the gradient of a router weight is taken from it
     dh = dx or dweight or d_up_a or d_up_b
-    of_up = _backward(rows, n_up, k_up, _rank(up_a), dx, d_up_a, d_up_b)
-    return of_up + _backward(rows, n_down, k_down, _rank(down_a), dh, d_down_a, d_down_b)
+    of_up = _backward(rows, up, up_a, transposed, dx, d_up_a, d_up_b)
+    return of_up + _backward(rows, down, down_a, transposed, dh, d_down_a, d_down_b)
 
 
 _FORMULAS = {
