@@ -5,10 +5,12 @@ A gated activation takes `u [rows, 2I]`, gate and up either one after the other 
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey
 from torch.nn import functional as F
 
 __all__ = ["ACTIVATIONS", "GATES", "GATE_ALPHA", "GATE_LIMIT", "Activation", "Recomputed", "named"]
@@ -80,6 +82,13 @@ class Activation:
         forward, _ = GATES.get(self.name) or _product(self.name)
         return forward(*self._parts(u))
 
+    def differentiable(self, u: Tensor) -> Tensor:
+        """`forward` for autograd, which does not let every act's result be changed in place."""
+        if not self.gated or self.name in GATES:
+            return self.forward(u)
+        gate, up = self._parts(u)
+        return ACTIVATIONS[self.name][0](gate) * up
+
     def backward(self, u: Tensor, dh: Tensor) -> Tensor:
         """The gradient of `u` from that of `h`."""
         if not self.gated:
@@ -91,24 +100,39 @@ class Activation:
         return du
 
 
+def _autograd() -> AbstractContextManager[object]:
+    """Lets autograd record inside an operator that a dispatch mode (FLOP counter, checkpoint) called below autograd."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (DispatchKey.AutogradFunctionality, DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
 @dataclass(frozen=True)
 class Recomputed:
-    """Any differentiable `u → h`; its backward runs it again under autograd."""
+    """Any differentiable `u → h`; its backward runs it again under autograd.
+
+    The function gets a copy of u, which is saved for backward: it may change its input in place and may return it.
+    """
 
     function: Callable[[Tensor], Tensor]
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.function(u)
+        return self.function(u.clone())
+
+    differentiable = forward
 
     def backward(self, u: Tensor, dh: Tensor) -> Tensor:
-        with torch.enable_grad():
+        with torch.enable_grad(), _autograd():
             leaf = u.detach().requires_grad_()
-            (du,) = torch.autograd.grad(self.function(leaf), leaf, dh)
+            (du,) = torch.autograd.grad(self.function(leaf.clone()), leaf, dh)
         return du
 
 
 def named(name: str, gated: bool, interleaved: bool) -> Activation:
     """A known activation. Raises ValueError that lists the known ones, or for one that needs a gate without it."""
+    if not isinstance(name, str):
+        raise TypeError(f"activation is a {type(name).__name__}; it must be a name or a function of u")
     if name not in ACTIVATIONS and name not in GATES:
         known = ", ".join((*ACTIVATIONS, *GATES))
         raise ValueError(f"activation {name!r} is not one of {known}; or pass a function of u")

@@ -10,7 +10,10 @@ from lorafuse.activation import named
 from lorafuse.backends import base
 from lorafuse.backends.probe import experts_problem, linear_problem, plan_grouped
 from lorafuse.ops import experts as _experts
+from lorafuse.ops import flops  # noqa: F401 (registers the formulas)
 from lorafuse.ops import linear as _linear
+from lorafuse.ops.autocast import autocast_is_on
+from lorafuse.ops.experts_rules import check_projection, check_scale, check_tensors
 from lorafuse.ops.linear import plan_problem
 from lorafuse.philox import draw_seed
 from lorafuse.plan import Plan
@@ -182,20 +185,23 @@ def lora_grouped_linear(
 
     Returns y `[S, N]` in x's dtype; gradients reach x, a and b.
 
-    Raises ValueError or TypeError for operands that do not fit, with their shapes or dtypes and the rule;
-    NotImplementedError for a weight or bias that requires a gradient.
+    Raises ValueError or TypeError for operands that do not fit, with their shapes, dtypes or devices and the rule;
+    NotImplementedError for a weight or bias that requires a gradient, for nested tensors, and under `torch.func.vmap`
+    over offsets. Second derivatives and other transforms of torch run plain torch, which is slower.
     """
+    given = {"offsets": offsets, "weight": weight}
+    check_tensors("lora_grouped_linear", x, given, {"a": a, "b": b, "bias": bias})
+    check_scale("scale", scale)
     x = _in_weights_dtype(x, weight)
     groups = weight.shape[0] if weight.dim() == 3 else 0
     a, b = _stacked(a, groups), _stacked(b, groups)
-    _check_projection("weight", x, x.shape[-1] if x.dim() else 0, weight, bias, a, b, is_transposed)
+    check_projection("weight", x, x.shape[-1] if x.dim() else 0, weight, bias, a, b, is_transposed)
     if offsets.shape != (groups,) or offsets.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"offsets is {offsets.dtype} {list(offsets.shape)}; it must hold the end of each of {groups} groups, as "
             "int32 or int64"
         )
-    with torch.autocast(x.device.type, enabled=False):
-        return _experts.lora_grouped_linear(x, offsets, weight, bias, a, b, scale, is_transposed, _backend(backend))
+    return _experts.lora_grouped_linear(x, offsets, weight, bias, a, b, scale, is_transposed, _backend(backend))
 
 
 def lora_experts(
@@ -226,8 +232,10 @@ def lora_experts(
 
     Args:
         x: `[T, H]`, any number of tokens including none.
-        topk_index: `[T, k]`, int64. An index of E or more is a sentinel: that choice adds nothing.
-        topk_weight: `[T, k]`, any floating dtype; its gradient is computed.
+        topk_index: `[T, k]`, int64, at least 0. An index of E or more is a sentinel: that choice adds nothing, whatever
+            its weight is. A negative index is a ValueError on CPUs; on GPUs nothing waits for the values, and a
+            device-side assertion says "topk_index holds a negative expert".
+        topk_weight: `[T, k]`, any floating dtype; its gradient is computed, 0 at a sentinel.
         gate_up: `[E, 2I, H]`, or `[E, I, H]` without a gate, or with the last two exchanged when `is_transposed`;
             frozen, of x's dtype, any strides.
         down: `[E, H, I]`, or `[E, I, H]` when `is_transposed`; likewise.
@@ -246,19 +254,29 @@ def lora_experts(
     Returns out `[T, H]` in x's dtype; gradients reach x, topk_weight and the adapters. Under autocast the block is
     computed in its weights' dtype, as transformers computes experts.
 
-    Raises ValueError or TypeError for operands that do not fit, with their shapes or dtypes and the rule;
-    NotImplementedError for weights or biases that require a gradient.
+    Raises ValueError or TypeError for operands that do not fit, with their shapes, dtypes or devices and the rule;
+    NotImplementedError for weights or biases that require a gradient, for nested tensors, and under `torch.func.vmap`
+    over topk_index. Second derivatives and other transforms of torch run plain torch, which is slower.
     """
+    check_tensors(
+        "lora_experts",
+        x,
+        {"topk_index": topk_index, "topk_weight": topk_weight, "gate_up": gate_up, "down": down},
+        {"gate_up_a": gate_up_a, "gate_up_b": gate_up_b, "down_a": down_a, "down_b": down_b,
+         "gate_up_bias": gate_up_bias, "down_bias": down_bias},
+    )  # fmt: skip
+    check_scale("gate_up_scale", gate_up_scale)
+    check_scale("down_scale", down_scale)
     given, x = x.dtype, _in_weights_dtype(x, gate_up)
     experts = gate_up.shape[0] if gate_up.dim() == 3 else 0
     gate_up_a, gate_up_b, down_a, down_b = (_stacked(t, experts) for t in (gate_up_a, gate_up_b, down_a, down_b))
     in_features = x.shape[-1] if x.dim() else 0
-    _check_projection("gate_up", x, in_features, gate_up, gate_up_bias, gate_up_a, gate_up_b, is_transposed)
+    check_projection("gate_up", x, in_features, gate_up, gate_up_bias, gate_up_a, gate_up_b, is_transposed)
     first = gate_up.shape[2 if is_transposed else 1]
     if has_gate and first % 2:
         raise ValueError(f"gate_up {list(gate_up.shape)} has {first} out features; gate and up must be as many")
     inner = first // (2 if has_gate else 1)
-    _check_projection("down", x, inner, down, down_bias, down_a, down_b, is_transposed)
+    check_projection("down", x, inner, down, down_bias, down_a, down_b, is_transposed)
     out_features = down.shape[2 if is_transposed else 1]
     if down.shape[0] != experts or out_features != x.shape[1]:
         raise ValueError(f"down {list(down.shape)} does not lead from {experts} experts back to x {list(x.shape)}")
@@ -287,13 +305,12 @@ def lora_experts(
     )
     settings = gate_up_scale, down_scale, is_transposed
     backend = _backend(backend)
-    with torch.autocast(x.device.type, enabled=False):
-        if isinstance(activation, str):
-            named(activation, has_gate, not is_concatenated)
-            out = _experts.lora_experts(*operands, *settings, activation, has_gate, not is_concatenated, backend)
-        else:
-            checked = _checked(activation, inner)
-            out = _experts.lora_experts_recomputed(*operands, *settings, activation=checked, backend=backend)
+    if not callable(activation):
+        named(activation, has_gate, not is_concatenated)
+        out = _experts.lora_experts(*operands, *settings, activation, has_gate, not is_concatenated, backend)
+    else:
+        checked = _checked(activation, inner)
+        out = _experts.lora_experts_recomputed(*operands, *settings, activation=checked, backend=backend)
     return out.to(given)
 
 
@@ -334,52 +351,12 @@ def _checked(activation: Callable[[Tensor], Tensor], inner: int) -> Callable[[Te
 
 def _in_weights_dtype(x: Tensor, w: Tensor) -> Tensor:
     """x as it is; under autocast in the weights' dtype, as transformers runs experts."""
-    return x.to(w.dtype) if x.is_floating_point() and torch.is_autocast_enabled(x.device.type) else x
+    return x.to(w.dtype) if x.is_floating_point() and autocast_is_on(x) else x
 
 
 def _stacked(t: Tensor | None, groups: int) -> Tensor | None:
     """A factor for every group; one that is shared is read, not copied, for each."""
     return t.unsqueeze(0).expand(groups, -1, -1) if t is not None and t.dim() == 2 else t
-
-
-def _check_projection(
-    name: str,
-    x: Tensor,
-    in_features: int,
-    w: Tensor,
-    bias: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    transposed: bool,
-) -> None:
-    """Raises what the public functions say for a stack of layers whose operands do not fit."""
-    if w.requires_grad or (bias is not None and bias.requires_grad):
-        raise NotImplementedError(f"{name} or its bias requires a gradient, which is never computed: freeze it")
-    if w.dim() == 3 and x.dim() == 2:
-        groups = w.shape[0]
-        n, k = (w.shape[2], w.shape[1]) if transposed else (w.shape[1], w.shape[2])
-        low = a is None and b is None
-        if a is not None and b is not None and a.dim() == b.dim() == 3:
-            low = a.shape == (groups, b.shape[2], k) and b.shape[:2] == (groups, n) and b.shape[2] >= 1
-        fits = in_features == k and low and (bias is None or bias.shape == (groups, n))
-    else:
-        fits = False
-    if not fits:
-        shapes = {name: w, "a": a, "b": b, "bias": bias}
-        shown = ", ".join(f"{key} {None if t is None else list(t.shape)}" for key, t in shapes.items())
-        rule = (
-            f"{name} {'[E, K, N]' if transposed else '[E, N, K]'}, a [E, R, K], b [E, N, R], bias [E, N], x [rows, H]"
-        )
-        raise ValueError(f"got {shown} for K = {in_features} and x {list(x.shape)}; the rule is {rule}")
-    factors = {t.dtype for t in (a, b) if t is not None and not t.is_floating_point()}
-    if factors:
-        raise TypeError(f"{name}'s a or b is {factors.pop()}; adapters must be floating")
-    dtypes = {t.dtype for t in (x, w, bias) if t is not None}
-    if len(dtypes) > 1 or not x.is_floating_point():
-        raise TypeError(f"x is {x.dtype}, {name} {w.dtype}: they and the bias must have one floating dtype")
-    devices = {t.device for t in (x, w, bias, a, b) if t is not None}
-    if len(devices) > 1:
-        raise ValueError(f"{name} and its operands are on {sorted(map(str, devices))}: move them to one device")
 
 
 def _backend(backend: str | None) -> str:

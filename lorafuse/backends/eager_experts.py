@@ -16,8 +16,9 @@ __all__ = ["experts_backward", "experts_forward", "grouped_backward", "grouped_f
 
 
 def _run(rows: int, x: Tensor, *weights: Tensor) -> ModuleType:
-    """The module that runs `rows` over all groups; without any there is nothing to be fast at."""
-    return grouped_experts if rows and runs_grouped_mm(x, *weights) else loop_experts
+    """The module that runs `rows` over all groups; grouped_mm refuses sizes of 0."""
+    some = rows and all(w.numel() for w in weights)
+    return grouped_experts if some and runs_grouped_mm(x, *weights) else loop_experts
 
 
 def grouped_forward(x: Tensor, ends: Tensor, w: Tensor, *rest) -> tuple[Tensor, Tensor]:

@@ -32,10 +32,11 @@ def _combine(y: Tensor, order: Tensor, ends: Tensor, k: int, weight: Tensor | No
     place = torch.empty_like(order).scatter_(0, order, torch.arange(S, device=order.device))
     # the last row is a sentinel's if any is: zeroed, it stands for all of them
     y[-1:].masked_fill_(ends[-1] < S, 0)
-    place.masked_fill_(place >= ends[-1], S - 1)
-    return F.embedding_bag(
-        place.view(-1, k), y, mode="sum", per_sample_weights=None if weight is None else weight.to(y.dtype)
-    )
+    beyond = place >= ends[-1]
+    place.masked_fill_(beyond, S - 1)
+    if weight is not None:
+        weight = weight.to(y.dtype).masked_fill(beyond.view(-1, k), 0)
+    return F.embedding_bag(place.view(-1, k), y, mode="sum", per_sample_weights=weight)
 
 
 def _beyond(ends: Tensor, rows: int) -> Tensor:

@@ -52,15 +52,16 @@ def _route(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     return order, counts.cumsum(0)
 
 
-def _combine(y: Tensor, order: Tensor, k: int, weight: Tensor | None) -> Tensor:
+def _combine(y: Tensor, order: Tensor, ends: Tensor, k: int, weight: Tensor | None) -> Tensor:
     """`Σ_j weight[t, j] · y` of choice j of token t, `[T, H]`, for rows y in the order of their experts."""
     place = torch.empty_like(order)
     place[order] = torch.arange(order.shape[0], device=order.device)
     if order.shape[0] == 0:
         return y.new_empty((0, y.shape[1]))
-    return F.embedding_bag(
-        place.view(-1, k), y, mode="sum", per_sample_weights=None if weight is None else weight.to(y.dtype)
-    )
+    if weight is not None:
+        # a sentinel adds nothing, whatever its weight is; its row is zero
+        weight = weight.to(y.dtype).masked_fill((place >= ends[-1]).view(-1, k), 0)
+    return F.embedding_bag(place.view(-1, k), y, mode="sum", per_sample_weights=weight)
 
 
 def _oriented(w: Tensor, transposed: bool) -> Tensor:
@@ -87,12 +88,18 @@ def _base(x: Tensor, right: Tensor, y: Tensor, rows: slice, last: int, accumulat
 
 
 def _over_rows(left: Tensor, right: Tensor) -> Tensor:
-    """`leftᵀ right`; a multiple of some rows and the rest apart, so that sizes are few."""
-    step = _STEP.get(left.dtype, 1)
+    """`leftᵀ right`; a multiple of some rows and the rest apart, so that sizes are few, their sum in fp32.
+
+    A sum over rows leaves fp16's range where its terms and its product with the scale do not: there it is all fp32.
+    """
+    if left.dtype is torch.float16:
+        left, right = left.float(), right.float()
+    step, wide = _STEP.get(left.dtype, 1), torch.promote_types(left.dtype, torch.float32)
     whole = left.shape[0] // step * step
     if whole in (0, left.shape[0]):
         return torch.mm(left.t(), right)
-    return torch.mm(left[:whole].t(), right[:whole]).addmm_(left[whole:].t(), right[whole:])
+    parts = (torch.mm(left[rows].t(), right[rows]) for rows in (slice(whole), slice(whole, None)))
+    return torch.add(*parts, out=left.new_empty((left.shape[1], right.shape[1]), dtype=wide))
 
 
 def _rank(a: Tensor | None) -> int:
@@ -118,10 +125,10 @@ def _forward(
         for e, rows in segments:
             wide = _rounded_up(rows, last, x.dtype)
             torch.mm(x[wide], factors[e].t(), out=xa[wide])
-        factors, scaled = Stack(b, x.dtype), xa * scale
+        factors = Stack(b, x.dtype, scale=scale)
         for e, rows in segments:
             wide = _rounded_up(rows, last, x.dtype)
-            torch.mm(scaled[wide], factors[e].t(), out=y[wide])
+            torch.mm(xa[wide], factors[e].t(), out=y[wide])
     for e, rows in segments:
         _base(x, _oriented(w[e], transposed), y, rows, last, accumulate=a is not None)
         if bias is not None:
@@ -160,15 +167,14 @@ def _backward(
     w: Tensor,
     a: Stack | None,
     b: Stack | None,
-    scale: float,
     transposed: bool,
     dx: Tensor | None,
     need_da: bool,
     need_db: bool,
     factor: Tensor | None = None,
 ) -> None:
-    """dx is written into last, unless it is None; da and db are collected in their stacks, where `factor [S, 1]` is
-    that of each row.
+    """dx is written into last, unless it is None; da and db without their scale are collected in their stacks, where
+    `factor [S, 1]` is that of each row. a is read scaled and b is not, so that `dyb` stays in fp16's range.
     """
     dyb = None
     last = segments[-1][1].stop if segments else 0
@@ -177,11 +183,10 @@ def _backward(
         for e, rows in segments:
             wide = _rounded_up(rows, last, dy.dtype)
             torch.mm(dy[wide], b[e], out=dyb[wide])
-        dyb.mul_(scale)
     if need_db:
         assert b is not None
         assert xa is not None
-        scaled = xa * scale if factor is None else (xa * factor).mul_(scale)
+        scaled = xa if factor is None else xa * factor
         for e, rows in segments:
             b.collect(e, _over_rows(dy[rows], scaled[rows]))
     if need_da:
@@ -217,10 +222,10 @@ def grouped_backward(
     need_db: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`(dx, da, db)`, None where not needed; da and db in their parameters' dtypes, zero for groups without rows."""
-    low = stack(a, dy.dtype, need_da), stack(b, dy.dtype, need_db)
+    low = stack(a, dy.dtype, need_da, scale), stack(b, dy.dtype, need_db)
     dx = dy.new_empty((dy.shape[0], w.shape[1] if transposed else w.shape[2])) if need_dx else None
-    _backward(_segments(ends), dy, x, xa, w, *low, scale, transposed, dx, need_da, need_db)
-    da, db = (None if s is None else s.gradient(ends) for s in low)
+    _backward(_segments(ends), dy, x, xa, w, *low, transposed, dx, need_da, need_db)
+    da, db = (None if s is None else s.gradient(ends, scale) for s in low)
     return dx, da, db
 
 
@@ -250,7 +255,7 @@ def experts_forward(
     u, xa = _forward(segments, rows, up, up_bias, up_a, up_b, up_scale, transposed, u)
     # x is not read again: y takes its place
     y, ha = _forward(segments, act.forward(u), down, down_bias, down_a, down_b, down_scale, transposed, rows)
-    return _combine(y, order, k, weight), u, xa, ha, order, ends
+    return _combine(y, order, ends, k, weight), u, xa, ha, order, ends
 
 
 def experts_backward(
@@ -287,10 +292,10 @@ def experts_backward(
     segments, token = _segments(ends), order // k
     factor = weight.reshape(-1, 1).index_select(0, order).to(dtype)
     h, g = act.forward(u), dout.index_select(0, token)
-    low = stack(down_a, dtype, need_down), stack(down_b, dtype, need_down)
+    low = stack(down_a, dtype, need_down, down_scale), stack(down_b, dtype, need_down)
     dh = torch.empty_like(h) if need_dx or need_dweight or need_up else None
-    _backward(segments, g, h, ha, down, *low, down_scale, transposed, dh, need_down, need_down, factor)
-    d_down = [None if s is None else s.gradient(ends) for s in low]
+    _backward(segments, g, h, ha, down, *low, transposed, dh, need_down, need_down, factor)
+    d_down = [None if s is None else s.gradient(ends, down_scale) for s in low]
     dx = dweight = None
     if need_dweight:
         assert dh is not None
@@ -298,9 +303,11 @@ def experts_backward(
         if down_bias is not None:
             for e, rows in segments:
                 share[rows] += torch.mv(g[rows], down_bias[e])
+        # an activation may make of a sentinel's row what is no number
+        share[segments[-1][1].stop if segments else 0 :] = 0
         dweight = weight.new_empty(weight.shape)
         dweight.view(-1)[order] = share.to(weight.dtype)
-    low = stack(up_a, dtype, need_up), stack(up_b, dtype, need_up)
+    low = stack(up_a, dtype, need_up, up_scale), stack(up_b, dtype, need_up)
     if need_dx or need_up:
         assert dh is not None
         del h
@@ -308,6 +315,6 @@ def experts_backward(
         # g is not read again: x in the order of the experts takes its place, and then dx
         rows_x = torch.index_select(x, 0, token, out=g) if need_up else None
         dx = g if need_dx else None
-        _backward(segments, du, rows_x, xa, up, *low, up_scale, transposed, dx, need_up, need_up)
-    d_up = [None if s is None else s.gradient(ends) for s in low]
-    return None if dx is None else _combine(dx, order, k, None), dweight, *d_up, *d_down
+        _backward(segments, du, rows_x, xa, up, *low, transposed, dx, need_up, need_up)
+    d_up = [None if s is None else s.gradient(ends, up_scale) for s in low]
+    return None if dx is None else _combine(dx, order, ends, k, None), dweight, *d_up, *d_down

@@ -61,11 +61,11 @@ class _Projection:
         return ragged_rank.project(self.tiles, x, self.a.to(x.dtype), 1.0, self.config("project"), source=source)
 
     def project_back(self, dy: Tensor, source: Tensor | None = None) -> Tensor | None:
-        """`dyb = scale · dy b`, `[S, R]`; None without an adapter."""
+        """`dyb = dy b`, `[S, R]`, without the scale, which may lead out of fp16's range; None without an adapter."""
         if self.b is None:
             return None
         b = _packed(self.b.transpose(1, 2), dy.dtype)
-        return ragged_rank.project(self.tiles, dy, b, self.scale, self.config("project"), source=source)
+        return ragged_rank.project(self.tiles, dy, b, 1.0, self.config("project"), source=source)
 
     def linear(self, x: Tensor, bias: Tensor | None, xa: Tensor | None, source: Tensor | None = None) -> Tensor:
         """y."""
@@ -75,7 +75,7 @@ class _Projection:
     def linear_back(self, dy: Tensor, dyb: Tensor | None, source: Tensor | None = None) -> Tensor:
         """dx."""
         w, a = self.w.transpose(1, 2), None if self.a is None else self.a.transpose(1, 2)
-        given = dy, w, None, dyb, a, 1.0
+        given = dy, w, None, dyb, a, self.scale
         return ragged.ragged_linear(self.tiles, *given, self.programs, self.config("ragged"), source=source)
 
     def da(self, x: Tensor, dyb: Tensor, source: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
@@ -83,7 +83,7 @@ class _Projection:
         assert self.a is not None
         da = self.a.new_empty(self.a.shape)
         out = da.transpose(1, 2)
-        ragged_rank.outer(self.tiles, x, dyb, 1.0, out, self.config("outer"), source=source, factor=factor)
+        ragged_rank.outer(self.tiles, x, dyb, self.scale, out, self.config("outer"), source=source, factor=factor)
         return da
 
     def db(self, dy: Tensor, xa: Tensor, source: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
@@ -247,7 +247,7 @@ def experts_backward(
         if isinstance(act, Activation):
             a = None if down_a is None else down_a.transpose(1, 2)
             du, h, share = ragged.ragged_activation_backward(
-                tiles, dout, second.w.transpose(1, 2), gb, a, u, act.name, _layout(act), need_dweight,
+                tiles, dout, second.w.transpose(1, 2), gb, a, down_scale, u, act.name, _layout(act), need_dweight,
                 second.programs, second.config("ragged_act_backward"), source=token, factor=factor,
             )  # fmt: skip
         else:

@@ -16,6 +16,7 @@ __all__ = ["block_operands", "experts_forward", "first_projection", "register_ex
 # what transformers' `use_experts_implementation` says of an experts module
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_experts")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_HALF = (torch.bfloat16, torch.float16)
 # before 5.7 the names of experts implementations were a fixed list
 _TRANSFORMERS_AT_LEAST = (5, 7)
 
@@ -101,8 +102,16 @@ def block_operands(base: nn.Module, weights: Mapping[str, Tensor | None]) -> dic
             return f"its base {parameter} is not an ordinary stack [experts, …] of parameters"
         if weight.dtype not in _DTYPES:  # type: ignore[union-attr]
             return f"its base {parameter} is {weight.dtype}"  # type: ignore[union-attr]
+        if weight.dtype in _HALF and _computes_in_fp32(base):  # type: ignore[union-attr]
+            return f"its base {name} computes in float32 from {weight.dtype} weights, lorafuse in their dtype"  # type: ignore[union-attr]
         operands |= {argument: weight, f"{argument}_bias": bias}
     return operands | _activation(base)
+
+
+def _computes_in_fp32(base: nn.Module) -> bool:
+    """Whether a module runs its model's own forward ("eager") and that casts to fp32 (openai_privacy_filter)."""
+    own = getattr(type(base).forward, "__wrapped__", None)
+    return base.config._experts_implementation == "eager" and "float" in own.__code__.co_names  # type: ignore[union-attr]
 
 
 def _activation(base: nn.Module) -> dict[str, Any]:

@@ -330,6 +330,7 @@ def ragged_activation_backward(
     w: Tensor,
     gb: Tensor | None,
     a: Tensor | None,
+    scale: float,
     u: Tensor,
     activation: str,
     layout: str,
@@ -340,7 +341,7 @@ def ragged_activation_backward(
     source: Tensor,
     factor: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`(du [S, U], h [S, I], ⟨dh, h⟩ [S])` for dh = g wᵀ + gb aᵀ; du is that of `factor · dh`.
+    """`(du [S, U], h [S, I], ⟨dh, h⟩ [S])` for dh = g wᵀ + gb (scale · a)ᵀ; du is that of `factor · dh`.
 
     w `[G, I, H]` and a `[G, I, R]` are those of the down projection, read transposed.
     """
@@ -349,7 +350,7 @@ def ragged_activation_backward(
     parts = triton.cdiv(columns, config.block_n)
     shares = torch.empty((parts, tiles.rows), dtype=torch.float32, device=u.device) if share else None
     _launch(
-        "activation_backward", tiles, g, w, None, gb, a, 1.0, du, programs, config, source=source, factor=factor,
+        "activation_backward", tiles, g, w, None, gb, a, scale, du, programs, config, source=source, factor=factor,
         h=h, u=u, share=shares, activation=activation, layout=layout,
     )  # fmt: skip
     return du, h, None if shares is None else shares.sum(0)

@@ -52,7 +52,8 @@ def _combine_kernel(p_y, p_place, p_ends, p_weight, p_out, H, G, CHOICES: tl.con
         row = tl.load(p_place + t * CHOICES + j)
         y = tl.load(p_y + row * H + o_h, mask=(o_h < H) & (row < rows), other=0.0).to(tl.float32)
         if p_weight is not None:
-            y *= tl.load(p_weight + t * CHOICES + j).to(tl.float32)
+            # that of a row of no group may be anything
+            y *= tl.load(p_weight + t * CHOICES + j, mask=row < rows, other=0.0).to(tl.float32)
         acc += y
     tl.store(p_out + t * H + o_h, acc.to(p_out.dtype.element_ty), mask=o_h < H)
 

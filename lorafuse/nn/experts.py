@@ -30,7 +30,7 @@ class LoRAExperts(nn.Module):
         device, dtype: of the base.
         adapter_dtype: of the factors; None means fp32 on a half-precision base (as PEFT does), else the base's.
 
-    Raises ValueError for a rank below 1 or an unknown activation.
+    Raises ValueError for a rank or size below 1, an alpha that is not finite, or an unknown activation.
     """
 
     def __init__(
@@ -51,6 +51,12 @@ class LoRAExperts(nn.Module):
         super().__init__()
         if r < 1:
             raise ValueError(f"r={r} is not a rank; it must be at least 1")
+        sizes = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} is not a size; it must be at least 1")
+        if alpha is not None and not math.isfinite(alpha):
+            raise ValueError(f"alpha={alpha} is not finite; it must be a number, or None for alpha = r")
         if isinstance(activation, str):
             named(activation, has_gate, False)
         self.num_experts, self.hidden_size, self.intermediate_size, self.r = (
@@ -86,7 +92,8 @@ class LoRAExperts(nn.Module):
     def forward(self, x: Tensor, topk_index: Tensor, topk_weight: Tensor) -> Tensor:
         """`out [..., H]` of `x [..., H]`, `topk_index` and `topk_weight` `[tokens, k]`; see `lora_experts`."""
         out = lora_experts(
-            x.reshape(-1, x.shape[-1]),
+            # a nested x is refused there
+            x if x.is_nested else x.reshape(-1, x.shape[-1]),
             topk_index,
             topk_weight,
             self.gate_up_proj,
@@ -100,7 +107,8 @@ class LoRAExperts(nn.Module):
             activation=self.activation,
             has_gate=self.has_gate,
         )
-        return out.view(x.shape)
+        # no view of out, as nn.Linear returns none: FSDP2 warns of views, and nobody else holds out
+        return torch.ops.aten._unsafe_view(out, x.shape)
 
     def extra_repr(self) -> str:
         return (

@@ -2,18 +2,25 @@
 
 What they compute is in `lorafuse.backends.loop_experts`. Besides their result they return what backward needs, so that
 a compiled graph holds it: rows in the order of their experts. There is no gradient of an expert's weights or biases.
+
+A backward that is differentiated again, or for several gradients at once, and calls under a transform of torch are
+those of `experts_plain`.
 """
 
 from collections.abc import Callable
 from functools import partial
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from lorafuse.activation import Recomputed, named
+from lorafuse.activation import Activation, Recomputed, named
 from lorafuse.backends import base, probe
 from lorafuse.errors import BackendUnavailable
+from lorafuse.ops import experts_plain
 from lorafuse.ops._define import LIBRARY
+from lorafuse.ops.autocast import outside_autocast
+from lorafuse.ops.transforms import is_transformed
 
 __all__ = ["lora_experts", "lora_experts_recomputed", "lora_grouped_linear"]
 
@@ -37,6 +44,14 @@ LIBRARY.define(
     "lora_grouped_linear_backward(Tensor dy, Tensor? x, Tensor? xa, Tensor ends, Tensor w, Tensor? a, Tensor? b,"
     " float scale, bool transposed, bool[] needs, str backend) -> (Tensor dx, Tensor da, Tensor db)"
 )
+
+
+# activations that are functions, which no schema holds: by the name that the operator gets instead
+_functions: WeakValueDictionary[str, Recomputed] = WeakValueDictionary()
+
+
+def _activation(name: str, gated: bool, interleaved: bool) -> Activation | Recomputed:
+    return _functions[name] if name in _functions else named(name, gated, interleaved)
 
 
 def _run(backend, x, problem, *operands):
@@ -64,8 +79,9 @@ def _wanted(grads, needs):
 def _experts(x, index, weight, up, down, ub, db, ua, ubb, da, dbb, s1, s2, transposed, act, gated, inter, backend):
     operands = x, index.shape[1], up, down, ua, da, transposed
     run = _run(backend, x, probe.experts_problem, *operands, False).experts_forward
-    act = named(act, gated, inter)
-    return run(x, index, weight, up, down, ub, db, ua, ubb, da, dbb, s1, s2, transposed, act)
+    act = _activation(act, gated, inter)
+    with outside_autocast(x):
+        return run(x, index, weight, up, down, ub, db, ua, ubb, da, dbb, s1, s2, transposed, act)
 
 
 def _fake_experts(x, index, weight, up, down, ub, db, ua, ubb, da, dbb, s1, s2, transposed, act, gated, inter, backend):
@@ -80,12 +96,13 @@ def _experts_backward(dout, x, weight, up, down, db, ua, ub, da, dbb, s1, s2, tr
     *saved, needs, backend = rest
     operands = x, weight.shape[1], up, down, ua, da, transposed
     run = _run(backend, x, probe.experts_problem, *operands, True).experts_backward
-    act = named(act, gated, inter)
+    act = _activation(act, gated, inter)
     need_dx, need_dweight, *adapters = needs
-    grads = run(
-        dout, x, weight, up, down, db, ua, ub, da, dbb, s1, s2, transposed, act, *saved,
-        need_dx, need_dweight, any(adapters[:2]), any(adapters[2:]),
-    )  # fmt: skip
+    with outside_autocast(x):
+        grads = run(
+            dout, x, weight, up, down, db, ua, ub, da, dbb, s1, s2, transposed, act, *saved,
+            need_dx, need_dweight, any(adapters[:2]), any(adapters[2:]),
+        )  # fmt: skip
     return _kept(grads, dout)
 
 
@@ -105,58 +122,45 @@ _DIFFERENTIABLE = (0, 2, 7, 8, 9, 10)
 
 
 def _save_experts(ctx, inputs, output):
-    x, _, weight, up, down, _, down_bias, *adapters = inputs[:11]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, up, down, down_bias, *adapters, *output[1:])
-    ctx.settings = inputs[11:17]
-    ctx.backend = inputs[17]
+    # index and up_bias for second derivatives alone
+    ctx.save_for_backward(*inputs[:11], *output[1:])
+    ctx.settings, ctx.backend = inputs[11:17], inputs[17]
+    # held here, or a function is gone before backward
+    ctx.activation = _activation(*inputs[14:17])
 
 
 def _differentiate_experts(ctx, dout, *_):
     grads = [None] * 18
-    needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-    if dout is not None:
-        saved = ctx.saved_tensors
-        op = torch.ops.lorafuse.lora_experts_backward
-        found = op(dout, *saved[:9], *ctx.settings, *saved[9:], needs, ctx.backend)
-        for i, grad in zip(_DIFFERENTIABLE, _wanted(found, needs), strict=True):
-            grads[i] = grad
+    needed = [i for i in _DIFFERENTIABLE if ctx.needs_input_grad[i]]
+    if dout is None:
+        return tuple(grads)
+    # read once: a checkpoint hands them out once
+    tensors = ctx.saved_tensors
+    inputs, saved = tensors[:11], tensors[11:]
+    if _is_differentiated():
+        given = *inputs, *ctx.settings[:3], ctx.activation
+        found = experts_plain.gradients(experts_plain.experts, given, needed, dout)
+    else:
+        x, _, weight, up, down, _, down_bias, *adapters = inputs
+        needs = [i in needed for i in _DIFFERENTIABLE]
+        operands = x, weight, up, down, down_bias, *adapters
+        every = torch.ops.lorafuse.lora_experts_backward(dout, *operands, *ctx.settings, *saved, needs, ctx.backend)
+        found = [grad for grad, need in zip(every, needs, strict=True) if need]
+    for i, grad in zip(needed, found, strict=True):
+        grads[i] = grad
     return tuple(grads)
 
 
-class _Recomputed(torch.autograd.Function):
-    """Experts whose activation is a function that no schema can hold; it is run again in backward."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        *inputs, activation, backend = args
-        x, index, weight, up, down, _, down_bias, *adapters = inputs[:11]
-        # backward runs where forward did: that module is at hand
-        operands = x, index.shape[1], up, down, adapters[0], adapters[2], inputs[13]
-        run = _run(backend, x, probe.experts_problem, *operands, False)
-        out, *saved = run.experts_forward(*inputs, Recomputed(activation))
-        ctx.save_for_backward(x, weight, up, down, down_bias, *adapters, *saved)
-        ctx.settings = inputs[11:14]
-        ctx.activation, ctx.run = Recomputed(activation), run
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout):
-        saved = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
-        found = ctx.run.experts_backward(
-            dout, *saved[:9], *ctx.settings, ctx.activation, *saved[9:], *needs[:2], any(needs[2:4]), any(needs[4:])
-        )
-        grads = [None] * 16
-        for i, grad in zip(_DIFFERENTIABLE, _wanted(found, needs), strict=True):
-            grads[i] = grad
-        return tuple(grads)
+def _is_differentiated() -> bool:
+    """True in a backward that autograd records (create_graph), or that vmap runs for many gradients at once."""
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
 
 
 def _grouped(x, ends, w, bias, a, b, scale, transposed, backend):
     run = _run(backend, x, probe.grouped_problem, x, w, a, transposed, False)
-    return run.grouped_forward(x, ends, w, bias, a, b, scale, transposed)
+    with outside_autocast(x):
+        return run.grouped_forward(x, ends, w, bias, a, b, scale, transposed)
 
 
 def _fake_grouped(x, ends, w, bias, a, b, scale, transposed, backend):
@@ -165,7 +169,8 @@ def _fake_grouped(x, ends, w, bias, a, b, scale, transposed, backend):
 
 def _grouped_backward(dy, x, xa, ends, w, a, b, scale, transposed, needs, backend):
     run = _run(backend, dy, probe.grouped_problem, dy, w, a, transposed, True)
-    return _kept(run.grouped_backward(dy, x, xa, ends, w, a, b, scale, transposed, *needs), dy)
+    with outside_autocast(dy):
+        return _kept(run.grouped_backward(dy, x, xa, ends, w, a, b, scale, transposed, *needs), dy)
 
 
 def _fake_grouped_backward(dy, x, xa, ends, w, a, b, scale, transposed, needs, backend):
@@ -174,18 +179,32 @@ def _fake_grouped_backward(dy, x, xa, ends, w, a, b, scale, transposed, needs, b
 
 
 def _save_grouped(ctx, inputs, output):
-    x, ends, w, _, a, b, ctx.scale, ctx.transposed, ctx.backend = inputs
+    x, *operands, ctx.scale, ctx.transposed, ctx.backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x if ctx.needs_input_grad[4] else None, output[1], ends, w, a, b)
+    # bias for second derivatives alone; dx does not depend on x
+    low = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
+    ctx.save_for_backward(x if low else None, *operands, output[1])
 
 
 def _differentiate_grouped(ctx, dy, _):
-    needs = [ctx.needs_input_grad[i] for i in (0, 4, 5)]
-    dx = da = db = None
-    if dy is not None:
+    grads = [None] * 9
+    needed = [i for i in (0, 4, 5) if ctx.needs_input_grad[i]]
+    if dy is None:
+        return tuple(grads)
+    x, ends, w, bias, a, b, xa = ctx.saved_tensors
+    if _is_differentiated():
+        if x is None:
+            x = w.new_zeros((dy.shape[0], w.shape[1 if ctx.transposed else 2])).requires_grad_()
+        given = x, ends, w, bias, a, b, ctx.scale, ctx.transposed
+        found = experts_plain.gradients(experts_plain.grouped, given, needed, dy)
+    else:
+        needs = [i in needed for i in (0, 4, 5)]
         op = torch.ops.lorafuse.lora_grouped_linear_backward
-        dx, da, db = _wanted(op(dy, *ctx.saved_tensors, ctx.scale, ctx.transposed, needs, ctx.backend), needs)
-    return dx, None, None, None, da, db, None, None, None
+        every = op(dy, x, xa, ends, w, a, b, ctx.scale, ctx.transposed, needs, ctx.backend)
+        found = [grad for grad, need in zip(every, needs, strict=True) if need]
+    for i, grad in zip(needed, found, strict=True):
+        grads[i] = grad
+    return tuple(grads)
 
 
 for _name, _real, _fake in (
@@ -206,14 +225,31 @@ torch.library.register_autograd(
 
 def lora_experts(*args) -> Tensor:
     """out of the operator; see `lorafuse.functional.lora_experts` for the meaning."""
+    if is_transformed(args[0]):
+        with outside_autocast(args[0]):
+            *operands, name, gated, interleaved, _ = args
+            act = _activation(name, gated, interleaved)
+            return experts_plain.experts(*operands, act)  # type: ignore[call-arg]
     return torch.ops.lorafuse.lora_experts(*args)[0]
 
 
-def lora_experts_recomputed(*args: object, activation: Callable[[Tensor], Tensor], backend: str) -> Tensor:
+def lora_experts_recomputed(*args, activation: Callable[[Tensor], Tensor], backend: str) -> Tensor:
     """The same with any activation; `args` are those of the operator up to `transposed`."""
-    return _Recomputed.apply(*args, activation, backend)
+    # a compiler would compile again for every name; importing it for nobody takes seconds
+    run = torch._dynamo.disable(_recomputed) if torch.compiler.is_compiling() else _recomputed
+    return run(args, activation, backend)
+
+
+def _recomputed(args, activation, backend):
+    act = Recomputed(activation)
+    name = f"function {id(act)}"
+    _functions[name] = act
+    return lora_experts(*args, name, True, False, backend)
 
 
 def lora_grouped_linear(*args) -> Tensor:
     """y of the operator; see `lorafuse.functional.lora_grouped_linear` for the meaning."""
+    if is_transformed(args[0]):
+        with outside_autocast(args[0]):
+            return experts_plain.grouped(*args[:-1])
     return torch.ops.lorafuse.lora_grouped_linear(*args)[0]

@@ -258,7 +258,7 @@ def _launch_ragged(variant: Variant, rows: int, n: int, k: int, r: int) -> None:
         down = tensor(128, inner, k) if transposed else tensor(128, k, inner).transpose(1, 2)
         low = tensor(128, r, inner, of=adapter).transpose(1, 2)
         ragged.ragged_activation_backward(
-            tiles, x, down, xa, low, u, activation, layout, True, 132, c, source=token, factor=tensor(rows)
+            tiles, x, down, xa, low, 2.0, u, activation, layout, True, 132, c, source=token, factor=tensor(rows)
         )
 
 

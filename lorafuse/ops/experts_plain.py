@@ -1,0 +1,101 @@
+"""The operators of `experts` as plain torch, which every transform of autograd can go through: short and slow.
+
+Second derivatives, `torch.func`, forward-mode AD and `torch.jit.trace` run these; everything else runs a backend.
+Which rows a group has is an index here and never a slice, so that a traced file serves other routings too.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.nn import functional as F
+
+from lorafuse.activation import Activation, Recomputed
+from lorafuse.ops.autocast import outside_autocast
+
+__all__ = ["experts", "gradients", "grouped"]
+
+
+def _layers(
+    x: Tensor,
+    group: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    transposed: bool,
+) -> Tensor:
+    """The linear layer of its `group [S]` for every row of x; zero for the rows of no group."""
+    # the empty part is there for a stack of no groups
+    rows, parts = [group.new_empty(0)], [x.new_empty((0, w.shape[2 if transposed else 1]))]
+    for e, w_e in enumerate(w.unbind()):
+        mine = (group == e).nonzero().squeeze(1)
+        y = F.linear(x[mine], w_e.t() if transposed else w_e, None if bias is None else bias[e])
+        if a is not None and b is not None:
+            # the scale is applied before b is rounded to x's dtype
+            y = y + F.linear(F.linear(x[mine], a[e].to(x.dtype)), (b[e] * scale).to(x.dtype))
+        rows.append(mine)
+        parts.append(y)
+    return x.new_zeros((x.shape[0], parts[0].shape[1])).index_copy(0, torch.cat(rows), torch.cat(parts))
+
+
+def grouped(x: Tensor, ends: Tensor, *layer) -> Tensor:
+    """y of `lora_grouped_linear`; `layer` is that of the operator, from w to transposed."""
+    _refuse_batched("lora_grouped_linear", "offsets", ends)
+    return _layers(x, torch.searchsorted(ends, torch.arange(x.shape[0], device=ends.device), right=True), *layer)
+
+
+def experts(
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    up_a: Tensor | None,
+    up_b: Tensor | None,
+    down_a: Tensor | None,
+    down_b: Tensor | None,
+    up_scale: float,
+    down_scale: float,
+    transposed: bool,
+    act: Activation | Recomputed,
+) -> Tensor:
+    """out of `lora_experts`; rows of sentinels are never computed."""
+    _refuse_batched("lora_experts", "topk_index", index)
+    (T, k), flat = index.shape, index.reshape(-1)
+    choice = (flat < up.shape[0]).nonzero().squeeze(1)
+    group = flat[choice]
+    u = _layers(x[choice // k], group, up, up_bias, up_a, up_b, up_scale, transposed)
+    y = _layers(act.differentiable(u), group, down, down_bias, down_a, down_b, down_scale, transposed)
+    y = y * weight.reshape(-1, 1)[choice].to(y.dtype)
+    return x.new_zeros((T * k, y.shape[1])).index_copy(0, choice, y).view(T, k, y.shape[1]).sum(1)
+
+
+def gradients(
+    formula: Callable[..., Tensor], inputs: Sequence[Any], needed: Sequence[int], dout: Tensor
+) -> list[Tensor]:
+    """Gradients of `formula(*inputs)` for the inputs at the places `needed`, which autograd can differentiate again."""
+    create_graph, given = torch.is_grad_enabled(), list(inputs)
+    with torch.enable_grad(), outside_autocast(dout):
+        for i in needed:
+            # an alias, so that the hooks of an input do not run here
+            given[i] = given[i].view_as(given[i])
+        out = formula(*given)
+        wanted = [given[i] for i in needed]
+        return list(torch.autograd.grad(out, wanted, dout, create_graph=create_graph, materialize_grads=True))
+
+
+def _refuse_batched(operator: str, name: str, t: Tensor) -> None:
+    """Raises NotImplementedError where vmap maps over what decides which rows a group has."""
+    while _functorch.is_functorch_wrapped_tensor(t):
+        if _functorch.is_batchedtensor(t):
+            raise NotImplementedError(
+                f"lorafuse's {operator} got a {name} that vmap maps over; the rows of each group must be the same for "
+                f"all samples: call it in a loop over the samples, or give vmap in_dims=None for {name}"
+            )
+        t = _functorch.get_unwrapped(t)

@@ -1,0 +1,71 @@
+"""Which operands the operators of `experts` accept; everything else is refused with what was passed, rule and fix."""
+
+import math
+
+from torch import Tensor
+
+__all__ = ["check_projection", "check_scale", "check_tensors"]
+
+
+def check_tensors(operator: str, x: object, required: dict[str, object], optional: dict[str, object]) -> None:
+    """Raises TypeError for what is no tensor, NotImplementedError for a nested x, ValueError for several devices."""
+    for name, t in {"x": x, **required, **{name: t for name, t in optional.items() if t is not None}}.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"lorafuse's {operator} got a {type(t).__name__} for {name}; it must be a torch.Tensor")
+        if t.is_nested:
+            raise NotImplementedError(
+                f"lorafuse's {operator} got a nested {name}; its rows must be one matrix: pass {name}.values() and "
+                "wrap the result again"
+            )
+        assert isinstance(x, Tensor)
+        if t.device != x.device:
+            raise ValueError(
+                f"lorafuse's {operator} got x on {x.device} and {name} on {t.device}; all tensors must be on one "
+                "device: move them with .to()"
+            )
+
+
+def check_scale(name: str, scale: object) -> None:
+    """Raises TypeError or ValueError for a scale that is no finite number."""
+    if not isinstance(scale, int | float):
+        raise TypeError(f"{name} is a {type(scale).__name__}; it must be a number, alpha / R")
+    # no math.isfinite, which Dynamo cannot trace for a dynamic float
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"{name}={scale} is not finite; it must be alpha / R of a finite alpha")
+
+
+def check_projection(
+    name: str,
+    x: Tensor,
+    in_features: int,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    transposed: bool,
+) -> None:
+    """Raises what the public functions say for a stack of layers whose operands do not fit."""
+    if w.requires_grad or (bias is not None and bias.requires_grad):
+        raise NotImplementedError(f"{name} or its bias requires a gradient, which is never computed: freeze it")
+    if w.dim() == 3 and x.dim() == 2:
+        groups = w.shape[0]
+        n, k = (w.shape[2], w.shape[1]) if transposed else (w.shape[1], w.shape[2])
+        low = a is None and b is None
+        if a is not None and b is not None and a.dim() == b.dim() == 3:
+            low = a.shape == (groups, b.shape[2], k) and b.shape[:2] == (groups, n) and b.shape[2] >= 1
+        fits = in_features == k and low and (bias is None or bias.shape == (groups, n))
+    else:
+        fits = False
+    if not fits:
+        shapes = {name: w, "a": a, "b": b, "bias": bias}
+        shown = ", ".join(f"{key} {None if t is None else list(t.shape)}" for key, t in shapes.items())
+        rule = (
+            f"{name} {'[E, K, N]' if transposed else '[E, N, K]'}, a [E, R, K], b [E, N, R], bias [E, N], x [rows, H]"
+        )
+        raise ValueError(f"got {shown} for K = {in_features} and x {list(x.shape)}; the rule is {rule}")
+    factors = {t.dtype for t in (a, b) if t is not None and not t.is_floating_point()}
+    if factors:
+        raise TypeError(f"{name}'s a or b is {factors.pop()}; adapters must be floating")
+    dtypes = {t.dtype for t in (x, w, bias) if t is not None}
+    if len(dtypes) > 1 or not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}, {name} {w.dtype}: they and the bias must have one floating dtype")

@@ -1,0 +1,139 @@
+"""FLOPs of the operators, forward and backward, for `torch.utils.flop_counter.FlopCounterMode`.
+
+They are those of the products that torch would do for the same formula and the same gradients: 2 for each multiply-add
+of the base and of both low-rank products. Of experts all T·k rows count: shapes do not show which are sentinels.
+
+A formula is called with the operator's arguments, shapes in the place of tensors.
+"""
+
+import importlib.abc
+import importlib.util
+import math
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import torch
+
+# they define the operators
+import lorafuse.ops.experts
+import lorafuse.ops.linear  # noqa: F401
+
+__all__ = ["experts", "experts_backward", "grouped", "grouped_backward", "linear", "linear_backward"]
+
+_Shape = Sequence[int]
+_COUNTER = "torch.utils.flop_counter"
+
+
+def _forward(rows: int, w: _Shape, a: _Shape | None) -> int:
+    """w `[…, N, K]` or `[…, K, N]`."""
+    *_, n, k = w
+    return 2 * rows * (n * k + _rank(a) * (n + k))
+
+
+def _backward(rows: int, w: _Shape, a: _Shape | None, transposed: bool, dx: bool, da: bool, db: bool) -> int:
+    """`dyb = dy b`, for dx and da; `dx = dy w + dyb a`, `da = dybᵀ x`, `db = dyᵀ xa`."""
+    n, k = (w[-1], w[-2]) if transposed else (w[-2], w[-1])
+    low = n * (dx or da) + k * dx + k * da + n * db
+    return 2 * rows * (n * k * dx + _rank(a) * low)
+
+
+def _rank(a: _Shape | None) -> int:
+    """That of `a [R, K]`, or of a stack of them."""
+    return 0 if a is None else a[-2]
+
+
+def linear(x: _Shape, weight: _Shape, bias: _Shape | None, a: _Shape, *_: object, **__: object) -> int:
+    return _forward(math.prod(x[:-1]), weight, a)
+
+
+def linear_backward(
+    dy: _Shape, x: object, xa: object, weight: _Shape, a: _Shape, b: object, seed: object, scale: float,
+    dropout_p: float, needs: Sequence[bool], *_: object, **__: object,
+) -> int:  # fmt: skip
+    return _backward(math.prod(dy[:-1]), weight, a, False, needs[0], needs[1], needs[2])
+
+
+def grouped(
+    x: _Shape, ends: object, w: _Shape, bias: object, a: _Shape | None, *_: object, **__: object
+) -> int:  # fmt: skip
+    return _forward(x[0], w, a)
+
+
+def grouped_backward(
+    dy: _Shape, x: object, xa: object, ends: object, w: _Shape, a: _Shape | None, b: object, scale: float,
+    transposed: bool, needs: Sequence[bool], *_: object, **__: object,
+) -> int:  # fmt: skip
+    return _backward(dy[0], w, a, transposed, needs[0], needs[1], needs[2])
+
+
+def experts(
+    x: _Shape, index: _Shape, weight: object, up: _Shape, down: _Shape, up_bias: object, down_bias: object,
+    up_a: _Shape | None, up_b: object, down_a: _Shape | None, *_: object, **__: object,
+) -> int:  # fmt: skip
+    rows = math.prod(index)
+    return _forward(rows, up, up_a) + _forward(rows, down, down_a)
+
+
+def experts_backward(
+    dout: object, x: object, weight: _Shape, up: _Shape, down: _Shape, down_bias: object, up_a: _Shape | None,
+    up_b: object, down_a: _Shape | None, down_b: object, up_scale: float, down_scale: float, transposed: bool,
+    activation: str, gated: bool, interleaved: bool, u: object, xa: object, ha: object, order: object, ends: object,
+    needs: Sequence[bool], *_: object, **__: object,
+) -> int:  # fmt: skip
+    rows, (dx, dweight, d_up_a, d_up_b, d_down_a, d_down_b) = math.prod(weight), needs
+    # of the hidden rows; the gradient of a router weight is taken from it
+    dh = dx or dweight or d_up_a or d_up_b
+    of_up = _backward(rows, up, up_a, transposed, dx, d_up_a, d_up_b)
+    return of_up + _backward(rows, down, down_a, transposed, dh, d_down_a, d_down_b)
+
+
+_FORMULAS = {
+    "lora_linear": linear,
+    "lora_linear_backward": linear_backward,
+    "lora_grouped_linear": grouped,
+    "lora_grouped_linear_backward": grouped_backward,
+    "lora_experts": experts,
+    "lora_experts_backward": experts_backward,
+}
+
+
+def _register(counter: ModuleType) -> None:
+    for name, formula in _FORMULAS.items():
+        counter.register_flop_formula(getattr(torch.ops.lorafuse, name))(formula)
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Registers the formulas when torch's counter is imported: importing it here costs 0.2 s and loads Triton."""
+
+    def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Registering(spec.loader)
+        return spec
+
+
+class _Registering(importlib.abc.Loader):
+    """torch's own loader of the module, and then the formulas."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        _register(module)
+
+
+if _COUNTER in sys.modules:
+    _register(sys.modules[_COUNTER])
+else:
+    sys.meta_path.insert(0, _WhenImported())
