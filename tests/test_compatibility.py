@@ -1,0 +1,101 @@
+"""docs/compatibility.md: every row says how a feature runs and names a test that exists (T0)."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "compatibility.md"
+HEADER = "| feature | runs | test |"
+ROW = re.compile(r"\| (?P<feature>.+) \| (?P<runs>.+) \| `(?P<test>[^`|]+)` \|")
+RUNS = re.compile(r"fused|PEFT|refused: `(?P<message>[^`]+)`( \(PEFT's own\))?")
+
+
+def rows(text):
+    """`(feature, how it runs, test)` of every table row. Raises ValueError for one that says it otherwise."""
+    found = []
+    for line in text.splitlines():
+        if not line.startswith("|") or line == HEADER or not line.strip("|-"):
+            continue
+        match = ROW.fullmatch(line)
+        if match is None or not RUNS.fullmatch(match["runs"]):
+            raise ValueError(f"{line!r} is not a row of feature, fused, PEFT or refused with its message, and a test")
+        found.append((match["feature"], match["runs"], match["test"]))
+    return found
+
+
+def tests_of(path):
+    """Names of the tests of a file, as pytest writes them."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        members = node.body if isinstance(node, ast.ClassDef) else [node]
+        prefix = f"{node.name}::" if isinstance(node, ast.ClassDef) else ""
+        names |= {prefix + m.name for m in members if isinstance(m, ast.FunctionDef) and m.name.startswith("test_")}
+    return names
+
+
+def missing(text):
+    """The tests that rows name and that do not exist."""
+    wanted = [test.split("::", 1) for _, _, test in rows(text)]
+    return [
+        f"{file}::{name}"
+        for file, name in wanted
+        if not (ROOT / "tests" / file).is_file() or name not in tests_of(ROOT / "tests" / file)
+    ]
+
+
+def test_every_row_names_a_test():
+    assert len(rows(PAGE.read_text())) > 50
+    assert missing(PAGE.read_text()) == []
+
+
+def test_features_are_named_once():
+    features = [feature for feature, _, _ in rows(PAGE.read_text())]
+    assert sorted(features) == sorted(set(features))
+
+
+def test_messages_are_those_of_the_code():
+    sources = "\n".join(path.read_text() for path in (ROOT / "lorafuse").rglob("*.py"))
+    for feature, runs, _ in rows(PAGE.read_text()):
+        match = RUNS.fullmatch(runs)
+        if match["message"] and "PEFT's own" not in runs:
+            assert match["message"] in sources, feature
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["| x | works | `test_patch.py::test_patch` |", "| x | fused | none |", "| x | refused | `test_patch.py::y` |"],
+)
+def test_a_row_that_says_nothing_is_found(wrong):
+    with pytest.raises(ValueError, match="is not a row"):
+        rows(f"{HEADER}\n|---|---|---|\n{wrong}\n")
+
+
+def test_a_test_that_is_gone_is_found():
+    row = "| x | fused | `test_compatibility.py::test_of_old` |"
+    assert missing(f"{HEADER}\n|---|---|---|\n{row}\n") == ["test_compatibility.py::test_of_old"]
+
+
+def test_the_example_of_a_policy_runs():
+    code = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    names = {}
+    exec(code, names)
+    from lorafuse.nn import LoRALinear
+
+    layer, x = LoRALinear(8, 6, 2), torch.randn(3, 8, requires_grad=True)
+    torch.nn.init.normal_(layer.lora_B.weight)
+    (expected,) = torch.autograd.grad(layer(x).sum(), x)
+    calls = []
+
+    class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Counting():
+        (dx,) = torch.autograd.grad(names["run"](layer, x).sum(), x)
+    assert torch.equal(dx, expected)
+    assert calls.count(torch.ops.lorafuse.lora_linear.default) == 1
