@@ -29,6 +29,7 @@ __all__ = [
     "is_called_otherwise",
     "is_fsdp1",
     "original",
+    "trainable",
     "warn_once",
     "watched",
 ]
@@ -99,7 +100,7 @@ def is_called_otherwise(kind: type) -> bool:
 
 
 def interception(x: Tensor) -> str | None:
-    """Why every layer runs as PEFT ships it for this x: a reason, or "" where nobody needs to be told; None: it need not.
+    """Why any layer runs as PEFT ships it for this x: a reason, or "" for one not worth a warning. None: it runs fused.
 
     Holds what belongs to the process and to x; hooks and functions of the layer's modules are the layer's to check.
     """
@@ -151,6 +152,14 @@ def is_fsdp1(module: nn.Module) -> bool:
     """Whether a module is a `FullyShardedDataParallel`, which nobody can have made without importing it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+
+
+def trainable(module: nn.Module, name: str) -> str:
+    """Why a base parameter that requires a gradient is refused."""
+    # FSDP1 puts views of its flat parameter there, which require one as soon as any adapter in it does
+    if getattr(module, "_is_fsdp_managed_module", False) and type(module._parameters.get(name)) is Tensor:
+        return FSDP1
+    return f"its base {name} is trainable; lorafuse computes no gradient for it"
 
 
 def described(module: nn.Module, name: str) -> str:

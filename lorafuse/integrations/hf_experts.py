@@ -45,9 +45,9 @@ class FusedExperts(ParamWrapper):
     """The outermost `ParamWrapper` of an experts module, run fused; created by `lorafuse.patch`, not by hand."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # a layer that was unpatched gets here from those who kept this method
+        # who kept this method (accelerate's hooks) calls it after unpatch too
         if len(args) == 2 and not kwargs and x.dim() == 2 and type(self) is not ParamWrapper:
-            parts = interception(x)
+            parts: Any = interception(x)
             if parts is None:
                 parts = expert_parts(self)
             if isinstance(parts, tuple):

@@ -24,8 +24,9 @@ from lorafuse.integrations.hf_common import (
     interception,
     is_fsdp1,
     original,
-    watched,
+    trainable,
     warn_once,
+    watched,
 )
 from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, wrappers
 from lorafuse.integrations.report import Patched, PatchReport, Skipped
@@ -50,10 +51,10 @@ class FusedLinear(PeftLinear):
     """`peft.tuners.lora.Linear` whose forward is one lorafuse operator; created by `lorafuse.patch`, not by hand."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        # per-sample adapters (kwargs), disabled and merged adapters are PEFT's own paths and cost no more there; a layer
-        # that was unpatched gets here from those who kept this method (accelerate's hooks)
+        # per-sample adapters (kwargs), disabled and merged adapters are PEFT's own paths and cost no more there;
+        # who kept this method (accelerate's hooks) calls it after unpatch too
         if not (args or kwargs or self._disable_adapters or self.merged_adapters or type(self) is PeftLinear):
-            parts = interception(x)
+            parts: Any = interception(x)
             if parts is None:
                 parts = _parts(self)
             if type(parts) is tuple:
@@ -89,11 +90,7 @@ def _parts(layer: PeftLinear) -> _Parts | str | None:
             return None
     base = modules["base_layer"]
     kind = type(base)
-    if (
-        kind.forward is not _LINEAR_FORWARD
-        or kind.__call__ is not CALL
-        or kind._call_impl is not CALL_IMPL
-    ):
+    if kind.forward is not _LINEAR_FORWARD or kind.__call__ is not CALL or kind._call_impl is not CALL_IMPL:
         return _why_not_linear(base)
     if layer.fan_in_fan_out:
         return "fan_in_fan_out: its base stores the weight transposed"
@@ -101,7 +98,7 @@ def _parts(layer: PeftLinear) -> _Parts | str | None:
     if type(weight) is not nn.Parameter and type(weight) is not Tensor:
         return f"its base weight {described(base, 'weight')}"
     if weight.requires_grad:
-        return "its base weight is trainable; lorafuse computes no gradient for it"
+        return trainable(base, "weight")
     if "bias" not in base._parameters:
         return f"its base bias {described(base, 'bias')}"
     factors: list[_Factors] = []
@@ -155,7 +152,7 @@ def _why_not_plain(base: nn.Module, a: nn.Module, b: nn.Module) -> str:
 def _operands(weight: Tensor, bias: Tensor | None, factors: list[_Factors]) -> _Operands:
     """What the operator takes: the bias of B in the bias, several adapters as one."""
     folded = []
-    for a, b, b_bias, scale, p in factors:
+    for a, b, b_bias, scale, _ in factors:
         if b_bias is not None:
             b_bias = (b_bias * scale).to(weight.dtype)
             bias = b_bias if bias is None else bias + b_bias
@@ -164,7 +161,7 @@ def _operands(weight: Tensor, bias: Tensor | None, factors: list[_Factors]) -> _
             b, scale = b * scale, 1.0
         folded.append((a, b, scale))
     if len(folded) == 1:
-        return weight, a, b, scale, bias, p
+        return weight, a, b, scale, bias, factors[0][4]
     # active adapters add up, so together they are one adapter of the summed rank
     a = torch.cat([a for a, *_ in folded])
     b = torch.cat([b * scale for _, b, scale in folded], dim=1)
@@ -223,8 +220,8 @@ def survey(model: nn.Module, backend: str) -> tuple[PatchReport, list[LoraLayer]
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             reasons[module.out_proj] = (
-                "nn.MultiheadAttention reads the weight of its out_proj and never calls it; PEFT merges the adapter into "
-                "that weight when the whole attention is a target, and leaves it without effect when out_proj alone is"
+                "nn.MultiheadAttention reads the weight of its out_proj and never calls it; PEFT merges the adapter "
+                "into that weight when the whole attention is a target, and leaves it without effect when out_proj is"
             )
         elif is_fsdp1(module):
             reasons |= dict.fromkeys(module.modules(), FSDP1)

@@ -12,7 +12,15 @@ from torch.nn.utils.parametrize import ParametrizationList
 from lorafuse.activation import GATE_ALPHA, GATE_LIMIT
 from lorafuse.errors import MissingDependency
 from lorafuse.functional import lora_experts
-from lorafuse.integrations.hf_common import altered, interception, is_called_otherwise, original, warn_once
+from lorafuse.integrations.hf_common import (
+    altered,
+    described,
+    interception,
+    is_called_otherwise,
+    original,
+    trainable,
+    warn_once,
+)
 
 __all__ = ["block_operands", "experts_forward", "first_projection", "is_dispatched", "register_experts"]
 
@@ -117,7 +125,9 @@ def block_operands(base: nn.Module, weights: Mapping[str, Tensor | None]) -> dic
         bias = base._parameters.get(f"{parameter}_bias") if base.has_bias else None
         for tensor in (weight, bias):
             if tensor is not None and tensor.requires_grad:
-                return f"its base {parameter} is trainable; lorafuse computes no gradient for it"
+                return trainable(base, parameter)
+        if weight is None:
+            return f"its base {parameter} {described(base, parameter)}"
         if type(weight) not in (nn.Parameter, Tensor) or weight.dim() != 3 or (base.has_bias and bias is None):  # type: ignore[union-attr]
             return f"its base {parameter} is not an ordinary stack [experts, …] of parameters"
         if weight.dtype not in _DTYPES:  # type: ignore[union-attr]
