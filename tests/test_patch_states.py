@@ -202,13 +202,13 @@ def train_the_base(model):
     layer_of(model).base_layer.weight.requires_grad_(True)
 
 
-@state(13, "not an ordinary parameter")
+@state(13, "its base weight is parametrized (_WeightNorm), not an ordinary parameter")
 def parametrized_base_weight(model):
     nn.utils.parametrizations.weight_norm(layer_of(model).base_layer)
     layer_of(model).base_layer.requires_grad_(False)
 
 
-@state(13, "its base bias is not an ordinary parameter")
+@state(13, "its base bias is parametrized (Tanh), not an ordinary parameter")
 def parametrized_base_bias(model):
     nn.utils.parametrize.register_parametrization(layer_of(model).base_layer, "bias", nn.Tanh())
     layer_of(model).base_layer.requires_grad_(False)
@@ -364,7 +364,7 @@ def test_a_wrapped_forward(order):
         wrap_forward(layer_of(patched))
         report = lorafuse.patch(patched)
         assert [skipped.reason for skipped in report.skipped] == [
-            "its forward was replaced before lorafuse.patch (accelerate's hooks do that): patch first"
+            "its forward was replaced before lorafuse.patch: patch before that, where the model allows it"
         ]
     else:
         lorafuse.patch(patched, strict=True)

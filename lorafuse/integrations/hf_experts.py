@@ -9,29 +9,58 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import ParamWrapper
+from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
+from torch.nn.modules import module as _hooks
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lorafuse.functional import lora_experts
-from lorafuse.integrations.hf_common import altered, warn_once
-from lorafuse.integrations.hf_transformers import block_operands, first_projection
+from lorafuse.integrations.hf_common import (
+    FSDP1,
+    altered,
+    interception,
+    is_called_otherwise,
+    is_fsdp1,
+    original,
+    warn_once,
+)
+from lorafuse.integrations.hf_transformers import block_operands, first_projection, is_dispatched
 
-__all__ = ["NOTHING_ACTIVE", "FusedExperts", "expert_operands", "wrappers"]
+__all__ = ["NOTHING_ACTIVE", "FusedExperts", "expert_parts", "wrappers"]
 
 NOTHING_ACTIVE = "no adapter is active"
+
+
+# what an unpatched wrapper runs in every forward, besides its base
+_FORWARDS = {
+    kind: original(kind, "forward")
+    for kind in (ParamWrapper, ParametrizationList, peft_layer._LoraFactorsProxy, peft_layer._LoraParameterProxy)
+}
+
+# lora_A.weight, lora_B.weight, scale
+_Factors = tuple[Tensor, Tensor, float]
 
 
 class FusedExperts(ParamWrapper):
     """The outermost `ParamWrapper` of an experts module, run fused; created by `lorafuse.patch`, not by hand."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if len(args) == 2 and not kwargs and x.dim() == 2:
-            operands = expert_operands(self)
-            if isinstance(operands, dict):
+        # who kept this method (accelerate's hooks) calls it after unpatch too
+        if len(args) == 2 and not kwargs and x.dim() == 2 and type(self) is not ParamWrapper:
+            parts: Any = interception(x)
+            if parts is None:
+                parts = expert_parts(self)
+            if isinstance(parts, tuple):
                 index, weight = args
+                operands = _operands(*parts)
                 return lora_experts(x, index.long(), weight, **operands, backend=self._lorafuse_backend)
-            if operands not in ("", NOTHING_ACTIVE) and not torch.compiler.is_compiling():
-                warn_once(operands)
-        return super().forward(x, *args, **kwargs)
+            if parts not in ("", NOTHING_ACTIVE) and not torch.compiler.is_compiling():
+                warn_once("a patched experts layer runs as PEFT ships it", parts)
+        return ParamWrapper.forward(self, x, *args, **kwargs)
+
+
+# PEFT's reports, and PEFT itself, know a wrapper by this name; pickle goes by __module__ and __qualname__
+FusedExperts.__name__ = ParamWrapper.__name__
 
 
 def wrappers(layer: ParamWrapper) -> list[ParamWrapper]:
@@ -42,54 +71,75 @@ def wrappers(layer: ParamWrapper) -> list[ParamWrapper]:
     return found
 
 
-def expert_operands(layer: ParamWrapper) -> dict[str, Any] | str:
-    """Keyword arguments of `lora_experts` for the present state of an outermost wrapper, or why there are none.
+def expert_parts(layer: ParamWrapper) -> tuple[dict[str, Any], int, dict[str, list[_Factors]]] | str:
+    """The present state of an outermost wrapper, or why it does not run fused; nothing is computed.
 
-    "" means that adapters are disabled or merged, PEFT's own paths. The one statement of which experts lorafuse takes.
+    The state: keyword arguments of `lora_experts` for the base, the number of experts, and the factors of the active
+    adapters of "gate_up" and "down" as PEFT packs them. "" means that adapters are disabled or merged, PEFT's own
+    paths. The one statement of which experts lorafuse takes: the report and every forward ask here.
     """
+    for kind, forward in _FORWARDS.items():
+        if kind.forward is not forward:
+            return f"the forward of {kind.__name__} was replaced"
     chain = wrappers(layer)
     if any(wrapper.disable_adapters or wrapper.merged for wrapper in chain):
         return ""
     base = layer.get_base_layer()
-    if any(altered(module) for module in (*chain[1:], base)):
+    if altered(*chain[1:], base):
         return "an inner wrapper or its base has hooks or a replaced forward"
+    if is_called_otherwise(ParamWrapper) or is_called_otherwise(type(base)):
+        return "the call of nn.Module was replaced"
+    # PEFT registers a parametrization in every forward
+    if _hooks._global_module_registration_hooks or _hooks._global_parameter_registration_hooks:
+        return "global registration hooks are registered"
     operands = block_operands(base, base._parameters)
     if isinstance(operands, str):
         return operands
+    if not is_dispatched(type(base)):
+        return f"its base {type(base).__name__} has a forward of its own"
     names = {first_projection(base): "gate_up", "down_proj": "down"}
-    adapted = False
+    factors: dict[str, list[_Factors]] = {}
     for wrapper in chain:
         if wrapper.parameter_name not in names:
             return f"it adapts {wrapper.parameter_name}, not one of {', '.join(names)}"
-        factors = _factors(wrapper, base)
-        if isinstance(factors, str):
-            return factors
-        if factors is not None:
-            adapted = True
-            name = names[wrapper.parameter_name]
-            operands |= {f"{name}_a": factors[0], f"{name}_b": factors[1], f"{name}_scale": factors[2]}
-    return operands if adapted else NOTHING_ACTIVE
+        packed = _factors(wrapper, base)
+        if isinstance(packed, str):
+            return packed
+        if packed:
+            factors[names[wrapper.parameter_name]] = packed
+    return (operands, chain[0].num_experts, factors) if factors else NOTHING_ACTIVE
 
 
-def _factors(wrapper: ParamWrapper, base: nn.Module) -> tuple[Tensor, Tensor, float] | str | None:
-    """`(a [E, R, in], b [E, out, R], scale)` of a wrapper's active adapters, as views of PEFT's packed weights."""
-    experts = wrapper.num_experts
+def _factors(wrapper: ParamWrapper, base: nn.Module) -> list[_Factors] | str:
+    """The factors of a wrapper's active adapters, as PEFT packs them."""
     found = []
     for name in wrapper.active_adapters:
         if name not in wrapper.lora_A:
             continue
         lora_a, lora_b = wrapper.lora_A[name], wrapper.lora_B[name]
-        if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear or lora_b.bias is not None:
+        if is_fsdp1(lora_a) or is_fsdp1(lora_b):
+            return FSDP1
+        if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear or lora_b._parameters["bias"] is not None:
             return "its lora_A or lora_B is not a plain nn.Linear"
-        if experts == 1 and base.is_transposed:
+        if wrapper.num_experts == 1 and base.is_transposed:
             return "a single expert stored transposed, which PEFT adapts in another layout"
-        # PEFT packs lora_A expert-slowest and lora_B expert-fastest
-        a = lora_a.weight.reshape(experts, -1, lora_a.weight.shape[1])
-        b = lora_b.weight.reshape(lora_b.weight.shape[0], -1, experts).permute(2, 0, 1)
-        found.append((a, b, wrapper.scaling[name]))
-    if not found:
-        return None
-    if len(found) == 1:
-        return found[0]
-    # active adapters add up, so together they are one adapter of the summed rank
-    return torch.cat([a for a, *_ in found], 1), torch.cat([b * scale for _, b, scale in found], 2), 1.0
+        found.append((lora_a.weight, lora_b.weight, wrapper.scaling[name]))
+    return found
+
+
+def _operands(operands: dict[str, Any], experts: int, factors: dict[str, list[_Factors]]) -> dict[str, Any]:
+    """Keyword arguments of `lora_experts`: a [E, R, in] and b [E, out, R] are views of PEFT's packed weights."""
+    for name, packed in factors.items():
+        stacks = []
+        for a, b, scale in packed:
+            # PEFT packs lora_A expert-slowest and lora_B expert-fastest
+            a = a.reshape(experts, -1, a.shape[1])
+            b = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
+            stacks.append((a, b, scale))
+        a, b, scale = stacks[0]
+        if len(stacks) > 1:
+            # active adapters add up, so together they are one adapter of the summed rank
+            a = torch.cat([a for a, *_ in stacks], 1)
+            b, scale = torch.cat([b * scale for _, b, scale in stacks], 2), 1.0
+        operands |= {f"{name}_a": a, f"{name}_b": b, f"{name}_scale": scale}
+    return operands

@@ -15,40 +15,71 @@ from torch import Tensor, nn
 
 from lorafuse.backends import base as backends
 from lorafuse.functional import run_linear
-from lorafuse.integrations.hf_common import altered, warn_once
-from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_operands, wrappers
+from lorafuse.integrations.hf_common import (
+    CALL,
+    CALL_IMPL,
+    FSDP1,
+    altered,
+    described,
+    interception,
+    is_fsdp1,
+    original,
+    trainable,
+    warn_once,
+    watched,
+)
+from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, wrappers
 from lorafuse.integrations.report import Patched, PatchReport, Skipped
 
 __all__ = ["FusedLinear", "adopt", "release", "survey"]
 
 
+# weight, bias, and of each active adapter (a, b, bias of b, scale, dropout_p)
+_Factors = tuple[Tensor, Tensor, Tensor | None, float, float]
+_Parts = tuple[Tensor, Tensor | None, list[_Factors]]
 # weight, a, b, scale, bias, dropout_p
 _Operands = tuple[Tensor, Tensor, Tensor, float, Tensor | None, float]
+
+_FORWARD = original(PeftLinear, "forward")
+_LINEAR_FORWARD = original(nn.Linear, "forward")
+_DROPOUT_FORWARD = original(nn.Dropout, "forward")
+_IDENTITY_FORWARD = original(nn.Identity, "forward")
+_DROPOUT = original(nn.functional, "dropout")
 
 
 class FusedLinear(PeftLinear):
     """`peft.tuners.lora.Linear` whose forward is one lorafuse operator; created by `lorafuse.patch`, not by hand."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        # per-sample adapters (kwargs), disabled and merged adapters are PEFT's own paths and cost no more there
-        if not (args or kwargs or self._disable_adapters or self.merged_adapters):
-            operands = _operands(self)
-            if isinstance(operands, tuple):
+        # per-sample adapters (kwargs), disabled and merged adapters are PEFT's own paths and cost no more there;
+        # who kept this method (accelerate's hooks) calls it after unpatch too
+        if not (args or kwargs or self._disable_adapters or self.merged_adapters or type(self) is PeftLinear):
+            parts: Any = interception(x)
+            if parts is None:
+                parts = _parts(self)
+            if type(parts) is tuple:
+                operands = _operands(*parts)
                 if x.dim() > 4:
                     y = run_linear(x.flatten(0, -4), *operands, None, self._lorafuse_backend)
                     return y.unflatten(0, x.shape[:-3])
                 return run_linear(x, *operands, None, self._lorafuse_backend)
-            if operands is not None and not torch.compiler.is_compiling():
-                warn_once(operands)
-        return super().forward(x, *args, **kwargs)
+            if parts and not torch.compiler.is_compiling():
+                warn_once("a patched linear layer runs as PEFT ships it", parts)
+        return PeftLinear.forward(self, x, *args, **kwargs)
 
 
-def _operands(layer: PeftLinear) -> _Operands | str | None:
-    """`(weight, a, b, scale, bias, dropout_p)` of the layer's present state.
+# PEFT's reports, and PEFT itself, know a layer by this name; pickle goes by __module__ and __qualname__
+FusedLinear.__name__ = PeftLinear.__name__
+
+
+def _parts(layer: PeftLinear) -> _Parts | str | None:
+    """`(weight, bias, factors)` of the layer's present state, as the layer holds them: nothing is computed.
 
     None when no adapter is active in this layer, so that there is nothing to fuse; a str, the reason, when there is
     but it cannot be fused. The one statement of which layers lorafuse takes: the report and every forward ask here.
     """
+    if PeftLinear.forward is not _FORWARD:
+        return "peft.tuners.lora.Linear.forward was replaced"
     modules = layer._modules
     lora_a, lora_b = modules["lora_A"]._modules, modules["lora_B"]._modules
     active = layer._active_adapter
@@ -58,57 +89,82 @@ def _operands(layer: PeftLinear) -> _Operands | str | None:
         if not names:
             return None
     base = modules["base_layer"]
-    if type(base).forward is not nn.Linear.forward:
-        return f"its base is a {type(base).__name__}, not an nn.Linear"
+    kind = type(base)
+    if kind.forward is not _LINEAR_FORWARD or kind.__call__ is not CALL or kind._call_impl is not CALL_IMPL:
+        return _why_not_linear(base)
     if layer.fan_in_fan_out:
         return "fan_in_fan_out: its base stores the weight transposed"
     weight = base._parameters.get("weight")
     if type(weight) is not nn.Parameter and type(weight) is not Tensor:
-        return f"its base weight is a {type(weight).__name__}, not an ordinary parameter"
+        return f"its base weight {described(base, 'weight')}"
     if weight.requires_grad:
-        return "its base weight is trainable; lorafuse computes no gradient for it"
+        return trainable(base, "weight")
     if "bias" not in base._parameters:
-        return "its base bias is not an ordinary parameter"
-    bias = base._parameters["bias"]
-    if altered(base):
-        return "its base layer has hooks or a replaced forward"
-    factors = []
+        return f"its base bias {described(base, 'bias')}"
+    factors: list[_Factors] = []
     for name in names:
         if name in layer.lora_variant:
             variant = type(layer.lora_variant[name]).__name__.removesuffix("LinearVariant")
             return f"its adapter is a variant of LoRA ({variant})"
-        a, b = lora_a[name], lora_b[name]
-        if type(a) is not nn.Linear or type(b) is not nn.Linear or altered(a) or altered(b):
-            return "its lora_A or lora_B is not a plain nn.Linear without hooks"
+        a, b, dropout = lora_a[name], lora_b[name], modules["lora_dropout"]._modules[name]
+        if type(a) is not nn.Linear or type(b) is not nn.Linear or altered(base, a, b, dropout):
+            return _why_not_plain(base, a, b)
         if a._parameters["bias"] is not None:
             return "its lora_A has a bias"
-        dropout = modules["lora_dropout"]._modules[name]
-        if altered(dropout):
-            return "its dropout has hooks or a replaced forward"
-        if type(dropout) is nn.Identity:
+        kind = type(dropout)
+        if kind is nn.Identity and kind.forward is _IDENTITY_FORWARD:
             p = 0.0
-        elif type(dropout) is nn.Dropout:
+        elif kind is nn.Dropout and kind.forward is _DROPOUT_FORWARD and nn.functional.dropout is _DROPOUT:
             p = dropout.p if dropout.training else 0.0
+        elif kind in (nn.Identity, nn.Dropout):
+            return f"the forward of {kind.__name__} was replaced"
         else:
-            return f"its dropout is a {type(dropout).__name__}, not nn.Dropout"
-        scale = layer.scaling[name]
-        b_bias = b._parameters["bias"]
+            return f"its dropout is a {kind.__name__}, not nn.Dropout"
+        a_weight, b_weight = a._parameters.get("weight"), b._parameters.get("weight")
+        if a_weight is None or b_weight is None:
+            return f"its lora_A or lora_B {described(b if a_weight is not None else a, 'weight')}"
+        factors.append((a_weight, b_weight, b._parameters["bias"], layer.scaling[name], p))
+    if len(factors) > 1 and any(p for *_, p in factors):
+        return "several active adapters with dropout; PEFT draws a mask for each"
+    return weight, base._parameters["bias"], factors
+
+
+def _why_not_linear(base: nn.Module) -> str:
+    """What stands against a base that is not called as torch ships nn.Linear."""
+    if is_fsdp1(base):
+        return FSDP1
+    if not isinstance(base, nn.Linear) or type(base).forward is not nn.Linear.forward:
+        return f"its base is a {type(base).__name__}, not an nn.Linear"
+    return "the forward of nn.Linear or the call of nn.Module was replaced"
+
+
+def _why_not_plain(base: nn.Module, a: nn.Module, b: nn.Module) -> str:
+    """Which of a layer's modules is altered or of another class."""
+    if altered(base):
+        return "its base layer has hooks or a replaced forward"
+    if is_fsdp1(a) or is_fsdp1(b):
+        return FSDP1
+    if type(a) is not nn.Linear or type(b) is not nn.Linear or altered(a, b):
+        return "its lora_A or lora_B is not a plain nn.Linear without hooks"
+    return "its dropout has hooks or a replaced forward"
+
+
+def _operands(weight: Tensor, bias: Tensor | None, factors: list[_Factors]) -> _Operands:
+    """What the operator takes: the bias of B in the bias, several adapters as one."""
+    folded = []
+    for a, b, b_bias, scale, _ in factors:
         if b_bias is not None:
             b_bias = (b_bias * scale).to(weight.dtype)
             bias = b_bias if bias is None else bias + b_bias
-        b_weight = b._parameters["weight"]
         # hot swapping keeps scales in tensors, so that a new one needs no compilation; the operator takes floats
         if isinstance(scale, Tensor):
-            b_weight, scale = b_weight * scale, 1.0
-        factors.append((a._parameters["weight"], b_weight, scale, p))
-    if len(factors) == 1:
-        a, b, scale, p = factors[0]
-        return weight, a, b, scale, bias, p
-    if any(p for *_, p in factors):
-        return "several active adapters with dropout; PEFT draws a mask for each"
+            b, scale = b * scale, 1.0
+        folded.append((a, b, scale))
+    if len(folded) == 1:
+        return weight, a, b, scale, bias, factors[0][4]
     # active adapters add up, so together they are one adapter of the summed rank
-    a = torch.cat([a for a, *_ in factors])
-    b = torch.cat([b * scale for _, b, scale, _ in factors], dim=1)
+    a = torch.cat([a for a, *_ in folded])
+    b = torch.cat([b * scale for _, b, scale in folded], dim=1)
     return weight, a, b, 1.0, bias, 0.0
 
 
@@ -134,22 +190,47 @@ def _reason(layer: BaseTunerLayer) -> str:
     if type(layer) not in _FUSED and not isinstance(layer, tuple(_FUSED.values())):
         return f"{_full_name(layer)} is not a LoRA layer over nn.Linear"
     if type(layer) in _FUSED and "forward" in layer.__dict__:
-        return "its forward was replaced before lorafuse.patch (accelerate's hooks do that): patch first"
-    with torch.no_grad():
-        operands = expert_operands(layer) if isinstance(layer, ParamWrapper) else _operands(layer)
+        return _replaced_forward(layer)
+    if reason := watched():
+        return reason
+    parts = expert_parts(layer) if isinstance(layer, ParamWrapper) else _parts(layer)
     # experts whose adapters are merely off, merged or elsewhere run fused when they are on again
-    return operands if isinstance(operands, str) and operands != NOTHING_ACTIVE else ""
+    return parts if isinstance(parts, str) and parts != NOTHING_ACTIVE else ""
+
+
+def _replaced_forward(layer: nn.Module) -> str:
+    """Who replaced the forward of a layer, so that its class no longer decides what runs."""
+    if "_hf_hook" in layer.__dict__:
+        return (
+            f"accelerate's {type(layer._hf_hook).__name__} replaced its forward: patch before the hook is attached, or "
+            "remove it (accelerate.hooks.remove_hook_from_module)"
+        )
+    owner = getattr(layer.__dict__["forward"], "__self__", layer)
+    if owner is not layer:
+        return f"its forward is that of a {type(owner).__module__}.{type(owner).__qualname__}"
+    return "its forward was replaced before lorafuse.patch: patch before that, where the model allows it"
 
 
 def survey(model: nn.Module, backend: str) -> tuple[PatchReport, list[LoraLayer]]:
-    """The report on every adapted layer of the model, and the layers lorafuse takes. Changes nothing."""
-    report, layers, inner = PatchReport(), [], set()
+    """The report on every adapted layer of the model, and the layers lorafuse takes. Changes and computes nothing."""
+    report, layers = PatchReport(), []
+    # what lies inside another module: wrappers of the same experts, and layers that are never called
+    inner: set[nn.Module] = set()
+    reasons: dict[nn.Module, str] = {}
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            reasons[module.out_proj] = (
+                "nn.MultiheadAttention reads the weight of its out_proj and never calls it; PEFT merges the adapter "
+                "into that weight when the whole attention is a target, and leaves it without effect when out_proj is"
+            )
+        elif is_fsdp1(module):
+            reasons |= dict.fromkeys(module.modules(), FSDP1)
     for name, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer) or layer in inner:
             continue
         if isinstance(layer, ParamWrapper):
             inner.update(wrappers(layer)[1:])
-        reason = _reason(layer)
+        reason = reasons.get(layer) or _reason(layer)
         if reason:
             report.skipped.append(Skipped(name, _kind(layer), reason))
             continue

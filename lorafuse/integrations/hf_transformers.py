@@ -6,12 +6,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lorafuse.activation import GATE_ALPHA, GATE_LIMIT
 from lorafuse.errors import MissingDependency
 from lorafuse.functional import lora_experts
+from lorafuse.integrations.hf_common import (
+    altered,
+    described,
+    interception,
+    is_called_otherwise,
+    original,
+    trainable,
+    warn_once,
+)
 
-__all__ = ["block_operands", "experts_forward", "first_projection", "register_experts"]
+__all__ = ["block_operands", "experts_forward", "first_projection", "is_dispatched", "register_experts"]
 
 # what transformers' `use_experts_implementation` says of an experts module
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_experts")
@@ -46,11 +57,18 @@ def register_experts(name: str = "lorafuse") -> None:
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """transformers' signature of an experts implementation; `self` is the experts module."""
     weights, adapters = _weights_and_adapters(self)
+    reason = interception(hidden_states)
+    if reason is None and original(ParametrizationList, "forward") is None:
+        reason = "the forward of ParametrizationList was replaced"
     operands = block_operands(self, weights)
-    if isinstance(operands, str) or adapters is None:
+    if reason is not None or isinstance(operands, str) or adapters is None:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
+        if reason and not torch.compiler.is_compiling():
+            warn_once("registered experts run as transformers ships them", reason)
+        # torch's grouped product has no forward mode
+        own = "grouped_mm" if forward_ad._current_level < 0 else "batched_mm"
+        return ALL_EXPERTS_FUNCTIONS[own](self, hidden_states, top_k_index, top_k_weights)
     return lora_experts(hidden_states, top_k_index.long(), top_k_weights, **operands, **adapters)
 
 
@@ -62,12 +80,11 @@ def _weights_and_adapters(experts: nn.Module) -> tuple[dict[str, Any], dict[str,
         parametrized = getattr(experts, "parametrizations", {})
         if parameter not in parametrized:
             continue
-        # only PEFT parametrizes experts here, so it is installed
-        from peft.tuners.lora.layer import _LoraFactorsProxy
-
+        # bitsandbytes parametrizes experts too, without PEFT; what is PEFT's has brought its file
+        peft_layer = sys.modules.get("peft.tuners.lora.layer")
         over = parametrized[parameter]
         weights[parameter] = over.original
-        if len(over) != 1 or not isinstance(over[0], _LoraFactorsProxy):
+        if peft_layer is None or len(over) != 1 or type(over[0]) is not peft_layer._LoraFactorsProxy:
             return weights, None
         # the delta is scaling * lhs @ rhs, in the layout of the weight
         lhs, rhs = over[0].lhs, over[0].rhs
@@ -81,6 +98,13 @@ def first_projection(base: nn.Module) -> str:
     return "gate_up_proj" if base.has_gate else "up_proj"
 
 
+def is_dispatched(kind: type) -> bool:
+    """Whether an experts class has the forward that transformers' decorator gives it, and nobody replaced it."""
+    from transformers.integrations import moe
+
+    return getattr(kind.forward, "__globals__", None) is vars(moe)  # type: ignore[attr-defined]
+
+
 def block_operands(base: nn.Module, weights: Mapping[str, Tensor | None]) -> dict[str, Any] | str:
     """Keyword arguments of `lora_experts` for a frozen experts module without adapters, or why there are none.
 
@@ -91,13 +115,20 @@ def block_operands(base: nn.Module, weights: Mapping[str, Tensor | None]) -> dic
         return f"its base {name} is not an experts module of transformers >= 5.7"
     if getattr(base, "has_post_expert_norm", False):
         return f"its base {name} normalizes what each expert gives"
+    act = getattr(base, "act_fn", None)
+    if isinstance(act, nn.Module) and (
+        altered(act) or is_called_otherwise(type(act)) or original(type(act), "forward") is None
+    ):
+        return f"its activation {type(act).__name__} has hooks or a replaced forward"
     operands: dict[str, Any] = {"is_transposed": base.is_transposed, "has_gate": base.has_gate}
     for argument, parameter in (("gate_up", first_projection(base)), ("down", "down_proj")):
         weight = weights.get(parameter)
         bias = base._parameters.get(f"{parameter}_bias") if base.has_bias else None
         for tensor in (weight, bias):
             if tensor is not None and tensor.requires_grad:
-                return f"its base {parameter} is trainable; lorafuse computes no gradient for it"
+                return trainable(base, parameter)
+        if weight is None:
+            return f"its base {parameter} {described(base, parameter)}"
         if type(weight) not in (nn.Parameter, Tensor) or weight.dim() != 3 or (base.has_bias and bias is None):  # type: ignore[union-attr]
             return f"its base {parameter} is not an ordinary stack [experts, …] of parameters"
         if weight.dtype not in _DTYPES:  # type: ignore[union-attr]
