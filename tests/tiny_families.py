@@ -80,9 +80,10 @@ def _module(family):
 
 
 def families_with_experts():
-    """Every family of the installed transformers whose file defines a class of experts."""
+    """Every family of the installed transformers whose file defines experts, dispatched by transformers or not."""
     files = (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")
-    return sorted({f.parent.name for f in files if re.search(r"^class \w*Experts\(", f.read_text(), re.MULTILINE)})
+    defines = re.compile(r"^(@use_experts_implementation|class \w*Experts\()", re.MULTILINE)
+    return sorted({file.parent.name for file in files if defines.search(file.read_text())})
 
 
 def model_classes(family):
