@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-compile test-emu cuda budget lint fmt bench numbers gpu doctor clean
+.PHONY: help demo test test-compile test-emu test-peft cuda budget lint fmt bench numbers gpu doctor clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -24,6 +24,9 @@ test-compile: $(READY) ## compile every kernel for every architecture, every dty
 
 test-emu: $(READY) ## the CUDA kernels on this CPU under a thousand seeded schedules each; minutes
 	@$(PY) -m pytest tests/test_emu*.py --seeds 1000 $(ARGS)
+
+test-peft: $(READY) ## PEFT's own LoRA tests, from its source distribution, with every model patched; half an hour
+	@$(PY) tests/peft_suite/run.py -n logical --maxprocesses 4 $(ARGS)
 
 cuda: $(READY) ## build the CUDA kernels (with nvcc) and their emulator (with g++) into lorafuse/
 	@$(PY) csrc/build.py emu

@@ -82,7 +82,7 @@ def test_a_transformers_that_is_too_old(monkeypatch):
 
 
 def test_from_the_start():
-    model, config, arguments = FAMILIES["mixtral"]
-    built = model._from_config(config(**arguments), experts_implementation="lorafuse")
+    model = base("mixtral")
+    built = type(model)._from_config(model.config, experts_implementation="lorafuse")
     assert built.config._experts_implementation == "lorafuse"
     assert built.config.vocab_size == moe_models.VOCABULARY

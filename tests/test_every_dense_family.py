@@ -1,0 +1,110 @@
+"""Dense families of transformers of every kind, all their linear layers adapted, patched (T1): what PEFT gives."""
+
+import copy
+from unittest import mock
+
+import peft
+import pytest
+import tiny_families
+import torch
+
+import lorafuse
+from lorafuse.integrations import hf_peft
+from lorafuse.testing.numerics import relative_l2, tolerance
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:peft", "ignore::RuntimeWarning:peft", "ignore:lorafuse.patch patched nothing:UserWarning"
+)
+
+# model class by family
+DECODERS = {
+    "bloom": "BloomForCausalLM",
+    "cohere": "CohereForCausalLM",
+    "falcon": "FalconForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "opt": "OPTForCausalLM",
+    "phi": "PhiForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "stablelm": "StableLmForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM",
+}
+ENCODERS = {
+    "albert": "AlbertForTokenClassification",
+    "bert": "BertForTokenClassification",
+    "deberta_v2": "DebertaV2ForTokenClassification",
+    "distilbert": "DistilBertForTokenClassification",
+    "electra": "ElectraForTokenClassification",
+    "modernbert": "ModernBertForTokenClassification",
+    "roberta": "RobertaForTokenClassification",
+}
+ENCODER_DECODERS = {
+    "bart": "BartForConditionalGeneration",
+    "blenderbot": "BlenderbotForConditionalGeneration",
+    "m2m_100": "M2M100ForConditionalGeneration",
+    "marian": "MarianMTModel",
+    "mt5": "MT5ForConditionalGeneration",
+    "pegasus": "PegasusForConditionalGeneration",
+    "t5": "T5ForConditionalGeneration",
+}
+VISION = {
+    "beit": "BeitModel",
+    "clip": "CLIPVisionModel",
+    "deit": "DeiTModel",
+    "dinov2": "Dinov2Model",
+    "siglip": "SiglipVisionModel",
+    "swin": "SwinModel",
+    "vit": "ViTModel",
+}
+AUDIO = {
+    "audio_spectrogram_transformer": "ASTModel",
+    "hubert": "HubertModel",
+    "wav2vec2": "Wav2Vec2Model",
+    "wavlm": "WavLMModel",
+    "whisper": "WhisperForConditionalGeneration",
+}
+# layers of these families are left to PEFT, with this reason
+LEFT = {"falcon": "its base is a FalconLinear, not an nn.Linear"}
+# attention of these families hands weights to torch's function and calls no layer: in PEFT too, adapters do nothing
+NOT_CALLED = {"siglip", "wavlm"}
+FAMILIES = DECODERS | ENCODERS | ENCODER_DECODERS | VISION | AUDIO
+
+
+def adapted(family):
+    (model_class,) = [one for one in set(tiny_families.model_classes(family)) if one.__name__ == FAMILIES[family]]
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(tiny_families.tiny_model(model_class), config).eval()
+    if model.get_base_model().main_input_name == "input_ids":
+        model.get_input_embeddings().weight.requires_grad_()
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family(family):
+    stock = adapted(family)
+    patched = copy.deepcopy(stock)
+    report = lorafuse.patch(patched)
+    expected = tiny_families.step(stock)
+    with mock.patch.object(hf_peft, "run_linear", wraps=hf_peft.run_linear) as fused:
+        actual = tiny_families.step(patched)
+    assert actual.keys() == expected.keys()
+    trained = [name for name in expected if "lora_" in name]
+    assert all(expected[name].any() for name in trained)
+    if family in LEFT:
+        assert {skipped.reason for skipped in report.skipped} == {LEFT[family]}
+    else:
+        assert fused.call_count >= len(trained) / 2 > 0
+    if family not in LEFT.keys() | NOT_CALLED:
+        assert report.skipped == []
+        assert len(report.patched) == len(trained) / 2
+    errors = {name: relative_l2(actual[name], tensor) for name, tensor in expected.items()}
+    assert {name: error for name, error in errors.items() if error > tolerance(torch.float32)} == {}
