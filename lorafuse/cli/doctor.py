@@ -160,9 +160,9 @@ def _module(name: str, purpose: str) -> Finding:
     if not cuda_native.built(name):
         why = cuda_native.why_not_built() if name == "_cuda" else ""
         value = f"not built ({purpose})" + (f": {why}" if why else "")
-        return Finding("compilers", shown, value, "warn", cuda_native.BUILD)
+        return Finding("compilers", shown, value, "warn", cuda_native.how_to_build(name))
     if reason := cuda_native.stale(name):
-        return Finding("compilers", shown, reason, "warn", cuda_native.BUILD)
+        return Finding("compilers", shown, reason, "warn", cuda_native.how_to_build(name))
     return Finding("compilers", shown, cuda_native.describe(name))
 
 
