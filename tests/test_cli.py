@@ -104,6 +104,8 @@ def test_doctor_without_rich_says_how_to_get_it(monkeypatch, capsys):
         ("peft", "0.9.0", None, "warn"),
         ("peft", "0.21.0.dev0", None, "ok"),
         ("numpy", "2.4.0", "3.6.0", "warn"),
+        ("numpy", "2.4.0", "3.8.0", "warn"),
+        ("numpy", "2.4.0", "3.9.0", "ok"),
         ("numpy", "2.3.5", "3.6.0", "ok"),
         ("numpy", "2.4.0", None, "ok"),
     ],

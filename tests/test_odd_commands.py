@@ -290,6 +290,32 @@ def test_the_same_without_what_is_odd_runs(argv, places, work, here, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("{file}", "it is a file; name"),
+        ("{file}/x", "it cannot be written (Not a directory); name another by --out or LORAFUSE_CACHE_DIR"),
+        ("/proc/x", "it cannot be written (No such file or directory); name another by --out or LORAFUSE_CACHE_DIR"),
+        ("relative", "LORAFUSE_CACHE_DIR relative: processes that start in another folder would not find it"),
+        ("~nobody-of-this-name/x", "the home folder is not known; name another file by --out or LORAFUSE_CACHE_DIR"),
+    ],
+)
+def test_a_cache_folder_that_cannot_be_is_named_before_any_work(folder, said, places, work, here, monkeypatch, capsys):
+    monkeypatch.setenv("LORAFUSE_CACHE_DIR", folder.format_map(places))
+    assert main(TUNE[:-2]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert work == []
+
+
+def test_a_cache_folder_that_does_not_exist_is_made(work, here, monkeypatch, tmp_path):
+    monkeypatch.setenv("LORAFUSE_CACHE_DIR", str(tmp_path / "new" / "cache"))
+    assert main(TUNE[:-2]) == 0
+    assert work == ["_measure_all"]
+    assert (tmp_path / "new" / "cache" / "tuned").is_dir()
+
+
 @pytest.mark.parametrize("name", GOOD)
 def test_only_models_of_its_kind_are_built_of_a_configuration(name, places, monkeypatch, capsys):
     monkeypatch.setattr(transformers, "pipeline", lambda *args: pytest.fail("a function was called"))

@@ -106,6 +106,9 @@ def prepared(args: argparse.Namespace) -> tuple[list[Any], torch.device]:
     numbers = "m", "rank", "rounds", "seconds", "timeout", "layers", "tokens", "batch", "accumulate"
     _common.check_numbers(args, *(name for name in numbers if hasattr(args, name)))
     device = _common.device(args.device)
+    for name, why_not in (("json", why_no_file), ("csv", why_no_file), ("plot", why_no_folder)):
+        if getattr(args, name) is not None:
+            _common.check_path(f"--{name}", getattr(args, name), why_not)
     if args.dtype is None:
         from lorafuse.bench import peaks
 
@@ -113,11 +116,7 @@ def prepared(args: argparse.Namespace) -> tuple[list[Any], torch.device]:
     kind = _module(args.kind)
     if hasattr(kind, "select"):
         kind.select(args.kind, args, device)
-    cases = kind.cases(args)
-    for name, why_not in (("json", why_no_file), ("csv", why_no_file), ("plot", why_no_folder)):
-        if getattr(args, name) is not None:
-            _common.check_path(f"--{name}", getattr(args, name), why_not)
-    return cases, device
+    return kind.cases(args), device
 
 
 def _run_cases(
