@@ -32,14 +32,11 @@ VARIABLES: dict[str, Variable] = {
 
 
 def get(name: str) -> str:
-    """Value of a variable listed in `VARIABLES`, or its default where it is not set or empty.
-
-    Raises KeyError for any other name.
-    """
+    """Value of a variable listed in `VARIABLES`, or its default. Raises KeyError for any other name."""
     default = VARIABLES[name].default
     if name == "LORAFUSE_CACHE_DIR" and (home := os.environ.get("XDG_CACHE_HOME")):
         default = f"{home}/lorafuse"
-    return os.environ.get(name) or default
+    return os.environ.get(name, default)
 
 
 def cache_dir() -> Path:

@@ -60,8 +60,8 @@ def _triton() -> Availability:
     from triton import knobs
 
     if knobs.runtime.interpret:
-        # the interpreter of Triton 3.6 fails in numpy 2.4; that of 3.9 does not (both run, 2026-11)
-        if _release(version) < (3, 9) and _release(metadata.version("numpy")) >= (2, 4):
+        # the interpreter of Triton 3.6 fails in numpy 2.4; those of 3.7, 3.8 and 3.9 do not (all run, 2026-11)
+        if _release(version) < (3, 7) and _release(metadata.version("numpy")) >= (2, 4):
             reason = f"the interpreter of Triton {version} fails with numpy {metadata.version('numpy')}"
             return Availability(False, reason, "pip install 'numpy<2.4', or unset TRITON_INTERPRET")
     elif not torch.cuda.is_available():

@@ -116,7 +116,7 @@ def _version(package: str, purpose: str, version: str | None, triton: str | None
         return Finding("versions", package, f"not installed ({purpose})", bad, fix)
     if at_least and _release(version) < _release(at_least):
         return Finding("versions", package, f"{version}, older than {at_least} ({purpose})", bad, fix)
-    if package == "numpy" and triton and _release(triton) < (3, 9) and _release(version) >= (2, 4):
+    if package == "numpy" and triton and _release(triton) < (3, 7) and _release(version) >= (2, 4):
         value = f"{version}; Triton {triton}'s interpreter fails with numpy 2.4 and newer"
         return Finding("versions", package, value, "warn", 'pip install "numpy<2.4"')
     return Finding("versions", package, version)
