@@ -293,7 +293,7 @@ def test_the_same_without_what_is_odd_runs(argv, places, work, here, capsys):
 @pytest.mark.parametrize(
     ("folder", "said"),
     [
-        ("{file}", "it is a file; name"),
+        ("{file}", "it cannot be written (Not a directory); name another by --out or LORAFUSE_CACHE_DIR"),
         ("{file}/x", "it cannot be written (Not a directory); name another by --out or LORAFUSE_CACHE_DIR"),
         ("/proc/x", "it cannot be written (No such file or directory); name another by --out or LORAFUSE_CACHE_DIR"),
         ("relative", "LORAFUSE_CACHE_DIR relative: processes that start in another folder would not find it"),
