@@ -2,16 +2,20 @@
 
 `build_ext` builds `lorafuse._cuda` where nvcc is, and `lorafuse._emu` where LORAFUSE_BUILD_EMULATOR is 1;
 LORAFUSE_SKIP_CUDA_BUILD=1 leaves the first out. Without nvcc it says so, and lorafuse runs without CUDA kernels.
-`build_py` copies bench/baselines into the package, for `lorafuse bench` where there is no checkout.
+`build_py` copies bench/baselines into the package, for `lorafuse bench` where there is no checkout. A wheel holds what
+this build makes, nothing that an earlier one left.
 """
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.errors import SetupError
@@ -27,6 +31,22 @@ def read_version() -> str:
         if isinstance(node, ast.Assign) and any(getattr(t, "id", "") == "__version__" for t in node.targets):
             return str(ast.literal_eval(node.value))
     raise RuntimeError(f'{path} has no line `__version__ = "x.y.z"`: add one')
+
+
+class BuildAnew(build):
+    """A folder of an earlier build keeps modules that have been renamed, and kernels of other sources."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class WheelAnew(bdist_wheel):
+    """The same for the folder that becomes the wheel, which an interrupted build leaves."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.bdist_dir, ignore_errors=True)
+        super().run()
 
 
 class BuildKernels(build_ext):
@@ -61,4 +81,5 @@ modules = [Extension("lorafuse._cuda", sources, optional=True)]
 if os.environ.get("LORAFUSE_BUILD_EMULATOR") == "1":
     modules.append(Extension("lorafuse._emu", sources))
 
-setup(version=read_version(), ext_modules=modules, cmdclass={"build_ext": BuildKernels, "build_py": CopyBaselines})
+commands = {"build": BuildAnew, "bdist_wheel": WheelAnew, "build_ext": BuildKernels, "build_py": CopyBaselines}
+setup(version=read_version(), ext_modules=modules, cmdclass=commands)

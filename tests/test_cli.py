@@ -1,7 +1,9 @@
 """The command line (T1): what each command prints, and its exit status."""
 
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 
 from lorafuse import cli, functional
 from lorafuse.backends import base
-from lorafuse.cli import doctor
+from lorafuse.cli import doctor, plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,6 +104,7 @@ def test_doctor_without_rich_says_how_to_get_it(monkeypatch, capsys):
         ("peft", "0.9.0", None, "warn"),
         ("peft", "0.21.0.dev0", None, "ok"),
         ("numpy", "2.4.0", "3.6.0", "warn"),
+        ("numpy", "2.4.0", "3.7.0", "ok"),
         ("numpy", "2.3.5", "3.6.0", "ok"),
         ("numpy", "2.4.0", None, "ok"),
     ],
@@ -143,3 +146,76 @@ def test_doctor_shows_markup_as_text(capsys):
     out = capsys.readouterr().out
     assert "[red]not[/red]" in out
     assert "lorafuse[cli]" in out
+
+
+class TestOutput:
+    """A process whose output goes nowhere ends with one line and status 2."""
+
+    # plain prints, and rich's
+    COMMANDS = ("plan --gpu H200 --case square-2048", "tune --dry-run --gpu H200 --shape 4096,4096")
+
+    def run(self, command, stdout, **variables):
+        command = [sys.executable, "-W", "error", "-m", "lorafuse", *command.split()]
+        environment = {**os.environ, **variables}
+        return subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment)
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_a_reader_that_stopped(self, command):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = self.run(command, writer)
+        os.close(writer)
+        assert done.stderr == f"lorafuse {command.split()[0]}: whoever read the output has stopped\n"
+        assert done.returncode == 2
+
+    def test_a_full_disk(self):
+        with open("/dev/full", "w") as full:
+            done = self.run(self.COMMANDS[0], full)
+        assert (done.returncode, done.stderr) == (2, "lorafuse plan: [Errno 28] No space left on device\n")
+
+    def test_a_closed_output(self):
+        command = f"{shlex.quote(sys.executable)} -m lorafuse {self.COMMANDS[0]} >&-"
+        done = subprocess.run(command, shell=True, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 2
+        assert done.stderr == "lorafuse: standard output is closed; send it to a file or to /dev/null\n"
+
+    def test_an_output_that_knows_no_such_letters(self, tmp_path):
+        with open(tmp_path / "out", "w") as out:
+            done = self.run(f"{self.COMMANDS[1]} --out {tmp_path}/\udcff[/b].json", out, PYTHONIOENCODING="ascii")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "4096 \\xd7 4096" in (tmp_path / "out").read_text()
+
+
+def test_interruption_while_commands_are_loaded(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_parser", interrupted)
+    assert cli.main([]) == 130
+    assert capsys.readouterr().err == "\nlorafuse: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "lorafuse plan: out of memory:"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes."),
+            "out of memory: Def",
+        ),
+        (
+            OSError(28, "No space left on device", "x.json"),
+            "lorafuse plan: [Errno 28] No space left on device: 'x.json'",
+        ),
+        (ValueError("two\n  lines \x1b[31m"), "lorafuse plan: two lines \\x1b[31m\n"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(error, said, monkeypatch, capsys):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(plan, "print_plans", fail)
+    assert cli.main(["plan", "--gpu", "H200", "--case", "square-2048"]) == 2
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == 1

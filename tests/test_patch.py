@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+import transformers
 from tiny_models import (
     Mlp,
     adapted,
@@ -17,6 +18,8 @@ from tiny_models import (
     train_away_from_zero,
 )
 from torch import nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils.peft_utils import check_peft_version
 
 import lorafuse
 from lorafuse.backends import base as backends
@@ -101,6 +104,10 @@ class TestPatch:
 
     def test_an_adapter_without_peft_model(self):
         """transformers' own `add_adapter` makes the same layers."""
+        try:
+            check_peft_version(min_version=MIN_PEFT_VERSION)
+        except ValueError as error:
+            pytest.skip(f"transformers {transformers.__version__}: {error}")
         stock = tiny()
         stock.add_adapter(lora_config())
         train_away_from_zero(stock.eval())

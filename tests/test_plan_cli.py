@@ -71,7 +71,7 @@ def test_a_case_by_name_and_forward_alone(capsys):
         (["--gpu", "H20", "--shape", "1,2,3"], "did you mean H200"),
         (["--gpu", "H200", "--shape", "1,2"], "--shape 8192,4096,4096"),
         (["--gpu", "H200", "--shape", "1,2,x"], "--shape 8192,4096,4096"),
-        (["--gpu", "H200", "--shape", "0,2,3"], "M is 0; it must be at least 1"),
+        (["--gpu", "H200", "--shape", "0,2,3"], "--shape 0,2,3: it must be tokens, out and in features, each from 1"),
         (["--gpu", "H200", "--shape", "1,2,3", "--rank", "0"], "--rank 0: it must be at least 1"),
         (["--gpu", "H200", "--case", "llama"], "case 'llama' is not known"),
     ],

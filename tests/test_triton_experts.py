@@ -240,7 +240,7 @@ MUTATIONS = {
     "a tile reads its neighbour's rows": (routing, "o_m = tl.where(o_m < end, o_m, row)", "o_m = tl.where(o_m < end, o_m, row) * 0", "out"),
     "a tile is not counted": (routing, "tl.sum(tiles, 0), row)", "tl.sum(tiles, 0) - 1, row)", "out"),
     "the sum forgets a choice": (routing, "for j in range(CHOICES)", "for j in range(CHOICES - 1)", "out"),
-    "the sum reads sentinels": (routing, "(row < rows)", "(row < rows + 1000)", "out"),
+    "the sum reads sentinels": (routing, "row < rows,", "row < rows + 1000,", "out"),
     "the sum without weights": (routing, "y *= tl.load(p_weight + t * CHOICES + j).to(tl.float32)", "pass", "out"),
     "xa of the first expert": (ragged_rank, "p_a + group * stride_ag", "p_a + 0 * stride_ag", "out"),
     "gradients of all rows": (ragged_rank, "tl.load(p_ends + group - 1, mask=group > 0, other=0)", "tl.load(p_ends, mask=group > 99, other=0)", "gate_up_a"),

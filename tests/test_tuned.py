@@ -37,6 +37,16 @@ def reason(problem=HEADLINE):
     return select(problem, H200, ALL).reasons[-1]
 
 
+def warned():
+    """The one warning of a plan that then follows the model, as do all after it."""
+    with pytest.warns(UserWarning, match="plans follow the model instead of measurements: ") as found:
+        reasons = [reason(replace(HEADLINE, M=M)) for M in (8192, 4096)]
+    assert all(one.startswith("triton: two_kernel, model") for one in reasons)
+    (warning,) = found
+    assert str(warning.message).isprintable()
+    return str(warning.message)
+
+
 class TestRanges:
     @pytest.mark.parametrize(
         ("winners", "expected"),
@@ -123,10 +133,10 @@ class TestFile:
         path = tuned.own_file("H200")
         path.parent.mkdir(parents=True)
         path.write_text(text)
-        with pytest.raises(ValueError, match="delete it, and measure again with lorafuse tune") as error:
-            select(HEADLINE, H200, ALL)
-        assert str(error.value).startswith(f"{path}: ")
-        assert said in str(error.value)
+        message = warned()
+        assert f": {path}: " in message
+        assert said in message
+        assert message.endswith("; delete it, and measure again with lorafuse tune")
 
     @pytest.mark.parametrize("point", [[1024, 16], [0, 16, 1e-5], [1024, 16, "fast"], 7])
     def test_a_broken_point_is_named(self, folders, point):
@@ -135,7 +145,7 @@ class TestFile:
         content = json.loads(path.read_text())
         content["entries"][0]["points"].append(point)
         path.write_text(json.dumps(content))
-        with pytest.raises(ValueError, match="entry 0: the point .* must be"):
+        with pytest.raises(ValueError, match=r"entry 0: points is .* must be a list of \[M, R, seconds\], all above 0"):
             tuned.read(path)
 
 
@@ -214,8 +224,7 @@ def test_a_home_of_another_user_holds_no_measurements(folders, monkeypatch):
 
 def test_a_file_that_cannot_be_read_is_named(monkeypatch):
     tuned.own_file("H200").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"h200\.json.*directory.*delete it"):
-        select(HEADLINE, H200, ALL)
+    assert "h200.json: Is a directory; delete it" in warned()
 
 
 def measurements(capsys):
@@ -241,4 +250,4 @@ def test_doctor_lists_the_users_file(capsys, monkeypatch):
     assert (found["status"], found["fix"]) == ("warn", "run lorafuse tune --again")
     path.write_text("{")
     status, (found,) = measurements(capsys)
-    assert (status, found["status"], found["fix"]) == (1, "fail", f"rm {path}")
+    assert (status, found["status"], found["fix"]) == (0, "warn", f"rm {path}")

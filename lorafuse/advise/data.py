@@ -1,12 +1,13 @@
 """How many supervised tokens a JSON-lines file holds, counted with the model's own tokenizer."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafuse.errors import MissingDependency
+from lorafuse.advise.configuration import load_pretrained
+from lorafuse.errors import MissingDependency, one_line
+from lorafuse.files import parse, read_text
 
 __all__ = ["Count", "Row", "count_file", "load_tokenizer", "read_rows"]
 
@@ -36,7 +37,9 @@ class Count:
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a model's directory. Raises FileNotFoundError where there is none."""
+    """The tokenizer of a model's directory. Raises FileNotFoundError where there is none, ValueError as
+    `load_pretrained` does.
+    """
     folder = directory if directory.is_dir() else directory.parent
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     if not any((folder / name).is_file() for name in names):
@@ -48,7 +51,7 @@ def load_tokenizer(directory: Path) -> Any:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise MissingDependency("counting tokens needs transformers: pip install 'transformers>=5.7'") from error
-    return AutoTokenizer.from_pretrained(str(folder))
+    return load_pretrained(AutoTokenizer, folder)
 
 
 def count_file(path: Path, tokenizer: Any) -> Count:
@@ -69,7 +72,11 @@ def read_rows(path: Path, tokenizer: Any) -> list[Row]:
     if not path.is_file():
         raise FileNotFoundError(f"--data {path}: no such file; it must be a JSON-lines file")
     rows, bad = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = read_text(path).removesuffix("\n").split("\n")
+    except ValueError as error:
+        raise ValueError(f"--data {path}: {error}") from error
+    for number, line in enumerate(lines if lines != [""] else (), 1):
         row = _row(line, tokenizer)
         if isinstance(row, str):
             bad.append(f"line {number}: {row}")
@@ -88,12 +95,16 @@ def _row(line: str, tokenizer: Any) -> Row | str:
     if not line.strip():
         return "it is empty"
     try:
-        record = json.loads(line)
+        record = parse(line)
     except ValueError as error:
         return f"no JSON ({error})"
     if not isinstance(record, dict):
         return f"a {type(record).__name__}, not an object"
-    row = _encode(record, tokenizer)
+    try:
+        row = _encode(record, tokenizer)
+    except Exception as error:
+        # of a chat template, or of a tokenizer that gets other types than text
+        return f"the tokenizer cannot read it ({type(error).__name__}: {one_line(str(error))})"
     if isinstance(row, Row) and not any(row.supervised):
         return "no supervised token in it"
     return row

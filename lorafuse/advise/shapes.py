@@ -88,7 +88,7 @@ def shapes_of(model: Any, *, active_experts: int | None = None) -> ModelShapes:
         return _of_modules(model, type(model).__name__, active_experts)
     path = Path(model)
     config = load_config(path)
-    module = on_meta(config)
+    module = on_meta(config, path)
     if module is None:
         raise ValueError(
             f"--model {path}: transformers has no model for {config.model_type!r}; load it and pass it to plan_adapter"

@@ -63,8 +63,8 @@ def _triton() -> Availability:
     from triton import knobs
 
     if knobs.runtime.interpret:
-        # the interpreter of Triton 3.6 fails in numpy 2.4; that of 3.9 does not (both run, 2026-11)
-        if _release(version) < (3, 9) and _release(metadata.version("numpy")) >= (2, 4):
+        # the interpreter of Triton 3.6 fails in numpy 2.4; those of 3.7, 3.8 and 3.9 do not (all run, 2026-11)
+        if _release(version) < (3, 7) and _release(metadata.version("numpy")) >= (2, 4):
             reason = f"the interpreter of Triton {version} fails with numpy {metadata.version('numpy')}"
             return Availability(False, reason, "pip install 'numpy<2.4', or unset TRITON_INTERPRET")
     elif not torch.cuda.is_available():
@@ -91,15 +91,14 @@ def _cuda() -> Availability:
 def _module(name: str, otherwise: str) -> Availability:
     """Whether a module that csrc is compiled to is there, loads, and is of the sources that are here."""
     if not cuda_native.built(name):
-        fix = f"{cuda_native.BUILD} in a checkout (needs nvcc 12.8 or newer; g++ alone for the emulator)"
-        return Availability(False, f"lorafuse.{name} is not built", f"{fix}, {otherwise}")
+        return Availability(False, f"lorafuse.{name} is not built", f"{cuda_native.how_to_build(name)}, {otherwise}")
     reason = cuda_native.stale(name)
     if not reason:
         try:
             cuda_native.native(name)
         except ImportError as error:
             reason = f"lorafuse.{name} does not load: {error}"
-    return Availability(not reason, reason, f"{cuda_native.BUILD}, {otherwise}" if reason else "")
+    return Availability(not reason, reason, f"{cuda_native.how_to_build(name)}, {otherwise}" if reason else "")
 
 
 _LOOK = {"triton": _triton, "cuda": _cuda, EMULATOR: lambda: _module("_emu", "or use backend='eager'")}

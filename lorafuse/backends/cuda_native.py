@@ -16,12 +16,10 @@ from typing import Any
 
 from lorafuse.backends.cuda_sources import source_hash
 
-__all__ = ["BUILD", "built", "describe", "info", "native", "stale", "why_not_built"]
+__all__ = ["built", "describe", "how_to_build", "info", "native", "stale", "why_not_built"]
 
 _PACKAGE = Path(__file__).parents[1]
 _CSRC = _PACKAGE.parent / "csrc"
-# in a checkout; elsewhere, installing anew builds what can be built
-BUILD = "make cuda"
 
 
 def built(name: str) -> bool:
@@ -44,10 +42,22 @@ def info(name: str) -> dict[str, Any]:
     return json.loads(found[0]) if found else {"compiler": "?", "architectures": [], "sources": "?"}
 
 
+def how_to_build(name: str) -> str:
+    """What builds a module: make in a checkout; an installed package has neither Makefile nor csrc."""
+    if _in_checkout():
+        return "make cuda (needs nvcc 12.8 or newer; g++ alone for the emulator)"
+    needed = "with LORAFUSE_BUILD_EMULATOR=1, where g++ is" if name == "_emu" else "where nvcc 12.8 or newer is"
+    return f"install lorafuse from its sources {needed}"
+
+
+def _in_checkout() -> bool:
+    return (_CSRC / "build.py").exists()
+
+
 @cache
 def stale(name: str) -> str:
     """Why a built module must be built anew: "" when it is of this checkout's sources, or no sources are here."""
-    if not (_CSRC / "build.py").exists():
+    if not _in_checkout():
         return ""
     here, of = source_hash(_CSRC, emulated=name == "_emu"), info(name)["sources"]
     return "" if here == of else f"lorafuse.{name} was built from other sources ({of}) than those of csrc here ({here})"
@@ -62,7 +72,7 @@ def describe(name: str) -> str:
 
 def why_not_built() -> str:
     """What keeps this checkout from building the CUDA kernels; "" where nothing does, or this is no checkout."""
-    if not (_CSRC / "build.py").exists():
+    if not _in_checkout():
         return ""
     done = subprocess.run([sys.executable, str(_CSRC / "build.py"), "check"], capture_output=True, text=True)
     return done.stderr.strip() if done.returncode else ""

@@ -66,7 +66,7 @@ def run(runs: list[argparse.Namespace], console: Any, prepare: Prepare) -> int:
             console.print("interrupted; what is done is kept")
             status = 130
     for args in runs:
-        if args.json:
+        if args.json is not None:
             content = {"version": VERSION, "kind": "compare", "base": commit, "conditions": found, "results": results}
             write_json(args.json, content)
     slower = [f"{r['case']} {part}" for r in results for part, said in r["verdicts"].items() if said == "slower"]

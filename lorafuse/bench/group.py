@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def cases(args: argparse.Namespace) -> list[Problem]:
     """Every group at every M and rank. Raises ValueError for unknown names, sizes below 1, ranks above the layers'."""
-    if args.shape:
+    if args.shape is not None:
         *many, k = sizes(args.shape, 2, 64, "out features of each layer, then in features", "4096,1024,1024,4096")
         groups = {"x".join(map(str, (*many, k))): tuple(Case(args.shape, n, k) for n in many)}
     else:

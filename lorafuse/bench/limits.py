@@ -11,8 +11,10 @@ __all__ = ["available_bytes", "first_line", "is_out_of_memory", "out_of_memory",
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory ran out: torch raises a plain RuntimeError for that on CPUs."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether it says that memory ran out: torch raises a plain RuntimeError for that on CPUs, and for a size that no
+    memory has."""
+    said = "can't allocate memory", "Storage size calculation overflowed", "integer multiplication overflow"
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in said)
 
 
 def first_line(error: BaseException) -> str:

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def cases(args: argparse.Namespace) -> list["Linear"]:
     """Every layer at every M and rank. Raises ValueError for unknown names, sizes below 1, ranks above the layer's."""
-    if args.shape:
+    if args.shape is not None:
         layers = [shape(args.shape)]
     else:
         layers = list(CASES.values()) if args.all else [find(name) for name in args.case or ["square-2048"]]

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def cases(args: argparse.Namespace) -> list["Experts"]:
     """Every block at every M, rank and routing. Raises ValueError for unknown names, ranks above the experts'."""
-    if args.shape:
+    if args.shape is not None:
         E, k, H, I = sizes(args.shape, 4, 4, "experts, experts of a token, hidden and inner size", "64,8,2048,768")
         if k > E:
             raise ValueError(f"--shape {args.shape}: a token cannot have {k} of {E} experts")

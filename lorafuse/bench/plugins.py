@@ -61,8 +61,14 @@ def folder() -> Path:
 
 
 def load(kind: str, device: torch.device, place: Path | None = None) -> list[Baseline]:
-    """The baselines of a kind ("linear", "group", "mlp", "moe"), those that cannot run here included."""
-    found = [one for file in (place or folder()).glob("*.py") for one in load_file(file, kind, device)]
+    """The baselines of a kind ("linear", "group", "mlp", "moe"), those that cannot run here included.
+
+    Raises ValueError for a folder without the one that the others are measured from, and for a file that does not load.
+    """
+    place = folder() if place is None else place
+    if not (place / "frozen.py").is_file():
+        raise ValueError(f"--baselines {place}: it holds no frozen.py, from which the others are measured")
+    found = [one for file in place.glob("*.py") for one in load_file(file, kind, device)]
     return sorted(found, key=_rank)
 
 
@@ -79,7 +85,11 @@ def _module(file: Path, changed: int) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        # of code that is not this project's
+        raise ValueError(f"{file}: it cannot be loaded ({type(error).__name__}: {error})") from error
     return module
 
 

@@ -1,11 +1,13 @@
 """What a benchmark may end in besides figures, and the files its figures are written to."""
 
 import csv
+import io
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from lorafuse.files import read_json, write_text
 
 __all__ = ["VERSION", "Failed", "Wrong", "geomean", "read", "rows", "with_adapters", "write_csv", "write_json"]
 
@@ -22,19 +24,16 @@ class Failed(Exception):
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write the file whole or not at all, so that an interrupted run leaves the former one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(unfinished, path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def read(path: Path) -> dict[str, Any]:
     """A file that `write_json` wrote. Raises ValueError, with the path and the fix, for any other one."""
     try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        content = read_json(path)
+    except ValueError as error:
         raise ValueError(f"{path}: it is not JSON ({error}); write it again with lorafuse bench --json") from error
-    if content.get("version") != VERSION or "results" not in content:
+    if not isinstance(content, dict) or content.get("version") != VERSION or "results" not in content:
         raise ValueError(f"{path}: it is not of version {VERSION}; write it again with lorafuse bench --json")
     return content
 
@@ -43,13 +42,13 @@ def write_csv(path: Path, content: dict[str, Any]) -> None:
     """One line for each variant of each result: the sizes, then every figure; the conditions as comments on top."""
     lines = list(rows(content))
     names = list(dict.fromkeys(name for line in lines for name in line))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        for name, value in content["conditions"].items():
-            file.write(f"# {name}: {value}\n")
-        writer = csv.DictWriter(file, names, restval="")
-        writer.writeheader()
-        writer.writerows(lines)
+    file = io.StringIO(newline="")
+    for name, value in content["conditions"].items():
+        file.write(f"# {name}: {value}\n")
+    writer = csv.DictWriter(file, names, restval="")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_text(path, file.getvalue())
 
 
 def rows(content: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -1,34 +1,61 @@
-"""What the commands that run models and layers share: dtypes by name, the device, the console, checks of numbers."""
+"""What the commands share: dtypes by name, the device, the console, checks of numbers and of paths to write."""
 
 import argparse
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["DTYPES", "check_at_least_one", "console", "device"]
+__all__ = ["DTYPES", "MOST", "check_numbers", "check_path", "console", "device"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# of every size and count: what a kernel's 32-bit index holds
+MOST = 2**31 - 1
 
 
 def device(name: str) -> torch.device:
-    """The device of that name; "" is cuda where there is one, else cpu. Raises ValueError for cuda without a device."""
+    """The device of that name; "" is cuda where there is one, else cpu. Raises ValueError where torch cannot use it."""
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # a name that torch knows may be of a device that it was built without, is not here, or holds no numbers
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name}: torch cannot use it here ({reason}); use --device cpu") from error
+    return found
 
 
 def console() -> Any:
     """rich's console, of one width also in a pipe or a log. Raises ImportError without rich."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 120)
+    class _Console(Console):
+        def on_broken_pipe(self) -> None:
+            # rich would exit with status 1, which here says that a result is wrong
+            raise BrokenPipeError
+
+    return _Console(width=None if sys.stdout.isatty() else 120)
 
 
-def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
-    """Raises ValueError, with the option and its value, for a number below 1."""
+def check_numbers(args: argparse.Namespace, *names: str, least: float = 1, most: float = MOST) -> None:
+    """Raises ValueError, with the option and its value, for a number that is not from `least` to `most`, or is NaN.
+
+    Options that were not given, None, are passed over.
+    """
     for name in names:
         given = getattr(args, name)
         for value in given if isinstance(given, list) else [given]:
-            if value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
+            if value is None or least <= value <= most:
+                continue
+            rule = f"at most {most}" if value > most else f"at least {least}"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be {rule}")
+
+
+def check_path(option: str, path: Path, why_not: Callable[[Path], str]) -> None:
+    """Raises ValueError where `why_not` (`files.why_no_file` or `why_no_folder`) has a reason."""
+    if reason := why_not(path):
+        raise ValueError(f"{option} {path}: {reason}")

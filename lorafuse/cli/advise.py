@@ -12,12 +12,16 @@ from typing import Any
 import torch
 
 from lorafuse.advise import plan_adapter, probe_ranks
+from lorafuse.advise.configuration import load_model
 from lorafuse.advise.data import load_tokenizer, read_rows
+from lorafuse.cli import _common
 
 SUMMARY = "rank, learning rate, batch, memory and time for a model and its data"
 
 __all__ = ["SUMMARY", "add_arguments", "run"]
 
+# far above any, and exact in arithmetic with floats
+_MOST_DATA, _MOST_EPOCHS = 10**15, 10**6
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 
 
@@ -54,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; raises ValueError and FileNotFoundError for what cannot be."""
+    sizes = "rank", "length", "micro_batch", "devices", "batch", "rollouts", "active_experts", "probe"
+    _common.check_numbers(args, *sizes)
+    _common.check_numbers(args, "tokens", "episodes", most=_MOST_DATA)
+    if not 0 < args.epochs <= _MOST_EPOCHS:
+        raise ValueError(f"--epochs {args.epochs}: it must be above 0 and at most {_MOST_EPOCHS}")
     names = "tokens", "episodes", "data", "goal", "rank", "gpu", "length", "micro_batch", "devices", "batch", "epochs"
     given = {name: getattr(args, name) for name in (*names, "rollouts", "active_experts")}
     advice = plan_adapter(args.model, **given)
@@ -65,17 +74,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _probe(args: argparse.Namespace, rank: int) -> dict[str, Any]:
-    if args.probe < 1:
-        raise ValueError(f"--probe {args.probe}: it must be at least 1")
     if args.data is None or not args.model.is_dir():
         raise ValueError("--probe needs --data FILE and --model DIRECTORY with weights")
-    from transformers import AutoModelForCausalLM
-
     rows = read_rows(args.data, load_tokenizer(args.model))[: args.probe]
-    try:
-        model = AutoModelForCausalLM.from_pretrained(str(args.model))
-    except OSError as error:
-        raise FileNotFoundError(f"--probe: {args.model} has no weights that transformers can load ({error})") from error
+    model = load_model(args.model)
     batches = []
     for row in rows:
         ids = torch.tensor(row.ids[: args.length])

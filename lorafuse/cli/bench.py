@@ -19,6 +19,7 @@ from lorafuse.bench.result import VERSION, Wrong, write_csv, write_json
 from lorafuse.cli import _common
 from lorafuse.cli._common import DTYPES
 from lorafuse.errors import MissingDependency
+from lorafuse.files import why_no_file, why_no_folder
 from lorafuse.testing.conditions import conditions, describe
 
 SUMMARY = "measure the LoRA tax of layers, blocks and models against PEFT, others and full fine-tuning"
@@ -69,7 +70,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when every result was right; 1 when one was not or nothing could run; 130 when interrupted."""
-    if args.kind is None and not args.base:
+    if args.kind is None and args.base is None:
         raise ValueError(f"name what to measure: lorafuse bench {{{','.join(KINDS)}}}, or --base REF")
     try:
         import peft  # noqa: F401
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         console = _common.console()
     except ImportError as error:
         raise MissingDependency("lorafuse bench needs peft and rich: pip install 'lorafuse[peft,cli]'") from error
-    if args.base:
+    if args.base is not None:
         from lorafuse.bench import compare
 
         runs = [args.again([*argv, "--base", args.base]) for argv in compare.USUAL] if args.kind is None else [args]
@@ -92,26 +93,22 @@ def run(args: argparse.Namespace) -> int:
     status = _run_cases(kind, cases, args, device, console, content)
     for line in getattr(kind, "closing", lambda results: [])(content["results"]):
         console.print(line, highlight=False)
-    if args.plot and content["results"]:
+    if args.plot is not None and content["results"]:
         from lorafuse.bench import plots
 
         for file in plots.draw(content, args.plot):
-            console.print(f"drawn: {file}", highlight=False)
+            console.print(f"drawn: {file}", markup=False, highlight=False)
     return status
 
 
 def prepared(args: argparse.Namespace) -> tuple[list[Any], torch.device]:
     """The cases and the device; every mistake in the options is found here. Raises ValueError."""
-    for name in ("json", "csv"):
-        path = getattr(args, name)
-        if path and path.is_dir():
-            raise ValueError(f"--{name} {path}: it is a folder; name a file")
-    if args.plot and args.plot.is_file():
-        raise ValueError(f"--plot {args.plot}: it is a file; name a folder")
-    _common.check_at_least_one(
-        args, *(name for name in ("m", "rank", "rounds", "seconds", "timeout") if hasattr(args, name))
-    )
+    numbers = "m", "rank", "rounds", "seconds", "timeout", "layers", "tokens", "batch", "accumulate"
+    _common.check_numbers(args, *(name for name in numbers if hasattr(args, name)))
     device = _common.device(args.device)
+    for name, why_not in (("json", why_no_file), ("csv", why_no_file), ("plot", why_no_folder)):
+        if getattr(args, name) is not None:
+            _common.check_path(f"--{name}", getattr(args, name), why_not)
     if args.dtype is None:
         from lorafuse.bench import peaks
 
@@ -135,14 +132,16 @@ def _run_cases(
                     with _progress(console, case.name) as progress:
                         result = kind.run_case(case, args, device, progress)
                 except Wrong as error:
-                    console.print(f"{case.title}: no numbers, the run stops: {error}", style="red", highlight=False)
+                    console.print(
+                        f"{case.title}: no numbers, the run stops: {error}", style="red", markup=False, highlight=False
+                    )
                     content["not_run"][case.title] = str(error)
                     return 1
                 except (MemoryError, RuntimeError) as error:
                     if not is_out_of_memory(error):
                         raise
                     said = out_of_memory(error)
-                    console.print(f"{case.title}: no numbers, {said}", style="red", highlight=False)
+                    console.print(f"{case.title}: no numbers, {said}", style="red", markup=False, highlight=False)
                     content["not_run"][case.title] = said
                 else:
                     content["results"].append(result)
@@ -157,9 +156,9 @@ def _run_cases(
 
 
 def _write(args: argparse.Namespace, content: dict[str, Any]) -> None:
-    if args.json:
+    if args.json is not None:
         write_json(args.json, content)
-    if args.csv:
+    if args.csv is not None:
         write_csv(args.csv, content)
 
 

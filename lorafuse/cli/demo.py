@@ -11,7 +11,8 @@ import torch
 
 from lorafuse.cli import _common
 from lorafuse.cli._common import DTYPES
-from lorafuse.errors import MissingDependency
+from lorafuse.errors import MissingDependency, one_line
+from lorafuse.files import why_no_file, why_no_folder
 from lorafuse.integrations import patch
 from lorafuse.testing.conditions import conditions, describe
 from lorafuse.testing.numerics import relative_l2, tolerance
@@ -56,7 +57,12 @@ def run(args: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Could not find a config file in", category=UserWarning)
     status = 0
-    for dtype in args.dtype or _default_dtypes(console, device):
+    dtypes = args.dtype or _default_dtypes(console, device)
+    for folder in (args.out / dtype for dtype in dtypes):
+        for file in (folder / "loss.png", folder / "report.json"):
+            _common.check_path("--out", file, why_no_file)
+        _common.check_path("--out", folder / "adapter", why_no_folder)
+    for dtype in dtypes:
         status = max(status, _compare(args, console, device, dtype))
         if status == 130:
             break
@@ -90,19 +96,21 @@ def _bfloat16_over_float32() -> float:
 
 def _compare(args: argparse.Namespace, console: Any, device: torch.device, dtype: str) -> int:
     """The whole comparison in one dtype; its files go to a folder of that name."""
+    from rich.markup import escape
+
     from lorafuse.demo import data, report
     from lorafuse.demo.model import load, with_adapter
     from lorafuse.demo.train import Leg
 
-    name = args.model.name if args.model else "SmolLM2-135M-Instruct"
+    name = one_line(args.model.resolve().name) if args.model else "SmolLM2-135M-Instruct"
     title = f"{name}, LoRA r = {args.rank} on all linear layers, {dtype}, {args.batch_size} × {args.seq_len} tokens"
-    console.rule(title)
+    console.rule(escape(title))
     examples = data.read(args.data) if args.data else data.generate(1 + args.steps * args.batch_size, args.seed)
     with console.status("loading the model"):
         base, tokenizer = load(args.model, DTYPES[dtype], device)
     stock = with_adapter(base, args.rank, args.seed)
     patched = copy.deepcopy(stock)
-    console.print(str(patch(patched)), highlight=False)
+    console.print(str(patch(patched)), markup=False, highlight=False)
     # the first example is never trained on; it is asked at the end
     blocks = data.blocks(tokenizer, examples[1:], args.steps * args.batch_size, args.seq_len).to(device)
     legs = [Leg("PEFT as shipped", stock, args.lr), Leg("patched by lorafuse", patched, args.lr)]
@@ -112,7 +120,6 @@ def _compare(args: argparse.Namespace, console: Any, device: torch.device, dtype
         return 130
 
     out = args.out / dtype
-    out.mkdir(parents=True, exist_ok=True)
     found = conditions(device)
     result = report.figures(legs, args.batch_size * args.seq_len)
     report.plot(out / "loss.png", legs, f"{title}\n{found['device']}, torch {found['torch']}, {found['date']}")
@@ -124,14 +131,17 @@ def _compare(args: argparse.Namespace, console: Any, device: torch.device, dtype
         good &= _check_saved(console, patched, args.model, DTYPES[dtype], blocks[:1], out)
         if finished:
             _ask(console, patched, tokenizer, data.text(tokenizer, examples[0][0], None), examples[0])
-    console.print(f"wrote loss.png, report.json and adapter/ to {out}", highlight=False)
+    console.print(f"wrote loss.png, report.json and adapter/ to {out}", markup=False, highlight=False)
     return (0 if good else 1) if finished else 130
 
 
 def _check(args: argparse.Namespace) -> None:
-    _common.check_at_least_one(args, "steps", "batch_size", "rank")
-    if args.seq_len < 2:
-        raise ValueError(f"--seq-len {args.seq_len}: it must be at least 2, a token and the one after it")
+    _common.check_numbers(args, "steps", "batch_size", "rank")
+    # a token and the one after it
+    _common.check_numbers(args, "seq_len", least=2)
+    _common.check_numbers(args, "seed", least=0)
+    if not 0 < args.lr <= 1:
+        raise ValueError(f"--lr {args.lr}: it must be above 0 and at most 1")
     if args.model is not None and not args.model.is_dir():
         raise FileNotFoundError(f"--model {args.model}: no such directory; it must be a Hugging Face model directory")
 

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import torch
 
 from lorafuse import env, functional
 from lorafuse.backends import base, cuda_native
+from lorafuse.cli import _common
 from lorafuse.errors import MissingDependency
 from lorafuse.plan import tuned
 from lorafuse.testing import numerics
@@ -114,7 +116,7 @@ def _version(package: str, purpose: str, version: str | None, triton: str | None
         return Finding("versions", package, f"not installed ({purpose})", bad, fix)
     if at_least and _release(version) < _release(at_least):
         return Finding("versions", package, f"{version}, older than {at_least} ({purpose})", bad, fix)
-    if package == "numpy" and triton and _release(triton)[:2] == (3, 6) and _release(version) >= (2, 4):
+    if package == "numpy" and triton and _release(triton) < (3, 7) and _release(version) >= (2, 4):
         value = f"{version}; Triton {triton}'s interpreter fails with numpy 2.4 and newer"
         return Finding("versions", package, value, "warn", 'pip install "numpy<2.4"')
     return Finding("versions", package, version)
@@ -158,9 +160,9 @@ def _module(name: str, purpose: str) -> Finding:
     if not cuda_native.built(name):
         why = cuda_native.why_not_built() if name == "_cuda" else ""
         value = f"not built ({purpose})" + (f": {why}" if why else "")
-        return Finding("compilers", shown, value, "warn", cuda_native.BUILD)
+        return Finding("compilers", shown, value, "warn", cuda_native.how_to_build(name))
     if reason := cuda_native.stale(name):
-        return Finding("compilers", shown, reason, "warn", cuda_native.BUILD)
+        return Finding("compilers", shown, reason, "warn", cuda_native.how_to_build(name))
     return Finding("compilers", shown, cuda_native.describe(name))
 
 
@@ -186,7 +188,8 @@ def _measurements() -> Iterator[Finding]:
         try:
             entries = tuned.read(path, own=True)
         except ValueError as error:
-            yield Finding("measurements", path.stem, str(error), "fail", f"rm {path}")
+            # plans follow the model then
+            yield Finding("measurements", path.stem, str(error), "warn", f"rm {shlex.quote(str(path))}")
             continue
         dates = sorted(entry.date for entry in entries)
         value = f"{path}: {len(entries)} entries" + (f", the last of {dates[-1]}" if dates else "")
@@ -250,7 +253,6 @@ def _require_rich() -> None:
 
 
 def _render(found: list[Finding], healthy: bool) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -266,7 +268,7 @@ def _render(found: list[Finding], healthy: bool) -> None:
         mark = f"[{_COLOURS[finding.status]}]{finding.status}[/]"
         fix = f"\nfix: {escape(finding.fix)}" if finding.fix else ""
         table.add_row(mark, finding.name, escape(finding.value) + fix)
-    console = Console()
+    console = _common.console()
     console.print(table)
     failed = [finding.name for finding in found if finding.status == "fail"]
     console.print("\nhealthy" if healthy else f"\nnot healthy: {', '.join(failed)}")

@@ -10,7 +10,7 @@ from lorafuse.cli import _common
 from lorafuse.cli._plan_print import Direction, print_plans
 from lorafuse.plan import DeviceSpec, ExpertsProblem, Problem, cost, experts, find, select, select_experts
 from lorafuse.testing.cases import find as find_case
-from lorafuse.testing.cases import find_moe
+from lorafuse.testing.cases import find_moe, sizes
 
 SUMMARY = "say how a layer would run on a GPU, and why, from the cost model"
 
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0; raises ValueError for a GPU, a case, a shape or a rank that cannot be."""
     device = _device(args.gpu)
-    _common.check_at_least_one(args, "m", "rank")
-    if args.moe:
+    _common.check_numbers(args, "m", "rank")
+    if args.moe is not None:
         block = _experts(args)
         directions = {"forward": _of_experts(block, device)}
         if args.backward:
@@ -86,18 +86,11 @@ def _device(name: str | None) -> DeviceSpec:
 
 
 def _problem(args: argparse.Namespace) -> Problem:
-    if args.case:
+    if args.case is not None:
         case = find_case(args.case)
-        sizes = [args.m, case.N, case.K]
+        M, N, K = args.m, case.N, case.K
     else:
-        texts = args.shape.split(",")
-        if len(texts) != 3 or not all(text.strip().isdecimal() for text in texts):
-            raise ValueError(f"--shape {args.shape}: it must be tokens, out and in features: --shape 8192,4096,4096")
-        sizes = [int(text) for text in texts]
-    for name, size in zip("MNK", sizes, strict=True):
-        if size < 1:
-            raise ValueError(f"{name} is {size}; it must be at least 1")
-    M, N, K = sizes
+        M, N, K = sizes(args.shape, 3, 3, "tokens, out and in features", "8192,4096,4096")
     return Problem(M, N, K, args.rank, args.dtype, args.adapter_dtype, bias=args.bias, dropout=args.dropout)
 
 

@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lorafuse import env
 from lorafuse.cli import _common
 from lorafuse.errors import MissingDependency
+from lorafuse.files import why_no_file, why_no_folder
 from lorafuse.study import STUDIES
 from lorafuse.testing.conditions import conditions, describe
 
@@ -54,27 +56,32 @@ def run(args: argparse.Namespace) -> int:
     device = _common.device(args.device)
     if args.workers is None:
         args.workers = _GPU_WORKERS if device.type == "cuda" else len(os.sched_getaffinity(0))
-    _common.check_at_least_one(args, "seeds", "workers", *(["base_steps"] if args.base_steps is not None else []))
-    if args.width < 1 or args.width % _HEAD:
+    _common.check_numbers(args, "seeds", "workers", "base_steps")
+    _common.check_numbers(args, "seed", least=0)
+    if not 1 <= args.width <= _common.MOST or args.width % _HEAD:
         raise ValueError(f"--width {args.width}: it must be a multiple of {_HEAD}, such as {_WIDTH} or {2 * _WIDTH}")
-    if args.out.is_file():
-        raise ValueError(f"--out {args.out}: it is a file; name a folder")
     try:
         import matplotlib  # noqa: F401
 
         console = _common.console()
     except ImportError as error:
         raise MissingDependency("lorafuse study needs rich and matplotlib: pip install 'lorafuse[cli]'") from error
+    _common.check_path("--out", args.out, why_no_folder)
+    names = STUDIES if "all" in args.names else dict.fromkeys(args.names)
+    for file in (args.out / f"{name}.{kind}" for name in names for kind in ("json", "png")):
+        _common.check_path("--out", file, why_no_file)
+    _common.check_path("LORAFUSE_CACHE_DIR", env.cache_dir() / "study", why_no_folder)
     found = conditions(device) | {"threads": f"{args.workers} processes of 1"}
     console.print(describe(found), highlight=False)
     from lorafuse.study.record import finished_runs
 
     done = finished_runs(args.out, str(device))
     outcomes = {}
-    for name in STUDIES if "all" in args.names else dict.fromkeys(args.names):
+    for name in names:
         finding = _study(name, args, str(device), found, done, console)
         if finding is None:
-            console.print(f"{name}: interrupted; finished runs are in {args.out}, the same command goes on from there")
+            text = f"{name}: interrupted; finished runs are in {args.out}, the same command goes on from there"
+            console.print(text, markup=False)
             return 130
         outcomes[name] = finding.outcome
     if len(outcomes) > 1:
@@ -117,7 +124,8 @@ def _study(
     size = f"{'--quick' if args.quick else 'full size'}, width {args.width}, {len(seeds)} seeds"
     plots.draw(args.out / f"{name}.png", name, finding, f"{size}; {found['device']}, {found['date']}")
     _print(console, finding)
-    console.print(f"{head['seconds']:.0f} s; wrote {name}.json and {name}.png to {args.out}", highlight=False)
+    text = f"{head['seconds']:.0f} s; wrote {name}.json and {name}.png to {args.out}"
+    console.print(text, markup=False, highlight=False)
     return finding
 
 

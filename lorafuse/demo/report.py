@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafuse.demo.train import Leg
+from lorafuse.files import write_text
 
 __all__ = ["LOSS_BOUND", "figures", "plot", "write_json"]
 
@@ -65,4 +66,4 @@ def plot(path: Path, legs: list[Leg], title: str) -> None:
 def write_json(path: Path, conditions: dict[str, Any], legs: list[Leg], result: dict[str, Any]) -> None:
     """Conditions, figures and every step's loss and time."""
     steps = {leg.name: {"losses": leg.losses, "seconds": leg.seconds} for leg in legs}
-    path.write_text(json.dumps({"conditions": conditions, "figures": result, "steps": steps}, indent=1) + "\n")
+    write_text(path, json.dumps({"conditions": conditions, "figures": result, "steps": steps}, indent=1) + "\n")

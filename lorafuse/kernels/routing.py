@@ -50,7 +50,7 @@ def _combine_kernel(p_y, p_place, p_ends, p_weight, p_out, H, G, CHOICES: tl.con
     acc = tl.zeros((BLOCK,), tl.float32)
     for j in range(CHOICES):
         row = tl.load(p_place + t * CHOICES + j)
-        y = tl.load(p_y + row * H + o_h, mask=(o_h < H) & (row < rows), other=0.0).to(tl.float32)
+        y = tl.load(p_y + row * H + o_h, mask=o_h < tl.where(row < rows, H, 0), other=0.0).to(tl.float32)
         if p_weight is not None:
             # that of a row of no group may be anything
             y *= tl.load(p_weight + t * CHOICES + j, mask=row < rows, other=0.0).to(tl.float32)

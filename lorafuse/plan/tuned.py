@@ -9,21 +9,24 @@
 An entry speaks for passes of its N, K, dtype, dropout and gradients (none is a forward pass) whose M and R lie in its
 ranges, ends included, whose rows are aligned and whose xa is not fp32 over fp16; adapter dtype and bias do not matter.
 `kernel` was fastest there, or as fast as any within noise. `points` are what was measured, `[M, R, seconds]`, and
-`seconds` those of the last; version 1 has neither points nor conditions.
+`seconds` those of the last; version 1 has neither points nor conditions. A file that cannot be read or breaks the
+format says nothing: one warning, and plans follow the model.
 """
 
 import json
+import logging
 import math
 import os
 import re
-import tempfile
-from collections.abc import Container, Iterable
+import warnings
+from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lorafuse import env
+from lorafuse import env, files
+from lorafuse.errors import one_line
 from lorafuse.plan.device import DeviceSpec
 from lorafuse.plan.problem import Problem
 
@@ -35,13 +38,66 @@ KERNELS = {"aten_beta1": "eager", **dict.fromkeys(_TRITON, "triton")}
 KERNELS |= {f"cuda {name}": "cuda" for name in (*_TRITON, "one_launch_backward")}
 _FOLDER = Path(__file__).parent / "tuned"
 _VERSION = 2
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "N": int, "K": int, "R": list, "M": list, "dtype": str, "dropout": bool, "gradients": list, "kernel": str,
-    "seconds": (int, float), "commit": str, "date": str,
-}  # fmt: skip
-_FIELDS_OF = {1: _FIELDS, 2: _FIELDS | {"points": list, "conditions": dict}}
+# an entry takes some 500 bytes: thousands of layers
+_MOST_BYTES = 2**24
 # M, R, seconds
 _Point = tuple[int, int, float]
+
+
+def _is_text(value: Any) -> bool:
+    # reasons and reports print it
+    return isinstance(value, str) and value.isprintable()
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 1 <= value < 2**63
+
+
+def _is_time(value: Any) -> bool:
+    # NaN is not within them
+    return type(value) in (int, float) and 0 < value < 1e9
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_size, value)) and value[0] <= value[1]
+
+
+def _is_point(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_is_size, value[:2])) and _is_time(value[2])
+
+
+def _are(of_one: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(of_one, value))
+
+
+def _are_conditions(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_text(text) for item in value.items() for text in item)
+
+
+_SIZE, _TEXT = (_is_size, "a whole number from 1"), (_is_text, "a text")
+_RANGE = _is_range, "[lowest, highest]"
+# each field: whether a value is right, and what it must be
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "N": _SIZE,
+    "K": _SIZE,
+    "R": _RANGE,
+    "M": _RANGE,
+    "dtype": _TEXT,
+    "dropout": (lambda value: isinstance(value, bool), "true or false"),
+    "gradients": (_are(_is_text), "a list of names"),
+    "kernel": (lambda value: isinstance(value, str) and value in KERNELS, f"one of {', '.join(KERNELS)}"),
+    "seconds": (_is_time, "a number above 0"),
+    "commit": _TEXT,
+    "date": _TEXT,
+}
+_FIELDS_OF = {
+    1: _FIELDS,
+    2: _FIELDS
+    | {
+        "points": (_are(_is_point), "a list of [M, R, seconds], all above 0"),
+        "conditions": (_are_conditions, "texts by name"),
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -102,69 +158,70 @@ def own_file(model: str) -> Path:
 
 @cache
 def load(model: str) -> tuple[Tuned, ...]:
-    """The entries for a GPU model, the user's first, none when there is no file. Raises as `read` does."""
-    return read(own_file(model), own=True) + read(_FOLDER / _file_name(model))
+    """The entries for a GPU model, the user's first, none when there is no file. Warns of a file that `read` refuses,
+    whose entries are left out.
+    """
+    return _known(own_file(model), own=True) + _known(_FOLDER / _file_name(model), own=False)
+
+
+def _known(path: Path, own: bool) -> tuple[Tuned, ...]:
+    try:
+        return read(path, own)
+    except ValueError as error:
+        message = f"plans follow the model instead of measurements: {error}"
+        try:
+            warnings.warn(message, stacklevel=3)
+        except UserWarning:
+            # -W error: no step may fail for it
+            logging.getLogger(__name__).warning(message)
+        return ()
 
 
 def read(path: Path, own: bool = False) -> tuple[Tuned, ...]:
     """The entries of a file, none when it is not there. Raises ValueError, with the file, for one that cannot be read
     or breaks the format; of the user's `own` it says how to get rid of it.
     """
-    # Path.exists raises in the home of another user
-    if not os.path.exists(path):
+    # nor is it in a folder that this user may not enter, such as the home of another
+    if not os.path.lexists(path):
         return ()
     try:
-        content = json.loads(path.read_text())
+        content = files.read_json(path, _MOST_BYTES)
         version = content.get("version") if isinstance(content, dict) else None
-        if version not in tuple(_FIELDS_OF) or not isinstance(content.get("entries"), list):
+        if type(version) is not int or version not in _FIELDS_OF or not isinstance(content.get("entries"), list):
             raise ValueError(f'it must hold {{"version": {_VERSION}, "entries": […]}}')
         return tuple(_entry(entry, version, own, f"entry {i}") for i, entry in enumerate(content["entries"]))
     except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
         fix = "; delete it, and measure again with lorafuse tune" if own else ""
-        raise ValueError(f"{path}: {error}{fix}") from error
+        raise ValueError(one_line(f"{path}: {reason}{fix}")) from error
 
 
 def _entry(entry: Any, version: int, own: bool, where: str) -> Tuned:
     fields = _FIELDS_OF[version]
     if not isinstance(entry, dict):
-        raise ValueError(f"{where}: it is {entry!r}; it must be an object")
+        raise ValueError(f"{where}: it is {_shown(entry)}; it must be an object")
     if entry.keys() != fields.keys():
-        raise ValueError(f"{where}: it has the fields {sorted(entry)}; they must be {sorted(fields)}")
-    for name, kind in fields.items():
-        if not isinstance(entry[name], kind):
-            raise ValueError(f"{where}: {name} is {entry[name]!r}")
-    for name in ("M", "R"):
-        low_high = entry[name]
-        if len(low_high) != 2 or not all(isinstance(v, int) for v in low_high) or low_high[0] > low_high[1]:
-            raise ValueError(f"{where}: {name} is {low_high!r}; it must be [lowest, highest]")
-    if entry["kernel"] not in KERNELS:
-        raise ValueError(f"{where}: kernel {entry['kernel']!r} is not one of {', '.join(KERNELS)}")
-    for point in entry.get("points", ()):
-        numbers = isinstance(point, list) and len(point) == 3 and all(isinstance(v, int | float) for v in point)
-        if not numbers or min(point) <= 0:
-            raise ValueError(f"{where}: the point {point!r} must be [M, R, seconds], all above 0")
+        raise ValueError(f"{where}: it has the fields {_shown(sorted(entry))}; they must be {sorted(fields)}")
+    for name, (is_right, rule) in fields.items():
+        if not is_right(entry[name]):
+            raise ValueError(f"{where}: {name} is {_shown(entry[name])}; it must be {rule}")
     values = entry | {name: tuple(entry[name]) for name in ("M", "R", "gradients")}
     return Tuned(**values | {"points": tuple(map(tuple, entry.get("points", ()))), "own": own})
 
 
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
 def write(path: Path, entries: Iterable[Tuned]) -> None:
-    """Replace a file by one of these entries, as a whole or not at all; its folder is made.
+    """Replace a file by one of these entries, as a whole or not at all; its folder is made, every user may read it.
 
     Raises OSError where it cannot be written.
     """
     plain = [{name: value for name, value in asdict(entry).items() if name != "own"} for entry in entries]
     lines = ",\n  ".join(json.dumps(entry, ensure_ascii=False) for entry in plain)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=path.name, suffix=".tmp", encoding="utf-8", delete=False
-    ) as file:
-        try:
-            file.write(f'{{"version": {_VERSION}, "entries": [\n  {lines}\n]}}\n')
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    files.write_text(path, f'{{"version": {_VERSION}, "entries": [\n  {lines}\n]}}\n')
 
 
 def match(problem: Problem, device: DeviceSpec, kernels: Container[str] = KERNELS, own: bool = True) -> Tuned | None:

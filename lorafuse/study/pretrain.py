@@ -45,10 +45,20 @@ def _is_text(line: ast.AST) -> bool:
 
 
 def base(kind: str, size: Size, steps: int, seed: int) -> dict[str, Tensor]:
-    """The weights, on the CPU; from the cache, or trained now (the same bits each time) and put there."""
+    """The weights, on the CPU; from the cache, or trained now (the same bits each time) and put there.
+
+    Raises ValueError for a file of the cache that cannot be read.
+    """
     file = path(kind, size, steps, seed)
     if file.exists():
-        return torch.load(file, weights_only=True)
+        try:
+            return torch.load(file, weights_only=True)
+        except Exception as error:
+            # whatever torch raises for bytes that are not its own
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise ValueError(
+                f"{file}: it is no base of a study ({reason}); delete it, and it is trained anew"
+            ) from error
     with single_thread():
         weights = _pretrain(kind, size, steps, seed)
     file.parent.mkdir(parents=True, exist_ok=True)

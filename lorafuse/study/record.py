@@ -3,12 +3,12 @@
 import functools
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lorafuse.files import read_json, write_text
 from lorafuse.study import model, policy, pretrain, tasks, train
 from lorafuse.study.pretrain import shape_of_code
 from lorafuse.study.runner import Lab
@@ -28,17 +28,19 @@ def code() -> str:
 def finished_runs(folder: Path, device: str) -> dict[str, dict[str, Any]]:
     """Runs in the folder's files that this code made on this kind of device, by `runner.key`.
 
-    Raises ValueError for a file that is not JSON.
+    Raises ValueError for a file that is not JSON, or not as `write` writes it.
     """
     found: dict[str, dict[str, Any]] = {}
     for file in sorted(folder.glob("*.json")):
         try:
-            content = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: it is not JSON ({error}); move it away, or name another --out") from error
-        mine = VERSION, code(), device
-        if isinstance(content, dict) and tuple(map(content.get, ("version", "code", "device"))) == mine:
-            found |= {json.dumps(run["spec"], sort_keys=True): run["result"] for run in content["runs"]}
+            content = read_json(file)
+            mine = VERSION, code(), device
+            if isinstance(content, dict) and tuple(map(content.get, ("version", "code", "device"))) == mine:
+                found |= {json.dumps(run["spec"], sort_keys=True): run["result"] for run in content["runs"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            what = "JSON" if isinstance(error, ValueError) else "a study's"
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{file}: it is not {what} ({reason}); move it away, or name another --out") from error
     return found
 
 
@@ -51,7 +53,4 @@ def write(file: Path, head: dict[str, Any], lab: Lab) -> None:
         if key in lab.done
     ]
     text = json.dumps(head, indent=1)[:-2] + ',\n "runs": [\n' + ",\n".join(runs) + "\n ]\n}\n"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(text)
-    os.replace(unfinished, file)
+    write_text(file, text)

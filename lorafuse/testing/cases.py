@@ -115,10 +115,11 @@ def find_group(name: str) -> tuple[Case, ...]:
 
 
 def sizes(text: str, least: int, most: int, meaning: str, example: str) -> list[int]:
-    """The sizes of "4096,1024". Raises ValueError, with what they mean, for too few, too many, or one below 1."""
-    found = text.split(",")
-    if not least <= len(found) <= most or not all(size.isdecimal() and int(size) for size in found):
-        raise ValueError(f"--shape {text}: it must be {meaning}: --shape {example}")
+    """The sizes of "4096,1024". Raises ValueError, with what they mean, for too few, too many, or one below 1 or with
+    more than nine digits."""
+    found = [size.strip() for size in text.split(",")]
+    if not least <= len(found) <= most or not all(s.isdecimal() and len(s) < 10 and int(s) for s in found):
+        raise ValueError(f"--shape {text}: it must be {meaning}, each from 1 to 999999999: --shape {example}")
     return [int(size) for size in found]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lorafuse.advise.configuration import config_file, on_meta
+from lorafuse.advise.configuration import load_config, on_meta
 from lorafuse.testing.cases import Case
 
 __all__ = ["linear_layers"]
@@ -45,10 +45,8 @@ def linear_layers(path: Path) -> tuple[dict[Case, int], int]:
 
 def _model(path: Path) -> nn.Module:
     """The model that a configuration describes, on the meta device."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(config_file(path, "a Hugging Face model directory"))
-    model = on_meta(config)
+    config = load_config(path)
+    model = on_meta(config, path)
     if model is None:
         raise ValueError(f"{path}: transformers has no model for {config.model_type!r}")
     return model
