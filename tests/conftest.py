@@ -77,10 +77,11 @@ def _poison(request, monkeypatch):
 def pytest_addoption(parser):
     parser.addoption("--every-dtype", action="store_true", help="compile-only tests: every dtype (make test-compile)")
     parser.addoption("--update-budget", action="store_true", help="write tests/*_budget.json (make budget)")
-    parser.addoption("--seeds", type=int, default=200, help="schedules of each emulated kernel (make test-emu: 1000)")
+    parser.addoption("--seeds", type=int, default=50, help="schedules of each emulated kernel (make test-emu: 1000)")
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
     if torch.cuda.is_available():
         return
     for item in items:
