@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import fcntl
+import gc
 import random
 import tempfile
 from collections import defaultdict
@@ -87,6 +88,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, this machine has none"))
+
+
+def pytest_collection_finish():
+    # a full collection otherwise visits everything that was imported: half a second, dozens of times a file
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
