@@ -5,8 +5,8 @@ PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
-# a file of tests stays in one process, which makes its fixtures once; ARGS=-n0 for a debugger
-PARALLEL := -n logical --maxprocesses 4 --dist loadfile
+# every process has a run of files, and one that has ended takes half of what another has left; ARGS=-n0 for a debugger
+PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 READY := $(VENV)/.ready
 REQUIREMENTS := requirements/dev.txt requirements/no-deps.txt
 
@@ -20,10 +20,10 @@ test: $(READY) ## run all tests, lint included; pytest options with ARGS="..."
 	@$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 test-compile: $(READY) ## compile every kernel for every architecture, every dtype; minutes, no GPU
-	@$(PY) -m pytest tests/test_compile.py --every-dtype $(ARGS)
+	@$(PY) -m pytest $(PARALLEL) tests/test_compile.py --every-dtype $(ARGS)
 
 test-emu: $(READY) ## the CUDA kernels on this CPU under a thousand seeded schedules each; minutes
-	@$(PY) -m pytest tests/test_emu*.py --seeds 1000 $(ARGS)
+	@$(PY) -m pytest $(PARALLEL) tests/test_emu*.py --seeds 1000 $(ARGS)
 
 test-peft: $(READY) ## PEFT's own LoRA tests, from its source distribution, with every model patched; half an hour
 	@$(PY) tests/peft_suite/run.py -n logical --maxprocesses 4 $(ARGS)

@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import fcntl
+import gc
 import random
 import tempfile
 from collections import defaultdict
@@ -77,15 +78,22 @@ def _poison(request, monkeypatch):
 def pytest_addoption(parser):
     parser.addoption("--every-dtype", action="store_true", help="compile-only tests: every dtype (make test-compile)")
     parser.addoption("--update-budget", action="store_true", help="write tests/*_budget.json (make budget)")
-    parser.addoption("--seeds", type=int, default=200, help="schedules of each emulated kernel (make test-emu: 1000)")
+    parser.addoption("--seeds", type=int, default=50, help="schedules of each emulated kernel (make test-emu: 1000)")
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, this machine has none"))
+
+
+def pytest_collection_finish():
+    # a full collection otherwise visits everything that was imported: half a second, dozens of times a file
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

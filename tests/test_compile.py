@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -19,17 +18,30 @@ from lorafuse.plan import DEVICES
 from lorafuse.plan.config import shared_memory
 from lorafuse.testing.compile_only import TARGETS, Resources, variants
 
-pytestmark = pytest.mark.no_poison
+pytestmark = [pytest.mark.no_poison, pytest.mark.first]
 
 BUDGET = Path(__file__).with_name("kernel_budget.json")
 # what the budget was made with: other compilers allocate other registers
 TRITON = "3.6.0"
 LIMITS = {f"sm_{device.arch}": device.smem_per_block for device in DEVICES.values()} | {"gfx942": 65536}
 MATRIX = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "v_mfma"}
-by_target = pytest.mark.parametrize("target", TARGETS)
 
 
-def compile_target(target, file, everything):
+@pytest.fixture(scope="module", params=TARGETS)
+def target(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def everything(request):
+    """Whether every dtype is compiled, for `make test-compile`, or only those whose resources differ."""
+    return request.config.getoption("--every-dtype")
+
+
+@pytest.fixture(scope="module")
+def table(target, everything, tmp_path_factory):
+    """`{name of a specialization: Resources}` of a target: what its tests share is compiled once."""
+    file = tmp_path_factory.mktemp("compiled") / f"{target}.json"
     # not in this process: its kernels were defined for the interpreter
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "lorafuse.testing.compile_only", target, "--json", file]
@@ -40,42 +52,27 @@ def compile_target(target, file, everything):
     return {name: Resources(**found) for name, found in json.loads(file.read_text()).items()}
 
 
-@pytest.fixture(scope="module")
-def tables(request, tmp_path_factory):
-    """`{target: {name of a specialization: Resources}}`, all compiled once; `--every-dtype` for `make test-compile`."""
-    everything = request.config.getoption("--every-dtype")
-    folder = tmp_path_factory.mktemp("compiled")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = {t: pool.submit(compile_target, t, folder / f"{t}.json", everything) for t in TARGETS}
-        return {target: job.result() for target, job in jobs.items()}
+def test_all_were_compiled(table, target, everything):
+    assert sorted(table) == [v.name for v in variants(target, everything)]
+    assert len(table) > 50
 
 
-@by_target
-def test_all_were_compiled(tables, target, request):
-    everything = request.config.getoption("--every-dtype")
-    assert sorted(tables[target]) == [v.name for v in variants(target, everything)]
-    assert len(tables[target]) > 50
+def test_nothing_lies_in_local_memory(table):
+    assert {name: found.stack for name, found in table.items() if found.stack} == {}
 
 
-@by_target
-def test_nothing_lies_in_local_memory(tables, target):
-    assert {name: found.stack for name, found in tables[target].items() if found.stack} == {}
-
-
-@by_target
-def test_shared_memory_fits_and_the_planner_knew(tables, target, request):
-    configs = {v.name: v for v in variants(target, request.config.getoption("--every-dtype"))}
-    for name, found in tables[target].items():
+def test_shared_memory_fits_and_the_planner_knew(table, target, everything):
+    configs = {v.name: v for v in variants(target, everything)}
+    for name, found in table.items():
         assert found.shared <= LIMITS[target], name
         if target != "gfx942" and configs[name].config.kernel != "reduce":
             itemsize = 4 if configs[name].dtype == "float32" else 2
             assert found.shared <= shared_memory(configs[name].config, itemsize), name
 
 
-@by_target
-def test_the_matrix_instructions_are_there(tables, target, request):
-    configs = {v.name: v for v in variants(target, request.config.getoption("--every-dtype"))}
-    for name, found in tables[target].items():
+def test_the_matrix_instructions_are_there(table, target, everything):
+    configs = {v.name: v for v in variants(target, everything)}
+    for name, found in table.items():
         variant = configs[name]
         if variant.dtype == "float32" or variant.config.kernel == "reduce":
             continue
@@ -87,20 +84,19 @@ def test_the_matrix_instructions_are_there(tables, target, request):
             assert found.instructions.get("UTMALDG"), (name, found)
 
 
-def test_tma_is_what_hopper_and_blackwell_run(tables):
-    for target in ("sm_90", "sm_100"):
-        aligned = [n for n in tables[target] if n.startswith(("fwd", "dx")) and "float16" in n and "unaligned" not in n]
-        assert aligned
-        assert all(" tma " in name for name in aligned)
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"], indirect=True)
+def test_tma_is_what_hopper_and_blackwell_run(table):
+    aligned = [n for n in table if n.startswith(("fwd", "dx")) and "float16" in n and "unaligned" not in n]
+    assert aligned
+    assert all(" tma " in name for name in aligned)
 
 
-@by_target
-def test_the_budget_holds(tables, target, request):
+def test_the_budget_holds(table, target, everything, request):
     if metadata.version("triton") != TRITON:
         pytest.skip(f"the budget is that of Triton {TRITON}, this is {metadata.version('triton')}")
-    if request.config.getoption("--every-dtype"):
+    if everything:
         pytest.skip("the budget is of the specializations whose resources differ, not of every dtype")
-    found = {name: [r.registers, r.shared] for name, r in tables[target].items()}
+    found = {name: [r.registers, r.shared] for name, r in table.items()}
     budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
     if request.config.getoption("--update-budget"):
         tables = budget | {target: dict(sorted(found.items()))}

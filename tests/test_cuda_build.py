@@ -20,7 +20,7 @@ from native_build import REPORTS, ROOT, build, compiled, emulator, loads_alone
 from lorafuse.backends import cuda_native
 from lorafuse.backends.cuda_sources import source_hash
 
-pytestmark = pytest.mark.no_poison
+pytestmark = [pytest.mark.no_poison, pytest.mark.first]
 
 CSRC = ROOT / "csrc"
 BUDGET = Path(__file__).with_name("cuda_budget.json")

@@ -1,4 +1,4 @@
-"""The emulator itself (csrc/emu): small kernels that must pass under 200 seeds, and planted bugs that it must report.
+"""The emulator itself (csrc/emu): small kernels that must pass under every seed, and planted bugs that it must report.
 
 The cases are C++, in csrc/emu/selftest, where what each bug's report must say stands beside the bug. Here they are
 compiled by g++, anew when the sources have changed, and run.
@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.first
+
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 FLAGS = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
-SEEDS = 200
 CASES = (
     "ring K-major",
     "ring K-major n256",
@@ -80,8 +81,9 @@ def test_every_case_is_run(selftest):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_case(selftest, case):
-    done = subprocess.run([selftest, case, str(SEEDS)], capture_output=True, text=True, timeout=600)
+def test_case(selftest, case, request):
+    seeds = request.config.getoption("--seeds")
+    done = subprocess.run([selftest, case, str(seeds)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 

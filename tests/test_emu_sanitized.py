@@ -7,6 +7,8 @@ import sys
 import pytest
 from native_build import REPORTS, ROOT, build
 
+pytestmark = pytest.mark.first
+
 MODULE = REPORTS / "emu-sanitize" / "_emu.so"
 LOAD = f"""
 import importlib.util, sys

@@ -1,10 +1,12 @@
 """What tests/conftest.py promises (T0)."""
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import native_build
 import pytest
 import torch
 
@@ -69,3 +71,18 @@ def test_a_run_ends_with_what_was_skipped(tmp_path, source, said):
     before, closing = done.stdout.rstrip().rsplit("\n", 1)
     assert said in before.partition("what was skipped and why")[2]
     assert "passed" in closing or "skipped" in closing
+
+
+def test_what_takes_long_starts_first(tmp_path):
+    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
+    (tmp_path / "test_a.py").write_text("def test_a(): pass\ndef test_b(): pass\n")
+    (tmp_path / "test_b.py").write_text("import pytest\n@pytest.mark.first\ndef test_c(): pass\ndef test_d(): pass\n")
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert re.findall(r"::(\w+) PASSED", done.stdout) == ["test_c", "test_a", "test_b", "test_d"]
+
+
+def test_nothing_is_built_while_tests_are_collected(monkeypatch):
+    """pytest reads attributes of what a module of tests imports."""
+    monkeypatch.setattr(native_build, "build", lambda *_: pytest.fail("the emulator was built"))
+    assert not hasattr(native_build.EMULATOR, "_mock_name")

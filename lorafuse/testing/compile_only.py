@@ -12,11 +12,13 @@ import contextlib
 import itertools
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from lorafuse.plan import DEVICES, DeviceSpec, KernelConfig, Problem
 from lorafuse.plan.config import candidates
 from lorafuse.plan.ragged import RAGGED_KERNELS, ragged_candidates
 
-__all__ = ["TARGETS", "Resources", "Variant", "compile_variant", "variants"]
+__all__ = ["TARGETS", "Resources", "Variant", "compile_variants", "variants"]
 
 # name: (compiler target, architecture whose configurations the planner would use)
 TARGETS = {
@@ -51,6 +53,7 @@ _LAYOUTS = ("halves", "transposed", "pairs", "ungated")
 EPILOGUES = {"ragged": ("y", "dx"), "ragged_act": _LAYOUTS, "ragged_act_backward": _LAYOUTS}
 # matrix instructions by what each architecture calls them
 _INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "FFMA", "v_mfma")
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
@@ -176,12 +179,17 @@ def _compiling(target: GPUTarget) -> Iterator[list[Any]]:
         JITFunction.run = run
 
 
-def compile_variant(variant: Variant, target: str) -> Resources:
-    """Compile one specialization for a target of `TARGETS` and read what it needs."""
+def compile_variants(chosen: list[Variant], target: str) -> list[Resources]:
+    """Compile specializations for a target of `TARGETS` and read what each needs. Reports progress on stderr."""
     with _compiling(TARGETS[target][0]) as compiled:
-        _launch(variant)
-    (kernel,) = compiled
-    return _resources(kernel)
+        for i, variant in enumerate(chosen):
+            _launch(variant)
+            sys.stderr.write(f"[{i + 1}/{len(chosen)}] {target} {variant.name}\n")
+    assert len(compiled) == len(chosen), "a launch is one kernel"
+    if target == "gfx942":
+        return [_resources_amd(kernel) for kernel in compiled]
+    counts = _instructions_nvidia([kernel.asm["cubin"] for kernel in compiled], target)
+    return [_resources_nvidia(kernel, count) for kernel, count in zip(compiled, counts, strict=True)]
 
 
 def _launch(variant: Variant) -> None:
@@ -262,21 +270,47 @@ def _launch_ragged(variant: Variant, rows: int, n: int, k: int, r: int) -> None:
         )
 
 
-def _resources(kernel: Any) -> Resources:
-    if "amdgcn" in kernel.asm:
-        text = kernel.asm["amdgcn"]
-        registers, stack = (int(re.search(p, text)[1]) for p in (r"\.vgpr_count:\s+(\d+)", r"; ScratchSize: (\d+)"))  # type: ignore[index]
-    else:
-        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(kernel.asm["cubin"])
-            file.flush()
-            usage = _output(tools / "cuobjdump", "-res-usage", file.name)
-            text = _output(tools / "nvdisasm", "-c", file.name)
-        registers, stack, local = (int(re.search(p, usage)[1]) for p in (r"REG:(\d+)", r"STACK:(\d+)", r"LOCAL:(\d+)"))  # type: ignore[index]
-        stack += local
-    instructions = {name: len(re.findall(rf"\b{name}", text)) for name in _INSTRUCTIONS}
-    return Resources(registers, stack, kernel.metadata.shared, {k: v for k, v in instructions.items() if v})
+def _resources_amd(kernel: Any) -> Resources:
+    text = kernel.asm["amdgcn"]
+    registers, stack = (int(re.search(p, text)[1]) for p in (r"\.vgpr_count:\s+(\d+)", r"; ScratchSize: (\d+)"))  # type: ignore[index]
+    return Resources(registers, stack, kernel.metadata.shared, _count([text]))
+
+
+def _resources_nvidia(kernel: Any, instructions: dict[str, int]) -> Resources:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _output(_TOOLS / "cuobjdump", "-res-usage", file.name)
+    registers, stack, local = (int(re.search(p, usage)[1]) for p in (r"REG:(\d+)", r"STACK:(\d+)", r"LOCAL:(\d+)"))  # type: ignore[index]
+    return Resources(registers, stack + local, kernel.metadata.shared, instructions)
+
+
+def _instructions_nvidia(cubins: list[bytes], target: str) -> list[dict[str, int]]:
+    """Matrix instructions of each kernel. One call disassembles all: nvdisasm needs half a second to start."""
+    codes = [_machine_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        text = _output(_TOOLS / "nvdisasm", "--binary", target.replace("sm_", "SM"), file.name)
+    # one line an instruction of 16 bytes, behind its address
+    lines = re.findall(r"^\s*/\*[0-9a-f]+\*/(.*)$", text, re.MULTILINE)
+    assert 16 * len(lines) == sum(map(len, codes)), "nvdisasm read another number of instructions"
+    rest = iter(lines)
+    return [_count(itertools.islice(rest, len(code) // 16)) for code in codes]
+
+
+def _machine_code(cubin: bytes) -> bytes:
+    """The section of a 64-bit ELF file that holds its kernel's instructions."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    strings = sections[names][4]
+    (code,) = (cubin[s[4] : s[4] + s[5]] for s in sections if cubin.startswith(b".text.", strings + s[0]))
+    return code
+
+
+def _count(lines: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(re.findall(rf"\b({'|'.join(_INSTRUCTIONS)})", "\n".join(lines))))
 
 
 def _output(*command: str | Path) -> str:
@@ -292,12 +326,13 @@ def _main() -> int:
     args = parser.parse_args()
     part, parts = map(int, args.part.split("/"))
     chosen = [v for v in variants(args.target, args.all) if zlib.crc32(v.name.encode()) % parts == part]
-    table = {}
-    for i, variant in enumerate(chosen):
-        table[variant.name] = found = asdict(compile_variant(variant, args.target))
-        sys.stderr.write(f"[{i + 1}/{len(chosen)}] {args.target} {variant.name}: {found}\n")
+    found = compile_variants(chosen, args.target)
+    table = {variant.name: asdict(resources) for variant, resources in zip(chosen, found, strict=True)}
     if args.json:
         args.json.write_text(json.dumps(table, indent=1) + "\n")
+    else:
+        for name, resources in table.items():
+            print(f"{name}: {resources}")
     return 0
 
 
