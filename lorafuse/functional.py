@@ -1,6 +1,5 @@
 """Stateless operators: they check what was passed, apply autocast, choose a backend and call the operator."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -82,8 +81,7 @@ def lora_linear(
         )
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p={dropout_p} is not a probability; it must be between 0 and 1")
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale={scale} is not finite; it is alpha / R")
+    check_scale("scale", scale)
     if backend is not None:
         base.require(backend)
     return run_linear(x, weight, a, b, scale, bias, dropout_p, seed, backend)
@@ -101,11 +99,9 @@ def run_linear(
     backend: str | None,
 ) -> Tensor:
     """`lora_linear` for callers that already know that the parameters fit each other and the backend can run here."""
-    kind = x.device.type
-    # torch knows no autocast for meta tensors and raises when asked
-    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    autocast = autocast_is_on(x)
     if autocast and x.dtype is not torch.float64 and x.is_floating_point() and weight.is_floating_point():
-        dtype = torch.get_autocast_dtype(kind)
+        dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.dtype is not weight.dtype or not x.is_floating_point():
         raise TypeError(
@@ -115,8 +111,7 @@ def run_linear(
     if bias is not None and bias.dtype is not x.dtype:
         raise TypeError(f"lora_linear got x {x.dtype} and bias {bias.dtype}; they must have one dtype: cast the bias")
     if backend is None:
-        # Dynamo cannot read context variables, so a compiled graph looks when it runs
-        backend = "current" if torch.compiler.is_compiling() else base.current()
+        backend = _current()
     seed = _seed_tensor(seed, x.device) if dropout_p else None
     # PEFT computes the low-rank path in the adapters' dtype; of those only fp16 is short of range
     wide = x.dtype is torch.float16 and not autocast and (a.dtype is not x.dtype or b.dtype is not x.dtype)
@@ -359,5 +354,11 @@ def _stacked(t: Tensor | None, groups: int) -> Tensor | None:
     return t.unsqueeze(0).expand(groups, -1, -1) if t is not None and t.dim() == 2 else t
 
 
+def _current() -> str:
+    """The backend of a call that names none."""
+    # Dynamo reads no context variables: a compiled graph looks when it runs
+    return "current" if torch.compiler.is_compiling() else base.current()
+
+
 def _backend(backend: str | None) -> str:
-    return base.current() if backend is None else base.require(backend)
+    return _current() if backend is None else base.require(backend)

@@ -29,6 +29,7 @@ __all__ = [
     "current",
     "load",
     "require",
+    "resolve",
     "use_backend",
 ]
 
@@ -163,6 +164,11 @@ def current() -> str:
     if name is not None:
         return name
     return _from_environment() if _current is None else _current.name
+
+
+def resolve(name: str) -> str:
+    """`name`, or `current()` for "current", which calls that a compiler traced hold: they look when they run."""
+    return current() if name == "current" else name
 
 
 class use_backend:

@@ -20,7 +20,7 @@ from lorafuse.errors import BackendUnavailable
 from lorafuse.ops import experts_plain
 from lorafuse.ops._define import LIBRARY
 from lorafuse.ops.autocast import outside_autocast
-from lorafuse.ops.transforms import is_transformed
+from lorafuse.ops.transforms import is_transformed, needs_plain_backward
 
 __all__ = ["lora_experts", "lora_experts_recomputed", "lora_grouped_linear"]
 
@@ -56,6 +56,7 @@ def _activation(name: str, gated: bool, interleaved: bool) -> Activation | Recom
 
 def _run(backend, x, problem, *operands):
     """The module that runs a call; `problem(*operands)` is what the plan is asked for "auto"."""
+    backend = base.resolve(backend)
     run = base.load(probe.grouped_backend(x.device, partial(problem, *operands)) if backend == "auto" else backend)
     if not hasattr(run, "experts_forward"):
         raise BackendUnavailable(
@@ -138,7 +139,7 @@ def _differentiate_experts(ctx, dout, *_):
     # read once: a checkpoint hands them out once
     tensors = ctx.saved_tensors
     inputs, saved = tensors[:11], tensors[11:]
-    if _is_differentiated():
+    if needs_plain_backward(dout):
         given = *inputs, *ctx.settings[:3], ctx.activation
         found = experts_plain.gradients(experts_plain.experts, given, needed, dout)
     else:
@@ -150,11 +151,6 @@ def _differentiate_experts(ctx, dout, *_):
     for i, grad in zip(needed, found, strict=True):
         grads[i] = grad
     return tuple(grads)
-
-
-def _is_differentiated() -> bool:
-    """True in a backward that autograd records (create_graph), or that vmap runs for many gradients at once."""
-    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
 
 
 def _grouped(x, ends, w, bias, a, b, scale, transposed, backend):
@@ -192,7 +188,7 @@ def _differentiate_grouped(ctx, dy, _):
     if dy is None:
         return tuple(grads)
     x, ends, w, bias, a, b, xa = ctx.saved_tensors
-    if _is_differentiated():
+    if needs_plain_backward(dy):
         if x is None:
             x = w.new_zeros((dy.shape[0], w.shape[1 if ctx.transposed else 2])).requires_grad_()
         given = x, ends, w, bias, a, b, ctx.scale, ctx.transposed

@@ -12,7 +12,6 @@ Where nobody else would see the call (`can_bypass_dispatcher`), autograd calls t
 which costs as much as a small product.
 """
 
-import contextlib
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -25,6 +24,7 @@ from lorafuse.backends import base, eager
 from lorafuse.backends.probe import device_spec, linear_problem
 from lorafuse.backends.rows import matrix
 from lorafuse.ops._define import LIBRARY
+from lorafuse.ops.autocast import outside_autocast
 from lorafuse.ops.transforms import is_transformed, needs_plain_backward
 from lorafuse.philox import keep_mask, rescaled
 from lorafuse.plan import Plan, Problem, select
@@ -76,8 +76,7 @@ def plan_problem(problem: Problem, device: torch.device) -> Plan:
 
 def _run(backend: str, problem: Callable[[], Problem], device: torch.device) -> ModuleType:
     """The module that runs a call; `problem()` is what the plan is asked for "auto"."""
-    if backend == "current":
-        backend = base.current()
+    backend = base.resolve(backend)
     if backend == "auto":
         backend = _ONLY.get(device.type) or plan_problem(problem(), device).backend
     return eager if backend == "eager" else base.load(backend)
@@ -180,17 +179,6 @@ def can_bypass_dispatcher(*tensors):
     )
 
 
-_NOTHING = contextlib.nullcontext()
-
-
-def _no_autocast(kind):
-    """Backward computes in the dtypes of forward, whatever autocast is on when it runs."""
-    # torch knows no autocast for meta tensors
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return _NOTHING
-    return torch.autocast(kind, enabled=False)
-
-
 def _run_forward(ctx, x, weight, bias, a, b, seed, scale, dropout_p, backend, wide):
     if can_bypass_dispatcher(x, weight, bias, a, b):
         y, xa = _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide)
@@ -211,7 +199,8 @@ def _run_backward(ctx, dy, dxa, leading):
     given = dy if dxa is None else dxa
     if given is None:
         return (None,) * 10
-    with _no_autocast(given.device.type):
+    # the dtypes are those of forward, whatever autocast is on now
+    with outside_autocast(given):
         if dxa is not None or needs_plain_backward(given):
             grads = _plain_gradients(leading, dy, dxa, x, xa, weight, a, b, seed, scale, dropout_p, needs, wide)
         else:
