@@ -5,7 +5,7 @@ that replaces `forward` only. PEFT stays the owner of everything else. Each forw
 so adapters may be switched, scaled, added, deleted, merged or disabled at any time.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as PeftLinear
@@ -34,11 +34,20 @@ from lorafuse.integrations.report import Patched, PatchReport, Skipped
 __all__ = ["FusedLinear", "adopt", "release", "survey"]
 
 
-# weight, bias, and of each active adapter (a, b, bias of b, scale, dropout_p)
-_Factors = tuple[Tensor, Tensor, Tensor | None, float, float]
-_Parts = tuple[Tensor, Tensor | None, list[_Factors]]
 # weight, a, b, scale, bias, dropout_p
 _Operands = tuple[Tensor, Tensor, Tensor, float, Tensor | None, float]
+# of each active adapter: a, b, bias of b, scale
+_Factors = tuple[Tensor, Tensor, Tensor | None, Any]
+
+
+class _Unfolded(NamedTuple):
+    """What has to be computed before the operator can take it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    factors: list[_Factors]
+    dropout_p: float
+
 
 _FORWARD = original(PeftLinear, "forward")
 _LINEAR_FORWARD = original(nn.Linear, "forward")
@@ -57,12 +66,13 @@ class FusedLinear(PeftLinear):
             parts: Any = interception(x)
             if parts is None:
                 parts = _parts(self)
+            if type(parts) is _Unfolded:
+                parts = _folded(*parts)
             if type(parts) is tuple:
-                operands = _operands(*parts)
                 if x.dim() > 4:
-                    y = run_linear(x.flatten(0, -4), *operands, None, self._lorafuse_backend)
+                    y = run_linear(x.flatten(0, -4), *parts, None, self._lorafuse_backend)  # type: ignore[call-arg]
                     return y.unflatten(0, x.shape[:-3])
-                return run_linear(x, *operands, None, self._lorafuse_backend)
+                return run_linear(x, *parts, None, self._lorafuse_backend)  # type: ignore[call-arg]
             if parts and not torch.compiler.is_compiling():
                 warn_once("a patched linear layer runs as PEFT ships it", parts)
         return PeftLinear.forward(self, x, *args, **kwargs)
@@ -72,8 +82,8 @@ class FusedLinear(PeftLinear):
 FusedLinear.__name__ = PeftLinear.__name__
 
 
-def _parts(layer: PeftLinear) -> _Parts | str | None:
-    """`(weight, bias, factors)` of the layer's present state, as the layer holds them: nothing is computed.
+def _parts(layer: PeftLinear) -> _Operands | _Unfolded | str | None:
+    """The operands of the layer's present state, or what they are to be computed from: nothing is computed here.
 
     None when no adapter is active in this layer, so that there is nothing to fuse; a str, the reason, when there is
     but it cannot be fused. The one statement of which layers lorafuse takes: the report and every forward ask here.
@@ -123,10 +133,13 @@ def _parts(layer: PeftLinear) -> _Parts | str | None:
         a_weight, b_weight = a._parameters.get("weight"), b._parameters.get("weight")
         if a_weight is None or b_weight is None:
             return f"its lora_A or lora_B {described(b if a_weight is not None else a, 'weight')}"
-        factors.append((a_weight, b_weight, b._parameters["bias"], layer.scaling[name], p))
-    if len(factors) > 1 and any(p for *_, p in factors):
-        return "several active adapters with dropout; PEFT draws a mask for each"
-    return weight, base._parameters["bias"], factors
+        if p and len(names) > 1:
+            return "several active adapters with dropout; PEFT draws a mask for each"
+        b_bias, scale = b._parameters["bias"], layer.scaling[name]
+        if len(names) == 1 and b_bias is None and not isinstance(scale, Tensor):
+            return weight, a_weight, b_weight, scale, base._parameters["bias"], p
+        factors.append((a_weight, b_weight, b_bias, scale))
+    return _Unfolded(weight, base._parameters["bias"], factors, p)
 
 
 def _why_not_linear(base: nn.Module) -> str:
@@ -149,23 +162,23 @@ def _why_not_plain(base: nn.Module, a: nn.Module, b: nn.Module) -> str:
     return "its dropout has hooks or a replaced forward"
 
 
-def _operands(weight: Tensor, bias: Tensor | None, factors: list[_Factors]) -> _Operands:
+def _folded(weight: Tensor, bias: Tensor | None, factors: list[_Factors], dropout_p: float) -> _Operands:
     """What the operator takes: the bias of B in the bias, several adapters as one."""
-    folded = []
-    for a, b, b_bias, scale, _ in factors:
+    pairs = []
+    for a, b, b_bias, scale in factors:
         if b_bias is not None:
             b_bias = (b_bias * scale).to(weight.dtype)
             bias = b_bias if bias is None else bias + b_bias
         # hot swapping keeps scales in tensors, so that a new one needs no compilation; the operator takes floats
         if isinstance(scale, Tensor):
             b, scale = b * scale, 1.0
-        folded.append((a, b, scale))
-    if len(folded) == 1:
-        return weight, a, b, scale, bias, factors[0][4]
+        pairs.append((a, b, scale))
+    if len(pairs) == 1:
+        return weight, *pairs[0], bias, dropout_p
     # active adapters add up, so together they are one adapter of the summed rank
-    a = torch.cat([a for a, *_ in folded])
-    b = torch.cat([b * scale for _, b, scale in folded], dim=1)
-    return weight, a, b, 1.0, bias, 0.0
+    a = torch.cat([a for a, *_ in pairs])
+    b = torch.cat([b * scale for _, b, scale in pairs], dim=1)
+    return weight, a, b, 1.0, bias, dropout_p
 
 
 # PEFT's class: ours
