@@ -17,11 +17,15 @@ from lorafuse.testing.numerics import relative_l2, tolerance
 
 WORLD, STEPS, LIMIT_S = 2, 3, 100
 pytestmark = pytest.mark.no_poison
+# one process imports what a dozen would, and each of them is its fork
+mp.get_context("forkserver").set_forkserver_preload(
+    ["lorafuse.integrations.hf_peft", "transformers.models.llama.modeling_llama"]
+)
 
 
 def spawn(worker, *args, limit_s=LIMIT_S):
     """Run `worker(rank, *args)` in two processes; AssertionError, with both ended, when they take too long."""
-    context = mp.start_processes(worker, args=args, nprocs=WORLD, join=False, start_method="spawn")
+    context = mp.start_processes(worker, args=args, nprocs=WORLD, join=False, start_method="forkserver")
     deadline = time.monotonic() + limit_s
     try:
         while not context.join(timeout=1):
