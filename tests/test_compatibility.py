@@ -27,7 +27,7 @@ def rows(text):
     return found
 
 
-def tests_of(path):
+def names_in(path):
     """Names of the tests of a file, as pytest writes them."""
     names = set()
     for node in ast.parse(path.read_text()).body:
@@ -41,9 +41,7 @@ def missing(text):
     """The tests that rows name and that do not exist."""
     wanted = [test.split("::", 1) for _, _, test in rows(text)]
     return [
-        f"{file}::{name}"
-        for file, name in wanted
-        if not (ROOT / "tests" / file).is_file() or name not in tests_of(ROOT / "tests" / file)
+        f"{file}::{name}" for file, name in wanted if not (ROOT / file).is_file() or name not in names_in(ROOT / file)
     ]
 
 
@@ -67,7 +65,7 @@ def test_messages_are_those_of_the_code():
 
 @pytest.mark.parametrize(
     "wrong",
-    ["| x | works | `test_patch.py::test_patch` |", "| x | fused | none |", "| x | refused | `test_patch.py::y` |"],
+    ["| x | works | `tests/a.py::b` |", "| x | fused | none |", "| x | refused | `tests/a.py::b` |"],
 )
 def test_a_row_that_says_nothing_is_found(wrong):
     with pytest.raises(ValueError, match="is not a row"):
@@ -75,8 +73,8 @@ def test_a_row_that_says_nothing_is_found(wrong):
 
 
 def test_a_test_that_is_gone_is_found():
-    row = "| x | fused | `test_compatibility.py::test_of_old` |"
-    assert missing(f"{HEADER}\n|---|---|---|\n{row}\n") == ["test_compatibility.py::test_of_old"]
+    row = "| x | fused | `tests/test_compatibility.py::test_of_old` |"
+    assert missing(f"{HEADER}\n|---|---|---|\n{row}\n") == ["tests/test_compatibility.py::test_of_old"]
 
 
 def test_the_example_of_a_policy_runs():

@@ -112,9 +112,10 @@ def missing_variables(markdown):
 
 
 def missing_names(markdown):
-    """Dotted names `lorafuse.x.y` that lead to no module or attribute."""
+    """Dotted names `lorafuse.x.y` or `torch.ops.lorafuse.x` that lead to no module or attribute."""
     missing = []
-    for name in {match for code in code_of(markdown) for match in re.findall(r"\blorafuse(?:\.[A-Za-z_]\w*)+", code)}:
+    pattern = r"\b(?:torch\.ops\.)?lorafuse(?:\.[A-Za-z_]\w*)+"
+    for name in {match for code in code_of(markdown) for match in re.findall(pattern, code)}:
         try:
             pkgutil.resolve_name(name)
         except (ImportError, AttributeError):

@@ -25,6 +25,10 @@ IDLE = 0.01
 # seconds after which a loop without end is one
 MOST_S = 3600
 pytestmark = pytest.mark.no_poison
+# one process imports what a dozen would, and each of them is its fork
+mp.get_context("forkserver").set_forkserver_preload(
+    ["lorafuse.integrations.hf_peft", "transformers.models.llama.modeling_llama"]
+)
 
 
 def cpu_seconds(pid):
@@ -40,7 +44,7 @@ def spawn(worker, *args, limit_s=LIMIT_S):
     """Run `worker(rank, *args)` in two processes; AssertionError, with both ended, when for `limit_s` seconds neither
     computes, or it takes an hour: what counts is their own time, which a machine with other work gives slowly.
     """
-    context = mp.start_processes(worker, args=args, nprocs=WORLD, join=False, start_method="spawn")
+    context = mp.start_processes(worker, args=args, nprocs=WORLD, join=False, start_method="forkserver")
     start = since = time.monotonic()
     used = 0.0
     try:
