@@ -14,6 +14,7 @@ from lorafuse.ops import linear as _linear
 from lorafuse.ops.autocast import autocast_is_on
 from lorafuse.ops.experts_rules import check_projection, check_scale, check_tensors
 from lorafuse.ops.linear import plan_problem
+from lorafuse.ops.transforms import is_transformed
 from lorafuse.philox import draw_seed
 from lorafuse.plan import Plan
 
@@ -84,7 +85,7 @@ def lora_linear(
     check_scale("scale", scale)
     if backend is not None:
         base.require(backend)
-    return run_linear(x, weight, a, b, scale, bias, dropout_p, seed, backend)
+    return run_linear(x, weight, a, b, scale, bias, dropout_p, seed, backend, is_transformed(x))
 
 
 def run_linear(
@@ -97,8 +98,12 @@ def run_linear(
     dropout_p: float,
     seed: int | Tensor | None,
     backend: str | None,
+    transformed: bool = False,
 ) -> Tensor:
-    """`lora_linear` for callers that already know that the parameters fit each other and the backend can run here."""
+    """`lora_linear` for callers that already know that the parameters fit each other and the backend can run here.
+
+    `transformed` is what `is_transformed(x)` said.
+    """
     autocast = autocast_is_on(x)
     if autocast and x.dtype is not torch.float64 and x.is_floating_point() and weight.is_floating_point():
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -115,7 +120,8 @@ def run_linear(
     seed = _seed_tensor(seed, x.device) if dropout_p else None
     # PEFT computes the low-rank path in the adapters' dtype; of those only fp16 is short of range
     wide = x.dtype is torch.float16 and not autocast and (a.dtype is not x.dtype or b.dtype is not x.dtype)
-    return _linear.lora_linear(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide)
+    run = _linear.plain_lora_linear if transformed else _linear.lora_linear
+    return run(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide)
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:

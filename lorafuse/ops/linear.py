@@ -25,11 +25,11 @@ from lorafuse.backends.probe import device_spec, linear_problem
 from lorafuse.backends.rows import matrix
 from lorafuse.ops._define import LIBRARY
 from lorafuse.ops.autocast import outside_autocast
-from lorafuse.ops.transforms import is_transformed, needs_plain_backward
+from lorafuse.ops.transforms import needs_plain_backward
 from lorafuse.philox import keep_mask, rescaled
 from lorafuse.plan import Plan, Problem, select
 
-__all__ = ["check_shapes", "lora_linear", "plan_problem"]
+__all__ = ["check_shapes", "lora_linear", "plain_lora_linear", "plan_problem"]
 
 # the one backend of a device type, which needs no plan
 _ONLY = {"cpu": base.candidates("cpu")[-1]}
@@ -252,14 +252,17 @@ torch.library.register_fake("lorafuse::lora_linear", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("lorafuse::lora_linear_backward", _fake_backward, lib=LIBRARY)
 
 
+def plain_lora_linear(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide):
+    """`lora_linear` for a call that `is_transformed`: in plain torch, whatever the backend."""
+    if not x.is_nested:
+        check_shapes(x, weight, bias, a, b)
+    elif seed is not None:
+        raise NotImplementedError("lora_linear draws no dropout mask for a nested x; pad it, or set dropout_p=0")
+    return _plain(x, weight, bias, a, b, seed, scale, dropout_p, wide)
+
+
 def lora_linear(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide):
     """y of the operator; see `lorafuse.functional.lora_linear` for the meaning."""
-    if is_transformed(x):
-        if not x.is_nested:
-            check_shapes(x, weight, bias, a, b)
-        elif seed is not None:
-            raise NotImplementedError("lora_linear draws no dropout mask for a nested x; pad it, or set dropout_p=0")
-        return _plain(x, weight, bias, a, b, seed, scale, dropout_p, wide)
     args = x, weight, bias, a, b, seed, scale, dropout_p, backend, wide
     if torch.compiler.is_compiling():
         return _op(*args)[0]
