@@ -326,7 +326,7 @@ def _main() -> int:
         args.json.write_text(json.dumps(table, indent=1) + "\n")
     else:
         for name, resources in table.items():
-            print(f"{name}: {resources}")
+            sys.stdout.write(f"{name}: {resources}\n")
     return 0
 
 
