@@ -25,7 +25,7 @@ test-compile: $(READY) ## compile every kernel for every architecture, every dty
 test-emu: $(READY) ## the CUDA kernels on this CPU under a thousand seeded schedules each; minutes
 	@$(PY) -m pytest $(PARALLEL) tests/test_emu*.py --seeds 1000 $(ARGS)
 
-test-peft: $(READY) ## PEFT's own LoRA tests, from its source distribution, with every model patched; half an hour
+test-peft: $(READY) ## PEFT's own LoRA tests, from its source distribution, with every model patched; 15 minutes
 	@$(PY) tests/peft_suite/run.py -n logical --maxprocesses 4 $(ARGS)
 
 cuda: $(READY) ## build the CUDA kernels (with nvcc) and their emulator (with g++) into lorafuse/
