@@ -1,7 +1,7 @@
 """The published numbers, generated from committed result files and the planner's model: `make numbers`.
 
     python bench/publish.py            write README.md, bench/README.md, docs/performance.md between their markers,
-                                       and the graph under docs/
+                                       the graph under docs/, and the tables that plans follow (bench/measured.py)
     python bench/publish.py --check    write nothing; 1 with a diff when one of them is not in step
 
 What is not in `bench/results/` is "not yet measured". The sentences around README's tables are in `bench/numbers.md`.
@@ -22,11 +22,13 @@ from string import Template
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
+import measured  # noqa: E402
 import publish_grid  # noqa: E402
 import publish_tables as tables  # noqa: E402
 
 from lorafuse.bench import plots  # noqa: E402
 from lorafuse.bench.result import read  # noqa: E402
+from lorafuse.plan import tuned  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         )
         return int(bool(differences))
     for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     for stale in _graphs(root):
         if graph is None or stale.stem != graph[0]:
@@ -137,6 +140,8 @@ def generate(root: Path) -> dict[Path, str]:
         for marker, content in named.items():
             text = _replaced(text, marker, content, path)
         documents[path] = text
+    for model, entries in measured.tables(on_gpu).items():
+        documents[root / measured.FOLDER / tuned.file_name(model)] = tuned.text_of(entries)
     return documents
 
 
@@ -273,7 +278,7 @@ def _changed_texts(root: Path, texts: dict[Path, str]) -> list[str]:
     found = []
     for path, text in texts.items():
         name = _named(root, path)
-        lines = path.read_text().splitlines(), text.splitlines()
+        lines = (path.read_text() if path.exists() else "").splitlines(), text.splitlines()
         found += difflib.unified_diff(*lines, f"{name} (committed)", f"{name} (generated)", lineterm="")
     return found
 

@@ -261,19 +261,16 @@ class TestTuned:
 
     @pytest.mark.parametrize(
         ("change", "said"),
-        [({"M": [5, 1]}, r"M is \[5, 1\]"), ({"kernel": "fastest"}, "kernel 'fastest'"), ({"N": "many"}, "N is 'many'"),
+        [({"M": [5, 1]}, r"M is \[5, 1\]"), ({"kernel": "fastest"}, "kernel is 'fastest'"), ({"N": "many"}, "N is 'many'"),
          ({"speed": 1}, "it has the fields")],
     )  # fmt: skip
     def test_a_broken_entry_is_named(self, file, change, said):
         file({"version": 1, "entries": [self.ENTRY, self.ENTRY | change]})
-        with pytest.raises(ValueError, match=rf"h200\.json: entry 1.*{said}"):
-            select(HEADLINE, find("H200"), ALL)
+        with pytest.warns(UserWarning, match=rf"h200\.json: entry 1.*{said}"):
+            plan = select(HEADLINE, find("H200"), ALL)
+        assert "when measured on" not in plan.reasons[-1]
 
     def test_another_version_is_refused(self, file):
         file({"version": 3, "entries": []})
-        with pytest.raises(ValueError, match='"version": 2'):
+        with pytest.warns(UserWarning, match='"version": 2'):
             select(HEADLINE, find("H200"), ALL)
-
-    def test_what_ships_is_valid(self):
-        for device in DEVICES:
-            tuned.load(device)

@@ -1,6 +1,7 @@
 """Measurements that overrule the model, one file a GPU: the user's own, and after them those shipped with the package.
 
-`lorafuse tune` writes `tuned/<gpu>.json` in the folder of LORAFUSE_CACHE_DIR; `plan/tuned/<gpu>.json` ships. Both are
+`lorafuse tune` writes `tuned/<gpu>.json` in the folder of LORAFUSE_CACHE_DIR; `plan/measured/<gpu>.json` ships, made
+from bench/results/ by bench/measured.py. Both are
 
     {"version": 2, "entries": [{"N": 4096, "K": 4096, "R": [1, 16], "M": [1024, 16384], "dtype": "bfloat16",
       "dropout": false, "gradients": [], "kernel": "two_kernel", "seconds": 0.00037, "commit": "…", "date": "…",
@@ -30,13 +31,13 @@ from lorafuse.errors import one_line
 from lorafuse.plan.device import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["KERNELS", "Tuned", "load", "match", "name_of", "own_file", "read", "write"]
+__all__ = ["KERNELS", "Tuned", "file_name", "load", "match", "name_of", "own_file", "read", "text_of", "write"]
 
 _TRITON = ("two_kernel", "single_kernel", "one_pass_backward")
 # name: backend; the CUDA kernels do the same steps as Triton's, or da and db in dx's launch
 KERNELS = {"aten_beta1": "eager", **dict.fromkeys(_TRITON, "triton")}
 KERNELS |= {f"cuda {name}": "cuda" for name in (*_TRITON, "one_launch_backward")}
-_FOLDER = Path(__file__).parent / "tuned"
+_FOLDER = Path(__file__).parent / "measured"
 _VERSION = 2
 # an entry takes some 500 bytes: thousands of layers
 _MOST_BYTES = 2**24
@@ -147,13 +148,14 @@ def name_of(backend: str, kernel: str) -> str:
     return f"cuda {kernel}" if backend == "cuda" else kernel
 
 
-def _file_name(model: str) -> str:
+def file_name(model: str) -> str:
+    """The name of the file of a GPU model."""
     return re.sub(r"[^a-z0-9]+", "-", model.lower()) + ".json"
 
 
 def own_file(model: str) -> Path:
     """Where the user's measurements of a GPU model are kept."""
-    return env.cache_dir() / "tuned" / _file_name(model)
+    return env.cache_dir() / "tuned" / file_name(model)
 
 
 @cache
@@ -161,7 +163,7 @@ def load(model: str) -> tuple[Tuned, ...]:
     """The entries for a GPU model, the user's first, none when there is no file. Warns of a file that `read` refuses,
     whose entries are left out.
     """
-    return _known(own_file(model), own=True) + _known(_FOLDER / _file_name(model), own=False)
+    return _known(own_file(model), own=True) + _known(_FOLDER / file_name(model), own=False)
 
 
 def _known(path: Path, own: bool) -> tuple[Tuned, ...]:
@@ -219,9 +221,14 @@ def write(path: Path, entries: Iterable[Tuned]) -> None:
 
     Raises OSError where it cannot be written.
     """
+    files.write_text(path, text_of(entries))
+
+
+def text_of(entries: Iterable[Tuned]) -> str:
+    """The content of a file of these entries."""
     plain = [{name: value for name, value in asdict(entry).items() if name != "own"} for entry in entries]
     lines = ",\n  ".join(json.dumps(entry, ensure_ascii=False) for entry in plain)
-    files.write_text(path, f'{{"version": {_VERSION}, "entries": [\n  {lines}\n]}}\n')
+    return f'{{"version": {_VERSION}, "entries": [\n  {lines}\n]}}\n'
 
 
 def match(problem: Problem, device: DeviceSpec, kernels: Container[str] = KERNELS, own: bool = True) -> Tuned | None:
