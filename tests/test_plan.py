@@ -261,8 +261,8 @@ class TestTuned:
 
     @pytest.mark.parametrize(
         ("change", "said"),
-        [({"M": [5, 1]}, r"M is \[5, 1\]"), ({"kernel": "fastest"}, "kernel is 'fastest'"), ({"N": "many"}, "N is 'many'"),
-         ({"speed": 1}, "it has the fields")],
+        [({"M": [5, 1]}, r"M is \[5, 1\]"), ({"kernel": "fastest"}, "kernel is 'fastest'"),
+         ({"N": "many"}, "N is 'many'"), ({"speed": 1}, "it has the fields")],
     )  # fmt: skip
     def test_a_broken_entry_is_named(self, file, change, said):
         file({"version": 1, "entries": [self.ENTRY, self.ENTRY | change]})
