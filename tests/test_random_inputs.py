@@ -4,8 +4,10 @@ Every element is held to `ROUNDINGS` roundings of the formula in absolute values
 operations can differ by, however much cancels. 8,000 examples in a minute; the same ones in every run.
 """
 
+import itertools
 import math
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,10 +16,13 @@ from lorafuse.functional import lora_experts, lora_grouped_linear, lora_linear
 from lorafuse.philox import keep_mask, rescaled
 from lorafuse.testing.numerics import rounding
 
+# it would take a third of the time; the other tests have it
+pytestmark = pytest.mark.no_poison
+
 ROUNDINGS = 16
-EXAMPLES = {"linear": 300, "grouped": 100, "experts": 100}
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-LAYOUTS = ("contiguous", "transposed", "strided", "shifted", "expanded")
+EXAMPLES = {"linear": 5000, "grouped": 2500, "experts": 500}
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+LAYOUTS = ["contiguous", "transposed", "strided", "shifted", "expanded"]
 
 
 def examples(name):
@@ -43,12 +48,34 @@ def laid_out(t, layout):
     return t
 
 
-def draw_tensor(draw, generator, shape, dtype, size=1.0):
-    t = (torch.randn(shape, generator=generator, dtype=torch.float64) * size).to(dtype)
-    return laid_out(t, draw(st.sampled_from(LAYOUTS)))
+class Drawer:
+    """Normal tensors from one seed, in the layouts of a list."""
+
+    def __init__(self, seed, layouts):
+        self.generator, self.layouts = torch.Generator().manual_seed(seed), itertools.cycle(layouts)
+
+    def __call__(self, shape, dtype):
+        t = torch.randn(shape, generator=self.generator, dtype=torch.float64).to(dtype)
+        return laid_out(t, next(self.layouts))
 
 
-def run_twice(function, operands, names, draw, generator):
+def cases(**choices):
+    """A strategy of dictionaries: one of each list, any other strategy as it is. One draw for all is what is fast."""
+    chosen = {k: st.sampled_from(c) if isinstance(c, list) else c for k, c in choices.items()}
+    seeds = {"seed": st.integers(0, 2**63 - 1), "layouts": st.lists(st.sampled_from(LAYOUTS), min_size=8, max_size=8)}
+    return st.fixed_dictionaries(chosen | seeds)
+
+
+def subsets(*names):
+    return st.sets(st.sampled_from(names)).map(sorted)
+
+
+def promoted(dtype, how):
+    """The dtype of adapters over a base."""
+    return {"same": dtype, "fp32": torch.float32, "wider": torch.promote_types(dtype, torch.float32)}[how]
+
+
+def run_twice(function, operands, names, tensor):
     """`(y, {name: gradient}, dy)` of `function(**operands)`, after it was seen that a second run gives the same."""
     before = {name: t.clone() for name, t in operands.items() if isinstance(t, torch.Tensor)}
     for name in names:
@@ -58,7 +85,7 @@ def run_twice(function, operands, names, draw, generator):
     for _ in range(2):
         y = function(**operands)
         if dy is None:
-            dy = draw_tensor(draw, generator, y.shape, y.dtype)
+            dy = tensor(y.shape, y.dtype)
         leaves = [operands[name] for name in names]
         grads = torch.autograd.grad(y, leaves, dy) if names and y.requires_grad else []
         results.append((y.detach(), *grads))
@@ -90,27 +117,36 @@ def low_rank(x, w, a, b, dy, scale, keep):
 
 
 @examples("linear")
-@given(st.data())
-def test_linear(data):
-    draw = data.draw
-    leading = draw(st.lists(st.sampled_from([0, 1, 2, 3, 5]), max_size=3))
-    N, K, R = (draw(st.sampled_from(sizes)) for sizes in ([0, 1, 2, 5, 8], [0, 1, 3, 4, 7, 8], [1, 2, 3]))
-    dtype = draw(st.sampled_from(DTYPES))
-    wide = draw(st.sampled_from([dtype, torch.float32, torch.promote_types(dtype, torch.float32)]))
-    scale, p = draw(st.sampled_from([1.0, 0.0, -0.5, 3.0, 64.0])), draw(st.sampled_from([0.0, 0.0, 0.3, 1.0]))
-    has_bias, seed = draw(st.booleans()), draw(st.integers(0, 2**63 - 1))
-    names = draw(st.sets(st.sampled_from(["x", "a", "b", "bias"] if has_bias else ["x", "a", "b"])))
-    generator = torch.Generator().manual_seed(seed)
+@given(
+    cases(
+        leading=st.lists(st.sampled_from([0, 1, 2, 3, 5]), max_size=3),
+        N=[0, 1, 2, 5, 8],
+        K=[0, 1, 3, 4, 7, 8],
+        R=[1, 2, 3],
+        dtype=DTYPES,
+        adapters=["same", "fp32", "wider"],
+        scale=[1.0, 0.0, -0.5, 3.0, 64.0],
+        p=[0.0, 0.0, 0.3, 1.0],
+        has_bias=[True, False],
+        names=subsets("x", "a", "b", "bias"),
+    )
+)
+def test_linear(case):
+    leading, N, K, R, dtype, scale, p, seed = (
+        case[name] for name in ("leading", "N", "K", "R", "dtype", "scale", "p", "seed")
+    )
+    wide, tensor = promoted(dtype, case["adapters"]), Drawer(seed, case["layouts"])
     o = {
-        "x": draw_tensor(draw, generator, (*leading, K), dtype),
-        "weight": draw_tensor(draw, generator, (N, K), dtype),
-        "a": draw_tensor(draw, generator, (R, K), wide),
-        "b": draw_tensor(draw, generator, (N, R), wide),
+        "x": tensor((*leading, K), dtype),
+        "weight": tensor((N, K), dtype),
+        "a": tensor((R, K), wide),
+        "b": tensor((N, R), wide),
     }
-    if has_bias:
-        o["bias"] = draw_tensor(draw, generator, (N,), dtype)
+    if case["has_bias"]:
+        o["bias"] = tensor((N,), dtype)
+    names = [name for name in case["names"] if name in o]
     y, grads, dy = run_twice(
-        lambda **given: lora_linear(**given, scale=scale, dropout_p=p, seed=seed), o, sorted(names), draw, generator
+        lambda **given: lora_linear(**given, scale=scale, dropout_p=p, seed=seed), o, names, tensor
     )
     assert y.dtype is dtype
     M = math.prod(leading)
@@ -120,7 +156,7 @@ def test_linear(data):
     factor = rescaled(scale, p)
     expected = low_rank(x, w, a, b, flat, factor, keep)
     size = low_rank(*(t.abs() for t in (x, w, a, b, flat)), abs(factor), keep)
-    if has_bias:
+    if "bias" in o:
         bias = o["bias"].detach().double()
         expected |= {"y": expected["y"] + bias, "bias": flat.sum(0)}
         size |= {"y": size["y"] + bias.abs(), "bias": flat.abs().sum(0)}
@@ -133,36 +169,44 @@ def test_linear(data):
         assert_close(name, actual.reshape(expected[name].shape), expected[name], size[name], eps)
 
 
-def draw_groups(draw, generator, E, N, K, R, dtype, wide):
-    transposed = draw(st.booleans())
-    w = draw_tensor(draw, generator, (E, K, N) if transposed else (E, N, K), dtype)
-    a, b = draw_tensor(draw, generator, (E, R, K), wide), draw_tensor(draw, generator, (E, N, R), wide)
-    if draw(st.booleans()):
-        # as PEFT packs it: neighbours from different experts
-        b = b.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    return w, a, b, transposed
+def stack(tensor, E, N, K, R, dtype, wide, transposed, packed):
+    """w, a and b of E layers, b as PEFT packs it (neighbours from different experts) where `packed`."""
+    w = tensor((E, K, N) if transposed else (E, N, K), dtype)
+    a, b = tensor((E, R, K), wide), tensor((E, N, R), wide)
+    return w, a, b.permute(1, 2, 0).contiguous().permute(2, 0, 1) if packed else b
 
 
 @examples("grouped")
-@given(st.data())
-def test_grouped(data):
-    draw = data.draw
-    E, N, K, R = (draw(st.sampled_from(s)) for s in ([1, 2, 3], [0, 1, 4, 5], [0, 1, 3, 8], [1, 2]))
-    counts = draw(st.lists(st.integers(0, 3), min_size=E, max_size=E))
-    beyond = draw(st.integers(0, 2))
-    dtype = draw(st.sampled_from(DTYPES))
-    wide = draw(st.sampled_from([dtype, torch.promote_types(dtype, torch.float32)]))
-    scale = draw(st.sampled_from([1.0, 0.0, -0.5, 3.0]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**63 - 1)))
-    w, a, b, transposed = draw_groups(draw, generator, E, N, K, R, dtype, wide)
-    S = sum(counts) + beyond
-    o = {"x": draw_tensor(draw, generator, (S, K), dtype), "weight": w, "a": a, "b": b}
-    if draw(st.booleans()):
-        o["bias"] = draw_tensor(draw, generator, (E, N), dtype)
-    o["offsets"] = torch.tensor(counts).cumsum(0).to(draw(st.sampled_from([torch.int32, torch.int64])))
-    names = sorted(draw(st.sets(st.sampled_from(["x", "a", "b"]))))
+@given(
+    cases(
+        counts=st.lists(st.integers(0, 3), min_size=1, max_size=3),
+        beyond=[0, 1, 2],
+        N=[0, 1, 4, 5],
+        K=[0, 1, 3, 8],
+        R=[1, 2],
+        dtype=DTYPES,
+        adapters=["same", "wider"],
+        scale=[1.0, 0.0, -0.5, 3.0],
+        transposed=[True, False],
+        packed=[True, False],
+        has_bias=[True, False],
+        index_dtype=[torch.int32, torch.int64],
+        names=subsets("x", "a", "b"),
+    )
+)
+def test_grouped(case):
+    counts, N, K, R, dtype, scale, transposed, names = (
+        case[name] for name in ("counts", "N", "K", "R", "dtype", "scale", "transposed", "names")
+    )
+    E, S, wide = len(counts), sum(counts) + case["beyond"], promoted(dtype, case["adapters"])
+    tensor = Drawer(case["seed"], case["layouts"])
+    w, a, b = stack(tensor, E, N, K, R, dtype, wide, transposed, case["packed"])
+    o = {"x": tensor((S, K), dtype), "weight": w, "a": a, "b": b}
+    if case["has_bias"]:
+        o["bias"] = tensor((E, N), dtype)
+    o["offsets"] = torch.tensor(counts).cumsum(0).to(case["index_dtype"])
     y, grads, dy = run_twice(
-        lambda **given: lora_grouped_linear(**given, scale=scale, is_transposed=transposed), o, names, draw, generator
+        lambda **given: lora_grouped_linear(**given, scale=scale, is_transposed=transposed), o, names, tensor
     )
     zero = {"y": torch.zeros(S, N).double(), "x": torch.zeros(S, K).double()}
     zero |= {"a": torch.zeros(E, R, K).double(), "b": torch.zeros(E, N, R).double()}
@@ -186,24 +230,32 @@ def test_grouped(data):
 
 
 @examples("experts")
-@given(st.data())
-def test_experts(data):
-    draw = data.draw
-    T, E, k = (draw(st.sampled_from(s)) for s in ([0, 1, 2, 5], [1, 2, 4], [1, 2]))
-    H, I, R = (draw(st.sampled_from(s)) for s in ([1, 3, 8], [1, 2, 5], [1, 2]))
-    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**63 - 1)))
-    up, up_a, up_b, transposed = draw_groups(draw, generator, E, 2 * I, H, R, dtype, dtype)
-    down, down_a, down_b, _ = draw_groups(draw, generator, E, H, I, R, dtype, dtype)
-    if (down.shape[1:] == (I, H)) is not transposed:
-        down = down.mT if H != I else down
-    if down.shape[1:] != ((I, H) if transposed else (H, I)):
-        down = down.mT
+@given(
+    cases(
+        T=[0, 1, 2, 5],
+        E=[1, 2, 4],
+        k=[1, 2],
+        H=[1, 3, 8],
+        I=[1, 2, 5],
+        R=[1, 2],
+        dtype=[torch.float32, torch.float64, torch.bfloat16],
+        transposed=[True, False],
+        packed=[True, False],
+        names=subsets("x", "topk_weight", "gate_up_a", "gate_up_b", "down_a", "down_b"),
+    )
+)
+def test_experts(case):
+    T, E, k, H, I, R, dtype, transposed, packed, names = (
+        case[name] for name in ("T", "E", "k", "H", "I", "R", "dtype", "transposed", "packed", "names")
+    )
+    tensor = Drawer(case["seed"], case["layouts"])
+    up, up_a, up_b = stack(tensor, E, 2 * I, H, R, dtype, dtype, transposed, packed)
+    down, down_a, down_b = stack(tensor, E, H, I, R, dtype, dtype, transposed, packed)
     o = {
-        "x": draw_tensor(draw, generator, (T, H), dtype),
+        "x": tensor((T, H), dtype),
         # E is a sentinel
-        "topk_index": torch.randint(0, E + 1, (T, k), generator=generator),
-        "topk_weight": draw_tensor(draw, generator, (T, k), dtype),
+        "topk_index": torch.randint(0, E + 1, (T, k), generator=tensor.generator),
+        "topk_weight": tensor((T, k), dtype),
         "gate_up": up / math.sqrt(H),
         "down": down / math.sqrt(I),
         "gate_up_a": up_a,
@@ -211,13 +263,11 @@ def test_experts(data):
         "down_a": down_a,
         "down_b": down_b,
     }
-    names = ["x", "topk_weight", "gate_up_a", "gate_up_b", "down_a", "down_b"]
-    names = sorted(draw(st.sets(st.sampled_from(names))))
 
     def fused(**given):
         return lora_experts(**given, gate_up_scale=0.7, down_scale=-0.5, is_transposed=transposed)
 
-    y, grads, dy = run_twice(fused, o, names, draw, generator)
+    y, grads, dy = run_twice(fused, o, names, tensor)
     exact = {n: t if t.dtype is torch.int64 else t.detach().double().requires_grad_(n in names) for n, t in o.items()}
     expected = _experts(**exact, transposed=transposed)
     leaves = [exact[name] for name in names]
