@@ -8,6 +8,7 @@ import torch
 import transformers
 from experts_reference import block, differentiated, fused, plain
 from test_peft_experts import step
+from tiny_families import tiny_model
 from torch.nn import functional as F
 
 import lorafuse
@@ -95,14 +96,11 @@ def test_a_sum_over_rows_is_rounded_once_for_each_part():
 
 class TestExpertsThatAreComputedInFp32:
     def model(self, dtype, implementation=None):
-        config = transformers.OpenAIPrivacyFilterConfig(
-            **moe_models._LOCAL, layer_types=["full_attention"] * 2, experts_implementation=implementation
-        )
-        torch.manual_seed(0)
-        model = transformers.OpenAIPrivacyFilterForTokenClassification(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+        model = tiny_model(
+            transformers.OpenAIPrivacyFilterForTokenClassification,
+            layer_types=["full_attention"] * 2,
+            experts_implementation=implementation,
+        ).train()
         adapter = moe_models.peft.LoraConfig(
             r=4, target_modules=[], target_parameters=moe_models.targets("gpt_oss"), init_lora_weights=False
         )

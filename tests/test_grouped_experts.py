@@ -246,7 +246,7 @@ class TestWhere:
 
 MUTATIONS = {
     "sentinels are summed": ("y[-1:].masked_fill_(ends[-1] < S, 0)", "pass", "out"),
-    "every sentinel's own row": ("place.masked_fill_(place >= ends[-1], S - 1)", "pass", "out"),
+    "every sentinel's own row": ("place.masked_fill_(beyond, S - 1)", "pass", "out"),
     "no bias": ("low[:, self.rank] = 1", "pass", "out"),
     "no low-rank product": ("self._fused(x, self._w, low, self._b.mT)", "self._product(x, self._w)", "out"),
     "no low-rank product in dx": ("self._fused(dy, self._w.mT, dyb, self._a)", "self._product(dy, self._w.mT)", "x"),

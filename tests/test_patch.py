@@ -342,7 +342,7 @@ class TestBackendOfPatchedLayers:
 
     @pytest.fixture(autouse=True)
     def _default(self, monkeypatch):
-        monkeypatch.setattr(backends, "_current", "cuda")
+        monkeypatch.setattr(backends, "current", lambda: "cuda")
 
     @pytest.fixture
     def layer(self, request):

@@ -58,10 +58,8 @@ def test_adapters_on_meta(base, lora_bias, bias):
 
 def test_experts_on_meta():
     with torch.device("meta"):
-        model = peft.get_peft_model(
-            moe_models.FAMILIES["mixtral"][0](moe_models.FAMILIES["mixtral"][1](**moe_models.FAMILIES["mixtral"][2])),
-            peft.LoraConfig(r=2, target_modules=[], target_parameters=moe_models.targets("mixtral")),
-        )
+        config = peft.LoraConfig(r=2, target_modules=[], target_parameters=moe_models.targets("mixtral"))
+        model = peft.get_peft_model(moe_models.base("mixtral"), config)
     assert lorafuse.patch(model, strict=True).patched
 
 

@@ -4,9 +4,8 @@ Same operator as `eager`, shapes and meaning of arguments included, in bfloat16 
 capability 9.0. Launches go to the current stream of x's device. Experts: `lorafuse.backends.cuda_experts`.
 """
 
-from functools import partial
-
 import torch
+from torch import Tensor
 
 from lorafuse.backends import cuda_experts, cuda_linear, cuda_native, probe
 from lorafuse.backends.on_gpu import device_guard
@@ -35,4 +34,13 @@ _RUN = cuda_linear.Runner(
     capturing=torch.cuda.is_current_stream_capturing,
 )
 experts_forward, experts_backward, grouped_forward, grouped_backward = cuda_experts.functions(_RUN)
-linear_forward, linear_backward = partial(cuda_linear.forward, _RUN), partial(cuda_linear.backward, _RUN)
+
+
+def linear_forward(*operands) -> tuple[Tensor, Tensor]:
+    """See `lorafuse.backends.cuda_linear.forward`."""
+    return cuda_linear.forward(_RUN, *operands)
+
+
+def linear_backward(*operands) -> tuple[Tensor | None, ...]:
+    """See `lorafuse.backends.cuda_linear.backward`."""
+    return cuda_linear.backward(_RUN, *operands)

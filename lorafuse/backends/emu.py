@@ -4,9 +4,9 @@ Same functions as `cuda`. `lorafuse._emu.configure` says how launches run. Secon
 """
 
 import contextlib
-from functools import partial
 
 import torch
+from torch import Tensor
 
 from lorafuse.backends import cuda_experts, cuda_linear, cuda_native
 from lorafuse.plan import DeviceSpec, find
@@ -36,4 +36,13 @@ _RUN = cuda_linear.Runner(
     capturing=lambda: False,
 )
 experts_forward, experts_backward, grouped_forward, grouped_backward = cuda_experts.functions(_RUN)
-linear_forward, linear_backward = partial(cuda_linear.forward, _RUN), partial(cuda_linear.backward, _RUN)
+
+
+def linear_forward(*operands) -> tuple[Tensor, Tensor]:
+    """See `lorafuse.backends.cuda_linear.forward`."""
+    return cuda_linear.forward(_RUN, *operands)
+
+
+def linear_backward(*operands) -> tuple[Tensor | None, ...]:
+    """See `lorafuse.backends.cuda_linear.backward`."""
+    return cuda_linear.backward(_RUN, *operands)

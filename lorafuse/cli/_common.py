@@ -11,8 +11,8 @@ import torch
 __all__ = ["DTYPES", "MOST", "check_numbers", "check_path", "console", "device"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# of every size and count: what a kernel's 32-bit index holds
-MOST = 2**31 - 1
+# of every size and count: a matrix of it and any other is beyond all memory
+MOST = 2**48
 
 
 def device(name: str) -> torch.device:
@@ -21,8 +21,13 @@ def device(name: str) -> torch.device:
         raise ValueError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
     try:
         found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        # a name that torch knows may be of a device that it was built without, is not here, or holds no numbers
-        torch.zeros(1, device=found).item()
+        if found.type == "cuda":
+            count = max(1, torch.cuda.device_count())
+            if (found.index or 0) >= count:
+                raise RuntimeError(f"the CUDA devices here are 0 to {count - 1}")
+        else:
+            # a name that torch knows may be of a device that it was built without, is not here, or holds no numbers
+            torch.zeros(1, device=found).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--device {name}: torch cannot use it here ({reason}); use --device cpu") from error

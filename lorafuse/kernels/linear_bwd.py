@@ -85,7 +85,9 @@ def _lora_dyb_db_kernel(
         o_db = (i_s.to(tl.int64) * N + o_n)[:, None] * R + o_r[None, :]
         tl.store(p_db + o_db, acc_db, mask=(o_n < N)[:, None] & (o_r < R)[None, :])
     if p_dbias is not None:
-        tl.store(p_dbias + i_s.to(tl.int64) * N + o_n, acc_dbias, mask=o_n < tl.where(i_r == 0, N, 0))
+        # by the programs of the first ranks only
+        first = i_r.broadcast_to((BLOCK_N,)) == 0
+        tl.store(p_dbias + i_s.to(tl.int64) * N + o_n, acc_dbias, mask=(o_n < N) & first)
 
 
 @triton.jit(do_not_specialize=["drop_below"])

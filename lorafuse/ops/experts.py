@@ -237,6 +237,11 @@ def lora_experts_recomputed(*args, activation: Callable[[Tensor], Tensor], backe
 
 
 def _recomputed(args, activation, backend):
+    x, index, _, up, down, _, _, up_a, _, down_a, *_, transposed = args
+    if base.resolve(backend) == "auto":
+        # backward runs where forward does
+        operands = x, index.shape[1], up, down, up_a, down_a, transposed, False
+        backend = probe.grouped_backend(x.device, partial(probe.experts_problem, *operands))
     act = Recomputed(activation)
     name = f"function {id(act)}"
     _functions[name] = act
