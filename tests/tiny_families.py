@@ -56,6 +56,8 @@ SETTINGS = {
         "rope_parameters": _ROPE | {"mrope_section": [1, 1, 2]},
     },
     "FlintConfig": {"mlp_only_layers": []},
+    # since transformers 5.24
+    "HYV4VLTextConfig": {"rope_parameters": _ROPE | {"mrope_section": [2, 1, 1]}},
     "Gemma4TextConfig": {
         "enable_moe_block": True,
         "vocab_size_per_layer_input": VOCABULARY,
