@@ -102,7 +102,7 @@ def run_linear(
 ) -> Tensor:
     """`lora_linear` for callers that already know that the parameters fit each other and the backend can run here.
 
-    `transformed` is what `is_transformed(x)` said.
+    `transformed` is the result of `is_transformed(x)`.
     """
     autocast = autocast_is_on(x)
     if autocast and x.dtype is not torch.float64 and x.is_floating_point() and weight.is_floating_point():

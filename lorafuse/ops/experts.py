@@ -73,10 +73,6 @@ def _kept(grads, like):
     return tuple(like.new_empty(0) if g is None else g for g in grads)
 
 
-def _wanted(grads, needs):
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
-
-
 def _experts(x, index, weight, up, down, ub, db, ua, ubb, da, dbb, s1, s2, transposed, act, gated, inter, backend):
     operands = x, index.shape[1], up, down, ua, da, transposed
     run = _run(backend, x, probe.experts_problem, *operands, False).experts_forward
