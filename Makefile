@@ -20,10 +20,10 @@ test: $(READY) ## run all tests, lint included; pytest options with ARGS="..."
 	@$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 test-compile: $(READY) ## compile every kernel for every architecture, every dtype; minutes, no GPU
-	@$(PY) -m pytest $(PARALLEL) tests/test_compile.py --every-dtype $(ARGS)
+	@$(PY) -m pytest $(PARALLEL) tests/kernels/test_compile.py --every-dtype $(ARGS)
 
 test-emu: $(READY) ## the CUDA kernels on this CPU under a thousand seeded schedules each; minutes
-	@$(PY) -m pytest $(PARALLEL) tests/test_emu*.py --seeds 1000 $(ARGS)
+	@$(PY) -m pytest $(PARALLEL) tests/cuda/test_emu*.py --seeds 1000 $(ARGS)
 
 test-peft: $(READY) ## PEFT's own LoRA tests, from its source distribution, with every model patched; 15 minutes
 	@$(PY) tests/peft_suite/run.py -n logical --maxprocesses 4 $(ARGS)
@@ -32,8 +32,8 @@ cuda: $(READY) ## build the CUDA kernels (with nvcc) and their emulator (with g+
 	@$(PY) csrc/build.py emu
 	@$(PY) csrc/build.py cuda
 
-budget: $(READY) ## write the kernels' registers and shared memory to tests/*_budget.json, for review
-	@$(PY) -m pytest tests/test_compile.py tests/test_cuda_build.py --update-budget -k budget
+budget: $(READY) ## write the kernels' registers and shared memory to tests/*/*_budget.json, for review
+	@$(PY) -m pytest tests/kernels/test_compile.py tests/cuda/test_cuda_build.py --update-budget -k budget
 
 lint: $(READY) ## check style, format and types; edits nothing
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

@@ -85,17 +85,18 @@ def steps(out: Path) -> list[Step]:
 
     llama = [f"llama-3.1-8b.{name}" for name in ("q", "k", "gate", "down")]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
-    smoke = [*pytest, "tests/test_triton_linear.py", "-k", "gate or test_dropout"]
-    cuda_smoke = [*pytest, "tests/test_gpu.py", "-k", "every_rank_of_the_cuda or one_cuda_launch and not 8192"]
-    experts_smoke = [*pytest, "tests/test_triton_experts.py", "-k", "several_tiles or every_activation"]
-    linear, experts_file, on_gpu = (f"tests/test_{name}.py" for name in ("triton_linear", "triton_experts", "gpu"))
+    smoke = [*pytest, "tests/kernels/test_triton_linear.py", "-k", "gate or test_dropout"]
+    cuda_smoke = [*pytest, "tests/ops/test_gpu.py", "-k", "every_rank_of_the_cuda or one_cuda_launch and not 8192"]
+    experts_smoke = [*pytest, "tests/kernels/test_triton_experts.py", "-k", "several_tiles or every_activation"]
+    linear, experts_file = (f"tests/kernels/test_triton_{name}.py" for name in ("linear", "experts"))
+    on_gpu = "tests/ops/test_gpu.py"
     return [
         Step("doctor", [python, "-m", "lorafuse", "doctor"], 60, 1),
         Step("cuda-build", _BUILD, 150, 1),
         Step("gate", [*pytest, linear, "-k", "gate or single or integers", *parallel(4)], 120, 1),
         Step("experts-gate", [*pytest, experts_file, "-k", "layout or activation", *parallel(3)], 120, 1),
         Step("gpu-tests", [*pytest, on_gpu, "-k", "not cuda and not offsets", *parallel(3)], 120, 1),
-        Step("gpu-experts-tests", [*pytest, "tests/test_gpu_experts.py", *parallel(2)], 120, 1),
+        Step("gpu-experts-tests", [*pytest, "tests/ops/test_gpu_experts.py", *parallel(2)], 120, 1),
         Step("cuda-gate", [*pytest, on_gpu, "-k", "cuda and not offsets", *parallel(3)], 90, 2),
         layer(8192, 16, *llama),
         experts(8192, "qwen3-30b-a3b", "balanced"),
@@ -106,7 +107,7 @@ def steps(out: Path) -> list[Step]:
         layer(8192, 64, "llama-3.1-8b.q"),
         layer(512, 16, "llama-3.1-8b.q"),
         layer(16384, 16, "llama-3.1-8b.q"),
-        Step("all-kernel-tests", [*pytest, linear, "tests/test_philox.py", *parallel(8)], 180, 3),
+        Step("all-kernel-tests", [*pytest, linear, "tests/ops/test_philox.py", *parallel(8)], 180, 3),
         Step("all-experts-tests", [*pytest, experts_file, *parallel(5)], 180, 3),
         Step("offsets", [*pytest, on_gpu, "-k", "offsets"], 90, 3),
         Step("memcheck", [*sanitizer, "memcheck", *smoke], 120, 4),

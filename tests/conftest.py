@@ -77,7 +77,7 @@ def _poison(request, monkeypatch):
 
 def pytest_addoption(parser):
     parser.addoption("--every-dtype", action="store_true", help="compile-only tests: every dtype (make test-compile)")
-    parser.addoption("--update-budget", action="store_true", help="write tests/*_budget.json (make budget)")
+    parser.addoption("--update-budget", action="store_true", help="write tests/*/*_budget.json (make budget)")
     parser.addoption("--seeds", type=int, default=50, help="schedules of each emulated kernel (make test-emu: 1000)")
 
 

@@ -7,7 +7,7 @@ from tiny_families import HIDDEN, VOCABULARY
 
 __all__ = ["FAMILIES", "HIDDEN", "VOCABULARY", "adapted", "base", "targets", "token_ids"]
 
-# name: its settings beside `tiny_families.SIZES`; tests/test_every_experts_family.py has all other families
+# name: its settings beside `tiny_families.SIZES`; all other families: tests/integrations/test_every_experts_family.py
 _FULL_ATTENTION = {"layer_types": ["full_attention"] * 2}
 FAMILIES = {
     "qwen2_moe": {},

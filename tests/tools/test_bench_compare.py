@@ -13,7 +13,7 @@ import pytest
 from lorafuse.bench.compare import USUAL, agreed, interval, verdict
 from lorafuse.cli import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BASELINE = Path("bench") / "baselines" / "lorafuse.py"
 # without PEFT: importing it took each of some twenty processes longer than all rounds
 OWN = """

@@ -31,7 +31,7 @@ with only("cuda single_kernel"), torch.autocast("cpu", fp16):
 print("launches:", module.statistics()["launches"])
 """
 EXPERTS = """
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/cuda"]
 from test_emu_experts import grouped, results
 for transposed in (False, True):
     results(*grouped([60, 60, 190], 200, torch.bfloat16, transposed), "emu")

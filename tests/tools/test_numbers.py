@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from bench_content import CONDITIONS, content, tax
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import publish  # noqa: E402

@@ -13,7 +13,7 @@ from lorafuse.plan.config import KernelConfig
 
 pytestmark = pytest.mark.no_poison
 
-MEASURED = Path(__file__).parents[1] / "bench" / "results" / "h200-2026-11-26-linear.json"
+MEASURED = Path(__file__).parents[2] / "bench" / "results" / "h200-2026-11-26-linear.json"
 
 
 class TestCost:

@@ -1,6 +1,6 @@
 """csrc, looked at without a GPU (T4): what nvcc makes of every kernel, the build, what may stand in which file.
 
-`tests/cuda_budget.json` holds registers and static shared memory of every kernel; `make budget` writes it anew.
+`tests/cuda/cuda_budget.json` holds registers and static shared memory of every kernel; `make budget` writes it anew.
 """
 
 import importlib.util

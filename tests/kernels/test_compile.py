@@ -1,7 +1,7 @@
 """Every kernel configuration that a plan can lead to, compiled for every architecture (T3), against a resource budget.
 
-`tests/kernel_budget.json` holds registers and shared memory of each; it may shrink by itself and grows by decision:
-`make budget` writes it anew, and the difference is reviewed.
+`tests/kernels/kernel_budget.json` holds registers and shared memory of each; it may shrink by itself and grows by
+decision: `make budget` writes it anew, and the difference is reviewed.
 """
 
 import json

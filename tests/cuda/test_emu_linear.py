@@ -1,7 +1,7 @@
 """The CUDA kernels behind the operator, emulated on this CPU (T5): every tensor by name against fp64, in every form.
 
-Emulated, not run on hardware: launches are those that an H200 would get, under a seeded schedule. tests/csrc and the
-emulator's own tests look at single kernels under many schedules.
+Emulated, not run on hardware: launches are those that an H200 would get, under a seeded schedule. tests/cuda/csrc
+and the emulator's own tests look at single kernels under many schedules.
 """
 
 import itertools

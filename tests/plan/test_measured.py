@@ -10,7 +10,7 @@ import pytest
 
 from lorafuse.plan import DEVICES, Problem, find, select, tuned
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import measured  # noqa: E402

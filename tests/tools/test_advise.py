@@ -280,7 +280,7 @@ def test_every_line_says_how_sure_it_is_and_from_where(llama, capsys):
 
 
 def test_the_readme_quotes_the_page(llama):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     section = readme.split("## How much LoRA is enough")[1].split("\n## ")[0]
     quoted = re.findall(r"^  .*\]$", section, re.MULTILINE)
     lines = str(advise.plan_adapter(llama, tokens=10**7, gpu="H200")).splitlines()

@@ -189,7 +189,7 @@ def test_a_peers_process_ends_with_ours(folder):
     ours = {
         how: subprocess.Popen(
             [sys.executable, "-m", "lorafuse", *SMALL, "--baselines", str(folder)],
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             env={**os.environ, "SAID": str(said[how])},
             stdout=subprocess.DEVNULL,
             # a shell's background jobs ignore it, and so would what they start

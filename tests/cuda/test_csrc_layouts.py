@@ -1,6 +1,6 @@
 """Arithmetic of csrc that a host can run (T5): layouts against CuTe and PTX tables, tile schedules by enumeration.
 
-`tests/csrc/*_check.cpp` do the comparing; g++ compiles them from the headers that the kernels use.
+`tests/cuda/csrc/*_check.cpp` do the comparing; g++ compiles them from the headers that the kernels use.
 """
 
 import importlib.util
@@ -14,17 +14,17 @@ import torch
 
 from lorafuse.philox import philox_4x32
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
 def build(source, folder, *includes):
-    """Compiles `tests/csrc/<source>.cpp` into `folder`; `includes` come before the project's headers."""
+    """Compiles `tests/cuda/csrc/<source>.cpp` into `folder`; `includes` come before the project's headers."""
     binary = folder / source
     paths = [*includes, CSRC / "emu" / "include", CSRC / "include"]
     command = ["g++", "-std=c++20", "-O1", "-w", *(f"-I{path}" for path in paths)]
-    command += [str(ROOT / "tests" / "csrc" / f"{source}.cpp"), "-o", str(binary)]
+    command += [str(Path(__file__).parent / "csrc" / f"{source}.cpp"), "-o", str(binary)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     return binary

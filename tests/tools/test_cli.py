@@ -16,7 +16,7 @@ from lorafuse import cli, functional
 from lorafuse.backends import base
 from lorafuse.cli import doctor, plan
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_help_lists_every_command():

@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = pytest.mark.first
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 FLAGS = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
 CASES = (

@@ -22,7 +22,7 @@ from lorafuse.cli import main
 from lorafuse.testing import memory, timing
 from lorafuse.testing.cases import CASES, GROUPS, Case, find, find_any, find_group
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 TINY = Linear("tiny", "float32", 16, 24, 40, 3)
 # without the one that compiles

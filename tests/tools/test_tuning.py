@@ -21,7 +21,7 @@ from lorafuse.testing.cases import Case
 from lorafuse.testing.model_layers import linear_layers
 from lorafuse.testing.tuning import Outcome, Target
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 H200 = find("H200")
 AVAILABLE = (("eager", ""), ("triton", ""), ("cuda", "not built"))
 FOUND = {"device": "GPU X", "torch": "2.13.0", "lorafuse": "1.2.3", "date": "2026-11-26 01:00 UTC", "commit": "abc"}

@@ -21,7 +21,7 @@ from lorafuse.plan import forget, select, tuned
 
 pytestmark = pytest.mark.no_poison
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GOOD = {name: value for name, value in asdict(ENTRY).items() if name != "own"}
 
 

@@ -16,7 +16,7 @@ from lorafuse.study.model import Size
 from lorafuse.study.runner import Lab
 from lorafuse.study.train import Spec
 
-PAGE = Path(__file__).parents[1] / "docs/studies/README.md"
+PAGE = Path(__file__).parents[2] / "docs/studies/README.md"
 TINY = Size(width=16, heads=2, inner=24, depth=1)
 
 
