@@ -36,6 +36,7 @@ _BASE = _LEAVES | {"philox", "activation"}
 _OPERATORS = _BASE | {"quant", "kernels", "backends", "plan", "ops"}
 _LIBRARY = _OPERATORS | {"functional", "nn", "integrations", "__init__"}
 _TOOLS = _LIBRARY | {"testing", "advise"}
+_MEASURING = ("advise", "bench", "cli", "demo", "study", "testing", "tune")
 _HUGGING_FACE = {"peft", "transformers", "accelerate"}
 LAYERS = {
     "errors": (set(), set()),
@@ -53,11 +54,12 @@ LAYERS = {
     "integrations": (_OPERATORS | {"functional", "nn"}, {"torch"} | _HUGGING_FACE),
     "advise": (_LEAVES | {"plan"}, {"torch"} | _HUGGING_FACE),
     "__init__": (_LIBRARY, set()),
+    "tune": (_TOOLS, {"torch", "triton", "rich"}),
     "testing": (_TOOLS, {"torch", "triton", "numpy"} | _HUGGING_FACE),
     "study": (_TOOLS, {"torch", "numpy", "matplotlib"} | _HUGGING_FACE),
     "bench": (_TOOLS | {"demo"}, {"torch", "rich", "matplotlib"} | _HUGGING_FACE),
     "demo": (_TOOLS, {"torch", "numpy", "rich", "matplotlib", "gguf", "reasoning_gym"} | _HUGGING_FACE),
-    "cli": (_TOOLS | {"demo", "study", "bench"}, {"torch", "numpy", "rich", "matplotlib"} | _HUGGING_FACE),
+    "cli": (_TOOLS | {"demo", "study", "bench", "tune"}, {"torch", "numpy", "rich", "matplotlib"} | _HUGGING_FACE),
     "__main__": ({"cli"}, set()),
 }
 
@@ -132,11 +134,15 @@ def test_a_right_import_is_not_reported(module, source):
     assert forbidden_imports(source, module) == []
 
 
+# packages of others, and the parts of this one that measure, study or test
+HEAVY = ("triton", "peft", "transformers", "rich", *(f"lorafuse.{part}" for part in _MEASURING))
+
+
 def _loaded_after(statement):
-    """Which heavy packages a new process has loaded after a statement, and whether CUDA is initialized."""
+    """The heavy packages that a new process has loaded after a statement, and whether CUDA is initialized."""
     code = (
-        f"{statement}\nimport sys, torch\nheavy = 'triton', 'peft', 'transformers', 'rich'\n"
-        "print(*[name for name in heavy if name in sys.modules], torch.cuda.is_initialized())"
+        f"{statement}\nimport sys, torch\n"
+        f"print(*[name for name in {HEAVY} if name in sys.modules], torch.cuda.is_initialized())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     return done.stdout.split()
@@ -148,6 +154,7 @@ def test_import_is_lean():
 
 def test_a_heavy_import_is_seen():
     assert _loaded_after("import lorafuse, rich") == ["rich", "False"]
+    assert _loaded_after("import lorafuse.tune") == ["lorafuse.tune", "False"]
 
 
 def swallowed_exceptions(source):
