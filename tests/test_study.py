@@ -234,9 +234,7 @@ def test_the_page_says_what_the_committed_results_say():
 def test_a_changed_result_is_seen(tmp_path):
     shutil.copytree(PAGE.parent, tmp_path, dirs_exist_ok=True)
     assert page.rewrite(tmp_path / PAGE.name) == PAGE.read_text()
-    for folder in (tmp_path, tmp_path / "quick"):
-        content = read(folder, "rl")
-        before = page.rewrite(tmp_path / PAGE.name)
-        content["finding"]["outcome"] = "planted"
-        (folder / "rl.json").write_text(json.dumps(content))
-        assert page.rewrite(tmp_path / PAGE.name) != before
+    content = read(tmp_path, "rl")
+    content["finding"]["outcome"] = "planted"
+    (tmp_path / "rl.json").write_text(json.dumps(content))
+    assert page.rewrite(tmp_path / PAGE.name) != PAGE.read_text()
