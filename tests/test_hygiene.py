@@ -31,7 +31,7 @@ MAX_LINES = 400
 
 # part of the package: (parts of lorafuse it may import, packages outside the standard library it may import).
 # Imports point one way, from the public surface down to the kernels; every part may import itself.
-_LEAVES = {"errors", "env", "files"}
+_LEAVES = {"errors", "env", "files", "versions"}
 _BASE = _LEAVES | {"philox", "activation"}
 _OPERATORS = _BASE | {"quant", "kernels", "backends", "plan", "ops"}
 _LIBRARY = _OPERATORS | {"functional", "nn", "integrations", "__init__"}
@@ -42,6 +42,7 @@ LAYERS = {
     "errors": (set(), set()),
     "env": ({"errors"}, set()),
     "files": (set(), set()),
+    "versions": (set(), set()),
     "philox": (_LEAVES, {"torch"}),
     "activation": (_LEAVES, {"torch"}),
     "plan": (_LEAVES, set()),
