@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from lorafuse import cli
-from lorafuse.study import STUDIES, layers, page, policy, pretrain, record, runner, train
+from lorafuse.study import STUDIES, layers, page, plots, policy, pretrain, record, runner, train
 from lorafuse.study.model import Size
 from lorafuse.study.runner import Lab
 from lorafuse.study.train import Spec
 
 PAGE = Path(__file__).parents[1] / "docs/studies/README.md"
+DRAW = plots.draw
 TINY = Size(width=16, heads=2, inner=24, depth=1)
 
 
@@ -32,13 +33,14 @@ def planted(spec, base, device, best=None, floor=None):
 
 @pytest.fixture
 def plant(monkeypatch, tmp_path):
-    """Sets what runs return; nothing is trained."""
+    """Sets what runs return; nothing is trained or drawn."""
 
     def set_run(run):
         monkeypatch.setattr(train, "run", run)
         monkeypatch.setattr(policy, "run", run)
 
     monkeypatch.setattr(pretrain, "base", lambda lessons, size, steps, seed: {})
+    monkeypatch.setattr(plots, "draw", lambda file, name, finding, conditions: None)
     runner._base.cache_clear()
     set_run(planted)
     yield set_run
@@ -55,7 +57,8 @@ def read(tmp_path, name):
     return json.loads((tmp_path / f"{name}.json").read_text())
 
 
-def test_all_studies_write_files_and_plots(plant, tmp_path, capsys):
+def test_all_studies_write_files_and_plots(plant, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plots, "draw", DRAW)
     assert study(tmp_path, "all") == 0
     out = capsys.readouterr().out
     for name in STUDIES:

@@ -6,6 +6,7 @@ With --base REF the same is run in this checkout and in that commit's, in turns,
 
 import argparse
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -72,12 +73,10 @@ def run(args: argparse.Namespace) -> int:
     """0 when every result was right; 1 when one was not or nothing could run; 130 when interrupted."""
     if args.kind is None and args.base is None:
         raise ValueError(f"name what to measure: lorafuse bench {{{','.join(KINDS)}}}, or --base REF")
-    try:
-        import peft  # noqa: F401
-
-        console = _common.console()
-    except ImportError as error:
-        raise MissingDependency("lorafuse bench needs peft and rich: pip install 'lorafuse[peft,cli]'") from error
+    # not imported here: that takes seconds, and baselines without PEFT need none of it
+    if missing := [name for name in ("peft", "rich") if importlib.util.find_spec(name) is None]:
+        raise MissingDependency(f"lorafuse bench needs {' and '.join(missing)}: pip install 'lorafuse[peft,cli]'")
+    console = _common.console()
     if args.base is not None:
         from lorafuse.bench import compare
 
