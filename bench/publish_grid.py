@@ -1,12 +1,13 @@
 """Markdown tables of what was to be reached and to be measured on an H200, and of what was, from its result files."""
 
 from collections.abc import Iterator
+from statistics import geometric_mean
 from typing import Any
 
 from publish_tables import Content, Result, table
 
 from lorafuse.bench.moe import ROUTINGS
-from lorafuse.bench.result import geomean, with_adapters
+from lorafuse.bench.result import with_adapters
 from lorafuse.bench.transformer import MODELS
 from lorafuse.testing.cases import CASES, MOE_CASES
 
@@ -30,7 +31,7 @@ def goals(contents: list[Content], absent: str) -> str:
     results = results_of(_GPU, contents)
     layers = [_tax(find(results, kind="linear", M=M, N=case.N, K=case.K, R=16)) for case in _LAYERS for M in ROWS]
     taxed = [1 + one for one in layers if one is not None]
-    overall = f"{geomean(taxed) - 1:.0%}, of {len(taxed)} of {len(layers)} cases" if taxed else absent
+    overall = f"{geometric_mean(taxed) - 1:.0%}, of {len(taxed)} of {len(layers)} cases" if taxed else absent
     experts = [_tax(one) for one in results if one["kind"] == "moe" and one["case"] == "qwen3-30b-a3b"]
     models = [one for one in results if one["kind"] == "model" and one["model"] == _MODEL]
     full = [way["ratio_to_full"] for one in models for way in _ours(one) if "ratio_to_full" in way]

@@ -16,12 +16,11 @@ import pytest
 import torch
 
 from lorafuse.bench import group, peaks, plugins
-from lorafuse.bench.group import Group
+from lorafuse.bench.group import Group, Mlp
 from lorafuse.bench.linear import Linear
-from lorafuse.bench.mlp import Mlp
 from lorafuse.bench.moe import Experts
+from lorafuse.bench.problem import wrong
 from lorafuse.bench.remote import RemoteRunner
-from lorafuse.bench.variant import wrong
 from lorafuse.cli import main
 
 SMALL = ["bench", "linear", "--shape", "24,40", "--m", "16", "--rank", "3", "--rounds", "3", "--device", "cpu"]
@@ -264,7 +263,7 @@ def test_a_peer_is_called_with_the_right_arguments(fakes, name, problem):
     baseline, given = one(name, problem.kind), problem.inputs(CPU)
     variant = problem.variant(name, baseline.module, given)
     # adapters as their users have them
-    assert {t.dtype for key, t in variant.wanted.items() if key != "dx"} == {torch.float32}
+    assert {t.dtype for key, t in variant.leaves.items() if key != "dx"} == {torch.float32}
     assert wrong(variant, problem.references(given)[baseline.trains], problem.shaped) == ""
 
 

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +116,11 @@ def _pair(
     """A new process for each side, as long as they are needed, and what is wrong with a side's result."""
     with ExitStack() as stack:
         runners = []
-        for side, root in (("here", Path(__file__).parents[2]), ("base", tree)):
-            file = root / "bench" / "baselines" / "lorafuse.py"
-            baseline = next(one for one in plugins.load_file(file, problem.kind, device) if one.name == "lorafuse")
+        here = Path(__file__).parents[2]
+        own = next(one for one in plugins.load(problem.kind, device) if one.name == "lorafuse")
+        for side, root in (("here", here), ("base", tree)):
+            # each process loads its own side's file, which need not load in this one
+            baseline = replace(own, file=root / own.file.relative_to(here))
             runner = RemoteRunner(side, problem, baseline, device, graphs, root)
             stack.callback(runner.close)
             runners.append(runner)

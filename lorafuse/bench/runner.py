@@ -2,7 +2,7 @@
 
 import torch
 
-from lorafuse.bench.variant import Variant
+from lorafuse.bench.problem import Variant
 from lorafuse.testing.memory import Held, held_bytes
 from lorafuse.testing.timing import Clock
 

@@ -42,7 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _module(kind: str) -> Any:
+    """The module of a kind: `SUMMARY`, `add_arguments` and `cases`."""
     return importlib.import_module(f"lorafuse.bench.{kind}")
+
+
+def _engine(kind: str) -> Any:
+    """The module that runs a kind's cases: `run_case` and `table`, maybe `select`, `timing` and `closing`."""
+    return _module(kind if kind in ("model", "memory") else "timed")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -82,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
 
         runs = [args.again([*argv, "--base", args.base]) for argv in compare.USUAL] if args.kind is None else [args]
         return compare.run(runs, console, prepared)
-    kind = _module(args.kind)
     cases, device = prepared(args)
+    kind = _engine(args.kind)
     found = conditions(device)
     if hasattr(kind, "timing"):
         found["timing"] = kind.timing(device)
@@ -112,10 +118,9 @@ def prepared(args: argparse.Namespace) -> tuple[list[Any], torch.device]:
         from lorafuse.bench import peaks
 
         args.dtype = peaks.usual_dtype(device)
-    kind = _module(args.kind)
-    if hasattr(kind, "select"):
-        kind.select(args.kind, args, device)
-    return kind.cases(args), device
+    if hasattr(engine := _engine(args.kind), "select"):
+        engine.select(args.kind, args, device)
+    return _module(args.kind).cases(args), device
 
 
 def _run_cases(
