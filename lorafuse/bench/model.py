@@ -1,8 +1,8 @@
 """One training step of a whole model with AdamW: full fine-tuning, LoRA by PEFT, and the same LoRA patched by lorafuse.
 
 The LoRA tax is over the frozen model: its forward, and its backward to the embedded tokens, with nothing to update.
-Tokens/s, peak memory, and model FLOPs utilization: the FLOPs that the model asks for, over time, over what a large
-matrix product reaches here. PEFT and patched start from the same adapters and take the same batches; where their
+Tokens/s, peak memory, and model FLOPs utilization: model FLOPs over time, as a share of the rate of a large
+matrix product here. PEFT and patched start from the same adapters and take the same batches; where their
 losses part, no number is shown. Models of real sizes have random weights and as many layers as fit; SmolLM2 is real.
 After --seconds a case ends early, but not before 3 timed steps of each variant.
 """

@@ -1,7 +1,7 @@
 """Measure what LoRA costs on this machine: layers, blocks, whole models; against the frozen layer, PEFT and others.
 
-LoRA tax = time(adapted) / time(frozen) - 1, forward and backward. No number is printed for a result that is not right.
-With --base REF the same is run in this checkout and in that commit's, in turns, and what became slower is said.
+LoRA tax = time(adapted) / time(frozen) - 1, forward and backward. No number is printed for a wrong result.
+With --base REF the same cases run in this checkout and in that commit's, in turns; slower passes are reported.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when every result was right; 1 when one was not or nothing could run; 130 when interrupted."""
+    """0 when every result was right; 1 when one was wrong or nothing could run; 130 when interrupted."""
     if args.kind is None and args.base is None:
         raise ValueError(f"name what to measure: lorafuse bench {{{','.join(KINDS)}}}, or --base REF")
     # not imported here: that takes seconds, and baselines without PEFT need none of it
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def prepared(args: argparse.Namespace) -> tuple[list[Any], torch.device]:
-    """The cases and the device; every mistake in the options is found here. Raises ValueError."""
+    """The cases and the device. Raises ValueError for every mistake in the options."""
     numbers = "m", "rank", "rounds", "seconds", "timeout", "layers", "tokens", "batch", "accumulate"
     _common.check_numbers(args, *(name for name in numbers if hasattr(args, name)))
     device = _common.device(args.device)
@@ -144,9 +144,9 @@ def _run_cases(
                 except (MemoryError, RuntimeError) as error:
                     if not is_out_of_memory(error):
                         raise
-                    said = out_of_memory(error)
-                    console.print(f"{case.title}: no numbers, {said}", style="red", markup=False, highlight=False)
-                    content["not_run"][case.title] = said
+                    reason = out_of_memory(error)
+                    console.print(f"{case.title}: no numbers, {reason}", style="red", markup=False, highlight=False)
+                    content["not_run"][case.title] = reason
                 else:
                     content["results"].append(result)
                     console.print(kind.table(result))
@@ -168,7 +168,7 @@ def _write(args: argparse.Namespace, content: dict[str, Any]) -> None:
 
 @contextmanager
 def _progress(console: Any, name: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A live line that says what is being done, gone when the case is."""
+    """A live line of progress, until the case ends."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
