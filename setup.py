@@ -2,7 +2,7 @@
 
 `build_ext` builds `lorafuse._cuda` where nvcc is, and `lorafuse._emu` where LORAFUSE_BUILD_EMULATOR is 1;
 LORAFUSE_SKIP_CUDA_BUILD=1 leaves the first out. Without nvcc it says so, and lorafuse runs without CUDA kernels.
-`build_py` copies bench/baselines into the package, for `lorafuse bench` where there is no checkout. A wheel holds what
+`build_py` copies bench/baselines into the package, for `lorafuse bench` without a checkout. A wheel holds what
 this build makes, nothing that an earlier one left.
 """
 
@@ -64,7 +64,7 @@ class BuildKernels(build_ext):
 
 
 class CopyBaselines(build_py):
-    """lorafuse/_baselines/ is a folder of files that are loaded by path, as bench/baselines/ is; no package."""
+    """`_baselines` is a folder of files that are loaded by path, as bench/baselines/ is; no package."""
 
     def run(self) -> None:
         super().run()

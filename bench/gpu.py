@@ -123,29 +123,29 @@ def steps(out: Path) -> list[Step]:
 def grid(out: Path, done: list[dict[str, Any]]) -> list[Step]:
     """The steps that fill the grid of bench/README.md, but for what `done` has: layers first, then models, experts."""
     # not at the top, where there may be no torch
-    import publish_grid
+    import goals
 
     from lorafuse.bench.moe import ROUTINGS
     from lorafuse.testing.cases import CASES
 
     bench = _Bench(out)
 
-    def missing(**wanted: object) -> bool:
-        return publish_grid.find(done, **wanted) is None
+    def missing(**fields: object) -> bool:
+        return goals.find(done, **fields) is None
 
     layers = {layer: CASES[f"llama-3.1-8b.{layer}"] for layer in ("q", "k", "gate", "down")}
     plan = []
-    for m in publish_grid.ROWS:
+    for m in goals.ROWS:
         sized = {"kind": "linear", "M": m, "R": 16}
         if cases := [case.name for case in layers.values() if missing(**sized, N=case.N, K=case.K)]:
             plan.append(bench.layer(m, 16, *cases))
     q = {"kind": "linear", "M": 8192, "N": layers["q"].N, "K": layers["q"].K}
-    ranks = [rank for rank in publish_grid.RANKS if rank != 16 and missing(**q, R=rank)]
+    ranks = [rank for rank in goals.RANKS if rank != 16 and missing(**q, R=rank)]
     plan += [bench.layer(8192, rank, layers["q"].name) for rank in ranks]
-    for (accumulate, on), name in itertools.product(publish_grid.SETTINGS, _LAYERS):
+    for (accumulate, on), name in itertools.product(goals.SETTINGS, _LAYERS):
         if missing(kind="model", model=name, accumulate=accumulate, checkpointing=on):
             plan.append(bench.model(name, accumulate, on))
-    for routing, block in itertools.product(ROUTINGS, publish_grid.BLOCKS):
+    for routing, block in itertools.product(ROUTINGS, goals.BLOCKS):
         if missing(kind="moe", case=block.name, routing=routing):
             plan.append(bench.experts(8192, block.name, routing))
     return plan
@@ -153,10 +153,10 @@ def grid(out: Path, done: list[dict[str, Any]]) -> list[Step]:
 
 def measured(device: str) -> list[dict[str, Any]]:
     """The results in bench/results that were measured on that device."""
+    import goals
     import publish
-    import publish_grid
 
-    return publish_grid.results_of(device, [publish.load(file) for file in publish.on_gpus(ROOT)])
+    return goals.results_of(device, [publish.load(file) for file in publish.on_gpus(ROOT)])
 
 
 def grouped(plan: list[Step]) -> list[list[Step]]:
@@ -207,11 +207,11 @@ def table(out: Path) -> list[str]:
             lines.append(f"{result['case']} M {result['M']} R {result['R']}: frozen {frozen:.0f} us, tax: {taxes}")
     for file in sorted(out.glob("model-*.json")):
         for result in json.loads(file.read_text())["results"]:
-            said = "  ".join(
-                f"{name} {way['tokens_per_s']:.0f}" + (f" (tax {way['tax']:.1%})" if "tax" in way else "")
-                for name, way in result["variants"].items()
+            rates = "  ".join(
+                f"{name} {one['tokens_per_s']:.0f}" + (f" (tax {one['tax']:.1%})" if "tax" in one else "")
+                for name, one in result["variants"].items()
             )
-            lines.append(f"{result['case']}, tokens/s: {said}")
+            lines.append(f"{result['case']}, tokens/s: {rates}")
     return lines
 
 

@@ -1,7 +1,7 @@
 """The measured tables that ship: lorafuse/plan/measured/<gpu>.json, from the layers in bench/results/.
 
 A plan follows them before its model. Of each layer and pass the fastest of lorafuse's own candidates is kept, over the
-ranges of M and R that `lorafuse.plan.ranges` derives from the measured points. Candidates whose spreads overlap count
+ranges of M and R that `lorafuse.tune.ranges` derives from the measured points. Candidates whose spreads overlap count
 as equal, and the one that the model would choose stays. `make numbers` writes the files, a test holds them in step.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafuse.plan import DEVICES, DeviceSpec, Problem, modelled, select, tuned
-from lorafuse.plan.ranges import rectangles
+from lorafuse.tune.ranges import rectangles
 
 __all__ = ["FOLDER", "tables"]
 

@@ -22,9 +22,9 @@ from string import Template
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
+import goals  # noqa: E402
 import measured  # noqa: E402
-import publish_grid  # noqa: E402
-import publish_tables as tables  # noqa: E402
+import result_tables as tables  # noqa: E402
 
 from lorafuse.bench import plots  # noqa: E402
 from lorafuse.bench.result import read  # noqa: E402
@@ -33,7 +33,7 @@ from lorafuse.plan import tuned  # noqa: E402
 
 @dataclass(frozen=True)
 class Published:
-    """A result file, the newest that matches, and what it is called."""
+    """The title of a result file and its pattern; the newest match is published."""
 
     title: str
     pattern: str
@@ -44,7 +44,7 @@ GPU_LAYERS = Published("Linear layers, H200", "h200-*-linear.json")
 GPU_PEERS = Published("One linear layer beside other fused kernels, H200", "h200-*-peers.json")
 GPU_ROWS = Published("One linear layer by M, H200", "h200-*-rows.json")
 GPU_EXPERTS = Published("Experts, H200", "h200-*-moe.json")
-# by bench/hopper.py, whose files have their own form
+# by bench/hopper.py, whose files have another form
 GPU_STEPS = Published("The CUDA kernels step by step, H200", "h200-*-hopper.json")
 LAYERS = Published("One linear layer", "cpu-xeon-amx-2026-11-24.json")
 EXPERTS = Published("Experts", "cpu-xeon-amx-2026-11-24-moe.json")
@@ -62,16 +62,16 @@ DEMO = {
     "float32": Published("make demo, float32", "cpu-xeon-amx-2026-11-24-demo-float32.json"),
     "bfloat16": Published("make demo, bfloat16", "cpu-xeon-amx-2026-11-24-demo-bfloat16.json"),
 }
-# in the order of bench/README.md; files of version 2 that name CUDA in their conditions follow by themselves
+# in the order of bench/README.md; other files of version 2 with CUDA in their conditions follow
 GPUS = (GPU_MODEL, GPU_LAYERS, GPU_PEERS, GPU_ROWS, GPU_EXPERTS)
 PUBLISHED = (*GPUS, GPU_STEPS, LAYERS, EXPERTS, CACHE, NEWER_LAYERS, ALL_LAYERS, NEWER_EXPERTS, CPU_MODEL, *REPEATED)
-# README's rows: a model's attention and MLP, and the layers where lorafuse is behind most
+# README's rows: a model's attention and MLP, and the layers where lorafuse is furthest behind
 README_CASES = (
     *(f"llama-3.1-8b.{layer}" for layer in ("q", "k", "gate", "down")),
     "smollm2-135m.q",
     "smollm2-135m.k",
 )
-# README's tables, by the names of their placeholders
+# README's tables by placeholder
 README = {
     "gpu_model": (GPU_MODEL, tables.training_steps),
     "gpu_layers": (GPU_LAYERS, tables.layers),
@@ -81,7 +81,7 @@ README = {
     "layers": (LAYERS, functools.partial(tables.layers, cases=README_CASES)),
     "experts": (EXPERTS, tables.experts),
 }
-# README's graph: the first of these that a file's data supports
+# README's graph: the first of these for which a file has the data
 GRAPHS = ("tax-by-rank", "tax-by-m", "tax-by-case")
 ABSENT = "not yet measured"
 WIDTH = 120
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("--check", action="store_true", help="compare and write nothing")
     args = parser.parse_args(argv)
     try:
-        texts, graph = generate(root), wanted_graph(root)
+        texts, graph = generate(root), graph_source(root)
     except ValueError as error:
         print(f"bench/publish.py: {error}", file=sys.stderr)
         return 2
@@ -124,8 +124,8 @@ def generate(root: Path) -> dict[Path, str]:
     blocks = {
         "README.md": {"numbers": readme(root)},
         "bench/README.md": {
-            "goals": _wrapped(publish_grid.goals(on_gpu, ABSENT)),
-            "grid": _wrapped(publish_grid.grid(on_gpu, ABSENT)),
+            "goals": _wrapped(goals.goals(on_gpu, ABSENT)),
+            "grid": _wrapped(goals.grid(on_gpu, ABSENT)),
             "results": results(root),
         },
         "docs/performance.md": {
@@ -205,13 +205,13 @@ def _demo(root: Path) -> str:
     files = {dtype: found(root, one) for dtype, one in DEMO.items()}
     if None in files.values():
         return f"`make demo`: {ABSENT}."
-    said = tables.demo(*(load(file) for file in files.values()))
+    text = tables.demo(*(load(file) for file in files.values()))
     named = " and ".join(f"`{_named(root, file)}`" for file in files.values())
-    return f"{said} ({named}; [loss curves](docs/demo-loss.png))."
+    return f"{text} ({named}; [loss curves](docs/demo-loss.png))."
 
 
 def _graph(root: Path) -> str:
-    graph = wanted_graph(root)
+    graph = graph_source(root)
     if graph is None:
         return f"LoRA tax as a graph: {ABSENT}."
     name, file = graph
@@ -231,12 +231,12 @@ def results(root: Path) -> str:
             listed.append((f"{content['kind']}, {content['conditions']['device']}", file))
     for title, file in listed:
         table = tables.kernel_steps if title == GPU_STEPS.title else tables.everything
-        said = f"{ABSENT.capitalize()}." if file is None else table(load(file), _named(root, file))
-        parts.append(f"### {title}\n\n{said}")
+        text = f"{ABSENT.capitalize()}." if file is None else table(load(file), _named(root, file))
+        parts.append(f"### {title}\n\n{text}")
     for one in DEMO.values():
         file = found(root, one)
-        said = f"{ABSENT.capitalize()}." if file is None else tables.all_conditions(load(file), _named(root, file))
-        parts.append(f"### {one.title}\n\n{said}" + ("" if file is None else f"\n\n{tables.demo_steps(load(file))}"))
+        text = f"{ABSENT.capitalize()}." if file is None else tables.all_conditions(load(file), _named(root, file))
+        parts.append(f"### {one.title}\n\n{text}" + ("" if file is None else f"\n\n{tables.demo_steps(load(file))}"))
     return _wrapped("\n\n".join(parts))
 
 
@@ -245,7 +245,7 @@ def _named(root: Path, file: Path) -> str:
 
 
 def _wrapped(text: str) -> str:
-    """Paragraphs in lines of at most WIDTH; tables, headings and images as they are."""
+    """Paragraphs in lines of at most WIDTH; tables, headings and images unchanged."""
     found = []
     for part in map(str.strip, re.split(r"\n{2,}", text.strip())):
         kept = part.startswith(("|", "#", "!"))
@@ -253,8 +253,8 @@ def _wrapped(text: str) -> str:
     return "\n\n".join(found)
 
 
-def wanted_graph(root: Path) -> tuple[str, Path] | None:
-    """Name and source of README's graph: from the first file, GPUs first, whose data supports one."""
+def graph_source(root: Path) -> tuple[str, Path] | None:
+    """Name and source of README's graph: the first file, GPUs first, with data for one."""
     files = [*on_gpus(root), *(file for file in [found(root, NEWER_LAYERS)] if file is not None)]
     for file in files:
         content = load(file)
@@ -265,7 +265,7 @@ def wanted_graph(root: Path) -> tuple[str, Path] | None:
 
 
 def metadata(root: Path, file: Path) -> dict[str, str]:
-    """What a graph says of its source in its PNG text: pixels differ between versions of libraries, data must not."""
+    """The source of a graph, for its PNG text: pixels differ between versions of libraries, the data must not."""
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     return {"Source": _named(root, file), "Commit": load(file)["conditions"]["commit"], "SHA-256": digest}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lorafuse.bench import compare, plugins
-from lorafuse.bench.variant import wrong
+from lorafuse.bench.problem import wrong
 from lorafuse.cli import bench
 
 NAMES = ("frozen", "peft", "lorafuse")

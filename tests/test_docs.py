@@ -1,12 +1,15 @@
-"""What the documentation names exists (T0): paths, targets, flags, variables, Python names."""
+"""What documentation, comments and docstrings name exists (T0): paths, targets, flags, variables, Python names."""
 
 import argparse
 import ast
 import fnmatch
+import functools
 import importlib
+import io
 import pkgutil
 import re
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,16 @@ SUFFIXES = {
     ".png",
     ".svg",
 }
+# files and folders whose comments are checked
+CODE_ROOTS = (
+    "bench", "setup.py", "tests", *(f"lorafuse/{part}" for part in (
+        "advise", "bench", "cli", "demo", "integrations", "nn", "study", "testing", "tune",
+    )),
+)  # fmt: skip
+CODE_SUFFIXES = {".py", ".cpp", ".cu", ".cuh", ".h", ".hpp"}
+FOLDERS = ("bench", "csrc", "docs", "lorafuse", "requirements", "tests")
+# a comment may name a path from here on, or from its own folder on
+BASES = [ROOT / base for base in (".", "lorafuse", "csrc", "csrc/include", "csrc/include/lorafuse")]
 OTHER_PROGRAMS = re.compile(r"\b(pip|pytest|ruff|mypy|git|apt|apt-get|nvcc|torchrun|accelerate)\b")
 
 
@@ -69,6 +82,47 @@ def missing_paths(markdown, root=ROOT):
             if not list(root.glob(re.sub(r"<[^>]*>", "*", path.rstrip("/")))):
                 missing.append(path)
     return missing
+
+
+def code_files():
+    roots = [ROOT / root for root in CODE_ROOTS]
+    files = [path for root in roots for path in (root.rglob("*") if root.is_dir() else [root])]
+    return sorted(path for path in files if path.suffix in CODE_SUFFIXES)
+
+
+def prose_of(source, suffix):
+    """Comments, and docstrings of Python, of a source text."""
+    if suffix != ".py":
+        return re.findall(r"//[^\n]*|/\*.*?\*/", source, re.DOTALL)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    with_docstring = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, with_docstring)]
+    return [t.string for t in tokens if t.type == tokenize.COMMENT] + [ast.get_docstring(node) or "" for node in nodes]
+
+
+@functools.cache
+def names_here():
+    """Names of all files, and of the folders with which a path of this repository begins."""
+    files = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()}
+    heads = {path.name for base in BASES[:3] for path in base.iterdir() if path.is_dir()}
+    return files | {path.name for path in ROOT.iterdir() if path.is_file()}, heads
+
+
+def stale_paths(source, path):
+    """Paths of this repository in comments that lead nowhere, and names of source files that no file has."""
+    files, heads = names_here()
+    stale = []
+    for token in re.findall(r"(?<![\w/:.~$-])[\w.*<>-]+(?:/[\w.*<>-]+)*/?", "\n".join(prose_of(source, path.suffix))):
+        name = re.sub(r"<[^>]*>", "*", token.rstrip(".,"))
+        if "/" not in name:
+            is_source = Path(name).suffix in CODE_SUFFIXES | {".md"}
+            missing = is_source and not fnmatch.filter(files, name)
+        else:
+            is_ours = name.split("/")[0] in heads and (name.endswith("/") or Path(name).suffix)
+            missing = is_ours and not any(list(base.glob(name)) for base in (*BASES, path.parent))
+        if missing:
+            stale.append(name)
+    return stale
 
 
 def missing_targets(markdown, makefile):
@@ -158,6 +212,31 @@ class TestEveryDocument:
 
     def test_examples_parse(self, path):
         assert broken_examples(path.read_text()) == []
+
+
+def test_paths_in_comments_exist():
+    found = {str(path.relative_to(ROOT)): stale_paths(path.read_text(), path) for path in code_files()}
+    assert {path: stale for path, stale in found.items() if stale} == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("a.py", "# see absent.py"),
+        ("a.py", '"""The rule is in `plan/absent.py`."""'),
+        ("a.py", 'def f():\n    """`lorafuse/absent/`"""'),
+        ("a.cuh", "// compared by csrc/emu/absent.cpp"),
+        ("a.hpp", "/* the rules:\n   plan/absent.py */"),
+        ("a.cu", "int i = 0;  // absent_*_sm90.cuh"),
+    ],
+)
+def test_a_stale_path_in_a_comment_is_seen(name, source):
+    assert stale_paths(source, ROOT / "csrc" / name)
+
+
+def test_what_is_no_stale_path_is_left_alone():
+    prose = "# q/k/v, config.json, unsloth/kernels/fast_lora.py, tests/test_docs.py, `env.py`, lorafuse/<part>/*.py"
+    assert stale_paths(f"{prose}\nx = 'absent.py'", ROOT / "tests" / "a.py") == []
 
 
 def test_the_environment_table_is_the_code():

@@ -31,16 +31,18 @@ MAX_LINES = 400
 
 # part of the package: (parts of lorafuse it may import, packages outside the standard library it may import).
 # Imports point one way, from the public surface down to the kernels; every part may import itself.
-_LEAVES = {"errors", "env", "files"}
+_LEAVES = {"errors", "env", "files", "versions"}
 _BASE = _LEAVES | {"philox", "activation"}
 _OPERATORS = _BASE | {"formats", "operands", "kernels", "backends", "plan", "ops"}
 _LIBRARY = _OPERATORS | {"functional", "nn", "integrations", "__init__"}
 _TOOLS = _LIBRARY | {"testing", "advise"}
+_MEASURING = ("advise", "bench", "cli", "demo", "study", "testing", "tune")
 _HUGGING_FACE = {"peft", "transformers", "accelerate"}
 LAYERS = {
     "errors": (set(), set()),
     "env": ({"errors"}, set()),
     "files": (set(), set()),
+    "versions": (set(), set()),
     "philox": (_LEAVES, {"torch"}),
     "activation": (_LEAVES, {"torch"}),
     "plan": (_LEAVES, set()),
@@ -54,11 +56,12 @@ LAYERS = {
     "integrations": (_OPERATORS | {"functional", "nn"}, {"torch"} | _HUGGING_FACE),
     "advise": (_LEAVES | {"plan"}, {"torch"} | _HUGGING_FACE),
     "__init__": (_LIBRARY, set()),
+    "tune": (_TOOLS, {"torch", "triton", "rich"}),
     "testing": (_TOOLS, {"torch", "triton", "numpy"} | _HUGGING_FACE),
     "study": (_TOOLS, {"torch", "numpy", "matplotlib"} | _HUGGING_FACE),
-    "bench": (_TOOLS | {"demo"}, {"torch", "rich", "matplotlib"} | _HUGGING_FACE),
+    "bench": (_TOOLS | {"demo"}, {"torch", "rich", "matplotlib", "psutil"} | _HUGGING_FACE),
     "demo": (_TOOLS, {"torch", "numpy", "rich", "matplotlib", "gguf", "reasoning_gym"} | _HUGGING_FACE),
-    "cli": (_TOOLS | {"demo", "study", "bench"}, {"torch", "numpy", "rich", "matplotlib"} | _HUGGING_FACE),
+    "cli": (_TOOLS | {"demo", "study", "bench", "tune"}, {"torch", "numpy", "rich", "matplotlib"} | _HUGGING_FACE),
     "__main__": ({"cli"}, set()),
 }
 
@@ -133,11 +136,15 @@ def test_a_right_import_is_not_reported(module, source):
     assert forbidden_imports(source, module) == []
 
 
+# packages of others, and the parts of this one that measure, study or test
+HEAVY = ("triton", "peft", "transformers", "rich", *(f"lorafuse.{part}" for part in _MEASURING))
+
+
 def _loaded_after(statement):
-    """Which heavy packages a new process has loaded after a statement, and whether CUDA is initialized."""
+    """The heavy packages that a new process has loaded after a statement, and whether CUDA is initialized."""
     code = (
-        f"{statement}\nimport sys, torch\nheavy = 'triton', 'peft', 'transformers', 'rich'\n"
-        "print(*[name for name in heavy if name in sys.modules], torch.cuda.is_initialized())"
+        f"{statement}\nimport sys, torch\n"
+        f"print(*[name for name in {HEAVY} if name in sys.modules], torch.cuda.is_initialized())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     return done.stdout.split()
@@ -149,6 +156,7 @@ def test_import_is_lean():
 
 def test_a_heavy_import_is_seen():
     assert _loaded_after("import lorafuse, rich") == ["rich", "False"]
+    assert _loaded_after("import lorafuse.tune") == ["lorafuse.tune", "False"]
 
 
 def swallowed_exceptions(source):

@@ -5,7 +5,7 @@ One autograd.Function, adapters in the base's dtype; only x is saved, so backwar
 
 import torch
 
-from lorafuse.bench.variant import SCALE
+from lorafuse.bench.problem import SCALE
 
 LABEL = "GEMM + addmm_"
 

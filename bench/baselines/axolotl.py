@@ -6,6 +6,7 @@ Gate and up without the down projection, which it never runs apart, go through t
 from types import SimpleNamespace
 
 from lorafuse.bench.layers import peft_linear
+from lorafuse.bench.problem import numbered
 
 LABEL = "Axolotl"
 REQUIRES = ("axolotl",)
@@ -18,22 +19,18 @@ def unavailable(kind, device):
 
 
 def _block(*names, given):
-    """What its functions take for the module that owns the projections, and the gradients' tensors of each."""
+    """The module with the projections that its functions expect, and the trained tensors of each projection."""
     built = [peft_linear(one) for one in given]
     block = SimpleNamespace(training=True, **dict(zip(names, (layer for layer, _ in built), strict=True)))
-    return block, [wanted for _, wanted in built]
-
-
-def _numbered(every):
-    return {f"{name} {i}": tensor for i, wanted in enumerate(every) for name, tensor in wanted.items()}
+    return block, [trained for _, trained in built]
 
 
 def linear(given):
     from axolotl.kernels.lora import apply_lora_o
 
-    block, (wanted,) = _block("o_proj", given=[given])
+    block, (trained,) = _block("o_proj", given=[given])
     # its backward takes [batch, tokens, features] only
-    return (lambda x: apply_lora_o(block, x[None])[0]), wanted
+    return (lambda x: apply_lora_o(block, x[None])[0]), trained
 
 
 def group(given):
@@ -46,17 +43,17 @@ def group(given):
         def call(x):
             return [y[0] for y in apply_lora_qkv(block, x[None], inplace=False)]
     else:
-        blocks, wanted = zip(*(_block("o_proj", given=[one]) for one in given), strict=True)
-        every = [one for (one,) in wanted]
+        blocks, trained = zip(*(_block("o_proj", given=[one]) for one in given), strict=True)
+        every = [one for (one,) in trained]
 
         def call(x):
             return [apply_lora_o(block, x[None])[0] for block in blocks]
 
-    return call, _numbered(every)
+    return call, numbered(every)
 
 
 def mlp(given):
     from axolotl.kernels.lora import apply_lora_mlp_swiglu
 
     block, every = _block("gate_proj", "up_proj", "down_proj", given=given)
-    return (lambda x: apply_lora_mlp_swiglu(block, x[None], inplace=False)[0]), _numbered(every)
+    return (lambda x: apply_lora_mlp_swiglu(block, x[None], inplace=False)[0]), numbered(every)

@@ -25,6 +25,6 @@ def experts(given):
     # it passes over a PEFT that it does not know without a word, and PEFT would build the whole W + delta
     if ParamWrapper.forward is before:
         raise RuntimeError("register_scattermoe_experts() did not patch PEFT: its fused path would not run")
-    outer, wanted = peft_experts(given)
+    outer, trained = peft_experts(given)
     outer.base_layer.base_layer.config._experts_implementation = "scattermoe"
-    return outer, wanted
+    return outer, trained

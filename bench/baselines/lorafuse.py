@@ -1,4 +1,4 @@
-"""A PEFT layer patched by lorafuse: run as its plan says, or as the suffix says."""
+"""A PEFT layer patched by lorafuse: as planned, or by the backend or kernel of the suffix."""
 
 import lorafuse
 from lorafuse.backends import base
@@ -6,7 +6,7 @@ from lorafuse.bench.layers import peft_experts, peft_linear
 from lorafuse.plan import only
 
 LABEL = "lorafuse"
-# the ways that plans choose from on GPUs; those with a kernel are never chosen before they were measured
+# candidates of plans on GPUs; those with a kernel are chosen only where measured as fastest
 FORMS = {
     "": {},
     "eager": {"backend": "eager"},
@@ -23,7 +23,7 @@ def unavailable(kind, device, backend="auto", kernel=""):
         return ""
     if kernel and kind == "moe":
         return "experts have no such form"
-    # off GPUs plans have one way
+    # on other devices plans have one candidate
     return "needs a GPU" if device.type != "cuda" else base.availability(backend).reason
 
 
@@ -36,12 +36,12 @@ def _only(call, kernel):
 
 
 def linear(given, backend="auto", kernel=""):
-    layer, wanted = peft_linear(given)
+    layer, trained = peft_linear(given)
     lorafuse.patch(layer, backend=backend, strict=True)
-    return _only(layer, kernel), wanted
+    return _only(layer, kernel), trained
 
 
 def experts(given, backend="auto"):
-    block, wanted = peft_experts(given)
+    block, trained = peft_experts(given)
     lorafuse.patch(block, backend=backend, strict=True)
-    return block, wanted
+    return block, trained

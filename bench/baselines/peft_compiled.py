@@ -8,6 +8,6 @@ LABEL = "PEFT, torch.compile"
 
 
 def linear(given):
-    layer, wanted = peft_linear(given, autocast_adapter_dtype=False)
+    layer, trained = peft_linear(given, autocast_adapter_dtype=False)
     # every shape is a program of its own, as in a training run of one shape
-    return torch.compile(layer, dynamic=False), wanted
+    return torch.compile(layer, dynamic=False), trained

@@ -6,7 +6,7 @@ Written from the formula; adapters in the base's dtype.
 import torch
 from torch.nn import functional as F
 
-from lorafuse.bench.variant import SCALE
+from lorafuse.bench.problem import SCALE
 
 LABEL = "split grouped GEMM"
 

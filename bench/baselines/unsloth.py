@@ -4,7 +4,7 @@ Adapters in fp32, as it trains them; its kernels cast them to x's dtype in every
 projection, which it never runs apart, go through `LoRA_W` one by one.
 """
 
-from lorafuse.bench.variant import SCALE
+from lorafuse.bench.problem import SCALE, numbered
 
 LABEL = "Unsloth"
 REQUIRES = ("unsloth",)
@@ -26,13 +26,13 @@ def _kernels():
 
 
 def _projection(given):
-    """Weight, its quantization state (there is none), A, B and scale, as every one of its functions takes them."""
+    """Weight, its quantization state (none), A, B and scale: the arguments of a projection in all of its functions."""
     a, b = given.a.clone().requires_grad_(), given.b.clone().requires_grad_()
     return given.w, None, a, b, SCALE
 
 
-def _wanted(projections):
-    return {f"d{name} {i}": p[at] for i, p in enumerate(projections) for name, at in (("a", 2), ("b", 3))}
+def _trained(projections):
+    return numbered([{"da": a, "db": b} for _, _, a, b, _ in projections])
 
 
 def linear(given):
@@ -54,7 +54,7 @@ def group(given):
         def call(x):
             return [kernels.LoRA_W.apply(x[None], *projection)[0] for projection in projections]
 
-    return call, _wanted(projections)
+    return call, _trained(projections)
 
 
 def mlp(given):
@@ -62,4 +62,4 @@ def mlp(given):
     flat = [part for projection in projections for part in projection]
     swiglu = kernels.swiglu_fg_kernel, kernels.swiglu_DWf_DW_dfg_kernel
     # not in place, as above
-    return (lambda x: kernels.LoRA_MLP.apply(x[None], *flat, *swiglu, False)[0]), _wanted(projections)
+    return (lambda x: kernels.LoRA_MLP.apply(x[None], *flat, *swiglu, False)[0]), _trained(projections)

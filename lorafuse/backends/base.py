@@ -18,6 +18,7 @@ import torch
 from lorafuse import env
 from lorafuse.backends import cuda_native
 from lorafuse.errors import BackendUnavailable
+from lorafuse.versions import MINIMUM, is_older
 
 __all__ = [
     "BACKENDS",
@@ -50,14 +51,13 @@ class Availability:
 _EAGER_INSTEAD = "use backend='eager' or 'auto'"
 # what was found out, by backend; the others are looked into when they are first asked for
 _AVAILABILITY = {"eager": Availability(True)}
-_OLDEST_TRITON = (3, 6)
 
 
 def _triton() -> Availability:
     if importlib.util.find_spec("triton") is None:
         return Availability(False, "Triton is not installed", f"pip install 'triton>=3.6', or {_EAGER_INSTEAD}")
     version = metadata.version("triton")
-    if _release(version) < _OLDEST_TRITON:
+    if is_older(version, MINIMUM["triton"]):
         return Availability(
             False, f"Triton {version} is older than 3.6", f"pip install 'triton>=3.6', or {_EAGER_INSTEAD}"
         )
@@ -65,7 +65,7 @@ def _triton() -> Availability:
 
     if knobs.runtime.interpret:
         # the interpreter of Triton 3.6 fails in numpy 2.4; those of 3.7, 3.8 and 3.9 do not (all run, 2026-11)
-        if _release(version) < (3, 7) and _release(metadata.version("numpy")) >= (2, 4):
+        if is_older(version, "3.7") and not is_older(metadata.version("numpy"), "2.4"):
             reason = f"the interpreter of Triton {version} fails with numpy {metadata.version('numpy')}"
             return Availability(False, reason, "pip install 'numpy<2.4', or unset TRITON_INTERPRET")
     elif not torch.cuda.is_available():
@@ -103,11 +103,6 @@ def _module(name: str, otherwise: str) -> Availability:
 
 
 _LOOK = {"triton": _triton, "cuda": _cuda, EMULATOR: lambda: _module("_emu", "or use backend='eager'")}
-
-
-def _release(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
 
 
 def check_name(name: str) -> str:

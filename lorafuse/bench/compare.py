@@ -1,9 +1,10 @@
 """This checkout against another commit: the same layers, each side in a process of its own, in turns.
 
-A pair of processes, one for each side, says that a pass has become slower when the median of its rounds' ratios is
-above 1.03 and the 99 % confidence interval of that median (from order statistics, without assumptions on the noise)
-lies above 1. One pair is not enough: of two processes that run the same, one can be slower in most of its rounds (a
-backward by a quarter, in one process of ten where this was written). So fresh pairs follow until three of them agree.
+A pair of processes, one per side, finds a pass slower when the median of its rounds' ratios is above 1.03 and the 99 %
+confidence interval of that median (order statistics, no assumption on the noise) lies above 1. One pair is not enough:
+of two processes with the same code one can be slower in most rounds (a backward by a quarter, one process in ten,
+2 cores, 2026-11). So fresh pairs follow until three agree. Neither torch.utils.benchmark nor pytest-benchmark's compare
+interleaves two processes or gives an interval.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from lorafuse.testing.timing import Samples, measure
 
 __all__ = ["USUAL", "agreed", "interval", "run", "verdict"]
 
-# what `lorafuse bench --base REF` runs: a layer where arithmetic counts, one where calls do, a block, experts
+# cases of `lorafuse bench --base REF`: a layer where arithmetic dominates, one where calls do, a block, experts
 USUAL = (
     ("linear", "--case", "square-2048", "--m", "512"),
     ("linear", "--case", "smollm2-135m.q", "--m", "64"),
@@ -35,7 +37,7 @@ USUAL = (
     ("moe", "--case", "moe-64", "--m", "128"),
 )
 _NOTABLE = 1.03
-# pairs of processes that must say the same of a pass, and the most that are asked
+# pairs of processes that must agree on a pass, and the most pairs
 _AGREE, _PAIRS = 3, 5
 _KINDS = ("linear", "group", "moe")
 # two-sided probability that the interval misses the median
@@ -45,7 +47,7 @@ Prepare = Callable[[argparse.Namespace], tuple[list[Problem], torch.device]]
 
 
 def run(runs: list[argparse.Namespace], console: Any, prepare: Prepare) -> int:
-    """Compare every case of every run. 0 when nothing became slower, 1 when something did or gave a wrong result."""
+    """Compare every case of every run. 0 when nothing is slower, 1 when something is slower or wrong, 130 on Ctrl-C."""
     for args in runs:
         if args.kind not in _KINDS:
             raise ValueError(f"--base compares {', '.join(_KINDS)}, not {args.kind}")
@@ -69,7 +71,7 @@ def run(runs: list[argparse.Namespace], console: Any, prepare: Prepare) -> int:
         if args.json is not None:
             content = {"version": VERSION, "kind": "compare", "base": commit, "conditions": found, "results": results}
             write_json(args.json, content)
-    slower = [f"{r['case']} {part}" for r in results for part, said in r["verdicts"].items() if said == "slower"]
+    slower = [f"{r['case']} {part}" for r in results for part, v in r["verdicts"].items() if v == "slower"]
     if slower:
         console.print(f"slower than {runs[0].base}: {', '.join(slower)}")
     elif status == 0:
@@ -81,10 +83,10 @@ def _compare(
     problem: Problem, args: argparse.Namespace, device: torch.device, tree: Path, console: Any
 ) -> dict[str, Any]:
     result: dict[str, Any] = problem.described() | {"wrong": {}, "verdicts": {}}
-    taken = {"here": Samples(), "base": Samples()}
+    total = {"here": Samples(), "base": Samples()}
     pairs: dict[str, list[dict[str, Any]]] = {part: [] for part in ("forward", "backward", "total")}
     with console.status(problem.name) as shown:
-        while any(agreed([one["verdict"] for one in said]) is None for said in pairs.values()):
+        while any(agreed([one["verdict"] for one in made]) is None for made in pairs.values()):
             progress = f"{problem.name}: pair {len(pairs['total']) + 1} of at most {_PAIRS}, here and base in turns"
             shown.update(progress)
             samples: dict[str, Samples] = {}
@@ -94,17 +96,17 @@ def _compare(
                 rounds = measure(runners, args.rounds, max(2, args.rounds // 10), args.seconds / _PAIRS)
                 for done, samples in enumerate(rounds):  # noqa: B007
                     shown.update(f"{progress}, round {done + 1} of {args.rounds}")
-            for part, said in pairs.items():
+            for part, made in pairs.items():
                 here, base = getattr(samples["here"], part), getattr(samples["base"], part)
                 low, median, high = interval([h / b for h, b in zip(here, base, strict=True)])
-                said.append({"low": low, "median": median, "high": high, "verdict": verdict(low, median, high)})
+                made.append({"low": low, "median": median, "high": high, "verdict": verdict(low, median, high)})
             for side, one in samples.items():
-                taken[side].forward += one.forward
-                taken[side].backward += one.backward
+                total[side].forward += one.forward
+                total[side].backward += one.backward
     result["pairs"] = pairs
-    result["here"], result["base"] = taken["here"].summary(), taken["base"].summary()
-    result["ratios"] = {part: statistics.median(one["median"] for one in said) for part, said in pairs.items()}
-    result["verdicts"] = {part: agreed([one["verdict"] for one in said]) for part, said in pairs.items()}
+    result["here"], result["base"] = total["here"].summary(), total["base"].summary()
+    result["ratios"] = {part: statistics.median(one["median"] for one in made) for part, made in pairs.items()}
+    result["verdicts"] = {part: agreed([one["verdict"] for one in made]) for part, made in pairs.items()}
     return result
 
 
@@ -112,12 +114,14 @@ def _compare(
 def _pair(
     problem: Problem, graphs: bool, device: torch.device, tree: Path
 ) -> Iterator[tuple[list[RemoteRunner], dict[str, str]]]:
-    """A new process for each side, as long as they are needed, and what is wrong with a side's result."""
+    """A new process for each side, until the context ends, and the reason of each side whose result is wrong."""
     with ExitStack() as stack:
         runners = []
-        for side, root in (("here", Path(__file__).parents[2]), ("base", tree)):
-            file = root / "bench" / "baselines" / "lorafuse.py"
-            baseline = next(one for one in plugins.load_file(file, problem.kind, device) if one.name == "lorafuse")
+        here = Path(__file__).parents[2]
+        own = next(one for one in plugins.load(problem.kind, device) if one.name == "lorafuse")
+        for side, root in (("here", here), ("base", tree)):
+            # each process loads its own side's file, which need not load in this one
+            baseline = replace(own, file=root / own.file.relative_to(here))
             runner = RemoteRunner(side, problem, baseline, device, graphs, root)
             stack.callback(runner.close)
             runners.append(runner)
@@ -125,18 +129,18 @@ def _pair(
 
 
 def agreed(verdicts: list[str]) -> str | None:
-    """What three of the pairs' verdicts on a pass are, "" when all were asked and no three agree, None before that."""
-    for said in sorted(set(verdicts)):
-        if verdicts.count(said) >= _AGREE:
-            return said
+    """The verdict of three pairs on a pass; "" when no three of five agree; None while pairs are left."""
+    for one in sorted(set(verdicts)):
+        if verdicts.count(one) >= _AGREE:
+            return one
     return "" if len(verdicts) >= _PAIRS else None
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
-    """The median, between the ends of its 99 % confidence interval by order statistics.
+    """(low, median, high): the median and its 99 % confidence interval by order statistics.
 
-    The true median lies between the k-th smallest and the k-th largest of n values but with twice the probability of
-    fewer than k heads in n throws of a coin. Below 8 values no interval has that confidence, and it is infinite.
+    The true median lies outside the k-th smallest and the k-th largest of n values with twice the probability of fewer
+    than k heads in n throws of a coin. The interval of fewer than 8 values is infinite.
     """
     ordered, n = sorted(values), len(values)
     middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
@@ -158,21 +162,21 @@ def _table(result: dict[str, Any], ref: str) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    found = Table(title=f"{result['case']}, {result['dtype']}", box=SIMPLE_HEAD)
+    rows = Table(title=f"{result['case']}, {result['dtype']}", box=SIMPLE_HEAD)
     for column in ("", "here ms", f"{ref} ms", "ratio \\[of the pairs]", ""):
-        found.add_column(column, justify="left" if not column else "right")
+        rows.add_column(column, justify="left" if not column else "right")
     for part, pairs in result.get("pairs", {}).items():
         here, base = (f"{result[side][part]['median'] * 1e3:.3f}" for side in ("here", "base"))
         medians = [one["median"] for one in pairs]
         spread = f"{result['ratios'][part]:.3f} \\[{min(medians):.3f}-{max(medians):.3f}]"
-        found.add_row(part, here, base, spread, result["verdicts"][part])
-    found.caption = "\n".join(f"no numbers, {side}: {said}" for side, said in result["wrong"].items())
-    return found
+        rows.add_row(part, here, base, spread, result["verdicts"][part])
+    rows.caption = "\n".join(f"no numbers, {side}: {reason}" for side, reason in result["wrong"].items())
+    return rows
 
 
 @contextmanager
 def _tree(ref: str) -> Iterator[tuple[Path, str]]:
-    """A work tree of the commit, as long as it is needed, and its short name. Raises ValueError with git's reason."""
+    """A temporary work tree of the commit, and its short name. Raises ValueError with git's reason."""
     root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str:

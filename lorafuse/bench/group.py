@@ -1,6 +1,6 @@
-"""Layers that read the same x (q, k and v; gate and up; the whole MLP), forward and backward, in every way compared.
+"""Layers that read the same x (q, k and v; gate and up; the whole MLP), forward and backward, with every baseline.
 
-LoRA tax = time(adapted) / time(frozen) - 1, forward and backward. No number is printed for a result that is not right.
+LoRA tax = time(adapted) / time(frozen) - 1, forward and backward. No number is printed for a wrong result.
 """
 
 import argparse
@@ -9,17 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lorafuse.bench import linear
 from lorafuse.bench.linear import Inputs
-from lorafuse.bench.mlp import Mlp
-from lorafuse.bench.problem import Problem, Work
-from lorafuse.bench.timed import closing, run_case, select, table
-from lorafuse.bench.variant import Variant
+from lorafuse.bench.problem import SCALE, Problem, Variant, Work, numbered
 from lorafuse.testing.cases import GROUPS, Case, find_group, sizes
-from lorafuse.testing.timing import timing
-
-__all__ = ["SUMMARY", "Group", "add_arguments", "cases", "closing", "run_case", "select", "table", "timing"]
 
 SUMMARY = "linear layers that read the same x"
 _DEFAULT = "smollm2-135m.qkv"
@@ -54,6 +49,11 @@ def cases(args: argparse.Namespace) -> list[Problem]:
     return problems
 
 
+def _sum(works: list[dict[str, Work]], shared: Work) -> dict[str, Work]:
+    """Sums over layers, with the correction for what they share in each pass."""
+    return {part: sum((one[part] for one in works), shared) for part in ("forward", "backward")}
+
+
 @dataclass(frozen=True)
 class Group(Problem):
     """Layers of `N` out features each on one `x [M, K]`, adapters of rank R each."""
@@ -75,25 +75,92 @@ class Group(Problem):
     def references(self, given: tuple[Inputs, ...]) -> dict[str, dict[str, Tensor]]:
         every = [linear.references(one) for one in given]
         return {
-            trains: {"dx": sum(one[trains]["dx"] for one in every)}
-            | {f"{name} {i}": t for i, one in enumerate(every) for name, t in one[trains].items() if name != "dx"}
+            trains: {"dx": sum(one[trains].pop("dx") for one in every)} | numbered([one[trains] for one in every])
             for trains in every[0]
         }
 
     def variant(self, name: str, baseline: Any, given: tuple[Inputs, ...], **options: Any) -> Variant:
         x = given[0].x.detach().requires_grad_()
-        douts = tuple(one.dy for one in given)
-        outputs = tuple(f"y {i}" for i in range(len(given)))
         if hasattr(baseline, "group"):
-            call, parameters = baseline.group(given, **options)
-            return Variant(name, lambda: tuple(call(x)), outputs, douts, {"dx": x, **parameters})
-        built = [baseline.linear(one, **options) for one in given]
-        wanted = {f"{key} {i}": t for i, (_, parameters) in enumerate(built) for key, t in parameters.items()}
-        return Variant(name, lambda: tuple(call(x) for call, _ in built), outputs, douts, {"dx": x, **wanted})
+            call, trained = baseline.group(given, **options)
+        else:
+            calls, layers = zip(*(baseline.linear(one, **options) for one in given), strict=True)
+            trained = numbered(layers)
+
+            def call(x: Tensor) -> tuple[Tensor, ...]:
+                return tuple(one(x) for one in calls)
+
+        outputs = tuple(f"y {i}" for i in range(len(given)))
+        return Variant(name, lambda: tuple(call(x)), outputs, tuple(one.dy for one in given), {"dx": x, **trained})
 
     def work(self, trains: str) -> dict[str, Work]:
         """Sums over the layers, without the passes over x and dx that layers of one x can share."""
-        size, first, *rest = self.torch_dtype.itemsize, *self.N
-        every = [linear.work(self.M, n, self.K, self.R, size, trains) for n in (first, *rest)]
-        shared = Work(0, -size * self.M * self.K * len(rest))
-        return {part: sum((one[part] for one in every), Work(0, 0)) + shared for part in ("forward", "backward")}
+        size = self.torch_dtype.itemsize
+        every = [linear.work(self.M, n, self.K, self.R, size, trains) for n in self.N]
+        return _sum(every, Work(0, -size * self.M * self.K * (len(self.N) - 1)))
+
+
+@dataclass(frozen=True)
+class Mlp(Problem):
+    """The gated MLP of a transformer: `y = down(silu(gate(x)) · up(x))` on `x [M, H]`, intermediate size I, adapters of
+    rank R on all three; the largest kernel of the peers, and ours layer by layer."""
+
+    kind: ClassVar[str] = "mlp"
+
+    M: int
+    H: int
+    I: int  # noqa: E741
+    R: int
+
+    @property
+    def _layers(self) -> tuple[tuple[int, int], ...]:
+        """Out and in features of gate, up and down."""
+        return (self.I, self.H), (self.I, self.H), (self.H, self.I)
+
+    def inputs(self, device: torch.device) -> tuple[Inputs, ...]:
+        """Gate, up and down; x and dy of each are the block's, `[M, H]`."""
+        made = [
+            linear.inputs(self.M, n, k, self.R, self.torch_dtype, device, i) for i, (n, k) in enumerate(self._layers)
+        ]
+        return tuple(Inputs(made[0].x, one.w, one.a, one.b, made[2].dy) for one in made)
+
+    def references(self, given: tuple[Inputs, ...]) -> dict[str, dict[str, Tensor]]:
+        return {trains: _formula(given, trains) for trains in ("nothing", "base", "adapters")}
+
+    def variant(self, name: str, baseline: Any, given: tuple[Inputs, ...], **options: Any) -> Variant:
+        x = given[0].x.detach().requires_grad_()
+        if hasattr(baseline, "mlp"):
+            call, trained = baseline.mlp(given, **options)
+        else:
+            (gate, up, down), layers = zip(*(baseline.linear(one, **options) for one in given), strict=True)
+            trained = numbered(layers)
+
+            def call(x: Tensor) -> Tensor:
+                return down(F.silu(gate(x)) * up(x))
+
+        return Variant(name, lambda: (call(x),), ("y",), (given[0].dy,), {"dx": x, **trained})
+
+    def work(self, trains: str) -> dict[str, Work]:
+        """Sums over the layers; gate and up share the passes over x and dx, SwiGLU has no pass of its own."""
+        size = self.torch_dtype.itemsize
+        every = [linear.work(self.M, n, k, self.R, size, trains) for n, k in self._layers]
+        return _sum(every, Work(0, -size * self.M * self.H))
+
+
+def _formula(given: tuple[Inputs, ...], trains: str) -> dict[str, Tensor]:
+    """y and every gradient in fp64."""
+    parts = {"nothing": "", "base": "w", "adapters": "ab"}[trains]
+    layers = [{part: getattr(one, part).double() for part in "wab"} for one in given]
+    x = given[0].x.double()
+    leaves = {"dx": x} | numbered([{f"d{part}": layer[part] for part in parts} for layer in layers])
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+
+    def project(v: Tensor, layer: dict[str, Tensor]) -> Tensor:
+        y = v @ layer["w"].t()
+        return y + SCALE * (v @ layer["a"].t()) @ layer["b"].t() if trains == "adapters" else y
+
+    gate, up, down = layers
+    y = project(F.silu(project(x, gate)) * project(x, up), down)
+    grads = torch.autograd.grad(y, list(leaves.values()), given[0].dy.double())
+    return {"y": y.detach()} | dict(zip(leaves, grads, strict=True))

@@ -1,6 +1,6 @@
-"""Layers that several baselines run: the base alone, and PEFT's adapters on it, with the numbers of a problem in them.
+"""Layers that several baselines run, with a problem's numbers: the base alone, and PEFT's adapters on it.
 
-Nothing is copied that is only read: all ways share one base weight.
+All variants share one base weight.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorafuse.bench.variant import SCALE
+from lorafuse.bench.problem import SCALE
 
 if TYPE_CHECKING:
     from lorafuse.bench.linear import Inputs
@@ -42,7 +42,7 @@ def peft_linear(given: "Inputs", autocast_adapter_dtype: bool = True) -> tuple[A
 
 
 def plain_experts(given: "ExpertsInputs", trainable: bool = False) -> nn.Module:
-    """transformers' Qwen3-MoE experts that hold the problem's stacks, run by its "grouped_mm"."""
+    """transformers' Qwen3-MoE experts with the problem's stacks, run by its "grouped_mm"."""
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -70,7 +70,7 @@ def peft_experts(given: "ExpertsInputs", autocast_adapter_dtype: bool = True) ->
     block = nn.ModuleDict({"experts": plain_experts(given)})
     model = get_peft_model(block, config, autocast_adapter_dtype=autocast_adapter_dtype)
     outer = model.base_model.model["experts"]
-    wanted: dict[str, Tensor] = {}
+    trained: dict[str, Tensor] = {}
     with torch.no_grad():
         for wrapper, name in ((outer, "down"), (outer.base_layer, "gate_up")):
             a, b = wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight
@@ -79,5 +79,5 @@ def peft_experts(given: "ExpertsInputs", autocast_adapter_dtype: bool = True) ->
             # PEFT packs lora_A expert-slowest and lora_B expert-fastest
             a.copy_(getattr(given, f"{name}_a").flatten(0, 1))
             b.copy_(getattr(given, f"{name}_b").permute(1, 2, 0).flatten(1))
-            wanted |= {f"d_{name}_a": a, f"d_{name}_b": b}
-    return outer, wanted
+            trained |= {f"d_{name}_a": a, f"d_{name}_b": b}
+    return outer, trained

@@ -9,16 +9,18 @@ import torch
 
 __all__ = ["available_bytes", "first_line", "is_out_of_memory", "out_of_memory", "within_memory"]
 
+_CGROUP = Path("/sys/fs/cgroup")
+# torch raises a plain RuntimeError for these on CPUs: no memory, and a size that no memory has
+_NO_MEMORY = "can't allocate memory", "Storage size calculation overflowed", "integer multiplication overflow"
+
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory ran out: torch raises a plain RuntimeError for that on CPUs, and for a size that no
-    memory has."""
-    said = "can't allocate memory", "Storage size calculation overflowed", "integer multiplication overflow"
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in said)
+    """Whether an error reports that memory ran out."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in _NO_MEMORY)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the state of an allocator and the advice that follow."""
+    """The message of an error, without the allocator's state and advice that follow."""
     return str(error).partition("\n")[0]
 
 
@@ -27,36 +29,30 @@ def out_of_memory(error: BaseException) -> str:
     return f"out of memory: {first_line(error)}"
 
 
-def available_bytes() -> int | None:
-    """What this process may still take of the machine's memory and its control group's; None where neither is known."""
-    found = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        found.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    group = Path("/sys/fs/cgroup")
+def available_bytes() -> int:
+    """Bytes that this process may still allocate: of the machine, or of its control group where that has less."""
+    # not at the top: it comes with PEFT, which other commands do not need
+    import psutil
+
+    free: int = psutil.virtual_memory().available
     try:
-        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        limit, used = ((_CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
     except OSError:
-        limit = used = "max"
-    if limit != "max":
-        # the page cache counts as used and is given up when memory is asked for
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        found.append(int(limit) - int(used) + int(stat.get("inactive_file", 0)))
-    return min(found, default=None)
+        return free
+    if limit == "max":
+        return free
+    # the page cache counts as used, and is released on demand
+    stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    return min(free, int(limit) - int(used) + int(stat.get("inactive_file", 0)))
 
 
 @contextmanager
 def within_memory(share: float = 0.95) -> Iterator[None]:
-    """Within it, this process may take `share` of the memory that is free when it begins; more raises."""
-    free = available_bytes()
-    if free is None:
-        yield
-        return
+    """Limit this process to `share` of the memory that is free on entry; allocations beyond it raise."""
+    import psutil
+
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    status = Path("/proc/self/status").read_text()
-    (taken,) = (int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData:"))
-    bound = taken + int(free * share)
+    bound = psutil.Process().memory_info().data + int(available_bytes() * share)
     resource.setrlimit(resource.RLIMIT_DATA, (bound if hard == resource.RLIM_INFINITY else min(bound, hard), hard))
     try:
         yield

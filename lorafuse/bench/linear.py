@@ -1,6 +1,6 @@
-"""One linear layer, forward and backward, run in every way that is compared.
+"""One linear layer, forward and backward, with every baseline.
 
-LoRA tax = time(adapted) / time(frozen) - 1, forward and backward. No number is printed for a result that is not right.
+LoRA tax = time(adapted) / time(frozen) - 1, forward and backward. No number is printed for a wrong result.
 """
 
 import argparse
@@ -10,26 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lorafuse.bench.problem import Problem, Work
-from lorafuse.bench.timed import closing, run_case, select, table
-from lorafuse.bench.variant import SCALE, Variant
+from lorafuse.bench.problem import SCALE, Problem, Variant, Work
 from lorafuse.testing.cases import CASES, Case, find, sizes
-from lorafuse.testing.timing import timing
-
-__all__ = [
-    "SUMMARY",
-    "Inputs",
-    "Linear",
-    "add_arguments",
-    "cases",
-    "closing",
-    "inputs",
-    "run_case",
-    "select",
-    "shape",
-    "table",
-    "timing",
-]
 
 SUMMARY = "one linear layer"
 
@@ -46,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def cases(args: argparse.Namespace) -> list["Linear"]:
     """Every layer at every M and rank. Raises ValueError for unknown names, sizes below 1, ranks above the layer's."""
     if args.shape is not None:
-        layers = [shape(args.shape)]
+        n, k = sizes(args.shape, 2, 2, "two sizes, out and in features", "4096,4096")
+        layers = [Case(f"{n}x{k}", n, k)]
     else:
         layers = list(CASES.values()) if args.all else [find(name) for name in args.case or ["square-2048"]]
     problems = [Linear(c.name, args.dtype, m, c.N, c.K, r) for c in layers for m in args.m for r in args.rank]
@@ -54,12 +37,6 @@ def cases(args: argparse.Namespace) -> list["Linear"]:
         if min(problem.N, problem.K) < problem.R:
             raise ValueError(f"--rank {problem.R}: {problem.name} is {problem.N} x {problem.K}, no rank above that")
     return problems
-
-
-def shape(text: str) -> Case:
-    """The layer that "N,K" means. Raises ValueError for anything else."""
-    n, k = sizes(text, 2, 2, "two sizes, out and in features", "4096,4096")
-    return Case(f"{n}x{k}", n, k)
 
 
 @dataclass(frozen=True)
@@ -74,7 +51,7 @@ class Inputs:
 
 
 def inputs(m: int, n: int, k: int, r: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
-    """Normal numbers; base and low-rank part of y are of one size, the adapters in fp32 as PEFT's are."""
+    """Normal numbers; the base and the low-rank part of y have one size, adapters are fp32 like PEFT's."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int, std: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
@@ -107,9 +84,9 @@ class Linear(Problem):
         return references(given)
 
     def variant(self, name: str, baseline: Any, given: Inputs, **options: Any) -> Variant:
-        call, parameters = baseline.linear(given, **options)
+        call, trained = baseline.linear(given, **options)
         x = given.x.detach().requires_grad_()
-        return Variant(name, lambda: (call(x),), ("y",), (given.dy,), {"dx": x, **parameters})
+        return Variant(name, lambda: (call(x),), ("y",), (given.dy,), {"dx": x, **trained})
 
     def work(self, trains: str) -> dict[str, Work]:
         return work(self.M, self.N, self.K, self.R, self.torch_dtype.itemsize, trains)
@@ -131,10 +108,10 @@ def references(given: Inputs) -> dict[str, dict[str, Tensor]]:
 
 
 def work(m: int, n: int, k: int, r: int, size: int, trains: str) -> dict[str, Work]:
-    """The least work of a layer: products; x, w and y, dy, w and dx once each in elements of `size` bytes.
+    """The least work of a layer: its products, and one pass each over x, w, y, dy, w and dx of `size` bytes an element.
 
-    A trained base adds the product for dw, x and dw; adapters add six products of rank R and the passes over x for da
-    and over their own factors.
+    A trained base adds the product for dw and passes over x and dw. Adapters add six products of rank R, and passes
+    over x for da and over their own factors.
     """
     forward = Work(2 * m * n * k, size * (m * k + n * k + m * n))
     backward = Work(2 * m * n * k, size * (m * n + n * k + m * k))

@@ -1,7 +1,7 @@
-"""Memory that layers and experts take in training, by what is compared, without times.
+"""Memory of layers and experts in training, with every baseline, without times.
 
-"peak" is the most that one forward and backward hold beyond inputs and weights; "between" what is alive from the end of
-forward to backward, the output included. No number is printed for a result that is not right.
+"peak" is the most that one forward and backward hold beyond inputs and weights; "between" is alive between them, the
+output included. No number is printed for a wrong result.
 """
 
 import argparse
@@ -13,8 +13,6 @@ from lorafuse.bench import group, linear, moe, timed
 from lorafuse.bench.problem import Problem, title
 from lorafuse.bench.timed import Progress
 from lorafuse.testing.cases import CASES, GROUPS, MOE_CASES, find_any
-
-__all__ = ["SUMMARY", "add_arguments", "cases", "run_case", "table"]
 
 SUMMARY = "peak memory of layers and experts"
 _DEFAULT = ("llama-3.1-8b.q", "llama-3.1-8b.down", "moe-64")
@@ -43,13 +41,13 @@ def cases(args: argparse.Namespace) -> list[Problem]:
 
 
 def run_case(problem: Problem, args: argparse.Namespace, device: torch.device, progress: Progress) -> dict[str, Any]:
-    """Bytes of every variant. Raises Wrong when a result of this project's own baselines is not right."""
-    with timed.built(problem, args, device, progress) as found:
+    """Bytes of every variant. Raises Wrong for a wrong result of this project's own baselines."""
+    with timed.built(problem, args, device, progress) as variants:
         figures = {
-            name: {"label": found.baselines[name].label, "peak_bytes": held.peak, "between_bytes": held.between}
-            for name, held in found.memory(progress).items()
+            name: {"label": variants.baselines[name].label, "peak_bytes": held.peak, "between_bytes": held.between}
+            for name, held in variants.memory(progress).items()
         }
-    return problem.described() | {"variants": figures, "failed": found.failed, "absent": found.absent}
+    return problem.described() | {"variants": figures, "failed": variants.failed, "absent": variants.absent}
 
 
 def table(result: dict[str, Any]) -> Any:
@@ -57,14 +55,14 @@ def table(result: dict[str, Any]) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    found = Table(title=title(result), box=SIMPLE_HEAD)
+    rows = Table(title=title(result), box=SIMPLE_HEAD)
     for column in ("", "peak MiB", "over frozen", "between MiB", "over frozen"):
-        found.add_column(column, justify="left" if not column else "right")
+        rows.add_column(column, justify="left" if not column else "right")
     floor = result["variants"]["frozen"]
     for name, figure in result["variants"].items():
         cells = []
         for key in ("peak_bytes", "between_bytes"):
             cells += [f"{figure[key] / 2**20:.2f}", f"{(figure[key] - floor[key]) / 2**20:+.2f}"]
-        found.add_row(name, *cells)
-    found.caption = "\n".join(f"{name} failed and is not counted: {why}" for name, why in result["failed"].items())
-    return found
+        rows.add_row(name, *cells)
+    rows.caption = "\n".join(f"{name} failed and is not counted: {why}" for name, why in result["failed"].items())
+    return rows

@@ -1,10 +1,10 @@
 """One training step of a whole model with AdamW: full fine-tuning, LoRA by PEFT, and the same LoRA patched by lorafuse.
 
 The LoRA tax is over the frozen model: its forward, and its backward to the embedded tokens, with nothing to update.
-Tokens/s, peak memory, and model FLOPs utilization: the FLOPs that the model asks for, over time, over what a large
-matrix product reaches here. PEFT and patched start from the same adapters and take the same batches; where their
+Tokens/s, peak memory, and model FLOPs utilization: model FLOPs over time, as a share of the rate of a large
+matrix product here. PEFT and patched start from the same adapters and take the same batches; where their
 losses part, no number is shown. Models of real sizes have random weights and as many layers as fit; SmolLM2 is real.
-After --seconds a case ends early, but not before 3 timed steps of each way.
+After --seconds a case ends early, but not before 3 timed steps of each variant.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 
 from lorafuse.bench.model_run import Case, run_case
 from lorafuse.bench.transformer import MODELS, Model, find, free_bytes
-from lorafuse.bench.transformer_cost import WAYS, Sizes, Training, fitting, training_bytes
+from lorafuse.bench.transformer_cost import VARIANTS, Sizes, Training, fitting, training_bytes
 from lorafuse.testing.timing import WARM
 
 __all__ = ["SUMMARY", "Case", "add_arguments", "cases", "run_case", "table", "timing"]
@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--checkpointing", choices=("both", "on", "off"), default="both", help="of activations (both)")
     parser.add_argument("--rank", type=int, default=16, help="of every adapter (16)")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help=f"to train ({' '.join(WAYS)})")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help=f"to train ({' '.join(VARIANTS)})"
+    )
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
@@ -57,7 +59,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
                 raise ValueError(f"--{option} {value}: it must be at least {least}")
     for option, used in (("only", args.only), ("baselines", args.baselines), ("no-graphs", not args.graphs)):
         if used:
-            raise ValueError(f"--{option}: it is for layers and blocks; choose what trains a model by --ways")
+            raise ValueError(f"--{option}: it is for layers and blocks; choose what trains a model by --variants")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     models = (
         list(MODELS.values()) if args.all else [find(n) for n in args.case or [_USUAL.get(device.type, _USUAL["cpu"])]]
@@ -76,7 +78,7 @@ def _checkpointing(args: argparse.Namespace) -> list[bool]:
 
 
 def _sizes(model: Model, args: argparse.Namespace, device: torch.device, tokens: int) -> Sizes:
-    """What is built of a model: the layers asked for, or as many as fit for the most hungry way asked for."""
+    """The sizes to build: the requested layers, or as many as fit for the variant that needs most memory."""
     whole = Sizes.of(model.config())
     if args.layers is not None:
         if model.real:
@@ -89,31 +91,31 @@ def _sizes(model: Model, args: argparse.Namespace, device: torch.device, tokens:
     settings = [Training(args.rank, tokens, getattr(torch, args.dtype).itemsize, on) for on in _checkpointing(args)]
     return fitting(
         whole,
-        lambda cut: max(training_bytes(cut, way, one) for way in args.ways for one in settings),
+        lambda cut: max(training_bytes(cut, name, one) for name in args.variants for one in settings),
         free_bytes(device),
     )
 
 
 def timing(device: torch.device) -> str:
-    """How steps are timed: a step begins with the caches as the step before left them, on GPUs too."""
+    """The timing condition of steps: caches hold the data of the step before, on GPUs too."""
     return WARM
 
 
 def table(result: dict[str, Any]) -> Any:
-    """The figures of a result as rich's table; what was built, how it was compared and what failed below."""
+    """The figures of a result as rich's table; below it the model, the comparison with PEFT and failures."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     title = f"{result['case']}: {result['batch']} × {result['tokens']} tokens a micro-batch, rank {result['R']}"
-    found = Table(title=f"{title}, {result['dtype']}", box=SIMPLE_HEAD)
+    rows = Table(title=f"{title}, {result['dtype']}", box=SIMPLE_HEAD)
     columns = ("", "step s\n\\[20-80 %]", "LoRA\ntax", "of\nfull", "tokens/s", "MFU", "peak\nMiB", "weights\nMiB")
     for column in (*columns, "optimizer\nMiB", "step\nMiB", "of which\ngradients"):
-        found.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    for way, figure in result["variants"].items():
+        rows.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    for name, figure in result["variants"].items():
         step = figure["step"]
         memory = ("peak_bytes", "weights_bytes", "optimizer_bytes", "step_peak_bytes", "gradient_bytes")
-        found.add_row(
-            way,
+        rows.add_row(
+            name,
             f"{step['median']:.3f} \\[{step['p20']:.3f}-{step['p80']:.3f}]",
             f"{figure['tax']:.1%}" if "tax" in figure else "",
             f"{figure['ratio_to_full']:.2f}" if "ratio_to_full" in figure else "",
@@ -121,35 +123,35 @@ def table(result: dict[str, Any]) -> Any:
             f"{figure['mfu']:.1%}",
             *(f"{figure[key] / 2**20:.0f}" for key in memory),
         )
-    found.caption = "\n".join(_notes(result))
-    return found
+    rows.caption = "\n".join(_notes(result))
+    return rows
 
 
 def _notes(result: dict[str, Any]) -> list[str]:
-    """What was built, how its ways took turns, how far they were apart, what failed; one line each."""
+    """One line each: the model that was built, the turns of its variants, their distances, failures."""
     variants, parity = result["variants"], result["parity"]
-    any_way = next(iter(variants.values()))
+    first = next(iter(variants.values()))
     notes = [
         f"{result['weights']} weights, {result['layers']} of {result['layers_of_model']} layers, vocabulary "
-        f"{result['vocabulary']} of {result['vocabulary_of_model']}, {any_way['parameters'] / 1e6:.1f} M parameters; "
-        + ", ".join(f"{way} trains {figure['trained'] / 1e6:.1f} M" for way, figure in variants.items()),
-        "steps in turns: " + ", then ".join(" and ".join(ways) for ways in result["turns"])
+        f"{result['vocabulary']} of {result['vocabulary_of_model']}, {first['parameters'] / 1e6:.1f} M parameters; "
+        + ", ".join(f"{name} trains {figure['trained'] / 1e6:.1f} M" for name, figure in variants.items()),
+        "steps in turns: " + ", then ".join(" and ".join(names) for names in result["turns"])
         + f"; {', '.join(str(figure['rounds']) for figure in variants.values())} steps timed; MFU of "
-        f"{result['peak_flops_per_s'] / 1e12:.3f} TFLOP/s, what a large product reaches here",
+        f"{result['peak_flops_per_s'] / 1e12:.3f} TFLOP/s, the rate of a large product here",
     ]  # fmt: skip
     if "patched" in variants.get("lorafuse", {}):
         notes.append(
             "lorafuse: {patched} adapted layers patched, {skipped} left to PEFT".format(**variants["lorafuse"])
         )
-    if first := parity.get("first_micro_batch"):
+    if micro := parity.get("first_micro_batch"):
         notes.append(
             "first micro-batch, relative distance from PEFT's: "
             + ", ".join(
-                f"{what} {first[f'{what}_error']:.1e} (bound {first[f'{what}_bound']:.1e})" for what in _COMPARED
+                f"{what} {micro[f'{what}_error']:.1e} (bound {micro[f'{what}_bound']:.1e})" for what in _COMPARED
             )
         )
     if "largest_loss_difference" in parity:
         notes.append(f"losses of {parity['steps']} steps at most {parity['largest_loss_difference']:.1e} from PEFT's")
     if "not_compared" in parity:
         notes.append(f"lorafuse is not compared with PEFT: {parity['not_compared']}")
-    return notes + [f"{way} failed: {reason}" for way, reason in result["failed"].items()]
+    return notes + [f"{name} failed: {reason}" for name, reason in result["failed"].items()]

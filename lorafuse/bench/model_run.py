@@ -1,4 +1,4 @@
-"""One case of `lorafuse bench model`: its ways built and checked, then in turns step by step, then their memory."""
+"""One case of `lorafuse bench model`: build and check its variants, time their steps in turns, then their memory."""
 
 import argparse
 import copy
@@ -20,7 +20,7 @@ from lorafuse.bench.result import Wrong
 from lorafuse.bench.timed import Progress
 from lorafuse.bench.training import Trainee
 from lorafuse.bench.transformer import Model, adapted, build, free_bytes, frozen, twin
-from lorafuse.bench.transformer_cost import WAYS, Sizes, Training, fits, step_flops, together_bytes
+from lorafuse.bench.transformer_cost import VARIANTS, Sizes, Training, fits, step_flops, together_bytes
 from lorafuse.integrations import patch
 from lorafuse.testing.timing import percentile
 
@@ -28,9 +28,9 @@ __all__ = ["Case", "run_case"]
 
 _T = TypeVar("_T")
 
-# a median needs them
+# the fewest steps of which a median is taken
 _LEAST_ROUNDS = 3
-# ways whose first loss is that of the base
+# variants whose first loss must equal the base's
 _BEGINS = {"full": "full fine-tuning", "frozen": "the frozen model"}
 
 
@@ -62,7 +62,7 @@ class Case:
 
 @dataclass
 class _Run:
-    """A case on its way: what it is, and what is known of each way so far."""
+    """The state of a case: its options, and the results of each variant so far."""
 
     case: Case
     args: argparse.Namespace
@@ -72,48 +72,46 @@ class _Run:
     failed: dict[str, str] = field(default_factory=dict)
     parity: dict[str, Any] = field(default_factory=dict)
     built: dict[str, Any] = field(default_factory=dict)
-    # of every step that was done, also by ways that failed later
+    # losses of every step, also of variants that failed later
     losses: dict[str, list[float]] = field(default_factory=dict)
-    # loss of the first micro-batch by "base", the PEFT model without adapters, by "full" before its first step, and by
-    # "frozen"
+    # loss of the first micro-batch: "base" is the PEFT model without adapters, "full" before its first step, "frozen"
     first: dict[str, float] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
-        found: torch.dtype = getattr(torch, self.args.dtype)
-        return found
+        return getattr(torch, self.args.dtype)
 
     def ids(self, step: int) -> torch.Tensor:
         size = (self.case.accumulate, self.case.batch, self.case.tokens)
         return training.batches(self.case.sizes.vocabulary, size, step, self.device)
 
-    def attempt(self, way: str, run: Callable[[], _T]) -> _T | None:
-        """What `run()` gives; None, and the reason in `failed`, when memory runs out in it."""
+    def attempt(self, name: str, run: Callable[[], _T]) -> _T | None:
+        """The result of `run()`; None, with the reason in `failed`, when it runs out of memory."""
         try:
             return run()
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            self.failed[way] = out_of_memory(error)
+            self.failed[name] = out_of_memory(error)
         _release(self.device)
         return None
 
 
 def run_case(case: Case, args: argparse.Namespace, device: torch.device, progress: Progress) -> dict[str, Any]:
-    """Figures of every way. Raises Wrong when losses part, MemoryError when no way fits.
+    """Figures of every variant. Raises Wrong when losses differ, MemoryError when no variant fits.
 
-    A way that runs out of memory is in "failed" and the others go on; when it did beside the weights of full
-    fine-tuning, the case is run again with that apart.
+    A variant that runs out of memory is in "failed" and the others continue. When full fine-tuning was in the same
+    process, the case runs again with full fine-tuning alone.
     """
     if not case.sizes.layers:
         raise MemoryError(f"not one layer of {case.model.name} fits in the {free_bytes(device) / 2**30:.1f} GiB free")
-    # PEFT calls methods that transformers renamed, and looks for a config.json beside a GGUF file that has none
+    # PEFT calls methods that transformers renamed, and looks for a config.json next to a GGUF file
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6", category=FutureWarning)
         warnings.filterwarnings("ignore", message="Could not find a config file in", category=UserWarning)
-        apart = [group for group in (["full"], ["frozen", "peft", "lorafuse"]) if set(group) & set(args.ways)]
-        apart = [[way for way in group if way in args.ways] for group in apart]
-        together = [[way for way in WAYS if way in args.ways]]
+        apart = [group for group in (["full"], ["frozen", "peft", "lorafuse"]) if set(group) & set(args.variants)]
+        apart = [[name for name in group if name in args.variants] for group in apart]
+        together = [[name for name in VARIANTS if name in args.variants]]
         train = Training(args.rank, case.batch * case.tokens, getattr(torch, args.dtype).itemsize, case.checkpointing)
         turns = together if fits(together_bytes(case.sizes, together[0], train), free_bytes(device)) else apart
         run = _run_turns(turns, case, args, device, progress)
@@ -121,7 +119,7 @@ def run_case(case: Case, args: argparse.Namespace, device: torch.device, progres
             turns = apart
             run = _run_turns(turns, case, args, device, progress)
     if not run.figures:
-        raise MemoryError("; ".join(f"{way}: {reason}" for way, reason in run.failed.items()))
+        raise MemoryError("; ".join(f"{name}: {reason}" for name, reason in run.failed.items()))
     return _result(run, turns)
 
 
@@ -129,33 +127,33 @@ def _run_turns(
     turns: list[list[str]], case: Case, args: argparse.Namespace, device: torch.device, progress: Progress
 ) -> _Run:
     run = _Run(case, args, device, progress)
-    for ways in turns:
+    for names in turns:
         try:
-            _run_group(run, ways, args.seconds / len(turns))
+            _run_group(run, names, args.seconds / len(turns))
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            # in what the ways share
-            for way in ways:
-                run.failed.setdefault(way, out_of_memory(error))
+            # in memory that the variants share
+            for name in names:
+                run.failed.setdefault(name, out_of_memory(error))
         _release(device)
     base = run.first.pop("base", None)
     if base is None:
         return run
-    for way, loss in run.first.items():
+    for name, loss in run.first.items():
         difference, bound = abs(loss - base), training.loss_bound(run.dtype, base)
         if not difference <= bound:
             raise Wrong(
-                f"{_BEGINS[way]} begins at a loss of {loss:.6f}, the base without adapters has {base:.6f}: above "
+                f"{_BEGINS[name]} begins at a loss of {loss:.6f}, the base without adapters has {base:.6f}: above "
                 f"{bound:.1e} apart"
             )
-        run.parity[f"{way}_from_base"] = difference
+        run.parity[f"{name}_from_base"] = difference
     return run
 
 
-def _run_group(run: _Run, ways: list[str], seconds: float) -> None:
-    """Build the ways, check them, let them take turns, measure memory: figures, reasons and parity go into `run`."""
-    trainees = _build(run, ways)
+def _run_group(run: _Run, names: list[str], seconds: float) -> None:
+    """Build and check variants, time their steps in turns, measure memory; `run` receives all results."""
+    trainees = _build(run, names)
     warm_up = max(1, run.args.rounds // 10)
     total, order, end = warm_up + run.args.rounds, random.Random(0), time.monotonic() + seconds
     for index in range(total):
@@ -166,7 +164,7 @@ def _run_group(run: _Run, ways: list[str], seconds: float) -> None:
             run.progress(index, total, f"{trainee.name}, step {index + 1}")
             run.attempt(trainee.name, lambda trainee=trainee, ids=ids: trainee.step(ids))  # type: ignore[misc]
             if trainee.name in run.failed and trainee.optimizer is not None:
-                # the others must not pay for what it left
+                # its gradients must not take memory of the others
                 trainee.optimizer.zero_grad()
         trainees = [trainee for trainee in trainees if trainee.name not in run.failed]
     _check_losses(run)
@@ -177,8 +175,8 @@ def _run_group(run: _Run, ways: list[str], seconds: float) -> None:
             run.figures[trainee.name] = _figures(run, trainee, warm_up) | memory | run.built[trainee.name]
 
 
-def _build(run: _Run, ways: list[str]) -> list[Trainee]:
-    """The ways that fit, each checked on the first micro-batch: patched against PEFT, full and frozen by their loss."""
+def _build(run: _Run, names: list[str]) -> list[Trainee]:
+    """The variants that fit, checked on the first micro-batch: patched against PEFT, full and frozen by their loss."""
     run.progress(0, 1, f"building {run.case.model.name}")
     micro = run.ids(0)[0]
     base = build(run.case.model, run.case.sizes, run.dtype, run.device)
@@ -188,37 +186,37 @@ def _build(run: _Run, ways: list[str]) -> list[Trainee]:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     trainees: list[Trainee] = []
 
-    def take(way: str, model: Any, **facts: Any) -> None:
-        trainee = Trainee(way, model)
+    def add(name: str, model: Any, **facts: Any) -> None:
+        trainee = Trainee(name, model)
         trainees.append(trainee)
-        run.losses[way] = trainee.losses
-        run.built[way] = {"parameters": parameters, "trained": sum(p.numel() for p in trainee.trained), **facts}
+        run.losses[name] = trainee.losses
+        run.built[name] = {"parameters": parameters, "trained": sum(p.numel() for p in trainee.trained), **facts}
 
-    if "full" in ways:
-        full = base if ways == ["full"] else run.attempt("full", lambda: copy.deepcopy(base))
+    if "full" in names:
+        full = base if names == ["full"] else run.attempt("full", lambda: copy.deepcopy(base))
         seen = run.attempt("full", lambda: training.observe(full, micro, gradients=False)) if full is not None else None
         if seen is not None:
             run.first["full"] = seen.loss
-            take("full", full)
-    if ways == ["full"]:
+            add("full", full)
+    if names == ["full"]:
         return trainees
-    if "frozen" in ways:
+    if "frozen" in names:
         floor = frozen(base)
         reached = run.attempt("frozen", lambda: training.input_gradient(floor, micro))
         if reached is not None:
             run.first["frozen"], gradient = reached
             if gradient is None or not (gradient.any() and gradient.isfinite().all()):
                 raise Wrong("frozen: no gradient reaches the embedded tokens")
-            take("frozen", floor)
+            add("frozen", floor)
     run.progress(0, 1, "comparing patched with PEFT")
     stock = adapted(base, run.args.rank)
-    patched = twin(stock) if "lorafuse" in ways else None
+    patched = twin(stock) if "lorafuse" in names else None
     without = training.without_adapters(stock, micro)
     run.first["base"] = without.loss
-    # also where PEFT is not asked for: it is what patched is compared with
+    # also without PEFT among the variants: patched is compared with it
     peft = run.attempt("peft", lambda: training.observe(stock, micro))
-    if peft is not None and "peft" in ways:
-        take("peft", stock)
+    if peft is not None and "peft" in names:
+        add("peft", stock)
     if patched is None:
         return trainees
     report = patch(patched)
@@ -227,36 +225,35 @@ def _build(run: _Run, ways: list[str]) -> list[Trainee]:
     ours = run.attempt("lorafuse", lambda: training.observe(patched, micro))
     if ours is None:
         return trainees
-    take("lorafuse", patched, patched=len(report.patched), skipped=len(report.skipped))
+    add("lorafuse", patched, patched=len(report.patched), skipped=len(report.skipped))
     if peft is None:
         run.parity["not_compared"] = "PEFT ran out of memory on the first micro-batch"
     else:
-        found = training.compare(
+        distances = training.compare(
             ours, peft, without, lambda: training.half_adapters(stock, micro, run.dtype), run.dtype
         )
-        if wrong := found.pop("wrong"):
+        if wrong := distances.pop("wrong"):
             raise Wrong(str(wrong))
-        run.parity["first_micro_batch"] = found
+        run.parity["first_micro_batch"] = distances
     return trainees
 
 
 def _check_losses(run: _Run) -> None:
-    """Raises Wrong for a loss that is not finite, and where PEFT and patched part by more than `loss_bound`."""
+    """Raises Wrong for a loss that is not finite, and when PEFT's and patched differ by more than `loss_bound`."""
     losses = run.losses
-    for name, taken in losses.items():
-        for step, loss in enumerate(taken):
+    for name, steps in losses.items():
+        for step, loss in enumerate(steps):
             if not math.isfinite(loss):
                 raise Wrong(f"{name}: the loss of step {step + 1} is {loss}")
     if not {"peft", "lorafuse"} <= losses.keys():
         return
-    largest, steps = 0.0, min(len(losses["peft"]), len(losses["lorafuse"]))
-    for step, (ours, peft) in enumerate(zip(losses["lorafuse"][:steps], losses["peft"][:steps], strict=True)):
+    pairs = list(zip(losses["lorafuse"], losses["peft"], strict=False))
+    for step, (ours, peft) in enumerate(pairs):
         bound = training.loss_bound(run.dtype, peft)
         if not abs(ours - peft) <= bound:
             raise Wrong(f"step {step + 1}: lorafuse has loss {ours:.6f}, PEFT {peft:.6f}: above {bound:.1e} apart")
-        largest = max(largest, abs(ours - peft))
-    if steps:
-        run.parity |= {"steps": steps, "largest_loss_difference": largest}
+    if pairs:
+        run.parity |= {"steps": len(pairs), "largest_loss_difference": max(abs(ours - peft) for ours, peft in pairs)}
 
 
 def _figures(run: _Run, trainee: Trainee, warm_up: int) -> dict[str, Any]:
@@ -279,14 +276,14 @@ def _figures(run: _Run, trainee: Trainee, warm_up: int) -> dict[str, Any]:
 def _result(run: _Run, turns: list[list[str]]) -> dict[str, Any]:
     case, args = run.case, run.args
     whole = Sizes.of(case.model.config())
-    flops = {way: step_flops(case.sizes, way, args.rank, case.tokens_per_step, case.tokens) for way in WAYS}
-    variants = {way: run.figures[way] for way in WAYS if way in run.figures}
-    medians = {way: figure["step"]["median"] for way, figure in variants.items()}
-    for way, figure in variants.items():
+    flops = {name: step_flops(case.sizes, name, args.rank, case.tokens_per_step, case.tokens) for name in VARIANTS}
+    variants = {name: run.figures[name] for name in VARIANTS if name in run.figures}
+    medians = {name: figure["step"]["median"] for name, figure in variants.items()}
+    for name, figure in variants.items():
         if "full" in medians:
-            figure["ratio_to_full"] = medians[way] / medians["full"]
-        if "frozen" in medians and way in ("peft", "lorafuse"):
-            figure["tax"] = medians[way] / medians["frozen"] - 1
+            figure["ratio_to_full"] = medians[name] / medians["full"]
+        if "frozen" in medians and name in ("peft", "lorafuse"):
+            figure["tax"] = medians[name] / medians["frozen"] - 1
     return {
         "kind": "model", "case": case.name, "model": case.model.name,
         "weights": "real" if case.model.real else "random",
@@ -300,7 +297,7 @@ def _result(run: _Run, turns: list[list[str]]) -> dict[str, Any]:
             "tax": flops["lorafuse"] / flops["frozen"] - 1, "ratio_to_full": flops["lorafuse"] / flops["full"],
         },
         "turns": turns, "parity": run.parity, "variants": variants,
-        "failed": {way: reason for way, reason in run.failed.items() if way in args.ways},
+        "failed": {name: reason for name, reason in run.failed.items() if name in args.variants},
     }  # fmt: skip
 
 

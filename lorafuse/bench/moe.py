@@ -1,7 +1,7 @@
-"""The experts of a mixture-of-experts block, forward and backward, run in every way that is compared.
+"""The experts of a mixture-of-experts block, forward and backward, with every baseline.
 
 LoRA tax = time(adapted) / time(frozen) - 1, forward and backward, where frozen is transformers' own grouped_mm block.
-No number is printed for a result that is not right.
+No number is printed for a wrong result.
 """
 
 import argparse
@@ -12,25 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafuse.bench.problem import Problem, Work
-from lorafuse.bench.timed import closing, run_case, select, table
-from lorafuse.bench.variant import SCALE, Variant
+from lorafuse.bench.problem import SCALE, Problem, Variant, Work
 from lorafuse.testing.cases import MOE_CASES, MoECase, find_moe, sizes
-from lorafuse.testing.timing import timing
-
-__all__ = [
-    "ROUTINGS",
-    "SUMMARY",
-    "Experts",
-    "ExpertsInputs",
-    "add_arguments",
-    "cases",
-    "closing",
-    "run_case",
-    "select",
-    "table",
-    "timing",
-]
 
 SUMMARY = "the experts of a mixture-of-experts block"
 _STACKS = ("gate_up", "down")
@@ -55,12 +38,12 @@ def cases(args: argparse.Namespace) -> list["Experts"]:
         E, k, H, I = sizes(args.shape, 4, 4, "experts, experts of a token, hidden and inner size", "64,8,2048,768")
         if k > E:
             raise ValueError(f"--shape {args.shape}: a token cannot have {k} of {E} experts")
-        found = [MoECase(f"experts-{args.shape.replace(',', '-')}", E, k, H, I)]
+        blocks = [MoECase(f"experts-{args.shape.replace(',', '-')}", E, k, H, I)]
     else:
-        found = list(MOE_CASES.values()) if args.all else [find_moe(name) for name in args.case or ["moe-64"]]
+        blocks = list(MOE_CASES.values()) if args.all else [find_moe(name) for name in args.case or ["moe-64"]]
     problems = [
         Experts(c.name, args.dtype, m, c.E, c.k, c.H, c.I, r, routing)
-        for c in found for m in args.m for r in args.rank for routing in args.routing
+        for c in blocks for m in args.m for r in args.rank for routing in args.routing
     ]  # fmt: skip
     for problem in problems:
         if min(problem.H, problem.I) < problem.R:
@@ -91,7 +74,7 @@ def _balanced(tokens: int, experts: int, k: int) -> Tensor:
 
 
 def _zipf(tokens: int, experts: int, k: int) -> Tensor:
-    """Experts drawn without repetition, the n-th most wanted with weight 1/n."""
+    """Experts drawn without repetition, the n-th most frequent with weight 1/n."""
     generator = torch.Generator().manual_seed(0)
     return torch.multinomial((1 / torch.arange(1, experts + 1)).expand(tokens, -1), k, generator=generator)
 
@@ -146,19 +129,19 @@ class Experts(Problem):
         return {"nothing": frozen, "base": base, "adapters": _formula(given, _FACTORS)}
 
     def variant(self, name: str, baseline: Any, given: ExpertsInputs, **options: Any) -> Variant:
-        call, parameters = baseline.experts(given, **options)
+        call, trained = baseline.experts(given, **options)
         x, weight = (t.detach().requires_grad_() for t in (given.x, given.weight))
-        wanted = {"dx": x, "dweight": weight, **parameters}
-        return Variant(name, lambda: (call(x, given.index, weight),), ("out",), (given.dout,), wanted)
+        leaves = {"dx": x, "dweight": weight, **trained}
+        return Variant(name, lambda: (call(x, given.index, weight),), ("out",), (given.dout,), leaves)
 
-    def shaped(self, name: str, expected: Tensor, found: Tensor) -> Tensor:
-        """Gradients of factors as PEFT packs them, where that is how they come."""
-        if expected.shape == found.shape:
+    def shaped(self, name: str, expected: Tensor, actual: Tensor) -> Tensor:
+        """Gradients of factors in PEFT's packing, for variants that return them so."""
+        if expected.shape == actual.shape:
             return expected
         return expected.flatten(0, 1) if name.endswith("_a") else expected.permute(1, 2, 0).flatten(1)
 
     def work(self, trains: str) -> dict[str, Work]:
-        """The three products of every choice; the weights of the experts that are chosen, x and out once a pass."""
+        """The three products of every (token, expert); one pass over x, out and the weights of the routed experts."""
         size, rows = self.torch_dtype.itemsize, self.M * self.k
         chosen = {"one-hot": self.k}.get(self.routing, min(self.E, rows))
         base, weights = 2 * rows * 3 * self.I * self.H, size * chosen * 3 * self.I * self.H
@@ -175,10 +158,10 @@ class Experts(Problem):
 
 
 def _formula(given: ExpertsInputs, trained: tuple[str, ...]) -> dict[str, Tensor]:
-    """out and every gradient in fp64, expert by expert, so that one expert's weights are held in fp64 at a time."""
+    """out and every gradient in fp64, one expert at a time to save memory."""
     x, weight, dout = (t.double() for t in (given.x, given.weight, given.dout))
-    found = {"out": torch.zeros_like(x), "dx": torch.zeros_like(x), "dweight": torch.zeros_like(weight)}
-    found |= {f"d_{name}": torch.zeros_like(getattr(given, name), dtype=torch.float64) for name in trained}
+    results = {"out": torch.zeros_like(x), "dx": torch.zeros_like(x), "dweight": torch.zeros_like(weight)}
+    results |= {f"d_{name}": torch.zeros_like(getattr(given, name), dtype=torch.float64) for name in trained}
     names = _STACKS + (_FACTORS if trained == _FACTORS else ())
     for e in range(given.gate_up.shape[0]):
         token, slot = torch.where(given.index == e)
@@ -194,9 +177,9 @@ def _formula(given: ExpertsInputs, trained: tuple[str, ...]) -> dict[str, Tensor
         gate, up = project(rows, "gate_up").chunk(2, 1)
         y = project(F.silu(gate) * up, "down") * factor.unsqueeze(1)
         dx, dfactor, *grads = torch.autograd.grad(y, (rows, factor, *(of[name] for name in trained)), dout[token])
-        found["out"].index_add_(0, token, y.detach())
-        found["dx"].index_add_(0, token, dx)
-        found["dweight"][token, slot] = dfactor
+        results["out"].index_add_(0, token, y.detach())
+        results["dx"].index_add_(0, token, dx)
+        results["dweight"][token, slot] = dfactor
         for name, grad in zip(trained, grads, strict=True):
-            found[f"d_{name}"][e] = grad
-    return found
+            results[f"d_{name}"][e] = grad
+    return results

@@ -1,4 +1,4 @@
-"""What this device reaches, measured on the spot: percentages in tables are of these, not of a data sheet's."""
+"""This device's peak rates, measured now: percentages in tables refer to these, not to a data sheet."""
 
 import time
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from lorafuse.testing.timing import Clock
 
 __all__ = ["copy_bytes", "matmul_flops", "usual_dtype"]
 
-# seconds that one product may take; CPUs without bfloat16 instructions need minutes for large ones
+# the longest product in seconds; CPUs without bfloat16 instructions need minutes for large ones
 _PATIENCE = 0.6
-# seconds of repeating, while clocks rise and neighbours on the machine pause: five calls alone once found half of what
-# the CPU then reached (AMD EPYC, 2 threads, 2026-11-26)
+# seconds of repeating, while clocks rise and neighbours on the machine pause: five calls once measured half of the
+# CPU's rate (AMD EPYC, 2 threads, 2026-11-26)
 _REPEATED = 1.5
 
 
@@ -21,17 +21,17 @@ _REPEATED = 1.5
 def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of a square product of normal numbers, the best of several.
 
-    Of size 8192 on a GPU; on a CPU the largest of 256, 512, 1024 and 2048 that is expected within 0.6 seconds.
+    Its size is 8192 on a GPU; on a CPU the largest of 256, 512, 1024 and 2048 that should take at most 0.6 seconds.
     """
     if device.type == "cuda":
         return _product(8192, dtype, device)
-    # the sizes on the way only say how large it can be
+    # smaller sizes only predict the time of the next
     size = 256
-    found = _product(size, dtype, device, repeated=0)
-    while size < 2048 and 2 * (2 * size) ** 3 / found < _PATIENCE:
+    rate = _product(size, dtype, device, repeated=0)
+    while size < 2048 and 2 * (2 * size) ** 3 / rate < _PATIENCE:
         size *= 2
-        found = _product(size, dtype, device, repeated=0)
-    return max(found, _product(size, dtype, device))
+        rate = _product(size, dtype, device, repeated=0)
+    return max(rate, _product(size, dtype, device))
 
 
 def _product(size: int, dtype: torch.dtype, device: torch.device, repeated: float = _REPEATED) -> float:
@@ -56,11 +56,11 @@ def usual_dtype(device: torch.device) -> str:
 
 
 def _best(run: Callable[[], object], device: torch.device, repeated: float = _REPEATED) -> float:
-    """Seconds of the quickest of five calls and more, for as long as `repeated` seconds."""
+    """Seconds of the fastest call, of at least five calls and at least `repeated` seconds."""
     clock = Clock(device)
     run()
-    taken: list[float] = []
+    seconds: list[float] = []
     start = time.monotonic()
-    while len(taken) < 5 or time.monotonic() - start < repeated:
-        taken.append(clock.time(run)[0])
-    return min(taken)
+    while len(seconds) < 5 or time.monotonic() - start < repeated:
+        seconds.append(clock.time(run)[0])
+    return min(seconds)

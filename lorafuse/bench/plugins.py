@@ -1,20 +1,20 @@
-"""The baselines: one file each in `bench/baselines/`, found by name, asked whether they can run here.
+"""The baselines: one file each in `bench/baselines/`.
 
-A baseline is a Python file. It is imported here also when it runs in a process of its own, and imports what it compares
-with only inside of its functions. What it may define:
+This process imports a baseline even when it runs in a process of its own, so it imports the package that it compares
+with inside its functions. A file may define:
 
-    LABEL       how tables call it
-    TRAINS      "adapters" (the default), "base" or "nothing": which results are right, and which work is counted
-    REQUIRES    top-level modules that have to be importable; none marks a baseline of this project's own, whose wrong
-                result stops the run, where a peer's is reported and not counted
-    ISOLATED    True: it runs in a process of its own, because its licence, its imports or its patches ask for that, or
-                because it writes into its inputs, which the others of one process share
+    LABEL       its name in tables
+    TRAINS      "adapters" (the default), "base" or "nothing": selects the reference and the counted work
+    REQUIRES    top-level modules that must be importable. Without it the baseline is this project's own: a wrong result
+                stops the run, while a peer's is reported and not counted
+    ISOLATED    True: run it in a process of its own, because of its licence, imports or patches, or because it writes
+                into its inputs, which all variants of a process share
     FORMS       {suffix: options}: several variants of one file; the options go to its functions ({"": {}})
     unavailable(kind, device, **options) -> str   why it cannot run there, "" when it can
     linear(given, **options), group(given, **options), mlp(given, **options), experts(given, **options)
-                build it for the inputs of `lorafuse.bench.linear`, `group`, `mlp` or `moe`: the call, and the tensors
-                it trains by the names of their gradients. A file without the function of a kind is no baseline of that
-                kind; without `group` or `mlp`, its `linear` runs once for each layer.
+                build it for the inputs of `lorafuse.bench.linear`, `group` or `moe`: the call, and the trained tensors
+                by the names of their gradients. A file without the function of a kind is no baseline of that kind;
+                without `group` or `mlp`, its `linear` runs once per layer.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ import torch
 __all__ = ["Baseline", "folder", "load", "load_file"]
 
 _FUNCTIONS = {"linear": ("linear",), "group": ("group", "linear"), "mlp": ("mlp", "linear"), "moe": ("experts",)}
-# first what others are measured from, last what this project is about
+# the order of tables: first the references, last this project's own
 _FIRST, _LAST = ("frozen", "full"), "lorafuse"
 
 
@@ -49,7 +49,7 @@ class Baseline:
 
 
 def folder() -> Path:
-    """Where the baselines are: `bench/baselines/` of a checkout, or the copy that an installed package brings.
+    """The folder of baselines: `bench/baselines/` of a checkout, or the copy in an installed package.
 
     Raises FileNotFoundError when neither is there.
     """
@@ -57,19 +57,19 @@ def folder() -> Path:
     for place in (package.parent / "bench" / "baselines", package / "_baselines"):
         if (place / "frozen.py").is_file():
             return place
-    raise FileNotFoundError(f"there are no baselines beside {package}: run from a checkout, or install lorafuse again")
+    raise FileNotFoundError(f"there are no baselines next to {package}: run from a checkout, or install lorafuse again")
 
 
 def load(kind: str, device: torch.device, place: Path | None = None) -> list[Baseline]:
-    """The baselines of a kind ("linear", "group", "mlp", "moe"), those that cannot run here included.
+    """The baselines of a kind ("linear", "group", "mlp", "moe"), including those that cannot run here.
 
-    Raises ValueError for a folder without the one that the others are measured from, and for a file that does not load.
+    Raises ValueError for a folder without frozen.py, and for a file that does not load.
     """
     place = folder() if place is None else place
     if not (place / "frozen.py").is_file():
         raise ValueError(f"--baselines {place}: it holds no frozen.py, from which the others are measured")
-    found = [one for file in place.glob("*.py") for one in load_file(file, kind, device)]
-    return sorted(found, key=_rank)
+    baselines = [one for file in place.glob("*.py") for one in load_file(file, kind, device)]
+    return sorted(baselines, key=_rank)
 
 
 def _rank(one: Baseline) -> tuple[int, str]:
@@ -80,7 +80,7 @@ def _rank(one: Baseline) -> tuple[int, str]:
 
 @cache
 def _module(file: Path, changed: int) -> ModuleType:
-    """A file as a module, loaded once for as long as nobody has changed it."""
+    """A file as a module, cached until it changes."""
     spec = importlib.util.spec_from_file_location(f"_lorafuse_baseline_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
@@ -88,7 +88,7 @@ def _module(file: Path, changed: int) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        # of code that is not this project's
+        # foreign code may raise anything
         raise ValueError(f"{file}: it cannot be loaded ({type(error).__name__}: {error})") from error
     return module
 

@@ -1,4 +1,4 @@
-"""A variant that another process runs, asked for its times like one of this process."""
+"""A variant in another process, with the interface of one in this process."""
 
 import json
 import os
@@ -21,18 +21,18 @@ from lorafuse.testing.memory import Held
 
 __all__ = ["TIMEOUT", "RemoteRunner"]
 
-# seconds for one answer: peers import half of the ecosystem, compile and tune their kernels before the first
+# seconds for one answer: before the first, peers import large packages, compile and tune their kernels
 TIMEOUT = 600.0
-# seconds for a process whose answers have ended to end itself
+# seconds between the end of a process's output and its end
 _LAST_WORDS = 10.0
 
 
 class RemoteRunner:
-    """Has the methods of `Runner`; `wrong` is what the gate in that process said.
+    """The methods of `Runner`; `wrong` is the result of the gate in that process.
 
-    `tree` is the checkout whose lorafuse runs; None is the one that runs here. Raises Failed, with the reason, when the
-    process ends, what it runs raises, or an answer takes longer than `timeout` seconds; MemoryError when it ran out of
-    memory. The process ends with this one, however that ends; `close` also ends what it started.
+    `tree` is the checkout whose lorafuse runs, by default this one. Raises Failed with the reason when the process
+    ends, its code raises, or an answer takes more than `timeout` seconds; MemoryError when it runs out of memory. The
+    process ends with this one in any case; `close` also ends the processes that it started.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class RemoteRunner:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            # where -m looks first
+            # first on -m's path
             cwd=tree,
-            # a group of its own, so that `close` reaches what a peer starts: compilers, pools of workers
+            # a group of its own, so that `close` reaches a peer's compilers and workers
             start_new_session=True,
         )
         try:
-            self.wrong = self._ask(
+            self.wrong = self._request(
                 "build",
                 kind=problem.kind,
                 problem=asdict(problem),
@@ -71,33 +71,33 @@ class RemoteRunner:
                 threads=torch.get_num_threads(),
                 graphs=graphs,
             )
-            self.launched = "" if self.wrong else self._ask("launched")
+            self.launched = "" if self.wrong else self._request("launched")
         except BaseException:
             self.close()
             raise
 
     def once(self) -> tuple[float, float]:
-        """Seconds of one forward and of one backward, taken in that process."""
-        forward, backward = self._ask("once")
+        """Seconds of one forward and of one backward, measured in that process."""
+        forward, backward = self._request("once")
         return forward, backward
 
     def memory(self) -> Held:
-        """Bytes that one forward and backward hold beyond what was there before."""
-        return Held(**self._ask("memory"))
+        """Bytes of one forward and backward beyond those alive before."""
+        return Held(**self._request("memory"))
 
     def close(self) -> None:
-        """End the process and what it started; again is nothing."""
+        """End the process and those it started; idempotent."""
         self._end()
         self._errors.close()
 
     def _end(self) -> int:
         """Kill the process and its group, and give its status."""
-        # not after it was waited for: the number of the group could be another's by then
+        # not after a wait for it: the group's number could be another's by then
         if self._process.returncode is None:
             os.killpg(self._process.pid, signal.SIGKILL)
         return self._process.wait()
 
-    def _ask(self, what: str, **arguments: Any) -> Any:
+    def _request(self, what: str, **arguments: Any) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         if self._process.returncode is not None:
@@ -105,7 +105,7 @@ class RemoteRunner:
         try:
             self._process.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
             self._process.stdin.flush()
-            # every question has one answer, so nothing waits in the buffer of stdout
+            # every request has one answer, so the buffer of stdout is empty
             if not select.select([self._process.stdout], [], [], self._timeout)[0]:
                 last = self._last_words()
                 self._end()
@@ -123,7 +123,7 @@ class RemoteRunner:
         return answer["result"]
 
     def _how_it_ended(self) -> str:
-        # its answers end a moment before it does, and a kill in between would be taken for its status
+        # its output ends a moment before it does, and a kill in between would become its status
         end = time.monotonic() + _LAST_WORDS
         while os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             if time.monotonic() > end:
@@ -134,6 +134,6 @@ class RemoteRunner:
         return f"its process {how}" + (f": {last}" if last else "")
 
     def _last_words(self) -> str:
-        """The last line that the process wrote to its standard error."""
+        """The last line of the process's standard error."""
         self._errors.seek(0)
         return self._errors.read().strip().rpartition("\n")[2]

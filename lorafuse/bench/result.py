@@ -1,4 +1,4 @@
-"""What a benchmark may end in besides figures, and the files its figures are written to."""
+"""Result files, and the exceptions of results that have no figures."""
 
 import csv
 import io
@@ -9,21 +9,21 @@ from typing import Any
 
 from lorafuse.files import read_json, write_text
 
-__all__ = ["VERSION", "Failed", "Wrong", "geomean", "read", "rows", "with_adapters", "write_csv", "write_json"]
+__all__ = ["VERSION", "Failed", "Wrong", "read", "rows", "with_adapters", "write_csv", "write_json"]
 
 VERSION = 2
 
 
 class Wrong(Exception):
-    """A result that is not right: no number of it is shown."""
+    """A wrong result: none of its numbers is shown."""
 
 
 class Failed(Exception):
-    """A variant that could not run, and why."""
+    """A variant could not run; the message is the reason."""
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write the file whole or not at all, so that an interrupted run leaves the former one."""
+    """Write the file atomically: an interrupted run leaves the former one."""
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
@@ -60,22 +60,12 @@ def rows(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def with_adapters(result: dict[str, Any], figure: str) -> list[str]:
-    """The variants of a result that train adapters and have that figure; files before version 2 do not say who does."""
+    """The variants of a result that train adapters and have that figure (files before version 2 have no "trains")."""
     return [
         name
         for name, one in result["variants"].items()
         if figure in one and one.get("trains", "adapters") == "adapters" and name not in ("frozen", "full")
     ]
-
-
-def geomean(values: list[float]) -> float:
-    """Geometric mean of positive values. Raises ValueError for none."""
-    if not values:
-        raise ValueError("no values to take the mean of")
-    product = 1.0
-    for value in values:
-        product *= value ** (1 / len(values))
-    return product
 
 
 def _flat(figures: dict[str, Any], prefix: str = "") -> dict[str, Any]:

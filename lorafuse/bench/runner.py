@@ -1,8 +1,8 @@
-"""A variant that this process runs: its times, through CUDA graphs where there is a GPU, and its memory."""
+"""A variant in this process: its times, on a GPU through CUDA graphs, and its memory."""
 
 import torch
 
-from lorafuse.bench.variant import Variant
+from lorafuse.bench.problem import Variant
 from lorafuse.testing.memory import Held, held_bytes
 from lorafuse.testing.timing import Clock
 
@@ -10,11 +10,10 @@ __all__ = ["Runner"]
 
 
 class Runner:
-    """Forward and backward of a variant, timed apart.
+    """Forward and backward of a variant, timed separately.
 
-    On a GPU both are captured into CUDA graphs, so that what is compared is the work of the GPU and not that of the
-    host; `launched` is "" then, else the reason why calls are launched one by one: a graph could not be captured, or
-    `graphs` is False. Not on a CPU, where it is "".
+    On a GPU both are captured into CUDA graphs, so that times are the GPU's and not the host's. `launched` is "", or
+    the reason why kernels are launched one by one: the capture failed, or `graphs` is False.
     """
 
     def __init__(self, variant: Variant, clock: Clock, graphs: bool = True) -> None:
@@ -22,10 +21,10 @@ class Runner:
         self.launched = ""
         self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
         if clock.cuda:
-            self.launched = self._capture() if graphs else "asked for"
+            self.launched = self._capture() if graphs else "requested"
 
     def _capture(self) -> str:
-        """Capture forward and backward; "" or why that failed."""
+        """Capture forward and backward; "" or the reason why that failed."""
         # cuBLAS handles, workspaces and compiled kernels must exist before a capture
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -41,7 +40,7 @@ class Runner:
             with torch.cuda.graph(backward, pool=pool):
                 self._kept = self.variant.backward(outputs)
         except RuntimeError as error:
-            # a wait for the device inside, most often; what it launches is timed as it is
+            # most often a wait for the device; its launches are timed instead
             return str(error).partition("\n")[0]
         self._graphs = forward, backward
         return ""
@@ -56,5 +55,5 @@ class Runner:
         return first, second
 
     def memory(self) -> Held:
-        """Bytes that one forward and backward hold beyond what was there before."""
+        """Bytes of one forward and backward beyond those alive before."""
         return held_bytes(self.variant.forward, self.variant.backward, self.clock.device)

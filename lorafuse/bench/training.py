@@ -1,4 +1,4 @@
-"""One way to train a model: optimizer steps of several micro-batches, timed; what they hold; whether it is right."""
+"""One variant of training a model: timed optimizer steps of several micro-batches, their memory, their correctness."""
 
 import time
 from collections.abc import Callable
@@ -17,12 +17,12 @@ __all__ = [
     "without_adapters",
 ]  # fmt: skip
 
-# so that losses stay finite and yet move: of adapters, and of whole models
+# large enough that losses move, small enough that they stay finite
 _LEARNING_RATE = {"full": 1e-5, "adapters": 1e-4}
-# relative L2 of logits and gradients in float32, and of every loss: what issues of equality in Hugging Face's
-# libraries allow between two implementations
+# relative L2 of logits and gradients in float32, and of every loss: as in Hugging Face's own tests of two
+# implementations
 _FP32_BOUND = 1e-3
-# logits of so many tokens are compared, a whole vocabulary each
+# number of tokens whose logits are compared, over the whole vocabulary
 _POSITIONS = 64
 
 
@@ -34,9 +34,9 @@ def batches(vocabulary: int, size: tuple[int, int, int], step: int, device: torc
 
 @dataclass
 class Trainee:
-    """A model in training, and what was seen of it: mean loss and seconds of each step.
+    """A model in training, with the mean loss and the seconds of each step.
 
-    Of one that trains nothing a step is forward and backward to its embedded tokens.
+    A step of a frozen model is forward, and backward to its embedded tokens.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Trainee:
         self.optimizer = torch.optim.AdamW(self.trained, lr=rate, weight_decay=0.0) if self.trained else None
 
     def backward(self, ids: Tensor) -> Tensor:
-        """Mean loss of the micro-batches `[accumulate, batch, tokens]`, with its gradients added to what is there."""
+        """Mean loss of the micro-batches `[accumulate, batch, tokens]`; its gradients accumulate."""
         total = torch.zeros((), device=ids.device)
         for micro in ids:
             loss: Tensor = self.model(input_ids=micro, labels=micro).loss / len(ids)
@@ -76,11 +76,9 @@ class Trainee:
         self.losses.append(loss.item())
 
     def memory(self, ids: Tensor) -> dict[str, int]:
-        """Bytes: of weights, gradients and optimizer state, the most a whole step holds beside weights and state, and
-        all of that together.
+        """Bytes of weights, gradients and optimizer state, the peak of a step beyond weights and state, and their sum.
 
-        The step that is measured has two micro-batches at most: what the second one meets, gradients, is what every
-        further one meets.
+        The measured step has two micro-batches at most: from the second on, each starts with gradients in memory.
         """
         step = peak_bytes(lambda: self.update(ids[:2]), ids.device)
         weights = _bytes(list(self.model.parameters()))
@@ -106,7 +104,7 @@ def _synchronize(device: torch.device) -> None:
 
 @dataclass
 class Seen:
-    """What one micro-batch gives: loss, logits `[positions, vocabulary]` in float32, gradients of what is trained."""
+    """The results of one micro-batch: loss, logits `[positions, vocabulary]` in float32, gradients by name."""
 
     loss: float
     logits: Tensor
@@ -118,7 +116,7 @@ class Seen:
 
 
 def observe(model: Any, micro: Tensor, gradients: bool = True) -> Seen:
-    """Loss, logits and gradients of token ids `[batch, tokens]`; leaves no gradient behind."""
+    """Loss, logits and gradients of token ids `[batch, tokens]`; the parameters keep no gradient."""
     with nullcontext() if gradients else torch.no_grad():
         out = model(input_ids=micro, labels=micro)
     logits = out.logits.detach().flatten(0, 1)
@@ -128,8 +126,8 @@ def observe(model: Any, micro: Tensor, gradients: bool = True) -> Seen:
         out.loss.backward()
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                found = torch.zeros(()) if parameter.grad is None else parameter.grad.float().clone()
-                seen.gradients[name] = found
+                grad = parameter.grad
+                seen.gradients[name] = torch.zeros(()) if grad is None else grad.float().clone()
                 parameter.grad = None
     return seen
 
@@ -145,13 +143,13 @@ def input_gradient(model: Any, micro: Tensor) -> tuple[float, Tensor | None]:
 
 
 def without_adapters(model: Any, micro: Tensor) -> Seen:
-    """What the base of a PEFT model gives, without gradients."""
+    """The results of a PEFT model without its adapters, and without gradients."""
     with model.disable_adapter():
         return observe(model, micro, gradients=False)
 
 
 def half_adapters(model: Any, micro: Tensor, dtype: torch.dtype) -> Seen:
-    """What a PEFT model gives with its adapters in the base's dtype; they are float32 again afterwards."""
+    """The results of a PEFT model with its adapters in the base's dtype; they are float32 again afterwards."""
     kept = {p: p.data for p in model.parameters() if p.requires_grad}
     try:
         for parameter in kept:
@@ -163,22 +161,21 @@ def half_adapters(model: Any, micro: Tensor, dtype: torch.dtype) -> Seen:
 
 
 def loss_bound(dtype: torch.dtype, loss: float) -> float:
-    """How far losses of two right ways may be apart, at a loss of that size.
+    """The largest difference between the losses of two correct runs, at a loss of that size.
 
-    In float32 1e-3 of it. In bfloat16 and float16 the table's tolerance of a result (`tolerance`): the rounding of one
-    step goes into the weights of the next, so that two right runs part by more than one forward pass does; one forward
-    and backward pass are held to the three-way rule by `compare`.
+    1e-3 of it in float32. In bfloat16 and float16 the table's `tolerance`: the rounding errors of a step enter the
+    weights of the next, so two correct runs differ by more than one pass does. `compare` applies the three-way rule to
+    one forward and backward pass.
     """
     return (_FP32_BOUND if dtype is torch.float32 else tolerance(dtype)) * max(1.0, abs(loss))
 
 
 def compare(ours: Seen, peft: Seen, base: Seen, half: Callable[[], Seen], dtype: torch.dtype) -> dict[str, float | str]:
-    """Patched against PEFT on one micro-batch: relative L2 errors of logits and gradients, their bounds, what is wrong.
+    """Patched against PEFT on one micro-batch: relative L2 errors of logits and gradients, their bounds, "wrong".
 
-    In float32 the bound is 1e-3. In bfloat16 and float16 it is the three-way rule with what rounds as ours does in
-    torch's place: PEFT with adapters in that dtype (`half`), whose distance from PEFT as shipped may be reached twice,
-    plus one rounding. Between two equally rounded results and an exact one twice is what the triangle inequality gives.
-    A bound of the logits that the adapters' own effect does not exceed would show nothing: that is wrong too.
+    The bound is 1e-3 in float32. In bfloat16 and float16 it is the three-way rule: twice the distance between PEFT with
+    adapters in that dtype (`half`), which rounds as ours does, and PEFT as shipped, plus one rounding; twice follows
+    from the triangle inequality. A bound of the logits above the adapters' own effect could show nothing, and is wrong.
     """
     names = list(peft.gradients)
 

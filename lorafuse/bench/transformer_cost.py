@@ -1,19 +1,20 @@
-"""What training a decoder costs, as arithmetic of its sizes: weights, FLOPs, bytes, and how many layers fit.
+"""The cost of training a decoder from its sizes: weights, FLOPs, bytes, and how many layers fit.
 
-T are the tokens of a step, S those of a sequence, L the layers, D heads · head size. FLOPs are those the model asks
-for: what checkpointing computes again is not counted (MFU, not HFU), nor what a way computes besides.
+T are the tokens of a step, S those of a sequence, L the layers, D heads · head size. FLOPs are model FLOPs (MFU, not
+HFU): recomputation by checkpointing and overhead of an implementation are not counted. torch.utils.flop_counter would
+count these too and needs a model that is built and run; the tests hold the formulas against it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["WAYS", "Sizes", "Training", "fits", "fitting", "step_flops", "together_bytes", "training_bytes"]
+__all__ = ["VARIANTS", "Sizes", "Training", "fits", "fitting", "step_flops", "together_bytes", "training_bytes"]
 
-WAYS = ("frozen", "full", "peft", "lorafuse")
-# these take turns on one set of frozen weights
+VARIANTS = ("frozen", "full", "peft", "lorafuse")
+# these share one set of frozen weights
 _ONE_BASE = {"frozen", "peft", "lorafuse"}
-# of the memory that is free: the allocator's fragments, the libraries' workspaces, and an estimate that is one
+# share of the free memory to use: the rest is for fragments, the libraries' workspaces and the estimate's error
 _SHARE = 0.8
 # a vocabulary is not cut below it
 _LEAST_VOCABULARY = 1024
@@ -37,7 +38,7 @@ class Sizes:
 
     @classmethod
     def of(cls, config: Any) -> "Sizes":
-        """Of a transformers configuration with Llama's layers, or with Qwen3-MoE's, every layer of experts."""
+        """The sizes of a transformers configuration: Llama's layers, or Qwen3-MoE's with experts in every layer."""
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         E = getattr(config, "num_experts", 0)
         return cls(
@@ -48,42 +49,42 @@ class Sizes:
         )  # fmt: skip
 
     def layer_weights(self, experts: int) -> int:
-        """Of one layer, with that many of its experts; norms are left out, below a thousandth."""
+        """Weights of one layer with that many experts; without norms, which are below a thousandth."""
         return self.H * (2 * self.D + 2 * self.KV + self.E) + 3 * self.H * self.I * (experts if self.E else 1)
 
     def weights(self) -> int:
-        """All of them: layers, embedding, head."""
+        """Weights of layers, embedding and head."""
         return self.layers * self.layer_weights(self.E) + self.vocabulary * self.H * (1 if self.tied else 2)
 
     def active_weights(self) -> int:
-        """Those that multiply each token: k experts, the head, not the embedding, which is looked up."""
+        """Weights that multiply each token: k experts and the head, without the embedding, which is a look-up."""
         return self.layers * self.layer_weights(self.k) + self.vocabulary * self.H
 
     def adapter_weights(self, rank: int, experts: int) -> int:
-        """Of adapters on every linear layer but the head, and on the stacked projections of that many experts."""
+        """Weights of adapters on every linear layer but the head, and on the projections of that many experts."""
         attention = 2 * (self.H + self.D) + 2 * (self.H + self.KV)
         inner = experts * (2 * self.H + 3 * self.I) if self.E else 3 * (self.H + self.I)
         return self.layers * rank * (attention + inner)
 
 
-def step_flops(sizes: Sizes, way: str, rank: int, tokens: int, sequence: int) -> int:
+def step_flops(sizes: Sizes, variant: str, rank: int, tokens: int, sequence: int) -> int:
     """Model FLOPs of one step of `tokens` tokens in sequences of `sequence`.
 
     full: 6·N·T + 12·L·D·S·T with N active weights, two FLOPs each in forward, input gradient and weight gradient
     (Chowdhery et al., PaLM, 2022, appendix B, whose attention term counts the whole S × S square as this one does).
-    LoRA: 4·N·T + 6·N_lora·T + 12·L·D·S·T, the frozen weights having no gradient. The first layer's input gradient,
-    which nobody needs where the embedding is frozen, is counted nevertheless. frozen: the same without adapters.
+    LoRA: 4·N·T + 6·N_lora·T + 12·L·D·S·T, since frozen weights have no gradient. The first layer's input gradient is
+    counted, though a frozen embedding does not need it. frozen: the same without adapters.
     """
     attention = 12 * sizes.layers * sizes.D * sequence * tokens
-    if way == "full":
+    if variant == "full":
         return 6 * sizes.active_weights() * tokens + attention
-    adapters = 0 if way == "frozen" else sizes.adapter_weights(rank, sizes.k)
+    adapters = 0 if variant == "frozen" else sizes.adapter_weights(rank, sizes.k)
     return (4 * sizes.active_weights() + 6 * adapters) * tokens + attention
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a model is trained: `tokens` of one micro-batch, bytes of an element of its dtype."""
+    """How a model is trained: rank, tokens of one micro-batch, bytes of an element, checkpointing."""
 
     rank: int
     tokens: int
@@ -91,11 +92,11 @@ class Training:
     checkpointing: bool
 
 
-def training_bytes(sizes: Sizes, way: str, training: Training) -> int:
-    """An estimate of the most that a step of one way holds, its weights included; an upper one rather than a lower.
+def training_bytes(sizes: Sizes, variant: str, training: Training) -> int:
+    """An upper estimate of the peak bytes of a step of one variant, its weights included.
 
-    Weights; for what is trained a gradient and AdamW's two moments, each of the parameter's dtype, as torch makes them;
-    per layer and token what autograd keeps (inputs of products, norms in float32, q and k before and after rotation,
+    Weights; a gradient and AdamW's two moments of each trained parameter, in the parameter's dtype; the tensors that
+    autograd saves per layer and token (inputs of products, norms in float32, q and k before and after rotation,
     four tensors of inner size; PEFT's float32 copies of inputs where the base is not float32), of one layer with
     checkpointing; logits, three times more in float32. PEFT builds W + ΔW of the experts and keeps it for backward.
     On GPUs AdamW takes one more tensor for each parameter while it updates them all at once.
@@ -103,27 +104,26 @@ def training_bytes(sizes: Sizes, way: str, training: Training) -> int:
     size, L = training.itemsize, sizes.layers
     inner = sizes.I * max(sizes.k, 1)
     kept = size * (6 * sizes.H + 3 * sizes.D + 4 * sizes.KV + 4 * inner + 3 * sizes.k * sizes.H) + 16 * sizes.H
-    if way == "peft" and size < 4:
+    if variant == "peft" and size < 4:
         kept += 4 * (5 * sizes.H + sizes.D + inner)
     per_layer = training.tokens * kept
-    stacks = size * sizes.layer_weights(sizes.E) if way == "peft" and sizes.E else 0
+    stacks = size * sizes.layer_weights(sizes.E) if variant == "peft" and sizes.E else 0
     alive = 1 if training.checkpointing else L
     total = size * sizes.weights() + alive * (per_layer + stacks) + 3 * stacks
     if training.checkpointing:
         total += L * training.tokens * sizes.H * size
     total += training.tokens * sizes.vocabulary * (size + 3 * 4)
-    if way == "full":
-        # a tied embedding has a gradient from the head and one from the look-up before they are one
+    if variant == "full":
+        # a tied embedding has a gradient from the head and one from the look-up before they are added
         tied = size * sizes.vocabulary * sizes.H if sizes.tied else 0
         return max(total + 3 * size * sizes.weights() + tied, 5 * size * sizes.weights())
-    return total + (0 if way == "frozen" else _ADAPTER_BYTES * sizes.adapter_weights(training.rank, sizes.E))
+    return total + (0 if variant == "frozen" else _ADAPTER_BYTES * sizes.adapter_weights(training.rank, sizes.E))
 
 
 def fitting(sizes: Sizes, needed: Callable[[Sizes], int], free: int) -> Sizes:
-    """The sizes with as many layers, `sizes.layers` at most, as 0.8 · `free` bytes hold, by what `needed` says.
+    """The sizes with as many layers, at most `sizes.layers`, as fit in 0.8 · `free` bytes when `needed(sizes)` do.
 
-    The vocabulary stays unless not even one layer fits with it; then it is halved until one does. 0 layers where none
-    fits with 1024 words.
+    If not even one layer fits, the vocabulary is halved until one does. 0 layers when none fits with 1024 words.
     """
     cut = sizes
     while True:
@@ -135,12 +135,12 @@ def fitting(sizes: Sizes, needed: Callable[[Sizes], int], free: int) -> Sizes:
         cut = replace(cut, vocabulary=cut.vocabulary // 2)
 
 
-def together_bytes(sizes: Sizes, ways: list[str], training: Training) -> int:
-    """An upper estimate of what several ways hold that take turns in one process; all but full share one base."""
-    shared = training.itemsize * sizes.weights() * max(0, len(_ONE_BASE.intersection(ways)) - 1)
-    return sum(training_bytes(sizes, way, training) for way in ways) - shared
+def together_bytes(sizes: Sizes, variants: list[str], training: Training) -> int:
+    """An upper estimate of the bytes of several variants in one process; all but full share one base."""
+    shared = training.itemsize * sizes.weights() * max(0, len(_ONE_BASE.intersection(variants)) - 1)
+    return sum(training_bytes(sizes, variant, training) for variant in variants) - shared
 
 
 def fits(needed: int, free: int) -> bool:
-    """Whether so many bytes, by an estimate, are within 0.8 of those that are free."""
+    """Whether `needed` bytes are within 0.8 of the `free` bytes."""
     return needed <= _SHARE * free

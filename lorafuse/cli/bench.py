@@ -1,11 +1,12 @@
 """Measure what LoRA costs on this machine: layers, blocks, whole models; against the frozen layer, PEFT and others.
 
-LoRA tax = time(adapted) / time(frozen) - 1, forward and backward. No number is printed for a result that is not right.
-With --base REF the same is run in this checkout and in that commit's, in turns, and what became slower is said.
+LoRA tax = time(adapted) / time(frozen) - 1, forward and backward. No number is printed for a wrong result.
+With --base REF the same cases run in this checkout and in that commit's, in turns; slower passes are reported.
 """
 
 import argparse
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -41,7 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _module(kind: str) -> Any:
+    """The module of a kind: `SUMMARY`, `add_arguments` and `cases`."""
     return importlib.import_module(f"lorafuse.bench.{kind}")
+
+
+def _engine(kind: str) -> Any:
+    """The module that runs a kind's cases: `run_case` and `table`, maybe `select`, `timing` and `closing`."""
+    return _module(kind if kind in ("model", "memory") else "timed")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -69,22 +76,20 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when every result was right; 1 when one was not or nothing could run; 130 when interrupted."""
+    """0 when every result was right; 1 when one was wrong or nothing could run; 130 when interrupted."""
     if args.kind is None and args.base is None:
         raise ValueError(f"name what to measure: lorafuse bench {{{','.join(KINDS)}}}, or --base REF")
-    try:
-        import peft  # noqa: F401
-
-        console = _common.console()
-    except ImportError as error:
-        raise MissingDependency("lorafuse bench needs peft and rich: pip install 'lorafuse[peft,cli]'") from error
+    # not imported here: that takes seconds, and baselines without PEFT need none of it
+    if missing := [name for name in ("peft", "rich") if importlib.util.find_spec(name) is None]:
+        raise MissingDependency(f"lorafuse bench needs {' and '.join(missing)}: pip install 'lorafuse[peft,cli]'")
+    console = _common.console()
     if args.base is not None:
         from lorafuse.bench import compare
 
         runs = [args.again([*argv, "--base", args.base]) for argv in compare.USUAL] if args.kind is None else [args]
         return compare.run(runs, console, prepared)
-    kind = _module(args.kind)
     cases, device = prepared(args)
+    kind = _engine(args.kind)
     found = conditions(device)
     if hasattr(kind, "timing"):
         found["timing"] = kind.timing(device)
@@ -102,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def prepared(args: argparse.Namespace) -> tuple[list[Any], torch.device]:
-    """The cases and the device; every mistake in the options is found here. Raises ValueError."""
+    """The cases and the device. Raises ValueError for every mistake in the options."""
     numbers = "m", "rank", "rounds", "seconds", "timeout", "layers", "tokens", "batch", "accumulate"
     _common.check_numbers(args, *(name for name in numbers if hasattr(args, name)))
     device = _common.device(args.device)
@@ -113,10 +118,9 @@ def prepared(args: argparse.Namespace) -> tuple[list[Any], torch.device]:
         from lorafuse.bench import peaks
 
         args.dtype = peaks.usual_dtype(device)
-    kind = _module(args.kind)
-    if hasattr(kind, "select"):
-        kind.select(args.kind, args, device)
-    return kind.cases(args), device
+    if hasattr(engine := _engine(args.kind), "select"):
+        engine.select(args.kind, args, device)
+    return _module(args.kind).cases(args), device
 
 
 def _run_cases(
@@ -140,9 +144,9 @@ def _run_cases(
                 except (MemoryError, RuntimeError) as error:
                     if not is_out_of_memory(error):
                         raise
-                    said = out_of_memory(error)
-                    console.print(f"{case.title}: no numbers, {said}", style="red", markup=False, highlight=False)
-                    content["not_run"][case.title] = said
+                    reason = out_of_memory(error)
+                    console.print(f"{case.title}: no numbers, {reason}", style="red", markup=False, highlight=False)
+                    content["not_run"][case.title] = reason
                 else:
                     content["results"].append(result)
                     console.print(kind.table(result))
@@ -164,7 +168,7 @@ def _write(args: argparse.Namespace, content: dict[str, Any]) -> None:
 
 @contextmanager
 def _progress(console: Any, name: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A live line that says what is being done, gone when the case is."""
+    """A live line of progress, until the case ends."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))

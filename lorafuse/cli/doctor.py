@@ -25,13 +25,12 @@ from lorafuse.errors import MissingDependency
 from lorafuse.plan import tuned
 from lorafuse.testing import numerics
 from lorafuse.testing.conditions import cpu, program_output
+from lorafuse.versions import MINIMUM, is_older
 
 SUMMARY = "versions, devices, compilers, backends, and a numerical self-test"
 
-__all__ = ["MINIMUM_VERSIONS", "SUMMARY", "Finding", "add_arguments", "findings", "run"]
+__all__ = ["SUMMARY", "Finding", "add_arguments", "findings", "run"]
 
-# The least version of each package that lorafuse works with; a test holds them equal to pyproject.toml's.
-MINIMUM_VERSIONS = {"torch": "2.11", "triton": "3.6", "peft": "0.21", "transformers": "5.7"}
 _PURPOSES = {
     "torch": "required",
     "triton": "optional: the triton backend",
@@ -84,16 +83,6 @@ def findings() -> Iterator[Finding]:
     yield from _self_test()
 
 
-def _release(version: str) -> tuple[int, ...]:
-    """`"2.13.0+cpu"` as `(2, 13, 0)`; what follows the first part that is not a number is left out."""
-    parts: list[int] = []
-    for part in version.split("+")[0].split("."):
-        if not part.isdigit():
-            break
-        parts.append(int(part))
-    return tuple(parts)
-
-
 def _installed(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -109,14 +98,14 @@ def _versions() -> Iterator[Finding]:
 
 
 def _version(package: str, purpose: str, version: str | None, triton: str | None) -> Finding:
-    at_least = MINIMUM_VERSIONS.get(package)
+    at_least = MINIMUM.get(package)
     fix = f'pip install "{package}>={at_least}"' if at_least else f"pip install {package}"
     bad = "fail" if purpose == "required" else "warn"
     if version is None:
         return Finding("versions", package, f"not installed ({purpose})", bad, fix)
-    if at_least and _release(version) < _release(at_least):
+    if at_least and is_older(version, at_least):
         return Finding("versions", package, f"{version}, older than {at_least} ({purpose})", bad, fix)
-    if package == "numpy" and triton and _release(triton) < (3, 7) and _release(version) >= (2, 4):
+    if package == "numpy" and triton and is_older(triton, "3.7") and not is_older(version, "2.4"):
         value = f"{version}; Triton {triton}'s interpreter fails with numpy 2.4 and newer"
         return Finding("versions", package, value, "warn", 'pip install "numpy<2.4"')
     return Finding("versions", package, version)

@@ -1,7 +1,7 @@
-"""Measure on this GPU every way that the planner knows to run a model's LoRA layers, and let plans follow the fastest.
+"""Measure every candidate of the planner for a model's LoRA layers on this GPU; plans then follow the fastest.
 
-A result that differs from the formula in fp64 is reported and never recorded. What is recorded stays in the folder of
-LORAFUSE_CACHE_DIR, one file a GPU model; a run that was interrupted goes on where it stopped.
+A result that differs from the formula in fp64 is reported and never recorded. Records stay in the folder of
+LORAFUSE_CACHE_DIR, one file per GPU model; an interrupted run continues where it stopped.
 """
 
 import argparse
@@ -14,23 +14,24 @@ import torch
 from lorafuse import env, files
 from lorafuse.backends import base
 from lorafuse.backends.probe import device_spec
-from lorafuse.cli import _common, _tune_print
+from lorafuse.cli import _common
 from lorafuse.cli._common import DTYPES
 from lorafuse.errors import MissingDependency
 from lorafuse.plan import Problem, find, forget, tuned
-from lorafuse.testing import tuning
 from lorafuse.testing.cases import Case, sizes
 from lorafuse.testing.cases import find as find_case
 from lorafuse.testing.conditions import conditions, describe
 from lorafuse.testing.model_layers import linear_layers
 from lorafuse.testing.timing import timing
-from lorafuse.testing.tuning import Outcome, Target
+from lorafuse.tune import measure, report
+from lorafuse.tune.measure import Outcome, Target, is_measured, is_tunable, passes
+from lorafuse.tune.record import record
 
 SUMMARY = "measure what is fastest for a model on this GPU, and let plans follow it"
 
 __all__ = ["SUMMARY", "add_arguments", "run"]
 
-# passes of one layer, M and R that share their operands
+# passes of one layer at one M and R, which share their operands
 _Group = list[Problem]
 
 
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the base (bfloat16)")
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of the adapter (0)")
     parser.add_argument("--device", default="", help="cuda, cuda:1, … (cuda)")
-    parser.add_argument("--rounds", type=int, default=40, help="timed calls of each way (40)")
+    parser.add_argument("--rounds", type=int, default=40, help="timed calls of each candidate (40)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="keep measurements there, where plans do not look")
     parser.add_argument("--again", action="store_true", help="measure also what is there already")
     parser.add_argument("--dry-run", action="store_true", help="say what would be measured; nothing runs")
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0; 1 when a way was wrong; 130 when interrupted. Raises ValueError, and MissingDependency, for what cannot be."""
+    """0; 1 when a candidate was wrong; 130 when interrupted. Raises ValueError for bad options, MissingDependency."""
     _check(args)
     layers, experts = _named(args), 0
     target = _planned(args.gpu) if args.gpu is not None else _target(args.device)
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"experts in {experts} layers are planned by the model and not tuned: this is of linear layers")
     _say_what_is_left_out(console, layers, args, target, entries)
     if args.dry_run:
-        _tune_print.print_work(console, target, work, args.rounds)
+        report.print_work(console, target, work, args.rounds)
         return 0
     if not any(work.values()):
         text = f"nothing left to measure: {path} holds it; --again measures it again"
@@ -144,8 +145,8 @@ def _groups(case: Case, args: argparse.Namespace, target: Target, entries: Seque
     groups = []
     for M in sorted(set(args.m)):
         for R in sorted(set(args.rank)):
-            every = tuning.passes(case, M, R, args.dtype, args.dropout > 0)
-            group = [p for p in every if tuning.is_tunable(p, target) and not tuning.is_there(p, entries)]
+            every = passes(case, M, R, args.dtype, args.dropout > 0)
+            group = [p for p in every if is_tunable(p, target) and not is_measured(p, entries)]
             if group:
                 groups.append(group)
     return groups
@@ -159,15 +160,15 @@ def _say_what_is_left_out(
     for case, groups in every.items():
         if not groups:
             console.print(
-                f"{_tune_print.shape(case)}: left out; {target.spec.name} has one way to run it, or its rows are off "
-                "16-byte boundaries, where measurements do not speak",
+                f"{report.shape(case)}: left out; {target.spec.name} has one candidate for it, or its rows are off "
+                "16-byte boundaries, which measurements do not cover",
                 highlight=False,
             )
     if not any(every.values()):
         raise ValueError(
             f"there is nothing to tune: plans on {target.spec.name} have no choice for any of these layers"
         )
-    there = sum(tuning.is_there(problem, entries) for groups in every.values() for group in groups for problem in group)
+    there = sum(is_measured(problem, entries) for groups in every.values() for group in groups for problem in group)
     if there and not args.again:
         console.print(f"{there} passes are measured already; --again measures them again", highlight=False)
 
@@ -198,7 +199,7 @@ def _measure_all(
 ) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    status, totals = 0, _tune_print.Totals()
+    status, totals = 0, report.Totals()
     columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     total = sum(len(group) for _, groups in work.values() for group in groups)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -207,9 +208,9 @@ def _measure_all(
             outcomes: list[Outcome] = []
             try:
                 for group in groups:
-                    sizes = f"{_tune_print.shape(case)}, M {group[0].M}, R {group[0].R}"
+                    sizes = f"{report.shape(case)}, M {group[0].M}, R {group[0].R}"
                     bar.update(task, description=sizes)
-                    outcomes += tuning.measure(target, group, args.dropout, args.rounds)
+                    outcomes += measure.measure(target, group, args.dropout, args.rounds)
                     bar.advance(task, len(group))
             except KeyboardInterrupt:
                 console.print("interrupted; what is done is kept")
@@ -217,12 +218,12 @@ def _measure_all(
             finally:
                 entries = _keep(path, outcomes, found, own=args.out is None)
             if outcomes:
-                _tune_print.print_layer(console, case, count, outcomes, entries, target)
+                report.print_layer(console, case, count, outcomes, entries, target)
                 totals.add(count, outcomes, entries)
             if status == 130:
                 break
             status = max(status, int(any(outcome.wrong for outcome in outcomes)))
-    _tune_print.print_totals(console, totals, path, args.out is None)
+    report.print_totals(console, totals, path, args.out is None)
     return status
 
 
@@ -233,7 +234,7 @@ def _keep(path: Path, outcomes: list[Outcome], found: dict[str, str], own: bool)
     """
     entries = tuned.read(path, own)
     if outcomes:
-        entries = tuning.record(entries, outcomes, found)
+        entries = record(entries, outcomes, found)
         tuned.write(path, entries)
         forget()
     return entries

@@ -21,6 +21,7 @@ from lorafuse.integrations.hf_common import (
     trainable,
     warn_once,
 )
+from lorafuse.versions import MINIMUM, is_older
 
 __all__ = ["block_operands", "experts_forward", "first_projection", "is_dispatched", "register_experts"]
 
@@ -28,8 +29,6 @@ __all__ = ["block_operands", "experts_forward", "first_projection", "is_dispatch
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_experts")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
-# before 5.7 the names of experts implementations were a fixed list
-_TRANSFORMERS_AT_LEAST = (5, 7)
 
 
 def register_experts(name: str = "lorafuse") -> None:
@@ -47,7 +46,8 @@ def register_experts(name: str = "lorafuse") -> None:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError as error:
         raise MissingDependency("experts need transformers >= 5.7: pip install 'transformers>=5.7'") from error
-    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < _TRANSFORMERS_AT_LEAST:
+    # before 5.7 the names of experts implementations were a fixed list
+    if is_older(transformers.__version__, MINIMUM["transformers"]):
         raise MissingDependency(
             f"experts need transformers >= 5.7, found {transformers.__version__}: pip install -U it"
         )

@@ -8,10 +8,9 @@ from torch import nn
 from lorafuse.backends import base
 from lorafuse.errors import MissingDependency
 from lorafuse.integrations.report import PatchReport
+from lorafuse.versions import MINIMUM, is_older
 
 __all__ = ["patch", "unpatch"]
-
-_PEFT_AT_LEAST = (0, 21)
 
 
 def _hf_peft() -> ModuleType:
@@ -19,7 +18,7 @@ def _hf_peft() -> ModuleType:
         import peft
     except ImportError as error:
         raise MissingDependency("lorafuse.patch works on PEFT models: pip install 'peft>=0.21'") from error
-    if tuple(int(part) for part in peft.__version__.split(".")[:2]) < _PEFT_AT_LEAST:
+    if is_older(peft.__version__, MINIMUM["peft"]):
         raise MissingDependency(f"lorafuse.patch needs peft >= 0.21, found {peft.__version__}: pip install -U peft")
     from lorafuse.integrations import hf_peft
 

@@ -102,7 +102,10 @@ class Lab:
 
     def __enter__(self) -> "Lab":
         if self.workers > 1:
-            self._pool = multiprocessing.get_context("spawn").Pool(self.workers, _start_worker)
+            # its server imports torch once for all workers, and has no threads or CUDA state that a fork would break
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
+            self._pool = context.Pool(self.workers, _start_worker)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -1,4 +1,4 @@
-"""Under what conditions a number was measured: every table and every result file starts with these."""
+"""The conditions of a measurement, at the top of every table and result file."""
 
 import datetime
 import importlib.util
@@ -60,7 +60,7 @@ def cpu() -> tuple[str, set[str]]:
 
 
 def program_output(*command: str) -> str:
-    """What a program prints, "" when it is absent or fails."""
+    """The output of a program, "" when it is absent or fails."""
     if shutil.which(command[0]) is None:
         return ""
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)

@@ -1,4 +1,4 @@
-"""Peak memory of one call, the same way for every variant that is compared."""
+"""Peak memory of a call, and memory between forward and backward."""
 
 import os
 import sys
@@ -14,10 +14,10 @@ __all__ = ["Held", "held_bytes", "peak_bytes"]
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Most tensor bytes that `run()` holds at once beyond those alive before it.
+    """The most tensor bytes that `run()` holds at once beyond those alive before it.
 
-    On CUDA from the caching allocator's own counter; elsewhere from the allocations and releases that torch's profiler
-    records, added up in the order of their times. Memory of libraries outside torch's allocator is not seen.
+    On CUDA this is the caching allocator's counter; elsewhere the sum of allocations and releases that torch's profiler
+    records, in the order of their times. Memory of libraries outside torch's allocator is not counted.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -35,14 +35,14 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Held:
-    """Tensor bytes: the most at once, and what is alive between forward and backward, results included."""
+    """Tensor bytes: the peak, and those alive between forward and backward, results included."""
 
     peak: int
     between: int
 
 
 def held_bytes(forward: Callable[[], Any], backward: Callable[[Any], object], device: torch.device) -> Held:
-    """What one forward and backward hold beyond what was alive before."""
+    """The memory of one forward and backward beyond that alive before."""
     peak = peak_bytes(lambda: backward(forward()), device)
     kept: list[Any] = []
     if device.type == "cuda":
@@ -53,7 +53,7 @@ def held_bytes(forward: Callable[[], Any], backward: Callable[[Any], object], de
 
 
 def _changes(run: Callable[[], object]) -> list[int]:
-    """Bytes that every allocation of `run()` adds and every release takes away, in the order of their times."""
+    """Bytes of every allocation (positive) and release (negative) of `run()`, in the order of their times."""
     recorded = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with _quiet():
         recorded.start()
@@ -69,7 +69,7 @@ def _changes(run: Callable[[], object]) -> list[int]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the profiler's library writes to standard error whenever it starts and stops."""
+    """Suppress the messages of the profiler's library on standard error."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "w") as nothing:

@@ -11,12 +11,12 @@ import torch
 
 __all__ = ["WARM", "Clock", "Samples", "Timed", "captured", "measure", "measure_calls", "percentile", "timing"]
 
-# how calls in turns find the caches where nobody empties them
+# the state of caches when nothing overwrites them
 WARM = "interleaved, caches hold what the other variants left"
 
 
 def timing(device: torch.device) -> str:
-    """How `Clock` times calls in turns, for the conditions of a run."""
+    """How `Clock` times calls, for the conditions of a run."""
     return "interleaved, L2 overwritten before every call" if device.type == "cuda" else WARM
 
 
@@ -76,10 +76,10 @@ class Clock:
 
 
 def captured(call: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], object]:
-    """`call` as a CUDA graph: timed, it is the work of the GPU and not that of the host.
+    """`call` as a CUDA graph, whose time is the GPU's and not the host's.
 
-    It is called a few times on `stream` first, where what it launches runs too: a backward runs where its forward ran.
-    Raises RuntimeError for what cannot be captured.
+    It first runs a few times on `stream`, which must be the stream of its kernels: a backward runs on its forward's.
+    Raises RuntimeError for a call that cannot be captured.
     """
     # cuBLAS handles, workspaces and compiled kernels must exist before a capture
     with torch.cuda.stream(stream):
@@ -97,7 +97,7 @@ def captured(call: Callable[[], object], stream: torch.cuda.Stream) -> Callable[
 
 
 class Timed(Protocol):
-    """What `measure` takes: `once()` runs forward and backward and gives the seconds of each."""
+    """An argument of `measure`: `once()` runs forward and backward and returns the seconds of each."""
 
     @property
     def name(self) -> str: ...
@@ -114,9 +114,9 @@ def measure(
 ) -> Iterator[dict[str, Samples]]:
     """Time forward and backward of every variant once a round, in a new order each round; yields after each round.
 
-    After `seconds` it stops early, but not before a fifth of the rounds, so that medians stay medians of something.
-    What a variant raises goes to `drop`, with its name: unless that raises, the others go on, and the samples of this
-    one are gone. Without `drop` it ends the measurement.
+    After `seconds` it stops early, but not before a fifth of the rounds. An exception of a variant goes to `drop` with
+    its name: unless `drop` raises, its samples are removed and the others continue. Without `drop` it ends the
+    measurement.
     """
     order, end = random.Random(0), time.monotonic() + seconds
     samples = {variant.name: Samples() for variant in variants}
@@ -148,7 +148,7 @@ def measure_calls(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for index in range(warm_up + rounds):
         for name in order.sample(list(calls), len(calls)):
-            taken, _ = clock.time(calls[name])
+            one, _ = clock.time(calls[name])
             if index >= warm_up:
-                seconds[name].append(taken)
+                seconds[name].append(one)
     return seconds

@@ -11,7 +11,7 @@ from plan_problems import ALL, BACKWARD, HEADLINE
 
 from lorafuse import cli, env
 from lorafuse.plan import find, forget, modelled, select, tuned
-from lorafuse.plan.ranges import rectangles, split
+from lorafuse.tune.ranges import rectangles, split
 
 pytestmark = pytest.mark.no_poison
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorafuse.bench import linear, model, peaks, plugins, result, timed
+from lorafuse.bench import model, peaks, plugins, result, timed
 from lorafuse.bench.group import Group
 from lorafuse.bench.linear import Linear
 from lorafuse.bench.moe import Experts
+from lorafuse.bench.problem import wrong
 from lorafuse.bench.runner import Runner
-from lorafuse.bench.variant import wrong
 from lorafuse.cli import main
 from lorafuse.testing import memory, timing
 from lorafuse.testing.cases import CASES, GROUPS, Case, find, find_any, find_group
@@ -73,21 +73,21 @@ def test_the_own_baselines_are_all_there():
 def test_gate_sees_a_wrong_result(broken):
     built, expected, problem = variant("lorafuse", TINY)
     if broken == "y":
-        call = built.call
-        built.call = lambda: (call()[0] * 1.01,)
+        call = built.forward
+        built.forward = lambda: (call()[0] * 1.01,)
     else:
-        backward, index = built.backward, list(built.wanted).index(broken)
+        backward, index = built.backward, list(built.leaves).index(broken)
         built.backward = lambda y: tuple(g * (0 if i == index else 1) for i, g in enumerate(backward(y)))
     assert broken in wrong(built, expected, problem.shaped)
 
 
 def test_gate_sees_a_missing_gradient_and_nan():
     built, expected, problem = variant("addmm", TINY)
-    del built.wanted["da"]
+    del built.leaves["da"]
     assert "does not give da" in wrong(built, expected, problem.shaped)
     built, expected, problem = variant("addmm", TINY)
-    call = built.call
-    built.call = lambda: (call()[0] * math.nan,)
+    call = built.forward
+    built.forward = lambda: (call()[0] * math.nan,)
     assert "y is wrong" in wrong(built, expected, problem.shaped)
 
 
@@ -137,9 +137,9 @@ def test_files_hold_every_variant_and_the_conditions(tmp_path, capsys):
 def test_the_conditions_say_how_each_kind_is_timed(tmp_path):
     file, gpu = tmp_path / "r.json", torch.device("cuda")
     assert main([*SMALL, "--json", str(file)]) == 0
-    assert result.read(file)["conditions"]["timing"] == linear.timing(CPU) == model.timing(CPU)
+    assert result.read(file)["conditions"]["timing"] == timed.timing(CPU) == model.timing(CPU)
     # steps of a model are timed by the wall clock, on what the step before left
-    assert linear.timing(gpu) == "interleaved, L2 overwritten before every call"
+    assert timed.timing(gpu) == "interleaved, L2 overwritten before every call"
     assert model.timing(gpu) == model.timing(CPU)
     how = ["--device", "cpu", "--dtype", "float32", "--only", "lorafuse"]
     assert main(["bench", "memory", "--case", "smollm2-135m.k", "--m", "8", *how, "--json", str(file)]) == 0
@@ -162,14 +162,14 @@ def test_explicit_shapes(arguments, sizes, tmp_path):
 
 
 def test_interruption_keeps_what_is_done(monkeypatch, tmp_path, capsys):
-    run = linear.run_case
+    run = timed.run_case
 
     def once(problem, *rest):
         if problem.M == 16:
             raise KeyboardInterrupt
         return run(problem, *rest)
 
-    monkeypatch.setattr(linear, "run_case", once)
+    monkeypatch.setattr(timed, "run_case", once)
     assert main([*SMALL, "--m", "8", "16", "--json", str(tmp_path / "r.json")]) == 130
     assert [one["M"] for one in result.read(tmp_path / "r.json")["results"]] == [8]
     assert "what is done is kept" in capsys.readouterr().out

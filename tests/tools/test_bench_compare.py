@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 BASELINE = Path("bench") / "baselines" / "lorafuse.py"
 # without PEFT: importing it took each of some twenty processes longer than all rounds
 OWN = """
-from lorafuse.bench.variant import SCALE
+from lorafuse.bench.problem import SCALE
 from lorafuse.functional import lora_linear
 
 LABEL = "lorafuse"

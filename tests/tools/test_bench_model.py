@@ -14,7 +14,7 @@ from tiny_transformers import TINY, TINY_MOE
 from lorafuse.bench import model, model_run, training, transformer
 from lorafuse.bench.result import Wrong
 from lorafuse.bench.training import Trainee
-from lorafuse.bench.transformer_cost import WAYS, Sizes, Training, step_flops, training_bytes
+from lorafuse.bench.transformer_cost import VARIANTS, Sizes, Training, step_flops, training_bytes
 from lorafuse.cli import main
 from lorafuse.integrations import hf_experts, hf_peft, patch
 
@@ -56,27 +56,27 @@ def run(progress=lambda *_: None, **changes):
 def test_every_figure_of_a_result():
     shown = []
     with mock.patch.object(hf_peft, "run_linear", wraps=hf_peft.run_linear) as calls:
-        result = run(progress=lambda *call: shown.append(call), accumulate=[3], ways=list(WAYS))
-    # 14 layers of one way: a micro-batch in the comparison, three in each of three steps, two in the measured one
+        result = run(progress=lambda *call: shown.append(call), accumulate=[3], variants=list(VARIANTS))
+    # 14 layers of one variant: a micro-batch in the comparison, three in each of three steps, two in the measured one
     assert calls.call_count == 14 * (1 + 3 * 3 + 2)
     assert json.loads(json.dumps(result)) == result
     expected = {"model": "tiny", "layers": 2, "layers_of_model": 4, "vocabulary": 256, "weights": "random"}
     expected |= {"accumulate": 3, "batch": 1, "tokens": 8, "tokens_per_step": 24, "checkpointing": False, "R": 4}
-    expected |= {"dtype": "float32", "turns": [list(WAYS)], "failed": {}, "peak_flops_per_s": PEAK}
+    expected |= {"dtype": "float32", "turns": [list(VARIANTS)], "failed": {}, "peak_flops_per_s": PEAK}
     assert {key: result[key] for key in expected} == expected
     sizes = replace(Sizes.of(TINY.config()), layers=2)
-    frozen, full, peft, ours = (result["variants"][way] for way in WAYS)
-    for way, figure in result["variants"].items():
+    frozen, full, peft, ours = (result["variants"][name] for name in VARIANTS)
+    for name, figure in result["variants"].items():
         step = figure["step"]
         assert 0 < step["p20"] <= step["median"] <= step["p80"]
         assert figure["rounds"] == 2
         assert figure["tokens_per_s"] == pytest.approx(24 / step["median"])
-        assert figure["model_flops"] == step_flops(sizes, way, 4, 24, 8)
+        assert figure["model_flops"] == step_flops(sizes, name, 4, 24, 8)
         assert figure["mfu"] == pytest.approx(figure["model_flops"] / step["median"] / PEAK)
         assert figure["ratio_to_full"] == pytest.approx(step["median"] / full["step"]["median"])
         assert figure["gradient_bytes"] == 4 * figure["trained"]
         tax = pytest.approx(step["median"] / frozen["step"]["median"] - 1)
-        assert figure.get("tax") == (tax if way in ("peft", "lorafuse") else None)
+        assert figure.get("tax") == (tax if name in ("peft", "lorafuse") else None)
         # two moments, and a counter of each parameter
         assert 0 <= figure["optimizer_bytes"] - 8 * figure["trained"] <= 0.02 * figure["optimizer_bytes"]
         assert figure["step_peak_bytes"] > figure["gradient_bytes"]
@@ -103,7 +103,7 @@ def test_every_figure_of_a_result():
 
 def test_experts_run_fused_and_are_compared():
     with mock.patch.object(hf_experts, "lora_experts", wraps=hf_experts.lora_experts) as calls:
-        result = run(case=["tiny-moe"], checkpointing="on", ways=["peft", "lorafuse"])
+        result = run(case=["tiny-moe"], checkpointing="on", variants=["peft", "lorafuse"])
     # two layers, twice with checkpointing, in the comparison, the three steps, and the measured one
     assert calls.call_count == 2 * 2 * 5
     assert result["variants"].keys() == {"peft", "lorafuse"}
@@ -146,8 +146,8 @@ def _dead_gradient(patched):
         (_dead_gradient, "no gradient reaches base_model"),
     ],
 )
-@pytest.mark.parametrize("ways", [["peft", "lorafuse"], ["lorafuse"]])
-def test_a_wrong_patch_has_no_numbers(planted, said, ways, monkeypatch):
+@pytest.mark.parametrize("names", [["peft", "lorafuse"], ["lorafuse"]])
+def test_a_wrong_patch_has_no_numbers(planted, said, names, monkeypatch):
     def wrong_patch(patched):
         report = patch(patched)
         planted(patched)
@@ -155,7 +155,7 @@ def test_a_wrong_patch_has_no_numbers(planted, said, ways, monkeypatch):
 
     monkeypatch.setattr(model_run, "patch", wrong_patch)
     with pytest.raises(Wrong, match=said):
-        run(ways=ways)
+        run(variants=names)
 
 
 def test_losses_that_part_have_no_numbers(monkeypatch):
@@ -167,7 +167,7 @@ def test_losses_that_part_have_no_numbers(monkeypatch):
     _init = Trainee.__post_init__
     monkeypatch.setattr(Trainee, "__post_init__", another_rate)
     with pytest.raises(Wrong, match="step 2: lorafuse has loss"):
-        run(ways=["peft", "lorafuse"])
+        run(variants=["peft", "lorafuse"])
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -201,7 +201,7 @@ def _no_backward(frozen):
 def test_a_wrong_frozen_model_has_no_numbers(planted, said, monkeypatch):
     monkeypatch.setattr(model_run, "frozen", lambda base: planted(transformer.frozen(base)))
     with pytest.raises(Wrong, match=said):
-        run(ways=["frozen", "peft"])
+        run(variants=["frozen", "peft"])
 
 
 def test_a_loss_that_is_not_finite_has_no_numbers(monkeypatch):
@@ -220,7 +220,7 @@ def test_a_loss_that_is_not_finite_has_no_numbers(monkeypatch):
 def test_nothing_patched_is_an_error(monkeypatch):
     monkeypatch.setattr(model_run, "patch", lambda patched: patch(torch.nn.Linear(2, 2)))
     with pytest.warns(UserWarning, match="patched nothing"), pytest.raises(Wrong, match="nothing was patched"):
-        run(ways=["lorafuse"])
+        run(variants=["lorafuse"])
 
 
 def _out_of_memory(method, *names, times=10**9, error=NO_MEMORY):
@@ -237,17 +237,17 @@ def _out_of_memory(method, *names, times=10**9, error=NO_MEMORY):
 
 
 @pytest.mark.parametrize(
-    ("way", "method"), [("full", "step"), ("peft", "step"), ("frozen", "step"), ("lorafuse", "memory")]
+    ("name", "method"), [("full", "step"), ("peft", "step"), ("frozen", "step"), ("lorafuse", "memory")]
 )
-def test_a_way_out_of_memory_is_reported_and_the_others_go_on(way, method):
-    with _out_of_memory(method, way):
+def test_a_variant_out_of_memory_is_reported_and_the_others_go_on(name, method):
+    with _out_of_memory(method, name):
         result = run()
-    assert result["failed"] == {way: "out of memory: CUDA out of memory."}
-    assert result["variants"].keys() == set(WAYS) - {way}
+    assert result["failed"] == {name: "out of memory: CUDA out of memory."}
+    assert result["variants"].keys() == set(VARIANTS) - {name}
     assert result["turns"] == [["full"], ["frozen", "peft", "lorafuse"]]
-    assert ("largest_loss_difference" in result["parity"]) == (way in ("full", "frozen") or method == "memory")
+    assert ("largest_loss_difference" in result["parity"]) == (name in ("full", "frozen") or method == "memory")
     printed = _printed(result)
-    assert f"{way} failed: out of memory" in printed
+    assert f"{name} failed: out of memory" in printed
 
 
 def test_what_does_not_fit_beside_the_others_runs_apart():
@@ -255,12 +255,12 @@ def test_what_does_not_fit_beside_the_others_runs_apart():
         result = run()
     assert result["failed"] == {}
     assert result["turns"] == [["full"], ["frozen", "peft", "lorafuse"]]
-    assert result["variants"].keys() == set(WAYS)
+    assert result["variants"].keys() == set(VARIANTS)
     assert result["parity"]["full_from_base"] < 1e-5
 
 
 def test_memory_that_runs_out_for_every_way_ends_the_case():
-    with _out_of_memory("step", *WAYS), pytest.raises(MemoryError, match="lorafuse: out of memory"):
+    with _out_of_memory("step", *VARIANTS), pytest.raises(MemoryError, match="lorafuse: out of memory"):
         run()
 
 
@@ -279,14 +279,14 @@ def test_where_peft_has_no_memory_it_is_said_that_nothing_was_compared(monkeypat
         return observe(one, micro, gradients)
 
     monkeypatch.setattr(training, "observe", limited)
-    result = run(ways=["peft", "lorafuse"])
+    result = run(variants=["peft", "lorafuse"])
     assert result["failed"] == {"peft": "out of memory: planted"}
     assert result["variants"].keys() == {"lorafuse"}
     assert "not compared with PEFT" in _printed(result)
 
 
 def test_the_time_that_is_given_ends_a_case():
-    result = run(rounds=50, seconds=0.0, ways=["peft"])
+    result = run(rounds=50, seconds=0.0, variants=["peft"])
     assert result["variants"]["peft"]["rounds"] == 3
 
 
@@ -324,12 +324,12 @@ def test_losses_before_memory_ran_out_are_compared(monkeypatch):
 
     monkeypatch.setattr(Trainee, "step", limited)
     planted = [""]
-    result = run(ways=["peft", "lorafuse"])
+    result = run(variants=["peft", "lorafuse"])
     assert result["parity"]["steps"] == 2
     assert result["variants"].keys() == {"lorafuse"}
     planted[0] = "lorafuse"
     with pytest.raises(Wrong, match="step 1: lorafuse has loss"):
-        run(ways=["peft", "lorafuse"])
+        run(variants=["peft", "lorafuse"])
 
 
 @pytest.mark.parametrize("case", ["tiny", "tiny-moe"])
@@ -338,10 +338,10 @@ def test_what_was_estimated_holds_what_was_measured(case):
     for on in (False, True):
         result = run(case=[case], checkpointing="on" if on else "off", tokens=96, layers=4)
         sizes = Sizes.of(transformer.MODELS[case].config())
-        for way, figure in result["variants"].items():
-            assert figure["peak_bytes"] <= training_bytes(sizes, way, Training(4, 96, 4, on)), (way, on)
-            found[way, on] = figure["step_peak_bytes"]
-    assert all(found[way, True] < found[way, False] for way in WAYS)
+        for name, figure in result["variants"].items():
+            assert figure["peak_bytes"] <= training_bytes(sizes, name, Training(4, 96, 4, on)), (name, on)
+            found[name, on] = figure["step_peak_bytes"]
+    assert all(found[name, True] < found[name, False] for name in VARIANTS)
 
 
 def test_cases_are_every_combination():
@@ -355,11 +355,11 @@ def test_cases_are_every_combination():
 
 def test_layers_are_those_of_the_hungriest_way_that_is_asked_for(monkeypatch):
     whole = Sizes.of(TINY.config())
-    for ways in (["full"], ["lorafuse"]):
-        needed = training_bytes(replace(whole, layers=3), ways[0], Training(4, 8, 4, False))
+    for names in (["full"], ["lorafuse"]):
+        needed = training_bytes(replace(whole, layers=3), names[0], Training(4, 8, 4, False))
         monkeypatch.setattr(model, "free_bytes", lambda device, needed=needed: needed / 0.8)
-        assert model.cases(options(ways=ways, layers=None))[0].sizes == replace(whole, layers=3)
-        assert model.cases(options(layers=None))[0].sizes.layers == (3 if ways == ["full"] else 0)
+        assert model.cases(options(variants=names, layers=None))[0].sizes == replace(whole, layers=3)
+        assert model.cases(options(layers=None))[0].sizes.layers == (3 if names == ["full"] else 0)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +373,7 @@ def test_layers_are_those_of_the_hungriest_way_that_is_asked_for(monkeypatch):
         ({"rounds": 0}, "--rounds 0"),
         ({"layers": 5}, "--layers 5: tiny has 4"),
         ({"layers": 3, "case": ["smollm2-135m"]}, "a real model of 30; leave it out"),
-        ({"only": ["addmm"]}, "--only: .* by --ways"),
+        ({"only": ["addmm"]}, "--only: .* by --variants"),
         ({"graphs": False}, "--no-graphs"),
     ],
 )
@@ -392,7 +392,7 @@ def test_the_command_reports_a_model_that_does_not_fit_and_goes_on(tmp_path, mon
 
     monkeypatch.setattr(model, "_sizes", limited)
     arguments = ["--case", "tiny-moe", "--case", "tiny", "--tokens", "8", "--accumulate", "1", "--rank", "4"]
-    arguments += ["--checkpointing", "off", "--ways", "peft", "lorafuse", "--rounds", "2", "--device", "cpu"]
+    arguments += ["--checkpointing", "off", "--variants", "peft", "lorafuse", "--rounds", "2", "--device", "cpu"]
     assert main(["bench", "model", *arguments, "--dtype", "float32", "--json", str(tmp_path / "r.json")]) == 0
     written = json.loads((tmp_path / "r.json").read_text())
     assert [result["model"] for result in written["results"]] == ["tiny"]

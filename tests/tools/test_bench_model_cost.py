@@ -9,7 +9,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lorafuse.bench import transformer
 from lorafuse.bench.training import Trainee
-from lorafuse.bench.transformer_cost import WAYS, Sizes, Training, fitting, step_flops, together_bytes, training_bytes
+from lorafuse.bench.transformer_cost import (
+    VARIANTS,
+    Sizes,
+    Training,
+    fitting,
+    step_flops,
+    together_bytes,
+    training_bytes,
+)
 
 CPU = torch.device("cpu")
 
@@ -40,9 +48,9 @@ def test_published_sizes(name):
 
 # PEFT's experts are left out: it builds W + ΔW of every one, which the formula does not ask for
 @pytest.mark.parametrize(
-    ("way", "tiny"), [("full", TINY), ("peft", TINY), ("frozen", TINY), ("full", TINY_MOE), ("frozen", TINY_MOE)]
+    ("name", "tiny"), [("full", TINY), ("peft", TINY), ("frozen", TINY), ("full", TINY_MOE), ("frozen", TINY_MOE)]
 )
-def test_flops_are_those_that_torch_counts(way, tiny):
+def test_flops_are_those_that_torch_counts(name, tiny):
     sizes, tokens, sequence, rank = Sizes.of(tiny.config()), 64, 32, 4
     built = transformer.build(tiny, sizes, torch.float32, CPU)
     # as plain matrix products, attention of whole squares, which is what the counter knows
@@ -50,10 +58,10 @@ def test_flops_are_those_that_torch_counts(way, tiny):
     if sizes.E:
         built.set_experts_implementation("eager")
     made = {"frozen": transformer.frozen, "peft": lambda base: transformer.adapted(base, rank)}
-    one = Trainee(way, made[way](built) if way in made else built)
+    one = Trainee(name, made[name](built) if name in made else built)
     with FlopCounterMode(display=False) as counter:
         one.backward(torch.randint(sizes.vocabulary, (1, tokens // sequence, sequence)))
-    expected = step_flops(sizes, way, rank, tokens, sequence)
+    expected = step_flops(sizes, name, rank, tokens, sequence)
     # 3 %: LoRA's first of four layers needs no input gradient of q, k and v
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.03)
 
@@ -78,12 +86,12 @@ def test_as_many_layers_as_fit():
     assert fitting(sizes, needed, 1_000_000).layers == 0
 
 
-def test_ways_together_hold_one_frozen_base():
+def test_variants_together_hold_one_frozen_base():
     sizes, setting = Sizes.of(TINY.config()), Training(4, 96, 4, False)
-    apart = [training_bytes(sizes, way, setting) for way in WAYS]
+    apart = [training_bytes(sizes, name, setting) for name in VARIANTS]
     assert together_bytes(sizes, ["full", "peft"], setting) == apart[1] + apart[2]
     assert together_bytes(sizes, ["peft", "lorafuse"], setting) == apart[2] + apart[3] - 4 * sizes.weights()
-    assert together_bytes(sizes, list(WAYS), setting) == sum(apart) - 2 * 4 * sizes.weights()
+    assert together_bytes(sizes, list(VARIANTS), setting) == sum(apart) - 2 * 4 * sizes.weights()
 
 
 def test_a_tied_embedding_has_two_gradients_at_once_and_an_update_a_fifth_tensor():

@@ -1,4 +1,4 @@
-"""What `lorafuse bench model` trains and compares with: batches, accumulation, the yardstick of PEFT's adapters."""
+"""Training in `lorafuse bench model`: batches, accumulation, PEFT's adapters in half precision as the yardstick."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from lorafuse.bench.transformer_cost import Sizes
 CPU = torch.device("cpu")
 
 
-def test_every_way_and_run_gets_the_same_batches():
+def test_every_variant_and_run_gets_the_same_batches():
     first, second = (training.batches(256, (2, 1, 8), step, CPU) for step in (0, 1))
     assert torch.equal(first, training.batches(256, (2, 1, 8), 0, CPU))
     assert not torch.equal(first, second)

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-from lorafuse.bench import moe, peaks, plugins
+from lorafuse.bench import moe, peaks, plugins, timed
 from lorafuse.bench.moe import Experts
-from lorafuse.bench.variant import wrong
+from lorafuse.bench.problem import wrong
 from lorafuse.cli import main
 from lorafuse.testing.cases import MOE_CASES, MoECase
 from lorafuse.testing.memory import peak_bytes
@@ -60,10 +60,10 @@ def test_gate_sees_a_wrong_result(name, broken):
     variant, expected = build(name, problem(routing="zipf"))
     assert expected.keys() == set(RESULTS[name])
     if broken == "out":
-        call = variant.call
-        variant.call = lambda: (call()[0] * 1.01,)
+        call = variant.forward
+        variant.forward = lambda: (call()[0] * 1.01,)
     else:
-        backward, index = variant.backward, list(variant.wanted).index(broken)
+        backward, index = variant.backward, list(variant.leaves).index(broken)
         variant.backward = lambda y: tuple(g * (1.01 if i == index else 1) for i, g in enumerate(backward(y)))
     assert f"{broken} is wrong" in wrong(variant, expected, problem().shaped)
 
@@ -97,14 +97,14 @@ def test_json_holds_every_variant_and_the_routings(tmp_path, capsys, tiny):
 
 def test_interrupted_it_keeps_what_is_done(tmp_path, capsys, tiny, monkeypatch):
     """The JSON is whole; the table of the first case was printed."""
-    run = moe.run_case
+    run = timed.run_case
 
     def once(case, *rest):
         if case.name == "moe-64":
             raise KeyboardInterrupt
         return run(case, *rest)
 
-    monkeypatch.setattr(moe, "run_case", once)
+    monkeypatch.setattr(timed, "run_case", once)
     assert main([*tiny, "--case", "moe-64", "--json", str(tmp_path / "r.json")]) == 130
     written = json.loads((tmp_path / "r.json").read_text())
     assert [result["case"] for result in written["results"]] == ["tiny"]

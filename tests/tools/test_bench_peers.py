@@ -15,13 +15,12 @@ import fake_peers
 import pytest
 import torch
 
-from lorafuse.bench import group, plugins
-from lorafuse.bench.group import Group
+from lorafuse.bench import group, peaks, plugins
+from lorafuse.bench.group import Group, Mlp
 from lorafuse.bench.linear import Linear
-from lorafuse.bench.mlp import Mlp
 from lorafuse.bench.moe import Experts
+from lorafuse.bench.problem import wrong
 from lorafuse.bench.remote import RemoteRunner
-from lorafuse.bench.variant import wrong
 from lorafuse.cli import main
 
 SMALL = ["bench", "linear", "--shape", "24,40", "--m", "16", "--rank", "3", "--rounds", "3", "--device", "cpu"]
@@ -53,6 +52,13 @@ def linear(given):
     {after}
     return call, wanted
 """
+
+
+@pytest.fixture(autouse=True)
+def _no_peaks(monkeypatch):
+    """Measuring the machine's peaks takes seconds; no test here reads them."""
+    monkeypatch.setattr(peaks, "matmul_flops", lambda dtype, device: 1e11)
+    monkeypatch.setattr(peaks, "copy_bytes", lambda device: 1e10)
 
 
 @pytest.fixture
@@ -257,7 +263,7 @@ def test_a_peer_is_called_with_the_right_arguments(fakes, name, problem):
     baseline, given = one(name, problem.kind), problem.inputs(CPU)
     variant = problem.variant(name, baseline.module, given)
     # adapters as their users have them
-    assert {t.dtype for key, t in variant.wanted.items() if key != "dx"} == {torch.float32}
+    assert {t.dtype for key, t in variant.leaves.items() if key != "dx"} == {torch.float32}
     assert wrong(variant, problem.references(given)[baseline.trains], problem.shaped) == ""
 
 

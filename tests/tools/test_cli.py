@@ -15,6 +15,7 @@ import torch
 from lorafuse import cli, functional
 from lorafuse.backends import base
 from lorafuse.cli import doctor, plan
+from lorafuse.versions import MINIMUM, is_older
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,6 +116,15 @@ def test_doctor_judges_versions(package, version, triton, status):
     assert status == "ok" or "pip install" in finding.fix
 
 
+def test_versions_compare_by_release():
+    assert is_older("2.9.1", "2.11")
+    assert is_older("2.10.1+cu130", "2.11")
+    assert not is_older("2.11.0.dev20261101", "2.11")
+    assert not is_older("10.0", "9.9.9")
+    with pytest.raises(ValueError, match="must begin with a number"):
+        is_older("unknown", "2.11")
+
+
 def test_doctor_describes_each_gpu(monkeypatch):
     gpu = SimpleNamespace(name="GPU X", major=9, minor=0, total_memory=139 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -137,7 +147,7 @@ def test_doctor_sees_a_gpu_that_torch_cannot_use(monkeypatch):
 
 def test_doctor_asks_for_the_versions_that_the_package_asks_for():
     declared = dict(re.findall(r'"(\w+)>=([\d.]+)', (ROOT / "pyproject.toml").read_text()))
-    assert {name: declared[name] for name in doctor.MINIMUM_VERSIONS} == doctor.MINIMUM_VERSIONS
+    assert {name: declared[name] for name in MINIMUM} == MINIMUM
 
 
 def test_doctor_shows_markup_as_text(capsys):

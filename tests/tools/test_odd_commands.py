@@ -16,7 +16,7 @@ from lorafuse.bench import compare, peaks
 from lorafuse.cli import bench, demo, main, study, tune
 from lorafuse.plan import find
 from lorafuse.study import record
-from lorafuse.testing.tuning import Target
+from lorafuse.tune.measure import Target
 
 pytestmark = pytest.mark.no_poison
 

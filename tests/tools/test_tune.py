@@ -16,8 +16,8 @@ from lorafuse.backends import eager
 from lorafuse.backends import triton as triton_backend
 from lorafuse.cli import _common, tune
 from lorafuse.plan import Problem, find, forget, select, tuned
-from lorafuse.testing import tuning
-from lorafuse.testing.tuning import Target
+from lorafuse.tune import measure
+from lorafuse.tune.measure import Target
 
 H200 = find("H200")
 AVAILABLE = (("eager", ""), ("triton", ""), ("cuda", "not built"))
@@ -49,7 +49,7 @@ def times(monkeypatch):
         timed.append(list(calls))
         return {name: taken[name] if isinstance(taken[name], list) else [taken[name]] * rounds for name in calls}
 
-    monkeypatch.setattr(tuning, "measure_calls", measure_calls)
+    monkeypatch.setattr(measure, "measure_calls", measure_calls)
     taken["timed"] = timed
     return taken
 
@@ -73,7 +73,7 @@ class TestRun:
         out = capsys.readouterr().out
         assert {(entry.gradients, entry.R) for entry in entries()} == {((), (4, 4)), (("dx", "da", "db"), (4, 4))}
         points = {(entry.gradients, M): seconds for entry in entries() for M, _, seconds in entry.points}
-        assert points.keys() == {(gradients, M) for gradients in tuning.PASSES.values() for M in (16, 48)}
+        assert points.keys() == {(gradients, M) for gradients in measure.PASSES.values() for M in (16, 48)}
         assert min(points.values()) > 0
         for entry in entries():
             assert {"device", "torch", "triton", "lorafuse"} <= entry.conditions.keys()
@@ -99,7 +99,7 @@ class TestRun:
         assert "gain 1.291×" in out
         assert "1.67×" in out
 
-    def test_every_way_runs_as_what_it_is_called(self, target, times, monkeypatch):
+    def test_every_candidate_runs_as_its_own_kernel(self, target, times, monkeypatch):
         ran = set()
 
         def watched(backend, name):
@@ -179,14 +179,14 @@ class TestRun:
         assert plan(16).backend == "eager"
 
     def test_interruption_keeps_what_is_done(self, target, times, monkeypatch, capsys):
-        measure = tuning.measure
+        once = measure.measure
 
         def interrupted(target, problems, p, rounds):
             if problems[0].M == 48:
                 raise KeyboardInterrupt
-            return measure(target, problems, p, rounds)
+            return once(target, problems, p, rounds)
 
-        monkeypatch.setattr(tuning, "measure", interrupted)
+        monkeypatch.setattr(measure, "measure", interrupted)
         assert cli.main([*SMALL, "--shape", "64,64"]) == 130
         assert {entry.M for entry in entries()} == {(16, 16)}
         assert {entry.N for entry in entries()} == {32}
@@ -194,7 +194,7 @@ class TestRun:
         assert "interrupted; what is done is kept" in out
         assert "nothing was recorded" not in out
         assert "two_kernel" in out
-        monkeypatch.setattr(tuning, "measure", measure)
+        monkeypatch.setattr(measure, "measure", once)
         assert cli.main(SMALL) == 0
         assert recorded()["forward", (16, 48)] == "two_kernel"
         assert len(times["timed"]) == 4
@@ -212,7 +212,7 @@ class TestRun:
         def interrupted(*args):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(tuning, "measure", interrupted)
+        monkeypatch.setattr(measure, "measure", interrupted)
         assert cli.main(SMALL) == 130
         assert "nothing was recorded" in capsys.readouterr().out
         assert not tuned.own_file("H200").exists()
@@ -226,7 +226,7 @@ class TestRun:
 
 
 class TestGate:
-    def test_a_wrong_way_is_never_recorded(self, target, times, monkeypatch, capsys):
+    def test_a_wrong_candidate_is_never_recorded(self, target, times, monkeypatch, capsys):
         """It would be the fastest everywhere, and is wrong at one M alone."""
         run = triton_backend.linear_forward
 
@@ -282,7 +282,7 @@ class TestGate:
         ],
     )
     @pytest.mark.parametrize("when", ["first", "while timed"])
-    def test_one_way_fails_and_the_others_are_recorded(self, target, monkeypatch, capsys, error, said, when):
+    def test_one_candidate_fails_and_the_others_are_recorded(self, target, monkeypatch, capsys, error, said, when):
         run, calls = triton_backend.linear_forward, []
 
         def forward(*args):
@@ -292,7 +292,7 @@ class TestGate:
             return run(*args)
 
         monkeypatch.setattr(triton_backend, "linear_forward", forward)
-        monkeypatch.setattr(tuning, "PASSES", {"forward": ()})
+        monkeypatch.setattr(measure, "PASSES", {"forward": ()})
         assert cli.main([*SMALL, "--m", "16"]) == 0
         assert recorded() == {("forward", (16, 16)): "aten_beta1"}
         out = " ".join(capsys.readouterr().out.split())
@@ -300,14 +300,14 @@ class TestGate:
             assert f"{name} is left out, {said}" in out
 
     def test_operands_that_do_not_fit_leave_one_size_out(self, target, times, monkeypatch, capsys):
-        make_operands = tuning.make_operands
+        make_operands = measure.make_operands
 
         def full(case, device):
             if case.leading == (16,):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return make_operands(case, device=device)
 
-        monkeypatch.setattr(tuning, "make_operands", full)
+        monkeypatch.setattr(measure, "make_operands", full)
         assert cli.main(SMALL) == 0
         assert {entry.M for entry in entries()} == {(48, 48)}
         assert "M 16, R 4: operands and reference is left out" in " ".join(capsys.readouterr().out.split())

@@ -16,10 +16,11 @@ from lorafuse.backends import base
 from lorafuse.backends.probe import linear_problem
 from lorafuse.cli import tune
 from lorafuse.plan import Problem, find, forget, select, tuned
-from lorafuse.testing import tuning
 from lorafuse.testing.cases import Case
 from lorafuse.testing.model_layers import linear_layers
-from lorafuse.testing.tuning import Outcome, Target
+from lorafuse.tune import measure
+from lorafuse.tune.measure import Outcome, Target
+from lorafuse.tune.record import record
 
 ROOT = Path(__file__).parents[2]
 H200 = find("H200")
@@ -55,18 +56,18 @@ class TestRule:
         assert Outcome(self.PROBLEM, "two_kernel", seconds).winner() == winner
 
     def test_the_usual_is_the_models_or_what_ships_and_never_the_users(self, target, tmp_path, monkeypatch):
-        assert tuning.usual(replace(self.PROBLEM, M=8192), target) == "two_kernel"
+        assert measure.usual(replace(self.PROBLEM, M=8192), target) == "two_kernel"
         entry = tuned.Tuned(
             4096, 4096, (16, 16), (8192, 8192), "bfloat16", False, (), "aten_beta1", 1e-3, "abc", "2026-11-26"
         )
         tuned.write(tuned.own_file("H200"), (entry,))
         forget()
         assert select(replace(self.PROBLEM, M=8192), H200, AVAILABLE).backend == "eager"
-        assert tuning.usual(replace(self.PROBLEM, M=8192), target) == "two_kernel"
+        assert measure.usual(replace(self.PROBLEM, M=8192), target) == "two_kernel"
         monkeypatch.setattr(tuned, "_FOLDER", tmp_path)
         tuned.write(tmp_path / "h200.json", (replace(entry, kernel="single_kernel"),))
         forget()
-        assert tuning.usual(replace(self.PROBLEM, M=8192), target) == "single_kernel"
+        assert measure.usual(replace(self.PROBLEM, M=8192), target) == "single_kernel"
 
     def outcome(self, M, times, R=16, **more):
         problem = replace(self.PROBLEM, M=M, R=R)
@@ -74,13 +75,13 @@ class TestRule:
 
     def test_ranges_and_conditions(self):
         slow, fast = {"aten_beta1": 3e-6, "two_kernel": 2e-6}, {"aten_beta1": 1e-6, "two_kernel": 2e-6}
-        first = tuning.record((), [self.outcome(512, fast), self.outcome(2048, slow)], FOUND)
+        first = record((), [self.outcome(512, fast), self.outcome(2048, slow)], FOUND)
         assert [(e.M, e.R, e.kernel, e.seconds, e.commit) for e in first] == [
             ((512, 1024), (16, 16), "aten_beta1", 1e-6, "abc"), ((1025, 2048), (16, 16), "two_kernel", 2e-6, "abc"),
         ]  # fmt: skip
         later = FOUND | {"torch": "2.14.0", "date": "2026-12-01 01:00 UTC"}
         del later["commit"]
-        second = tuning.record(first, [self.outcome(8192, slow)], later)
+        second = record(first, [self.outcome(8192, slow)], later)
         assert [(e.M, e.kernel) for e in second] == [((512, 1024), "aten_beta1"), ((1025, 8192), "two_kernel")]
         assert second[0] == first[0]
         merged = second[1]
@@ -91,38 +92,38 @@ class TestRule:
     def test_points_that_stay_keep_their_times(self):
         slow, fast = {"aten_beta1": 3e-6, "two_kernel": 2e-6}, {"aten_beta1": 1e-6, "two_kernel": 2e-6}
         longer = {"aten_beta1": 9e-6, "two_kernel": 8e-6}
-        first = tuning.record((), [self.outcome(512, slow), self.outcome(2048, longer)], FOUND)
+        first = record((), [self.outcome(512, slow), self.outcome(2048, longer)], FOUND)
         assert [entry.seconds for entry in first] == [8e-6]
         # three runs, of two commits
         for commit in ("def", "abc"):
-            first = tuning.record(first, [self.outcome(2048, longer)], FOUND | {"commit": commit})
+            first = record(first, [self.outcome(2048, longer)], FOUND | {"commit": commit})
         assert [entry.commit for entry in first] == ["abc and def"]
-        second = tuning.record(first, [self.outcome(2048, fast)], FOUND | {"commit": "def"})
+        second = record(first, [self.outcome(2048, fast)], FOUND | {"commit": "def"})
         assert [(e.points, e.seconds, e.commit) for e in second] == [
             (((512, 16, 2e-6),), 2e-6, "abc and def"), (((2048, 16, 1e-6),), 1e-6, "def"),
         ]  # fmt: skip
 
     def test_nothing_is_said_of_a_size_at_which_nothing_ran(self):
         fast = {"aten_beta1": 1e-6, "two_kernel": 2e-6}
-        found = tuning.record((), [self.outcome(512, fast), self.outcome(2048, {})], FOUND)
+        found = record((), [self.outcome(512, fast), self.outcome(2048, {})], FOUND)
         assert [entry.M for entry in found] == [(512, 512)]
         # a point that was measured before and does not run now goes
-        assert tuning.record(found, [self.outcome(512, {})], FOUND) == ()
+        assert record(found, [self.outcome(512, {})], FOUND) == ()
 
     def test_an_entry_of_version_1_comes_after_what_is_measured_now(self):
         old = tuned.Tuned(
             4096, 4096, (1, 64), (1, 8192), "bfloat16", False, (), "single_kernel", 1e-3, "abc", "2026-11-20"
         )
-        assert tuning.is_there(self.PROBLEM, [old])
-        found = tuning.record([old], [self.outcome(512, {"aten_beta1": 1e-6})], FOUND)
+        assert measure.is_measured(self.PROBLEM, [old])
+        found = record([old], [self.outcome(512, {"aten_beta1": 1e-6})], FOUND)
         assert [entry.kernel for entry in found] == ["aten_beta1", "single_kernel"]
-        assert tuning.record([old], [self.outcome(512, {}, wrong={"single_kernel": "y"})], FOUND) == ()
+        assert record([old], [self.outcome(512, {}, wrong={"single_kernel": "y"})], FOUND) == ()
 
 
 @pytest.mark.parametrize(("N", "K"), [(32, 64), (36, 64), (32, 68)])
 def test_problems_are_those_that_calls_are_planned_as(N, K):
     x, w, a, dy = (torch.zeros(shape, dtype=torch.float16) for shape in ((16, K), (N, K), (4, K), (16, N)))
-    forward, backward = tuning.passes(Case("", N, K), 16, 4, "float16", False)
+    forward, backward = measure.passes(Case("", N, K), 16, 4, "float16", False)
     assert forward == linear_problem(x, w, a.float(), False, False)
     assert backward == linear_problem(dy, w, a.float(), False, False, ("dx", "da", "db"))
 
@@ -206,7 +207,7 @@ class TestWithoutGpu:
         assert "The known ones: square-2048" in capsys.readouterr().err
 
     def test_a_dry_run_measures_and_writes_nothing(self, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr(tuning, "measure", None)
+        monkeypatch.setattr(measure, "measure", None)
         argv = ["tune", "--case", "llama-3.1-8b.q", "--case", "llama-3.1-8b.o", "--dry-run", "--gpu", "h200"]
         assert cli.main(argv) == 0
         out = capsys.readouterr().out

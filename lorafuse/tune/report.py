@@ -1,4 +1,4 @@
-"""What `lorafuse tune` prints: what would be measured, a table for each shape, and all of it before and after."""
+"""The output of `lorafuse tune`: the work of a dry run, a table for each shape, totals before and after."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,21 +8,20 @@ from statistics import median
 from typing import Any
 
 from lorafuse.plan import Problem, tuned
-from lorafuse.testing import tuning
 from lorafuse.testing.cases import Case
 from lorafuse.testing.timing import percentile
-from lorafuse.testing.tuning import Outcome, Target
+from lorafuse.tune.measure import PASSES, Outcome, Target, is_measured, usual
 
 __all__ = ["Totals", "print_layer", "print_totals", "print_work", "shape"]
 
 
 def shape(case: Case) -> str:
-    """The layer in words: its name, out and in features."""
+    """A layer as text: its name, out and in features."""
     return f"{case.name} ({case.N} × {case.K})" if case.name else f"{case.N} × {case.K}"
 
 
 def _pass(problem: Problem) -> str:
-    return next(name for name, gradients in tuning.PASSES.items() if gradients == problem.gradients)
+    return next(name for name, gradients in PASSES.items() if gradients == problem.gradients)
 
 
 def _us(seconds: float) -> str:
@@ -34,27 +33,26 @@ def _measured(seconds: Sequence[float]) -> str:
 
 
 def _modelled(target: Target, problem: Problem) -> dict[str, float]:
-    return {name: way.seconds for name, way in target.candidates(problem).items()}
+    return {name: one.seconds for name, one in target.candidates(problem).items()}
 
 
 def print_work(console: Any, target: Target, work: Mapping[Case, Sequence[Sequence[Problem]]], rounds: int) -> None:
-    """Every pass that would be measured, its ways with the time that the model gives each, and of all together."""
+    """Every pass to measure, its candidates with their modelled times, and the sum of all."""
     from rich.table import Table
 
-    console.print(f"on {target.spec.name}, {rounds} rounds of each way:", highlight=False)
+    console.print(f"on {target.spec.name}, {rounds} rounds of each candidate:", highlight=False)
     total, count = 0.0, 0
     for case, groups in work.items():
         if not groups:
             continue
         table = Table(title=shape(case), title_justify="left")
-        for column in ("pass", "M", "R", "without tuning", "ways, us (model)"):
+        for column in ("pass", "M", "R", "without tuning", "candidates, us (model)"):
             table.add_column(column)
         for problem in (problem for group in groups for problem in group):
-            ways = _modelled(target, problem)
-            shown = ", ".join(f"{name} {_us(seconds)}" for name, seconds in ways.items())
-            taken = tuning.usual(problem, target)
-            table.add_row(_pass(problem), str(problem.M), str(problem.R), taken, shown)
-            total += sum(ways.values()) * rounds
+            modelled = _modelled(target, problem)
+            shown = ", ".join(f"{name} {_us(seconds)}" for name, seconds in modelled.items())
+            table.add_row(_pass(problem), str(problem.M), str(problem.R), usual(problem, target), shown)
+            total += sum(modelled.values()) * rounds
             count += 1
         console.print(table)
     console.print(
@@ -66,13 +64,13 @@ def print_work(console: Any, target: Target, work: Mapping[Case, Sequence[Sequen
 
 def _recorded(problem: Problem, entries: Sequence[tuned.Tuned]) -> str:
     """The kernel that the file holds for a measured pass, "" where it holds none."""
-    return next((entry.kernel for entry in entries if tuning.is_there(problem, [entry])), "")
+    return next((entry.kernel for entry in entries if is_measured(problem, [entry])), "")
 
 
 def print_layer(
     console: Any, case: Case, count: int, outcomes: Sequence[Outcome], entries: Sequence[tuned.Tuned], target: Target
 ) -> None:
-    """What was measured of one shape and what was recorded, and what was wrong or did not run."""
+    """The measurements of one shape, the recorded kernels, and why others were wrong or did not run."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -80,14 +78,14 @@ def print_layer(
     title = f"{shape(case)}{layers}, {outcomes[0].problem.dtype}; times in us, median [20-80 %]"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for column in ("pass", "M", "R", "before", "(model)", "fastest", "gain"):
-        # a narrow terminal folds what it cannot hold, and cuts nothing off
+        # a narrow terminal folds long cells, and cuts nothing off
         table.add_column(column, justify="right" if column in ("M", "R", "(model)") else "left", overflow="fold")
     for outcome in outcomes:
         problem, before = outcome.problem, outcome.before
         modelled = _us(_modelled(target, problem)[before])
         sizes = _pass(problem), str(problem.M), str(problem.R)
         fastest = outcome.fastest() if outcome.seconds else ""
-        cells = _way(outcome, before), modelled, _way(outcome, fastest), _gain(outcome, _recorded(problem, entries))
+        cells = _timed(outcome, before), modelled, _timed(outcome, fastest), _gain(outcome, _recorded(problem, entries))
         table.add_row(*sizes, *cells)
     console.print(table)
     for outcome in outcomes:
@@ -98,13 +96,13 @@ def print_layer(
             console.print(f"{where}: {name} is left out, {why}", style="yellow", highlight=False, markup=False)
 
 
-def _way(outcome: Outcome, name: str) -> str:
+def _timed(outcome: Outcome, name: str) -> str:
     """A candidate with its measured time in a second line."""
     return f"{name}\n{_measured(outcome.seconds[name]) if name in outcome.seconds else 'not measured'}"
 
 
 def _gain(outcome: Outcome, recorded: str) -> str:
-    """What following the file gains over before; says so where the fastest is not what was recorded."""
+    """The gain of the recorded kernel over the one before; names it where it is not the fastest."""
     if recorded not in outcome.seconds:
         return "none recorded"
     if outcome.before not in outcome.seconds:
@@ -139,12 +137,12 @@ class Totals:
 
 
 def print_totals(console: Any, totals: Totals, path: Path, followed: bool) -> None:
-    """Before and after, and where it is kept; `followed` says whether plans look there."""
+    """Times before and after, and the file; `followed`: plans read it."""
     if totals.passes:
         console.print(
             f"before → after, measured: {totals.before * 1e3:.3f} → {totals.after * 1e3:.3f} ms, the sum of "
             f"{totals.passes} passes over all their layers; gain {math.exp(totals.logarithms / totals.layers):.3f}× "
-            f"(geometric mean); {totals.changed} passes run another way now",
+            f"(geometric mean); {totals.changed} passes have another kernel now",
             highlight=False,
         )
     if not path.exists():

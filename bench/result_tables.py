@@ -9,7 +9,7 @@ from lorafuse.plan import Problem, cost, find, select
 from lorafuse.plan.experts import WAYS, ExpertsProblem
 from lorafuse.plan.tuned import name_of
 
-# of files before version 2, which have none; also the order of README's columns
+# labels of files before version 2, which have none
 LABELS = {
     "frozen": "frozen",
     "full": "full fine-tuning",
@@ -49,7 +49,7 @@ Result = dict[str, Any]
 
 
 def conditions(content: Content) -> str:
-    """The conditions that a reader needs beside a number, in one line."""
+    """The conditions that a reader needs with a number, in one line."""
     found = content["conditions"]
     bare, after = ("device", "date"), ("threads",)
     parts = []
@@ -67,7 +67,7 @@ def all_conditions(content: Content, file: str) -> str:
 
 
 def rounds(results: list[Result]) -> str:
-    """The number of rounds, or the least and the most of them; whole models count them by way."""
+    """The number of rounds, or the least and the most of them; whole models count them by variant."""
     numbers = sorted(
         {r["rounds"] for result in results for r in (result, *result["variants"].values()) if "rounds" in r}
     )
@@ -129,7 +129,7 @@ def experts(content: Content) -> str:
 
 
 def training_steps(content: Content) -> str:
-    """A table of every way to train each model; LoRA tax where the frozen model took turns too."""
+    """A table of every variant of training each model; with LoRA tax where the frozen model was measured."""
     columns: dict[str, Callable[[dict[str, Any], Result], str]] = {
         "step": lambda one, _: f"{one['step']['median'] * 1e3:.0f} ms",
         "LoRA tax": lambda one, _: f"{one['tax']:.0%}" if "tax" in one else "",
@@ -163,7 +163,7 @@ def _model(result: Result) -> str:
 
 
 def kernel_steps(content: Content, file: str) -> str:
-    """What bench/hopper.py measured: a column for each shape, time and share of cuBLAS's rate."""
+    """The results of bench/hopper.py: a column for each shape, time and share of cuBLAS's rate."""
     results = content["results"]
     names = dict.fromkeys(name for result in results for name in result["calls"])
     rows = [
@@ -171,20 +171,20 @@ def kernel_steps(content: Content, file: str) -> str:
         for name in names
     ]
     head = ["time, rate / cuBLAS", *(f"M {r['M']}, N {r['N']}, K {r['K']}, R {r['R']}" for r in results)]
-    said = f"Medians of {results[0]['rounds']} rounds, bfloat16."
-    return "\n\n".join([all_conditions(content, file), said, table(head, rows)])
+    medians = f"Medians of {results[0]['rounds']} rounds, bfloat16."
+    return "\n\n".join([all_conditions(content, file), medians, table(head, rows)])
 
 
 def everything(content: Content, file: str) -> str:
-    """A file's conditions and each kind of figure that is in it as a table; what failed and what was absent below."""
+    """A file's conditions and a table for each kind of figure; below it what failed or was absent."""
     results = content["results"]
     parts = [all_conditions(content, file)]
     has_rounds = [result for result in results if "rounds" in result]
-    said = f"{common(results)}; " if common(results) else ""
+    sizes = f"{common(results)}; " if common(results) else ""
     if has_rounds:
-        parts.append(f"{said}medians of {rounds(has_rounds)} rounds, 20th to 80th percentile in brackets.")
-    for head, wanted, cell in _FIGURES:
-        names = _variants(results, wanted)
+        parts.append(f"{sizes}medians of {rounds(has_rounds)} rounds, 20th to 80th percentile in brackets.")
+    for head, named, cell in _FIGURES:
+        names = _variants(results, named)
         if not names:
             continue
         floors = {"LoRA tax": "tax", "time / full fine-tuning": "ratio_to_full"}.get(head)
@@ -238,7 +238,7 @@ def _over_frozen(key: str) -> Callable[[dict[str, Any], Result], str]:
     return cell
 
 
-# head of the first column, which variants have it, what a cell says; whole models have steps
+# head of the first column, the variants that have the figure, a cell's text; whole models have steps
 _FIGURES: tuple[tuple[str, Callable[[Result], list[str]], Callable[[dict[str, Any], Result], str]], ...] = (
     ("LoRA tax", _with("tax"), _spread),
     ("time / full fine-tuning", _with("ratio_to_full"), lambda one, _: f"{one['ratio_to_full']:.2f}"),
@@ -259,8 +259,8 @@ def _over_frozen_of(result: Result, figure: str) -> list[str]:
     return [name for name in _having(figure)(result) if "step" not in result["variants"][name]]
 
 
-def _variants(results: list[Result], wanted: Callable[[Result], list[str]]) -> list[str]:
-    return list(dict.fromkeys(name for result in results for name in wanted(result)))
+def _variants(results: list[Result], named: Callable[[Result], list[str]]) -> list[str]:
+    return list(dict.fromkeys(name for result in results for name in named(result)))
 
 
 def _cell(result: Result, name: str, cell: Callable[[dict[str, Any], Result], str]) -> str:
@@ -273,18 +273,18 @@ def _label(results: list[Result], name: str) -> str:
 
 
 def _ms(seconds: float, like: float = 0.0) -> str:
-    """Milliseconds, with the digits that `like`, or the value itself, needs for three of them."""
+    """Milliseconds with three significant digits of `like`, or of the value itself."""
     size = like or seconds
     digits = 2 if size < 0.01 else 1 if size < 0.1 else 0
     return f"{seconds * 1e3:.{digits}f} ms"
 
 
 def demo(full: Content, half: Content) -> str:
-    """What `make demo` measured in fp32 and bf16, in one sentence."""
+    """The results of `make demo` in fp32 and bf16, in one sentence."""
     found, figures = half["conditions"], half["figures"]
-    ways = [figures[name] for name in ("PEFT as shipped", "patched by lorafuse")]
-    steps = " → ".join(f"{one['step_seconds_median'] * 1e3:.0f}" for one in ways)
-    peaks = " → ".join(f"{one['peak_bytes_of_a_step'] / 2**20:.0f}" for one in ways)
+    both = [figures[name] for name in ("PEFT as shipped", "patched by lorafuse")]
+    steps = " → ".join(f"{one['step_seconds_median'] * 1e3:.0f}" for one in both)
+    peaks = " → ".join(f"{one['peak_bytes_of_a_step'] / 2**20:.0f}" for one in both)
     return (
         f"`make demo`: {found['model']} fine-tuned, r {found['rank']} on all linear layers, {found['batch_size']} × "
         f"{found['seq_len']} tokens a step, PEFT as shipped → patched: **bf16 step {steps} ms "

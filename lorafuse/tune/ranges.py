@@ -1,7 +1,7 @@
-"""From measured points to the ranges of M and R that they speak for.
+"""From measured points to the ranges of M and R that an entry covers.
 
-Between two neighbours of one winner it wins too; between two of different winners each has its side of their geometric
-mean, since costs go by ratios of sizes. Nothing is said below the least and above the largest measured size.
+A range between two neighbours with one winner has that winner. Between different winners the border is their geometric
+mean, since costs scale with ratios of sizes. No range reaches below the smallest or above the largest measured size.
 """
 
 import math

@@ -1,12 +1,13 @@
-"""Markdown tables of what was to be reached and to be measured on an H200, and of what was, from its result files."""
+"""Markdown tables of the goals and of the grid to measure on an H200, with the results so far."""
 
 from collections.abc import Iterator
+from statistics import geometric_mean
 from typing import Any
 
-from publish_tables import Content, Result, table
+from result_tables import Content, Result, table
 
 from lorafuse.bench.moe import ROUTINGS
-from lorafuse.bench.result import geomean, with_adapters
+from lorafuse.bench.result import with_adapters
 from lorafuse.bench.transformer import MODELS
 from lorafuse.testing.cases import CASES, MOE_CASES
 
@@ -21,19 +22,19 @@ _HEADLINE = {"kind": "linear", "M": 8192, "N": _SQUARE.N, "K": _SQUARE.K, "R": 1
 BLOCKS = [case for name, case in MOE_CASES.items() if name != "moe-64"]
 # micro-batches of a step, and whether activations are checkpointed
 SETTINGS = [(accumulate, on) for accumulate in (1, 4, 16) for on in (False, True)]
-# of the best peer's time; beyond it a case is behind
+# a case above this share of the best peer's time is behind
 _BEHIND = 1.02
 
 
 def goals(contents: list[Content], absent: str) -> str:
-    """What was to be reached, and what was measured of it, or `absent`."""
+    """The goals, with the measured figures or `absent`."""
     results = results_of(_GPU, contents)
     layers = [_tax(find(results, kind="linear", M=M, N=case.N, K=case.K, R=16)) for case in _LAYERS for M in ROWS]
     taxed = [1 + one for one in layers if one is not None]
-    overall = f"{geomean(taxed) - 1:.0%}, of {len(taxed)} of {len(layers)} cases" if taxed else absent
+    overall = f"{geometric_mean(taxed) - 1:.0%}, of {len(taxed)} of {len(layers)} cases" if taxed else absent
     experts = [_tax(one) for one in results if one["kind"] == "moe" and one["case"] == "qwen3-30b-a3b"]
     models = [one for one in results if one["kind"] == "model" and one["model"] == _MODEL]
-    full = [way["ratio_to_full"] for one in models for way in _ours(one) if "ratio_to_full" in way]
+    full = [own["ratio_to_full"] for one in models for own in _ours(one) if "ratio_to_full" in own]
     peft = [_over_peft(one, absent) for one in models]
     behind = _listed(list(_behind(results)), "none" if taxed else absent)
     rows = [
@@ -49,7 +50,7 @@ def goals(contents: list[Content], absent: str) -> str:
 
 
 def grid(contents: list[Content], absent: str) -> str:
-    """How much of the grid is measured: LoRA tax by rows, rank and routing, steps of models; `absent` elsewhere."""
+    """The grid: LoRA tax by rows, rank and routing, steps of models; `absent` where nothing is measured."""
     results = results_of(_GPU, contents)
     layers = [
         [
@@ -83,7 +84,7 @@ def grid(contents: list[Content], absent: str) -> str:
 
 
 def results_of(device: str, contents: list[Content]) -> list[Result]:
-    """Those measured on a device of that name, or with that in its name, from the newest file on."""
+    """The results of devices whose name contains `device`, newest file first."""
     return [
         {"kind": content["kind"]} | result
         for content in reversed(contents)
@@ -92,9 +93,9 @@ def results_of(device: str, contents: list[Content]) -> list[Result]:
     ]
 
 
-def find(results: list[Result], **wanted: Any) -> Result | None:
-    """The first result that has those fields."""
-    return next((one for one in results if all(one.get(key) == value for key, value in wanted.items())), None)
+def find(results: list[Result], **fields: Any) -> Result | None:
+    """The first result with those fields."""
+    return next((one for one in results if all(one.get(key) == value for key, value in fields.items())), None)
 
 
 def _ours(result: Result | None) -> list[dict[str, Any]]:
@@ -118,11 +119,11 @@ def _ratio(one: dict[str, Any], other: dict[str, Any]) -> float:
 def _behind(results: list[Result]) -> Iterator[str]:
     """Each layer or block where a peer is more than 2 % ahead of lorafuse, and by how much of its time."""
     for result in results:
-        ways = {name: result["variants"][name] for name in with_adapters(result, "tax")}
-        peers = {name: one["total"]["median"] for name, one in ways.items() if not name.startswith("lorafuse")}
-        if peers and "lorafuse" in ways and "total" in ways["lorafuse"]:
+        variants = {name: result["variants"][name] for name in with_adapters(result, "tax")}
+        peers = {name: one["total"]["median"] for name, one in variants.items() if not name.startswith("lorafuse")}
+        if peers and "total" in variants.get("lorafuse", {}):
             best = min(peers, key=peers.__getitem__)
-            ratio = ways["lorafuse"]["total"]["median"] / peers[best]
+            ratio = variants["lorafuse"]["total"]["median"] / peers[best]
             if ratio > _BEHIND:
                 yield f"{result['case']}, M {result['M']}, r {result['R']}: {ratio - 1:.0%} behind {best}"
 
