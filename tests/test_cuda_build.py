@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_build import REPORTS, ROOT, build, compiled, emulator, loads_alone
+from native_build import REPORTS, ROOT, build, command, compiled, emulator, loads_alone
 
 from lorafuse.backends import cuda_native
 from lorafuse.backends.cuda_sources import source_hash
@@ -211,8 +211,7 @@ class TestBuild:
     def test_nothing_is_built_twice(self):
         for target in ("emu", "cuda"):
             if not build(target):
-                command = [sys.executable, str(CSRC / "build.py"), target]
-                assert "no work to do" in subprocess.run(command, capture_output=True, text=True).stdout
+                assert "no work to do" in subprocess.run(command(target), capture_output=True, text=True).stdout
 
     def test_the_hash_is_of_what_a_module_is_built_from(self, tmp_path):
         (tmp_path / "kernels").mkdir()

@@ -81,13 +81,15 @@ LF_DEVICE void sum_item(Pipeline<BLOCK_M, BLOCK_N>& pipeline, const Sum& sum, in
   };
   if (consumer == 1) {
     // the sums of the item before have been read
-    if (!LF_PLANTED("sum_no_wait_read")) consumers_sync();
+    consumers_sync();
     each([&](int i, int r, int c) { ptx::store_shared(others + r * BLOCK_N + c, d[i]); });
-    if (!LF_PLANTED("sum_no_sync")) consumers_sync();
+    consumers_sync();
     return;
   }
-  if (!LF_PLANTED("sum_no_wait_read")) consumers_sync();
-  if (!LF_PLANTED("sum_no_sync")) consumers_sync();
+  // consumer 1 may write
+  consumers_sync();
+  // consumer 1 has written
+  consumers_sync();
   each([&](int i, int r, int c) {
     const float value = sum.scale * (d[i] + ptx::load_shared<float>(others + r * BLOCK_N + c));
     const int64_t at = column + c, place = sum.transposed ? r * static_cast<int64_t>(sum.C) + at : at * R + r;

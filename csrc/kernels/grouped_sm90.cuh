@@ -77,19 +77,18 @@ grouped_kernel(LF_GRID_CONSTANT GroupedMaps maps, LF_GRID_CONSTANT GroupedArgume
     if (warp == 0 && ptx::elect_one()) {
       bool first = true;
       for (int64_t index = blockIdx.x; walk.seek(index, load_end, tile); index += programs) {
-        const int group = LF_PLANTED("wrong_group") ? 0 : tile.group;
         const auto load_blocks = [&](const TensorMap* map_a, const TensorMap* map_b, int blocks) {
           for (int block = 0; block < blocks; ++block) {
             pipeline.acquire(Plan::kStageBytes);
             ptx::tma_load(pipeline.a(), map_a, block * BLOCK_K, tile.row, pipeline.full());
-            load_group_b<kMajorB>(pipeline, map_b, block * BLOCK_K, tile.column * BLOCK_N, group);
+            load_group_b<kMajorB>(pipeline, map_b, block * BLOCK_K, tile.column * BLOCK_N, tile.group);
             pipeline.advance();
           }
         };
         load_blocks(&maps.x, &maps.w, p.k_blocks);
         if constexpr (kRankSteps > 0) {
           if (p.overlap_previous && first) {
-            if (!LF_PLANTED("no_launch_wait")) ptx::wait_for_previous_launch();
+            ptx::wait_for_previous_launch();
             ptx::fence_proxy_async();
           }
           load_blocks(&maps.xa, &maps.b, p.rank_blocks);
@@ -120,8 +119,7 @@ grouped_kernel(LF_GRID_CONSTANT GroupedMaps maps, LF_GRID_CONSTANT GroupedArgume
         add_bias<T, kColumns>(d, bias, column, p.N, thread);
       }
       // TMA clips at the end of y, and knows of no other end
-      const bool whole = row + kWarpgroupRows <= tile.row_end || tile.row_end == p.rows;
-      if (whole || LF_PLANTED("group_overrun")) {
+      if (row + kWarpgroupRows <= tile.row_end || tile.row_end == p.rows) {
         store_tile<T, kColumns>(d, &maps.y, pipeline.output(consumer), row, column, consumer, thread);
       } else {
         store_rows<T, kColumns>(d, static_cast<T*>(p.y), p.stride_y, row, tile.row_end, column, p.N, thread);
