@@ -27,7 +27,12 @@ class Bug(NamedTuple):
     instead: str
 
 
-_PIPELINE, _EPILOGUE, _LINEAR, _SUMS = "pipeline_sm90.cuh", "epilogue_sm90.cuh", "linear_sm90.cuh", "beside_sm90.cuh"
+_PIPELINE, _EPILOGUE, _LINEAR, _SUMS = (
+    "pipeline_sm90.cuh",
+    "epilogue_sm90.cuh",
+    "linear_sm90.cuh",
+    "adapter_grads_sm90.cuh",
+)
 _GROUPED, _SKINNY, _PROJECT, _REDUCE = "grouped_sm90.cuh", "skinny_sm80.cuh", "project_sm80.cuh", "reduce_sm80.cuh"
 _CONSUMED = "ptx::wgmma_wait<0>(); pipeline.release_previous(lane);"
 _STORED = "ptx::fence_proxy_async_shared(); consumer_sync(consumer);"

@@ -153,13 +153,20 @@ class TestModule:
         compiled()
         if torch.cuda.is_available():
             pytest.skip("there is a GPU: nothing fails")
-        rounded = 2, False, 2, 8, 64, 8, 1.0, 64
+        round_adapter = cuda_native.native("_cuda").round_adapter
+        given = {"in_type": 2, "type": 0, "rows": 2, "columns": 8, "in": 64, "stride_in": 8, "out": 64}
         with pytest.raises(RuntimeError, match="cuda"):
-            cuda_native.native("_cuda").round_adapter(type=0, rounded=(*rounded, 8))
+            round_adapter(**given, stride_out=8)
         with pytest.raises(ValueError, match="stride 4 of out is below its 8 columns"):
-            cuda_native.native("_cuda").round_adapter(type=0, rounded=(*rounded, 4))
+            round_adapter(**given, stride_out=4)
         with pytest.raises(TypeError, match="incompatible function arguments"):
-            cuda_native.native("_cuda").round_adapter(2, 0)
+            round_adapter(2, 0)
+        with pytest.raises(TypeError, match="missing keyword stride_out"):
+            round_adapter(**given)
+        with pytest.raises(TypeError, match="unknown keyword 'columns_'"):
+            round_adapter(**given, stride_out=8, columns_=8)
+        with pytest.raises(TypeError, match="keyword 'rows'"):
+            round_adapter(**given | {"rows": "2"}, stride_out=8)
 
 
 class TestBuild:

@@ -8,11 +8,11 @@
 // FLOPs 2 M N (K + R). Bytes: x, w, y and xa once from memory where L2 holds what tiles share.
 //
 // Form::kForward        xa is there, or was written by the launch before, which this one may overlap.
-// Form::kForwardFused   xa = x aᵀ is computed by this launch: some programs have one tile fewer than others and compute
+// Form::kFusedXa   xa = x aᵀ is computed by this launch: some programs have one tile fewer than others and compute
 //                       rows of xa first, in that slack (schedule.cuh), publish them by a flag for each row block, and
 //                       the tiles wait for it before their last K-blocks, when it has long been set.
 // Form::kDx             w and b are read with their columns contiguous (MN-major).
-// Form::kDxBeside       the same, and blocks without a tile sum da and db meanwhile (beside_sm90.cuh).
+// Form::kDxAdapterGrads       the same, and blocks without a tile sum da and db meanwhile (adapter_grads_sm90.cuh).
 // Form::kDxDropout      the low-rank product comes first and is masked in its accumulators, to which dy w is added.
 //
 // Roles: pipeline_sm90.cuh. The way out: epilogue_sm90.cuh. Host: linear_launch_sm90.cuh.
@@ -20,17 +20,17 @@
 
 #include <lorafuse/schedule.cuh>
 
-#include "beside_sm90.cuh"
+#include "adapter_grads_sm90.cuh"
 #include "epilogue_sm90.cuh"
 
 namespace lorafuse::sm90 {
 
-enum class Form { kForward, kForwardFused, kDx, kDxBeside, kDxDropout };
+enum class Form { kForward, kFusedXa, kDx, kDxAdapterGrads, kDxDropout };
 
 constexpr int BLOCK_M = 128;
 
 template <Form kForm>
-constexpr Major kMajorOfB = kForm == Form::kForward || kForm == Form::kForwardFused ? Major::K : Major::MN;
+constexpr Major kMajorOfB = kForm == Form::kForward || kForm == Form::kFusedXa ? Major::K : Major::MN;
 
 struct LinearMaps {
   TensorMap x, w, xa, b, a, y;
@@ -45,13 +45,13 @@ struct LinearArguments {
   int stages, cluster;
   const void* bias;
   bool overlap_previous;
-  // kForwardFused
+  // kFusedXa
   void* xa;
   int64_t stride_xa;
   int row_items;      // clusters of row blocks whose xa is to be computed
   int item_programs;  // by the programs of the first tickets
   uint32_t* workspace;
-  // kDxBeside: db and da, by the last blocks
+  // kDxAdapterGrads: db and da, by the last blocks
   int sum_blocks;
   Sum sums[2];
   // kDxDropout
@@ -110,8 +110,8 @@ template <class T, int BLOCK_N, int kRankSteps, Form kForm>
 LF_KERNEL(kThreads)
 linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments p) {
   constexpr Major kMajorB = kMajorOfB<kForm>;
-  constexpr bool kFused = kForm == Form::kForwardFused;
-  constexpr bool kBeside = kForm == Form::kDxBeside;
+  constexpr bool kFused = kForm == Form::kFusedXa;
+  constexpr bool kBeside = kForm == Form::kDxAdapterGrads;
   constexpr bool kDropout = kForm == Form::kDxDropout;
   // of an item: the columns of xa that wgmma computes
   constexpr int kItemColumns = kRankSteps == 1 ? 16 : kRankSteps == 2 ? 32 : 64;

@@ -1,4 +1,4 @@
-// db = scale · dyᵀ xa and da = dybᵀ x, by blocks of dx's launch that have no tile (Form::kDxBeside).
+// db = scale · dyᵀ xa and da = dybᵀ x, by blocks of dx's launch that have no tile (Form::kDxAdapterGrads).
 //
 // Eight waves of 1024 tiles leave four of 132 multiprocessors without work, few rows leave most of them: these sum
 // instead. In the words of reduce_sm80.cuh: columns[c, r] = Σ_m left[m, c] right[m, r], left = dy or x [M, C], right =
