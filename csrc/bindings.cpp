@@ -1,13 +1,12 @@
-// The functions of api.hpp for Python: pointers and the stream as integers, 0 for none, everything by keyword. Compiled
-// as lorafuse._cuda, which needs no driver until it launches, and as lorafuse._emu, whose pointers are the host's.
+// The functions of api.hpp for Python: the fields of each struct by keyword, pointers and the stream as integers, 0 for
+// none. Compiled as lorafuse._cuda, which needs no driver until it launches, and as lorafuse._emu, whose pointers are the
+// host's.
 //
 // std::invalid_argument becomes ValueError, std::runtime_error RuntimeError. Launches release the interpreter's lock.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <array>
-#include <optional>
-#include <tuple>
+#include <concepts>
+#include <iterator>
 
 #include <lorafuse/api.hpp>
 
@@ -21,127 +20,213 @@ extern const char* const lorafuse_build_info;
 namespace {
 
 namespace py = pybind11;
-using lorafuse::Tiling;
-using lorafuse::Type;
-using py::arg;
+using namespace lorafuse;
 using Pointer = uintptr_t;
-using Release = py::call_guard<py::gil_scoped_release>;
-// block_n, stages, cluster, group_m, sms
-using TilingValues = std::array<int, 5>;
-// in_type, transposed, rows, columns, in, stride_in, scale, out, stride_out; None: no adapter
-using RoundValues = std::tuple<int, bool, int64_t, int64_t, Pointer, int64_t, float, Pointer, int64_t>;
 
-template <class T = void>
-T* at(Pointer address) {
-  return reinterpret_cast<T*>(address);
-}
-lorafuse::Round round_of(int type, const std::optional<RoundValues>& values) {
-  if (!values) return {};
-  const auto& [in_type, transposed, rows, columns, in, stride_in, scale, out, stride_out] = *values;
-  return {Type{in_type}, Type{type}, transposed, rows, columns, at(in), stride_in, scale, at(out), stride_out};
-}
-Tiling tiling_of(const TilingValues& t) { return {t[0], t[1], t[2], t[3], t[4]}; }
+// A field of a struct: its keyword, whether a call must pass it, and how a Python value is stored in it.
+struct Field {
+  const char* name;
+  bool required;
+  void (*store)(void* p, PyObject* value);
+};
+template <class P>
+struct Fields;
 
-void linear_forward(int type, int64_t M, int64_t N, int64_t K, int64_t R, Pointer x, int64_t stride_x, Pointer w,
-                    int64_t stride_w, Pointer bias, Pointer a, int64_t stride_a, Pointer xa, int64_t stride_xa,
-                    Pointer b, int64_t stride_b, Pointer y, int64_t stride_y, Pointer workspace, bool overlap_previous,
-                    const TilingValues& tiling, Pointer stream) {
-  lorafuse::linear_forward({Type{type}, M, N, K, R, at(x), stride_x, at(w), stride_w, at(bias), at(a), stride_a, at(xa),
-                            stride_xa, at(b), stride_b, at(y), stride_y, at<uint32_t>(workspace), overlap_previous,
-                            tiling_of(tiling)},
-                           at(stream));
+template <std::integral T>
+void convert(PyObject* value, T& place) {
+  const long long number = PyLong_AsLongLong(value);
+  place = static_cast<T>(number);
+  if (!PyErr_Occurred() && static_cast<long long>(place) != number) {
+    PyErr_SetString(PyExc_OverflowError, (std::to_string(number) + " does not fit the field").c_str());
+  }
 }
-
-void linear_dx(int type, int64_t M, int64_t N, int64_t K, int64_t R, Pointer dy, int64_t stride_dy, Pointer w,
-               int64_t stride_w, Pointer dyb, int64_t stride_dyb, Pointer a, int64_t stride_a, Pointer dx,
-               int64_t stride_dx, Pointer seed, uint32_t drop_below, bool overlap_previous, const TilingValues& tiling,
-               int sum_blocks, Pointer x, int64_t stride_x, Pointer da, int da_type, Pointer xa, int64_t stride_xa,
-               Pointer db, int db_type, float scale, Pointer stream) {
-  lorafuse::linear_dx({Type{type}, M, N, K, R, at(dy), stride_dy, at(w), stride_w, at(dyb), stride_dyb, at(a), stride_a,
-                       at(dx), stride_dx, at<int64_t>(seed), drop_below, overlap_previous, tiling_of(tiling),
-                       sum_blocks, at(x), stride_x, at(da), Type{da_type}, at(xa), stride_xa, at(db), Type{db_type},
-                       scale},
-                      at(stream));
+void convert(PyObject* value, bool& place) { place = PyObject_IsTrue(value) == 1; }
+void convert(PyObject* value, float& place) { place = static_cast<float>(PyFloat_AsDouble(value)); }
+void convert(PyObject* value, Type& place) { place = Type{static_cast<int>(PyLong_AsLong(value))}; }
+template <class T>
+void convert(PyObject* value, T*& place) {
+  place = static_cast<T*>(PyLong_AsVoidPtr(value));
 }
-
-void grouped_linear(int type, int64_t rows, int64_t groups, int64_t N, int64_t K, int64_t R, bool transposed,
-                    Pointer ends, Pointer x, int64_t stride_x, Pointer w, Pointer bias, Pointer xa, int64_t stride_xa,
-                    Pointer b, int64_t stride_b, Pointer y, int64_t stride_y, bool overlap_previous,
-                    const TilingValues& tiling, Pointer stream) {
-  lorafuse::grouped_linear({Type{type}, rows, groups, N, K, R, transposed, at<int64_t>(ends), at(x), stride_x, at(w),
-                            at(bias), at(xa), stride_xa, at(b), stride_b, at(y), stride_y, overlap_previous,
-                            tiling_of(tiling)},
-                           at(stream));
+// A tuple of the fields, in their order; the last ones may be left out.
+void convert(PyObject* value, Tiling& place) {
+  int* const fields[] = {&place.block_n, &place.stages, &place.cluster, &place.group_m, &place.sms, &place.block_m};
+  const Py_ssize_t size = PyTuple_Check(value) ? PyTuple_GET_SIZE(value) : -1;
+  if (size < 0 || size > std::ssize(fields)) {
+    PyErr_SetString(PyExc_TypeError, "a tiling is a tuple of block_n, stages, cluster, group_m, sms and block_m");
+    return;
+  }
+  for (Py_ssize_t i = 0; i < size && !PyErr_Occurred(); ++i) convert(PyTuple_GET_ITEM(value, i), *fields[i]);
 }
+// A dict of the fields, or None.
+void convert(PyObject* value, Round& place);
 
-void round_adapter(int type, const RoundValues& rounded, Pointer stream) {
-  lorafuse::round_adapter(round_of(type, rounded), at(stream));
+template <class>
+struct MemberOf;
+template <class P, class T>
+struct MemberOf<T P::*> {
+  using Struct = P;
+};
+template <auto kMember>
+void store(void* p, PyObject* value) {
+  convert(value, static_cast<typename MemberOf<decltype(kMember)>::Struct*>(p)->*kMember);
 }
 
-void project_x(int type, int a_type, int64_t M, int64_t K, int64_t R, Pointer x, int64_t stride_x, Pointer a,
-               int64_t stride_a, Pointer xa, int64_t stride_xa, Pointer seed, uint32_t drop_below,
-               const std::optional<RoundValues>& rounded, Pointer stream) {
-  lorafuse::project_x({Type{type}, Type{a_type}, M, K, R, at(x), stride_x, at(a), stride_a, at(xa), stride_xa,
-                       at<int64_t>(seed), drop_below, round_of(type, rounded)},
-                      at(stream));
+#define REQUIRED(member) {#member, true, store<&P::member>}
+#define OPTIONAL(member) {#member, false, store<&P::member>}
+
+template <>
+struct Fields<Linear> {
+  using P = Linear;
+  static constexpr Field fields[] = {
+      REQUIRED(type), REQUIRED(M), REQUIRED(N), REQUIRED(K), OPTIONAL(R), OPTIONAL(transposed), REQUIRED(x),
+      REQUIRED(stride_x), REQUIRED(w), REQUIRED(stride_w), OPTIONAL(bias), OPTIONAL(xa), OPTIONAL(stride_xa),
+      OPTIONAL(b), OPTIONAL(stride_b), REQUIRED(y), REQUIRED(stride_y), OPTIONAL(overlap_previous),
+      OPTIONAL(tiling), OPTIONAL(a), OPTIONAL(stride_a), OPTIONAL(workspace), OPTIONAL(seed),
+      OPTIONAL(drop_below), OPTIONAL(sum_blocks), OPTIONAL(layer_x), OPTIONAL(stride_layer_x), OPTIONAL(da),
+      OPTIONAL(da_type), OPTIONAL(layer_xa), OPTIONAL(stride_layer_xa), OPTIONAL(db), OPTIONAL(db_type),
+      OPTIONAL(scale)};
+};
+template <>
+struct Fields<GroupedLinear> {
+  using P = GroupedLinear;
+  static constexpr Field fields[] = {
+      REQUIRED(type), REQUIRED(rows), REQUIRED(groups), REQUIRED(N), REQUIRED(K), OPTIONAL(R),
+      OPTIONAL(transposed), REQUIRED(offsets), REQUIRED(x), REQUIRED(stride_x), REQUIRED(w), OPTIONAL(bias),
+      OPTIONAL(xa), OPTIONAL(stride_xa), OPTIONAL(b), REQUIRED(y), REQUIRED(stride_y),
+      OPTIONAL(overlap_previous), OPTIONAL(tiling)};
+};
+template <>
+struct Fields<Round> {
+  using P = Round;
+  static constexpr Field fields[] = {
+      REQUIRED(in_type), REQUIRED(type), OPTIONAL(transposed), REQUIRED(rows), REQUIRED(columns), REQUIRED(in),
+      REQUIRED(stride_in), OPTIONAL(scale), OPTIONAL(out), REQUIRED(stride_out)};
+};
+template <>
+struct Fields<ProjectX> {
+  using P = ProjectX;
+  static constexpr Field fields[] = {
+      REQUIRED(type), REQUIRED(a_type), REQUIRED(M), REQUIRED(K), REQUIRED(R), REQUIRED(x), REQUIRED(stride_x),
+      REQUIRED(a), REQUIRED(stride_a), REQUIRED(xa), REQUIRED(stride_xa), OPTIONAL(seed), OPTIONAL(drop_below),
+      OPTIONAL(rounded)};
+};
+template <>
+struct Fields<ReduceDy> {
+  using P = ReduceDy;
+  static constexpr Field fields[] = {
+      REQUIRED(type), REQUIRED(b_type), REQUIRED(M), REQUIRED(N), REQUIRED(R), REQUIRED(dy),
+      REQUIRED(stride_dy), OPTIONAL(b), OPTIONAL(stride_b), OPTIONAL(xa), OPTIONAL(stride_xa), OPTIONAL(scale),
+      OPTIONAL(dyb), OPTIONAL(stride_dyb), OPTIONAL(db), OPTIONAL(dbias), OPTIONAL(workspace), OPTIONAL(sms),
+      OPTIONAL(rounded)};
+};
+template <>
+struct Fields<ReduceX> {
+  using P = ReduceX;
+  static constexpr Field fields[] = {
+      REQUIRED(type), REQUIRED(a_type), REQUIRED(M), REQUIRED(K), REQUIRED(R), REQUIRED(x), REQUIRED(stride_x),
+      REQUIRED(dyb), REQUIRED(stride_dyb), REQUIRED(da), OPTIONAL(seed), OPTIONAL(drop_below),
+      OPTIONAL(workspace), OPTIONAL(sms)};
+};
+
+#undef REQUIRED
+#undef OPTIONAL
+
+// The fields' names as Python's own strings of them, which the names in a call are too.
+template <class P>
+PyObject* const* keywords() {
+  static PyObject* names[std::size(Fields<P>::fields)];
+  if (names[0] == nullptr) {
+    for (size_t i = 0; i < std::size(names); ++i) names[i] = PyUnicode_InternFromString(Fields<P>::fields[i].name);
+  }
+  return names;
 }
 
-lorafuse::ReduceDy reduce_dy_of(int type, int b_type, int64_t M, int64_t N, int64_t R, Pointer dy, int64_t stride_dy,
-                                Pointer b, int64_t stride_b, Pointer xa, int64_t stride_xa, float scale, Pointer dyb,
-                                int64_t stride_dyb, Pointer db, Pointer dbias, Pointer workspace, int sms) {
-  return {Type{type}, Type{b_type}, M,         N,     R,       at(dy),     stride_dy, at(b),     stride_b,
-          at(xa),     stride_xa,    scale,     at(dyb), stride_dyb, at(db), at(dbias), at(workspace), sms,         {}};
-}
-int64_t reduce_dy_workspace(int type, int b_type, int64_t M, int64_t N, int64_t R, bool dyb, bool db, bool dbias,
-                            int sms) {
-  // only whether a result is wanted matters here
-  return lorafuse::reduce_dy_workspace(
-      reduce_dy_of(type, b_type, M, N, R, 0, N, 0, R, 0, R, 1.0f, dyb, R, db, dbias, 0, sms));
-}
-void reduce_dy(int type, int b_type, int64_t M, int64_t N, int64_t R, Pointer dy, int64_t stride_dy, Pointer b,
-               int64_t stride_b, Pointer xa, int64_t stride_xa, float scale, Pointer dyb, int64_t stride_dyb,
-               Pointer db, Pointer dbias, Pointer workspace, int sms, const std::optional<RoundValues>& rounded,
-               Pointer stream) {
-  lorafuse::ReduceDy p = reduce_dy_of(type, b_type, M, N, R, dy, stride_dy, b, stride_b, xa, stride_xa, scale, dyb,
-                                      stride_dyb, db, dbias, workspace, sms);
-  p.rounded = round_of(type, rounded);
-  lorafuse::reduce_dy(p, at(stream));
+// The field of a keyword; calls pass them in about the order of the struct, so the search starts behind the last one.
+template <class P>
+size_t find(PyObject* keyword, size_t from) {
+  constexpr size_t kCount = std::size(Fields<P>::fields);
+  PyObject* const* names = keywords<P>();
+  for (size_t i = 0; i < kCount; ++i) {
+    if (const size_t at = (from + i) % kCount; names[at] == keyword) return at;
+  }
+  for (size_t i = 0; i < kCount; ++i) {
+    if (PyUnicode_Compare(names[i], keyword) == 0) return i;
+  }
+  return kCount;
 }
 
-lorafuse::ReduceX reduce_x_of(int type, int a_type, int64_t M, int64_t K, int64_t R, Pointer x, int64_t stride_x,
-                              Pointer dyb, int64_t stride_dyb, Pointer da, Pointer seed, uint32_t drop_below,
-                              Pointer workspace, int sms) {
-  return {Type{type}, Type{a_type}, M,  K, R, at(x), stride_x, at(dyb), stride_dyb, at(da), at<int64_t>(seed),
-          drop_below, at(workspace), sms};
+// Raises TypeError for a keyword that is no field, a value of another type, and a required field that is missing.
+template <class P>
+P read(const py::handle& arguments, void** stream = nullptr) {
+  static PyObject* const stream_name = PyUnicode_InternFromString("stream");
+  constexpr auto& fields = Fields<P>::fields;
+  P p{};
+  uint64_t found = 0;
+  size_t next = 0;
+  PyObject *keyword, *value;
+  for (Py_ssize_t at = 0; PyDict_Next(arguments.ptr(), &at, &keyword, &value);) {
+    if (stream != nullptr && keyword == stream_name) {
+      convert(value, *stream);
+    } else {
+      const size_t i = find<P>(keyword, next);
+      if (i == std::size(fields)) throw py::type_error("unknown keyword " + std::string(py::repr(keyword)));
+      fields[i].store(&p, value);
+      found |= uint64_t{1} << i;
+      next = i + 1;
+    }
+    if (PyErr_Occurred()) {
+      py::raise_from(PyExc_TypeError, ("keyword " + std::string(py::repr(keyword))).c_str());
+      throw py::error_already_set();
+    }
+  }
+  static_assert(std::size(fields) <= 64);
+  for (size_t i = 0; i < std::size(fields); ++i) {
+    if (fields[i].required && !(found >> i & 1)) throw py::type_error(std::string("missing keyword ") + fields[i].name);
+  }
+  return p;
 }
-int64_t reduce_x_workspace(int type, int a_type, int64_t M, int64_t K, int64_t R, int sms) {
-  return lorafuse::reduce_x_workspace(reduce_x_of(type, a_type, M, K, R, 0, K, 0, R, 1, 0, 0, 0, sms));
+void convert(PyObject* value, Round& place) {
+  if (value == Py_None) return;
+  if (!PyDict_Check(value)) {
+    PyErr_SetString(PyExc_TypeError, "an adapter to round is a dict of the fields of Round, or None");
+    return;
+  }
+  place = read<Round>(value);
 }
-void reduce_x(int type, int a_type, int64_t M, int64_t K, int64_t R, Pointer x, int64_t stride_x, Pointer dyb,
-              int64_t stride_dyb, Pointer da, Pointer seed, uint32_t drop_below, Pointer workspace, int sms,
-              Pointer stream) {
-  lorafuse::reduce_x(reduce_x_of(type, a_type, M, K, R, x, stride_x, dyb, stride_dyb, da, seed, drop_below, workspace,
-                                 sms),
-                     at(stream));
-}
+
+template <auto kFunction>
+struct Bound;
+template <class P, void (*kFunction)(const P&, void*)>
+struct Bound<kFunction> {
+  static void call(const py::kwargs& arguments) {
+    void* stream = nullptr;
+    const P p = read<P>(arguments, &stream);
+    py::gil_scoped_release release;
+    kFunction(p, stream);
+  }
+};
+template <class P, int64_t (*kFunction)(const P&)>
+struct Bound<kFunction> {
+  static int64_t call(const py::kwargs& arguments) { return kFunction(read<P>(arguments)); }
+};
 
 py::object build_info() { return py::module_::import("json").attr("loads")(lorafuse_build_info); }
 
 #ifdef LORAFUSE_EMULATED
 void configure(uint64_t seed, int resident, bool checks, int multiprocessors, int shared_memory,
                const std::string& planted) {
-  lorafuse::emu::Config config;
+  emu::Config config;
   config.seed = seed;
   config.resident = resident;
   config.checks = checks;
   config.multiprocessors = multiprocessors;
   config.shared_memory = shared_memory;
   config.planted = planted;
-  lorafuse::emu::configure(config);
+  emu::configure(config);
 }
 
 py::dict statistics() {
-  const lorafuse::emu::Statistics& s = lorafuse::emu::statistics();
+  const emu::Statistics& s = emu::statistics();
   py::dict found;
   found["launches"] = s.launches;
   found["steps"] = s.steps;
@@ -155,13 +240,16 @@ py::dict statistics() {
 }
 
 void declare_memory(Pointer begin, size_t bytes, const std::string& name, bool unwritten) {
-  lorafuse::emu::declare_memory(at(begin), bytes, name, unwritten);
+  emu::declare_memory(reinterpret_cast<void*>(begin), bytes, name, unwritten);
 }
-size_t unwritten_words(Pointer begin, size_t bytes) { return lorafuse::emu::unwritten_words(at(begin), bytes); }
+size_t unwritten_words(Pointer begin, size_t bytes) {
+  return emu::unwritten_words(reinterpret_cast<void*>(begin), bytes);
+}
 
 void bind_emulator(py::module_& m) {
-  py::register_exception<lorafuse::emu::Error>(m, "EmulationError", PyExc_RuntimeError);
-  const lorafuse::emu::Config standard;
+  using py::arg;
+  py::register_exception<emu::Error>(m, "EmulationError", PyExc_RuntimeError);
+  const emu::Config standard;
   m.def("configure", &configure, "How the next launches run; emulator.hpp says what each setting means.", py::kw_only(),
         arg("seed") = standard.seed, arg("resident") = standard.resident, arg("checks") = standard.checks,
         arg("multiprocessors") = standard.multiprocessors, arg("shared_memory") = standard.shared_memory,
@@ -170,45 +258,24 @@ void bind_emulator(py::module_& m) {
   m.def("declare_memory", &declare_memory, py::kw_only(), arg("begin"), arg("bytes"), arg("name"),
         arg("unwritten") = false);
   m.def("unwritten_words", &unwritten_words, py::kw_only(), arg("begin"), arg("bytes"));
-  m.def("forget_memory", &lorafuse::emu::forget_memory);
+  m.def("forget_memory", &emu::forget_memory);
 }
 #endif
 
 }  // namespace
 
 PYBIND11_MODULE(LORAFUSE_MODULE, m) {
-  m.doc() = "The kernels of csrc/include/lorafuse/api.hpp";
-  m.def("build_info", &build_info, "{compiler, architectures, sources}: what this module was built with and from.");
-  m.def("forward_workspace", &lorafuse::forward_workspace, py::kw_only(), arg("M"));
-  m.def("linear_forward", &linear_forward, Release(), py::kw_only(), arg("type"), arg("M"), arg("N"), arg("K"),
-        arg("R"), arg("x"), arg("stride_x"), arg("w"), arg("stride_w"), arg("bias") = 0, arg("a") = 0, arg("stride_a") = 0,
-        arg("xa") = 0, arg("stride_xa") = 0, arg("b") = 0, arg("stride_b") = 0, arg("y"), arg("stride_y"),
-        arg("workspace") = 0, arg("overlap_previous") = false, arg("tiling"), arg("stream") = 0);
-  m.def("linear_dx", &linear_dx, Release(), py::kw_only(), arg("type"), arg("M"), arg("N"), arg("K"), arg("R"),
-        arg("dy"), arg("stride_dy"), arg("w"), arg("stride_w"), arg("dyb") = 0, arg("stride_dyb") = 0, arg("a") = 0,
-        arg("stride_a") = 0, arg("dx"), arg("stride_dx"), arg("seed") = 0, arg("drop_below") = 0,
-        arg("overlap_previous") = false, arg("tiling"), arg("sum_blocks") = 0, arg("x") = 0, arg("stride_x") = 0,
-        arg("da") = 0, arg("da_type") = 2, arg("xa") = 0, arg("stride_xa") = 0, arg("db") = 0, arg("db_type") = 2,
-        arg("scale") = 1.0f, arg("stream") = 0);
-  m.def("grouped_linear", &grouped_linear, Release(), py::kw_only(), arg("type"), arg("rows"), arg("groups"), arg("N"),
-        arg("K"), arg("R"), arg("transposed") = false, arg("ends"), arg("x"), arg("stride_x"), arg("w"),
-        arg("bias") = 0, arg("xa") = 0, arg("stride_xa") = 0, arg("b") = 0, arg("stride_b") = 0, arg("y"),
-        arg("stride_y"), arg("overlap_previous") = false, arg("tiling"), arg("stream") = 0);
-  m.def("round_adapter", &round_adapter, Release(), py::kw_only(), arg("type"), arg("rounded"), arg("stream") = 0);
-  m.def("project_x", &project_x, Release(), py::kw_only(), arg("type"), arg("a_type"), arg("M"), arg("K"), arg("R"),
-        arg("x"), arg("stride_x"), arg("a"), arg("stride_a"), arg("xa"), arg("stride_xa"), arg("seed") = 0,
-        arg("drop_below") = 0, arg("rounded") = py::none(), arg("stream") = 0);
-  m.def("reduce_dy_workspace", &reduce_dy_workspace, py::kw_only(), arg("type"), arg("b_type"), arg("M"), arg("N"),
-        arg("R"), arg("dyb"), arg("db"), arg("dbias"), arg("sms") = 0);
-  m.def("reduce_dy", &reduce_dy, Release(), py::kw_only(), arg("type"), arg("b_type"), arg("M"), arg("N"), arg("R"),
-        arg("dy"), arg("stride_dy"), arg("b") = 0, arg("stride_b") = 0, arg("xa") = 0, arg("stride_xa") = 0,
-        arg("scale") = 1.0f, arg("dyb") = 0, arg("stride_dyb") = 0, arg("db") = 0, arg("dbias") = 0, arg("workspace"),
-        arg("sms") = 0, arg("rounded") = py::none(), arg("stream") = 0);
-  m.def("reduce_x_workspace", &reduce_x_workspace, py::kw_only(), arg("type"), arg("a_type"), arg("M"), arg("K"),
-        arg("R"), arg("sms") = 0);
-  m.def("reduce_x", &reduce_x, Release(), py::kw_only(), arg("type"), arg("a_type"), arg("M"), arg("K"), arg("R"),
-        arg("x"), arg("stride_x"), arg("dyb"), arg("stride_dyb"), arg("da"), arg("seed") = 0, arg("drop_below") = 0,
-        arg("workspace"), arg("sms") = 0, arg("stream") = 0);
+  m.doc() = "The kernels of csrc/include/lorafuse/api.hpp, whose structs say what the keywords are.";
+  m.def("build_info", &build_info, "{compiler, architectures, kernels, sources}: what this module was built with, and of.");
+  m.def("fused_xa_workspace", &fused_xa_workspace, py::kw_only(), py::arg("M"));
+  m.def("linear", &Bound<linear>::call);
+  m.def("grouped_linear", &Bound<grouped_linear>::call);
+  m.def("round_adapter", &Bound<round_adapter>::call);
+  m.def("project_x", &Bound<project_x>::call);
+  m.def("reduce_dy_workspace", &Bound<reduce_dy_workspace>::call);
+  m.def("reduce_dy", &Bound<reduce_dy>::call);
+  m.def("reduce_x_workspace", &Bound<reduce_x_workspace>::call);
+  m.def("reduce_x", &Bound<reduce_x>::call);
 #ifdef LORAFUSE_EMULATED
   bind_emulator(m);
 #endif

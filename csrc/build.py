@@ -2,7 +2,7 @@
 
     python csrc/build.py check              say which nvcc would build, or why none can (exit status 1)
     python csrc/build.py cuda [FILE]        build into FILE; without one, into the package of this checkout
-    python csrc/build.py emu [FILE] [--sanitize]
+    python csrc/build.py emu [FILE] [--sanitize] [--kernels FOLDER]
 
 ninja compiles what changed since the last build; objects and ptxas' report of each are kept under build/csrc/.
 """
@@ -126,7 +126,7 @@ class Ninja:
         self.objects: list[str] = []
 
     def compile(self, rule: str, source: Path, **variables: str) -> None:
-        name = source.name if source.is_relative_to(self.folder) else "-".join(source.relative_to(CSRC).parts)
+        name = "-".join(source.relative_to(CSRC).parts) if source.is_relative_to(CSRC) else source.name
         self.objects.append(f"{name}.o")
         self.lines.append(f"build {name}.o: {rule} {source}")
         self.lines += [f"  {key} = {value}" for key, value in variables.items()]
@@ -144,12 +144,13 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def build(target: str, out: Path, sanitize: bool) -> None:
+def build(target: str, out: Path, sanitize: bool = False, kernels: Path = CSRC / "kernels") -> None:
     """Build a module and put it at `out`. Raises Unavailable, or CalledProcessError for sources that do not compile."""
     emulated = target == "emu"
     nvcc, version = ("", "") if emulated else find_nvcc()
     gxx = find_gxx()
-    folder = ROOT / "build" / "csrc" / (target + ("-sanitize" if sanitize else ""))
+    copied = kernels != CSRC / "kernels"
+    folder = ROOT / "build" / "csrc" / (target + ("-sanitize" if sanitize else "") + ("-copied" if copied else ""))
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         # tests and installations may build at the same time
@@ -159,9 +160,9 @@ def build(target: str, out: Path, sanitize: bool) -> None:
         python = f"-I {sysconfig.get_path('include')} -isystem {pybind11_include()} -DLORAFUSE_MODULE=_{target}"
         if emulated:
             compiler = subprocess.run([gxx, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-            info = {"compiler": compiler, "architectures": []}
+            info = {"compiler": compiler, "architectures": [], "kernels": str(kernels) if copied else "csrc/kernels"}
             include = f"-I {CSRC}/emu/include {include}"
-            for source in sorted((CSRC / "kernels").glob("*.cu")):
+            for source in sorted(kernels.glob("*.cu")):
                 ninja.compile("gxx", source, flags=f"{include} -x c++")
             for source in sorted((CSRC / "emu").glob("*.cpp")):
                 ninja.compile("gxx", source, flags=include)
@@ -169,7 +170,7 @@ def build(target: str, out: Path, sanitize: bool) -> None:
             link = f"{gxx} -shared $in -o $out"
         else:
             info = {"compiler": f"nvcc {version}", "architectures": architectures()}
-            for source in sorted((CSRC / "kernels").glob("*.cu")):
+            for source in sorted(kernels.glob("*.cu")):
                 (ending,) = (e for e in TARGETS if source.name.endswith(e))
                 ninja.compile("nvcc", source, targets=" ".join(f"-gencode {t}" for t in TARGETS[ending]))
             link = f"{nvcc} -shared -cudart=static -Xlinker=--exclude-libs=ALL,-s $in -o $out"
@@ -197,9 +198,10 @@ def main() -> int:
     parser.add_argument("what", choices=("check", "cuda", "emu"))
     parser.add_argument("file", nargs="?", type=Path, help="of the module; without it, in this checkout's package")
     parser.add_argument("--sanitize", action="store_true", help="emu: with AddressSanitizer and UBSan")
+    parser.add_argument("--kernels", type=Path, default=CSRC / "kernels", help="emu: compile these (tests plant bugs)")
     args = parser.parse_args()
-    if args.sanitize and args.what != "emu":
-        parser.error("--sanitize is for emu")
+    if args.what != "emu" and (args.sanitize or args.kernels != CSRC / "kernels"):
+        parser.error("--sanitize and --kernels are for emu")
     try:
         if args.what == "check":
             nvcc, version = find_nvcc()
@@ -207,7 +209,7 @@ def main() -> int:
                 find()
             print(f"nvcc {version} ({nvcc})")
         else:
-            build(args.what, args.file or module_file(args.what), args.sanitize)
+            build(args.what, args.file or module_file(args.what), args.sanitize, args.kernels.resolve())
     except Unavailable as reason:
         print(reason, file=sys.stderr)
         return 1

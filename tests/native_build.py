@@ -7,6 +7,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import planted
 import pytest
 
 from lorafuse.backends import base, cuda_native
@@ -16,11 +17,18 @@ ROOT = Path(__file__).parents[1]
 REPORTS = ROOT / "build" / "csrc"
 
 
+def command(target, *options):
+    """What builds a module; `lorafuse._emu` of kernels with the planted bugs, all of them off."""
+    if target == "emu" and "--sanitize" not in options:
+        planted.weave(ROOT / "csrc" / "kernels", REPORTS / "planted")
+        options += "--kernels", str(REPORTS / "planted")
+    return [sys.executable, str(ROOT / "csrc" / "build.py"), target, *options]
+
+
 @cache
 def build(target, *options):
     """`""`, or why this machine cannot build it. Fails the test for sources that do not compile."""
-    command = [sys.executable, str(ROOT / "csrc" / "build.py"), target, *options]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command(target, *options), capture_output=True, text=True)
     if done.returncode and "was not found" in done.stderr:
         return done.stderr.strip()
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]

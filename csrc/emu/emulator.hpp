@@ -27,7 +27,7 @@ struct Config {
   int multiprocessors = 4;
   // What shared_memory_limit() does: bytes that a block can have, of sm_90 unless told otherwise.
   int shared_memory = 232448;
-  // The LF_PLANTED of this name is on.
+  // The bug of this name, an LF_PLANTED, is on.
   std::string planted;
   // Steps of the scheduler after which a launch counts as hung.
   uint64_t step_limit = 200'000'000;

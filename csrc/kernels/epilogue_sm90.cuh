@@ -55,7 +55,7 @@ template <class T, int N_TILE>
 LF_DEVICE void store_tile(const float (&d)[N_TILE / 2], const TensorMap* map, uint8_t* boxes, int row, int column,
                           int consumer, int thread) {
   // the boxes may still be read for the tile before
-  if (thread == 0 && !LF_PLANTED("no_wait_read")) ptx::tma_store_wait_read<0>();
+  if (thread == 0) ptx::tma_store_wait_read<0>();
   consumer_sync(consumer);
   // lane l addresses row l % 8 of matrix l / 8: two matrices of rows for each of two of columns
   const int lane = thread % 32;
@@ -65,11 +65,11 @@ LF_DEVICE void store_tile(const float (&d)[N_TILE / 2], const TensorMap* map, ui
     const int n = i * 2;
     const uint32_t offset = box_offset(box_row, n % kBoxElements + lane / 16 * 8);
     uint8_t* box = boxes + n / kBoxElements * kBoxBytes;
-    ptx::stmatrix(box + (LF_PLANTED("wrong_swizzle") ? offset ^ 16 : offset), ptx::pack<T>(d[i], d[i + 1]),
-                  ptx::pack<T>(d[i + 2], d[i + 3]), ptx::pack<T>(d[i + 4], d[i + 5]), ptx::pack<T>(d[i + 6], d[i + 7]));
+    ptx::stmatrix(box + offset, ptx::pack<T>(d[i], d[i + 1]), ptx::pack<T>(d[i + 2], d[i + 3]),
+                  ptx::pack<T>(d[i + 4], d[i + 5]), ptx::pack<T>(d[i + 6], d[i + 7]));
   }
-  if (!LF_PLANTED("no_store_fence")) ptx::fence_proxy_async_shared();
-  if (!LF_PLANTED("no_store_sync")) consumer_sync(consumer);
+  ptx::fence_proxy_async_shared();
+  consumer_sync(consumer);
   if (thread == 0) {
     LF_UNROLL
     for (int n = 0; n < N_TILE; n += kBoxElements) {

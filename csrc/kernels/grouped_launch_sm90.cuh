@@ -39,7 +39,7 @@ void launch_grouped_kernel(const GroupedLinear& p, Stream stream) {
   arguments.k_blocks = static_cast<int>(ceil_div<int64_t>(p.K, BLOCK_K));
   arguments.rank_blocks = static_cast<int>(ceil_div<int64_t>(p.R, BLOCK_K));
   arguments.stages = p.tiling.stages;
-  arguments.ends = p.ends;
+  arguments.offsets = p.offsets;
   arguments.bias = p.bias;
   arguments.y = p.y;
   arguments.stride_y = p.stride_y;

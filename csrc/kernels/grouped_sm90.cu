@@ -1,5 +1,5 @@
-// grouped_linear of api.hpp: what the grouped sm_90 kernels can take.
-#include "checks_sm90.hpp"
+// grouped_linear of api.hpp: what the grouped sm_90 kernels can run.
+#include "checks.hpp"
 #include "grouped_launch_sm90.cuh"
 
 namespace lorafuse {
@@ -17,7 +17,7 @@ void grouped_linear(const GroupedLinear& p, void* stream) {
   require(p.tiling.cluster == 1, "clusters of ", p.tiling.cluster, " blocks; grouped kernels have none (1)");
   require(p.tiling.block_m == 128 || p.tiling.block_m == 64, "block_m of ", p.tiling.block_m,
           "; tiles have 64 or 128 rows");
-  check_address("ends", p.ends, 8);
+  check_address("offsets", p.offsets, 8);
   check_matrix("x", p.x, p.K, p.stride_x);
   check_matrix("w", p.w, p.transposed ? p.N : p.K, p.transposed ? p.N : p.K);
   check_matrix("y", p.y, p.N, p.stride_y);

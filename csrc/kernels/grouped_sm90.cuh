@@ -1,7 +1,7 @@
 // y[s] = x[s] w[g] + bias[g] + xa[s] b[g] for the rows s of each group g, ragged on the device (sm_90a).
 //
 // x [rows, K], w [G, N, K] (w [G, K, N] transposed, for the input gradient), xa [rows, R], b [G, N, R] ([G, R, N]),
-// y [rows, N]; the rows of group g are ends[g - 1] … ends[g], the experts' rows of a mixture-of-experts layer.
+// y [rows, N]; the rows of group g are offsets[g - 1] … offsets[g], the experts' rows of a mixture-of-experts layer.
 // Fused as in linear_sm90.cuh: the low-rank product is more reduction in the same accumulators; bias in the epilogue.
 // FLOPs 2 rows N (K + R), and up to BLOCK_M - 1 rows a group that are multiplied and thrown away. Bytes: x, xa and y
 // once, w and b of each group that has rows.
@@ -9,7 +9,7 @@
 // A tile's rows are those of one group, from its beginning in steps of BLOCK_M, wherever that lies in x. What it reads
 // behind the group's end is multiplied and not stored. The groups of w are a dimension of its tensor map, so that what
 // lies behind the last column of a group reads as zero and not as the next group. No host knows how many tiles there
-// are: every program walks the ends.
+// are: every program walks the offsets.
 //
 // Roles: pipeline_sm90.cuh. The way out: epilogue_sm90.cuh. Host: grouped_launch_sm90.cuh.
 #pragma once
@@ -28,7 +28,7 @@ struct GroupedArguments {
   int rows, groups, N;
   int k_blocks, rank_blocks;
   int stages;
-  const int64_t* ends;
+  const int64_t* offsets;
   const void* bias;
   void* y;
   int64_t stride_y;
@@ -66,7 +66,7 @@ grouped_kernel(LF_GRID_CONSTANT GroupedMaps maps, LF_GRID_CONSTANT GroupedArgume
   }
   ptx::block_sync();
 
-  const auto load_end = [&](int group) { return static_cast<int>(ptx::load_global(p.ends + group)); };
+  const auto load_end = [&](int group) { return static_cast<int>(ptx::load_global(p.offsets + group)); };
   RaggedWalk walk(p.groups, ceil_div(p.N, BLOCK_N), BLOCK_M);
   RaggedTile tile;
   const int programs = static_cast<int>(gridDim.x);
@@ -77,19 +77,18 @@ grouped_kernel(LF_GRID_CONSTANT GroupedMaps maps, LF_GRID_CONSTANT GroupedArgume
     if (warp == 0 && ptx::elect_one()) {
       bool first = true;
       for (int64_t index = blockIdx.x; walk.seek(index, load_end, tile); index += programs) {
-        const int group = LF_PLANTED("wrong_group") ? 0 : tile.group;
         const auto load_blocks = [&](const TensorMap* map_a, const TensorMap* map_b, int blocks) {
           for (int block = 0; block < blocks; ++block) {
             pipeline.acquire(Plan::kStageBytes);
             ptx::tma_load(pipeline.a(), map_a, block * BLOCK_K, tile.row, pipeline.full());
-            load_group_b<kMajorB>(pipeline, map_b, block * BLOCK_K, tile.column * BLOCK_N, group);
+            load_group_b<kMajorB>(pipeline, map_b, block * BLOCK_K, tile.column * BLOCK_N, tile.group);
             pipeline.advance();
           }
         };
         load_blocks(&maps.x, &maps.w, p.k_blocks);
         if constexpr (kRankSteps > 0) {
           if (p.overlap_previous && first) {
-            if (!LF_PLANTED("no_launch_wait")) ptx::wait_for_previous_launch();
+            ptx::wait_for_previous_launch();
             ptx::fence_proxy_async();
           }
           load_blocks(&maps.xa, &maps.b, p.rank_blocks);
@@ -120,8 +119,7 @@ grouped_kernel(LF_GRID_CONSTANT GroupedMaps maps, LF_GRID_CONSTANT GroupedArgume
         add_bias<T, kColumns>(d, bias, column, p.N, thread);
       }
       // TMA clips at the end of y, and knows of no other end
-      const bool whole = row + kWarpgroupRows <= tile.row_end || tile.row_end == p.rows;
-      if (whole || LF_PLANTED("group_overrun")) {
+      if (row + kWarpgroupRows <= tile.row_end || tile.row_end == p.rows) {
         store_tile<T, kColumns>(d, &maps.y, pipeline.output(consumer), row, column, consumer, thread);
       } else {
         store_rows<T, kColumns>(d, static_cast<T*>(p.y), p.stride_y, row, tile.row_end, column, p.N, thread);

@@ -3,6 +3,6 @@
 
 namespace lorafuse::sm90 {
 
-template void launch_linear<Form::kDx>(const LinearProblem&, Stream);
+template void launch_linear<Form::kDx>(const Linear&, Stream);
 
 }  // namespace lorafuse::sm90

@@ -2,61 +2,18 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
-#include <lorafuse/api.hpp>
 #include <lorafuse/ptx/launch.cuh>
 
+#include "dispatch.hpp"
 #include "linear_sm90.cuh"
 
 namespace lorafuse::sm90 {
-
-// In the names of linear_sm90.cuh, for both directions: N columns of y, K of the reduction.
-struct LinearProblem {
-  Type type;
-  int64_t M, N, K, R;
-  const void* x;
-  int64_t stride_x;
-  const void* w;
-  int64_t stride_w;
-  const void* xa;
-  int64_t stride_xa;
-  const void* b;
-  int64_t stride_b;
-  void* y;
-  int64_t stride_y;
-  Tiling tiling;
-  bool overlap_previous = false;
-  const void* bias = nullptr;
-  const void* a = nullptr;  // kForwardFused
-  int64_t stride_a = 0;
-  uint32_t* workspace = nullptr;
-  const int64_t* seed = nullptr;  // kDxDropout
-  uint32_t drop_below = 0;
-  const LinearDx* beside = nullptr;  // kDxBeside
-};
 
 // Items of xa that a program computes while others compute one tile: an item reads 128 rows of x, which L2 gives at 64
 // bytes a clock, in half the clocks that the tensor cores need for 128x256 (model: 9 to 20 of 43 µs at K 4096).
 template <int BLOCK_N>
 constexpr int kItemsInSlack = BLOCK_N / 128;
-
-// Calls f with the number in `options` that equals `value`, as a constant.
-template <int... options, class F>
-void choose(int value, const char* name, F&& f) {
-  const bool found = ((value == options && (f(std::integral_constant<int, options>{}), true)) || ...);
-  require(found, name, " of ", value, " has no kernel");
-}
-
-template <class F>
-void choose_type(Type type, F&& f) {
-  require(type == Type::BF16 || type == Type::FP16, "the sm_90 kernels take bf16 and fp16, not fp32");
-  if (type == Type::BF16) {
-    f(BF16{});
-  } else {
-    f(FP16{});
-  }
-}
 
 inline void check_tiling(const Tiling& tiling, int stage_bytes, int shared_bytes) {
   require(tiling.stages >= 2, "a ring of ", tiling.stages, " stages; it needs 2");
@@ -85,25 +42,25 @@ TensorMap operand_b_map(const void* base, int64_t columns, int64_t reduction, in
   return matrix_map<T>(base, reduction, columns, stride, BLOCK_K);
 }
 
-// db and da of p: what their blocks read, and where they write.
+// The two sums of a launch, db and da: what their blocks read, and where they write.
 template <class T, int BLOCK_N>
-void set_sums(const LinearDx& p, LinearMaps& maps, LinearArguments& arguments) {
-  const auto set = [&](int i, void* out, Type type, int64_t C, const void* left, int64_t stride_left,
-                       const void* right, int64_t stride_right, float scale) {
+void set_sums(const Linear& p, LinearMaps& maps, LinearArguments& arguments) {
+  const auto set = [&](int i, void* out, Type type, int64_t C, const void* wide, int64_t stride_wide,
+                       const void* narrow, int64_t stride_narrow, float scale) {
     if (out == nullptr) return;
     const int blocks = static_cast<int>(ceil_div<int64_t>(C, BLOCK_N));
     arguments.sums[i] = {static_cast<int>(C), blocks, out, type == Type::FP32, i == 1, scale};
-    maps.sums[i] = {matrix_map<T>(left, p.M, C, stride_left, BLOCK_K),
-                    matrix_map<T>(right, p.M, p.R, stride_right, BLOCK_K)};
+    maps.sums[i] = {matrix_map<T>(wide, p.M, C, stride_wide, BLOCK_K),
+                    matrix_map<T>(narrow, p.M, p.R, stride_narrow, BLOCK_K)};
   };
-  set(0, p.db, p.db_type, p.N, p.dy, p.stride_dy, p.xa, p.stride_xa, p.scale);
-  set(1, p.da, p.da_type, p.K, p.x, p.stride_x, p.dyb, p.stride_dyb, 1.0f);
-  // as many as there are items at most
+  set(0, p.db, p.db_type, p.K, p.x, p.stride_x, p.layer_xa, p.stride_layer_xa, p.scale);
+  set(1, p.da, p.da_type, p.N, p.layer_x, p.stride_layer_x, p.xa, p.stride_xa, 1.0f);
+  // as many blocks as there are work items at most
   arguments.sum_blocks = std::min(p.sum_blocks, arguments.sums[0].column_blocks + arguments.sums[1].column_blocks);
 }
 
 template <class T, int BLOCK_N, int kRankSteps, Form kForm>
-void launch_linear_kernel(const LinearProblem& p, Stream stream) {
+void launch_linear_kernel(const Linear& p, Stream stream) {
   constexpr Major kMajor = kMajorOfB<kForm>;
   using Plan = SharedPlan<BLOCK_M, BLOCK_N>;
   const int cluster = p.tiling.cluster;
@@ -138,7 +95,7 @@ void launch_linear_kernel(const LinearProblem& p, Stream stream) {
   require(tiles_wide < int64_t{1} << 31, tiles_wide, " tiles are more than 2^31 - 1");
   const int tiles = static_cast<int>(tiles_wide);
   int clusters = clusters_launched(p.tiling, tiles);
-  if (kForm == Form::kForwardFused) {
+  if (kForm == Form::kFusedXa) {
     constexpr int kItemColumns = kRankSteps == 1 ? 16 : kRankSteps == 2 ? 32 : 64;
     maps.a = matrix_map<T>(p.a, p.R, p.K, p.stride_a, kItemColumns);
     // programs without a tile may compute xa
@@ -150,9 +107,9 @@ void launch_linear_kernel(const LinearProblem& p, Stream stream) {
     arguments.item_programs = item_programs({tiles, clusters}, rows, kItemsInSlack<BLOCK_N>);
   }
 
-  if constexpr (kForm == Form::kDxBeside) {
-    require(cluster == 1, "clusters of ", cluster, " blocks beside blocks that sum; they have 1");
-    set_sums<T, BLOCK_N>(*p.beside, maps, arguments);
+  if constexpr (kForm == Form::kDxAdapterGrads) {
+    require(cluster == 1, "clusters of ", cluster, " blocks in a launch that computes da or db; they have 1");
+    set_sums<T, BLOCK_N>(p, maps, arguments);
     const int sms = clusters_launched(p.tiling, int64_t{1} << 31);
     clusters = std::min(tiles, std::max(1, sms - arguments.sum_blocks)) + arguments.sum_blocks;
   }
@@ -171,15 +128,15 @@ inline int last_rank_steps(int64_t R) {
 }
 
 template <Form kForm>
-void launch_linear(const LinearProblem& p, Stream stream) {
+void launch_linear(const Linear& p, Stream stream) {
   choose_type(p.type, [&]<class T>(T) {
     choose<128, 256>(p.tiling.block_n, "block_n", [&](auto block_n) {
       const auto launch_steps = [&](auto steps) { launch_linear_kernel<T, block_n, steps, kForm>(p, stream); };
       const int last = last_rank_steps(p.R);
       if constexpr (kForm == Form::kDxDropout) {
-        // one, or four of which the last multiply zeros: drawing the mask costs more, and compiling it takes long
+        // 1 or 4, of which the last multiply zeros: drawing the mask costs more, and compiling a kernel takes long
         choose<1, 4>(last == 1 ? 1 : 4, "rank steps", launch_steps);
-      } else if constexpr (kForm == Form::kForwardFused || kForm == Form::kDxBeside) {
+      } else if constexpr (kForm == Form::kFusedXa || kForm == Form::kDxAdapterGrads) {
         choose<1, 2, 3, 4>(last, "rank steps", launch_steps);
       } else {
         choose<0, 1, 2, 3, 4>(last, "rank steps", launch_steps);
@@ -188,10 +145,10 @@ void launch_linear(const LinearProblem& p, Stream stream) {
   });
 }
 
-extern template void launch_linear<Form::kForward>(const LinearProblem&, Stream);
-extern template void launch_linear<Form::kForwardFused>(const LinearProblem&, Stream);
-extern template void launch_linear<Form::kDx>(const LinearProblem&, Stream);
-extern template void launch_linear<Form::kDxBeside>(const LinearProblem&, Stream);
-extern template void launch_linear<Form::kDxDropout>(const LinearProblem&, Stream);
+extern template void launch_linear<Form::kForward>(const Linear&, Stream);
+extern template void launch_linear<Form::kFusedXa>(const Linear&, Stream);
+extern template void launch_linear<Form::kDx>(const Linear&, Stream);
+extern template void launch_linear<Form::kDxAdapterGrads>(const Linear&, Stream);
+extern template void launch_linear<Form::kDxDropout>(const Linear&, Stream);
 
 }  // namespace lorafuse::sm90

@@ -8,11 +8,11 @@
 // FLOPs 2 M N (K + R). Bytes: x, w, y and xa once from memory where L2 holds what tiles share.
 //
 // Form::kForward        xa is there, or was written by the launch before, which this one may overlap.
-// Form::kForwardFused   xa = x aᵀ is computed by this launch: some programs have one tile fewer than others and compute
+// Form::kFusedXa   xa = x aᵀ is computed by this launch: some programs have one tile fewer than others and compute
 //                       rows of xa first, in that slack (schedule.cuh), publish them by a flag for each row block, and
 //                       the tiles wait for it before their last K-blocks, when it has long been set.
 // Form::kDx             w and b are read with their columns contiguous (MN-major).
-// Form::kDxBeside       the same, and blocks without a tile sum da and db meanwhile (beside_sm90.cuh).
+// Form::kDxAdapterGrads       the same, and blocks without a tile sum da and db meanwhile (adapter_grads_sm90.cuh).
 // Form::kDxDropout      the low-rank product comes first and is masked in its accumulators, to which dy w is added.
 //
 // Roles: pipeline_sm90.cuh. The way out: epilogue_sm90.cuh. Host: linear_launch_sm90.cuh.
@@ -20,17 +20,17 @@
 
 #include <lorafuse/schedule.cuh>
 
-#include "beside_sm90.cuh"
+#include "adapter_grads_sm90.cuh"
 #include "epilogue_sm90.cuh"
 
 namespace lorafuse::sm90 {
 
-enum class Form { kForward, kForwardFused, kDx, kDxBeside, kDxDropout };
+enum class Form { kForward, kFusedXa, kDx, kDxAdapterGrads, kDxDropout };
 
 constexpr int BLOCK_M = 128;
 
 template <Form kForm>
-constexpr Major kMajorOfB = kForm == Form::kForward || kForm == Form::kForwardFused ? Major::K : Major::MN;
+constexpr Major kMajorOfB = kForm == Form::kForward || kForm == Form::kFusedXa ? Major::K : Major::MN;
 
 struct LinearMaps {
   TensorMap x, w, xa, b, a, y;
@@ -45,13 +45,13 @@ struct LinearArguments {
   int stages, cluster;
   const void* bias;
   bool overlap_previous;
-  // kForwardFused
+  // kFusedXa
   void* xa;
   int64_t stride_xa;
   int row_items;      // clusters of row blocks whose xa is to be computed
   int item_programs;  // by the programs of the first tickets
   uint32_t* workspace;
-  // kDxBeside: db and da, by the last blocks
+  // kDxAdapterGrads: db and da, by the last blocks
   int sum_blocks;
   Sum sums[2];
   // kDxDropout
@@ -71,7 +71,7 @@ constexpr uint32_t kPublishers = 2;
 LF_DEVICE int draw_ticket(uint32_t* counter, uint32_t last, uint32_t* mailbox, int& turn, int cluster, int rank) {
   if (threadIdx.x == 0 && rank == 0) {
     const uint32_t ticket = ptx::fetch_add_relaxed(counter, 1);
-    if (ticket == last && !LF_PLANTED("no_ticket_reset")) ptx::store_relaxed(counter, 0);
+    if (ticket == last) ptx::store_relaxed(counter, 0);
     for (int block = 0; block < cluster; ++block) ptx::store_cluster(mailbox + turn, block, ticket);
   }
   ptx::warp_sync();
@@ -85,10 +85,10 @@ LF_DEVICE int draw_ticket(uint32_t* counter, uint32_t last, uint32_t* mailbox, i
 LF_DEVICE void wait_for_xa(const LinearArguments& p, int row_block) {
   uint32_t* flag = p.workspace + kFlags + kWordsOfFlag * row_block;
   uint32_t* users = flag + 1;
-  if (!LF_PLANTED("early_flag_read")) ptx::wait_at_least(flag, LF_PLANTED("half_flag") ? 1 : kPublishers);
-  if (!LF_PLANTED("no_proxy_fence")) ptx::fence_proxy_async();
+  ptx::wait_at_least(flag, kPublishers);
+  ptx::fence_proxy_async();
   const uint32_t before = ptx::fetch_add_acquire_release(users, 1);
-  if (before + 1 == static_cast<uint32_t>(p.order.columns) && !LF_PLANTED("no_flag_reset")) {
+  if (before + 1 == static_cast<uint32_t>(p.order.columns)) {
     ptx::store_relaxed(flag, 0);
     ptx::store_relaxed(users, 0);
   }
@@ -101,23 +101,17 @@ LF_DEVICE void publish_xa(const float (&d)[kColumns / 2], const LinearArguments&
                           int thread) {
   const int row = row_block * BLOCK_M + consumer * kWarpgroupRows;
   store_rows<T, kColumns>(d, static_cast<T*>(p.xa), p.stride_xa, row, p.M, 0, round_up(p.R, 8), thread);
-  if (!LF_PLANTED("no_publish_sync")) consumer_sync(consumer);
+  consumer_sync(consumer);
   uint32_t* flag = p.workspace + kFlags + kWordsOfFlag * row_block;
-  if (thread == 0) {
-    if (LF_PLANTED("relaxed_flag")) {
-      ptx::add_relaxed(flag, 1);
-    } else {
-      ptx::add_release(flag, 1);
-    }
-  }
+  if (thread == 0) ptx::add_release(flag, 1);
 }
 
 template <class T, int BLOCK_N, int kRankSteps, Form kForm>
 LF_KERNEL(kThreads)
 linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments p) {
   constexpr Major kMajorB = kMajorOfB<kForm>;
-  constexpr bool kFused = kForm == Form::kForwardFused;
-  constexpr bool kBeside = kForm == Form::kDxBeside;
+  constexpr bool kFused = kForm == Form::kFusedXa;
+  constexpr bool kBeside = kForm == Form::kDxAdapterGrads;
   constexpr bool kDropout = kForm == Form::kDxDropout;
   // of an item: the columns of xa that wgmma computes
   constexpr int kItemColumns = kRankSteps == 1 ? 16 : kRankSteps == 2 ? 32 : 64;
@@ -134,17 +128,15 @@ linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments
     ptx::tma_prefetch(&maps.w);
   }
   ptx::warp_sync();
-  if (!LF_PLANTED("no_init_sync")) ptx::cluster_sync();
+  // the barriers of both blocks are there
+  ptx::cluster_sync();
 
   const Walk walk{p.order.tiles(), static_cast<int>(gridDim.x) / p.cluster - (kBeside ? p.sum_blocks : 0)};
   int program = static_cast<int>(blockIdx.x) / p.cluster;
   int turn = 0;
   if constexpr (kFused) {
     // Numbered as they arrive: whoever waits for an item knows that those who compute items are running.
-    if (!LF_PLANTED("no_program_ticket")) {
-      program =
-          draw_ticket(p.workspace + kProgramTickets, walk.programs - 1, pipeline.mailbox(), turn, p.cluster, rank);
-    }
+    program = draw_ticket(p.workspace + kProgramTickets, walk.programs - 1, pipeline.mailbox(), turn, p.cluster, rank);
   }
   const bool sums = kBeside && program >= walk.programs;
   const int waves = sums ? 0 : walk.count(program);
@@ -177,7 +169,7 @@ linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments
       if constexpr (kBeside) {
         if (sums) {
           if (p.overlap_previous) {
-            if (!LF_PLANTED("sum_no_launch_wait")) ptx::wait_for_previous_launch();
+            ptx::wait_for_previous_launch();
             ptx::fence_proxy_async();
           }
           for_each_item<BLOCK_N>(p.sums, program - walk.programs, p.sum_blocks,
@@ -199,7 +191,7 @@ linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments
         if constexpr (kRankSteps > 0) {
           if constexpr (kFused) wait_for_xa(p, row_block);
           if (p.overlap_previous && wave == 0) {
-            if (!LF_PLANTED("no_launch_wait")) ptx::wait_for_previous_launch();
+            ptx::wait_for_previous_launch();
             ptx::fence_proxy_async();
           }
           load_blocks(&maps.xa, &maps.b, p.rank_blocks);
@@ -260,11 +252,11 @@ linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments
       if (p.bias != nullptr) add_bias<T, BLOCK_N>(d, static_cast<const T*>(p.bias), column, p.N, thread);
       store_tile<T, BLOCK_N>(d, &maps.y, pipeline.output(consumer), row, column, consumer, thread);
     }
-    if (thread == 0 && !LF_PLANTED("no_store_wait")) ptx::tma_store_wait<0>();
+    if (thread == 0) ptx::tma_store_wait<0>();
   }
   // the other block of a cluster may still arrive at this one's barriers
   ptx::warp_sync();
-  if (!LF_PLANTED("no_exit_sync")) ptx::cluster_sync();
+  ptx::cluster_sync();
 }
 
 }  // namespace lorafuse::sm90

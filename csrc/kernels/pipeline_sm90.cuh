@@ -64,14 +64,9 @@ struct Pipeline {
   uint32_t parity = 0;
 
   LF_DEVICE Pipeline(uint8_t* shared, int stages, int cluster)
-      : base(shared + (LF_PLANTED("unaligned_shared") ? 0 : -ptx::shared_address(shared) % 1024)),
-        stages(stages),
-        cluster(cluster) {}
+      : base(shared + (-ptx::shared_address(shared) % 1024)), stages(stages), cluster(cluster) {}
 
-  LF_DEVICE uint8_t* a() const {
-    const int slot = LF_PLANTED("stages_overlap") && stage == stages - 1 ? 0 : stage;
-    return base + slot * Plan::kStageBytes;
-  }
+  LF_DEVICE uint8_t* a() const { return base + stage * Plan::kStageBytes; }
   LF_DEVICE uint8_t* b() const { return a() + Plan::kTileABytes; }
   // The part of the output tile that consumer warpgroup `consumer` writes: one box for each 64 columns.
   LF_DEVICE uint8_t* output(int consumer) const {
@@ -88,22 +83,22 @@ struct Pipeline {
   LF_DEVICE void initialize() {
     for (int s = 0; s < stages; ++s) {
       ptx::mbarrier_init(full() + s, 1);
-      ptx::mbarrier_init(empty() + s, LF_PLANTED("empty_count") ? 4 * cluster : 8 * cluster);
+      ptx::mbarrier_init(empty() + s, 8 * cluster);
     }
-    if (!LF_PLANTED("no_init_fence")) ptx::mbarrier_init_fence();
+    ptx::mbarrier_init_fence();
   }
 
   LF_DEVICE void advance() {
     if (++stage == stages) {
       stage = 0;
-      if (!LF_PLANTED("parity_stuck")) parity ^= 1;
+      parity ^= 1;
     }
   }
 
   // Producer: waits until the stage is free and announces the bytes that will come.
   LF_DEVICE void acquire(uint32_t bytes) {
-    if (!LF_PLANTED("no_empty_wait")) ptx::mbarrier_wait_cluster(empty(), parity ^ 1);
-    ptx::mbarrier_arrive_expect(full(), LF_PLANTED("short_expect") ? bytes - 1024 : bytes);
+    ptx::mbarrier_wait_cluster(empty(), parity ^ 1);
+    ptx::mbarrier_arrive_expect(full(), bytes);
   }
 
   // Consumer: a warp is done with the stage before this one, in both blocks of a cluster, whose TMA writes it.
@@ -136,19 +131,14 @@ LF_DEVICE void multiply(float (&d)[N / 2], const uint8_t* a, const uint8_t* b, b
 // Consumer: waits for the stage, whose products may be issued then.
 template <int BLOCK_M, int BLOCK_N>
 LF_DEVICE void begin_stage(Pipeline<BLOCK_M, BLOCK_N>& pipeline) {
-  if (!LF_PLANTED("no_full_wait")) ptx::mbarrier_wait(pipeline.full(), pipeline.parity);
-  if (!LF_PLANTED("no_wgmma_fence")) ptx::wgmma_fence();
+  ptx::mbarrier_wait(pipeline.full(), pipeline.parity);
+  ptx::wgmma_fence();
 }
 // The products of the stage stay in flight; those of the stage before, where some still are (`in_flight`), are complete
 // then and their stage is released.
 template <int BLOCK_M, int BLOCK_N>
 LF_DEVICE void end_stage(Pipeline<BLOCK_M, BLOCK_N>& pipeline, int lane, bool in_flight) {
-  if (!LF_PLANTED("no_commit")) ptx::wgmma_commit();
-  if (LF_PLANTED("early_release")) {
-    pipeline.advance();
-    pipeline.release_previous(lane);
-    return;
-  }
+  ptx::wgmma_commit();
   ptx::wgmma_wait<1>();
   if (in_flight) pipeline.release_previous(lane);
   pipeline.advance();
@@ -160,15 +150,15 @@ LF_DEVICE void multiply_block(float (&d)[N / 2], Pipeline<BLOCK_M, BLOCK_N>& pip
                               const ConsumerPart<BLOCK_M, BLOCK_N>& part, int lane, bool in_flight, bool accumulate) {
   begin_stage(pipeline);
   multiply<T, N, kMajorB, kSteps>(d, pipeline.a() + part.row * kBoxRowBytes, pipeline.b() + part.column * kBoxRowBytes,
-                                  LF_PLANTED("stale_accumulator") || accumulate);
+                                  accumulate);
   end_stage(pipeline, lane, in_flight);
 }
 
 // Consumer: completes what the last stage left in flight.
 template <int BLOCK_M, int BLOCK_N>
 LF_DEVICE void finish_blocks(Pipeline<BLOCK_M, BLOCK_N>& pipeline, int lane) {
-  if (!LF_PLANTED("no_final_wait")) ptx::wgmma_wait<0>();
-  if (!LF_PLANTED("early_release")) pipeline.release_previous(lane);
+  ptx::wgmma_wait<0>();
+  pipeline.release_previous(lane);
 }
 
 // Producer: the columns column … column + BLOCK_N of B and 64 reduction elements from `reduction` on, into b(). B as

@@ -89,11 +89,10 @@ LF_KERNEL_SHARED(kThreads, (ProjectShape<T, A, BLOCK_M, RANKS>::kBlocks)) projec
   LF_NO_UNROLL
   for (int step = 0; step < steps; ++step) {
     uint8_t* x = shared + step % S::kStages * S::kStageBytes;
-    if (!LF_PLANTED("project copy not awaited")) ptx::copy_async_wait<S::kStages - 2>();
+    ptx::copy_async_wait<S::kStages - 2>();
     if (p.seed) S::X::drop(x, seed, p.drop_below, row, p.M, static_cast<int64_t>(step) * S::BLOCK_K, p.K);
-    if (LF_PLANTED("project stage refilled before the barrier")) fetch(step + S::kStages - 1);
     ptx::block_sync();
-    if (!LF_PLANTED("project stage refilled before the barrier")) fetch(step + S::kStages - 1);
+    fetch(step + S::kStages - 1);
 
     LF_UNROLL
     for (int k = 0; k < S::PART_K; k += 16) {

@@ -144,17 +144,18 @@ LF_KERNEL_SHARED(kThreads, 1) reduce_kernel(const Reduce p) {
     const uint8_t* right = left + S::Left::kBytes;
     const int i_row = item % p.row_blocks, i_column = item / p.row_blocks;
     const int64_t row = static_cast<int64_t>(i_row) * BLOCK_M, column = static_cast<int64_t>(i_column) * BLOCK_N;
-    if (!LF_PLANTED("reduce copy not awaited")) ptx::copy_async_wait<S::kStages - 2>();
+    ptx::copy_async_wait<S::kStages - 2>();
     if (p.seed) S::Left::drop(left, seed, p.drop_below, row, p.M, column, p.C);
     // what every warp has read of the stage before and of b is done with after this, and free to be written again
-    if (!LF_PLANTED("reduce no barrier before reuse")) ptx::block_sync();
+    ptx::block_sync();
     fetch(item + S::kStages - 1);
 
     if (item == first || i_row == 0) {
       if (p.b) {
         p.b_fp32 ? load_b<T, float, BLOCK_N, RANKS>(b_tile, p, column, rank)
                  : load_b<T, T, BLOCK_N, RANKS>(b_tile, p, column, rank);
-        if (!LF_PLANTED("reduce b read before it is there")) ptx::block_sync();
+        // all of b is there
+        ptx::block_sync();
       }
       LF_UNROLL
       for (int i = 0; i < S::WARP_N / 16 * RANKS / 2; ++i) columns[i / (RANKS / 2)][i / 4 % (RANKS / 8)][i % 4] = 0.0f;
@@ -194,7 +195,7 @@ LF_KERNEL_SHARED(kThreads, 1) reduce_kernel(const Reduce p) {
         multiply<T, RANKS>(sums[0], a, b);
       }
       // the parts take the place of `left`, once every warp has read it
-      if (!LF_PLANTED("reduce parts over a tile that is read")) ptx::block_sync();
+      ptx::block_sync();
       add_parts<S::kParts, BLOCK_M, RANKS>(sums, left, part, part_row);
       LF_UNROLL
       for (int i = 0; i < RANKS / 4; ++i) {
@@ -273,8 +274,7 @@ LF_KERNEL_SHARED(kThreads, 4) sum_kernel(const Reduce p) {
   };
   const auto slots = [&](int64_t c) {
     const int j = static_cast<int>(c / p.block_n), last = (j + 1) * p.row_blocks - 1;
-    const int count = p.shares.owner(last) - p.shares.owner(j * p.row_blocks) + 1;
-    return LF_PLANTED("reduce last share not added") && count > 1 ? count - 1 : count;
+    return p.shares.owner(last) - p.shares.owner(j * p.row_blocks) + 1;
   };
 
   int64_t i;

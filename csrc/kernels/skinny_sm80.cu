@@ -1,7 +1,8 @@
 // Host side of the memory-bound passes of api.hpp: checks, shapes, launches.
-#include <lorafuse/api.hpp>
 #include <lorafuse/ptx/launch.cuh>
 
+#include "checks.hpp"
+#include "dispatch.hpp"
 #include "project_sm80.cuh"
 #include "reduce_sm80.cuh"
 
@@ -10,46 +11,15 @@ namespace {
 
 using namespace skinny;
 
-template <class Function>
-void with_type(Type type, Function function) {
-  require(type == Type::BF16 || type == Type::FP16, "type ", static_cast<int>(type), " of x is neither BF16 nor FP16");
-  type == Type::BF16 ? function(BF16{}) : function(FP16{});
-}
-void check_adapter_type(Type type, Type x_type) {
-  require(type == Type::FP32 || type == x_type, "adapter's type ", static_cast<int>(type),
-          " is neither FP32 nor that of x, ", static_cast<int>(x_type));
-}
-// The same for an adapter: fp32, or the type of T.
-template <class T, class Function>
-void with_adapter_type(Type type, Type x_type, Function function) {
-  check_adapter_type(type, x_type);
-  type == Type::FP32 ? function(float{}) : function(T{});
-}
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
 // GPUs give a block 163 KB of shared memory or more (sm_80, sm_87, sm_90, sm_100), or 99 KB (sm_86, sm_89, sm_120).
 bool has_large_blocks() { return shared_memory_limit() >= 163 * 1024; }
 // Ranks that a block takes at a time.
 int rank_tile(int64_t R, bool large) { return R <= 16 ? 16 : R <= 32 || !large ? 32 : 64; }
-template <class Function>
-void with_ranks(int ranks, Function function) {
-  ranks == 16 ? function(Constant<16>{}) : ranks == 32 ? function(Constant<32>{}) : function(Constant<64>{});
-}
 
 void check_sizes(int64_t M, int64_t columns, int64_t R) {
   require(M >= 1 && columns >= 1 && R >= 1, "sizes ", M, ", ", columns, " and rank ", R, " must be positive");
   require(M < int64_t{1} << 31 && columns < int64_t{1} << 31 && R < int64_t{1} << 31, "sizes ", M, ", ", columns,
           " and rank ", R, " must be below 2^31");
-}
-// A matrix whose rows are moved in pieces of 16 bytes.
-void check_rows(const char* name, const void* base, int64_t stride, int64_t columns, int element_bytes) {
-  require(base != nullptr, name, " is null");
-  require(reinterpret_cast<uintptr_t>(base) % 16 == 0, name, " at ", base, " is not on a 16-byte boundary");
-  require(stride >= columns, "stride ", stride, " of ", name, " is below its ", columns, " columns");
-  require(stride * element_bytes % 16 == 0, "stride ", stride, " of ", name, " is not a multiple of ",
-          16 / element_bytes, " elements, 16 bytes");
 }
 // An adapter that is rounded for a product of `type`; none has no place.
 void check_round(const Round& p, Type type) {
@@ -57,11 +27,11 @@ void check_round(const Round& p, Type type) {
   require(p.rows >= 1 && p.columns >= 1, "an adapter of ", p.rows, " rows and ", p.columns, " columns is empty");
   require(p.in != nullptr, "in is null");
   const int64_t columns_in = p.transposed ? p.rows : p.columns;
-  require(p.stride_in >= columns_in, "stride ", p.stride_in, " of in is below its ", columns_in, " columns");
-  require(p.type == type, "an adapter is rounded to type ", static_cast<int>(p.type), " beside one of type ",
+  check_stride("in", columns_in, p.stride_in);
+  require(p.type == type, "an adapter is rounded to type ", static_cast<int>(p.type), " for a product of type ",
           static_cast<int>(type));
   check_adapter_type(p.in_type, type);
-  check_rows("out", p.out, p.stride_out, p.columns, 2);
+  check_matrix("out", p.out, p.columns, p.stride_out);
 }
 int grid_size(int64_t blocks) {
   require(blocks < int64_t{1} << 31, "a launch of ", blocks, " blocks is above 2^31 - 1");
@@ -135,18 +105,15 @@ void launch_reduce(const Reduce& r, Stream stream) {
 
 template <class T>
 void run_reduce(Reduce& r, const ReducePlan& plan, void* workspace, Stream stream) {
-  require(workspace != nullptr, "workspace of ", plan.bytes(), " bytes is null");
-  require(reinterpret_cast<uintptr_t>(workspace) % 16 == 0, "workspace at ", workspace,
-          " is not on a 16-byte boundary");
+  check_address("workspace", workspace, 16);
   r.rows = static_cast<float*>(workspace);
   r.columns = r.rows + plan.row_floats;
   r.bias = r.bias_out ? r.columns + plan.column_floats : nullptr;
-  with_ranks(plan.ranks, [&](auto ranks) {
-    constexpr int RANKS = decltype(ranks)::value;
-    if constexpr (RANKS <= 32) {
-      if (plan.block_m == 32) return launch_reduce<T, 32, RANKS>(r, stream);
+  choose<16, 32, 64>(plan.ranks, "rank tile", [&](auto ranks) {
+    if constexpr (ranks <= 32) {
+      if (plan.block_m == 32) return launch_reduce<T, 32, ranks>(r, stream);
     }
-    launch_reduce<T, 64, RANKS>(r, stream);
+    launch_reduce<T, 64, ranks>(r, stream);
   });
   const auto blocks = [](int64_t size) { return ceil_div<int64_t>(size, kThreads); };
   const int64_t sums = (r.rows_out ? blocks(r.M * r.stride_rows_out) : 0) + (r.columns_out ? blocks(r.C * r.R) : 0) +
@@ -201,28 +168,28 @@ Reduce reduce_of(const ReduceX& p) {
 void round_adapter(const Round& p, void* stream) {
   require(p.out != nullptr, "out is null");
   check_round(p, p.type);
-  with_type(p.type, [&](auto type) {
+  choose_type(p.type, [&]<class T>(T) {
     LaunchConfig config{grid_size(ceil_div<int64_t>(round_chunks(p), kThreads)), kThreads};
-    launch(round_kernel<decltype(type)>, config, static_cast<Stream>(stream), p);
+    launch(round_kernel<T>, config, static_cast<Stream>(stream), p);
   });
 }
 
 void project_x(const ProjectX& p, void* stream) {
   check_sizes(p.M, p.K, p.R);
-  check_rows("x", p.x, p.stride_x, p.K, 2);
-  check_rows("a", p.a, p.stride_a, p.K, p.a_type == Type::FP32 ? 4 : 2);
-  check_rows("xa", p.xa, p.stride_xa, p.R, 2);
+  check_matrix("x", p.x, p.K, p.stride_x);
+  check_matrix("a", p.a, p.K, p.stride_a, p.a_type == Type::FP32 ? 4 : 2);
+  check_matrix("xa", p.xa, p.R, p.stride_xa);
   check_round(p.rounded, p.type);
   const int sms = multiprocessors(), tile = rank_tile(p.R, has_large_blocks());
   const bool tall = project_cost(p, tile, 64, sms) <= project_cost(p, tile, 16, sms);
-  with_type(p.type, [&](auto type) {
-    using T = decltype(type);
-    with_adapter_type<T>(p.a_type, p.type, [&](auto a) {
-      with_ranks(tile, [&](auto ranks) {
-        const auto start = tall ? launch_project<T, decltype(a), 64, decltype(ranks)::value>
-                                : launch_project<T, decltype(a), 16, decltype(ranks)::value>;
-        start(p, static_cast<Stream>(stream));
-      });
+  check_adapter_type(p.a_type, p.type);
+  choose_type(p.type, [&]<class T>(T) {
+    choose<16, 32, 64>(tile, "rank tile", [&](auto ranks) {
+      const auto launch_with = [&]<class A>(A) {
+        const auto launch_tile = tall ? launch_project<T, A, 64, ranks> : launch_project<T, A, 16, ranks>;
+        launch_tile(p, static_cast<Stream>(stream));
+      };
+      p.a_type == Type::FP32 ? launch_with(float{}) : launch_with(T{});
     });
   });
 }
@@ -235,20 +202,17 @@ int64_t reduce_dy_workspace(const ReduceDy& p) {
 void reduce_dy(const ReduceDy& p, void* stream) {
   Reduce r = reduce_of(p);
   if (!p.dyb && !p.db && !p.dbias) return;
-  check_rows("dy", p.dy, p.stride_dy, p.N, 2);
+  check_matrix("dy", p.dy, p.N, p.stride_dy);
   if (p.dyb) {
-    check_rows("dyb", p.dyb, p.stride_dyb, p.R, 2);
-    require(p.b != nullptr, "dyb is wanted and b is null");
-    require(p.stride_b >= p.R, "stride ", p.stride_b, " of b is below its ", p.R, " columns");
+    check_matrix("dyb", p.dyb, p.R, p.stride_dyb);
+    require(p.b != nullptr, "b is null, and dyb needs it");
+    check_stride("b", p.R, p.stride_b);
   }
-  if (p.db) check_rows("xa", p.xa, p.stride_xa, p.R, 2);
+  if (p.db) check_matrix("xa", p.xa, p.R, p.stride_xa);
   check_round(p.rounded, p.type);
   const ReducePlan plan = plan_reduce(r, p.sms);
-  with_type(p.type, [&](auto type) {
-    using T = decltype(type);
-    check_adapter_type(p.b_type, p.type);
-    run_reduce<T>(r, plan, p.workspace, static_cast<Stream>(stream));
-  });
+  check_adapter_type(p.b_type, p.type);
+  choose_type(p.type, [&]<class T>(T) { run_reduce<T>(r, plan, p.workspace, static_cast<Stream>(stream)); });
 }
 
 int64_t reduce_x_workspace(const ReduceX& p) {
@@ -258,15 +222,12 @@ int64_t reduce_x_workspace(const ReduceX& p) {
 
 void reduce_x(const ReduceX& p, void* stream) {
   Reduce r = reduce_of(p);
-  check_rows("x", p.x, p.stride_x, p.K, 2);
-  check_rows("dyb", p.dyb, p.stride_dyb, p.R, 2);
+  check_matrix("x", p.x, p.K, p.stride_x);
+  check_matrix("dyb", p.dyb, p.R, p.stride_dyb);
   require(p.da != nullptr, "da is null");
   const ReducePlan plan = plan_reduce(r, p.sms);
-  with_type(p.type, [&](auto type) {
-    using T = decltype(type);
-    check_adapter_type(p.a_type, p.type);
-    run_reduce<T>(r, plan, p.workspace, static_cast<Stream>(stream));
-  });
+  check_adapter_type(p.a_type, p.type);
+  choose_type(p.type, [&]<class T>(T) { run_reduce<T>(r, plan, p.workspace, static_cast<Stream>(stream)); });
 }
 
 }  // namespace lorafuse

@@ -81,8 +81,7 @@ struct SharedTile {
     if (column >= columns) return;
     LF_NO_UNROLL
     for (int r = thread / kChunks; r < height; r += kRowStep) {
-      const int64_t mask_row = LF_PLANTED("skinny mask of the tile's first row") ? row : row + r;
-      const uint32_t keep = keep_chunk(seed, drop_below, mask_row * columns + column);
+      const uint32_t keep = keep_chunk(seed, drop_below, (row + r) * columns + column);
       uint8_t* place = tile + chunk_offset<kChunks>(r, c);
       Chunk chunk = ptx::load_shared<Chunk>(place);
       LF_UNROLL
@@ -171,7 +170,7 @@ LF_DEVICE void add_parts(Accumulator<RANKS> (&d)[BLOCKS], uint8_t* shared, int p
       ptx::store_shared(place(part, block, n, half), Pair{d[block][n][2 * half], d[block][n][2 * half + 1]});
     }
   }
-  if (!LF_PLANTED("skinny parts added before they are there")) ptx::block_sync();
+  ptx::block_sync();
   if (part > 0) return;
   LF_NO_UNROLL
   for (int other = 1; other < PARTS; ++other) {

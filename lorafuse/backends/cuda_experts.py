@@ -53,8 +53,8 @@ def _projection(run: Runner) -> type[grouped_experts.Projection]:
             with run.guard(x.device):
                 run.native.grouped_linear(
                     type=TYPES[x.dtype], rows=rows, groups=E, N=N, K=K, R=low.shape[1], transposed=transposed,
-                    ends=ends.data_ptr(), x=x.data_ptr(), stride_x=x.stride(0), w=w.data_ptr(), xa=low.data_ptr(),
-                    stride_xa=low.stride(0), b=b.data_ptr(), stride_b=b.stride(1), y=y.data_ptr(), stride_y=N,
+                    offsets=ends.data_ptr(), x=x.data_ptr(), stride_x=x.stride(0), w=w.data_ptr(), xa=low.data_ptr(),
+                    stride_xa=low.stride(0), b=b.data_ptr(), y=y.data_ptr(), stride_y=N,
                     tiling=_TILING, stream=run.stream(x.device),
                 )  # fmt: skip
             return y

@@ -73,7 +73,7 @@ def forward(
         if config.single:
             a, round_a = _rounding(given_a, x.dtype, 1.0)
             for one in filter(None, (round_a, round_b)):
-                run.native.round_adapter(type=TYPES[x.dtype], rounded=one, stream=stream)
+                run.native.round_adapter(**one, stream=stream)
             flags = _flags(run, x.device, stream, M)
             one_launch = {"a": a.data_ptr(), "stride_a": a.stride(0), "workspace": flags.data_ptr()}
         else:
@@ -84,7 +84,7 @@ def forward(
             )  # fmt: skip
         bias = None if bias is None else _aligned(bias)
         y = x.new_empty((M, N))
-        run.native.linear_forward(
+        run.native.linear(
             type=TYPES[x.dtype], M=M, N=N, K=K, R=R, x=flat.data_ptr(), stride_x=flat.stride(0), w=w.data_ptr(),
             stride_w=w.stride(0), bias=0 if bias is None else bias.data_ptr(), xa=xa.data_ptr(), stride_xa=xa.shape[1],
             b=b.data_ptr(), stride_b=b.shape[1], y=y.data_ptr(), stride_y=N, overlap_previous=not config.single,
@@ -115,7 +115,6 @@ def backward(
     dx = da = db = dbias = dyb = round_a = None
     with run.guard(dy.device):
         stream = run.stream(dy.device)
-        common = {"type": TYPES[dy.dtype], "M": M, "N": N, "R": R, "dy": flat.data_ptr(), "stride_dy": flat.stride(0)}
         given_b, b_type = _adapter(b, dy.dtype)
         if need_dx or need_da:
             dyb = dy.new_empty((M, _padded(R)))
@@ -133,46 +132,49 @@ def backward(
         if db_beside:
             assert dyb is not None
             transposed, round_b = _rounding(given_b, dy.dtype, scale, transposed=True)
-            run.native.round_adapter(type=TYPES[dy.dtype], rounded=round_b, stream=stream)
+            assert round_b is not None
+            run.native.round_adapter(**round_b, stream=stream)
             run.native.project_x(
                 type=TYPES[dy.dtype], a_type=TYPES[dy.dtype], M=M, K=N, R=R, x=flat.data_ptr(),
                 stride_x=flat.stride(0), a=transposed.data_ptr(), stride_a=transposed.shape[1], xa=dyb.data_ptr(),
                 stride_xa=dyb.shape[1], rounded=round_a, stream=stream,
             )  # fmt: skip
         else:
-            shape = {"type": TYPES[dy.dtype], "b_type": b_type, "M": M, "N": N, "R": R}
-            size = run.native.reduce_dy_workspace(**shape, dyb=dyb is not None, db=need_db, dbias=need_dbias)
-            work = torch.empty(size, dtype=torch.uint8, device=dy.device)
-            run.native.reduce_dy(
-                **common, b_type=b_type, b=given_b.data_ptr(), stride_b=R, xa=_at(xa) if need_db else 0,
-                stride_xa=_padded(R), scale=scale, dyb=_at(dyb), stride_dyb=_padded(R), db=_at(db), dbias=_at(dbias),
-                workspace=work.data_ptr(), rounded=round_a, stream=stream,
-            )  # fmt: skip
+            reduced = {
+                "type": TYPES[dy.dtype], "b_type": b_type, "M": M, "N": N, "R": R, "dy": flat.data_ptr(),
+                "stride_dy": flat.stride(0), "b": given_b.data_ptr(), "stride_b": R, "xa": _at(xa) if need_db else 0,
+                "stride_xa": _padded(R), "scale": scale, "dyb": _at(dyb), "stride_dyb": _padded(R), "db": _at(db),
+                "dbias": _at(dbias),
+            }  # fmt: skip
+            work = torch.empty(run.native.reduce_dy_workspace(**reduced), dtype=torch.uint8, device=dy.device)
+            run.native.reduce_dy(**reduced, workspace=work.data_ptr(), rounded=round_a, stream=stream)
         if need_dx:
             assert dyb is not None
             dx = dy.new_empty((M, K))
-            sums: dict[str, int | float] = {"sum_blocks": plan.config("dx").beside}
+            sums: dict[str, int] = {"sum_blocks": plan.config("dx").beside}
             if beside and need_da:
                 assert x is not None
-                sums |= {"x": x.data_ptr(), "stride_x": x.stride(0), "da": _at(da), "da_type": a_type}
+                sums |= {"layer_x": x.data_ptr(), "stride_layer_x": x.stride(0)}
+                sums |= {"da": _at(da), "da_type": a_type}
             if db_beside and need_db:
-                sums |= {"xa": _at(xa), "stride_xa": _padded(R), "db": _at(db), "db_type": b_type, "scale": scale}
-            run.native.linear_dx(
-                **common, K=K, w=w.data_ptr(), stride_w=w.stride(0), dyb=dyb.data_ptr(), stride_dyb=dyb.shape[1],
-                a=rounded_a.data_ptr(), stride_a=rounded_a.stride(0), dx=dx.data_ptr(), stride_dx=K, **_mask(seed, p),
-                overlap_previous=True, tiling=_tiling(plan.config("dx")), **sums, stream=stream,
+                sums |= {"layer_xa": _at(xa), "stride_layer_xa": _padded(R), "db": _at(db), "db_type": b_type}
+            run.native.linear(
+                type=TYPES[dy.dtype], M=M, N=K, K=N, R=R, transposed=True, x=flat.data_ptr(), stride_x=flat.stride(0),
+                w=w.data_ptr(), stride_w=w.stride(0), xa=dyb.data_ptr(), stride_xa=dyb.shape[1],
+                b=rounded_a.data_ptr(), stride_b=rounded_a.stride(0), y=dx.data_ptr(), stride_y=K, overlap_previous=True,
+                tiling=_tiling(plan.config("dx")), **_mask(seed, p), **sums, scale=scale, stream=stream,
             )  # fmt: skip
             dx = shaped_like(dx, dy)
         if need_da and not beside:
             assert x is not None
             assert dyb is not None
-            size = run.native.reduce_x_workspace(type=TYPES[dy.dtype], a_type=a_type, M=M, K=K, R=R)
-            work = torch.empty(size, dtype=torch.uint8, device=dy.device)
-            run.native.reduce_x(
-                type=TYPES[dy.dtype], a_type=a_type, M=M, K=K, R=R, x=x.data_ptr(), stride_x=x.stride(0),
-                dyb=dyb.data_ptr(), stride_dyb=dyb.shape[1], da=_at(da), **_mask(seed, p), workspace=work.data_ptr(),
-                stream=stream,
-            )  # fmt: skip
+            reduced = {
+                "type": TYPES[dy.dtype], "a_type": a_type, "M": M, "K": K, "R": R, "x": x.data_ptr(),
+                "stride_x": x.stride(0), "dyb": dyb.data_ptr(), "stride_dyb": dyb.shape[1], "da": _at(da),
+                **_mask(seed, p),
+            }  # fmt: skip
+            work = torch.empty(run.native.reduce_x_workspace(**reduced), dtype=torch.uint8, device=dy.device)
+            run.native.reduce_x(**reduced, workspace=work.data_ptr(), stream=stream)
     return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype), dbias
 
 
@@ -209,7 +211,7 @@ def _adapter(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
 
 def _rounding(
     t: Tensor, dtype: torch.dtype, scale: float, transposed: bool = False
-) -> tuple[Tensor, tuple[int | float, ...] | None]:
+) -> tuple[Tensor, dict[str, int | float] | None]:
     """`scale · t`, or its transpose, in x's dtype with rows padded to 16 bytes; and what its launch is told.
 
     None where `t` itself is that. `t` is of `_adapter`, and must live until that launch: what is allocated before it
@@ -219,8 +221,10 @@ def _rounding(
     if scale == 1.0 and t.dtype is dtype and columns % _ALIGN == 0 and not transposed:
         return t, None
     out = t.new_empty((rows, _padded(columns)), dtype=dtype)
-    place = t.data_ptr(), t.shape[1], scale, out.data_ptr(), out.shape[1]
-    return out, (TYPES[t.dtype], transposed, rows, columns, *place)
+    return out, {
+        "in_type": TYPES[t.dtype], "type": TYPES[dtype], "transposed": transposed, "rows": rows, "columns": columns,
+        "in": t.data_ptr(), "stride_in": t.shape[1], "scale": scale, "out": out.data_ptr(), "stride_out": out.shape[1],
+    }  # fmt: skip
 
 
 def _padded_rows(xa: Tensor) -> Tensor:
@@ -240,7 +244,7 @@ def _aligned_rows(t: Tensor) -> Tensor:
 
 def _flags(run: Runner, device: torch.device, stream: int, M: int) -> Tensor:
     """Zeros through which the blocks of one launch tell each other that rows of xa are there."""
-    words = run.native.forward_workspace(M=M)
+    words = run.native.fused_xa_workspace(M=M)
     if run.capturing():
         # zeros of the graph's own, written at every replay: the stream's may be busy, or not zero before the first one
         return torch.zeros(words, dtype=torch.int32, device=device)

@@ -36,7 +36,7 @@ _REDUCE_N, _PASS_M = 256, 64
 # the pass before dx, and what is summed in dx's launch then
 _ONE_LAUNCH = (("dyb", ("da", "db")), ("dyb_db", ("da",)))
 # bytes/s of one SM's shared memory; where da or db is summed, x or dy passes through it twice, and so do dyb or xa, 64
-# rows of 64 ranks at a time (model, csrc/kernels/beside_sm90.cuh; not measured)
+# rows of 64 ranks at a time (model, csrc/kernels/adapter_grads_sm90.cuh; not measured)
 _SHARED_BANDWIDTH, _RIGHT_BYTES = 128 * 1.7e9, 64 * 64 * 2
 
 

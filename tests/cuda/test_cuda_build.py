@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_build import REPORTS, ROOT, build, compiled, emulator, loads_alone
+from native_build import REPORTS, ROOT, build, command, compiled, emulator, loads_alone
 
 from lorafuse.backends import cuda_native
 from lorafuse.backends.cuda_sources import source_hash
@@ -153,13 +153,20 @@ class TestModule:
         compiled()
         if torch.cuda.is_available():
             pytest.skip("there is a GPU: nothing fails")
-        rounded = 2, False, 2, 8, 64, 8, 1.0, 64
+        round_adapter = cuda_native.native("_cuda").round_adapter
+        given = {"in_type": 2, "type": 0, "rows": 2, "columns": 8, "in": 64, "stride_in": 8, "out": 64}
         with pytest.raises(RuntimeError, match="cuda"):
-            cuda_native.native("_cuda").round_adapter(type=0, rounded=(*rounded, 8))
+            round_adapter(**given, stride_out=8)
         with pytest.raises(ValueError, match="stride 4 of out is below its 8 columns"):
-            cuda_native.native("_cuda").round_adapter(type=0, rounded=(*rounded, 4))
+            round_adapter(**given, stride_out=4)
         with pytest.raises(TypeError, match="incompatible function arguments"):
-            cuda_native.native("_cuda").round_adapter(2, 0)
+            round_adapter(2, 0)
+        with pytest.raises(TypeError, match="missing keyword stride_out"):
+            round_adapter(**given)
+        with pytest.raises(TypeError, match="unknown keyword 'columns_'"):
+            round_adapter(**given, stride_out=8, columns_=8)
+        with pytest.raises(TypeError, match="keyword 'rows'"):
+            round_adapter(**given | {"rows": "2"}, stride_out=8)
 
 
 class TestBuild:
@@ -211,8 +218,7 @@ class TestBuild:
     def test_nothing_is_built_twice(self):
         for target in ("emu", "cuda"):
             if not build(target):
-                command = [sys.executable, str(CSRC / "build.py"), target]
-                assert "no work to do" in subprocess.run(command, capture_output=True, text=True).stdout
+                assert "no work to do" in subprocess.run(command(target), capture_output=True, text=True).stdout
 
     def test_the_hash_is_of_what_a_module_is_built_from(self, tmp_path):
         (tmp_path / "kernels").mkdir()

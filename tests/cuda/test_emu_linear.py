@@ -77,11 +77,11 @@ def test_every_tiling(config, direction, tiles, launched):
     case = LinearCase(leading=(300,), N=264, K=200, R=24, dtype=torch.bfloat16, dropout_p=dropout_p)
     with only("cuda single_kernel" if direction == "single" else "cuda two_kernel"):
         check(case)
-    products = [arguments for name, arguments in launched if name in ("linear_forward", "linear_dx")]
-    assert products
+    products = [arguments for name, arguments in launched if name == "linear"]
+    assert {arguments.get("transposed", False) for arguments in products} == {False, True}
     assert {arguments["tiling"][:3] for arguments in products} == {config}
     assert {
-        "a" in arguments and "workspace" in arguments for name, arguments in launched if name == "linear_forward"
+        "a" in arguments and "workspace" in arguments for arguments in products if not arguments.get("transposed")
     } == {direction == "single"}
 
 
@@ -92,7 +92,10 @@ def test_single_kernel(M, R, launched):
     with only("cuda single_kernel"):
         check(LinearCase(leading=(M,), N=N, K=K, R=R, dtype=DTYPES[R % 2]))
     assert "project_x" not in {name for name, _ in launched}
-    assert {"linear_forward", "linear_dx", "reduce_dy", "reduce_x"} <= {name for name, _ in launched}
+    assert {"linear", "reduce_dy", "reduce_x"} <= {name for name, _ in launched}
+    products = [arguments for name, arguments in launched if name == "linear"]
+    assert ["a" in arguments for arguments in products] == [not arguments.get("transposed") for arguments in products]
+    assert any(arguments.get("transposed") for arguments in products)
 
 
 def test_the_flags_of_a_single_kernel_are_left_as_they_were(backend):
@@ -240,10 +243,10 @@ def test_runs_are_bitwise_equal_under_every_schedule(emu, request):
 
 # of each kernel a launch over two row blocks, two columns of tiles and three steps, the last one ragged
 SCHEDULED = {
-    "forward": ("linear_forward", lambda b, o, xa, seed: b.linear_forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)),
-    "single": ("linear_forward", lambda b, o, xa, seed: b.linear_forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0)),
-    "dx": ("linear_dx", lambda b, o, xa, seed: backwards(b, o, xa, None, True, False, False, False)),
-    "dx, dropout": ("linear_dx", lambda b, o, xa, seed: backwards(b, o, xa, seed, True, False, False, False)),
+    "forward": ("linear", lambda b, o, xa, seed: b.linear_forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)),
+    "single": ("linear", lambda b, o, xa, seed: b.linear_forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0)),
+    "dx": ("linear", lambda b, o, xa, seed: backwards(b, o, xa, None, True, False, False, False)),
+    "dx, dropout": ("linear", lambda b, o, xa, seed: backwards(b, o, xa, seed, True, False, False, False)),
     "da, db, dbias": ("reduce_x", lambda b, o, xa, seed: backwards(b, o, xa, seed, False, True, True, True)),
 }
 
@@ -268,7 +271,8 @@ def test_many_schedules(kernel, emu, backend, tiles, launched, request):
             first = first or found
             for one, other in zip(found, first, strict=True):
                 assert one is other is None or torch.equal(one, other), i
-    assert name in {called for called, _ in launched}
+    called = [(called, arguments.get("transposed", False)) for called, arguments in launched]
+    assert (name, kernel.startswith("dx")) in called
 
 
 def test_eager_and_the_kernels_may_be_mixed(backend):
@@ -334,7 +338,7 @@ class TestRefusals:
 
     def test_what_a_kernel_refuses_is_a_value_error(self, emu):
         with pytest.raises(ValueError, match="stride 12 of out is not a multiple of 8"):
-            emu.round_adapter(type=0, rounded=(2, False, 2, 12, 64, 12, 1.0, 64, 12))
+            emu.round_adapter(**{"in": 64}, in_type=2, type=0, rows=2, columns=12, stride_in=12, out=64, stride_out=12)
 
     def test_what_the_emulator_objects_to_is_an_error_of_its_own(self, emu):
         assert issubclass(emu.EmulationError, RuntimeError)

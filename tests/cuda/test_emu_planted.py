@@ -1,12 +1,13 @@
-"""Bugs planted in the sm_90 kernels, each of which their emulation must report or show in a result (T5).
+"""Bugs planted in the sm_90 kernels (tests/planted.py), each of which their emulation must report or show (T5).
 
-A bug is a condition `LF_PLANTED` in a kernel that g++ compiles and nvcc does not. The kernels without one are right
-under the same schedules. Those of the memory-bound passes are in test_emu_skinny.py.
+The kernels without one are right under the same schedules. Bugs of the memory-bound passes are in test_emu_skinny.py.
 """
 
 import re
 
+import planted
 import pytest
+import test_emu_skinny
 import torch
 from native_build import EMULATOR as emu
 from native_build import ROOT, emulator
@@ -17,31 +18,17 @@ from lorafuse.plan import cuda, only
 from lorafuse.plan.select import _select
 from lorafuse.testing.check_linear import LinearCase, make_operands
 
-# (which launch, (block_n, stages, cluster), blocks that run at a time) that a bug shows in, where it is not the first
-FIRST = ("two_kernel", (256, 3, 2), 0)
-ONE_BLOCK = ("single_kernel", (256, 3, 1), 0)
+# by what the table names as seeing a bug: (launch, (block_n, stages, cluster), blocks that run at a time)
 SCENARIOS = {
-    "early_flag_read": ONE_BLOCK,
-    "half_flag": ONE_BLOCK,
-    "no_flag_reset": ONE_BLOCK,
-    "no_publish_sync": ONE_BLOCK,
-    "relaxed_flag": ONE_BLOCK,
-    "no_proxy_fence": ONE_BLOCK,
-    "no_ticket_reset": ONE_BLOCK,
+    "two_kernel": ("two_kernel", (256, 3, 2), 0),
+    "single_kernel": ("single_kernel", (256, 3, 1), 0),
     # blocks take their turns by number, and those with the first turns may not have started
-    "no_program_ticket": ("single_kernel", (128, 4, 1), 1),
-    "sum_no_sync": ("one_launch_backward", (256, 3, 1), 0),
-    "sum_no_wait_read": ("one_launch_backward", (128, 4, 1), 0),
-    "sum_no_launch_wait": ("one_launch_backward", (256, 3, 1), 0),
-    "group_overrun": ("grouped", None, 0),
-    "wrong_group": ("grouped", None, 0),
+    "single_kernel, one block at a time": ("single_kernel", (128, 4, 1), 1),
+    "one_launch_backward": ("one_launch_backward", (256, 3, 1), 0),
+    "one_launch_backward, four stages": ("one_launch_backward", (128, 4, 1), 0),
+    "grouped": ("grouped", None, 0),
 }
-
-
-def planted():
-    """Names of all bugs of the sm_90 kernels."""
-    texts = (path.read_text() for path in sorted((ROOT / "csrc" / "kernels").glob("*_sm90.c*")))
-    return sorted({name for text in texts for name in re.findall(r'LF_PLANTED\("([^"]*)"\)', text)})
+SEEN_BY = {bug.name: bug.seen_by for bug in planted.BUGS}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,11 +63,11 @@ def run(kind, tiling, monkeypatch):
     return [tensor for pair in found for tensor in pair]
 
 
-@pytest.mark.parametrize("bug", planted())
+@pytest.mark.parametrize("bug", planted.names(*SCENARIOS))
 def test_it_is_seen(bug, monkeypatch, request):
     """Under one of ten schedules at least: the rarest, a block that ends too early, is seen under one of four."""
     schedules = max(10, request.config.getoption("--seeds") // 20)
-    kind, tiling, resident = SCENARIOS.get(bug, FIRST)
+    kind, tiling, resident = SCENARIOS[SEEN_BY[bug]]
     emu.configure()
     right = run(kind, tiling, monkeypatch)
     seen, said = 0, set()
@@ -97,7 +84,29 @@ def test_it_is_seen(bug, monkeypatch, request):
     assert seen >= schedules // 10, f"seen under {seen} of {schedules} schedules: {said}"
 
 
-def test_every_bug_has_a_name_of_a_kernel():
-    names = planted()
-    assert len(names) > 25
-    assert SCENARIOS.keys() <= set(names)
+def test_every_bug_is_run():
+    assert len(planted.names(*SCENARIOS)) > 25
+    assert set(SEEN_BY.values()) == SCENARIOS.keys() | test_emu_skinny.SCENARIOS.keys()
+    assert all("LF_PLANTED" not in path.read_text() for path in (ROOT / "csrc" / "kernels").iterdir())
+
+
+class TestWeave:
+    def weave(self, tmp_path, source, *rows):
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels" / "k.cuh").write_text(source)
+        bugs = tuple(planted.Bug(name, "k.cuh", "two_kernel", text, instead) for name, text, instead in rows)
+        planted.weave(tmp_path / "kernels", tmp_path / "out", bugs)
+        return (tmp_path / "out" / "k.cuh").read_text()
+
+    def test_a_text_is_there_twice(self, tmp_path):
+        woven = self.weave(tmp_path, "f(a,\n  b); g(c);", ("one", "f(a, b);", ""), ("two", "c", "d"))
+        assert woven == '{ if (LF_PLANTED("one")) {  } else { f(a,\n  b); } } g((LF_PLANTED("two") ? (d) : (c)));'
+
+    @pytest.mark.parametrize(("text", "times"), [("h();", 0), ("f();", 2)])
+    def test_a_text_that_is_not_there_once_is_an_error(self, tmp_path, text, times):
+        with pytest.raises(AssertionError, match=f"'one': k.cuh holds its text {times} times: {re.escape(text)}"):
+            self.weave(tmp_path, "f(); g(); f();", ("one", text, ""))
+
+    def test_texts_that_overlap_are_an_error(self, tmp_path):
+        with pytest.raises(AssertionError, match="of k.cuh overlap"):
+            self.weave(tmp_path, "f(); g(); h();", ("one", "f(); g();", ""), ("two", "g(); h();", ""))

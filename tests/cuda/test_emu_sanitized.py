@@ -40,7 +40,8 @@ print("launches:", module.statistics()["launches"])
 # 8 rows more than the matrix has
 OVERRUN = """
 a, out = torch.ones(8, 16), torch.empty(8, 16, dtype=torch.bfloat16)
-module.round_adapter(type=0, rounded=(2, False, 16, 16, a.data_ptr(), 16, 1.0, out.data_ptr(), 16))
+places = {"in": a.data_ptr(), "stride_in": 16, "out": out.data_ptr(), "stride_out": 16}
+module.round_adapter(in_type=2, type=0, rows=16, columns=16, **places)
 print("not seen")
 """
 

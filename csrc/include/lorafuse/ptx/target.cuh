@@ -13,5 +13,3 @@
 #define LF_DYNAMIC_SHARED(name) extern __shared__ __align__(16) uint8_t name[]
 #define LF_UNROLL _Pragma("unroll")
 #define LF_NO_UNROLL _Pragma("unroll 1")
-// A bug that the emulator's tests plant; never in a kernel that nvcc compiles.
-#define LF_PLANTED(name) false

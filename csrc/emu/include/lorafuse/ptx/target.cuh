@@ -11,6 +11,8 @@
 #define LF_DYNAMIC_SHARED(name) uint8_t* const name = ::lorafuse::emu::dynamic_shared()
 #define LF_UNROLL
 #define LF_NO_UNROLL
+// Whether the bug of this name is on: in the emulator's own tests, whose kernels exist for their bugs, and in copies of the
+// product's kernels that a build for tests makes (tests/planted.py).
 #define LF_PLANTED(name) ::lorafuse::emu::planted(name)
 
 #define threadIdx (::lorafuse::emu::thread_index())

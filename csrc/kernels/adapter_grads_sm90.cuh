@@ -1,4 +1,4 @@
-// db = scale · dyᵀ xa and da = dybᵀ x, by blocks of dx's launch that have no tile (Form::kDxBeside).
+// db = scale · dyᵀ xa and da = dybᵀ x, by blocks of dx's launch that have no tile (Form::kDxAdapterGrads).
 //
 // Eight waves of 1024 tiles leave four of 132 multiprocessors without work, few rows leave most of them: these sum
 // instead. In the words of reduce_sm80.cuh: columns[c, r] = Σ_m left[m, c] right[m, r], left = dy or x [M, C], right =
@@ -81,13 +81,15 @@ LF_DEVICE void sum_item(Pipeline<BLOCK_M, BLOCK_N>& pipeline, const Sum& sum, in
   };
   if (consumer == 1) {
     // the sums of the item before have been read
-    if (!LF_PLANTED("sum_no_wait_read")) consumers_sync();
+    consumers_sync();
     each([&](int i, int r, int c) { ptx::store_shared(others + r * BLOCK_N + c, d[i]); });
-    if (!LF_PLANTED("sum_no_sync")) consumers_sync();
+    consumers_sync();
     return;
   }
-  if (!LF_PLANTED("sum_no_wait_read")) consumers_sync();
-  if (!LF_PLANTED("sum_no_sync")) consumers_sync();
+  // consumer 1 may write
+  consumers_sync();
+  // consumer 1 has written
+  consumers_sync();
   each([&](int i, int r, int c) {
     const float value = sum.scale * (d[i] + ptx::load_shared<float>(others + r * BLOCK_N + c));
     const int64_t at = column + c, place = sum.transposed ? r * static_cast<int64_t>(sum.C) + at : at * R + r;

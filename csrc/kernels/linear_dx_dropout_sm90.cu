@@ -3,6 +3,6 @@
 
 namespace lorafuse::sm90 {
 
-template void launch_linear<Form::kDxDropout>(const LinearProblem&, Stream);
+template void launch_linear<Form::kDxDropout>(const Linear&, Stream);
 
 }  // namespace lorafuse::sm90

@@ -1,0 +1,151 @@
+# ruff: noqa: E501  (a table of source lines)
+"""Bugs of the CUDA kernels, which the emulator must report or show in a result: a table, and how they enter a build.
+
+The kernels hold no trace of it. `weave` writes a copy of csrc/kernels that has every row's text twice, as it is and as
+the bug has it, behind a name that `_emu.configure(planted=...)` switches on: one build of the emulator runs the kernels
+and every bug (`tests/native_build.py`).
+"""
+
+import re
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["BUGS", "names", "weave"]
+
+
+class Bug(NamedTuple):
+    """`text`: statements, or one expression, that `file` of csrc/kernels holds once, apart from whitespace; `instead`:
+    what the bug has there. Rows of one name are one bug, rows of one text are alternatives. `seen_by`: the launch that
+    shows it, of test_emu_planted.py or test_emu_skinny.py.
+    """
+
+    name: str
+    file: str
+    seen_by: str
+    text: str
+    instead: str
+
+
+_PIPELINE, _EPILOGUE, _LINEAR, _SUMS = (
+    "pipeline_sm90.cuh",
+    "epilogue_sm90.cuh",
+    "linear_sm90.cuh",
+    "adapter_grads_sm90.cuh",
+)
+_GROUPED, _SKINNY, _PROJECT, _REDUCE = "grouped_sm90.cuh", "skinny_sm80.cuh", "project_sm80.cuh", "reduce_sm80.cuh"
+_CONSUMED = "ptx::wgmma_wait<0>(); pipeline.release_previous(lane);"
+_STORED = "ptx::fence_proxy_async_shared(); consumer_sync(consumer);"
+_FLAG = "ptx::wait_at_least(flag, kPublishers); ptx::fence_proxy_async();"
+_MULTIPLY = "multiply<T, N, kMajorB, kSteps>(d, pipeline.a() + part.row * kBoxRowBytes, pipeline.b() + part.column * kBoxRowBytes, {});"
+_LAUNCH_WAIT = "{ ptx::wait_for_previous_launch(); ptx::fence_proxy_async(); }"
+_GROUP_B = "load_group_b<kMajorB>(pipeline, map_b, block * BLOCK_K, tile.column * BLOCK_N, {});"
+_ADD_PARTS = "add_parts<S::kParts, BLOCK_M, RANKS>(sums, left, part, part_row);"
+_FIRST, _LAST = "p.shares.owner(j * p.row_blocks)", "p.shares.owner(last)"
+
+# fmt: off
+BUGS = tuple(Bug(*row) for row in (
+    # the ring of stages
+    ("unaligned_shared", _PIPELINE, "two_kernel", "-ptx::shared_address(shared) % 1024", "0"),
+    ("stages_overlap", _PIPELINE, "two_kernel", "base + stage * Plan::kStageBytes", "base + (stage == stages - 1 ? 0 : stage) * Plan::kStageBytes"),
+    ("empty_count", _PIPELINE, "two_kernel", "8 * cluster", "4 * cluster"),
+    ("no_init_fence", _PIPELINE, "two_kernel", "ptx::mbarrier_init_fence();", ""),
+    ("parity_stuck", _PIPELINE, "two_kernel", "parity ^= 1;", ""),
+    ("no_empty_wait", _PIPELINE, "two_kernel", "ptx::mbarrier_wait_cluster(empty(), parity ^ 1);", ""),
+    ("short_expect", _PIPELINE, "two_kernel", "ptx::mbarrier_arrive_expect(full(), bytes);", "ptx::mbarrier_arrive_expect(full(), bytes - 1024);"),
+    ("no_full_wait", _PIPELINE, "two_kernel", "ptx::mbarrier_wait(pipeline.full(), pipeline.parity);", ""),
+    ("no_wgmma_fence", _PIPELINE, "two_kernel", "ptx::wgmma_fence();", ""),
+    ("no_commit", _PIPELINE, "two_kernel", "ptx::wgmma_commit();", ""),
+    ("early_release", _PIPELINE, "two_kernel", "ptx::wgmma_wait<1>(); if (in_flight) pipeline.release_previous(lane); pipeline.advance();", "pipeline.advance(); pipeline.release_previous(lane);"),
+    ("early_release", _PIPELINE, "two_kernel", _CONSUMED, "ptx::wgmma_wait<0>();"),
+    ("no_final_wait", _PIPELINE, "two_kernel", _CONSUMED, "pipeline.release_previous(lane);"),
+    ("stale_accumulator", _PIPELINE, "two_kernel", _MULTIPLY.format("accumulate"), _MULTIPLY.format("true")),
+    # the store of a tile
+    ("no_wait_read", _EPILOGUE, "two_kernel", "if (thread == 0) ptx::tma_store_wait_read<0>();", ""),
+    ("wrong_swizzle", _EPILOGUE, "two_kernel", "box_offset(box_row, n % kBoxElements + lane / 16 * 8)", "box_offset(box_row, n % kBoxElements + lane / 16 * 8) ^ 16"),
+    ("no_store_fence", _EPILOGUE, "two_kernel", _STORED, "consumer_sync(consumer);"),
+    ("no_store_sync", _EPILOGUE, "two_kernel", _STORED, "ptx::fence_proxy_async_shared();"),
+    ("no_store_wait", _LINEAR, "two_kernel", "if (thread == 0) ptx::tma_store_wait<0>();", ""),
+    # the linear kernel
+    ("no_init_sync", _LINEAR, "two_kernel", "// the barriers of both blocks are there ptx::cluster_sync();", ""),
+    ("no_exit_sync", _LINEAR, "two_kernel", "// the other block of a cluster may still arrive at this one's barriers ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync();"),
+    ("no_launch_wait", _LINEAR, "two_kernel", "if (p.overlap_previous && wave == 0) " + _LAUNCH_WAIT, "if (p.overlap_previous && wave == 0) ptx::fence_proxy_async();"),
+    # xa in the launch of y: tickets and flags
+    ("no_ticket_reset", _LINEAR, "single_kernel", "ticket == last", "false"),
+    ("no_program_ticket", _LINEAR, "single_kernel, one block at a time", "program = draw_ticket(p.workspace + kProgramTickets, walk.programs - 1, pipeline.mailbox(), turn, p.cluster, rank);", ""),
+    ("early_flag_read", _LINEAR, "single_kernel", _FLAG, "ptx::fence_proxy_async();"),
+    ("half_flag", _LINEAR, "single_kernel", _FLAG, "ptx::wait_at_least(flag, 1); ptx::fence_proxy_async();"),
+    ("no_proxy_fence", _LINEAR, "single_kernel", _FLAG, "ptx::wait_at_least(flag, kPublishers);"),
+    ("no_flag_reset", _LINEAR, "single_kernel", "before + 1 == static_cast<uint32_t>(p.order.columns)", "false"),
+    ("no_publish_sync", _LINEAR, "single_kernel", "consumer_sync(consumer);", ""),
+    ("relaxed_flag", _LINEAR, "single_kernel", "ptx::add_release(flag, 1);", "ptx::add_relaxed(flag, 1);"),
+    # da and db in the launch of dx
+    ("sum_no_launch_wait", _LINEAR, "one_launch_backward", "if (p.overlap_previous) " + _LAUNCH_WAIT, "if (p.overlap_previous) ptx::fence_proxy_async();"),
+    ("sum_no_wait_read", _SUMS, "one_launch_backward, four stages", "// the sums of the item before have been read consumers_sync();", ""),
+    ("sum_no_wait_read", _SUMS, "one_launch_backward, four stages", "// consumer 1 may write consumers_sync();", ""),
+    ("sum_no_sync", _SUMS, "one_launch_backward", "consumers_sync(); return;", "return;"),
+    ("sum_no_sync", _SUMS, "one_launch_backward", "// consumer 1 has written consumers_sync();", ""),
+    # ragged rows
+    ("wrong_group", _GROUPED, "grouped", _GROUP_B.format("tile.group"), _GROUP_B.format("0")),
+    ("group_overrun", _GROUPED, "grouped", "row + kWarpgroupRows <= tile.row_end || tile.row_end == p.rows", "true"),
+    # the memory-bound passes
+    ("project copy not awaited", _PROJECT, "project_x", "ptx::copy_async_wait<S::kStages - 2>();", ""),
+    ("project stage refilled before the barrier", _PROJECT, "project_x", "ptx::block_sync(); fetch(step + S::kStages - 1);", "fetch(step + S::kStages - 1); ptx::block_sync();"),
+    ("reduce copy not awaited", _REDUCE, "reduce_dy", "ptx::copy_async_wait<S::kStages - 2>();", ""),
+    ("reduce no barrier before reuse", _REDUCE, "reduce_dy", "ptx::block_sync(); fetch(item + S::kStages - 1);", "fetch(item + S::kStages - 1);"),
+    ("reduce b read before it is there", _REDUCE, "reduce_dy", "// all of b is there ptx::block_sync();", ""),
+    ("reduce parts over a tile that is read", _REDUCE, "reduce_dy", "ptx::block_sync(); " + _ADD_PARTS, _ADD_PARTS),
+    ("reduce last share not added", _REDUCE, "reduce_dy", f"{_LAST} - {_FIRST} + 1", f"{_LAST} - {_FIRST} + ({_LAST} == {_FIRST})"),
+    ("skinny mask of the tile's first row", _SKINNY, "project_x, reduce_x", "(row + r) * columns + column", "row * columns + column"),
+    ("skinny parts added before they are there", _SKINNY, "project_x, reduce_x", "ptx::block_sync();", ""),
+))
+# fmt: on
+
+
+def names(*seen_by: str) -> list[str]:
+    """The bugs that these launches show."""
+    return sorted({bug.name for bug in BUGS if bug.seen_by in seen_by})
+
+
+def _both(text: str, bugs: list[Bug]) -> str:
+    """`text`, or what the bug that is switched on has instead."""
+    is_statement = text.endswith((";", "}"))
+    for bug in bugs:
+        on = f'LF_PLANTED("{bug.name}")'
+        text = (
+            f"{{ if ({on}) {{ {bug.instead} }} else {{ {text} }} }}"
+            if is_statement
+            else f"({on} ? ({bug.instead}) : ({text}))"
+        )
+    return text
+
+
+def _place(bug: Bug, source: str) -> tuple[int, int]:
+    found = [m.span() for m in re.finditer(r"\s+".join(map(re.escape, bug.text.split())), source)]
+    assert len(found) == 1, f"planted bug {bug.name!r}: {bug.file} holds its text {len(found)} times: {bug.text}"
+    return found[0]
+
+
+def weave(kernels: Path, out: Path, bugs: tuple[Bug, ...] = BUGS) -> None:
+    """Write the files of `kernels` to `out` with the bugs in them; a file that would not change keeps its time.
+
+    A text that a file does not hold exactly once, and texts that overlap, are AssertionErrors.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    sources = {path.name: path.read_text() for path in kernels.iterdir()}
+    for file, rows in groupby(sorted(bugs, key=lambda bug: bug.file), key=lambda bug: bug.file):
+        source, places = sources[file], {}
+        for bug in rows:
+            places.setdefault(_place(bug, source), []).append(bug)
+        end = len(source)
+        for (first, last), alternatives in sorted(places.items(), reverse=True):
+            assert last <= end, f"planted bugs of {file} overlap: {source[first:last]}"
+            source = source[:first] + _both(source[first:last], alternatives) + source[last:]
+            end = first
+        sources[file] = source
+    for path in out.iterdir():
+        if path.name not in sources:
+            path.unlink()
+    for name, text in sources.items():
+        if not (out / name).exists() or (out / name).read_text() != text:
+            (out / name).write_text(text)
