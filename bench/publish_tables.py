@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from lorafuse.plan.experts import WAYS, ExpertsProblem
+
 from lorafuse.bench.result import with_adapters
 from lorafuse.plan import Problem, cost, find, select
-from lorafuse.plan.experts import WAYS, ExpertsProblem
 from lorafuse.plan.tuned import name_of
 
 # of files before version 2, which have none; also the order of README's columns

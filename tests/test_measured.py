@@ -33,7 +33,7 @@ def kernel(problem, available=AVAILABLE):
 def test_what_ships_is_valid_and_not_empty():
     assert [path.stem for path in sorted((ROOT / measured.FOLDER).iterdir())] == ["h200"]
     for spec in DEVICES.values():
-        entries = tuned.read(tuned._FOLDER / tuned.file_name(spec.model))
+        entries = tuned.read(tuned.FOLDER / tuned.file_name(spec.model))
         assert bool(entries) == (spec.model == "H200")
 
 

@@ -9,11 +9,11 @@ import sys
 from dataclasses import replace
 
 import pytest
+from lorafuse.plan.select import _select
 from plan_problems import ALL, BACKWARD, HEADLINE, problems
 
-from lorafuse.plan import DEVICES, find, only, probe, select, tuned
+from lorafuse.plan import DEVICES, find, override, probe, select, tuned
 from lorafuse.plan.config import KernelConfig, candidates, illegal, padded_rank, shared_memory
-from lorafuse.plan.select import _select
 
 pytestmark = pytest.mark.no_poison
 
@@ -151,14 +151,14 @@ class TestSelect:
         for problem, device in itertools.product(problems(), DEVICES.values()):
             plan = select(problem, device, ALL)
             (chosen,) = (way for way in plan.candidates if way.kernel == plan.kernel)
-            others = [way.seconds for way in plan.candidates if way.kernel != "single_kernel"]
+            others = [way.seconds for way in plan.candidates if way.kernel != "fused_xa"]
             assert chosen.seconds == min(others)
 
     def test_reasons_name_every_way_with_its_time(self):
         plan = select(HEADLINE, find("H200"), ALL)
         assert (plan.backend, plan.kernel) == ("triton", "two_kernel")
         assert plan.reasons[0] == "cuda: no extension"
-        for way in ("eager aten_beta1: not chosen, model", "triton single_kernel: not chosen, model"):
+        for way in ("eager aten_beta1: not chosen, model", "triton fused_xa: not chosen, model"):
             assert any(reason.startswith(way) for reason in plan.reasons)
         assert plan.reasons[-1].startswith("triton: two_kernel, model")
 
@@ -191,16 +191,16 @@ class TestSelect:
 
     def test_a_constraint_holds_where_it_can(self):
         device = find("H200")
-        with only("single_kernel"):
+        with override(force_kernel="fused_xa"):
             plan = select(HEADLINE, device, ALL)
-            assert plan.kernel == "single_kernel"
+            assert plan.kernel == "fused_xa"
             assert [(c.kernel, c.single) for c in plan.configs] == [("fwd", True)]
             assert "asked for" in plan.reasons[-1]
-            assert select(replace(HEADLINE, R=128), device, ALL).kernel != "single_kernel"
-            with only("aten_beta1"):
+            assert select(replace(HEADLINE, R=128), device, ALL).kernel != "fused_xa"
+            with override(force_kernel="aten_beta1"):
                 assert select(HEADLINE, device, ALL).backend == "eager"
         assert select(HEADLINE, device, ALL).kernel == "two_kernel"
-        with pytest.raises(ValueError, match=r"'fastest'.*two_kernel"), only("fastest"):
+        with pytest.raises(ValueError, match=r"'fastest'.*two_kernel"), override(force_kernel="fastest"):
             pass
 
     def test_the_planner_needs_the_standard_library_only(self):
@@ -216,7 +216,7 @@ class TestSelect:
 class TestTuned:
     ENTRY = {
         "N": 4096, "K": 4096, "R": [1, 16], "M": [1024, 16384], "dtype": "bfloat16", "dropout": False,
-        "gradients": [], "kernel": "single_kernel", "seconds": 0.00035, "commit": "abc", "date": "2026-11-24",
+        "gradients": [], "kernel": "fused_xa", "seconds": 0.00035, "commit": "abc", "date": "2026-11-24",
     }  # fmt: skip
 
     @pytest.fixture
@@ -230,7 +230,7 @@ class TestTuned:
             tuned.load.cache_clear()
             _select.cache_clear()
 
-        monkeypatch.setattr(tuned, "_FOLDER", tmp_path)
+        monkeypatch.setattr(tuned, "FOLDER", tmp_path)
         forget()
         yield write
         forget()
@@ -238,7 +238,7 @@ class TestTuned:
     def test_a_measurement_overrules_the_model(self, file):
         file({"version": 1, "entries": [self.ENTRY]})
         plan = select(HEADLINE, find("H200"), ALL)
-        assert plan.kernel == "single_kernel"
+        assert plan.kernel == "fused_xa"
         assert "measured on H200: 350 us (2026-11-24, commit abc, shipped)" in plan.reasons[-1]
 
     @pytest.mark.parametrize(

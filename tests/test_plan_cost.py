@@ -42,7 +42,7 @@ class TestCost:
         for gradients, half in (((), "forward"), (BACKWARD, "backward")):
             problem, device = replace(HEADLINE, gradients=gradients), find("H200")
             # what has run on no GPU yet is not in the file
-            ways = [w for w in select(problem, device, every).candidates if w.kernel != "one_launch_backward"]
+            ways = [w for w in select(problem, device, every).candidates if w.kernel != "concurrent_backward"]
             fastest = {name: min(w.seconds for w in ways if w.backend == name) for name in ("eager", "triton", "cuda")}
             modelled = {
                 "frozen": cost.total(cost.frozen(problem, device)),

@@ -6,10 +6,10 @@ import re
 from dataclasses import replace
 
 import pytest
+from lorafuse.plan.select import _select
 from plan_problems import BACKWARD, HEADLINE, problems
 
-from lorafuse.plan import DEVICES, cost, cuda, find, only, select, tuned
-from lorafuse.plan.select import _select
+from lorafuse.plan import DEVICES, cost, cuda, find, override, select, tuned
 
 pytestmark = pytest.mark.no_poison
 
@@ -82,7 +82,7 @@ class TestCost:
     def test_one_launch_costs_more_than_the_read_of_x(self):
         """As measured, 410 us against 394, of which 2 were b's own launch."""
         found = ways(HEADLINE, find("H200"))
-        assert found["single_kernel"].seconds - found["two_kernel"].seconds == pytest.approx(18e-6, rel=0.05)
+        assert found["fused_xa"].seconds - found["two_kernel"].seconds == pytest.approx(18e-6, rel=0.05)
 
     def test_a_backward_pass_reads_dy_once_beside_the_product(self):
         found = ways(replace(HEADLINE, gradients=BACKWARD), find("H200"))["one_pass_backward"]
@@ -96,7 +96,7 @@ class TestCost:
         backward, device = replace(HEADLINE, gradients=BACKWARD), find("H200")
 
         def found(**change):
-            return ways(replace(backward, **change), device)["one_launch_backward"]
+            return ways(replace(backward, **change), device)["concurrent_backward"]
 
         monkeypatch.setattr(cuda, "_ONE_LAUNCH", cuda._ONE_LAUNCH[:1])
         _select.cache_clear()
@@ -133,8 +133,8 @@ class TestSelect:
     def test_the_least_modelled_time_wins_but_not_in_one_launch(self):
         for problem, device in itertools.product(problems(), DEVICES.values()):
             plan = select(problem, device, EVERY)
-            plain = [way for way in plan.candidates if way.kernel not in ("single_kernel", "one_launch_backward")]
-            assert plan.kernel not in ("single_kernel", "one_launch_backward")
+            plain = [way for way in plan.candidates if way.kernel not in ("fused_xa", "concurrent_backward")]
+            assert plan.kernel not in ("fused_xa", "concurrent_backward")
             best = min(plain, key=lambda way: way.seconds)
             assert (plan.backend, plan.kernel) == (best.backend, best.kernel)
         assert select(HEADLINE, find("H200"), EVERY).backend == "cuda"
@@ -149,26 +149,26 @@ class TestSelect:
 
     def test_a_constraint_names_them(self):
         device = find("H200")
-        with only("cuda single_kernel"):
+        with override(force_kernel="cuda fused_xa"):
             plan = select(HEADLINE, device, EVERY)
-            assert (plan.backend, plan.kernel) == ("cuda", "single_kernel")
+            assert (plan.backend, plan.kernel) == ("cuda", "fused_xa")
             assert plan.config("fwd").single
-        with only("single_kernel"):
+        with override(force_kernel="fused_xa"):
             assert select(HEADLINE, device, EVERY).backend == "triton"
-            assert select(HEADLINE, device, (("cuda", ""),)).kernel == "single_kernel"
+            assert select(HEADLINE, device, (("cuda", ""),)).kernel == "fused_xa"
 
     def test_a_measurement_chooses_them(self, tmp_path, monkeypatch):
         entry = {
             "N": 4096, "K": 4096, "R": [1, 16], "M": [1024, 16384], "dtype": "bfloat16", "dropout": False,
-            "gradients": [], "kernel": "cuda single_kernel", "seconds": 0.00035, "commit": "abc", "date": "2026-11-25",
+            "gradients": [], "kernel": "cuda fused_xa", "seconds": 0.00035, "commit": "abc", "date": "2026-11-25",
         }  # fmt: skip
         (tmp_path / "h200.json").write_text(json.dumps({"version": 1, "entries": [entry]}))
-        monkeypatch.setattr(tuned, "_FOLDER", tmp_path)
+        monkeypatch.setattr(tuned, "FOLDER", tmp_path)
         for forget in (tuned.load, _select):
             forget.cache_clear()
         try:
             plan = select(HEADLINE, find("H200"), EVERY)
-            assert (plan.backend, plan.kernel) == ("cuda", "single_kernel")
+            assert (plan.backend, plan.kernel) == ("cuda", "fused_xa")
             assert "cuda single_kernel was fastest within noise when measured on H200" in plan.reasons[-1]
             # it says nothing where they cannot run
             without = select(HEADLINE, find("H200"), (*EVERY[:2], ("cuda", "not built")))

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from experts_reference import block, differentiated, fused
+from lorafuse.plan.experts import BASELINES, WAYS
 
 from lorafuse import cli
 from lorafuse.backends import base, probe
 from lorafuse.functional import lora_grouped_linear, plan_experts
 from lorafuse.plan import DEVICES, ExpertsProblem, GroupedProblem, Plan, cost, find, select_experts
-from lorafuse.plan.experts import BASELINES, WAYS
 
 BLOCK = ExpertsProblem(8192, 128, 8, 2048, 768, 16, "bfloat16", "float32")
 LAYER = GroupedProblem(65536, 128, 1536, 2048, 16, "bfloat16", "float32")

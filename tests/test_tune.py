@@ -15,7 +15,7 @@ from lorafuse import cli
 from lorafuse.backends import eager
 from lorafuse.backends import triton as triton_backend
 from lorafuse.cli import _common, tune
-from lorafuse.plan import Problem, find, forget, select, tuned
+from lorafuse.plan import Problem, clear_cache, find, select, tuned
 from lorafuse.testing import tuning
 from lorafuse.testing.tuning import Target
 
@@ -23,7 +23,7 @@ H200 = find("H200")
 AVAILABLE = (("eager", ""), ("triton", ""), ("cuda", "not built"))
 SMALL = ["tune", "--shape", "32,64", "--m", "16", "48", "--rank", "4", "--dtype", "float16", "--rounds", "3"]
 # seconds of the candidates of both passes
-TIMES = {"aten_beta1": 5e-6, "two_kernel": 3e-6, "single_kernel": 4e-6, "one_pass_backward": 6e-6}
+TIMES = {"aten_beta1": 5e-6, "two_kernel": 3e-6, "fused_xa": 4e-6, "one_pass_backward": 6e-6}
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter stands for the GPU here")
 
@@ -34,9 +34,9 @@ def target(tmp_path, monkeypatch):
     monkeypatch.setenv("LORAFUSE_CACHE_DIR", str(tmp_path / "cache"))
     here = Target(torch.device("cpu"), H200, AVAILABLE)
     monkeypatch.setattr(tune, "_target", lambda name: here)
-    forget()
+    clear_cache()
     yield here
-    forget()
+    clear_cache()
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ class TestRun:
         assert cli.main([*SMALL, "--m", "16"]) == 0
         assert ran == {
             ("eager", "linear_forward", "aten_beta1"), ("eager", "linear_backward", "aten_beta1"),
-            ("triton", "linear_forward", "two_kernel"), ("triton", "linear_forward", "single_kernel"),
+            ("triton", "linear_forward", "two_kernel"), ("triton", "linear_forward", "fused_xa"),
             ("triton", "linear_forward", "one_pass_backward"), ("triton", "linear_backward", "one_pass_backward"),
         }  # fmt: skip
         # two_kernel, single_kernel, and the forward that backward needs
@@ -133,7 +133,7 @@ class TestRun:
 
     def test_within_noise_the_models_choice_is_recorded_and_it_is_said(self, target, times, capsys):
         times["two_kernel"] = [4e-6, 4.5e-6, 5.5e-6]
-        times["single_kernel"] = 9e-6
+        times["fused_xa"] = 9e-6
         assert cli.main([*SMALL, "--m", "16"]) == 0
         assert recorded()["forward", (16, 16)] == "aten_beta1"
         assert "1.00×, aten_beta1 recorded" in " ".join(capsys.readouterr().out.split())
@@ -237,7 +237,7 @@ class TestGate:
         monkeypatch.setattr(triton_backend, "linear_forward", doubled)
         assert cli.main(SMALL) == 1
         assert recorded()["forward", (16, 48)] == "aten_beta1"
-        assert not {"two_kernel", "single_kernel"} & {entry.kernel for entry in entries()}
+        assert not {"two_kernel", "fused_xa"} & {entry.kernel for entry in entries()}
         out = " ".join(capsys.readouterr().out.split())
         assert "M 48, R 4: two_kernel is not recorded, y is wrong by 1.00e+00 relative, the bound is 4e-03" in out
         assert "M 16, R 4: two_kernel is not recorded" not in out
@@ -296,7 +296,7 @@ class TestGate:
         assert cli.main([*SMALL, "--m", "16"]) == 0
         assert recorded() == {("forward", (16, 16)): "aten_beta1"}
         out = " ".join(capsys.readouterr().out.split())
-        for name in ("two_kernel", "single_kernel"):
+        for name in ("two_kernel", "fused_xa"):
             assert f"{name} is left out, {said}" in out
 
     def test_operands_that_do_not_fit_leave_one_size_out(self, target, times, monkeypatch, capsys):

@@ -10,14 +10,14 @@ import pytest
 from plan_problems import ALL, BACKWARD, HEADLINE
 
 from lorafuse import cli, env
-from lorafuse.plan import find, forget, modelled, select, tuned
+from lorafuse.plan import clear_cache, find, modelled, select, tuned
 from lorafuse.plan.ranges import rectangles, split
 
 pytestmark = pytest.mark.no_poison
 
 H200 = find("H200")
 ENTRY = tuned.Tuned(
-    N=4096, K=4096, R=(16, 16), M=(1024, 16384), dtype="bfloat16", dropout=False, gradients=(), kernel="single_kernel",
+    N=4096, K=4096, R=(16, 16), M=(1024, 16384), dtype="bfloat16", dropout=False, gradients=(), kernel="fused_xa",
     seconds=0.00061, commit="abc", date="2026-11-25", points=((1024, 16, 0.00005), (16384, 16, 0.00061)),
     conditions={"torch": "2.13.0"},
 )  # fmt: skip
@@ -27,10 +27,10 @@ ENTRY = tuned.Tuned(
 def folders(tmp_path, monkeypatch):
     """Folders of this test for both files of a GPU."""
     monkeypatch.setenv("LORAFUSE_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(tuned, "_FOLDER", tmp_path / "package")
-    forget()
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path / "package")
+    clear_cache()
     yield tmp_path
-    forget()
+    clear_cache()
 
 
 def reason(problem=HEADLINE):
@@ -108,7 +108,7 @@ class TestFile:
     def test_version_1_is_read_and_kept_by_writing(self, folders):
         old = {
             "N": 4096, "K": 4096, "R": [1, 16], "M": [1024, 16384], "dtype": "bfloat16", "dropout": False,
-            "gradients": [], "kernel": "single_kernel", "seconds": 0.00035, "commit": "abc", "date": "2026-11-24",
+            "gradients": [], "kernel": "fused_xa", "seconds": 0.00035, "commit": "abc", "date": "2026-11-24",
         }  # fmt: skip
         path = folders / "h200.json"
         path.write_text(json.dumps({"version": 1, "entries": [old]}))
@@ -153,15 +153,15 @@ class TestPrecedence:
     def test_the_users_overrules_what_ships_and_the_model(self, folders):
         assert reason().startswith("triton: two_kernel, model")
         tuned.write(folders / "package" / "h200.json", (ENTRY,))
-        forget()
-        assert select(HEADLINE, H200, ALL).kernel == "single_kernel"
+        clear_cache()
+        assert select(HEADLINE, H200, ALL).kernel == "fused_xa"
         assert reason().endswith("(2026-11-25, commit abc, shipped)")
         tuned.write(tuned.own_file("H200"), (replace(ENTRY, kernel="aten_beta1", M=(8192, 8192)),))
-        forget()
+        clear_cache()
         assert select(HEADLINE, H200, ALL).backend == "eager"
         assert reason().endswith("(2026-11-25, commit abc, by lorafuse tune)")
         # where the user's says nothing, what ships still does
-        assert select(replace(HEADLINE, M=4096), H200, ALL).kernel == "single_kernel"
+        assert select(replace(HEADLINE, M=4096), H200, ALL).kernel == "fused_xa"
 
     def test_the_reason_gives_the_time_at_the_nearest_measured_point(self):
         tuned.write(tuned.own_file("H200"), (ENTRY,))
@@ -171,7 +171,7 @@ class TestPrecedence:
     def test_an_entry_whose_kernel_cannot_run_leaves_the_word_to_the_next(self, folders):
         tuned.write(folders / "package" / "h200.json", (ENTRY,))
         tuned.write(tuned.own_file("H200"), (replace(ENTRY, kernel="cuda two_kernel"),))
-        assert select(HEADLINE, H200, ALL).kernel == "single_kernel"
+        assert select(HEADLINE, H200, ALL).kernel == "fused_xa"
 
     def test_the_model_alone_takes_no_single_kernel(self):
         plan = select(HEADLINE, H200, (*ALL[:2], ("cuda", "")))

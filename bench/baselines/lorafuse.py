@@ -3,7 +3,7 @@
 import lorafuse
 from lorafuse.backends import base
 from lorafuse.bench.layers import peft_experts, peft_linear
-from lorafuse.plan import only
+from lorafuse.plan import override
 
 LABEL = "lorafuse"
 # the ways that plans choose from on GPUs; those with a kernel are never chosen before they were measured
@@ -11,10 +11,10 @@ FORMS = {
     "": {},
     "eager": {"backend": "eager"},
     "triton": {"backend": "triton"},
-    "triton-single": {"backend": "triton", "kernel": "single_kernel"},
+    "triton-single": {"backend": "triton", "kernel": "fused_xa"},
     "cuda": {"backend": "cuda"},
-    "cuda-single": {"backend": "cuda", "kernel": "cuda single_kernel"},
-    "cuda-beside": {"backend": "cuda", "kernel": "cuda one_launch_backward"},
+    "cuda-single": {"backend": "cuda", "kernel": "cuda fused_xa"},
+    "cuda-beside": {"backend": "cuda", "kernel": "cuda concurrent_backward"},
 }
 
 
@@ -27,9 +27,9 @@ def unavailable(kind, device, backend="auto", kernel=""):
     return "needs a GPU" if device.type != "cuda" else base.availability(backend).reason
 
 
-def _only(call, kernel):
+def _forced(call, kernel):
     def run(*args):
-        with only(kernel):
+        with override(force_kernel=kernel):
             return call(*args)
 
     return run if kernel else call
@@ -38,7 +38,7 @@ def _only(call, kernel):
 def linear(given, backend="auto", kernel=""):
     layer, wanted = peft_linear(given)
     lorafuse.patch(layer, backend=backend, strict=True)
-    return _only(layer, kernel), wanted
+    return _forced(layer, kernel), wanted
 
 
 def experts(given, backend="auto"):

@@ -16,7 +16,7 @@ from torch import Tensor
 from lorafuse.errors import BackendUnavailable
 from lorafuse.functional import lora_linear
 from lorafuse.philox import keep_mask, rescaled, row_chunks
-from lorafuse.plan import Candidate, DeviceSpec, Problem, modelled, only, select, tuned
+from lorafuse.plan import Candidate, DeviceSpec, Problem, modelled, override, select, tuned
 from lorafuse.plan.ranges import rectangles
 from lorafuse.testing.cases import Case
 from lorafuse.testing.check_linear import LinearCase, Operands, make_operands
@@ -46,7 +46,7 @@ class Target:
     def candidates(self, problem: Problem) -> dict[str, Candidate]:
         """Every way to run a problem, by its name in `tuned.KERNELS`."""
         plan = select(problem, self.spec, self.available)
-        return {tuned.name_of(way.backend, way.kernel): way for way in plan.candidates}
+        return {way.name: way for way in plan.candidates}
 
 
 @dataclass
@@ -96,8 +96,7 @@ def usual(problem: Problem, target: Target) -> str:
     shipped = tuned.match(problem, target.spec, ways, own=False)
     if shipped:
         return shipped.kernel
-    chosen = modelled(list(ways.values()))
-    return tuned.name_of(chosen.backend, chosen.kernel)
+    return modelled(list(ways.values())).name
 
 
 def is_tunable(problem: Problem, target: Target) -> bool:
@@ -201,7 +200,7 @@ def _call(
     half = given.x.dtype is torch.float16
 
     def forward() -> tuple[Tensor]:
-        with only(name), torch.autocast(given.x.device.type, given.x.dtype, enabled=half):
+        with override(force_kernel=name), torch.autocast(given.x.device.type, given.x.dtype, enabled=half):
             operands = given.x, given.w, given.a, given.b
             return (lora_linear(*operands, scale=_SCALE, dropout_p=p, seed=seed, backend=backend),)
 
@@ -211,7 +210,7 @@ def _call(
     leaves = {"dx": given.x, "da": given.a, "db": given.b}
 
     def backward() -> tuple[Tensor, ...]:
-        with only(name):
+        with override(force_kernel=name):
             return torch.autograd.grad(y, [leaves[g] for g in gradients], given.dy, retain_graph=True)
 
     return backward
