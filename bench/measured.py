@@ -22,6 +22,7 @@ _PASSES: dict[str, tuple[str, ...]] = {"forward": (), "backward": ("dx", "da", "
 # what the variants of `bench/baselines/lorafuse.py` run, by pass
 _KERNELS = {
     "lorafuse-eager": ("aten_beta1", "aten_beta1"),
+    "lorafuse-addmm": ("aten_addmm", "aten_addmm"),
     "lorafuse-triton": ("two_kernel", "one_pass_backward"),
     "lorafuse-cuda": ("cuda two_kernel", "cuda one_pass_backward"),
 }
@@ -74,10 +75,9 @@ def _times(variants: Mapping[str, Any], i: int, name: str, commit: str) -> dict[
 
 def _winner(times: dict[str, dict[str, float]], problem: Problem, device: DeviceSpec) -> str:
     fastest = min(times, key=lambda kernel: times[kernel]["median"])
-    usual = modelled(select(problem, device, _AVAILABLE).candidates)
-    before = times.get(tuned.name_of(usual.backend, usual.kernel))
-    if before is not None and before["p20"] <= times[fastest]["p80"]:
-        return tuned.name_of(usual.backend, usual.kernel)
+    usual = modelled(select(problem, device, _AVAILABLE).candidates).name
+    if usual in times and times[usual]["p20"] <= times[fastest]["p80"]:
+        return usual
     return fastest
 
 

@@ -110,7 +110,7 @@ def test_imports_point_one_way():
         ("lorafuse.ops.linear", "from lorafuse.nn.linear import LoRALinear"),
         ("lorafuse.ops.linear", "from ..nn import linear"),
         ("lorafuse.backends.eager", "def f():\n    import lorafuse.ops.linear"),
-        ("lorafuse.plan.select", "import torch"),
+        ("lorafuse.plan.choose", "import torch"),
         ("lorafuse.functional", "import triton.language as tl"),
         ("lorafuse.nn.linear", "from peft import LoraConfig"),
         ("lorafuse.nn.linear", "from lorafuse import use_backend"),

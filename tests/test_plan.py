@@ -9,15 +9,13 @@ import sys
 from dataclasses import replace
 
 import pytest
-from lorafuse.plan.select import _select
 from plan_problems import ALL, BACKWARD, HEADLINE, problems
 
-from lorafuse.plan import DEVICES, find, override, probe, select, tuned
-from lorafuse.plan.config import KernelConfig, candidates, illegal, padded_rank, shared_memory
+from lorafuse.plan import DEVICES, clear_cache, find, override, probe, select, tuned
+from lorafuse.plan.config import KERNELS, KernelConfig, padded_rank
+from lorafuse.plan.configs_triton import candidates, illegal, shared_memory
 
 pytestmark = pytest.mark.no_poison
-
-KERNELS = ("xa", "fwd", "dyb_db", "reduce", "dx", "da")
 
 
 class TestDevice:
@@ -89,7 +87,7 @@ class TestDevice:
 
 
 class TestLegal:
-    CONFIG = KernelConfig("fwd", "tma", 128, 256, 64, 16, 3, 8)
+    CONFIG = KernelConfig("matmul", "tma", 128, 256, 64, 16, 3, 8)
 
     def test_every_kernel_of_every_problem_has_a_legal_configuration(self):
         for problem, device in itertools.product(problems(), DEVICES.values()):
@@ -109,11 +107,11 @@ class TestLegal:
             (CONFIG, replace(HEADLINE, dtype="float32"), "H200", "16-bit"),
             (CONFIG, replace(HEADLINE, aligned=False), "H200", "16-byte"),
             (CONFIG, replace(HEADLINE, K=4100), "H200", "16-byte"),
-            (replace(CONFIG, form="pointer", single=True), HEADLINE, "A100", "single kernel needs sm_90"),
+            (replace(CONFIG, form="pointer", single=True), HEADLINE, "A100", "within the matmul needs sm_90"),
             (replace(CONFIG, single=True), replace(HEADLINE, R=65), "H200", "R <= 64"),
             (replace(CONFIG, single=True), replace(HEADLINE, dropout=True), "H200", "mask"),
             (replace(CONFIG, warps=4), HEADLINE, "H200", "32768 accumulators.*4 warps"),
-            (replace(CONFIG, kernel="dx"), replace(HEADLINE, dropout=True), "H200", "65536 accumulators"),
+            (CONFIG, replace(HEADLINE, dropout=True, gradients=BACKWARD), "H200", "65536 accumulators"),
             (replace(CONFIG, stages=5), HEADLINE, "H200", r"shared memory.*232448 of H200"),
             (CONFIG, HEADLINE, "RTX 5090", r"101376 of RTX 5090"),
         ],
@@ -123,10 +121,10 @@ class TestLegal:
         assert re.search(why, illegal(config, problem, find(device)))
 
     def test_shared_memory_grows_with_its_buffers(self):
-        base = shared_memory(self.CONFIG, 2)
+        base = shared_memory(self.CONFIG, HEADLINE)
         # three stages of a 128x64 and a 256x64 tile, and half a tile of stores
         assert base >= 3 * (128 + 256) * 64 * 2 + 128 * 128 * 2
-        assert shared_memory(replace(self.CONFIG, stages=4), 2) - base == (128 + 256) * 64 * 2
+        assert shared_memory(replace(self.CONFIG, stages=4), HEADLINE) - base == (128 + 256) * 64 * 2
 
     @pytest.mark.parametrize(("R", "padded"), [(1, 16), (16, 16), (17, 32), (64, 64), (100, 128), (256, 256)])
     def test_padded_rank(self, R, padded):
@@ -139,10 +137,10 @@ class TestSelect:
             plan = select(problem, device, (("triton", ""),))
             kernels = [config.kernel for config in plan.configs]
             if problem.gradients:
-                expected = ["dyb_db", "reduce"] + [k for k in ("dx", "da") if k in problem.gradients]
-                assert kernels == expected
+                sums = {"dx": "matmul", "da": "outer"}
+                assert kernels == ["project_outer", "reduce"] + [sums[g] for g in sums if g in problem.gradients]
             else:
-                assert kernels == ["xa", "fwd"]
+                assert kernels == ["project", "matmul"]
             for config in plan.configs:
                 assert plan.config(config.kernel) is config
                 assert illegal(config, problem, device) == ""
@@ -151,8 +149,8 @@ class TestSelect:
         for problem, device in itertools.product(problems(), DEVICES.values()):
             plan = select(problem, device, ALL)
             (chosen,) = (way for way in plan.candidates if way.kernel == plan.kernel)
-            others = [way.seconds for way in plan.candidates if way.kernel != "fused_xa"]
-            assert chosen.seconds == min(others)
+            others = [max(way.seconds, way.launch_seconds) for way in plan.candidates if way.kernel != "fused_xa"]
+            assert chosen.step_seconds == min(others)
 
     def test_reasons_name_every_way_with_its_time(self):
         plan = select(HEADLINE, find("H200"), ALL)
@@ -172,7 +170,7 @@ class TestSelect:
         [
             (replace(HEADLINE, M=0), "triton: there are no tokens"),
             (replace(HEADLINE, dtype="float64"), "triton: its kernels run bfloat16, float16, float32, not float64"),
-            (replace(HEADLINE, base_format="nf4"), "triton: its kernels read dense weights, not nf4"),
+            (replace(HEADLINE, format="nf4"), "triton: its kernels read dense weights, not nf4"),
         ],
     )
     def test_what_the_kernels_do_not_take(self, problem, reason):
@@ -194,7 +192,7 @@ class TestSelect:
         with override(force_kernel="fused_xa"):
             plan = select(HEADLINE, device, ALL)
             assert plan.kernel == "fused_xa"
-            assert [(c.kernel, c.single) for c in plan.configs] == [("fwd", True)]
+            assert [(c.kernel, c.single) for c in plan.configs] == [("matmul", True)]
             assert "asked for" in plan.reasons[-1]
             assert select(replace(HEADLINE, R=128), device, ALL).kernel != "fused_xa"
             with override(force_kernel="aten_beta1"):
@@ -226,14 +224,10 @@ class TestTuned:
         def write(content):
             (tmp_path / "h200.json").write_text(json.dumps(content))
 
-        def forget():
-            tuned.load.cache_clear()
-            _select.cache_clear()
-
         monkeypatch.setattr(tuned, "FOLDER", tmp_path)
-        forget()
+        clear_cache()
         yield write
-        forget()
+        clear_cache()
 
     def test_a_measurement_overrules_the_model(self, file):
         file({"version": 1, "entries": [self.ENTRY]})
@@ -271,6 +265,6 @@ class TestTuned:
         assert "when measured on" not in plan.reasons[-1]
 
     def test_another_version_is_refused(self, file):
-        file({"version": 3, "entries": []})
-        with pytest.warns(UserWarning, match='"version": 2'):
+        file({"version": 4, "entries": []})
+        with pytest.warns(UserWarning, match='"version": 3'):
             select(HEADLINE, find("H200"), ALL)

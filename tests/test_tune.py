@@ -106,7 +106,7 @@ class TestRun:
             run = getattr(backend, name)
 
             def call(*args):
-                ran.add((backend.__name__.rpartition(".")[2], name, sys.modules["lorafuse.plan.select"]._only))
+                ran.add((backend.__name__.rpartition(".")[2], name, sys.modules["lorafuse.plan.choose"]._override.kernel))
                 return run(*args)
 
             monkeypatch.setattr(backend, name, call)

@@ -115,16 +115,16 @@ class TestFile:
         before = tuned.read(path)
         assert (before[0].seconds, before[0].points, before[0].conditions) == (0.00035, (), {})
         tuned.write(path, before)
-        assert json.loads(path.read_text())["version"] == 2
+        assert json.loads(path.read_text())["version"] == 3
         assert tuned.read(path) == before
 
     @pytest.mark.parametrize(
         ("text", "said"),
         [
             ("{", "Expecting"),
-            ("[]", '"version": 2'),
-            ('{"version": 3, "entries": []}', '"version": 2'),
-            ('{"version": [], "entries": []}', '"version": 2'),
+            ("[]", '"version": 3'),
+            ('{"version": 4, "entries": []}', '"version": 3'),
+            ('{"version": [], "entries": []}', '"version": 3'),
             ('{"version": 2, "entries": [5]}', "entry 0: it is 5"),
             ('{"version": 2, "entries": [{}]}', "entry 0: it has the fields"),
         ],

@@ -10,6 +10,7 @@ LABEL = "lorafuse"
 FORMS = {
     "": {},
     "eager": {"backend": "eager"},
+    "addmm": {"backend": "eager", "kernel": "aten_addmm"},
     "triton": {"backend": "triton"},
     "triton-single": {"backend": "triton", "kernel": "fused_xa"},
     "cuda": {"backend": "cuda"},
@@ -36,6 +37,9 @@ def _forced(call, kernel):
 
 
 def linear(given, backend="auto", kernel=""):
+    if backend == "eager":
+        # the plan has a choice of orders; results are of this one by that name
+        kernel = kernel or "aten_beta1"
     layer, wanted = peft_linear(given)
     lorafuse.patch(layer, backend=backend, strict=True)
     return _forced(layer, kernel), wanted
