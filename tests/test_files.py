@@ -61,7 +61,7 @@ BAD = {
     "UTF-16": text().encode("utf-16"),
     "deep": "[" * 200_000,
     "deep in an entry": text(conditions="X").replace('"X"', "[" * 100_000 + "]" * 100_000),
-    "later version": '{"version": 3, "entries": []}',
+    "later version": '{"version": 4, "entries": []}',
     "version true": '{"version": true, "entries": []}',
     "version 2.0": '{"version": 2.0, "entries": []}',
     "NaN": text(seconds=float("nan")),

@@ -43,7 +43,7 @@ LAYERS = {
     "files": (set(), set()),
     "philox": (_LEAVES, {"torch"}),
     "activation": (_LEAVES, {"torch"}),
-    "plan": (_LEAVES, set()),
+    "plan": (_LEAVES | {"formats"}, set()),
     "kernels": (_BASE | {"plan"}, {"torch", "triton"}),
     "formats": (_LEAVES, {"torch", "torchao", "bitsandbytes"}),
     "operands": (_LEAVES | {"activation", "formats"}, {"torch"}),

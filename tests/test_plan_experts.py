@@ -33,7 +33,7 @@ def kernels(plan):
 
 
 class TestTimes:
-    """An H200 moves 4.3 TB/s and does 815 TFLOP/s. The block has 65536 rows; its weights are 604e6 numbers, 1.208 GB."""
+    """An H200 moves 4.3 TB/s and does 815 TFLOP/s. The block has 65536 rows and weights of 604e6 numbers, 1.208 GB."""
 
     @pytest.mark.parametrize("gpu", NAMES)
     @pytest.mark.parametrize("backward", [False, True])

@@ -299,6 +299,8 @@ def _choose(
     if chosen.seconds:
         why += f", {_model(chosen)}" + (" with rows spread evenly" if operator[0].is_ragged else "")
     others = [one.name for one in candidates if one.name in _MEASURED_FIRST and one is not chosen]
+    if chosen.backend == "eager":
+        return chosen, why
     return chosen, why + "".join(f"; {name} is chosen only where measured" for name in others)
 
 
