@@ -326,7 +326,7 @@ def _modelled(operators: list[tuple[Problem, ...]], named: dict[str, tuple[str, 
     device = find(_GPU)
     plans = [select(problems, device, (("eager", ""), ("triton", ""), ("cuda", ""))) for problems in operators]
     seconds = [{one.name: one.seconds for one in plan.candidates} for plan in plans]
-    rows = {"frozen": [cost.total(cost.frozen(problems, device)) for problems in operators]}
+    rows = {"frozen": [cost.frozen(problems, device).seconds for problems in operators]}
     return rows | {name: [of[k] for of, k in zip(seconds, kernels, strict=True)] for name, kernels in named.items()}
 
 

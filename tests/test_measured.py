@@ -27,7 +27,7 @@ def rows():
 
 def kernel(problem, available=AVAILABLE):
     plan = select(problem, find("H200"), available)
-    return tuned.name_of(plan.backend, plan.kernel), plan.reasons[-1]
+    return plan.chosen.name, plan.reasons[-1]
 
 
 def test_what_ships_is_valid_and_not_empty():

@@ -34,7 +34,7 @@ def test_it_prints_the_planners_choice(gpu, capsys):
     assert f"-> {plan.backend} {plan.kernel}" in out
     for reason in plan.reasons:
         assert f"why: {reason}" in out
-    assert f"{'frozen':<28}{cost.total(cost.frozen((problem,), find(gpu))) * 1e6:9.1f} us (model)" in out
+    assert f"{'frozen':<28}{cost.frozen((problem,), find(gpu)).seconds * 1e6:9.1f} us (model)" in out
     for way in plan.candidates:
         # the time of a way of one part stands in its own line
         for part in way.parts if len(way.parts) > 1 else ():

@@ -75,11 +75,10 @@ def _both(forward: tuple[Problem, ...], backward: tuple[Problem, ...], device: D
     """Seconds of forward and backward, a problem for each projection."""
     frozen = ours = 0.0
     for problems in (forward, backward):
-        frozen += cost.total(cost.frozen(problems, device))
-        plan = select(problems, device, _AVAILABLE)
-        ours += next(c.seconds for c in plan.candidates if (c.backend, c.kernel) == (plan.backend, plan.kernel))
+        frozen += cost.frozen(problems, device).seconds
+        ours += select(problems, device, _AVAILABLE).chosen.seconds
     # dw = dyᵀ x has as many products as y
-    dw = sum(cost.total(cost.frozen((p,), device)) for p in forward)
+    dw = sum(cost.frozen((p,), device).seconds for p in forward)
     return {"frozen": frozen, "full fine-tuning": frozen + dw, "lorafuse": ours}
 
 

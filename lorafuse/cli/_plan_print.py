@@ -5,18 +5,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lorafuse.plan import DeviceSpec, KernelConfig, Plan, Problem, cost
+from lorafuse.plan import Candidate, DeviceSpec, KernelConfig, Plan, Problem
 
 __all__ = ["Direction", "print_plans"]
 
 
 @dataclass(frozen=True)
 class Direction:
-    """One direction: a problem for each projection, their plan, and the parts of the frozen operator."""
+    """One direction: a problem for each projection, their plan, and the frozen operator."""
 
     problems: tuple[Problem, ...]
     plan: Plan
-    frozen: tuple[cost.Part, ...]
+    frozen: Candidate
 
     def configs(self) -> Iterator[tuple[str, KernelConfig]]:
         """The plan's kernels by what they compute."""
@@ -24,14 +24,6 @@ class Direction:
         for i, name in enumerate(names):
             for config in self.plan.of(i).configs:
                 yield f"{name} {config.kernel}".strip(), config
-
-    @property
-    def chosen(self) -> float:
-        """Modelled seconds of the plan."""
-        found = (
-            w.seconds for w in self.plan.candidates if (w.backend, w.kernel) == (self.plan.backend, self.plan.kernel)
-        )
-        return next(found)
 
 
 def print_plans(device: DeviceSpec, sizes: str, directions: Mapping[str, Direction], as_json: bool) -> None:
@@ -55,10 +47,10 @@ def print_plans(device: DeviceSpec, sizes: str, directions: Mapping[str, Directi
 def _tax(directions: Mapping[str, Direction]) -> dict[str, float]:
     """LoRA tax of the eager backend and of the plans, over all directions."""
     every = directions.values()
-    base = sum(cost.total(direction.frozen) for direction in every)
+    base = sum(direction.frozen.seconds for direction in every)
     # of eager's two ways of experts, the one it takes comes first
     eager = sum(next(w.seconds for w in d.plan.candidates if w.backend == "eager") for d in every)
-    seconds = {"eager": eager, "this plan": sum(direction.chosen for direction in every)}
+    seconds = {"eager": eager, "this plan": sum(direction.plan.chosen.seconds for direction in every)}
     return {name: taken / base - 1 for name, taken in seconds.items()}
 
 
@@ -70,12 +62,13 @@ def _print_direction(name: str, direction: Direction) -> None:
     plan = direction.plan
     chosen = f"{plan.backend} {plan.kernel}"
     print(f"{name}: {chosen}")
-    ways = {"frozen": direction.frozen} | {f"{way.backend} {way.kernel}": way.parts for way in plan.candidates}
-    width = max(25, *(len(part.name) + 1 for parts in ways.values() for part in parts))
-    for way, parts in ways.items():
-        print(f"  {'->' if way == chosen else '  '} {way:<{width + 3}}{_us(cost.total(parts))}")
-        if len(parts) > 1:
-            for part in parts:
+    named = {"frozen": direction.frozen} | {f"{one.backend} {one.kernel}": one for one in plan.candidates}
+    width = max(25, *(len(part.name) + 1 for one in named.values() for part in one.parts))
+    for name, one in named.items():
+        launched = f", {one.launch_seconds * 1e6:.0f} us to launch (model)" if one.launch_seconds > one.seconds else ""
+        print(f"  {'->' if name == chosen else '  '} {name:<{width + 3}}{_us(one.seconds)}{launched}")
+        if len(one.parts) > 1:
+            for part in one.parts:
                 print(f"       {part.name:<{width}}{_us(part.seconds)}")
     for of, config in direction.configs():
         sizes = "x".join(str(size) for size in (config.block_m, config.block_n, config.block_k) if size)
@@ -88,9 +81,9 @@ def _print_direction(name: str, direction: Direction) -> None:
 
 
 def _as_json(direction: Direction) -> dict[str, Any]:
-    def parts_of(parts: tuple[cost.Part, ...]) -> dict[str, Any]:
-        steps = [{"name": part.name, "model_us": part.seconds * 1e6} for part in parts]
-        return {"model_us": cost.total(parts) * 1e6, "parts": steps}
+    def figures(one: Candidate) -> dict[str, Any]:
+        steps = [{"name": part.name, "model_us": part.seconds * 1e6} for part in one.parts]
+        return {"model_us": one.seconds * 1e6, "launch_model_us": one.launch_seconds * 1e6, "parts": steps}
 
     plan = direction.plan
     return {
@@ -98,10 +91,7 @@ def _as_json(direction: Direction) -> dict[str, Any]:
         "backend": plan.backend,
         "kernel": plan.kernel,
         "configs": {of: asdict(config) for of, config in direction.configs()},
-        "candidates": {
-            f"{way.backend} {way.kernel}": parts_of(way.parts) | {"launch_model_us": way.launch_seconds * 1e6}
-            for way in plan.candidates
-        },
-        "frozen": parts_of(direction.frozen),
+        "candidates": {f"{one.backend} {one.kernel}": figures(one) for one in plan.candidates},
+        "frozen": figures(direction.frozen),
         "reasons": list(plan.reasons),
     }

@@ -1,6 +1,7 @@
 """Problems → Plan: which backend and kernels run an operator, and why. Standard library only; usable on any machine."""
 
-from lorafuse.plan.choose import Candidate, Plan, clear_cache, modelled, no_grouped_mm, override, select
+from lorafuse.plan.candidate import Candidate
+from lorafuse.plan.choose import Plan, clear_cache, modelled, no_grouped_mm, override, select
 from lorafuse.plan.config import KernelConfig
 from lorafuse.plan.devices import DEVICES, DeviceSpec, find, probe
 from lorafuse.plan.problem import Problem

@@ -7,44 +7,12 @@ from functools import lru_cache
 
 from lorafuse import formats
 from lorafuse.plan import configs_cuda, configs_triton, cost, tuned
+from lorafuse.plan.candidate import Candidate
 from lorafuse.plan.config import KernelConfig
-from lorafuse.plan.cost import Part
 from lorafuse.plan.devices import DeviceSpec, features
 from lorafuse.plan.problem import Problem
 
-__all__ = ["Candidate", "Plan", "clear_cache", "modelled", "no_grouped_mm", "override", "select"]
-
-Configs = tuple[KernelConfig, ...]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to run an operator: the configurations of each projection, and what the model says it costs."""
-
-    backend: str
-    kernel: str
-    configs: tuple[Configs, ...]
-    parts: tuple[Part, ...]
-
-    @property
-    def name(self) -> str:
-        """Its name in `tuned.KERNELS`."""
-        return tuned.name_of(self.backend, self.kernel)
-
-    @property
-    def seconds(self) -> float:
-        """Modelled seconds on the GPU, as in a CUDA graph."""
-        return cost.total(self.parts)
-
-    @property
-    def launch_seconds(self) -> float:
-        """Modelled seconds of the host that launches it."""
-        return cost.launch_seconds(self.parts, self.backend)
-
-    @property
-    def step_seconds(self) -> float:
-        """What a step waits for, the GPU or the host: what `select` minimizes where nothing was measured."""
-        return max(self.seconds, self.launch_seconds)
+__all__ = ["Plan", "clear_cache", "modelled", "no_grouped_mm", "override", "select"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +24,7 @@ class Plan:
 
     backend: str
     kernel: str
-    configs: Configs = ()
+    configs: tuple[KernelConfig, ...] = ()
     reasons: tuple[str, ...] = ()
     candidates: tuple[Candidate, ...] = ()
     projections: tuple["Plan", ...] = ()
@@ -64,6 +32,11 @@ class Plan:
     def of(self, projection: int) -> "Plan":
         """The plan of one projection, in the order of the problems."""
         return self.projections[projection] if self.projections else self
+
+    @property
+    def chosen(self) -> Candidate:
+        """The candidate that was chosen for the operator."""
+        return next(one for one in self.candidates if (one.backend, one.kernel) == (self.backend, self.kernel))
 
     def config(self, kernel: str) -> KernelConfig:
         """The configuration of a kernel of a plan of one projection."""
@@ -160,6 +133,7 @@ def _select(
 ) -> Plan:
     given = overridden or _NOTHING
     operator = problems if isinstance(problems, tuple) else (problems,)
+    assert operator[0].is_ragged or len(operator) == 1, "a dense operator of several projections"
     reasons: list[str] = []
     candidates: list[Candidate] = []
     for backend, unavailable in available:
@@ -168,8 +142,10 @@ def _select(
             reasons.append(f"{backend}: {reason}")
         elif backend == "eager":
             candidates += _eager(operator, device, reasons)
+        elif device is not None and backend == "triton":
+            candidates += configs_triton.operator_candidates(operator, device)
         elif device is not None:
-            candidates += (_triton if backend == "triton" else _cuda)(operator, device, given)
+            candidates += configs_cuda.operator_candidates(operator, device, given.tiles)
     if not candidates:
         raise ValueError(f"no backend can run {problems}: " + "; ".join(reasons))
     chosen, why = _choose(candidates, operator, device, given)
@@ -241,41 +217,6 @@ def no_grouped_mm(problem: Problem, arch: int | None) -> str:
     if problem.groups > _MOST_GROUPS:
         return f"torch's grouped_mm takes up to {_MOST_GROUPS} groups, there are {problem.groups}"
     return "" if problem.aligned else "torch's grouped_mm takes weights whose rows start on 16-byte boundaries"
-
-
-def _triton(operator: Sequence[Problem], device: DeviceSpec, given: _Override) -> Iterator[Candidate]:
-    p = operator[0]
-    if p.is_ragged:
-        kernels = ["project", "matmul", "outer"] if p.gradients else ["project", "matmul"]
-        configs = tuple(_configs(kernels, problem, device) for problem in operator)
-        matmuls = [config for each in configs for config in each if config.kernel == "matmul"]
-        yield Candidate("triton", "ragged", configs, cost.ragged(operator, matmuls, device))
-        return
-    if p.gradients:
-        sums = {"dx": "matmul", "da": "outer"}
-        names = {"one_pass_backward": ["project_outer", "reduce", *(sums[g] for g in sums if g in p.gradients)]}
-    else:
-        names = {"two_kernel": ["project", "matmul"], "fused_xa": ["matmul"]}
-    for name, kernels in names.items():
-        found = _configs(kernels, p, device, single=name == "fused_xa")
-        if len(found) == len(kernels):
-            steps = [cost.step(config, p, device) for config in found if config.kernel != "reduce"]
-            yield Candidate("triton", name, (found,), cost.in_a_row(steps))
-
-
-def _configs(kernels: Sequence[str], problem: Problem, device: DeviceSpec, single: bool = False) -> Configs:
-    found = (configs_triton.best(kernel, problem, device, single and kernel == "matmul") for kernel in kernels)
-    return tuple(config for config in found if config is not None)
-
-
-def _cuda(operator: Sequence[Problem], device: DeviceSpec, given: _Override) -> Iterator[Candidate]:
-    p = operator[0]
-    if p.is_ragged:
-        matmuls = [configs_cuda.ragged(problem) for problem in operator]
-        yield Candidate("cuda", "ragged", tuple((c,) for c in matmuls), cost.ragged(operator, matmuls, device))
-        return
-    for kernel, configs, parts in configs_cuda.steps(p, device, given.tiles):
-        yield Candidate("cuda", kernel, (configs,), parts)
 
 
 def _choose(

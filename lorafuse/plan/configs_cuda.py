@@ -1,4 +1,4 @@
-"""The CUDA kernels of csrc in the planner: what they can run, their configurations, and the steps of each candidate.
+"""The CUDA kernels of csrc in the planner: what they can run, their configurations, and each candidate, step by step.
 
 The matmuls run on sm_90a alone, in tiles of 128 rows. The memory-bound kernels choose their own tiles.
 
@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from lorafuse.plan import cost
+from lorafuse.plan.candidate import Candidate, Part, in_a_row
 from lorafuse.plan.config import KernelConfig, padded_rank
-from lorafuse.plan.cost import Part
 from lorafuse.plan.devices import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["CONCURRENT", "TILES", "illegal", "matmuls", "ragged", "refusal", "steps", "sum_blocks"]
+__all__ = ["CONCURRENT", "TILES", "illegal", "matmuls", "operator_candidates", "refusal", "sum_blocks"]
 
 _ARCH = 90
 _BLOCK_M, _BLOCK_K = 128, 64
@@ -106,47 +106,50 @@ def _matmul(tile: tuple[int, int, int], single: bool = False, beside: int = 0) -
     )  # fmt: skip
 
 
-def ragged(problem: Problem) -> KernelConfig:
-    """The matmul of ragged rows."""
-    return _matmul(_RAGGED_TILE)
+def operator_candidates(operator: Sequence[Problem], device: DeviceSpec, tiles: _Tiles = TILES) -> Iterator[Candidate]:
+    """Every candidate for an operator that `refusal` lets pass."""
+    p = operator[0]
+    if p.is_ragged:
+        matmuls = [_matmul(_RAGGED_TILE) for _ in operator]
+        yield Candidate("cuda", "ragged", tuple((c,) for c in matmuls), cost.ragged(operator, matmuls, device))
+    elif p.gradients:
+        yield from _backward(p, device, tiles)
+    else:
+        yield from _forward(p, device, tiles)
 
 
-def steps(
-    problem: Problem, device: DeviceSpec, tiles: _Tiles = TILES
-) -> Iterator[tuple[str, tuple[KernelConfig, ...], tuple[Part, ...]]]:
-    """`(kernel, configurations, modelled parts)` of every candidate for dense rows that `refusal` lets pass."""
-    gradients = problem.gradients
-    round_a, round_b = (_rounding(of, size, problem, device) for of, size in (("a", problem.K), ("b", problem.N)))
-    if not gradients:
-        two, one = (_best(problem, device, tiles, single) for single in (False, True))
-        assert two is not None
-        xa = _skinny("project", problem, device)
-        parts = [_with(cost.step(xa, problem, device), round_b), cost.step(two, problem, device)]
-        yield "two_kernel", (xa, two), cost.in_a_row(parts)
-        if one is not None:
-            yield "fused_xa", (one,), cost.in_a_row([round_a, round_b, cost.step(one, problem, device)])
-        return
+def _forward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Candidate]:
+    round_a, round_b = _roundings(problem, device)
+    xa, two, one = (
+        _skinny("project", problem, device),
+        *(_best(problem, device, tiles, single) for single in (False, True)),
+    )
+    assert two is not None
+    yield _candidate(
+        "two_kernel", (xa, two), [_with(cost.step(xa, problem, device), round_b), cost.step(two, problem, device)]
+    )
+    if one is not None:
+        yield _candidate("fused_xa", (one,), [round_a, round_b, cost.step(one, problem, device)])
+
+
+def _backward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Candidate]:
     configs = [_skinny("project_outer", problem, device)]
     parts = [cost.step(configs[0], problem, device)]
-    if "dx" in gradients:
+    if "dx" in problem.gradients:
         dx = _best(problem, device, tiles)
         assert dx is not None
         configs.append(dx)
-        parts = [_with(parts[0], round_a), cost.step(dx, problem, device)]
-    if "da" in gradients:
+        parts = [_with(parts[0], _roundings(problem, device)[0]), cost.step(dx, problem, device)]
+    if "da" in problem.gradients:
         configs.append(_skinny("outer", problem, device))
         parts.append(cost.step(configs[-1], problem, device))
-    yield "one_pass_backward", tuple(configs), cost.in_a_row(parts)
-    concurrent = min(_concurrent(problem, device, tiles), key=lambda found: cost.total(found[1]), default=None)
-    if concurrent is not None:
-        yield "concurrent_backward", *concurrent
+    yield _candidate("one_pass_backward", configs, parts)
+    yield from sorted(_concurrent(problem, device, tiles), key=lambda candidate: candidate.seconds)[:1]
 
 
-def _concurrent(
-    problem: Problem, device: DeviceSpec, tiles: _Tiles
-) -> Iterator[tuple[tuple[KernelConfig, ...], tuple[Part, ...]]]:
-    """`(configurations, modelled parts)` of the candidates that sum da, or da and db, in dx's launch."""
-    round_a, round_b = (_rounding(of, size, problem, device) for of, size in (("a", problem.K), ("b", problem.N)))
+def _concurrent(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Candidate]:
+    """Those that sum da, or da and db, in dx's launch."""
+    round_a, round_b = _roundings(problem, device)
     for first, sums in CONCURRENT:
         beside = tuple(name for name in sums if name in problem.gradients)
         # dbias takes a pass over dy, and db comes with it
@@ -155,13 +158,14 @@ def _concurrent(
         alone = replace(problem, gradients=("dx", *beside))
         dx = _best(alone, device, tiles, blocks=sum_blocks(problem, device))
         if dx is not None:
-            before = _skinny(first, problem, device)
-            name = f"dx = dy w + dyb a, {' and '.join(beside)} concurrent"
-            parts = [
-                _with(cost.step(before, problem, device), round_a),
-                replace(cost.step(dx, alone, device), name=name),
-            ]
-            yield (before, dx), cost.in_a_row([round_b, *parts] if first == "project" else parts)
+            before, product = _skinny(first, problem, device), cost.step(dx, alone, device)
+            product = replace(product, name=f"{product.name}, {' and '.join(beside)} concurrent")
+            parts = [_with(cost.step(before, problem, device), round_a), product]
+            yield _candidate("concurrent_backward", (before, dx), [round_b, *parts] if first == "project" else parts)
+
+
+def _candidate(kernel: str, configs: Sequence[KernelConfig], parts: Sequence[Part]) -> Candidate:
+    return Candidate("cuda", kernel, (tuple(configs),), in_a_row(parts))
 
 
 def sum_blocks(problem: Problem, device: DeviceSpec) -> list[int]:
@@ -192,6 +196,7 @@ def _with(part: Part, small: Part) -> Part:
     return replace(part, name=f"{part.name}, {small.name}", seconds=part.seconds + small.seconds)
 
 
-def _rounding(name: str, size: int, problem: Problem, device: DeviceSpec) -> Part:
-    """An adapter of `[size, R]` read, at most in fp32, and written in the base's dtype."""
-    return Part(f"{name} rounded", size * problem.R * (4 + problem.itemsize) / device.sustained_bandwidth)
+def _roundings(problem: Problem, device: DeviceSpec) -> list[Part]:
+    """a `[R, K]` and b `[N, R]` read, at most in fp32, and written in the base's dtype."""
+    seconds = problem.R * (4 + problem.itemsize) / device.sustained_bandwidth
+    return [Part("a rounded", problem.K * seconds), Part("b rounded", problem.N * seconds)]

@@ -5,15 +5,16 @@ not cross groups: one that is higher than a group's rows computes some for nothi
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from lorafuse.plan import cost
+from lorafuse.plan.candidate import Candidate, in_a_row
 from lorafuse.plan.config import KernelConfig, padded_rank
 from lorafuse.plan.devices import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["best", "candidates", "illegal", "shared_memory"]
+__all__ = ["best", "candidates", "illegal", "operator_candidates", "shared_memory"]
 
 _Tile = tuple[int, int, int, int, int]
 # (block_m, block_n, block_k, stages, warps) of dense matmuls, best first where all fill the GPU. Those of sm_90 were
@@ -204,7 +205,7 @@ def best(kernel: str, problem: Problem, device: DeviceSpec, single: bool = False
 
     def order(config: KernelConfig) -> tuple[float, ...]:
         if not problem.is_ragged or kernel == "matmul":
-            seconds = cost.kernel_seconds(config, problem, device) + cost.sum_seconds(config, problem, device)
+            seconds = cost.kernel_seconds(config, problem, device)
             # where reading the weights of many groups is the bound, the tiles that compute least
             return seconds, cost.tile_seconds(config, problem, device) if problem.is_ragged else 0.0
         if kernel == "project":
@@ -215,3 +216,31 @@ def best(kernel: str, problem: Problem, device: DeviceSpec, single: bool = False
 
     found = [config for config in candidates(kernel, problem, device) if config.single == single]
     return min(found, key=order, default=None)
+
+
+def operator_candidates(operator: Sequence[Problem], device: DeviceSpec) -> Iterator[Candidate]:
+    """Every candidate for an operator whose dtype and format the kernels run."""
+    p = operator[0]
+    if p.is_ragged:
+        kernels = ["project", "matmul", "outer"] if p.gradients else ["project", "matmul"]
+        configs = tuple(_best_of(kernels, problem, device) for problem in operator)
+        matmuls = [config for each in configs for config in each if config.kernel == "matmul"]
+        yield Candidate("triton", "ragged", configs, cost.ragged(operator, matmuls, device))
+        return
+    if p.gradients:
+        sums = {"dx": "matmul", "da": "outer"}
+        names = {"one_pass_backward": ["project_outer", "reduce", *(sums[g] for g in sums if g in p.gradients)]}
+    else:
+        names = {"two_kernel": ["project", "matmul"], "fused_xa": ["matmul"]}
+    for name, kernels in names.items():
+        found = _best_of(kernels, p, device, single=name == "fused_xa")
+        if len(found) == len(kernels):
+            steps = [cost.step(config, p, device) for config in found if config.kernel != "reduce"]
+            yield Candidate("triton", name, (found,), in_a_row(steps))
+
+
+def _best_of(
+    kernels: Sequence[str], problem: Problem, device: DeviceSpec, single: bool = False
+) -> tuple[KernelConfig, ...]:
+    found = (best(kernel, problem, device, single and kernel == "matmul") for kernel in kernels)
+    return tuple(config for config in found if config is not None)

@@ -1,48 +1,22 @@
 """A roofline of what running a problem costs. It ranks candidates; it does not measure, and its users print "model".
 
 A GEMM costs max(waves × tile time at sustained FLOP/s, bytes / bandwidth); everything else is passes over x, y, dy or
-dx at the bandwidth that copies sustain, and 2 us between dependent kernels. What the host needs to launch them is a
-figure of its own. Rows of groups are spread evenly over those that can have any. docs/performance.md compares the model
-with measurements on an H200.
+dx at the bandwidth that copies sustain. Rows of groups are spread evenly over those that can have any.
+docs/performance.md compares the model with measurements on an H200.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
+from lorafuse.plan.candidate import Candidate, Part, in_a_row
 from lorafuse.plan.config import KernelConfig, padded_rank
 from lorafuse.plan.devices import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = [
-    "Part",
-    "aten",
-    "frozen",
-    "in_a_row",
-    "kernel_seconds",
-    "launch_seconds",
-    "ragged",
-    "step",
-    "sum_seconds",
-    "tile_seconds",
-    "total",
-]
+__all__ = ["aten", "frozen", "kernel_seconds", "ragged", "step", "tile_seconds"]
 
 
-@dataclass(frozen=True)
-class Part:
-    """Modelled seconds of one step on the GPU, and how many kernels it launches one after the other."""
-
-    name: str
-    seconds: float
-    launches: int = 1
-
-
-# between kernels that depend on each other, on the device (assumed; hopper launches overlap at best 2 to 4 us)
-_GAP = 2e-6
-# of the host for one launch: an ATen operator or one of ours in CUDA, a Triton kernel with its Python launcher (beside
-# an H200, 2026-11-26: forward and backward of a patched layer of 16 x 512 x 512)
-_HOST = {"eager": 12e-6, "cuda": 12e-6, "triton": 60e-6}
 # what a tile reaches of the sustained rate, by its area (assumed, after published ablations of Hopper kernels)
 _TILE = {128 * 256: 1.0, 128 * 128: 0.92, 64 * 128: 0.8, 64 * 64: 0.65, 32 * 64: 0.45, 16 * 64: 0.25}
 # the same where a warp multiplies by itself (mma.sync), which needs less from shared memory (assumed)
@@ -73,23 +47,6 @@ _MASK_PASSES, _MASK_BYTES = 40, 16
 _GROUPED_TILE = 128
 # seconds until the host has read where groups end and the GPU has work again (assumed)
 _READ_ON_HOST = 20e-6
-
-
-def total(parts: Iterable[Part]) -> float:
-    """Seconds of all parts."""
-    return math.fsum(part.seconds for part in parts)
-
-
-def launch_seconds(parts: Iterable[Part], backend: str) -> float:
-    """Seconds of a host that launches all parts; it may do so while they run."""
-    return _HOST[backend] * sum(part.launches for part in parts)
-
-
-def in_a_row(parts: Iterable[Part]) -> tuple[Part, ...]:
-    """`parts` with the gaps between their kernels."""
-    found = tuple(parts)
-    gaps = sum(part.launches for part in found) - 1
-    return (*found, Part("launch gaps", gaps * _GAP, 0)) if gaps > 0 else found
 
 
 def _tiles(M: int, N: int, K: int, tile: tuple[int, int], share: float, problem: Problem, device: DeviceSpec) -> float:
@@ -153,7 +110,7 @@ def tile_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -> 
 
 
 def kernel_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
-    """Seconds of one kernel, those in which it writes partial sums included."""
+    """Seconds of one kernel, and of the launch that reads its partial sums."""
     c, (M, N, K, R) = config, (problem.M, problem.N, problem.K, problem.R)
     if c.kernel == "reduce":
         return 0.0
@@ -172,19 +129,15 @@ def kernel_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -
     rank_tiles = math.ceil(R / c.block_r)
     programs = math.ceil(M / c.block_m) if c.kernel == "project" else math.ceil(columns / c.block_n) * c.splits
     masked = c.kernel == "outer" or not problem.gradients
+    partials = 0 if c.kernel == "project" else c.splits * columns
+    # of dyb, one for each block of columns
+    partials += math.ceil(N / c.block_n) * M if c.kernel == "project_outer" else 0
     return (
         _pass(M * columns * rank_tiles, problem, device, programs * rank_tiles) / _SKINNY
         + (rank_tiles * _mask(problem, device) if masked else 0.0)
-        + sum_seconds(c, problem, device)
+        # fp32 partials are written and read
+        + 2 * 4 * R * partials / device.sustained_bandwidth
     )
-
-
-def sum_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
-    """Seconds to write the fp32 partials of project_outer or outer, and as many to read them; 0 for other kernels."""
-    c, (M, N, K, R) = config, (problem.M, problem.N, problem.K, problem.R)
-    if c.kernel == "project_outer":
-        return 4 * R * (c.splits * N + math.ceil(N / c.block_n) * M) / device.sustained_bandwidth
-    return 4 * R * c.splits * K / device.sustained_bandwidth if c.kernel == "outer" else 0.0
 
 
 def _xa_in_tiles(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
@@ -212,24 +165,20 @@ _BACKWARD = {
 def step(config: KernelConfig, problem: Problem, device: DeviceSpec) -> Part:
     """A kernel of dense rows, with the launch that reads its partial sums."""
     name = (_BACKWARD if problem.gradients else _FORWARD)[config.kernel]
-    seconds = kernel_seconds(config, problem, device) + sum_seconds(config, problem, device)
-    return Part(name, seconds, 1 if config.kernel in ("project", "matmul") else 2)
+    return Part(name, kernel_seconds(config, problem, device), 1 if config.kernel in ("project", "matmul") else 2)
 
 
-def _rows(name: str, elements: int, problem: Problem, device: DeviceSpec, launches: int = 1) -> Part:
-    """Elements of x's dtype read or written."""
-    return Part(name, _pass(elements, problem, device), launches)
+def _rows(
+    name: str, elements: int, problem: Problem, device: DeviceSpec, launches: int = 1, share: float = 1.0
+) -> Part:
+    """Elements of x's dtype read or written, at `share` of a copy's rate."""
+    return Part(name, _pass(elements, problem, device) / share, launches)
 
 
-def _skinny(name: str, elements: int, problem: Problem, device: DeviceSpec, launches: int = 1) -> Part:
-    """A product with the rank that reads or writes so many elements."""
-    return Part(name, _pass(elements, problem, device) / _SKINNY, launches)
-
-
-def _cast(problem: Problem, device: DeviceSpec, launches: int) -> Part:
+def _cast(problem: Problem, device: DeviceSpec, launches: int, of: str = "") -> Part:
     """The factors of all groups in the base's dtype: a kernel for each, and one for the scale."""
     moved = problem.groups * (problem.N + problem.K) * problem.R * (4 + problem.itemsize)
-    return Part("factors cast", moved / device.sustained_bandwidth, launches)
+    return Part(f"factors{of and ' of '}{of} cast", moved / device.sustained_bandwidth, launches)
 
 
 def _aten_dense(problem: Problem, device: DeviceSpec, base_first: bool) -> list[Part]:
@@ -244,18 +193,20 @@ def _aten_dense(problem: Problem, device: DeviceSpec, base_first: bool) -> list[
         moved = over_k * _MASK_BYTES * _MASK_PASSES
         mask = [Part("dropout mask in torch operators", moved / device.sustained_bandwidth)]
     if not gradients:
-        parts += [*mask, _skinny("xa = x aᵀ", over_k, problem, device)]
+        parts += [*mask, _rows("xa = x aᵀ", over_k, problem, device, share=_SKINNY)]
         if base_first:
-            return [*parts, Part("y = x wᵀ", base), _skinny("y += xa bᵀ", 2 * over_n, problem, device)]
-        return [*parts, _skinny("y = xa bᵀ", over_n, problem, device), Part("y += x wᵀ", base)]
+            return [*parts, Part("y = x wᵀ", base), _rows("y += xa bᵀ", 2 * over_n, problem, device, share=_SKINNY)]
+        return [*parts, _rows("y = xa bᵀ", over_n, problem, device, share=_SKINNY), Part("y += x wᵀ", base)]
     if "dx" in gradients or "da" in gradients:
-        parts += [_skinny("dyb = dy b", over_n, problem, device), *mask]
+        parts += [_rows("dyb = dy b", over_n, problem, device, share=_SKINNY), *mask]
     if "dx" in gradients and base_first:
-        parts += [Part("dx = dy w", base), _skinny("dx += dyb a", 2 * over_k, problem, device)]
+        parts += [Part("dx = dy w", base), _rows("dx += dyb a", 2 * over_k, problem, device, share=_SKINNY)]
     elif "dx" in gradients:
-        parts += [_skinny("dx = dyb a", over_k, problem, device), Part("dx += dy w", base)]
+        parts += [_rows("dx = dyb a", over_k, problem, device, share=_SKINNY), Part("dx += dy w", base)]
     sums = ("da", "da = dybᵀ x", over_k), ("db", "db = dyᵀ xa", over_n), ("dbias", "dbias = Σ dy", over_n)
-    return parts + [_skinny(name, elements, problem, device) for of, name, elements in sums if of in gradients]
+    return parts + [
+        _rows(name, elements, problem, device, share=_SKINNY) for of, name, elements in sums if of in gradients
+    ]
 
 
 def _around(problems: Sequence[Problem], device: DeviceSpec, has_adapters: bool = True) -> list[Part]:
@@ -265,29 +216,20 @@ def _around(problems: Sequence[Problem], device: DeviceSpec, has_adapters: bool 
         return [_rows("rows of no group zeroed", 2 * p.M * p.written, p, device)]
     S, H, I, gated = p.M, p.K, problems[1].K, p.N != problems[1].K  # noqa: E741
     sum_of_choices = S * H + S // p.choices * H
-    # act(gate), times up
-    activation = ((5 if gated else 2) * S * I, 2 if gated else 1)
+    # (elements, launches) of act(gate), times up; of dh up, act's backward, dh act(gate) and both halves of du together
+    activation, backward = ((5 * S * I, 2), (13 * S * I, 5)) if gated else ((2 * S * I, 1), (3 * S * I, 1))
     if not p.gradients:
-        return [
-            _rows("gather x", 2 * S * H, p, device),
-            _rows("activation", activation[0], p, device, activation[1]),
-            _rows("weighted sum over k", sum_of_choices, p, device),
-        ]
-    # dh up, the backward of act, dh act(gate), and both halves of du brought together
-    backward = (13 * S * I, 5) if gated else (3 * S * I, 1)
-    parts = [
-        _rows("gather dout", 2 * S * H, p, device),
-        _rows("h again", activation[0], p, device, activation[1]),
-        _rows("router gradient", 4 * S * I, p, device, 2),
-        _rows("dh times router weight", 2 * S * I, p, device),
-        _rows("activation's backward", backward[0], p, device, backward[1]),
-        _rows("sum over k of dx", sum_of_choices, p, device),
-    ]
-    return [*parts, _rows("gather x again", 2 * S * H, p, device)] if has_adapters else parts
+        steps = [("gather x", 2 * S * H, 1), ("activation", *activation), ("weighted sum over k", sum_of_choices, 1)]
+    else:
+        steps = [("gather dout", 2 * S * H, 1), ("h again", *activation), ("router gradient", 4 * S * I, 2)]
+        steps += [("dh times router weight", 2 * S * I, 1), ("activation's backward", *backward)]
+        steps += [("gather x again", 2 * S * H, 1)] if has_adapters else []
+        steps += [("sum over k of dx", sum_of_choices, 1)]
+    return [_rows(name, elements, p, device, launches) for name, elements, launches in steps]
 
 
-def _names(problems: Sequence[Problem]) -> tuple[str, ...]:
-    return ("gate_up", "down") if len(problems) == 2 else ("the layer",)
+# of projections, by how many there are
+_NAMES = {1: ("the layer",), 2: ("gate_up", "down")}
 
 
 def _grouped(problem: Problem, of: str, device: DeviceSpec, loop: bool) -> Part:
@@ -300,14 +242,16 @@ def _grouped(problem: Problem, of: str, device: DeviceSpec, loop: bool) -> Part:
     return Part(name, max(groups * _base(one, device), _bytes(problem, device)), groups)
 
 
-def frozen(problems: Sequence[Problem], device: DeviceSpec) -> tuple[Part, ...]:
+def frozen(problems: Sequence[Problem], device: DeviceSpec) -> Candidate:
     """The operator without adapters, in cuBLAS and ATen: what LoRA tax is over."""
     p = problems[0]
     if not p.is_ragged:
-        return in_a_row([Part("dx = dy w" if p.gradients else "y = x wᵀ", _base(p, device))])
-    loop = not device.features.has_grouped_mm
-    base = [_grouped(p, of, device, loop) for p, of in zip(problems, _names(problems), strict=True)]
-    return in_a_row([*_around(problems, device, has_adapters=False), *base])
+        parts = [Part("dx = dy w" if p.gradients else "y = x wᵀ", _base(p, device))]
+    else:
+        loop = not device.features.has_grouped_mm
+        parts = _around(problems, device, has_adapters=False)
+        parts += [_grouped(p, of, device, loop) for p, of in zip(problems, _NAMES[len(problems)], strict=True)]
+    return Candidate("eager", "frozen", (), in_a_row(parts))
 
 
 def aten(problems: Sequence[Problem], kernel: str, device: DeviceSpec) -> tuple[Part, ...]:
@@ -317,10 +261,10 @@ def aten(problems: Sequence[Problem], kernel: str, device: DeviceSpec) -> tuple[
     loop = kernel == "loop"
     parts = [Part("waiting for where groups end", _READ_ON_HOST)] if loop else []
     parts += _around(problems, device)
-    for p, of in zip(problems, _names(problems), strict=True):
+    for p, of in zip(problems, _NAMES[len(problems)], strict=True):
         groups, (first, second) = p.active if loop else 1, ("dyb", "dyb a") if p.gradients else ("xa", "xa b")
         parts += [
-            replace(_cast(p, device, 2), name=f"factors of {of} cast"),
+            _cast(p, device, 2, of),
             _rows(f"{first} of {of}", p.M * p.read, p, device, groups),
             _grouped(p, of, device, loop),
             _rows(f"{second} of {of}", p.M * p.written, p, device, groups),
@@ -338,12 +282,12 @@ def ragged(problems: Sequence[Problem], matmuls: Sequence[KernelConfig], device:
     """
     in_cuda = matmuls[0].form == "wgmma"
     parts = _around(problems, device) if in_cuda or len(problems) == 1 else []
-    for p, of, config in zip(problems, _names(problems), matmuls, strict=True):
-        parts += [replace(_cast(p, device, 2), name=f"factors of {of} cast")] if in_cuda else []
+    for p, of, config in zip(problems, _NAMES[len(problems)], matmuls, strict=True):
+        parts += [_cast(p, device, 2, of)] if in_cuda else []
         name = (f"dx of {of}" if p.gradients else of) + (", activation" if p.epilogue and not in_cuda else "")
-        parts.append(_skinny(f"{'dyb' if p.gradients else 'xa'} of {of}", p.M * p.read, p, device))
+        parts.append(_rows(f"{'dyb' if p.gradients else 'xa'} of {of}", p.M * p.read, p, device, share=_SKINNY))
         parts.append(Part(name, kernel_seconds(config, p, device)))
-        parts += [_skinny(f"da, db of {of}", p.M * (p.K + p.N), p, device, 2)] if p.gradients else []
+        parts += [_rows(f"da, db of {of}", p.M * (p.K + p.N), p, device, 2, _SKINNY)] if p.gradients else []
     if len(problems) == 2 and not in_cuda:
         S, H, choices = problems[0].M, problems[0].K, problems[0].choices
         parts.append(_rows("sum over k", S * H + S // choices * H, problems[0], device))

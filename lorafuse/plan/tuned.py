@@ -33,7 +33,7 @@ from lorafuse.errors import one_line
 from lorafuse.plan.devices import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["KERNELS", "Tuned", "file_name", "load", "match", "name_of", "own_file", "read", "text_of", "write"]
+__all__ = ["KERNELS", "Tuned", "file_name", "load", "match", "own_file", "read", "text_of", "write"]
 
 _TRITON = ("two_kernel", "fused_xa", "one_pass_backward", "ragged")
 # name: backend; the CUDA kernels do the same steps as Triton's, or da and db in dx's launch
@@ -149,11 +149,6 @@ class Tuned:
         whose = "by lorafuse tune" if self.own else "shipped"
         by = f"{self.date}, commit {self.commit}, {whose}"
         return f"fastest within noise when measured on {device}: {seconds * 1e6:.0f} us{where} ({by})"
-
-
-def name_of(backend: str, kernel: str) -> str:
-    """The name in `KERNELS` of a backend's kernel."""
-    return f"cuda {kernel}" if backend == "cuda" else kernel
 
 
 def file_name(model: str) -> str:
