@@ -19,7 +19,8 @@ __all__ = ["FOLDER", "tables"]
 FOLDER = Path("lorafuse") / "plan" / "measured"
 _AVAILABLE = (("eager", ""), ("triton", ""), ("cuda", ""))
 _PASSES: dict[str, tuple[str, ...]] = {"forward": (), "backward": ("dx", "da", "db")}
-# what the variants of `bench/baselines/lorafuse.py` run, by pass
+# what the variants of `bench/baselines/lorafuse.py` run, by pass. The baseline "addmm" is other work than "aten_addmm":
+# its adapters need no cast, and its backward computes xa again
 _KERNELS = {
     "lorafuse-eager": ("aten_beta1", "aten_beta1"),
     "lorafuse-addmm": ("aten_addmm", "aten_addmm"),

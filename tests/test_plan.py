@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from plan_problems import ALL, BACKWARD, HEADLINE, problems
 
-from lorafuse.plan import DEVICES, clear_cache, find, override, probe, select, tuned
+from lorafuse.plan import DEVICES, clear_cache, find, override, recognize, select, tuned
 from lorafuse.plan.config import KERNELS, KernelConfig, padded_rank
 from lorafuse.plan.configs_triton import candidates, illegal, shared_memory
 
@@ -38,7 +38,7 @@ class TestDevice:
         assert all(name in str(error.value) for name in DEVICES)
 
     def probe(self, name, capability, sms, bandwidth):
-        return probe(
+        return recognize(
             name=name, capability=capability, sms=sms, smem_per_block=1000, l2_bytes=2000, clock_hz=1.7e9,
             memory_bandwidth=bandwidth,
         )  # fmt: skip
@@ -148,16 +148,20 @@ class TestSelect:
     def test_the_least_modelled_time_wins(self):
         for problem, device in itertools.product(problems(), DEVICES.values()):
             plan = select(problem, device, ALL)
-            (chosen,) = (way for way in plan.candidates if way.kernel == plan.kernel)
-            others = [max(way.seconds, way.launch_seconds) for way in plan.candidates if way.kernel != "fused_xa"]
+            (chosen,) = (candidate for candidate in plan.candidates if candidate.kernel == plan.kernel)
+            others = [
+                max(candidate.seconds, candidate.launch_seconds)
+                for candidate in plan.candidates
+                if candidate.kernel != "fused_xa"
+            ]
             assert chosen.step_seconds == min(others)
 
     def test_reasons_name_every_way_with_its_time(self):
         plan = select(HEADLINE, find("H200"), ALL)
         assert (plan.backend, plan.kernel) == ("triton", "two_kernel")
         assert plan.reasons[0] == "cuda: no extension"
-        for way in ("eager aten_beta1: not chosen, model", "triton fused_xa: not chosen, model"):
-            assert any(reason.startswith(way) for reason in plan.reasons)
+        for candidate in ("eager aten_beta1: not chosen, model", "triton fused_xa: not chosen, model"):
+            assert any(reason.startswith(candidate) for reason in plan.reasons)
         assert plan.reasons[-1].startswith("triton: two_kernel, model")
 
     def test_small_problems_fall_back_to_eager(self):
@@ -193,7 +197,7 @@ class TestSelect:
             plan = select(HEADLINE, device, ALL)
             assert plan.kernel == "fused_xa"
             assert [(c.kernel, c.single) for c in plan.configs] == [("matmul", True)]
-            assert "asked for" in plan.reasons[-1]
+            assert "fused_xa is forced" in plan.reasons[-1]
             assert select(replace(HEADLINE, R=128), device, ALL).kernel != "fused_xa"
             with override(force_kernel="aten_beta1"):
                 assert select(HEADLINE, device, ALL).backend == "eager"
@@ -254,13 +258,13 @@ class TestTuned:
         assert "when measured on" not in select(replace(HEADLINE, gradients=("db",)), device, ALL).reasons[-1]
 
     @pytest.mark.parametrize(
-        ("change", "said"),
+        ("change", "message"),
         [({"M": [5, 1]}, r"M is \[5, 1\]"), ({"kernel": "fastest"}, "kernel is 'fastest'"),
          ({"N": "many"}, "N is 'many'"), ({"speed": 1}, "it has the fields")],
     )  # fmt: skip
-    def test_a_broken_entry_is_named(self, file, change, said):
+    def test_a_broken_entry_is_named(self, file, change, message):
         file({"version": 1, "entries": [self.ENTRY, self.ENTRY | change]})
-        with pytest.warns(UserWarning, match=rf"h200\.json: entry 1.*{said}"):
+        with pytest.warns(UserWarning, match=rf"h200\.json: entry 1.*{message}"):
             plan = select(HEADLINE, find("H200"), ALL)
         assert "when measured on" not in plan.reasons[-1]
 

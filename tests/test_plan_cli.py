@@ -35,9 +35,9 @@ def test_it_prints_the_planners_choice(gpu, capsys):
     for reason in plan.reasons:
         assert f"why: {reason}" in out
     assert f"{'frozen':<28}{cost.frozen((problem,), find(gpu)).seconds * 1e6:9.1f} us (model)" in out
-    for way in plan.candidates:
-        # the time of a way of one part stands in its own line
-        for part in way.parts if len(way.parts) > 1 else ():
+    for candidate in plan.candidates:
+        # the time of a candidate of one part stands in its own line
+        for part in candidate.parts if len(candidate.parts) > 1 else ():
             assert f"{part.name:<25}{part.seconds * 1e6:9.1f} us (model)" in out
     assert "backward: " in out
     assert re.search(r"this plan +\d+\.\d% +\(model\)", out)
@@ -52,8 +52,8 @@ def test_json_holds_the_same(capsys):
     (problem,) = forward["problems"]
     assert problem["dropout"] is True
     assert problem["bias"] is True
-    for way in (*forward["candidates"].values(), forward["frozen"]):
-        assert way["model_us"] == pytest.approx(sum(part["model_us"] for part in way["parts"]))
+    for candidate in (*forward["candidates"].values(), forward["frozen"]):
+        assert candidate["model_us"] == pytest.approx(sum(part["model_us"] for part in candidate["parts"]))
     assert found["lora_tax_model"] > 0
 
 
@@ -65,7 +65,7 @@ def test_a_case_by_name_and_forward_alone(capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--gpu", "H20", "--shape", "1,2,3"], "did you mean H200"),
         (["--gpu", "H200", "--shape", "1,2"], "--shape 8192,4096,4096"),
@@ -75,10 +75,10 @@ def test_a_case_by_name_and_forward_alone(capsys):
         (["--gpu", "H200", "--case", "llama"], "case 'llama' is not known"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(argv, said, capsys):
+def test_bad_input_is_one_line_and_status_2(argv, message, capsys):
     assert cli.main(["plan", *argv]) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert error.count("\n") == 1
 
 

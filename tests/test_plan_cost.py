@@ -47,7 +47,7 @@ class TestCost:
         assert found * 1e6 == pytest.approx(backward, rel=0.01)
 
     def test_it_says_what_was_measured(self):
-        """Within 8 % of the committed medians of an H200, forward and backward of every way that it knows."""
+        """Within 8 % of the committed medians of an H200, forward and backward of every candidate."""
         (result,) = (r for r in json.loads(MEASURED.read_text())["results"] if r["case"] == "llama-3.1-8b.q")
         assert all(result[key] == getattr(HEADLINE, key) for key in ("M", "N", "K", "R", "dtype"))
         every = (*ALL, ("cuda", ""))
@@ -55,8 +55,10 @@ class TestCost:
             problem, device = replace(HEADLINE, gradients=gradients), find("H200")
             # what has run on no GPU yet is not in the file
             candidates = select(problem, device, every).candidates
-            ways = [w for w in candidates if w.kernel not in ("concurrent_backward", "aten_addmm")]
-            fastest = {name: min(w.seconds for w in ways if w.backend == name) for name in ("eager", "triton", "cuda")}
+            candidates = [w for w in candidates if w.kernel not in ("concurrent_backward", "aten_addmm")]
+            fastest = {
+                name: min(w.seconds for w in candidates if w.backend == name) for name in ("eager", "triton", "cuda")
+            }
             modelled = {
                 "frozen": frozen(problem, device),
                 "lorafuse-eager": fastest["eager"],
@@ -70,8 +72,8 @@ class TestCost:
         """A pass over x at 0.7 of a copy's bandwidth, 2 us between, and a main loop at 0.94 of cuBLAS."""
         plan = select(HEADLINE, find("H200"), ALL)
         assert plan.kernel == "two_kernel"
-        (way,) = (w for w in plan.candidates if w.kernel == plan.kernel)
-        assert way.seconds * 1e6 == pytest.approx(15.7 / 0.7 + 2 + 347.9 * (1 + 16 / 4096) / 0.94, rel=0.01)
+        (candidate,) = (w for w in plan.candidates if w.kernel == plan.kernel)
+        assert candidate.seconds * 1e6 == pytest.approx(15.7 / 0.7 + 2 + 347.9 * (1 + 16 / 4096) / 0.94, rel=0.01)
 
     @pytest.mark.parametrize("gradients", [(), BACKWARD])
     @pytest.mark.parametrize("device", DEVICES)
@@ -87,8 +89,8 @@ class TestCost:
         for problem, device in itertools.product(problems(), DEVICES.values()):
             if "dx" in problem.gradients or not problem.gradients:
                 base = frozen(problem, device)
-                for way in select(problem, device, ALL).candidates:
-                    assert way.seconds >= base * 0.999, (problem, device.name, way.kernel)
+                for candidate in select(problem, device, ALL).candidates:
+                    assert candidate.seconds >= base * 0.999, (problem, device.name, candidate.kernel)
 
     def seconds(self, kernel, problem, device, **config):
         """Of a 128x128 configuration of a kernel."""

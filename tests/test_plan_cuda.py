@@ -16,8 +16,12 @@ HOPPER = ("H100", "H200")
 DX = replace(HEADLINE, gradients=BACKWARD)
 
 
-def ways(problem, device):
-    return {way.kernel: way for way in select(problem, device, EVERY).candidates if way.backend == "cuda"}
+def candidates(problem, device):
+    return {
+        candidate.kernel: candidate
+        for candidate in select(problem, device, EVERY).candidates
+        if candidate.backend == "cuda"
+    }
 
 
 class TestLegal:
@@ -26,9 +30,9 @@ class TestLegal:
             reason = configs_cuda.refusal(problem, device)
             plan = select(problem, device, EVERY)
             assert bool(reason) == (f"cuda: {reason}" in plan.reasons)
-            assert bool(reason) != bool(ways(problem, device))
-            for way in ways(problem, device).values():
-                for config in way.configs[0]:
+            assert bool(reason) != bool(candidates(problem, device))
+            for candidate in candidates(problem, device).values():
+                for config in candidate.configs[0]:
                     assert config.form == "mma" or configs_cuda.illegal(config, problem, device) == ""
 
     @pytest.mark.parametrize(
@@ -75,16 +79,16 @@ class TestLegal:
 class TestCost:
     def test_a_main_loop_like_cublas(self):
         """A read of x for xa, at 0.7 of a copy's rate; cuBLAS's time for R more columns of x; a gap of 2 us."""
-        found = ways(HEADLINE, find("H200"))["two_kernel"]
+        found = candidates(HEADLINE, find("H200"))["two_kernel"]
         assert found.seconds * 1e6 == pytest.approx(15.6 / 0.7 + 2 + 347.9 * (1 + 16 / 4096), rel=0.005)
 
     def test_one_launch_costs_more_than_the_read_of_x(self):
         """As measured, 410 us against 394, of which 2 were b's own launch."""
-        found = ways(HEADLINE, find("H200"))
+        found = candidates(HEADLINE, find("H200"))
         assert found["fused_xa"].seconds - found["two_kernel"].seconds == pytest.approx(18e-6, rel=0.05)
 
     def test_a_backward_pass_reads_dy_once_beside_the_product(self):
-        found = ways(replace(HEADLINE, gradients=BACKWARD), find("H200"))["one_pass_backward"]
+        found = candidates(replace(HEADLINE, gradients=BACKWARD), find("H200"))["one_pass_backward"]
         names = [part.name for part in found.parts]
         assert names == ["dyb, db from one read of dy, a rounded", "dx = dy w + dyb a", "da = dybᵀ x", "launch gaps"]
         assert [c.kernel for c in found.configs[0]] == ["project_outer", "matmul", "outer"]
@@ -95,7 +99,7 @@ class TestCost:
         backward, device = replace(HEADLINE, gradients=BACKWARD), find("H200")
 
         def found(**change):
-            return ways(replace(backward, **change), device)["concurrent_backward"]
+            return candidates(replace(backward, **change), device)["concurrent_backward"]
 
         monkeypatch.setattr(configs_cuda, "CONCURRENT", configs_cuda.CONCURRENT[:1])
         clear_cache()
@@ -111,11 +115,11 @@ class TestCost:
         assert [c.kernel for c in found(K=14336).configs[0]] == ["project", "matmul"]
         assert [c.kernel for c in found(gradients=(*BACKWARD, "dbias")).configs[0]] == ["project_outer", "matmul"]
         for change in ({"R": 65}, {"dropout": True}, {"gradients": ("dx",)}, {"gradients": ("dx", "db", "dbias")}):
-            assert set(ways(replace(backward, **change), device)) == {"one_pass_backward"}
+            assert set(candidates(replace(backward, **change), device)) == {"one_pass_backward"}
 
     def test_clusters_where_l2_would_be_the_limit(self):
         """Blocks that share w; not where the second would have no rows."""
-        config = {M: ways(replace(HEADLINE, M=M), find("H200"))["two_kernel"].configs[0][1] for M in (100, 8192)}
+        config = {M: candidates(replace(HEADLINE, M=M), find("H200"))["two_kernel"].configs[0][1] for M in (100, 8192)}
         assert (config[8192].block_n, config[8192].cluster) == (256, 2)
         assert config[100].cluster == 1
 
@@ -124,17 +128,21 @@ class TestCost:
         for problem, name in itertools.product(problems(), HOPPER):
             problem, device = replace(problem, gradients=gradients), find(name)
             base = cost.frozen((problem,), device).seconds
-            for way in ways(problem, device).values():
-                assert way.seconds >= base * 0.999, (problem, name, way.kernel)
+            for candidate in candidates(problem, device).values():
+                assert candidate.seconds >= base * 0.999, (problem, name, candidate.kernel)
 
 
 class TestSelect:
     def test_the_least_modelled_time_wins_but_not_in_one_launch(self):
         for problem, device in itertools.product(problems(), DEVICES.values()):
             plan = select(problem, device, EVERY)
-            plain = [way for way in plan.candidates if way.kernel not in ("fused_xa", "concurrent_backward")]
+            plain = [
+                candidate
+                for candidate in plan.candidates
+                if candidate.kernel not in ("fused_xa", "concurrent_backward")
+            ]
             assert plan.kernel not in ("fused_xa", "concurrent_backward")
-            best = min(plain, key=lambda way: max(way.seconds, way.launch_seconds))
+            best = min(plain, key=lambda candidate: max(candidate.seconds, candidate.launch_seconds))
             assert (plan.backend, plan.kernel) == (best.backend, best.kernel)
         assert select(HEADLINE, find("H200"), EVERY).backend == "cuda"
         assert select(replace(HEADLINE, gradients=BACKWARD), find("H200"), EVERY).backend == "cuda"

@@ -10,7 +10,7 @@ from experts_reference import block, differentiated, fused
 from plan_problems import BACKWARD, experts, grouped
 
 from lorafuse import cli
-from lorafuse.backends import base
+from lorafuse.backends import base, probe
 from lorafuse.functional import lora_grouped_linear, plan_experts
 from lorafuse.ops import experts as ops
 from lorafuse.plan import DEVICES, Plan, Problem, cost, find, override, select
@@ -85,7 +85,7 @@ class TestChoice:
         assert plan.kernel == min((k for k in seconds if k != "loop"), key=seconds.__getitem__)
         reasons = [reason for reason in plan.reasons if reason.startswith("eager loop")]
         assert len(reasons) == 1
-        assert "waits for the device" in reasons[0]
+        assert "waits until the host has read" in reasons[0]
         assert plan.reasons[-1].startswith(f"{plan.backend}: {plan.kernel}")
         assert bool(plan.configs) is (plan.backend == "triton")
 
@@ -218,6 +218,11 @@ class TestWhatItIsTold:
         up, down = torch.zeros(2, 16, 2 * inner).bfloat16(), torch.zeros(2, inner, 16).bfloat16()
         plan_experts(x, index, up, down, is_transposed=True)
         assert {problem.aligned for problem in told[0]} == {aligned}
+
+    def test_one_matrix_for_all_groups_has_no_descriptor(self):
+        x, w = torch.zeros(3, 16).bfloat16(), torch.zeros(1, 8, 16).bfloat16()
+        for weights, aligned in ((w, True), (w.repeat(4, 1, 1), True), (w.expand(4, 8, 16), False)):
+            assert probe.grouped_problem(x, weights, None, False, False).aligned is aligned
 
     def test_a_cpu(self):
         o, _ = block()

@@ -119,7 +119,7 @@ class TestFile:
         assert tuned.read(path) == before
 
     @pytest.mark.parametrize(
-        ("text", "said"),
+        ("text", "message"),
         [
             ("{", "Expecting"),
             ("[]", '"version": 3'),
@@ -129,14 +129,14 @@ class TestFile:
             ('{"version": 2, "entries": [{}]}', "entry 0: it has the fields"),
         ],
     )
-    def test_a_broken_file_of_the_user_says_which_and_how_to_get_rid_of_it(self, folders, text, said):
+    def test_a_broken_file_of_the_user_says_which_and_how_to_get_rid_of_it(self, folders, text, message):
         path = tuned.own_file("H200")
         path.parent.mkdir(parents=True)
         path.write_text(text)
-        message = warned()
-        assert f": {path}: " in message
-        assert said in message
-        assert message.endswith("; delete it, and measure again with lorafuse tune")
+        shown = warned()
+        assert f": {path}: " in shown
+        assert message in shown
+        assert shown.endswith("; delete it, and measure again with lorafuse tune")
 
     @pytest.mark.parametrize("point", [[1024, 16], [0, 16, 1e-5], [1024, 16, "fast"], 7])
     def test_a_broken_point_is_named(self, folders, point):
@@ -175,7 +175,7 @@ class TestPrecedence:
 
     def test_the_model_alone_takes_no_single_kernel(self):
         plan = select(HEADLINE, H200, (*ALL[:2], ("cuda", "")))
-        assert {way.backend for way in plan.candidates} == {"eager", "triton", "cuda"}
+        assert {candidate.backend for candidate in plan.candidates} == {"eager", "triton", "cuda"}
         assert modelled(plan.candidates).kernel == "two_kernel"
         assert modelled(plan.candidates).backend == "cuda"
 

@@ -1,4 +1,4 @@
-"""What the planner is told of the machine and of a call's operands."""
+"""From the machine and a call's operands to what the planner decides by."""
 
 import math
 from functools import cache, lru_cache
@@ -6,7 +6,7 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from lorafuse.plan import DeviceSpec, Problem, no_grouped_mm, probe
+from lorafuse.plan import DeviceSpec, Problem, no_grouped_mm, recognize
 
 __all__ = ["device_spec", "experts_problems", "grouped_problem", "linear_problem", "runs_grouped_mm"]
 
@@ -22,14 +22,14 @@ def device_spec(device: torch.device) -> DeviceSpec | None:
     # not at the top: without Triton there is no kernel to plan for
     from triton.runtime import driver
 
-    found = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(device)
     rates = driver.active.utils.get_device_properties(device.index or 0)
-    return probe(
-        name=found.name,
-        capability=(found.major, found.minor),
-        sms=found.multi_processor_count,
+    return recognize(
+        name=properties.name,
+        capability=(properties.major, properties.minor),
+        sms=properties.multi_processor_count,
         smem_per_block=rates["max_shared_mem"],
-        l2_bytes=found.L2_cache_size,
+        l2_bytes=properties.L2_cache_size,
         clock_hz=rates["sm_clock_rate"] * 1e3,
         # kHz and bits; two transfers a clock
         memory_bandwidth=2 * rates["mem_clock_rate"] * 1e3 * rates["mem_bus_width"] / 8,
@@ -47,7 +47,7 @@ def linear_problem(
     return _problem(tokens, N, K, a.shape[0], x.dtype, a.dtype, bias, dropout, gradients, aligned, wide, format=format)
 
 
-# every call of a layer asks, and making one takes as long as a launch
+# every call of a layer needs one, and making it takes as long as a launch
 @lru_cache(maxsize=4096)
 def _problem(
     M: int, N: int, K: int, R: int, dtype: torch.dtype, adapter_dtype: torch.dtype, bias: bool, dropout: bool,
@@ -64,7 +64,7 @@ def grouped_problem(
     x: Tensor, w: Tensor, a: Tensor | None, transposed: bool, backward: bool, format: str = "dense"
 ) -> Problem:
     """The problem of a grouped linear layer: x `[S, K]` or dy `[S, N]`, w `[E, N, K]` or transposed, a `[E, R, K]`."""
-    return _ragged(x, x.shape[0], w, a, transposed, backward, _weights_are_aligned(w), format=format)
+    return _ragged(x, x.shape[0], w, a, transposed, backward, _fit_descriptors(w), format=format)
 
 
 def experts_problems(
@@ -77,14 +77,12 @@ def experts_problems(
     `gated` says whether the activation multiplies gate and up; None is an activation that no epilogue computes.
     """
     epilogue = "" if gated is None else "gated" if gated else "activation"
-    aligned = _weights_are_aligned(up, down)
-    if gated:
-        # halves of gate_up are read apart
-        aligned = aligned and up.shape[2 if transposed else 1] // 2 * up.element_size() % 16 == 0
-    rows, epilogues = x.shape[0] * k, ("", epilogue) if backward else (epilogue, "")
+    # where gate and up are read apart, each starts on a boundary if the rows of down do
+    aligned, rows = _fit_descriptors(up, down), x.shape[0] * k
+    of_up, of_down = ("", epilogue) if backward else (epilogue, "")
     return (
-        _ragged(x, rows, up, up_a, transposed, backward, aligned, k, epilogues[0], format),
-        _ragged(x, rows, down, down_a, transposed, backward, aligned, k, epilogues[1], format),
+        _ragged(x, rows, up, up_a, transposed, backward, aligned, k, of_up, format),
+        _ragged(x, rows, down, down_a, transposed, backward, aligned, k, of_down, format),
     )
 
 
@@ -95,10 +93,10 @@ def _ragged(
     E, *sizes = w.shape
     N, K = reversed(sizes) if transposed else sizes
     rank, adapter = (1, x.dtype) if a is None else (a.shape[1], a.dtype)
-    gradients = _GRADIENTS if backward else ()
     return _problem(
-        rows, N, K, rank, x.dtype, adapter, False, False, gradients, aligned, False, E, True, choices, format, epilogue
-    )
+        rows, N, K, rank, x.dtype, adapter, bias=False, dropout=False, gradients=_GRADIENTS if backward else (),
+        aligned=aligned, wide=False, groups=E, is_ragged=True, choices=choices, format=format, epilogue=epilogue,
+    )  # fmt: skip
 
 
 def runs_grouped_mm(x: Tensor, *weights: Tensor) -> bool:
@@ -129,6 +127,11 @@ def _weights_are_aligned(*weights: Tensor) -> bool:
         if not sizes or rows.stride(2) != 1 or rows.stride(1) < rows.shape[2] or not _rows_are_aligned(rows):
             return False
     return True
+
+
+def _fit_descriptors(*weights: Tensor) -> bool:
+    """The same of stacks that a tensor descriptor can describe: none whose matrices are one, with a stride of 0."""
+    return _weights_are_aligned(*weights) and all(w.stride(0) > 0 for w in weights)
 
 
 def _rows_are_aligned(t: Tensor) -> bool:

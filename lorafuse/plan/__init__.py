@@ -3,7 +3,7 @@
 from lorafuse.plan.candidate import Candidate
 from lorafuse.plan.choose import Plan, clear_cache, modelled, no_grouped_mm, override, select
 from lorafuse.plan.config import KernelConfig
-from lorafuse.plan.devices import DEVICES, DeviceSpec, find, probe
+from lorafuse.plan.devices import DEVICES, DeviceSpec, find, recognize
 from lorafuse.plan.problem import Problem
 
 __all__ = [
@@ -18,6 +18,6 @@ __all__ = [
     "modelled",
     "no_grouped_mm",
     "override",
-    "probe",
+    "recognize",
     "select",
 ]

@@ -49,9 +49,9 @@ class Plan:
 # what the kernels of every backend but eager need
 _OLDEST_ARCH = 80
 _DTYPES = ("bfloat16", "float16", "float32")
-# chosen only where they were measured to be the fastest, or forced. Blocks that wait for others of their launch never
-# were on an H200; sums concurrent with dx have run on no GPU; the grouped CUDA kernel took 5.6 ms where Triton's took
-# 3.2. The next kernels of groups and of Blackwell are built on them.
+# chosen only where a measurement says so, or forced. xa in the matmul's launch was never the fastest on an H200, sums
+# concurrent with dx have run on no GPU, and the grouped CUDA kernel took 5.6 ms where Triton's took 3.2. They are kept
+# because one launch each way and faster experts are built on them.
 _MEASURED_FIRST = ("fused_xa", "cuda fused_xa", "cuda concurrent_backward", "cuda ragged")
 # torch starts a thread for each group of grouped_mm, in one block
 _MOST_GROUPS = 1023
@@ -119,7 +119,7 @@ def clear_cache() -> None:
 
 def modelled(candidates: Sequence[Candidate]) -> Candidate:
     """The one of a plan's candidates that the model takes where there is no measurement."""
-    # a loop over groups waits for the device to say where they end
+    # a loop over groups waits until the host has read where they end
     able = [c for c in candidates if c.name not in _MEASURED_FIRST and c.kernel != "loop"]
     return min(able or candidates, key=lambda c: c.step_seconds)
 
@@ -151,7 +151,7 @@ def _select(
     chosen, why = _choose(candidates, operator, device, given)
     for one in candidates:
         if one is not chosen and one.seconds:
-            waits = ", waits for the device to say where groups end" if one.kernel == "loop" else ""
+            waits = ", waits until the host has read where groups end" if one.kernel == "loop" else ""
             reasons.append(f"{one.backend} {one.kernel}: not chosen, {_model(one)}{waits}")
     reasons.append(f"{chosen.backend}: {why}")
     plan = Plan(chosen.backend, chosen.kernel, sum(chosen.configs, ()), tuple(reasons), tuple(candidates))
@@ -226,7 +226,7 @@ def _choose(
     # of several backends with such a kernel the one whose name it is comes first
     forced = by_name.get(given.kernel) or next((one for one in candidates if one.kernel == given.kernel), None)
     if forced:
-        return forced, f"{given.kernel} was asked for"
+        return forced, f"{given.kernel} is forced"
     if device and len(operator) == 1:
         entry = tuned.match(operator[0], device, by_name, entries=given.measured)
         if entry:

@@ -25,7 +25,7 @@ _BLOCK_M, _BLOCK_K = 128, 64
 # a producer's warpgroup and two that multiply
 _WARPS = 12
 _MAX_SINGLE_R = 64
-# shared memory beside the ring and the tile that is stored: barriers, and what alignment to 1024 bytes may cost
+# shared memory next to the ring and the tile that is stored: barriers, and what alignment to 1024 bytes may cost
 _SHARED_REST = 2048
 # (block_n, stages, cluster); two stages of 256 columns would fit twice, three are what hides the loads (published
 # ablations of Hopper kernels; not measured here)
@@ -120,14 +120,11 @@ def operator_candidates(operator: Sequence[Problem], device: DeviceSpec, tiles: 
 
 def _forward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Candidate]:
     round_a, round_b = _roundings(problem, device)
-    xa, two, one = (
-        _skinny("project", problem, device),
-        *(_best(problem, device, tiles, single) for single in (False, True)),
-    )
+    xa = _skinny("project", problem, device)
+    two, one = (_best(problem, device, tiles, single) for single in (False, True))
     assert two is not None
-    yield _candidate(
-        "two_kernel", (xa, two), [_with(cost.step(xa, problem, device), round_b), cost.step(two, problem, device)]
-    )
+    parts = [_with(cost.step(xa, problem, device), round_b), cost.step(two, problem, device)]
+    yield _candidate("two_kernel", (xa, two), parts)
     if one is not None:
         yield _candidate("fused_xa", (one,), [round_a, round_b, cost.step(one, problem, device)])
 
@@ -151,15 +148,15 @@ def _concurrent(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator
     """Those that sum da, or da and db, in dx's launch."""
     round_a, round_b = _roundings(problem, device)
     for first, sums in CONCURRENT:
-        beside = tuple(name for name in sums if name in problem.gradients)
+        concurrent = tuple(name for name in sums if name in problem.gradients)
         # dbias takes a pass over dy, and db comes with it
-        if not beside or "dx" not in problem.gradients or (first == "project" and "dbias" in problem.gradients):
+        if not concurrent or "dx" not in problem.gradients or (first == "project" and "dbias" in problem.gradients):
             continue
-        alone = replace(problem, gradients=("dx", *beside))
+        alone = replace(problem, gradients=("dx", *concurrent))
         dx = _best(alone, device, tiles, blocks=sum_blocks(problem, device))
         if dx is not None:
             before, product = _skinny(first, problem, device), cost.step(dx, alone, device)
-            product = replace(product, name=f"{product.name}, {' and '.join(beside)} concurrent")
+            product = replace(product, name=f"{product.name}, {' and '.join(concurrent)} concurrent")
             parts = [_with(cost.step(before, problem, device), round_a), product]
             yield _candidate("concurrent_backward", (before, dx), [round_b, *parts] if first == "project" else parts)
 

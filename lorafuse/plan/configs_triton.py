@@ -39,7 +39,7 @@ _RAGGED_POINTER = ((128, 128, 64, 3, 8), (128, 128, 32, 4, 8), (64, 128, 64, 3, 
 _RAGGED_SHORT = ((32, 64, 64, 3, 4), (16, 64, 64, 3, 4))
 _RAGGED_MISALIGNED = ((32, 64, 32, 3, 8), (16, 64, 32, 3, 4))
 _RAGGED_FP32 = ((32, 64, 32, 2, 8), (16, 64, 32, 2, 8))
-# ranks that a matmul takes at a time: at 64 the tiles of a and b no longer fit beside the pipeline's buffers
+# ranks that a matmul takes at a time: at 64 the tiles of a and b no longer fit next to the pipeline's buffers
 _MAX_BLOCK_R = 32
 # a matmul that computes xa too walks x for all ranks at once, in the registers of one tile
 _MAX_SINGLE_R = 64
@@ -64,7 +64,7 @@ def shared_memory(config: KernelConfig, problem: Problem) -> int:
             # du of gate and up; pointers leave the pipeline's buffers to it
             staging = 2 * c.block_m * c.block_n * itemsize
         pipeline = c.stages * (c.block_m + c.block_n) * c.block_k * itemsize
-        # tiles of the ranks take the place of the pipeline's buffers, or lie beside those that pointers fill
+        # tiles of the ranks take the place of the pipeline's buffers, or lie next to those that pointers fill
         tiles = (max(pipeline, 2 * ranks) if c.form == "tma" else pipeline + 2 * ranks) + staging + 1024
         if c.single:
             xa = shared_memory(replace(c, kernel="project", block_r=_MAX_SINGLE_R), problem)
@@ -95,7 +95,7 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
     if c.single and (device.arch < 90 or problem.R > _MAX_SINGLE_R or problem.itemsize != 2 or problem.is_misaligned):
         return f"xa within the matmul needs sm_90, R <= {_MAX_SINGLE_R}, a 16-bit dtype and rows on 16-byte boundaries"
     if c.single and problem.dropout:
-        return "drawing the mask makes the xa items of a matmul too long to fit beside its tiles"
+        return "drawing the mask makes the xa items of a matmul too long to fit next to its tiles"
     is_matmul = c.kernel == "matmul"
     accumulators = c.block_m * c.block_n if is_matmul else max(c.block_m, c.block_n) * c.block_r
     if is_matmul and problem.gradients and problem.dropout:

@@ -7,7 +7,7 @@ import difflib
 import re
 from dataclasses import dataclass, fields, replace
 
-__all__ = ["DEVICES", "DeviceSpec", "features", "find", "probe"]
+__all__ = ["DEVICES", "DeviceSpec", "features", "find", "recognize"]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def find(name: str) -> DeviceSpec:
     raise ValueError(f"GPU {name!r} is not known{hint} The known ones: {', '.join(DEVICES)}")
 
 
-def probe(
+def recognize(
     *,
     name: str,
     capability: tuple[int, int],
@@ -147,8 +147,7 @@ def probe(
     """
     arch = capability[0] * 10 + capability[1]
     for known in DEVICES.values():
-        # "NVIDIA H100 80GB HBM3" is the H100; the SMs of a laptop's or a partition, and the memory of a PCIe board, say
-        # that it is something else
+        # "NVIDIA H100 80GB HBM3" is the H100; a laptop's GPU or a partition has fewer SMs, a PCIe board less bandwidth
         alike = 0.8 <= sms / known.sms <= 1.1 and 0.85 <= memory_bandwidth / known.hbm_bandwidth <= 1.15
         if _plain(name).startswith(_plain(known.name)) and alike:
             return replace(known, name=name, sms=sms, smem_per_block=smem_per_block, l2_bytes=l2_bytes)

@@ -1,7 +1,7 @@
-"""From measured points to the ranges of M and R that they speak for.
+"""From measured points to the ranges of M and R that they apply to.
 
 Between two neighbours of one winner it wins too; between two of different winners each has its side of their geometric
-mean, since costs go by ratios of sizes. Nothing is said below the least and above the largest measured size.
+mean, since costs go by ratios of sizes. No range holds sizes below the least or above the largest measured one.
 """
 
 import math
