@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 from plan_problems import ALL, BACKWARD, HEADLINE, problems
 
+from lorafuse import formats
 from lorafuse.plan import DEVICES, clear_cache, find, override, recognize, select, tuned
 from lorafuse.plan.config import KERNELS, KernelConfig, padded_rank
 from lorafuse.plan.configs_triton import candidates, illegal, shared_memory
@@ -182,6 +183,12 @@ class TestSelect:
         assert plan.backend == "eager"
         assert reason in plan.reasons
 
+    def test_a_row_of_formats_is_all_that_a_format_needs(self, monkeypatch):
+        monkeypatch.setitem(formats.FORMATS, "nf4", "lorafuse.formats.nf4")
+        plan = select(replace(HEADLINE, format="nf4"), find("H200"), (*ALL[:2], ("cuda", "")))
+        assert plan.kernel == "two_kernel"
+        assert "cuda: its kernels read dense weights, not nf4" in plan.reasons
+
     def test_off_gpus(self):
         plan = select(HEADLINE, None, ALL)
         assert plan.backend == "eager"
@@ -242,7 +249,7 @@ class TestTuned:
     @pytest.mark.parametrize(
         "change",
         [{"M": 512}, {"M": 20000}, {"R": 17}, {"N": 4104}, {"dtype": "float16"}, {"dropout": True},
-         {"gradients": ("dx",)}, {"aligned": False}],
+         {"gradients": ("dx",)}, {"aligned": False}, {"format": "nf4"}],
     )  # fmt: skip
     def test_it_speaks_for_its_own_problems_only(self, file, change):
         # eager can run every one of them, and the model would take it for none

@@ -119,6 +119,24 @@ class TestFile:
         assert tuned.read(path) == before
 
     @pytest.mark.parametrize(
+        ("former", "name"),
+        [
+            ("single_kernel", "fused_xa"),
+            ("cuda single_kernel", "cuda fused_xa"),
+            ("cuda one_launch_backward", "cuda concurrent_backward"),
+        ],
+    )
+    def test_version_2_is_read_with_its_names(self, folders, former, name):
+        path = folders / "h200.json"
+        tuned.write(path, (replace(ENTRY, kernel=name),))
+        content = json.loads(path.read_text())
+        (entry,) = content["entries"]
+        del entry["format"], entry["groups"]
+        entry["kernel"] = former
+        path.write_text(json.dumps(content | {"version": 2}))
+        assert tuned.read(path) == (replace(ENTRY, kernel=name),)
+
+    @pytest.mark.parametrize(
         ("text", "message"),
         [
             ("{", "Expecting"),
