@@ -1,4 +1,4 @@
-"""Say how lorafuse would run a layer with LoRA on a GPU, and why: candidates, the time of each part, what others cost.
+"""Say how lorafuse would run a layer with LoRA on a GPU, and why: candidates, the time of each part, the frozen layer.
 
 Nothing runs. Every time comes from the cost model of lorafuse.plan and says "model"; no GPU is needed with --gpu.
 """

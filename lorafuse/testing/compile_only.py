@@ -46,9 +46,7 @@ TARGETS = {
     # no plan is made for AMD GPUs; this keeps the kernels' source compilable for them, aligned problems only
     "gfx942": (GPUTarget("hip", "gfx942", 64), 89),
 }
-# of the main loop of grouped layers: y and dx; an activation and its backward, of gate and up in halves (their weights
-# as nn.Linear stores them, or transposed), in pairs of transposed weights as gpt-oss has them, and without a gate
-# (kernel, configuration, whether it is one of backward)
+# (kernel, its configuration, whether it is one of backward)
 _DENSE = (
     ("xa", "project", False), ("fwd", "matmul", False), ("dyb_db", "project_outer", True), ("reduce", "reduce", True),
     ("dx", "matmul", True), ("da", "outer", True),
@@ -58,6 +56,8 @@ _RAGGED = (
     ("project", "project", False), ("outer", "outer", True),
 )  # fmt: skip
 _BACKWARD = {kernel for kernel, _, backward in (*_DENSE, *_RAGGED) if backward}
+# of the main loop of grouped layers: y and dx; an activation and its backward, of gate and up in halves (their weights
+# as nn.Linear stores them, or transposed), in pairs of transposed weights as gpt-oss has them, and without a gate
 _LAYOUTS = ("halves", "transposed", "pairs", "ungated")
 EPILOGUES = {"ragged": ("y", "dx"), "ragged_act": _LAYOUTS, "ragged_act_backward": _LAYOUTS}
 # matrix instructions by what each architecture calls them
