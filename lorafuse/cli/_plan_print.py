@@ -1,4 +1,4 @@
-"""What `lorafuse plan` prints, of a linear layer and of experts alike: every candidate with its parts, the choice, why."""
+"""What `lorafuse plan` prints of a linear layer or of experts: every candidate with its parts, the choice, why."""
 
 import json
 from collections.abc import Iterator, Mapping
