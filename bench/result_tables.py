@@ -6,8 +6,6 @@ from typing import Any
 
 from lorafuse.bench.result import with_adapters
 from lorafuse.plan import Problem, cost, find, select
-from lorafuse.plan.experts import WAYS, ExpertsProblem
-from lorafuse.plan.tuned import name_of
 
 # labels of files before version 2, which have none
 LABELS = {
@@ -19,14 +17,13 @@ LABELS = {
     "split": "split grouped GEMM",
     "lorafuse": "lorafuse",
 }
+_GRADIENTS = ("dx", "da", "db")
 _SIZES = ("M", "E", "k", "H", "I", "N", "K", "R", "routing", "dtype")
 _CONDITIONS = ("device", "threads", "cuda", "power limit", "torch", "peft", "date", "commit")
 # the model's GPU; its rows, by the variants that measure them
 _GPU = "H200"
 _MEASURED_AS = {
     "frozen": "frozen",
-    "addmm_": "addmm",
-    "PEFT, bf16 adapters": "peft-half",
     "lorafuse, eager": "lorafuse-eager",
     "lorafuse, Triton": "lorafuse-triton",
     "lorafuse, CUDA": "lorafuse",
@@ -36,13 +33,8 @@ _KERNELS = {
     "lorafuse, Triton": ("two_kernel", "one_pass_backward"),
     "lorafuse, CUDA": ("cuda two_kernel", "cuda one_pass_backward"),
 }
-_EXPERTS_AS = {
-    "frozen": "frozen",
-    "full fine-tuning": "full",
-    "PEFT as shipped": "peft",
-    "split grouped_mm": "split",
-    "lorafuse, Triton": "lorafuse",
-}
+_EXPERTS_KERNELS = {"lorafuse, eager": ("grouped_mm", "grouped_mm"), "lorafuse, Triton": ("ragged", "ragged")}
+_EXPERTS_AS = {"frozen": "frozen", "lorafuse, Triton": "lorafuse"}
 
 Content = dict[str, Any]
 Result = dict[str, Any]
@@ -311,24 +303,31 @@ def demo_steps(content: Content) -> str:
 
 def layers_model(contents: list[Content], absent: str) -> str:
     """What the model says of one layer on an H200, and what was measured of it on one, or `absent`."""
-    device, forward = find(_GPU), Problem(8192, 4096, 4096, 16, "bfloat16", "float32")
-    problems = forward, replace(forward, gradients=("dx", "da", "db"))
-    plans = [select(problem, device, tuple((name, "") for name in ("eager", "triton", "cuda"))) for problem in problems]
-    ways = [{name_of(way.backend, way.kernel): way.seconds for way in plan.candidates} for plan in plans]
-    rows = {name: [cost.total(way(problem, device)) for problem in problems] for name, way in cost.BASELINES.items()}
-    for name, kernels in _KERNELS.items():
-        rows[name] = [way[kernel] for way, kernel in zip(ways, kernels, strict=True)]
+    forward = Problem(8192, 4096, 4096, 16, "bfloat16", "float32")
+    rows = _modelled([(forward,), (replace(forward, gradients=_GRADIENTS),)], _KERNELS)
     wanted = {"M": forward.M, "N": forward.N, "K": forward.K, "R": forward.R, "dtype": forward.dtype}
-    measured = _measured(contents, "linear", wanted, _MEASURED_AS)
-    return _beside(rows, measured, absent)
+    return _beside(rows, _measured(contents, "linear", wanted, _MEASURED_AS), absent)
 
 
 def experts_model(contents: list[Content], absent: str) -> str:
     """What the model says of one block's experts on an H200, and what was measured of it on one, or `absent`."""
-    block, device = ExpertsProblem(8192, 128, 8, 2048, 768, 16, "bfloat16", "float32"), find(_GPU)
-    rows = {n: [cost.total(way(block, device, backward)) for backward in (False, True)] for n, way in WAYS.items()}
-    wanted = {"M": block.T, "E": block.E, "k": block.k, "H": block.H, "I": block.I, "R": block.R, "routing": "balanced"}
+    T, E, k, H, I, R = 8192, 128, 8, 2048, 768, 16  # noqa: E741
+    up = Problem(T * k, 2 * I, H, R, "bfloat16", "float32", groups=E, is_ragged=True, choices=k)
+    down = replace(up, N=H, K=I)
+    forward = replace(up, epilogue="gated"), down
+    backward = replace(up, gradients=_GRADIENTS), replace(down, gradients=_GRADIENTS, epilogue="gated")
+    rows = _modelled([forward, backward], _EXPERTS_KERNELS)
+    wanted = {"M": T, "E": E, "k": k, "H": H, "I": I, "R": R, "routing": "balanced"}
     return _beside(rows, _measured(contents, "moe", wanted, _EXPERTS_AS), absent)
+
+
+def _modelled(operators: list[tuple[Problem, ...]], named: dict[str, tuple[str, str]]) -> dict[str, list[float]]:
+    """Modelled seconds of forward and backward: of the frozen operator, and of candidates by their kernels' names."""
+    device = find(_GPU)
+    plans = [select(problems, device, (("eager", ""), ("triton", ""), ("cuda", ""))) for problems in operators]
+    seconds = [{one.name: one.seconds for one in plan.candidates} for plan in plans]
+    rows = {"frozen": [cost.frozen(problems, device).seconds for problems in operators]}
+    return rows | {name: [of[k] for of, k in zip(seconds, kernels, strict=True)] for name, kernels in named.items()}
 
 
 def _measured(

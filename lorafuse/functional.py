@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lorafuse.activation import named
 from lorafuse.backends import base
-from lorafuse.backends.probe import experts_problem, linear_problem, plan_grouped
+from lorafuse.backends.probe import experts_problems, linear_problem
 from lorafuse.ops import experts as _experts
 from lorafuse.ops import flops  # noqa: F401 (registers the formulas)
 from lorafuse.ops import linear as _linear
@@ -334,8 +334,10 @@ def plan_experts(
     experts = gate_up.shape[0]
     factors = _stacked(gate_up_a, experts), _stacked(down_a, experts)
     x = _in_weights_dtype(x, gate_up)
-    problem = experts_problem(x, topk_index.shape[1], gate_up, down, *factors, is_transposed, backward)
-    return plan_grouped(problem, x.device)
+    shapes = gate_up.shape, down.shape
+    gated = shapes[0][2] != shapes[1][1] if is_transposed else shapes[0][1] != shapes[1][2]
+    problems = experts_problems(x, topk_index.shape[1], gate_up, down, *factors, is_transposed, gated, backward)
+    return plan_problem(problems, x.device)
 
 
 def _checked(activation: Callable[[Tensor], Tensor], inner: int) -> Callable[[Tensor], Tensor]:

@@ -1,5 +1,6 @@
 """Fixtures of tests that run the CUDA kernels behind the operator in their emulator."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,7 @@ import torch
 from native_build import emulator
 
 from lorafuse.backends import base
-from lorafuse.plan import cuda
-from lorafuse.plan.select import _select
+from lorafuse.plan import override
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +27,10 @@ def emu():
 
 
 @pytest.fixture
-def tiles(monkeypatch):
+def tiles():
     """Plans of these (block_n, stages, cluster) only."""
-
-    def set_tiles(*configs):
-        monkeypatch.setattr(cuda, "CONFIGS", configs)
-        _select.cache_clear()
-
-    yield set_tiles
-    _select.cache_clear()
+    with contextlib.ExitStack() as stack:
+        yield lambda *configs: stack.enter_context(override(cuda_tiles=configs))
 
 
 @pytest.fixture

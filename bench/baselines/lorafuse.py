@@ -3,18 +3,19 @@
 import lorafuse
 from lorafuse.backends import base
 from lorafuse.bench.layers import peft_experts, peft_linear
-from lorafuse.plan import only
+from lorafuse.plan import override
 
 LABEL = "lorafuse"
 # candidates of plans on GPUs; those with a kernel are chosen only where measured as fastest
 FORMS = {
     "": {},
     "eager": {"backend": "eager"},
+    "addmm": {"backend": "eager", "kernel": "aten_addmm"},
     "triton": {"backend": "triton"},
-    "triton-single": {"backend": "triton", "kernel": "single_kernel"},
+    "triton-single": {"backend": "triton", "kernel": "fused_xa"},
     "cuda": {"backend": "cuda"},
-    "cuda-single": {"backend": "cuda", "kernel": "cuda single_kernel"},
-    "cuda-beside": {"backend": "cuda", "kernel": "cuda one_launch_backward"},
+    "cuda-single": {"backend": "cuda", "kernel": "cuda fused_xa"},
+    "cuda-beside": {"backend": "cuda", "kernel": "cuda concurrent_backward"},
 }
 
 
@@ -27,18 +28,21 @@ def unavailable(kind, device, backend="auto", kernel=""):
     return "needs a GPU" if device.type != "cuda" else base.availability(backend).reason
 
 
-def _only(call, kernel):
+def _forced(call, kernel):
     def run(*args):
-        with only(kernel):
+        with override(force_kernel=kernel):
             return call(*args)
 
     return run if kernel else call
 
 
 def linear(given, backend="auto", kernel=""):
+    if backend == "eager":
+        # the plan has a choice of orders; results are of this one by that name
+        kernel = kernel or "aten_beta1"
     layer, trained = peft_linear(given)
     lorafuse.patch(layer, backend=backend, strict=True)
-    return _only(layer, kernel), trained
+    return _forced(layer, kernel), trained
 
 
 def experts(given, backend="auto"):

@@ -3,14 +3,16 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lorafuse.advise.capacity import rank_of
 from lorafuse.advise.shapes import Linear, ModelShapes
-from lorafuse.plan import DeviceSpec, ExpertsProblem, Problem, cost, experts, select, select_experts
+from lorafuse.plan import DeviceSpec, Problem, cost, select
 
 __all__ = ["WAYS", "step_seconds"]
 
-WAYS = ("frozen", "full fine-tuning", "PEFT", "lorafuse")
+WAYS = ("frozen", "full fine-tuning", "lorafuse")
+_GRADIENTS = ("dx", "da", "db")
 # where nvcc is: without it, lorafuse has Triton and eager
 _AVAILABLE = (("eager", ""), ("triton", ""), ("cuda", ""))
 
@@ -18,8 +20,7 @@ _AVAILABLE = (("eager", ""), ("triton", ""), ("cuda", ""))
 def step_seconds(shapes: ModelShapes, rank: int, tokens: int, device: DeviceSpec) -> dict[str, float]:
     """Modelled seconds, forward and backward, of `tokens` through all linear layers and experts, for each of `WAYS`.
 
-    bf16 base; attention, norms, loss and optimizer are left out of all alike. PEFT is modelled with bf16 adapters on
-    linear layers, which is faster than as shipped, and as shipped on experts. Raises ValueError for tokens below 1.
+    bf16 base; attention, norms, loss and optimizer are left out of all alike. Raises ValueError for tokens below 1.
     """
     if tokens < 1:
         raise ValueError(f"tokens {tokens}: it must be at least 1")
@@ -66,34 +67,27 @@ def _pair(up: Linear, down: Linear) -> bool:
 
 
 def _linear(problem: Problem, device: DeviceSpec, adapted: bool) -> dict[str, float]:
-    both = [problem, Problem(*_key(problem), gradients=("dx", "da", "db"))]
-    frozen = sum(cost.total(cost.frozen(each, device)) for each in both)
-    full = sum(cost.total(cost.full(each, device)) for each in both)
-    if not adapted:
-        return {"frozen": frozen, "full fine-tuning": full, "PEFT": frozen, "lorafuse": frozen}
-    peft = sum(cost.total(cost.BASELINES["PEFT, bf16 adapters"](each, device)) for each in both)
-    ours = 0.0
-    for each in both:
-        plan = select(each, device, _AVAILABLE)
-        ours += next(w.seconds for w in plan.candidates if (w.backend, w.kernel) == (plan.backend, plan.kernel))
-    return {"frozen": frozen, "full fine-tuning": full, "PEFT": peft, "lorafuse": ours}
+    found = _both((problem,), (replace(problem, gradients=_GRADIENTS),), device)
+    return found if adapted else found | {"lorafuse": found["frozen"]}
 
 
-def _key(p: Problem) -> tuple[int, int, int, int, str, str]:
-    return p.M, p.N, p.K, p.R, p.dtype, p.adapter_dtype
+def _both(forward: tuple[Problem, ...], backward: tuple[Problem, ...], device: DeviceSpec) -> dict[str, float]:
+    """Seconds of forward and backward, a problem for each projection."""
+    frozen = ours = 0.0
+    for problems in (forward, backward):
+        frozen += cost.frozen(problems, device).seconds
+        ours += select(problems, device, _AVAILABLE).chosen.seconds
+    # dw = dyᵀ x has as many products as y
+    dw = sum(cost.frozen((p,), device).seconds for p in forward)
+    return {"frozen": frozen, "full fine-tuning": frozen + dw, "lorafuse": ours}
 
 
 def _experts(
     up: tuple[int, int, int], down: tuple[int, int, int], active: int, R: int, tokens: int, device: DeviceSpec
 ) -> dict[str, float]:
     (E, U, H), I = up, down[2]  # noqa: E741
-    found = dict.fromkeys(WAYS, 0.0)
-    for backward in (False, True):
-        gated = U == 2 * I
-        p = ExpertsProblem(tokens, E, active, H, I, R, "bfloat16", "float32", gated=gated, backward=backward)
-        for way, name in (("frozen", "frozen"), ("full fine-tuning",) * 2, ("PEFT", "PEFT as shipped")):
-            found[way] += cost.total(experts.BASELINES[name](p, device, backward))
-        plan = select_experts(p, device, _AVAILABLE)
-        chosen = (w.seconds for w in plan.candidates if (w.backend, w.kernel) == (plan.backend, plan.kernel))
-        found["lorafuse"] += next(chosen)
-    return found
+    epilogue = "gated" if U == 2 * I else "activation"
+    base = Problem(tokens * active, U, H, R, "bfloat16", "float32", groups=E, is_ragged=True, choices=active)
+    forward = replace(base, epilogue=epilogue), replace(base, N=H, K=I)
+    backward = replace(base, gradients=_GRADIENTS), replace(base, N=H, K=I, gradients=_GRADIENTS, epilogue=epilogue)
+    return _both(forward, backward, device)

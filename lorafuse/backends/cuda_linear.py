@@ -18,7 +18,7 @@ from torch import Tensor
 from lorafuse.backends import eager, probe
 from lorafuse.backends.rows import contiguous_rows, shaped_like
 from lorafuse.philox import rescaled
-from lorafuse.plan import DeviceSpec, KernelConfig, Plan, Problem, cuda, select
+from lorafuse.plan import DeviceSpec, KernelConfig, Plan, Problem, configs_cuda, select
 
 __all__ = ["TYPES", "Runner", "backward", "forward"]
 
@@ -45,7 +45,7 @@ class Runner:
 def _plan(run: Runner, problem: Problem, device: torch.device) -> Plan:
     """The plan among the CUDA kernels. Raises ValueError or TypeError, with the way out, where none can run."""
     spec = run.spec(device)
-    reason = f"runs on CUDA devices, x is on {device}" if spec is None else cuda.refusal(problem, spec)
+    reason = f"runs on CUDA devices, x is on {device}" if spec is None else configs_cuda.refusal(problem, spec)
     if reason:
         error = TypeError if problem.dtype not in ("bfloat16", "float16") else ValueError
         raise error(f"backend={run.name!r}: {reason}; use 'triton', 'eager' or 'auto'")
@@ -63,7 +63,7 @@ def forward(
     flat, w = contiguous_rows(x), contiguous_rows(w)
     M, (N, K), R = flat.shape[0], w.shape, a.shape[0]
     plan = _plan(run, probe.linear_problem(flat, w, a, bias is not None, seed is not None, wide=wide), x.device)
-    config, scale = plan.config("fwd"), scale if seed is None else rescaled(scale, p)
+    config, scale = plan.config("matmul"), scale if seed is None else rescaled(scale, p)
     with run.guard(x.device):
         stream = run.stream(x.device)
         (given_a, a_type), (given_b, _) = _adapter(a, x.dtype), _adapter(b, x.dtype)
@@ -110,8 +110,8 @@ def backward(
     plan = _plan(run, probe.linear_problem(flat, w, a, False, seed is not None, wanted, wide), dy.device)
     scale = scale if seed is None else rescaled(scale, p)
     # in dx's launch da is summed, and db too where nothing but dyb has a pass before
-    beside = plan.kernel == "one_launch_backward"
-    db_beside = beside and any(config.kernel == "dyb" for config in plan.configs)
+    beside = plan.kernel == "concurrent_backward"
+    db_beside = beside and any(config.kernel == "project" for config in plan.configs)
     dx = da = db = dbias = dyb = round_a = None
     with run.guard(dy.device):
         stream = run.stream(dy.device)
@@ -151,7 +151,7 @@ def backward(
         if need_dx:
             assert dyb is not None
             dx = dy.new_empty((M, K))
-            sums: dict[str, int] = {"sum_blocks": plan.config("dx").beside}
+            sums: dict[str, int] = {"sum_blocks": plan.config("matmul").beside}
             if beside and need_da:
                 assert x is not None
                 sums |= {"layer_x": x.data_ptr(), "stride_layer_x": x.stride(0)}
@@ -161,8 +161,9 @@ def backward(
             run.native.linear(
                 type=TYPES[dy.dtype], M=M, N=K, K=N, R=R, transposed=True, x=flat.data_ptr(), stride_x=flat.stride(0),
                 w=w.data_ptr(), stride_w=w.stride(0), xa=dyb.data_ptr(), stride_xa=dyb.shape[1],
-                b=rounded_a.data_ptr(), stride_b=rounded_a.stride(0), y=dx.data_ptr(), stride_y=K, overlap_previous=True,
-                tiling=_tiling(plan.config("dx")), **_mask(seed, p), **sums, scale=scale, stream=stream,
+                b=rounded_a.data_ptr(), stride_b=rounded_a.stride(0), y=dx.data_ptr(), stride_y=K,
+                overlap_previous=True, tiling=_tiling(plan.config("matmul")), **_mask(seed, p), **sums, scale=scale,
+                stream=stream,
             )  # fmt: skip
             dx = shaped_like(dx, dy)
         if need_da and not beside:

@@ -1,25 +1,17 @@
-"""What the planner is told of the machine and of a call's operands."""
+"""From the machine and a call's operands to what the planner decides by."""
 
 import math
-from collections.abc import Callable
 from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
-from lorafuse.backends import base
-from lorafuse.plan import DeviceSpec, ExpertsProblem, GroupedProblem, Plan, Problem, probe, select_experts
-from lorafuse.plan.grouped import no_grouped_mm
+from lorafuse.plan import DeviceSpec, Problem, no_grouped_mm, recognize
 
-__all__ = [
-    "device_spec",
-    "experts_problem",
-    "grouped_backend",
-    "grouped_problem",
-    "linear_problem",
-    "plan_grouped",
-    "runs_grouped_mm",
-]
+__all__ = ["device_spec", "experts_problems", "grouped_problem", "linear_problem", "runs_grouped_mm"]
+
+# the gradients of a backward pass over ragged rows
+_GRADIENTS = ("dx", "da", "db")
 
 
 @cache
@@ -30,14 +22,14 @@ def device_spec(device: torch.device) -> DeviceSpec | None:
     # not at the top: without Triton there is no kernel to plan for
     from triton.runtime import driver
 
-    found = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(device)
     rates = driver.active.utils.get_device_properties(device.index or 0)
-    return probe(
-        name=found.name,
-        capability=(found.major, found.minor),
-        sms=found.multi_processor_count,
+    return recognize(
+        name=properties.name,
+        capability=(properties.major, properties.minor),
+        sms=properties.multi_processor_count,
         smem_per_block=rates["max_shared_mem"],
-        l2_bytes=found.L2_cache_size,
+        l2_bytes=properties.L2_cache_size,
         clock_hz=rates["sm_clock_rate"] * 1e3,
         # kHz and bits; two transfers a clock
         memory_bandwidth=2 * rates["mem_clock_rate"] * 1e3 * rates["mem_bus_width"] / 8,
@@ -45,77 +37,74 @@ def device_spec(device: torch.device) -> DeviceSpec | None:
 
 
 def linear_problem(
-    x: Tensor, w: Tensor, a: Tensor, bias: bool, dropout: bool, gradients: tuple[str, ...] = (), wide: bool = False
-) -> Problem:
-    """The problem of operands `x [..., K]` (or dy `[..., N]`), `w [N, K]`, `a [R, K]`."""
+    x: Tensor, w: Tensor, a: Tensor, bias: bool, dropout: bool, gradients: tuple[str, ...] = (), wide: bool = False,
+    format: str = "dense",
+) -> Problem:  # fmt: skip
+    """The problem of operands `x [..., K]` (or dy `[..., N]`), `w [N, K]` as its format stores it, `a [R, K]`."""
     N, K = w.shape
     aligned = _rows_are_aligned(x) and _rows_are_aligned(w)
     tokens = math.prod(x.shape[:-1])
-    return _problem(tokens, N, K, a.shape[0], x.dtype, a.dtype, bias, dropout, gradients, aligned, wide)
+    return _problem(tokens, N, K, a.shape[0], x.dtype, a.dtype, bias, dropout, gradients, aligned, wide, format=format)
 
 
-# every call of a layer asks, and making one takes as long as a launch
+# every call of a layer needs one, and making it takes as long as a launch
 @lru_cache(maxsize=4096)
 def _problem(
     M: int, N: int, K: int, R: int, dtype: torch.dtype, adapter_dtype: torch.dtype, bias: bool, dropout: bool,
-    gradients: tuple[str, ...], aligned: bool, wide: bool,
+    gradients: tuple[str, ...], aligned: bool, wide: bool, groups: int = 1, is_ragged: bool = False, choices: int = 1,
+    format: str = "dense", epilogue: str = "",
 ) -> Problem:  # fmt: skip
-    return Problem(M, N, K, R, _name(dtype), _name(adapter_dtype), bias, dropout, gradients, aligned, wide)
-
-
-def experts_problem(
-    x: Tensor,
-    k: int,
-    up: Tensor,
-    down: Tensor,
-    up_a: Tensor | None,
-    down_a: Tensor | None,
-    transposed: bool,
-    backward: bool,
-) -> ExpertsProblem:
-    """The problem of a block: x `[T, H]`, up `[E, U, H]` and down `[E, H, I]`, or transposed, a `[E, R, …]` or None."""
-    (E, H, I), U = (down.mT if transposed else down).shape, up.shape[2 if transposed else 1]
-    factors = [a for a in (up_a, down_a) if a is not None]
-    return ExpertsProblem(
-        T=x.shape[0],
-        E=E,
-        k=k,
-        H=H,
-        I=I,
-        # both projections are planned with the larger rank
-        R=max((a.shape[1] for a in factors), default=1),
-        dtype=_name(x.dtype),
-        adapter_dtype=_name((factors[0] if factors else x).dtype),
-        gated=U != I,
-        aligned=_weights_are_aligned(up, down),
-        backward=backward,
+    names = _name(dtype), _name(adapter_dtype)
+    return Problem(
+        M, N, K, R, *names, bias, dropout, gradients, aligned, wide, groups, is_ragged, choices, format, epilogue
     )
 
 
-def grouped_problem(x: Tensor, w: Tensor, a: Tensor | None, transposed: bool, backward: bool) -> GroupedProblem:
+def grouped_problem(
+    x: Tensor, w: Tensor, a: Tensor | None, transposed: bool, backward: bool, format: str = "dense"
+) -> Problem:
     """The problem of a grouped linear layer: x `[S, K]` or dy `[S, N]`, w `[E, N, K]` or transposed, a `[E, R, K]`."""
-    E, N, K = (w.mT if transposed else w).shape
-    rank, dtypes = 1 if a is None else a.shape[1], (_name(x.dtype), _name((x if a is None else a).dtype))
-    return GroupedProblem(x.shape[0], E, N, K, rank, *dtypes, aligned=_weights_are_aligned(w), backward=backward)
+    return _ragged(x, x.shape[0], w, a, transposed, backward, _fit_descriptors(w), format=format)
 
 
-def plan_grouped(problem: ExpertsProblem | GroupedProblem, device: torch.device) -> Plan:
-    """The plan that backend "auto" follows for layers of many groups on a device of this machine."""
-    available = tuple((name, base.availability(name).reason) for name in base.BACKENDS)
-    return select_experts(problem, device_spec(device) if ("triton", "") in available else None, available)
+def experts_problems(
+    x: Tensor, k: int, up: Tensor, down: Tensor, up_a: Tensor | None, down_a: Tensor | None, transposed: bool,
+    gated: bool | None, backward: bool, format: str = "dense",
+) -> tuple[Problem, Problem]:  # fmt: skip
+    """`(gate_up, down)` of a block in either direction: x `[T, H]`, k experts a token, up `[E, U, H]` and down
+    `[E, H, I]`, or transposed, a `[E, R, …]` or None.
+
+    `gated` says whether the activation multiplies gate and up; None is an activation that no epilogue computes.
+    """
+    epilogue = "" if gated is None else "gated" if gated else "activation"
+    # where gate and up are read apart, each starts on a boundary if the rows of down do
+    aligned, rows = _fit_descriptors(up, down), x.shape[0] * k
+    of_up, of_down = ("", epilogue) if backward else (epilogue, "")
+    return (
+        _ragged(x, rows, up, up_a, transposed, backward, aligned, k, of_up, format),
+        _ragged(x, rows, down, down_a, transposed, backward, aligned, k, of_down, format),
+    )
 
 
-def grouped_backend(device: torch.device, problem: Callable[[], ExpertsProblem | GroupedProblem]) -> str:
-    """The backend of "auto" for layers of many groups: that of the plan where there is more than one."""
-    able = base.candidates(device.type)
-    return able[0] if len(able) == 1 else plan_grouped(problem(), device).backend
+def _ragged(
+    x: Tensor, rows: int, w: Tensor, a: Tensor | None, transposed: bool, backward: bool, aligned: bool,
+    choices: int = 1, epilogue: str = "", format: str = "dense",
+) -> Problem:  # fmt: skip
+    E, *sizes = w.shape
+    N, K = reversed(sizes) if transposed else sizes
+    rank, adapter = (1, x.dtype) if a is None else (a.shape[1], a.dtype)
+    return _problem(
+        rows, N, K, rank, x.dtype, adapter, bias=False, dropout=False, gradients=_GRADIENTS if backward else (),
+        aligned=aligned, wide=False, groups=E, is_ragged=True, choices=choices, format=format, epilogue=epilogue,
+    )  # fmt: skip
 
 
 def runs_grouped_mm(x: Tensor, *weights: Tensor) -> bool:
     """Whether torch has a fast kernel of grouped_mm for these stacks `[E, …]`, in x's dtype and on its device."""
     if not x.is_cuda:
         return False
-    return not no_grouped_mm(_name(x.dtype), weights[0].shape[0], _weights_are_aligned(*weights), _arch(x.device))
+    one = _ragged(x, max(x.shape[0], 1), weights[0], None, False, False, _weights_are_aligned(*weights))
+    return not no_grouped_mm(one, _arch(x.device))
 
 
 @cache
@@ -138,6 +127,11 @@ def _weights_are_aligned(*weights: Tensor) -> bool:
         if not sizes or rows.stride(2) != 1 or rows.stride(1) < rows.shape[2] or not _rows_are_aligned(rows):
             return False
     return True
+
+
+def _fit_descriptors(*weights: Tensor) -> bool:
+    """The same of stacks that a tensor descriptor can describe: none whose matrices are one, with a stride of 0."""
+    return _weights_are_aligned(*weights) and all(w.stride(0) > 0 for w in weights)
 
 
 def _rows_are_aligned(t: Tensor) -> bool:

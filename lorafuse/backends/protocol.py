@@ -81,10 +81,10 @@ class Backend:
         self, narrow: Tensor, wide: Tensor, rows: Rows, plan: Plan | None, *, like: Tensor, is_transposed: bool = False,
         scale: float = 1.0, row_scale: Tensor | None = None, dropout: Dropout | None = None,
     ) -> Tensor:  # fmt: skip
-        """`scale · Σ_s (row_scale[s] · narrow[s])ᵀ drop(wide[s])`.
+        """`scale · Σ_s (row_scale[s] · narrow[s])ᵀ drop(wide[s])`, `[(G,) R, C]`; `[(G,) C, R]` when `is_transposed`.
 
-        It is `[(G,) R, C]`, or `[(G,) C, R]` when `is_transposed`. Shape, dtype and packing are those of `like`, the parameter; zero for a group without rows. `narrow` `[S, R]` is
-        in order, `rows` may gather `wide`.
+        Shape and dtype are those of `like`, the parameter; zero for a group without rows. `narrow` `[S, R]` is in
+        order, `rows` may gather `wide`.
         """
         raise NotImplementedError
 

@@ -53,8 +53,9 @@ def linear_forward(
     plan, device = _plan(probe.linear_problem(flat, w, a, bias is not None, seed is not None, wide=wide), x.device)
     scale = scale if seed is None else rescaled(scale, p)
     with device_guard(x.device):
-        xa = None if plan.config("fwd").single else linear_fwd.lora_xa(flat, a, seed, p, plan.config("xa"), wide)
-        y, xa = linear_fwd.lora_linear_fwd(flat, w, bias, a, b, scale, xa, device.sms, plan.config("fwd"))
+        main = plan.config("matmul")
+        xa = None if main.single else linear_fwd.lora_xa(flat, a, seed, p, plan.config("project"), wide)
+        y, xa = linear_fwd.lora_linear_fwd(flat, w, bias, a, b, scale, xa, device.sms, main)
     return shaped_like(y, x), xa
 
 
@@ -87,7 +88,7 @@ def linear_backward(
     with device_guard(dy.device):
         xa = xa.contiguous() if need_db and xa is not None else None
         dyb_parts, db_parts, dbias_parts = linear_bwd.lora_dyb_db_partials(
-            flat, b.contiguous(), xa, need_dx or need_da, need_dbias, plan.config("dyb_db")
+            flat, b.contiguous(), xa, need_dx or need_da, need_dbias, plan.config("project_outer")
         )
         segments = []
         if dyb_parts is not None:
@@ -101,12 +102,12 @@ def linear_backward(
             segments.append((dbias_parts, dbias, 1.0))
         linear_bwd.sum_partials(segments, plan.config("reduce"))
         if need_dx:
-            dx = linear_bwd.lora_linear_dx(flat, w, a.contiguous(), dyb, seed, p, device.sms, plan.config("dx"))
+            dx = linear_bwd.lora_linear_dx(flat, w, a.contiguous(), dyb, seed, p, device.sms, plan.config("matmul"))
             dx = shaped_like(dx, dy)
         if need_da:
             assert x is not None
             da = a.new_empty(a.shape)
-            parts = linear_bwd.lora_da_partials(contiguous_rows(x), dyb, seed, p, plan.config("da"))
+            parts = linear_bwd.lora_da_partials(contiguous_rows(x), dyb, seed, p, plan.config("outer"))
             linear_bwd.sum_partials([(parts, da, 1.0)], plan.config("reduce"))
     return dx, da, db, dbias
 

@@ -6,6 +6,9 @@ activation is computed in the epilogue of the first projection, and its backward
 a function of the caller's runs in torch between them.
 """
 
+from dataclasses import replace
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -15,12 +18,20 @@ from lorafuse.backends.on_gpu import check_device, device_guard
 from lorafuse.backends.routing import route
 from lorafuse.kernels import ragged, ragged_rank, routing
 from lorafuse.kernels.routing import Tiles
-from lorafuse.plan import DeviceSpec, KernelConfig, Problem, find, ragged_config
+from lorafuse.plan import DeviceSpec, KernelConfig, Problem, find
+from lorafuse.plan.configs_triton import best
 
 __all__ = ["experts_backward", "experts_forward", "grouped_backward", "grouped_forward"]
 
 # the GPU whose plans the interpreter runs
 _INTERPRETED_AS = "H200"
+
+
+@lru_cache(maxsize=4096)
+def _config(kernel: str, problem: Problem, device: DeviceSpec) -> KernelConfig:
+    found = best(kernel, problem, device)
+    assert found is not None
+    return found
 
 
 class _Projection:
@@ -44,11 +55,13 @@ class _Projection:
         dtype, adapter = (str(t.dtype).removeprefix("torch.") for t in (like, like if a is None else a))
         rank = 1 if a is None else a.shape[1]
         sizes = max(tiles.rows, 1), self.w.shape[1], self.w.shape[2], rank
-        self._problem = Problem(*sizes, dtype, adapter, aligned=_is_aligned(self.w, layout))
+        self._problem = Problem(
+            *sizes, dtype, adapter, aligned=_is_aligned(self.w, layout), groups=tiles.groups, is_ragged=True
+        )
         self.programs = self._device.sms
 
-    def config(self, kernel: str) -> KernelConfig:
-        return ragged_config(kernel, self._problem, self.tiles.groups, self._device)
+    def config(self, kernel: str, epilogue: str = "", gradients: tuple[str, ...] = ()) -> KernelConfig:
+        return _config(kernel, replace(self._problem, epilogue=epilogue, gradients=gradients), self._device)
 
     def rows_of_b(self) -> Tensor | None:
         """b with contiguous rows, for the epilogues that read a few of them; rounded there, after its scale."""
@@ -70,13 +83,15 @@ class _Projection:
     def linear(self, x: Tensor, bias: Tensor | None, xa: Tensor | None, source: Tensor | None = None) -> Tensor:
         """y."""
         given = x, self.w, bias, xa, self.rows_of_b(), self.scale
-        return ragged.ragged_linear(self.tiles, *given, self.programs, self.config("ragged"), source=source)
+        return ragged.ragged_linear(self.tiles, *given, self.programs, self.config("matmul"), source=source)
 
     def linear_back(self, dy: Tensor, dyb: Tensor | None, source: Tensor | None = None) -> Tensor:
         """dx."""
         w, a = self.w.transpose(1, 2), None if self.a is None else self.a.transpose(1, 2)
         given = dy, w, None, dyb, a, self.scale
-        return ragged.ragged_linear(self.tiles, *given, self.programs, self.config("ragged"), source=source)
+        return ragged.ragged_linear(
+            self.tiles, *given, self.programs, self.config("matmul", "", ("dx",)), source=source
+        )
 
     def da(self, x: Tensor, dyb: Tensor, source: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
         """The gradient of a, each row times its factor."""
@@ -190,7 +205,7 @@ def experts_forward(
         if isinstance(act, Activation):
             u, h = ragged.ragged_activated(
                 tiles, x, first.w, up_bias, xa, first.rows_of_b(), up_scale, act.name, _layout(act), first.programs,
-                first.config("ragged_act"), source=token,
+                first.config("matmul", "gated"), source=token,
             )  # fmt: skip
         else:
             u = first.linear(x, up_bias, xa, token)
@@ -248,7 +263,7 @@ def experts_backward(
             a = None if down_a is None else down_a.transpose(1, 2)
             du, h, share = ragged.ragged_activation_backward(
                 tiles, dout, second.w.transpose(1, 2), gb, a, down_scale, u, act.name, _layout(act), need_dweight,
-                second.programs, second.config("ragged_act_backward"), source=token, factor=factor,
+                second.programs, second.config("matmul", "gated", ("dx",)), source=token, factor=factor,
             )  # fmt: skip
         else:
             h, dh = act.forward(u), second.linear_back(dout, gb, token)

@@ -34,6 +34,7 @@ _STYLES = {
     "split": Style("#009e73", "P", "--"),
     "lorafuse": Style("#d55e00", "D", ""),
     "lorafuse-eager": Style("#e69f00", "<", "||"),
+    "lorafuse-addmm": Style("#f0c75e", "8", "--"),
     "lorafuse-triton": Style("#8c1c13", ">", "++"),
     "lorafuse-triton-single": Style("#f0a58f", "p", "oo"),
     "lorafuse-cuda": Style("#b5476b", "h", "**"),

@@ -1,31 +1,29 @@
-"""What `lorafuse plan` prints, of a linear layer and of experts alike: every way with its parts, the choice, why."""
+"""What `lorafuse plan` prints of a linear layer or of experts: every candidate with its parts, the choice, why."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lorafuse.plan import DeviceSpec, ExpertsProblem, KernelConfig, Plan, Problem, cost
+from lorafuse.plan import Candidate, DeviceSpec, KernelConfig, Plan, Problem
 
 __all__ = ["Direction", "print_plans"]
 
 
 @dataclass(frozen=True)
 class Direction:
-    """One direction: its problem and plan, the parts of what others run, the plan's kernels by what they compute."""
+    """One direction: a problem for each projection, their plan, and the frozen operator."""
 
-    problem: Problem | ExpertsProblem
+    problems: tuple[Problem, ...]
     plan: Plan
-    baselines: Mapping[str, tuple[cost.Part, ...]]
-    configs: Mapping[str, KernelConfig]
+    frozen: Candidate
 
-    @property
-    def chosen(self) -> float:
-        """Modelled seconds of the plan."""
-        found = (
-            w.seconds for w in self.plan.candidates if (w.backend, w.kernel) == (self.plan.backend, self.plan.kernel)
-        )
-        return next(found)
+    def configs(self) -> Iterator[tuple[str, KernelConfig]]:
+        """The plan's kernels by what they compute."""
+        names = ("gate_up", "down") if len(self.problems) == 2 else ("",)
+        for i, name in enumerate(names):
+            for config in self.plan.of(i).configs:
+                yield f"{name} {config.kernel}".strip(), config
 
 
 def print_plans(device: DeviceSpec, sizes: str, directions: Mapping[str, Direction], as_json: bool) -> None:
@@ -47,14 +45,12 @@ def print_plans(device: DeviceSpec, sizes: str, directions: Mapping[str, Directi
 
 
 def _tax(directions: Mapping[str, Direction]) -> dict[str, float]:
-    """LoRA tax of every way that is no part of a plan, of the eager backend and of the plans, over all directions."""
+    """LoRA tax of the eager backend and of the plans, over all directions."""
     every = directions.values()
-    names = next(iter(every)).baselines
-    seconds = {name: sum(cost.total(direction.baselines[name]) for direction in every) for name in names}
-    base = seconds.pop("frozen")
+    base = sum(direction.frozen.seconds for direction in every)
     # of eager's two ways of experts, the one it takes comes first
-    seconds["eager"] = sum(next(w.seconds for w in d.plan.candidates if w.backend == "eager") for d in every)
-    seconds["this plan"] = sum(direction.chosen for direction in every)
+    eager = sum(next(w.seconds for w in d.plan.candidates if w.backend == "eager") for d in every)
+    seconds = {"eager": eager, "this plan": sum(direction.plan.chosen.seconds for direction in every)}
     return {name: taken / base - 1 for name, taken in seconds.items()}
 
 
@@ -66,14 +62,15 @@ def _print_direction(name: str, direction: Direction) -> None:
     plan = direction.plan
     chosen = f"{plan.backend} {plan.kernel}"
     print(f"{name}: {chosen}")
-    ways = dict(direction.baselines) | {f"{way.backend} {way.kernel}": way.parts for way in plan.candidates}
-    width = max(25, *(len(part.name) + 1 for parts in ways.values() for part in parts))
-    for way, parts in ways.items():
-        print(f"  {'->' if way == chosen else '  '} {way:<{width + 3}}{_us(cost.total(parts))}")
-        if len(parts) > 1:
-            for part in parts:
+    named = {"frozen": direction.frozen} | {f"{one.backend} {one.kernel}": one for one in plan.candidates}
+    width = max(25, *(len(part.name) + 1 for one in named.values() for part in one.parts))
+    for name, one in named.items():
+        launched = f", {one.launch_seconds * 1e6:.0f} us to launch (model)" if one.launch_seconds > one.seconds else ""
+        print(f"  {'->' if name == chosen else '  '} {name:<{width + 3}}{_us(one.seconds)}{launched}")
+        if len(one.parts) > 1:
+            for part in one.parts:
                 print(f"       {part.name:<{width}}{_us(part.seconds)}")
-    for of, config in direction.configs.items():
+    for of, config in direction.configs():
         sizes = "x".join(str(size) for size in (config.block_m, config.block_n, config.block_k) if size)
         rank = f", {config.block_r} ranks at a time" if config.block_r else ""
         splits = f", rows in {config.splits} parts" if config.splits > 1 else ""
@@ -84,17 +81,17 @@ def _print_direction(name: str, direction: Direction) -> None:
 
 
 def _as_json(direction: Direction) -> dict[str, Any]:
-    def parts_of(parts: tuple[cost.Part, ...]) -> dict[str, Any]:
-        steps = [{"name": part.name, "model_us": part.seconds * 1e6} for part in parts]
-        return {"model_us": cost.total(parts) * 1e6, "parts": steps}
+    def figures(one: Candidate) -> dict[str, Any]:
+        steps = [{"name": part.name, "model_us": part.seconds * 1e6} for part in one.parts]
+        return {"model_us": one.seconds * 1e6, "launch_model_us": one.launch_seconds * 1e6, "parts": steps}
 
     plan = direction.plan
     return {
-        "problem": asdict(direction.problem),
+        "problems": [asdict(problem) for problem in direction.problems],
         "backend": plan.backend,
         "kernel": plan.kernel,
-        "configs": {of: asdict(config) for of, config in direction.configs.items()},
-        "candidates": {f"{way.backend} {way.kernel}": parts_of(way.parts) for way in plan.candidates},
-        "baselines": {name: parts_of(parts) for name, parts in direction.baselines.items()},
+        "configs": {of: asdict(config) for of, config in direction.configs()},
+        "candidates": {f"{one.backend} {one.kernel}": figures(one) for one in plan.candidates},
+        "frozen": figures(direction.frozen),
         "reasons": list(plan.reasons),
     }

@@ -1,14 +1,14 @@
-"""Say how lorafuse would run a layer with LoRA on a GPU, and why: candidates, the time of each part, what others cost.
+"""Say how lorafuse would run a layer with LoRA on a GPU, and why: candidates, the time of each part, the frozen layer.
 
 Nothing runs. Every time comes from the cost model of lorafuse.plan and says "model"; no GPU is needed with --gpu.
 """
 
 import argparse
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from lorafuse.cli import _common
 from lorafuse.cli._plan_print import Direction, print_plans
-from lorafuse.plan import DeviceSpec, ExpertsProblem, Problem, cost, experts, find, select, select_experts
+from lorafuse.plan import DeviceSpec, Problem, cost, find, select
 from lorafuse.testing.cases import find as find_case
 from lorafuse.testing.cases import find_moe, sizes
 
@@ -17,6 +17,7 @@ SUMMARY = "say how a layer would run on a GPU, and why, from the cost model"
 __all__ = ["SUMMARY", "add_arguments", "run"]
 
 _DTYPES = ("bfloat16", "float16", "float32")
+_GRADIENTS = ("dx", "da", "db")
 # what would run if every backend this version holds could run
 _AVAILABLE = (("eager", ""), ("triton", ""), ("cuda", ""))
 
@@ -42,33 +43,26 @@ def run(args: argparse.Namespace) -> int:
     device = _device(args.gpu)
     _common.check_numbers(args, "m", "rank")
     if args.moe is not None:
-        block = _experts(args)
-        directions = {"forward": _of_experts(block, device)}
-        if args.backward:
-            directions["backward"] = _of_experts(replace(block, backward=True), device)
-        names: tuple[str, ...] = "T", "E", "k", "H", "I", "R"
+        case = find_moe(args.moe)
+        forward: tuple[Problem, ...] = _experts(args)
+        # the activation's epilogue is that of the projection before it: gate_up forward, down backward
+        backward = tuple(
+            replace(problem, gradients=_GRADIENTS, epilogue=other.epilogue)
+            for problem, other in zip(forward, reversed(forward), strict=True)
+        )
+        named = {"T": args.m, "E": case.E, "k": case.k, "H": case.H, "I": case.I}
     else:
-        layer = _problem(args)
-        directions = {"forward": _of_linear(layer, device)}
-        if args.backward:
-            directions["backward"] = _of_linear(replace(layer, gradients=("dx", "da", "db")), device)
-        names = "M", "N", "K", "R"
-    given = asdict(directions["forward"].problem)
-    sizes = ", ".join(f"{name} {given[name]}" for name in (*names, "dtype", "adapter_dtype"))
-    print_plans(device, sizes, directions, args.json)
+        forward = (_problem(args),)
+        backward = (replace(forward[0], gradients=_GRADIENTS),)
+        named = {name: getattr(forward[0], name) for name in "MNK"}
+    operators = {"forward": forward, "backward": backward} if args.backward else {"forward": forward}
+    directions = {
+        name: Direction(problems, select(problems, device, _AVAILABLE), cost.frozen(problems, device))
+        for name, problems in operators.items()
+    }
+    named |= {name: getattr(forward[0], name) for name in ("R", "dtype", "adapter_dtype")}
+    print_plans(device, ", ".join(f"{name} {value}" for name, value in named.items()), directions, args.json)
     return 0
-
-
-def _of_linear(problem: Problem, device: DeviceSpec) -> Direction:
-    plan = select(problem, device, _AVAILABLE)
-    baselines = {name: way(problem, device) for name, way in cost.BASELINES.items()}
-    return Direction(problem, plan, baselines, {config.kernel: config for config in plan.configs})
-
-
-def _of_experts(problem: ExpertsProblem, device: DeviceSpec) -> Direction:
-    plan = select_experts(problem, device, _AVAILABLE)
-    baselines = {name: way(problem, device, problem.backward) for name, way in experts.BASELINES.items()}
-    return Direction(problem, plan, baselines, experts.configs(problem, device) if plan.configs else {})
 
 
 def _device(name: str | None) -> DeviceSpec:
@@ -94,9 +88,11 @@ def _problem(args: argparse.Namespace) -> Problem:
     return Problem(M, N, K, args.rank, args.dtype, args.adapter_dtype, bias=args.bias, dropout=args.dropout)
 
 
-def _experts(args: argparse.Namespace) -> ExpertsProblem:
+def _experts(args: argparse.Namespace) -> tuple[Problem, Problem]:
     for flag in ("bias", "dropout"):
         if getattr(args, flag):
             raise ValueError(f"--{flag}: the model of experts does not hold it; leave it out with --moe")
     case = find_moe(args.moe)
-    return ExpertsProblem(args.m, case.E, case.k, case.H, case.I, args.rank, args.dtype, args.adapter_dtype)
+    rest = args.rank, args.dtype, args.adapter_dtype
+    up = Problem(args.m * case.k, 2 * case.I, case.H, *rest, groups=case.E, is_ragged=True, choices=case.k)
+    return replace(up, epilogue="gated"), replace(up, N=case.H, K=case.I)

@@ -17,7 +17,7 @@ from lorafuse.backends.probe import device_spec
 from lorafuse.cli import _common
 from lorafuse.cli._common import DTYPES
 from lorafuse.errors import MissingDependency
-from lorafuse.plan import Problem, find, forget, tuned
+from lorafuse.plan import Problem, clear_cache, find, tuned
 from lorafuse.testing.cases import Case, sizes
 from lorafuse.testing.cases import find as find_case
 from lorafuse.testing.conditions import conditions, describe
@@ -236,5 +236,5 @@ def _keep(path: Path, outcomes: list[Outcome], found: dict[str, str], own: bool)
     if outcomes:
         entries = record(entries, outcomes, found)
         tuned.write(path, entries)
-        forget()
+        clear_cache()
     return entries

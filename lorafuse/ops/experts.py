@@ -20,6 +20,7 @@ from lorafuse.errors import BackendUnavailable
 from lorafuse.ops import experts_plain
 from lorafuse.ops._define import LIBRARY
 from lorafuse.ops.autocast import outside_autocast
+from lorafuse.ops.linear import plan_problem
 from lorafuse.ops.transforms import is_transformed, needs_plain_backward
 
 __all__ = ["lora_experts", "lora_experts_recomputed", "lora_grouped_linear"]
@@ -54,15 +55,25 @@ def _activation(name: str, gated: bool, interleaved: bool) -> Activation | Recom
     return _functions[name] if name in _functions else named(name, gated, interleaved)
 
 
+def _gated(name, gated):
+    return None if name in _functions else gated
+
+
 def _run(backend, x, problem, *operands):
     """The module that runs a call; `problem(*operands)` is what the plan is asked for "auto"."""
     backend = base.resolve(backend)
-    run = base.load(probe.grouped_backend(x.device, partial(problem, *operands)) if backend == "auto" else backend)
+    run = base.load(_planned(x.device, partial(problem, *operands)) if backend == "auto" else backend)
     if not hasattr(run, "experts_forward"):
         raise BackendUnavailable(
             f"backend={backend!r} has no kernels for experts and grouped layers; use 'eager', 'triton' or 'auto'"
         )
     return run
+
+
+def _planned(device, problem):
+    """The backend of the plan, where there is more than one; `problem()` is what is planned."""
+    able = base.candidates(device.type)
+    return able[0] if len(able) == 1 else plan_problem(problem(), device).backend
 
 
 def _rank(a):
@@ -74,8 +85,8 @@ def _kept(grads, like):
 
 
 def _experts(x, index, weight, up, down, ub, db, ua, ubb, da, dbb, s1, s2, transposed, act, gated, inter, backend):
-    operands = x, index.shape[1], up, down, ua, da, transposed
-    run = _run(backend, x, probe.experts_problem, *operands, False).experts_forward
+    operands = x, index.shape[1], up, down, ua, da, transposed, _gated(act, gated)
+    run = _run(backend, x, probe.experts_problems, *operands, False).experts_forward
     act = _activation(act, gated, inter)
     with outside_autocast(x):
         return run(x, index, weight, up, down, ub, db, ua, ubb, da, dbb, s1, s2, transposed, act)
@@ -91,8 +102,8 @@ def _fake_experts(x, index, weight, up, down, ub, db, ua, ubb, da, dbb, s1, s2, 
 
 def _experts_backward(dout, x, weight, up, down, db, ua, ub, da, dbb, s1, s2, transposed, act, gated, inter, *rest):
     *saved, needs, backend = rest
-    operands = x, weight.shape[1], up, down, ua, da, transposed
-    run = _run(backend, x, probe.experts_problem, *operands, True).experts_backward
+    operands = x, weight.shape[1], up, down, ua, da, transposed, _gated(act, gated)
+    run = _run(backend, x, probe.experts_problems, *operands, True).experts_backward
     act = _activation(act, gated, inter)
     need_dx, need_dweight, *adapters = needs
     with outside_autocast(x):
@@ -236,8 +247,8 @@ def _recomputed(args, activation, backend):
     x, index, _, up, down, _, _, up_a, _, down_a, *_, transposed = args
     if base.resolve(backend) == "auto":
         # backward runs where forward does
-        operands = x, index.shape[1], up, down, up_a, down_a, transposed, False
-        backend = probe.grouped_backend(x.device, partial(probe.experts_problem, *operands))
+        operands = x, index.shape[1], up, down, up_a, down_a, transposed, None, False
+        backend = _planned(x.device, partial(probe.experts_problems, *operands))
     act = Recomputed(activation)
     name = f"function {id(act)}"
     _functions[name] = act

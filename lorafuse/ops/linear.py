@@ -68,7 +68,7 @@ def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
     )
 
 
-def plan_problem(problem: Problem, device: torch.device) -> Plan:
+def plan_problem(problem: Problem | tuple[Problem, ...], device: torch.device) -> Plan:
     """The plan that backend "auto" follows on a device of this machine."""
     available = tuple((name, base.availability(name).reason) for name in base.BACKENDS)
     return select(problem, device_spec(device) if ("triton", "") in available else None, available)

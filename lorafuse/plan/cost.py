@@ -1,47 +1,22 @@
-"""A model of what each way to run a LoRA linear costs. It ranks; it does not measure, and its users print "model".
+"""A roofline of what running a problem costs. It ranks candidates; it does not measure, and its users print "model".
 
-Products take waves of tiles at the rate that large products sustain, or the time of their bytes where that is longer;
-everything else is passes over x, y, dy or dx at the bandwidth that copies sustain, and 2 us between dependent kernels.
-At M 8192, K = N 4096, R 16, bf16 on an H200 it gives the rows that docs/performance.md compares with measurements.
+A GEMM costs max(waves × tile time at sustained FLOP/s, bytes / bandwidth); everything else is passes over x, y, dy or
+dx at the bandwidth that copies sustain. Rows of groups are spread evenly over those that can have any.
+docs/performance.md compares the model with measurements on an H200.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
+from lorafuse.plan.candidate import Candidate, Part, in_a_row
 from lorafuse.plan.config import KernelConfig, padded_rank
-from lorafuse.plan.device import DeviceSpec
+from lorafuse.plan.devices import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = [
-    "BASELINES",
-    "SKINNY",
-    "Part",
-    "eager",
-    "frozen",
-    "full",
-    "in_a_row",
-    "kernel_seconds",
-    "sum_seconds",
-    "total",
-    "triton_linear",
-]
+__all__ = ["aten", "frozen", "kernel_seconds", "ragged", "step", "tile_seconds"]
 
 
-@dataclass(frozen=True)
-class Part:
-    """Modelled seconds of one step, and how many kernels it launches one after the other."""
-
-    name: str
-    seconds: float
-    launches: int = 1
-
-
-# between kernels that depend on each other, on the device (assumed; hopper launches overlap at best 2 to 4 us)
-_GAP = 2e-6
-# of the host for one launch: an ATen operator or one of ours in CUDA, a Triton kernel with its Python launcher (beside
-# an H200, 2026-11-26: forward and backward of a patched layer of 16 x 512 x 512)
-_HOST = {"aten": 12e-6, "triton": 60e-6}
 # what a tile reaches of the sustained rate, by its area (assumed, after published ablations of Hopper kernels)
 _TILE = {128 * 256: 1.0, 128 * 128: 0.92, 64 * 128: 0.8, 64 * 64: 0.65, 32 * 64: 0.45, 16 * 64: 0.25}
 # the same where a warp multiplies by itself (mma.sync), which needs less from shared memory (assumed)
@@ -51,36 +26,52 @@ _CUBLAS_TILES = ((128, 256), (128, 128), (64, 128), (64, 64), (32, 64))
 # Hopper's tensor cores through cp.async and keep up on older GPUs (assumed)
 _FORM = {"tma": 0.94, "wgmma": 1.0, "pointer": 0.97}
 _POINTER_ON_HOPPER = 0.85
-# of a copy's bandwidth: products with the rank, whoever runs them, read or write at 2.7 to 3.2 of 4.3 TB/s (H200)
-SKINNY = 0.7
+# what Triton's main loop reaches over gathered rows and many weights, of what it reaches over one matrix (an H200 at
+# 128 experts, 2026-11-26)
+_GATHERED = 0.78
+# skinny (rank-R) GEMMs reach 2.7 to 3.2 of the 4.3 TB/s of a copy, in any implementation (H200)
+_SKINNY = 0.7
 # bytes/s that one SM streams: 64 B a clock at 1.7 GHz
 _SM_BANDWIDTH = 110e9
+# bytes that L2 gives in a clock, of all SMs together: those that 128x256 tiles without a cluster ask for, which lose
+# nothing by it (H200, 2026-11-26; published models say 6154); and dense FLOPs of one SM
+_L2_BYTES, _SM_FLOPS = 6336, 4096
+# bytes/s of one SM's shared memory; where da or db is summed, x or dy passes through it twice, and so do dyb or xa, 64
+# rows of 64 ranks at a time (model, csrc/kernels/beside_sm90.cuh; not measured)
+_SHARED_BANDWIDTH, _RIGHT_BYTES = 128 * 1.7e9, 64 * 64 * 2
 # Philox 4x32-10: 100 integer operations give four words; an SM does 64 a clock at 1.7 GHz
 _MASK_PER_ELEMENT, _SM_INTEGERS = 25, 64 * 1.7e9
 # in torch's integer operations a mask is about 40 operators that read and write int64 (counted in lorafuse.philox)
 _MASK_PASSES, _MASK_BYTES = 40, 16
+# rows of a tile of torch's grouped_mm (CUTLASS; assumed)
+_GROUPED_TILE = 128
+# seconds until the host has read where groups end and the GPU has work again (assumed)
+_READ_ON_HOST = 20e-6
 
 
-def _product(
-    M: int, N: int, K: int, tile: tuple[int, int], share: float, problem: Problem, device: DeviceSpec
-) -> float:
+def _tiles(M: int, N: int, K: int, tile: tuple[int, int], share: float, problem: Problem, device: DeviceSpec) -> float:
     """Seconds of an `[M, K] x [K, N]` product in tiles, at `share` of what such tiles reach."""
-    reached = _TILE if _has_wgmma(device) else _WARP_TILE
+    reached = _TILE if device.features.has_warpgroup_mma else _WARP_TILE
     rate = device.sustained_flops / device.sms * share * reached[tile[0] * tile[1]]
     if problem.itemsize == 4:
         # fp32 without tf32 runs on the CUDA cores
         rate *= device.fp32_flops / device.bf16_flops
     waves = math.ceil(math.ceil(M / tile[0]) * math.ceil(N / tile[1]) / device.sms)
-    moved = (M * K + N * K + M * N) * problem.itemsize
-    return max(waves * 2 * tile[0] * tile[1] * K / rate, moved / device.sustained_bandwidth)
+    return waves * 2 * tile[0] * tile[1] * K / rate
 
 
-def _cublas(M: int, N: int, K: int, problem: Problem, device: DeviceSpec) -> float:
-    return min(_product(M, N, K, tile, 1.0, problem, device) for tile in _CUBLAS_TILES)
+def _bytes(problem: Problem, device: DeviceSpec, rank: int = 0) -> float:
+    """Seconds to read operands, weights of groups that have rows and `rank` more columns, and to write the result."""
+    read, written = problem.read + rank, problem.written
+    moved = problem.M * (read + written) + problem.active * read * written
+    return moved * problem.itemsize / device.sustained_bandwidth
 
 
-def _has_wgmma(device: DeviceSpec) -> bool:
-    return 90 <= device.arch < 120
+def _base(problem: Problem, device: DeviceSpec) -> float:
+    """Seconds of the base product in cuBLAS, or in torch's grouped_mm."""
+    rows = problem.padded_rows(_GROUPED_TILE) if problem.is_ragged else problem.M
+    sizes = rows, problem.written, problem.read
+    return max(min(_tiles(*sizes, tile, 1.0, problem, device) for tile in _CUBLAS_TILES), _bytes(problem, device))
 
 
 def _pass(elements: int, problem: Problem, device: DeviceSpec, programs: int = 1 << 30) -> float:
@@ -96,150 +87,61 @@ def _mask(problem: Problem, device: DeviceSpec) -> float:
     return operations / (device.sms * _SM_INTEGERS)
 
 
-def _aten_mask(problem: Problem, device: DeviceSpec) -> list[Part]:
-    if not problem.dropout:
-        return []
-    moved = problem.M * problem.K * _MASK_BYTES * _MASK_PASSES
-    return [Part("dropout mask in torch operators", moved / device.sustained_bandwidth)]
-
-
-def total(parts: Sequence[Part]) -> float:
-    """Seconds of all parts."""
-    return math.fsum(part.seconds for part in parts)
-
-
-def in_a_row(parts: list[Part], host: str) -> tuple[Part, ...]:
-    """`parts` with the gaps between them, and the wait for a host that launches more slowly than they run."""
-    launches = sum(part.launches for part in parts)
-    waiting = launches * _HOST[host] - total(parts)
-    if launches > 1:
-        parts = [*parts, Part("launch gaps", (launches - 1) * _GAP)]
-    return (*parts, Part("waiting for the host", waiting)) if waiting > 0 else tuple(parts)
-
-
-def frozen(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
-    """The layer without an adapter: y forward, dx backward."""
-    M, N, K = problem.M, problem.N, problem.K
-    if problem.gradients:
-        return in_a_row([Part("dx = dy w", _cublas(M, K, N, problem, device))], "aten")
-    return in_a_row([Part("y = x wᵀ", _cublas(M, N, K, problem, device))], "aten")
-
-
-def full(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
-    """The layer without an adapter, its weight trained: y forward, dx and dw backward."""
-    if not problem.gradients:
-        return frozen(problem, device)
-    dw = Part("dw = dyᵀ x", _cublas(problem.N, problem.K, problem.M, problem, device))
-    return in_a_row([Part("dx = dy w", _cublas(problem.M, problem.K, problem.N, problem, device)), dw], "aten")
-
-
-def _passes(problem: Problem, device: DeviceSpec) -> tuple[float, float]:
-    """Seconds of one pass over an [M, K] and over an [M, N] matrix."""
-    return _pass(problem.M * problem.K, problem, device), _pass(problem.M * problem.N, problem, device)
-
-
-def _products(problem: Problem, device: DeviceSpec) -> tuple[float, float]:
-    """Seconds of a product with the rank that reads or writes an [M, K], or an [M, N] matrix."""
-    over_k, over_n = _passes(problem, device)
-    return over_k / SKINNY, over_n / SKINNY
-
-
-def _cast(problem: Problem, device: DeviceSpec, launches: int) -> Part:
-    """The factors in the base's dtype: a kernel for each, and one for the scale."""
-    moved = (problem.N + problem.K) * problem.R * (4 + problem.itemsize)
-    return Part("factors cast", moved / device.sustained_bandwidth, launches)
-
-
-def eager(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
-    """Our eager backend: low-rank product first, base GEMM accumulated onto it, so that its read of y is hidden."""
-    over_k, over_n = _products(problem, device)
-    base = frozen(problem, device)[0].seconds
-    mask = _aten_mask(problem, device)
-    wanted = problem.gradients
-    if not wanted:
-        parts = [
-            _cast(problem, device, 3),
-            *mask,
-            Part("xa = x aᵀ", over_k),
-            Part("y = xa bᵀ", over_n),
-            Part("y += x wᵀ", base),
-        ]
-        return in_a_row(parts, "aten")
-    parts = [_cast(problem, device, 3)]
-    parts += [Part("dyb = dy b", over_n), *mask] if "dx" in wanted or "da" in wanted else []
-    if "dx" in wanted:
-        parts += [Part("dx = dyb a", over_k), Part("dx += dy w", base)]
-    if "da" in wanted:
-        parts.append(Part("da = dybᵀ x", over_k))
-    if "db" in wanted:
-        parts.append(Part("db = dyᵀ xa", over_n))
-    if "dbias" in wanted:
-        parts.append(Part("dbias = Σ dy", over_n))
-    return in_a_row(parts, "aten")
-
-
-def _addmm(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
-    """GEMM and `addmm_` as Unsloth and others do: xa is not saved, and dy b is computed for da and for dx."""
-    over_k, over_n = _products(problem, device)
-    base = frozen(problem, device)[0]
-    if not problem.gradients:
-        return in_a_row([base, Part("xa = x aᵀ", over_k), Part("y.addmm_(xa, bᵀ)", 2 * over_n)], "aten")
-    adapters = [Part("dy b", over_n), Part("da", over_k), Part("xa again", over_k), Part("db", over_n)]
-    return in_a_row([*adapters, base, Part("dy b again", over_n), Part("dx.addmm_(dyb, a)", 2 * over_k)], "aten")
-
-
-def _peft(problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
-    """PEFT with adapters in the base's dtype, run by autograd; as shipped, with fp32 adapters, it moves more."""
-    over_k, over_n = _passes(problem, device)
-    skinny_k, skinny_n = _products(problem, device)
-    base = frozen(problem, device)[0]
-    if not problem.gradients:
-        low = [Part("xa", skinny_k), Part("xa bᵀ", skinny_n), Part("times scale", 2 * over_n)]
-        return in_a_row([base, *low, Part("sum", 3 * over_n)], "aten")
-    low = [Part("dy times scale", 2 * over_n), Part("dyb", skinny_n), Part("db", skinny_n)]
-    low += [Part("da", skinny_k), Part("dyb a", skinny_k)]
-    return in_a_row([*low, base, Part("sum", 3 * over_k)], "aten")
-
-
-BASELINES = {"frozen": frozen, "addmm_": _addmm, "PEFT, bf16 adapters": _peft}
+def tile_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
+    """Seconds of the tiles of a matmul, whatever their bytes."""
+    c, share, rows = config, _FORM[config.form], problem.M
+    if c.form == "pointer" and device.features.has_warpgroup_mma and problem.itemsize == 2:
+        share *= _POINTER_ON_HOPPER
+    if problem.is_ragged:
+        share, rows = share * _GATHERED, problem.padded_rows(c.block_m)
+    if c.form == "wgmma":
+        # a cluster computes whole row blocks
+        height = c.block_m * c.cluster
+        rows = -(-rows // height) * height
+        # operands of one step of the reduction, against what L2 gives while the tensor cores work on it
+        operands = (c.block_m + c.block_n // c.cluster) * c.block_k * 2 * device.sms
+        clocks = 2 * c.block_m * c.block_n * c.block_k / _SM_FLOPS
+        share *= min(1.0, _L2_BYTES / (operands / clocks))
+    if c.beside:
+        left = device.sms - c.beside
+        device = replace(device, sms=left, sustained_flops=device.sustained_flops * left / device.sms)
+    sizes = rows, problem.written, problem.read + padded_rank(problem.R)
+    return _tiles(*sizes, (c.block_m, c.block_n), share, problem, device)
 
 
 def kernel_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
-    """Seconds of one Triton kernel of the plan."""
+    """Seconds of one kernel, and of the launch that reads its partial sums."""
     c, (M, N, K, R) = config, (problem.M, problem.N, problem.K, problem.R)
-    if c.kernel in ("fwd", "dx"):
-        share = _FORM[c.form]
-        if c.form == "pointer" and _has_wgmma(device) and problem.itemsize == 2:
-            share *= _POINTER_ON_HOPPER
-        columns, reduction = (N, K) if c.kernel == "fwd" else (K, N)
-        tile = c.block_m, c.block_n
-        seconds = _product(M, columns, reduction + padded_rank(R), tile, share, problem, device)
-        if c.single:
-            return seconds + _xa_beside(c, problem, device)
-        return seconds + (_mask(problem, device) if c.kernel == "dx" else 0.0)
     if c.kernel == "reduce":
         return 0.0
+    if c.kernel == "matmul":
+        seconds = max(tile_seconds(c, problem, device), _bytes(problem, device, padded_rank(R)))
+        if c.single:
+            return seconds + _xa_in_tiles(c, problem, device)
+        if c.beside:
+            # column blocks of dy for db, of x for da: the busiest block sums several
+            sums = [size for name, size in (("db", N), ("da", K)) if name in problem.gradients]
+            blocks = -(-sum(-(-size // c.block_n) for size in sums) // c.beside)
+            stage = 2 * (c.block_n * c.block_k * problem.itemsize + _RIGHT_BYTES) / _SHARED_BANDWIDTH
+            return max(seconds, blocks * -(-M // c.block_k) * stage)
+        return seconds + (_mask(problem, device) if problem.gradients else 0.0)
+    columns = K if c.kernel == "outer" else problem.read
     rank_tiles = math.ceil(R / c.block_r)
-    columns = N if c.kernel in ("dyb", "dyb_db") else K
-    programs = math.ceil(M / c.block_m) if c.kernel in ("dyb", "xa") else math.ceil(columns / c.block_n) * c.splits
-    mask = 0.0 if c.kernel in ("dyb", "dyb_db") else rank_tiles * _mask(problem, device)
+    programs = math.ceil(M / c.block_m) if c.kernel == "project" else math.ceil(columns / c.block_n) * c.splits
+    masked = c.kernel == "outer" or not problem.gradients
+    partials = 0 if c.kernel == "project" else c.splits * columns
+    # of dyb, one for each block of columns
+    partials += math.ceil(N / c.block_n) * M if c.kernel == "project_outer" else 0
     return (
-        _pass(M * columns * rank_tiles, problem, device, programs * rank_tiles) / SKINNY
-        + mask
-        + sum_seconds(c, problem, device)
+        _pass(M * columns * rank_tiles, problem, device, programs * rank_tiles) / _SKINNY
+        + (rank_tiles * _mask(problem, device) if masked else 0.0)
+        # fp32 partials are written and read
+        + 2 * 4 * R * partials / device.sustained_bandwidth
     )
 
 
-def sum_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
-    """Seconds to write the fp32 partials of dyb_db or da, and as many to read them; 0 for other kernels."""
-    c, (M, N, K, R) = config, (problem.M, problem.N, problem.K, problem.R)
-    if c.kernel == "dyb_db":
-        return 4 * R * (c.splits * N + math.ceil(N / c.block_n) * M) / device.sustained_bandwidth
-    return 4 * R * c.splits * K / device.sustained_bandwidth if c.kernel == "da" else 0.0
-
-
-def _xa_beside(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
-    """What the xa items of a single kernel add, on the SMs that the last wave leaves free, before the first tiles.
+def _xa_in_tiles(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
+    """What the xa items of a matmul add, on the SMs that the last wave leaves free, before the first tiles.
 
     At half of what an SM streams: 38 us for two items each (H200, 2026-11-26). That the others compute meanwhile does
     not help, since every tile waits for its rows of xa.
@@ -251,21 +153,142 @@ def _xa_beside(config: KernelConfig, problem: Problem, device: DeviceSpec) -> fl
     return math.ceil(items / (-tiles % programs or programs)) * item
 
 
-_WHAT = {
-    "xa": "xa = x aᵀ",
-    "fwd": "y = x wᵀ + xa bᵀ",
-    "dyb_db": "dyb, db from one read of dy",
-    "dx": "dx = dy w + dyb a",
-    "da": "da = dybᵀ x",
+_FORWARD = {"project": "xa = x aᵀ", "matmul": "y = x wᵀ + xa bᵀ"}
+_BACKWARD = {
+    "project": "dyb = dy b",
+    "project_outer": "dyb, db from one read of dy",
+    "matmul": "dx = dy w + dyb a",
+    "outer": "da = dybᵀ x",
 }
 
 
-def triton_linear(configs: Sequence[KernelConfig], problem: Problem, device: DeviceSpec) -> tuple[Part, ...]:
-    """The Triton kernels of a plan, in the order in which they run."""
-    parts = []
-    for config in configs:
-        if config.kernel != "reduce":
-            parts.append(Part(_WHAT[config.kernel], kernel_seconds(config, problem, device)))
-        if config.kernel in ("dyb_db", "da"):
-            parts.append(Part("sum of partials", sum_seconds(config, problem, device)))
-    return in_a_row(parts, "triton")
+def step(config: KernelConfig, problem: Problem, device: DeviceSpec) -> Part:
+    """A kernel of dense rows, with the launch that reads its partial sums."""
+    name = (_BACKWARD if problem.gradients else _FORWARD)[config.kernel]
+    return Part(name, kernel_seconds(config, problem, device), 1 if config.kernel in ("project", "matmul") else 2)
+
+
+def _rows(
+    name: str, elements: int, problem: Problem, device: DeviceSpec, launches: int = 1, share: float = 1.0
+) -> Part:
+    """Elements of x's dtype read or written, at `share` of a copy's rate."""
+    return Part(name, _pass(elements, problem, device) / share, launches)
+
+
+def _cast(problem: Problem, device: DeviceSpec, launches: int, of: str = "") -> Part:
+    """The factors of all groups in the base's dtype: a kernel for each, and one for the scale."""
+    moved = problem.groups * (problem.N + problem.K) * problem.R * (4 + problem.itemsize)
+    return Part(f"factors{of and ' of '}{of} cast", moved / device.sustained_bandwidth, launches)
+
+
+def _aten_dense(problem: Problem, device: DeviceSpec, base_first: bool) -> list[Part]:
+    """The eager backend: the low-rank product with the base product accumulated onto it, whose read of y is hidden; or
+    the base product first, which needs no kernel for the scale but reads and writes y again.
+    """
+    over_k, over_n = problem.M * problem.K, problem.M * problem.N
+    gradients, base = problem.gradients, _base(problem, device)
+    parts = [_cast(problem, device, 2 if base_first else 3)]
+    mask = []
+    if problem.dropout:
+        moved = over_k * _MASK_BYTES * _MASK_PASSES
+        mask = [Part("dropout mask in torch operators", moved / device.sustained_bandwidth)]
+    if not gradients:
+        parts += [*mask, _rows("xa = x aᵀ", over_k, problem, device, share=_SKINNY)]
+        if base_first:
+            return [*parts, Part("y = x wᵀ", base), _rows("y += xa bᵀ", 2 * over_n, problem, device, share=_SKINNY)]
+        return [*parts, _rows("y = xa bᵀ", over_n, problem, device, share=_SKINNY), Part("y += x wᵀ", base)]
+    if "dx" in gradients or "da" in gradients:
+        parts += [_rows("dyb = dy b", over_n, problem, device, share=_SKINNY), *mask]
+    if "dx" in gradients and base_first:
+        parts += [Part("dx = dy w", base), _rows("dx += dyb a", 2 * over_k, problem, device, share=_SKINNY)]
+    elif "dx" in gradients:
+        parts += [_rows("dx = dyb a", over_k, problem, device, share=_SKINNY), Part("dx += dy w", base)]
+    sums = ("da", "da = dybᵀ x", over_k), ("db", "db = dyᵀ xa", over_n), ("dbias", "dbias = Σ dy", over_n)
+    return parts + [
+        _rows(name, elements, problem, device, share=_SKINNY) for of, name, elements in sums if of in gradients
+    ]
+
+
+def _around(problems: Sequence[Problem], device: DeviceSpec, has_adapters: bool = True) -> list[Part]:
+    """What ATen runs between and after the projections of ragged rows: gathers, activation, weighted sums."""
+    p = problems[0]
+    if len(problems) == 1:
+        return [_rows("rows of no group zeroed", 2 * p.M * p.written, p, device)]
+    S, H, I, gated = p.M, p.K, problems[1].K, p.N != problems[1].K  # noqa: E741
+    sum_of_choices = S * H + S // p.choices * H
+    # (elements, launches) of act(gate), times up; of dh up, act's backward, dh act(gate) and both halves of du together
+    activation, backward = ((5 * S * I, 2), (13 * S * I, 5)) if gated else ((2 * S * I, 1), (3 * S * I, 1))
+    if not p.gradients:
+        steps = [("gather x", 2 * S * H, 1), ("activation", *activation), ("weighted sum over k", sum_of_choices, 1)]
+    else:
+        steps = [("gather dout", 2 * S * H, 1), ("h again", *activation), ("router gradient", 4 * S * I, 2)]
+        steps += [("dh times router weight", 2 * S * I, 1), ("activation's backward", *backward)]
+        steps += [("gather x again", 2 * S * H, 1)] if has_adapters else []
+        steps += [("sum over k of dx", sum_of_choices, 1)]
+    return [_rows(name, elements, p, device, launches) for name, elements, launches in steps]
+
+
+# of projections, by how many there are
+_NAMES = {1: ("the layer",), 2: ("gate_up", "down")}
+
+
+def _grouped(problem: Problem, of: str, device: DeviceSpec, loop: bool) -> Part:
+    """The base product by torch's grouped_mm, or of one group that has rows after the other."""
+    name = f"dx of {of}" if problem.gradients else of
+    if not loop:
+        return Part(name, _base(problem, device))
+    groups = max(problem.active, 1)
+    one = replace(problem, M=-(-problem.M // groups), groups=1, is_ragged=False)
+    return Part(name, max(groups * _base(one, device), _bytes(problem, device)), groups)
+
+
+def frozen(problems: Sequence[Problem], device: DeviceSpec) -> Candidate:
+    """The operator without adapters, in cuBLAS and ATen: what LoRA tax is over."""
+    p = problems[0]
+    if not p.is_ragged:
+        parts = [Part("dx = dy w" if p.gradients else "y = x wᵀ", _base(p, device))]
+    else:
+        loop = not device.features.has_grouped_mm
+        parts = _around(problems, device, has_adapters=False)
+        parts += [_grouped(p, of, device, loop) for p, of in zip(problems, _NAMES[len(problems)], strict=True)]
+    return Candidate("eager", "frozen", (), in_a_row(parts))
+
+
+def aten(problems: Sequence[Problem], kernel: str, device: DeviceSpec) -> tuple[Part, ...]:
+    """The eager backend's "aten_beta1" and "aten_addmm", or over ragged rows "grouped_mm" and "loop"."""
+    if not problems[0].is_ragged:
+        return in_a_row(_aten_dense(problems[0], device, kernel == "aten_addmm"))
+    loop = kernel == "loop"
+    parts = [Part("waiting for where groups end", _READ_ON_HOST)] if loop else []
+    parts += _around(problems, device)
+    for p, of in zip(problems, _NAMES[len(problems)], strict=True):
+        groups, (first, second) = p.active if loop else 1, ("dyb", "dyb a") if p.gradients else ("xa", "xa b")
+        parts += [
+            _cast(p, device, 2, of),
+            _rows(f"{first} of {of}", p.M * p.read, p, device, groups),
+            _grouped(p, of, device, loop),
+            _rows(f"{second} of {of}", p.M * p.written, p, device, groups),
+        ]
+        # a loop accumulates the base product of a group onto its low-rank one
+        parts += [] if loop else [_rows(f"sum of {of}", 3 * p.M * p.written, p, device)]
+        parts += [_rows(f"da, db of {of}", p.M * (p.K + p.N), p, device, 2 * groups)] if p.gradients else []
+    return in_a_row(parts)
+
+
+def ragged(problems: Sequence[Problem], matmuls: Sequence[KernelConfig], device: DeviceSpec) -> tuple[Part, ...]:
+    """Base and low-rank product in one kernel of ours for each projection.
+
+    Triton's kernels gather and activate too; with those of CUDA, ATen runs the rest.
+    """
+    in_cuda = matmuls[0].form == "wgmma"
+    parts = _around(problems, device) if in_cuda or len(problems) == 1 else []
+    for p, of, config in zip(problems, _NAMES[len(problems)], matmuls, strict=True):
+        parts += [_cast(p, device, 2, of)] if in_cuda else []
+        name = (f"dx of {of}" if p.gradients else of) + (", activation" if p.epilogue and not in_cuda else "")
+        parts.append(_rows(f"{'dyb' if p.gradients else 'xa'} of {of}", p.M * p.read, p, device, share=_SKINNY))
+        parts.append(Part(name, kernel_seconds(config, p, device)))
+        parts += [_rows(f"da, db of {of}", p.M * (p.K + p.N), p, device, 2, _SKINNY)] if p.gradients else []
+    if len(problems) == 2 and not in_cuda:
+        S, H, choices = problems[0].M, problems[0].K, problems[0].choices
+        parts.append(_rows("sum over k", S * H + S // choices * H, problems[0], device))
+    return in_a_row(parts)

@@ -3,15 +3,17 @@
 `lorafuse tune` writes `tuned/<gpu>.json` in the folder of LORAFUSE_CACHE_DIR; `plan/measured/<gpu>.json` ships, made
 from bench/results/ by bench/measured.py. Both are
 
-    {"version": 2, "entries": [{"N": 4096, "K": 4096, "R": [1, 16], "M": [1024, 16384], "dtype": "bfloat16",
+    {"version": 3, "entries": [{"N": 4096, "K": 4096, "R": [1, 16], "M": [1024, 16384], "dtype": "bfloat16",
       "dropout": false, "gradients": [], "kernel": "two_kernel", "seconds": 0.00037, "commit": "…", "date": "…",
-      "points": [[1024, 1, 0.00005], [16384, 16, 0.00037]], "conditions": {"torch": "…", "triton": "…"}}]}
+      "points": [[1024, 1, 0.00005], [16384, 16, 0.00037]], "conditions": {"torch": "…", "triton": "…"},
+      "format": "dense", "groups": 1}]}
 
-An entry speaks for passes of its N, K, dtype, dropout and gradients (none is a forward pass) whose M and R lie in its
-ranges, ends included, whose rows are aligned and whose xa is not fp32 over fp16; adapter dtype and bias do not matter.
-`kernel` was fastest there, or as fast as any within noise. `points` are what was measured, `[M, R, seconds]`, and
-`seconds` those of the last; version 1 has neither points nor conditions. A file that cannot be read or breaks the
-format says nothing: one warning, and plans follow the model.
+An entry applies to problems with the same N, K, dtype, dropout, gradients (none is a forward pass), format and groups
+whose M and R lie in its ranges, ends included, whose rows are aligned and whose xa is not fp32 over fp16; adapter dtype
+and bias do not matter. `kernel` was fastest there, or as fast as any within noise. `points` are what was measured,
+`[M, R, seconds]`, and `seconds` those of the last. Version 2 has neither format nor groups, which are dense and 1 then,
+version 1 neither points nor conditions. A file that cannot be read or breaks the format counts for nothing: one
+warning, and plans follow the model.
 """
 
 import json
@@ -28,17 +30,23 @@ from typing import Any
 
 from lorafuse import env, files
 from lorafuse.errors import one_line
-from lorafuse.plan.device import DeviceSpec
+from lorafuse.plan.devices import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["KERNELS", "Tuned", "file_name", "load", "match", "name_of", "own_file", "read", "text_of", "write"]
+__all__ = ["KERNELS", "Tuned", "file_name", "load", "match", "own_file", "read", "text_of", "write"]
 
-_TRITON = ("two_kernel", "single_kernel", "one_pass_backward")
+_TRITON = ("two_kernel", "fused_xa", "one_pass_backward", "ragged")
 # name: backend; the CUDA kernels do the same steps as Triton's, or da and db in dx's launch
-KERNELS = {"aten_beta1": "eager", **dict.fromkeys(_TRITON, "triton")}
-KERNELS |= {f"cuda {name}": "cuda" for name in (*_TRITON, "one_launch_backward")}
-_FOLDER = Path(__file__).parent / "measured"
-_VERSION = 2
+KERNELS = dict.fromkeys(("aten_beta1", "aten_addmm", "grouped_mm", "loop"), "eager") | dict.fromkeys(_TRITON, "triton")
+KERNELS |= {f"cuda {name}": "cuda" for name in (*_TRITON, "concurrent_backward")}
+# names in older files
+_FORMER_NAMES = {
+    "single_kernel": "fused_xa",
+    "cuda single_kernel": "cuda fused_xa",
+    "cuda one_launch_backward": "cuda concurrent_backward",
+}
+FOLDER = Path(__file__).parent / "measured"
+_VERSION = 3
 # an entry takes some 500 bytes: thousands of layers
 _MOST_BYTES = 2**24
 # M, R, seconds
@@ -91,14 +99,11 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "commit": _TEXT,
     "date": _TEXT,
 }
-_FIELDS_OF = {
-    1: _FIELDS,
-    2: _FIELDS
-    | {
-        "points": (_are(_is_point), "a list of [M, R, seconds], all above 0"),
-        "conditions": (_are_conditions, "texts by name"),
-    },
+_SINCE_2 = {
+    "points": (_are(_is_point), "a list of [M, R, seconds], all above 0"),
+    "conditions": (_are_conditions, "texts by name"),
 }
+_FIELDS_OF = {1: _FIELDS, 2: _FIELDS | _SINCE_2, 3: _FIELDS | _SINCE_2 | {"format": _TEXT, "groups": _SIZE}}
 
 
 @dataclass(frozen=True)
@@ -118,20 +123,23 @@ class Tuned:
     date: str
     points: tuple[_Point, ...] = ()
     conditions: dict[str, str] = field(default_factory=dict)
+    format: str = "dense"
+    groups: int = 1
     own: bool = False
 
     def is_of(self, problem: Problem) -> bool:
         """Whether it is of the problem's layer and pass, whatever their M and R."""
-        kind = self.N, self.K, self.dtype, self.dropout, self.gradients
-        return kind == (problem.N, problem.K, problem.dtype, problem.dropout, problem.gradients)
+        p = problem
+        kind = self.N, self.K, self.dtype, self.dropout, self.gradients, self.format, self.groups
+        return kind == (p.N, p.K, p.dtype, p.dropout, p.gradients, p.format, p.groups)
 
     def covers(self, problem: Problem) -> bool:
-        """Whether it speaks for the problem."""
+        """Whether it applies to the problem."""
         ranges = self.M[0] <= problem.M <= self.M[1] and self.R[0] <= problem.R <= self.R[1]
         return ranges and self.is_of(problem) and problem.aligned and not problem.wide
 
-    def said(self, problem: Problem, device: str) -> str:
-        """The reason that it gives for its kernel, with the time at the measured point that is nearest."""
+    def reason(self, problem: Problem, device: str) -> str:
+        """Why its kernel is chosen, with the time at the nearest measured point."""
         where, seconds = "", self.seconds
         if self.points:
             M, R, seconds = min(
@@ -141,11 +149,6 @@ class Tuned:
         whose = "by lorafuse tune" if self.own else "shipped"
         by = f"{self.date}, commit {self.commit}, {whose}"
         return f"fastest within noise when measured on {device}: {seconds * 1e6:.0f} us{where} ({by})"
-
-
-def name_of(backend: str, kernel: str) -> str:
-    """The name in `KERNELS` of a backend's kernel."""
-    return f"cuda {kernel}" if backend == "cuda" else kernel
 
 
 def file_name(model: str) -> str:
@@ -163,7 +166,7 @@ def load(model: str) -> tuple[Tuned, ...]:
     """The entries for a GPU model, the user's first, none when there is no file. Warns of a file that `read` refuses,
     whose entries are left out.
     """
-    return _known(own_file(model), own=True) + _known(_FOLDER / file_name(model), own=False)
+    return _known(own_file(model), own=True) + _known(FOLDER / file_name(model), own=False)
 
 
 def _known(path: Path, own: bool) -> tuple[Tuned, ...]:
@@ -204,6 +207,7 @@ def _entry(entry: Any, version: int, own: bool, where: str) -> Tuned:
         raise ValueError(f"{where}: it is {_shown(entry)}; it must be an object")
     if entry.keys() != fields.keys():
         raise ValueError(f"{where}: it has the fields {_shown(sorted(entry))}; they must be {sorted(fields)}")
+    entry = entry | {"kernel": _FORMER_NAMES.get(str(entry["kernel"]), entry["kernel"])}
     for name, (is_right, rule) in fields.items():
         if not is_right(entry[name]):
             raise ValueError(f"{where}: {name} is {_shown(entry[name])}; it must be {rule}")
@@ -231,10 +235,16 @@ def text_of(entries: Iterable[Tuned]) -> str:
     return f'{{"version": {_VERSION}, "entries": [\n  {lines}\n]}}\n'
 
 
-def match(problem: Problem, device: DeviceSpec, kernels: Container[str] = KERNELS, own: bool = True) -> Tuned | None:
-    """The first measurement that speaks for a problem on a device and names one of `kernels`, if there is one.
+def match(
+    problem: Problem,
+    device: DeviceSpec,
+    kernels: Container[str] = KERNELS,
+    own: bool = True,
+    entries: Iterable[Tuned] | None = None,
+) -> Tuned | None:
+    """The first measurement that applies to a problem on a device and names one of `kernels`, if there is one.
 
-    Without `own` the user's are passed over.
+    Of `entries`, or of those in files; without `own` the user's are passed over.
     """
-    known = (entry for entry in load(device.model) if own or not entry.own)
+    known = (entry for entry in (load(device.model) if entries is None else entries) if own or not entry.own)
     return next((entry for entry in known if entry.covers(problem) and entry.kernel in kernels), None)

@@ -32,8 +32,7 @@ from triton.runtime.jit import JITFunction
 from lorafuse.kernels import linear_bwd, linear_fwd, ragged, ragged_rank
 from lorafuse.kernels.routing import Tiles
 from lorafuse.plan import DEVICES, DeviceSpec, KernelConfig, Problem
-from lorafuse.plan.config import candidates
-from lorafuse.plan.ragged import RAGGED_KERNELS, ragged_candidates
+from lorafuse.plan.configs_triton import candidates
 
 __all__ = ["TARGETS", "Resources", "Variant", "compile_variants", "variants"]
 
@@ -47,6 +46,16 @@ TARGETS = {
     # no plan is made for AMD GPUs; this keeps the kernels' source compilable for them, aligned problems only
     "gfx942": (GPUTarget("hip", "gfx942", 64), 89),
 }
+# (kernel, its configuration, whether it is one of backward)
+_DENSE = (
+    ("xa", "project", False), ("fwd", "matmul", False), ("dyb_db", "project_outer", True), ("reduce", "reduce", True),
+    ("dx", "matmul", True), ("da", "outer", True),
+)  # fmt: skip
+_RAGGED = (
+    ("ragged", "matmul", False), ("ragged_act", "matmul", False), ("ragged_act_backward", "matmul", True),
+    ("project", "project", False), ("outer", "outer", True),
+)  # fmt: skip
+_BACKWARD = {kernel for kernel, _, backward in (*_DENSE, *_RAGGED) if backward}
 # of the main loop of grouped layers: y and dx; an activation and its backward, of gate and up in halves (their weights
 # as nn.Linear stores them, or transposed), in pairs of transposed weights as gpt-oss has them, and without a gate
 _LAYOUTS = ("halves", "transposed", "pairs", "ungated")
@@ -60,6 +69,7 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class Variant:
     """One specialization of a kernel: its configuration, and what the operands make of it."""
 
+    kernel: str
     config: KernelConfig
     dtype: str
     adapter_dtype: str = "float32"
@@ -73,7 +83,7 @@ class Variant:
     def name(self) -> str:
         c = self.config
         tile = "x".join(str(size) for size in (c.block_m, c.block_n, c.block_k) if size)
-        parts = [c.kernel, c.form, tile, f"r{c.block_r * self.rank_tiles}", f"{c.stages}stages", f"{c.warps}warps"]
+        parts = [self.kernel, c.form, tile, f"r{c.block_r * self.rank_tiles}", f"{c.stages}stages", f"{c.warps}warps"]
         parts += [self.dtype, "" if self.adapter_dtype == "float32" else f"adapter-{self.adapter_dtype}"]
         parts += [
             self.epilogue,
@@ -83,6 +93,11 @@ class Variant:
             "wide" if self.wide else "",
         ]
         return " ".join(part for part in parts if part)
+
+    @property
+    def problem(self) -> Problem:
+        """One that has this variant."""
+        return _problem(self.kernel, Problem(8192, 4096, 4096, 16, self.dtype, self.adapter_dtype))
 
 
 @dataclass(frozen=True)
@@ -110,27 +125,37 @@ def variants(target: str, everything: bool) -> list[Variant]:
     sizes = itertools.product(kinds, (16, 32, 64, 128, 256), alignments, (True, False))
     for (dtype, wide), R, aligned, dropout in sizes:
         problem = Problem(8192, 4096, 4096, R, dtype, "float32", dropout=dropout, aligned=aligned, wide=wide)
-        for kernel in ("xa", "fwd", "dyb_db", "reduce", "dx", "da"):
-            for config in candidates(kernel, problem, device):
+        for kernel, of, _ in _DENSE:
+            for config in candidates(of, _problem(kernel, problem), device):
                 masked = dropout and kernel in ("xa", "dx", "da")
                 # one rank tile is a kernel of its own, more of them are a loop
                 tiles = min(2, R // config.block_r) if kernel in ("fwd", "dx") else 1
                 adapters = ("float32", dtype) if everything and kernel not in ("da", "reduce") else ("float32",)
                 config = replace(config, splits=1)
-                found |= {Variant(config, dtype, adapter, masked, tiles, aligned, wide=wide) for adapter in adapters}
+                found |= {
+                    Variant(kernel, config, dtype, adapter, masked, tiles, aligned, wide=wide) for adapter in adapters
+                }
         if not dropout and not wide and target != "gfx942":
             found |= set(_ragged_variants(problem, device, everything))
     return sorted(found, key=lambda v: v.name)
 
 
+def _problem(kernel: str, problem: Problem) -> Problem:
+    """The problem in the direction, with the rows and the epilogue, of a kernel."""
+    gradients = ("dx", "da", "db") if kernel in _BACKWARD else ()
+    ragged = any(kernel == name for name, *_ in _RAGGED)
+    epilogue = "gated" if kernel.startswith("ragged_act") else ""
+    return replace(problem, gradients=gradients, is_ragged=ragged, groups=128 if ragged else 1, epilogue=epilogue)
+
+
 def _ragged_variants(problem: Problem, device: DeviceSpec, everything: bool) -> Iterator[Variant]:
     """Those of grouped layers: the main loop with each of its epilogues, forward and with w read transposed."""
-    for kernel in RAGGED_KERNELS:
+    for kernel, of, _ in _RAGGED:
         epilogues = EPILOGUES.get(kernel, ("",))
-        for config, epilogue in itertools.product(ragged_candidates(kernel, problem, device), epilogues):
+        for config, epilogue in itertools.product(candidates(of, _problem(kernel, problem), device), epilogues):
             tiles = min(2, -(-problem.R // config.block_r)) if kernel in EPILOGUES else 1
             if everything or kernel not in EPILOGUES or _differs(config, epilogue, problem):
-                yield Variant(config, problem.dtype, "float32", False, tiles, problem.aligned, epilogue)
+                yield Variant(kernel, config, problem.dtype, "float32", False, tiles, problem.aligned, epilogue)
 
 
 def _differs(config: KernelConfig, epilogue: str, problem: Problem) -> bool:
@@ -207,18 +232,18 @@ def _launch(variant: Variant) -> None:
     a, b = tensor(r, k, of=adapter), tensor(n, r, of=adapter)
     seed = tensor(1, of=torch.int64) if variant.dropout else None
     p, programs = (0.1 if variant.dropout else 0.0), 132
-    if c.kernel == "xa":
+    if variant.kernel == "xa":
         linear_fwd.lora_xa(x, a, seed, p, c, variant.wide)
-    elif c.kernel == "fwd":
+    elif variant.kernel == "fwd":
         xa_given = None if c.single else xa
         linear_fwd.lora_linear_fwd(x, w, tensor(n), a, b, 2.0, xa_given, programs, c)
-    elif c.kernel == "dyb_db":
+    elif variant.kernel == "dyb_db":
         linear_bwd.lora_dyb_db_partials(dy, b, xa, True, True, c)
-    elif c.kernel == "dx":
+    elif variant.kernel == "dx":
         linear_bwd.lora_linear_dx(dy, w, a, xa, seed, p, programs, c)
-    elif c.kernel == "da":
+    elif variant.kernel == "da":
         linear_bwd.lora_da_partials(x, xa, seed, p, c)
-    elif c.kernel in RAGGED_KERNELS:
+    elif any(variant.kernel == name for name, *_ in _RAGGED):
         _launch_ragged(variant, m, n, k, r)
     else:
         part = tensor(8, m, r, of=torch.float32)
@@ -243,9 +268,9 @@ def _launch_ragged(variant: Variant, rows: int, n: int, k: int, r: int) -> None:
         tensor(rows, r),
         tensor(rows, of=torch.int64),
     )
-    if c.kernel == "project":
+    if variant.kernel == "project":
         ragged_rank.project(tiles, u, b.transpose(1, 2), 1.0, c, source=token)
-    elif c.kernel == "outer":
+    elif variant.kernel == "outer":
         ragged_rank.outer(tiles, u, xa, 1.0, b, c, source=token, factor=tensor(rows))
     elif variant.epilogue == "y":
         ragged.ragged_linear(tiles, x, w, tensor(128, n), xa, b, 2.0, 132, c, source=token)
@@ -257,7 +282,7 @@ def _launch_ragged(variant: Variant, rows: int, n: int, k: int, r: int) -> None:
         # gelu_tanh holds most registers of those that a gate multiplies
         activation = "clamped_swiglu" if pairs else "gelu_tanh"
         transposed = variant.epilogue in ("transposed", "pairs")
-        if c.kernel == "ragged_act":
+        if variant.kernel == "ragged_act":
             w = tensor(128, k, n).transpose(1, 2) if transposed else w
             bias = tensor(128, n)
             ragged.ragged_activated(tiles, x, w, bias, xa, b, 2.0, activation, layout, 132, c, source=token)

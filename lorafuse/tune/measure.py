@@ -16,7 +16,7 @@ from torch import Tensor
 from lorafuse.errors import BackendUnavailable
 from lorafuse.functional import lora_linear
 from lorafuse.philox import keep_mask, rescaled, row_chunks
-from lorafuse.plan import Candidate, DeviceSpec, Problem, modelled, only, select, tuned
+from lorafuse.plan import Candidate, DeviceSpec, Problem, modelled, override, select, tuned
 from lorafuse.testing.cases import Case
 from lorafuse.testing.check_linear import LinearCase, Operands, make_operands
 from lorafuse.testing.numerics import lora_formula, relative_l2, tolerance
@@ -41,7 +41,7 @@ class Target:
     def candidates(self, problem: Problem) -> dict[str, Candidate]:
         """Every candidate for a problem, by its name in `tuned.KERNELS`."""
         plan = select(problem, self.spec, self.available)
-        return {tuned.name_of(one.backend, one.kernel): one for one in plan.candidates}
+        return {one.name: one for one in plan.candidates}
 
 
 @dataclass
@@ -91,8 +91,7 @@ def usual(problem: Problem, target: Target) -> str:
     shipped = tuned.match(problem, target.spec, candidates, own=False)
     if shipped:
         return shipped.kernel
-    chosen = modelled(list(candidates.values()))
-    return tuned.name_of(chosen.backend, chosen.kernel)
+    return modelled(list(candidates.values())).name
 
 
 def is_tunable(problem: Problem, target: Target) -> bool:
@@ -196,7 +195,7 @@ def _call(
     half = given.x.dtype is torch.float16
 
     def forward() -> tuple[Tensor]:
-        with only(name), torch.autocast(given.x.device.type, given.x.dtype, enabled=half):
+        with override(force_kernel=name), torch.autocast(given.x.device.type, given.x.dtype, enabled=half):
             operands = given.x, given.w, given.a, given.b
             return (lora_linear(*operands, scale=_SCALE, dropout_p=p, seed=seed, backend=backend),)
 
@@ -206,7 +205,7 @@ def _call(
     leaves = {"dx": given.x, "da": given.a, "db": given.b}
 
     def backward() -> tuple[Tensor, ...]:
-        with only(name):
+        with override(force_kernel=name):
             return torch.autograd.grad(y, [leaves[g] for g in gradients], given.dy, retain_graph=True)
 
     return backward

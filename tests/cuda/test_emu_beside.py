@@ -1,4 +1,4 @@
-"""da and db beside dx (csrc/kernels/adapter_grads_sm90.cuh), emulated (T5): against fp64, any number of blocks, schedules."""
+"""da and db summed in dx's launch (csrc/kernels/adapter_grads_sm90.cuh), emulated (T5): against fp64, any schedule."""
 
 from dataclasses import replace
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 from test_emu_linear import ALIGNED_NK, DTYPES, TILINGS, backwards, check
 
-from lorafuse.plan import cuda, only
-from lorafuse.plan.select import _select
+from lorafuse.plan import clear_cache, configs_cuda, override
 from lorafuse.testing.cases import UGLY_R
 from lorafuse.testing.check_linear import LinearCase, make_operands
 
@@ -15,14 +14,14 @@ pytest_plugins = "emu_fixtures"
 pytestmark = pytest.mark.usefixtures("emu")
 
 
-@pytest.fixture(params=cuda._ONE_LAUNCH, ids=lambda way: way[0])
+@pytest.fixture(params=configs_cuda.CONCURRENT, ids=lambda way: way[0])
 def beside(request, monkeypatch):
     """Plans that sum in dx's launch after this pass; what they sum."""
-    monkeypatch.setattr(cuda, "_ONE_LAUNCH", (request.param,))
-    _select.cache_clear()
-    with only("cuda one_launch_backward"):
+    monkeypatch.setattr(configs_cuda, "CONCURRENT", (request.param,))
+    clear_cache()
+    with override(force_kernel="cuda concurrent_backward"):
         yield request.param[1]
-    _select.cache_clear()
+    clear_cache()
 
 
 @pytest.mark.parametrize("R", [r for r in UGLY_R if r <= 64])
@@ -43,7 +42,7 @@ def test_da_and_db_beside_dx(M, R, beside, launched):
 @pytest.mark.parametrize("blocks", [1, 2, 3, 50])
 def test_any_number_of_blocks_beside_dx(blocks, config, tiles, beside, launched, monkeypatch):
     """More and fewer than there are columns to sum, and than there are multiprocessors."""
-    monkeypatch.setattr(cuda, "_besides", lambda problem, device: [blocks])
+    monkeypatch.setattr(configs_cuda, "sum_blocks", lambda problem, device: [blocks])
     tiles(config)
     check(LinearCase(leading=(2, 150), N=264, K=520, R=24, dtype=torch.bfloat16, bias="db" not in beside, scale=-0.5))
     products = [arguments for name, arguments in launched if name == "linear" and "transposed" in arguments]

@@ -14,7 +14,7 @@ import torch
 from lorafuse.backends import eager
 from lorafuse.functional import lora_linear
 from lorafuse.philox import keep_mask
-from lorafuse.plan import only
+from lorafuse.plan import override
 from lorafuse.testing.cases import UGLY_M, UGLY_R
 from lorafuse.testing.check_linear import LinearCase, check_linear, gradients, make_operands
 from lorafuse.testing.numerics import relative_l2, tolerance
@@ -75,7 +75,7 @@ def test_every_tiling(config, direction, tiles, launched):
     tiles(config)
     dropout_p = 0.2 if direction == "dropout" else 0.0
     case = LinearCase(leading=(300,), N=264, K=200, R=24, dtype=torch.bfloat16, dropout_p=dropout_p)
-    with only("cuda single_kernel" if direction == "single" else "cuda two_kernel"):
+    with override(force_kernel="cuda fused_xa" if direction == "single" else "cuda two_kernel"):
         check(case)
     products = [arguments for name, arguments in launched if name == "linear"]
     assert {arguments.get("transposed", False) for arguments in products} == {False, True}
@@ -89,7 +89,7 @@ def test_every_tiling(config, direction, tiles, launched):
 @pytest.mark.parametrize("M", [1, 63, 128, 257])
 def test_single_kernel(M, R, launched):
     N, K = ALIGNED_NK[(M + R) % len(ALIGNED_NK)]
-    with only("cuda single_kernel"):
+    with override(force_kernel="cuda fused_xa"):
         check(LinearCase(leading=(M,), N=N, K=K, R=R, dtype=DTYPES[R % 2]))
     assert "project_x" not in {name for name, _ in launched}
     assert {"linear", "reduce_dy", "reduce_x"} <= {name for name, _ in launched}
@@ -100,7 +100,7 @@ def test_single_kernel(M, R, launched):
 
 def test_the_flags_of_a_single_kernel_are_left_as_they_were(backend):
     o = make_operands(LinearCase(leading=(300,), N=264, K=72, R=16, dtype=torch.float16))
-    with only("cuda single_kernel"):
+    with override(force_kernel="cuda fused_xa"):
         first = [backend.linear_forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0)[0] for _ in range(3)]
         flags = list(backend._RUN.flags.values())
         assert flags
@@ -147,7 +147,7 @@ def test_integers_are_exact(M, N, K, R, backend):
     w, dy = w * (torch.rand_like(w) < 0.3), dy * (torch.rand_like(dy) < 0.1)
     y, xa = backend.linear_forward(x, w, None, a, b, None, 2.0, 0.0)
     dx, da, db, dbias = backend.linear_backward(dy, x, xa, w, a, b, None, 2.0, 0.0, True, True, True, True)
-    with only("cuda one_launch_backward"):
+    with override(force_kernel="cuda concurrent_backward"):
         beside = backend.linear_backward(dy, x, xa, w, a, b, None, 2.0, 0.0, True, True, True, False)
     for one, other in zip(beside, (dx, da, db, None), strict=True):
         assert one is other is None or torch.equal(one, other)
@@ -159,15 +159,15 @@ def test_integers_are_exact(M, N, K, R, backend):
         assert torch.equal(actual.double(), expected[name]), name
 
 
-@pytest.mark.parametrize("kernel", ["one_pass_backward", "one_launch_backward"])
+@pytest.mark.parametrize("kernel", ["one_pass_backward", "concurrent_backward"])
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)))
 def test_only_what_is_needed_is_computed(needs, kernel, backend):
     o = make_operands(LinearCase(leading=(70,), K=64, dtype=torch.float16))
-    seed, p = (None, 0.0) if kernel == "one_launch_backward" else (torch.tensor([5]), 0.2)
+    seed, p = (None, 0.0) if kernel == "concurrent_backward" else (torch.tensor([5]), 0.2)
     _, xa = backend.linear_forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, p)
     everything = backend.linear_backward(o.dy, o.x, xa, o.w, o.a, o.b, seed, 1.7, p, True, True, True, True)
     x, xa = o.x if needs[1] else None, xa if needs[2] else None
-    with only(f"cuda {kernel}"):
+    with override(force_kernel=f"cuda {kernel}"):
         found = backend.linear_backward(o.dy, x, xa, o.w, o.a, o.b, seed, 1.7, p, *needs)
     for need, one, other in zip(needs, found, everything, strict=True):
         assert (one is not None) == need
@@ -263,7 +263,7 @@ def test_many_schedules(kernel, emu, backend, tiles, launched, request):
     seed = torch.tensor([5])
     _, xa = backend.linear_forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)
     first = None
-    with only(f"cuda {'single' if kernel == 'single' else 'two'}_kernel"):
+    with override(force_kernel="cuda fused_xa" if kernel == "single" else "cuda two_kernel"):
         for i in range(request.config.getoption("--seeds")):
             emu.configure(seed=i, resident=2 + i % 3, multiprocessors=4)
             tiles(TILINGS[i % len(TILINGS)])

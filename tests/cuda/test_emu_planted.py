@@ -14,18 +14,17 @@ from native_build import ROOT, emulator
 from test_emu_experts import grouped, results
 
 from lorafuse.backends import base
-from lorafuse.plan import cuda, only
-from lorafuse.plan.select import _select
+from lorafuse.plan import override
 from lorafuse.testing.check_linear import LinearCase, make_operands
 
 # by what the table names as seeing a bug: (launch, (block_n, stages, cluster), blocks that run at a time)
 SCENARIOS = {
     "two_kernel": ("two_kernel", (256, 3, 2), 0),
-    "single_kernel": ("single_kernel", (256, 3, 1), 0),
+    "single_kernel": ("fused_xa", (256, 3, 1), 0),
     # blocks take their turns by number, and those with the first turns may not have started
-    "single_kernel, one block at a time": ("single_kernel", (128, 4, 1), 1),
-    "one_launch_backward": ("one_launch_backward", (256, 3, 1), 0),
-    "one_launch_backward, four stages": ("one_launch_backward", (128, 4, 1), 0),
+    "single_kernel, one block at a time": ("fused_xa", (128, 4, 1), 1),
+    "one_launch_backward": ("concurrent_backward", (256, 3, 1), 0),
+    "one_launch_backward, four stages": ("concurrent_backward", (128, 4, 1), 0),
     "grouped": ("grouped", None, 0),
 }
 SEEN_BY = {bug.name: bug.seen_by for bug in planted.BUGS}
@@ -36,45 +35,42 @@ def _built():
     emulator()
     yield
     emu.configure()
-    _select.cache_clear()
 
 
-def run(kind, tiling, monkeypatch):
+def run(kind, tiling):
     """What a scenario computes, as tensors; a launch that computes xa too leaves flags for a second one."""
     if kind == "grouped":
         return list(results(*grouped([60, 60, 190], 200, torch.bfloat16), "emu").values())
     backend = base.load("emu")
     # flags that a bug left set are not those of the next run
     backend._RUN.flags.clear()
-    monkeypatch.setattr(cuda, "CONFIGS", (tiling,))
-    _select.cache_clear()
     # sums over few rows, so that the ring holds an item and one consumer can be an item ahead
-    rows = 100 if kind == "one_launch_backward" else 300
+    rows = 100 if kind == "concurrent_backward" else 300
     o = make_operands(LinearCase(leading=(rows,), N=264, K=200, R=24, dtype=torch.bfloat16))
-    if kind == "one_launch_backward":
+    if kind == "concurrent_backward":
         _, xa = backend.linear_forward(o.x, o.w, None, o.a, o.b, None, 1.7, 0.0)
-        with only(f"cuda {kind}"):
+        with override(force_kernel=f"cuda {kind}", cuda_tiles=[tiling]):
             return list(backend.linear_backward(o.dy, o.x, xa, o.w, o.a, o.b, None, 1.7, 0.0, True, True, True, False))[
                 :3
             ]
-    launches = range(2 if kind == "single_kernel" else 1)
-    with only(f"cuda {kind}"):
+    launches = range(2 if kind == "fused_xa" else 1)
+    with override(force_kernel=f"cuda {kind}", cuda_tiles=[tiling]):
         found = [backend.linear_forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0) for _ in launches]
     return [tensor for pair in found for tensor in pair]
 
 
 @pytest.mark.parametrize("bug", planted.names(*SCENARIOS))
-def test_it_is_seen(bug, monkeypatch, request):
+def test_it_is_seen(bug, request):
     """Under one of ten schedules at least: the rarest, a block that ends too early, is seen under one of four."""
     schedules = max(10, request.config.getoption("--seeds") // 20)
     kind, tiling, resident = SCENARIOS[SEEN_BY[bug]]
     emu.configure()
-    right = run(kind, tiling, monkeypatch)
+    right = run(kind, tiling)
     seen, said = 0, set()
     for seed in range(schedules):
         emu.configure(seed=seed, resident=resident, multiprocessors=4, planted=bug)
         try:
-            found = run(kind, tiling, monkeypatch)
+            found = run(kind, tiling)
         except emu.EmulationError as error:
             seen += 1
             said.add(str(error).splitlines()[0])

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lorafuse.plan import DEVICES
-from lorafuse.plan.config import shared_memory
+from lorafuse.plan.configs_triton import shared_memory
 from lorafuse.testing.compile_only import TARGETS, Resources, variants
 
 pytestmark = [pytest.mark.no_poison, pytest.mark.first]
@@ -66,8 +66,7 @@ def test_shared_memory_fits_and_the_planner_knew(table, target, everything):
     for name, found in table.items():
         assert found.shared <= LIMITS[target], name
         if target != "gfx942" and configs[name].config.kernel != "reduce":
-            itemsize = 4 if configs[name].dtype == "float32" else 2
-            assert found.shared <= shared_memory(configs[name].config, itemsize), name
+            assert found.shared <= shared_memory(configs[name].config, configs[name].problem), name
 
 
 def test_the_matrix_instructions_are_there(table, target, everything):
@@ -77,7 +76,7 @@ def test_the_matrix_instructions_are_there(table, target, everything):
         if variant.dtype == "float32" or variant.config.kernel == "reduce":
             continue
         # tiles of fewer than 64 rows are too short for the warpgroup's instructions
-        rows = variant.config.block_n if variant.config.kernel in ("dyb_db", "da", "outer") else variant.config.block_m
+        rows = variant.config.block_n if variant.config.kernel in ("project_outer", "outer") else variant.config.block_m
         short = target in ("sm_90", "sm_100") and rows < 64
         assert found.instructions.get("HMMA" if short else MATRIX[target]), (name, found)
         if variant.config.form == "tma":

@@ -13,7 +13,7 @@ from lorafuse.backends import eager_experts, triton_experts
 from lorafuse.functional import lora_grouped_linear
 from lorafuse.kernels import ragged, ragged_epilogue, ragged_rank, routing
 from lorafuse.plan import find
-from lorafuse.plan.ragged import ragged_candidates, ragged_config
+from lorafuse.plan.configs_triton import best, candidates
 from lorafuse.testing.numerics import relative_l2, tolerance
 
 ON_GPU = torch.cuda.is_available()
@@ -64,14 +64,14 @@ def planned(monkeypatch):
     def take(gpu):
         device = replace(find(gpu), sms=3)
 
-        def largest(kernel, problem, groups, _):
-            if not kernel.startswith("ragged"):
-                return ragged_config(kernel, problem, groups, device)
-            config = max(ragged_candidates(kernel, problem, device), key=lambda c: c.block_m * c.block_n)
+        def largest(kernel, problem, _):
+            if kernel != "matmul":
+                return best(kernel, problem, device)
+            config = max(candidates(kernel, problem, device), key=lambda c: c.block_m * c.block_n)
             forms.append((config.form, config.block_m, config.block_n))
             return config
 
-        monkeypatch.setattr(triton_experts, "ragged_config", largest)
+        monkeypatch.setattr(triton_experts, "_config", largest)
         monkeypatch.setattr(triton_experts, "_spec", lambda device_: device)
         return forms
 

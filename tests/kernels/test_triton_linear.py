@@ -16,7 +16,7 @@ from lorafuse.backends import triton as backend
 from lorafuse.functional import lora_linear
 from lorafuse.kernels import common
 from lorafuse.philox import keep_mask
-from lorafuse.plan import only
+from lorafuse.plan import override
 from lorafuse.testing.cases import UGLY_M, UGLY_NK, UGLY_R
 from lorafuse.testing.check_linear import GATE, LinearCase, check_linear, gradients, make_operands
 from lorafuse.testing.numerics import relative_l2, tolerance
@@ -48,7 +48,7 @@ def single(monkeypatch):
         return launch(*args)
 
     monkeypatch.setattr(backend.linear_fwd, "lora_linear_fwd", record)
-    with only("single_kernel"):
+    with override(force_kernel="fused_xa"):
         yield ran
 
 

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from lorafuse import cli
 from lorafuse.backends import base
 from lorafuse.functional import lora_linear, plan_linear
-from lorafuse.plan import forget, only
+from lorafuse.plan import clear_cache, override
 from lorafuse.testing.check_linear import LinearCase, gradients, make_operands
 from lorafuse.testing.numerics import relative_l2, tolerance
 
@@ -85,7 +85,7 @@ def test_xa_and_y_in_one_cuda_launch(M):
     able("cuda")
     o = operands(LinearCase(leading=(M,), N=4096, K=1024, R=16, dtype=torch.bfloat16, adapter_dtype=torch.float32))
     eager = results(o, "eager")
-    with only("single_kernel"):
+    with override(force_kernel="fused_xa"):
         first = results(o, "cuda")
         assert_near(first, eager)
         for _ in range(100):
@@ -98,7 +98,7 @@ def test_da_and_db_beside_dx_in_one_cuda_launch(M):
     case = LinearCase(leading=(M,), N=4096, K=1024, R=16, dtype=torch.bfloat16, adapter_dtype=torch.float32, bias=False)
     o = operands(case)
     eager = results(o, "eager")
-    with only("cuda one_launch_backward"):
+    with override(force_kernel="cuda concurrent_backward"):
         first = results(o, "cuda")
         assert_near(first, eager)
         for _ in range(100):
@@ -253,7 +253,7 @@ def test_the_plan_says_why():
 def test_tune_measures_every_way_and_plans_follow(tmp_path, monkeypatch, capsys):
     able("triton")
     monkeypatch.setenv("LORAFUSE_CACHE_DIR", str(tmp_path))
-    forget()
+    clear_cache()
     try:
         assert cli.main(["tune", "--shape", "512,1024", "--m", "512", "1024", "--rounds", "5"]) == 0
         out = capsys.readouterr().out
@@ -263,4 +263,4 @@ def test_tune_measures_every_way_and_plans_follow(tmp_path, monkeypatch, capsys)
         for gradients in ((), ("dx", "da", "db")):
             assert "by lorafuse tune" in plan_linear(x, w, a, gradients=gradients).reasons[-1]
     finally:
-        forget()
+        clear_cache()

@@ -17,7 +17,7 @@ from test_tuned import ENTRY, H200
 
 from lorafuse import files
 from lorafuse.errors import one_line
-from lorafuse.plan import forget, select, tuned
+from lorafuse.plan import clear_cache, select, tuned
 
 pytestmark = pytest.mark.no_poison
 
@@ -61,7 +61,7 @@ BAD = {
     "UTF-16": text().encode("utf-16"),
     "deep": "[" * 200_000,
     "deep in an entry": text(conditions="X").replace('"X"', "[" * 100_000 + "]" * 100_000),
-    "later version": '{"version": 3, "entries": []}',
+    "later version": '{"version": 4, "entries": []}',
     "version true": '{"version": true, "entries": []}',
     "version 2.0": '{"version": 2.0, "entries": []}',
     "NaN": text(seconds=float("nan")),
@@ -92,10 +92,10 @@ BAD = {
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LORAFUSE_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(tuned, "_FOLDER", tmp_path / "package")
-    forget()
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path / "package")
+    clear_cache()
     yield tmp_path
-    forget()
+    clear_cache()
 
 
 def plan(M=8192):
@@ -160,7 +160,7 @@ class TestTuned:
         folder = Path(tempfile.mkdtemp())
         folder.chmod(0o755)
         monkeypatch.setenv("LORAFUSE_CACHE_DIR", str(folder))
-        forget()
+        clear_cache()
         try:
             path = tuned.own_file("H200")
             tuned.write(path, (ENTRY,))
@@ -173,7 +173,7 @@ class TestTuned:
                 os.seteuid(0)
         finally:
             shutil.rmtree(folder)
-            forget()
+            clear_cache()
 
     def test_two_that_write_at_once_leave_one_whole_file(self, tmp_path):
         path = tmp_path / "h200.json"

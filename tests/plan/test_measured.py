@@ -27,13 +27,13 @@ def rows():
 
 def kernel(problem, available=AVAILABLE):
     plan = select(problem, find("H200"), available)
-    return tuned.name_of(plan.backend, plan.kernel), plan.reasons[-1]
+    return plan.chosen.name, plan.reasons[-1]
 
 
 def test_what_ships_is_valid_and_not_empty():
     assert [path.stem for path in sorted((ROOT / measured.FOLDER).iterdir())] == ["h200"]
     for spec in DEVICES.values():
-        entries = tuned.read(tuned._FOLDER / tuned.file_name(spec.model))
+        entries = tuned.read(tuned.FOLDER / tuned.file_name(spec.model))
         assert bool(entries) == (spec.model == "H200")
 
 

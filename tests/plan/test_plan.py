@@ -11,13 +11,12 @@ from dataclasses import replace
 import pytest
 from plan_problems import ALL, BACKWARD, HEADLINE, problems
 
-from lorafuse.plan import DEVICES, find, only, probe, select, tuned
-from lorafuse.plan.config import KernelConfig, candidates, illegal, padded_rank, shared_memory
-from lorafuse.plan.select import _select
+from lorafuse import formats
+from lorafuse.plan import DEVICES, clear_cache, find, override, recognize, select, tuned
+from lorafuse.plan.config import KERNELS, KernelConfig, padded_rank
+from lorafuse.plan.configs_triton import candidates, illegal, shared_memory
 
 pytestmark = pytest.mark.no_poison
-
-KERNELS = ("xa", "fwd", "dyb_db", "reduce", "dx", "da")
 
 
 class TestDevice:
@@ -40,7 +39,7 @@ class TestDevice:
         assert all(name in str(error.value) for name in DEVICES)
 
     def probe(self, name, capability, sms, bandwidth):
-        return probe(
+        return recognize(
             name=name, capability=capability, sms=sms, smem_per_block=1000, l2_bytes=2000, clock_hz=1.7e9,
             memory_bandwidth=bandwidth,
         )  # fmt: skip
@@ -89,7 +88,7 @@ class TestDevice:
 
 
 class TestLegal:
-    CONFIG = KernelConfig("fwd", "tma", 128, 256, 64, 16, 3, 8)
+    CONFIG = KernelConfig("matmul", "tma", 128, 256, 64, 16, 3, 8)
 
     def test_every_kernel_of_every_problem_has_a_legal_configuration(self):
         for problem, device in itertools.product(problems(), DEVICES.values()):
@@ -109,11 +108,11 @@ class TestLegal:
             (CONFIG, replace(HEADLINE, dtype="float32"), "H200", "16-bit"),
             (CONFIG, replace(HEADLINE, aligned=False), "H200", "16-byte"),
             (CONFIG, replace(HEADLINE, K=4100), "H200", "16-byte"),
-            (replace(CONFIG, form="pointer", single=True), HEADLINE, "A100", "single kernel needs sm_90"),
+            (replace(CONFIG, form="pointer", single=True), HEADLINE, "A100", "within the matmul needs sm_90"),
             (replace(CONFIG, single=True), replace(HEADLINE, R=65), "H200", "R <= 64"),
             (replace(CONFIG, single=True), replace(HEADLINE, dropout=True), "H200", "mask"),
             (replace(CONFIG, warps=4), HEADLINE, "H200", "32768 accumulators.*4 warps"),
-            (replace(CONFIG, kernel="dx"), replace(HEADLINE, dropout=True), "H200", "65536 accumulators"),
+            (CONFIG, replace(HEADLINE, dropout=True, gradients=BACKWARD), "H200", "65536 accumulators"),
             (replace(CONFIG, stages=5), HEADLINE, "H200", r"shared memory.*232448 of H200"),
             (CONFIG, HEADLINE, "RTX 5090", r"101376 of RTX 5090"),
         ],
@@ -123,10 +122,10 @@ class TestLegal:
         assert re.search(why, illegal(config, problem, find(device)))
 
     def test_shared_memory_grows_with_its_buffers(self):
-        base = shared_memory(self.CONFIG, 2)
+        base = shared_memory(self.CONFIG, HEADLINE)
         # three stages of a 128x64 and a 256x64 tile, and half a tile of stores
         assert base >= 3 * (128 + 256) * 64 * 2 + 128 * 128 * 2
-        assert shared_memory(replace(self.CONFIG, stages=4), 2) - base == (128 + 256) * 64 * 2
+        assert shared_memory(replace(self.CONFIG, stages=4), HEADLINE) - base == (128 + 256) * 64 * 2
 
     @pytest.mark.parametrize(("R", "padded"), [(1, 16), (16, 16), (17, 32), (64, 64), (100, 128), (256, 256)])
     def test_padded_rank(self, R, padded):
@@ -139,10 +138,10 @@ class TestSelect:
             plan = select(problem, device, (("triton", ""),))
             kernels = [config.kernel for config in plan.configs]
             if problem.gradients:
-                expected = ["dyb_db", "reduce"] + [k for k in ("dx", "da") if k in problem.gradients]
-                assert kernels == expected
+                sums = {"dx": "matmul", "da": "outer"}
+                assert kernels == ["project_outer", "reduce"] + [sums[g] for g in sums if g in problem.gradients]
             else:
-                assert kernels == ["xa", "fwd"]
+                assert kernels == ["project", "matmul"]
             for config in plan.configs:
                 assert plan.config(config.kernel) is config
                 assert illegal(config, problem, device) == ""
@@ -150,16 +149,20 @@ class TestSelect:
     def test_the_least_modelled_time_wins(self):
         for problem, device in itertools.product(problems(), DEVICES.values()):
             plan = select(problem, device, ALL)
-            (chosen,) = (way for way in plan.candidates if way.kernel == plan.kernel)
-            others = [way.seconds for way in plan.candidates if way.kernel != "single_kernel"]
-            assert chosen.seconds == min(others)
+            (chosen,) = (candidate for candidate in plan.candidates if candidate.kernel == plan.kernel)
+            others = [
+                max(candidate.seconds, candidate.launch_seconds)
+                for candidate in plan.candidates
+                if candidate.kernel != "fused_xa"
+            ]
+            assert chosen.step_seconds == min(others)
 
     def test_reasons_name_every_way_with_its_time(self):
         plan = select(HEADLINE, find("H200"), ALL)
         assert (plan.backend, plan.kernel) == ("triton", "two_kernel")
         assert plan.reasons[0] == "cuda: no extension"
-        for way in ("eager aten_beta1: not chosen, model", "triton single_kernel: not chosen, model"):
-            assert any(reason.startswith(way) for reason in plan.reasons)
+        for candidate in ("eager aten_beta1: not chosen, model", "triton fused_xa: not chosen, model"):
+            assert any(reason.startswith(candidate) for reason in plan.reasons)
         assert plan.reasons[-1].startswith("triton: two_kernel, model")
 
     def test_small_problems_fall_back_to_eager(self):
@@ -172,13 +175,19 @@ class TestSelect:
         [
             (replace(HEADLINE, M=0), "triton: there are no tokens"),
             (replace(HEADLINE, dtype="float64"), "triton: its kernels run bfloat16, float16, float32, not float64"),
-            (replace(HEADLINE, base_format="nf4"), "triton: its kernels read dense weights, not nf4"),
+            (replace(HEADLINE, format="nf4"), "triton: its kernels read dense weights, not nf4"),
         ],
     )
     def test_what_the_kernels_do_not_take(self, problem, reason):
         plan = select(problem, find("H200"), ALL)
         assert plan.backend == "eager"
         assert reason in plan.reasons
+
+    def test_a_row_of_formats_is_all_that_a_format_needs(self, monkeypatch):
+        monkeypatch.setitem(formats.FORMATS, "nf4", "lorafuse.formats.nf4")
+        plan = select(replace(HEADLINE, format="nf4"), find("H200"), (*ALL[:2], ("cuda", "")))
+        assert plan.kernel == "two_kernel"
+        assert "cuda: its kernels read dense weights, not nf4" in plan.reasons
 
     def test_off_gpus(self):
         plan = select(HEADLINE, None, ALL)
@@ -191,16 +200,16 @@ class TestSelect:
 
     def test_a_constraint_holds_where_it_can(self):
         device = find("H200")
-        with only("single_kernel"):
+        with override(force_kernel="fused_xa"):
             plan = select(HEADLINE, device, ALL)
-            assert plan.kernel == "single_kernel"
-            assert [(c.kernel, c.single) for c in plan.configs] == [("fwd", True)]
-            assert "asked for" in plan.reasons[-1]
-            assert select(replace(HEADLINE, R=128), device, ALL).kernel != "single_kernel"
-            with only("aten_beta1"):
+            assert plan.kernel == "fused_xa"
+            assert [(c.kernel, c.single) for c in plan.configs] == [("matmul", True)]
+            assert "fused_xa is forced" in plan.reasons[-1]
+            assert select(replace(HEADLINE, R=128), device, ALL).kernel != "fused_xa"
+            with override(force_kernel="aten_beta1"):
                 assert select(HEADLINE, device, ALL).backend == "eager"
         assert select(HEADLINE, device, ALL).kernel == "two_kernel"
-        with pytest.raises(ValueError, match=r"'fastest'.*two_kernel"), only("fastest"):
+        with pytest.raises(ValueError, match=r"'fastest'.*two_kernel"), override(force_kernel="fastest"):
             pass
 
     def test_the_planner_needs_the_standard_library_only(self):
@@ -216,7 +225,7 @@ class TestSelect:
 class TestTuned:
     ENTRY = {
         "N": 4096, "K": 4096, "R": [1, 16], "M": [1024, 16384], "dtype": "bfloat16", "dropout": False,
-        "gradients": [], "kernel": "single_kernel", "seconds": 0.00035, "commit": "abc", "date": "2026-11-24",
+        "gradients": [], "kernel": "fused_xa", "seconds": 0.00035, "commit": "abc", "date": "2026-11-24",
     }  # fmt: skip
 
     @pytest.fixture
@@ -226,25 +235,21 @@ class TestTuned:
         def write(content):
             (tmp_path / "h200.json").write_text(json.dumps(content))
 
-        def forget():
-            tuned.load.cache_clear()
-            _select.cache_clear()
-
-        monkeypatch.setattr(tuned, "_FOLDER", tmp_path)
-        forget()
+        monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+        clear_cache()
         yield write
-        forget()
+        clear_cache()
 
     def test_a_measurement_overrules_the_model(self, file):
         file({"version": 1, "entries": [self.ENTRY]})
         plan = select(HEADLINE, find("H200"), ALL)
-        assert plan.kernel == "single_kernel"
+        assert plan.kernel == "fused_xa"
         assert "measured on H200: 350 us (2026-11-24, commit abc, shipped)" in plan.reasons[-1]
 
     @pytest.mark.parametrize(
         "change",
         [{"M": 512}, {"M": 20000}, {"R": 17}, {"N": 4104}, {"dtype": "float16"}, {"dropout": True},
-         {"gradients": ("dx",)}, {"aligned": False}],
+         {"gradients": ("dx",)}, {"aligned": False}, {"format": "nf4"}],
     )  # fmt: skip
     def test_it_speaks_for_its_own_problems_only(self, file, change):
         # eager can run every one of them, and the model would take it for none
@@ -260,17 +265,17 @@ class TestTuned:
         assert "when measured on" not in select(replace(HEADLINE, gradients=("db",)), device, ALL).reasons[-1]
 
     @pytest.mark.parametrize(
-        ("change", "said"),
+        ("change", "message"),
         [({"M": [5, 1]}, r"M is \[5, 1\]"), ({"kernel": "fastest"}, "kernel is 'fastest'"),
          ({"N": "many"}, "N is 'many'"), ({"speed": 1}, "it has the fields")],
     )  # fmt: skip
-    def test_a_broken_entry_is_named(self, file, change, said):
+    def test_a_broken_entry_is_named(self, file, change, message):
         file({"version": 1, "entries": [self.ENTRY, self.ENTRY | change]})
-        with pytest.warns(UserWarning, match=rf"h200\.json: entry 1.*{said}"):
+        with pytest.warns(UserWarning, match=rf"h200\.json: entry 1.*{message}"):
             plan = select(HEADLINE, find("H200"), ALL)
         assert "when measured on" not in plan.reasons[-1]
 
     def test_another_version_is_refused(self, file):
-        file({"version": 3, "entries": []})
-        with pytest.warns(UserWarning, match='"version": 2'):
+        file({"version": 4, "entries": []})
+        with pytest.warns(UserWarning, match='"version": 3'):
             select(HEADLINE, find("H200"), ALL)

@@ -34,11 +34,10 @@ def test_it_prints_the_planners_choice(gpu, capsys):
     assert f"-> {plan.backend} {plan.kernel}" in out
     for reason in plan.reasons:
         assert f"why: {reason}" in out
-    for name, model in cost.BASELINES.items():
-        assert f"{name:<28}{cost.total(model(problem, find(gpu))) * 1e6:9.1f} us (model)" in out
-    for way in plan.candidates:
-        # the time of a way of one part stands in its own line
-        for part in way.parts if len(way.parts) > 1 else ():
+    assert f"{'frozen':<28}{cost.frozen((problem,), find(gpu)).seconds * 1e6:9.1f} us (model)" in out
+    for candidate in plan.candidates:
+        # the time of a candidate of one part stands in its own line
+        for part in candidate.parts if len(candidate.parts) > 1 else ():
             assert f"{part.name:<25}{part.seconds * 1e6:9.1f} us (model)" in out
     assert "backward: " in out
     assert re.search(r"this plan +\d+\.\d% +\(model\)", out)
@@ -50,11 +49,11 @@ def test_json_holds_the_same(capsys):
     assert found["device"]["name"] == "H200"
     assert list(found["directions"]) == ["forward", "backward"]
     forward = found["directions"]["forward"]
-    assert forward["problem"]["dropout"] is True
-    assert forward["problem"]["bias"] is True
-    for group in ("candidates", "baselines"):
-        for way in forward[group].values():
-            assert way["model_us"] == pytest.approx(sum(part["model_us"] for part in way["parts"]))
+    (problem,) = forward["problems"]
+    assert problem["dropout"] is True
+    assert problem["bias"] is True
+    for candidate in (*forward["candidates"].values(), forward["frozen"]):
+        assert candidate["model_us"] == pytest.approx(sum(part["model_us"] for part in candidate["parts"]))
     assert found["lora_tax_model"] > 0
 
 
@@ -66,7 +65,7 @@ def test_a_case_by_name_and_forward_alone(capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--gpu", "H20", "--shape", "1,2,3"], "did you mean H200"),
         (["--gpu", "H200", "--shape", "1,2"], "--shape 8192,4096,4096"),
@@ -76,10 +75,10 @@ def test_a_case_by_name_and_forward_alone(capsys):
         (["--gpu", "H200", "--case", "llama"], "case 'llama' is not known"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(argv, said, capsys):
+def test_bad_input_is_one_line_and_status_2(argv, message, capsys):
     assert cli.main(["plan", *argv]) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert error.count("\n") == 1
 
 

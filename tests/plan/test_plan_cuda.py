@@ -1,36 +1,39 @@
 """The CUDA kernels in the planner (T1): what is legal, what they cost, and that nobody takes them on trust."""
 
 import itertools
-import json
 import re
 from dataclasses import replace
 
 import pytest
 from plan_problems import BACKWARD, HEADLINE, problems
 
-from lorafuse.plan import DEVICES, cost, cuda, find, only, select, tuned
-from lorafuse.plan.select import _select
+from lorafuse.plan import DEVICES, clear_cache, configs_cuda, cost, find, override, select, tuned
 
 pytestmark = pytest.mark.no_poison
 
 EVERY = (("eager", ""), ("triton", ""), ("cuda", ""))
 HOPPER = ("H100", "H200")
+DX = replace(HEADLINE, gradients=BACKWARD)
 
 
-def ways(problem, device):
-    return {way.kernel: way for way in select(problem, device, EVERY).candidates if way.backend == "cuda"}
+def candidates(problem, device):
+    return {
+        candidate.kernel: candidate
+        for candidate in select(problem, device, EVERY).candidates
+        if candidate.backend == "cuda"
+    }
 
 
 class TestLegal:
     def test_every_problem_runs_or_has_a_reason(self):
         for problem, device in itertools.product(problems(), DEVICES.values()):
-            reason = cuda.refusal(problem, device)
+            reason = configs_cuda.refusal(problem, device)
             plan = select(problem, device, EVERY)
             assert bool(reason) == (f"cuda: {reason}" in plan.reasons)
-            assert bool(reason) != bool(ways(problem, device))
-            for way in ways(problem, device).values():
-                for config in way.configs:
-                    assert config.form == "mma" or cuda.illegal(config, problem, device) == ""
+            assert bool(reason) != bool(candidates(problem, device))
+            for candidate in candidates(problem, device).values():
+                for config in candidate.configs[0]:
+                    assert config.form == "mma" or configs_cuda.illegal(config, problem, device) == ""
 
     @pytest.mark.parametrize(
         ("problem", "device", "why"),
@@ -47,9 +50,9 @@ class TestLegal:
         ],
     )
     def test_what_is_refused_says_why(self, problem, device, why):
-        assert cuda.refusal(HEADLINE, find("H200")) == ""
-        assert re.search(why, cuda.refusal(problem, find(device)))
-        assert cuda.tunable("fwd", problem, find(device)) == ()
+        assert configs_cuda.refusal(HEADLINE, find("H200")) == ""
+        assert re.search(why, configs_cuda.refusal(problem, find(device)))
+        assert configs_cuda.matmuls(problem, find(device)) == ()
 
     @pytest.mark.parametrize(
         ("change", "problem", "why"),
@@ -61,34 +64,34 @@ class TestLegal:
             ({"stages": 1}, HEADLINE, "2 or more"),
             ({"single": True}, replace(HEADLINE, R=65), "up to 64 ranks"),
             ({"single": True}, replace(HEADLINE, dropout=True), "no mask"),
-            ({"single": True, "kernel": "dx"}, HEADLINE, "one launch computes xa and y"),
-            ({"beside": 4, "cluster": 1}, HEADLINE, "beside dx are of up to 64 ranks, in clusters of 1"),
-            ({"beside": 4, "cluster": 2, "kernel": "dx"}, HEADLINE, "clusters of 1"),
-            ({"beside": 4, "cluster": 1, "kernel": "dx"}, replace(HEADLINE, R=65), "up to 64 ranks"),
-            ({"beside": 4, "cluster": 1, "kernel": "dx"}, replace(HEADLINE, dropout=True), "draw no mask"),
+            ({"single": True}, DX, "one launch computes xa and y"),
+            ({"beside": 4, "cluster": 1}, HEADLINE, "concurrent with dx are of up to 64 ranks, in clusters of 1"),
+            ({"beside": 4, "cluster": 2}, DX, "clusters of 1"),
+            ({"beside": 4, "cluster": 1}, replace(DX, R=65), "up to 64 ranks"),
+            ({"beside": 4, "cluster": 1}, replace(DX, dropout=True), "draw no mask"),
         ],
     )
     def test_what_is_illegal_says_why(self, change, problem, why):
-        config = cuda.tunable("fwd", HEADLINE, find("H200"))[0]
-        assert re.search(why, cuda.illegal(replace(config, **change), problem, find("H200")))
+        config = configs_cuda.matmuls(HEADLINE, find("H200"))[0]
+        assert re.search(why, configs_cuda.illegal(replace(config, **change), problem, find("H200")))
 
 
 class TestCost:
     def test_a_main_loop_like_cublas(self):
         """A read of x for xa, at 0.7 of a copy's rate; cuBLAS's time for R more columns of x; a gap of 2 us."""
-        found = ways(HEADLINE, find("H200"))["two_kernel"]
+        found = candidates(HEADLINE, find("H200"))["two_kernel"]
         assert found.seconds * 1e6 == pytest.approx(15.6 / 0.7 + 2 + 347.9 * (1 + 16 / 4096), rel=0.005)
 
     def test_one_launch_costs_more_than_the_read_of_x(self):
         """As measured, 410 us against 394, of which 2 were b's own launch."""
-        found = ways(HEADLINE, find("H200"))
-        assert found["single_kernel"].seconds - found["two_kernel"].seconds == pytest.approx(18e-6, rel=0.05)
+        found = candidates(HEADLINE, find("H200"))
+        assert found["fused_xa"].seconds - found["two_kernel"].seconds == pytest.approx(18e-6, rel=0.05)
 
     def test_a_backward_pass_reads_dy_once_beside_the_product(self):
-        found = ways(replace(HEADLINE, gradients=BACKWARD), find("H200"))["one_pass_backward"]
+        found = candidates(replace(HEADLINE, gradients=BACKWARD), find("H200"))["one_pass_backward"]
         names = [part.name for part in found.parts]
         assert names == ["dyb, db from one read of dy, a rounded", "dx = dy w + dyb a", "da = dybᵀ x", "launch gaps"]
-        assert [c.kernel for c in found.configs] == ["dyb_db", "dx", "da"]
+        assert [c.kernel for c in found.configs[0]] == ["project_outer", "matmul", "outer"]
 
     def test_da_and_db_beside_dx(self, monkeypatch):
         """Four blocks take 128 stages of 32 column blocks through shared memory, longer than eight waves of tiles; one
@@ -96,27 +99,27 @@ class TestCost:
         backward, device = replace(HEADLINE, gradients=BACKWARD), find("H200")
 
         def found(**change):
-            return ways(replace(backward, **change), device)["one_launch_backward"]
+            return candidates(replace(backward, **change), device)["concurrent_backward"]
 
-        monkeypatch.setattr(cuda, "_ONE_LAUNCH", cuda._ONE_LAUNCH[:1])
-        _select.cache_clear()
-        assert [c.kernel for c in found().configs] == ["dyb", "dx"]
-        assert found().configs[1].beside == 4
+        monkeypatch.setattr(configs_cuda, "CONCURRENT", configs_cuda.CONCURRENT[:1])
+        clear_cache()
+        assert [c.kernel for c in found().configs[0]] == ["project", "matmul"]
+        assert found().configs[0][1].beside == 4
         assert found().seconds * 1e6 == pytest.approx(15.6 / 0.7 + 4 + 8 * 128 * 2 * 40960 / 217.6e3, rel=0.01)
         # a short product is better off with fewer tiles at a time
-        assert found(N=1024).configs[1].beside > 4
+        assert found(N=1024).configs[0][1].beside > 4
         monkeypatch.undo()
-        _select.cache_clear()
+        clear_cache()
         # where four blocks are too few for both, da alone
-        assert [c.kernel for c in found().configs] == ["dyb_db", "dx"]
-        assert [c.kernel for c in found(K=14336).configs] == ["dyb", "dx"]
-        assert [c.kernel for c in found(gradients=(*BACKWARD, "dbias")).configs] == ["dyb_db", "dx"]
+        assert [c.kernel for c in found().configs[0]] == ["project_outer", "matmul"]
+        assert [c.kernel for c in found(K=14336).configs[0]] == ["project", "matmul"]
+        assert [c.kernel for c in found(gradients=(*BACKWARD, "dbias")).configs[0]] == ["project_outer", "matmul"]
         for change in ({"R": 65}, {"dropout": True}, {"gradients": ("dx",)}, {"gradients": ("dx", "db", "dbias")}):
-            assert set(ways(replace(backward, **change), device)) == {"one_pass_backward"}
+            assert set(candidates(replace(backward, **change), device)) == {"one_pass_backward"}
 
     def test_clusters_where_l2_would_be_the_limit(self):
         """Blocks that share w; not where the second would have no rows."""
-        config = {M: ways(replace(HEADLINE, M=M), find("H200"))["two_kernel"].configs[1] for M in (100, 8192)}
+        config = {M: candidates(replace(HEADLINE, M=M), find("H200"))["two_kernel"].configs[0][1] for M in (100, 8192)}
         assert (config[8192].block_n, config[8192].cluster) == (256, 2)
         assert config[100].cluster == 1
 
@@ -124,55 +127,51 @@ class TestCost:
     def test_an_adapter_never_costs_less_than_no_adapter(self, gradients):
         for problem, name in itertools.product(problems(), HOPPER):
             problem, device = replace(problem, gradients=gradients), find(name)
-            base = cost.total(cost.frozen(problem, device))
-            for way in ways(problem, device).values():
-                assert way.seconds >= base * 0.999, (problem, name, way.kernel)
+            base = cost.frozen((problem,), device).seconds
+            for candidate in candidates(problem, device).values():
+                assert candidate.seconds >= base * 0.999, (problem, name, candidate.kernel)
 
 
 class TestSelect:
     def test_the_least_modelled_time_wins_but_not_in_one_launch(self):
         for problem, device in itertools.product(problems(), DEVICES.values()):
             plan = select(problem, device, EVERY)
-            plain = [way for way in plan.candidates if way.kernel not in ("single_kernel", "one_launch_backward")]
-            assert plan.kernel not in ("single_kernel", "one_launch_backward")
-            best = min(plain, key=lambda way: way.seconds)
+            plain = [
+                candidate
+                for candidate in plan.candidates
+                if candidate.kernel not in ("fused_xa", "concurrent_backward")
+            ]
+            assert plan.kernel not in ("fused_xa", "concurrent_backward")
+            best = min(plain, key=lambda candidate: max(candidate.seconds, candidate.launch_seconds))
             assert (plan.backend, plan.kernel) == (best.backend, best.kernel)
         assert select(HEADLINE, find("H200"), EVERY).backend == "cuda"
         assert select(replace(HEADLINE, gradients=BACKWARD), find("H200"), EVERY).backend == "cuda"
 
     def test_by_name_they_run_without_xa_and_y_in_one_launch(self):
         for problem, device in itertools.product(problems(), map(find, HOPPER)):
-            if not cuda.refusal(problem, device):
+            if not configs_cuda.refusal(problem, device):
                 plan = select(problem, device, (("cuda", ""),))
                 expected = "one_pass_backward" if problem.gradients else "two_kernel"
                 assert (plan.backend, plan.kernel) == ("cuda", expected)
 
     def test_a_constraint_names_them(self):
         device = find("H200")
-        with only("cuda single_kernel"):
+        with override(force_kernel="cuda fused_xa"):
             plan = select(HEADLINE, device, EVERY)
-            assert (plan.backend, plan.kernel) == ("cuda", "single_kernel")
-            assert plan.config("fwd").single
-        with only("single_kernel"):
+            assert (plan.backend, plan.kernel) == ("cuda", "fused_xa")
+            assert plan.config("matmul").single
+        with override(force_kernel="fused_xa"):
             assert select(HEADLINE, device, EVERY).backend == "triton"
-            assert select(HEADLINE, device, (("cuda", ""),)).kernel == "single_kernel"
+            assert select(HEADLINE, device, (("cuda", ""),)).kernel == "fused_xa"
 
-    def test_a_measurement_chooses_them(self, tmp_path, monkeypatch):
-        entry = {
-            "N": 4096, "K": 4096, "R": [1, 16], "M": [1024, 16384], "dtype": "bfloat16", "dropout": False,
-            "gradients": [], "kernel": "cuda single_kernel", "seconds": 0.00035, "commit": "abc", "date": "2026-11-25",
-        }  # fmt: skip
-        (tmp_path / "h200.json").write_text(json.dumps({"version": 1, "entries": [entry]}))
-        monkeypatch.setattr(tuned, "_FOLDER", tmp_path)
-        for forget in (tuned.load, _select):
-            forget.cache_clear()
-        try:
+    def test_a_measurement_chooses_them(self):
+        entry = tuned.Tuned(
+            4096, 4096, (1, 16), (1024, 16384), "bfloat16", False, (), "cuda fused_xa", 0.00035, "abc", "2026-11-25"
+        )
+        with override(measured=[entry]):
             plan = select(HEADLINE, find("H200"), EVERY)
-            assert (plan.backend, plan.kernel) == ("cuda", "single_kernel")
-            assert "cuda single_kernel was fastest within noise when measured on H200" in plan.reasons[-1]
-            # it says nothing where they cannot run
+            assert (plan.backend, plan.kernel) == ("cuda", "fused_xa")
+            assert "cuda fused_xa was fastest within noise when measured on H200" in plan.reasons[-1]
+            # it counts for nothing where they cannot run
             without = select(HEADLINE, find("H200"), (*EVERY[:2], ("cuda", "not built")))
             assert without.backend == "triton"
-        finally:
-            for forget in (tuned.load, _select):
-                forget.cache_clear()

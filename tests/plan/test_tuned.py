@@ -10,14 +10,14 @@ import pytest
 from plan_problems import ALL, BACKWARD, HEADLINE
 
 from lorafuse import cli, env
-from lorafuse.plan import find, forget, modelled, select, tuned
+from lorafuse.plan import clear_cache, find, modelled, select, tuned
 from lorafuse.tune.ranges import rectangles, split
 
 pytestmark = pytest.mark.no_poison
 
 H200 = find("H200")
 ENTRY = tuned.Tuned(
-    N=4096, K=4096, R=(16, 16), M=(1024, 16384), dtype="bfloat16", dropout=False, gradients=(), kernel="single_kernel",
+    N=4096, K=4096, R=(16, 16), M=(1024, 16384), dtype="bfloat16", dropout=False, gradients=(), kernel="fused_xa",
     seconds=0.00061, commit="abc", date="2026-11-25", points=((1024, 16, 0.00005), (16384, 16, 0.00061)),
     conditions={"torch": "2.13.0"},
 )  # fmt: skip
@@ -27,10 +27,10 @@ ENTRY = tuned.Tuned(
 def folders(tmp_path, monkeypatch):
     """Folders of this test for both files of a GPU."""
     monkeypatch.setenv("LORAFUSE_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(tuned, "_FOLDER", tmp_path / "package")
-    forget()
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path / "package")
+    clear_cache()
     yield tmp_path
-    forget()
+    clear_cache()
 
 
 def reason(problem=HEADLINE):
@@ -108,35 +108,53 @@ class TestFile:
     def test_version_1_is_read_and_kept_by_writing(self, folders):
         old = {
             "N": 4096, "K": 4096, "R": [1, 16], "M": [1024, 16384], "dtype": "bfloat16", "dropout": False,
-            "gradients": [], "kernel": "single_kernel", "seconds": 0.00035, "commit": "abc", "date": "2026-11-24",
+            "gradients": [], "kernel": "fused_xa", "seconds": 0.00035, "commit": "abc", "date": "2026-11-24",
         }  # fmt: skip
         path = folders / "h200.json"
         path.write_text(json.dumps({"version": 1, "entries": [old]}))
         before = tuned.read(path)
         assert (before[0].seconds, before[0].points, before[0].conditions) == (0.00035, (), {})
         tuned.write(path, before)
-        assert json.loads(path.read_text())["version"] == 2
+        assert json.loads(path.read_text())["version"] == 3
         assert tuned.read(path) == before
 
     @pytest.mark.parametrize(
-        ("text", "said"),
+        ("former", "name"),
+        [
+            ("single_kernel", "fused_xa"),
+            ("cuda single_kernel", "cuda fused_xa"),
+            ("cuda one_launch_backward", "cuda concurrent_backward"),
+        ],
+    )
+    def test_version_2_is_read_with_its_names(self, folders, former, name):
+        path = folders / "h200.json"
+        tuned.write(path, (replace(ENTRY, kernel=name),))
+        content = json.loads(path.read_text())
+        (entry,) = content["entries"]
+        del entry["format"], entry["groups"]
+        entry["kernel"] = former
+        path.write_text(json.dumps(content | {"version": 2}))
+        assert tuned.read(path) == (replace(ENTRY, kernel=name),)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
         [
             ("{", "Expecting"),
-            ("[]", '"version": 2'),
-            ('{"version": 3, "entries": []}', '"version": 2'),
-            ('{"version": [], "entries": []}', '"version": 2'),
+            ("[]", '"version": 3'),
+            ('{"version": 4, "entries": []}', '"version": 3'),
+            ('{"version": [], "entries": []}', '"version": 3'),
             ('{"version": 2, "entries": [5]}', "entry 0: it is 5"),
             ('{"version": 2, "entries": [{}]}', "entry 0: it has the fields"),
         ],
     )
-    def test_a_broken_file_of_the_user_says_which_and_how_to_get_rid_of_it(self, folders, text, said):
+    def test_a_broken_file_of_the_user_says_which_and_how_to_get_rid_of_it(self, folders, text, message):
         path = tuned.own_file("H200")
         path.parent.mkdir(parents=True)
         path.write_text(text)
-        message = warned()
-        assert f": {path}: " in message
-        assert said in message
-        assert message.endswith("; delete it, and measure again with lorafuse tune")
+        shown = warned()
+        assert f": {path}: " in shown
+        assert message in shown
+        assert shown.endswith("; delete it, and measure again with lorafuse tune")
 
     @pytest.mark.parametrize("point", [[1024, 16], [0, 16, 1e-5], [1024, 16, "fast"], 7])
     def test_a_broken_point_is_named(self, folders, point):
@@ -153,15 +171,15 @@ class TestPrecedence:
     def test_the_users_overrules_what_ships_and_the_model(self, folders):
         assert reason().startswith("triton: two_kernel, model")
         tuned.write(folders / "package" / "h200.json", (ENTRY,))
-        forget()
-        assert select(HEADLINE, H200, ALL).kernel == "single_kernel"
+        clear_cache()
+        assert select(HEADLINE, H200, ALL).kernel == "fused_xa"
         assert reason().endswith("(2026-11-25, commit abc, shipped)")
         tuned.write(tuned.own_file("H200"), (replace(ENTRY, kernel="aten_beta1", M=(8192, 8192)),))
-        forget()
+        clear_cache()
         assert select(HEADLINE, H200, ALL).backend == "eager"
         assert reason().endswith("(2026-11-25, commit abc, by lorafuse tune)")
         # where the user's says nothing, what ships still does
-        assert select(replace(HEADLINE, M=4096), H200, ALL).kernel == "single_kernel"
+        assert select(replace(HEADLINE, M=4096), H200, ALL).kernel == "fused_xa"
 
     def test_the_reason_gives_the_time_at_the_nearest_measured_point(self):
         tuned.write(tuned.own_file("H200"), (ENTRY,))
@@ -171,11 +189,11 @@ class TestPrecedence:
     def test_an_entry_whose_kernel_cannot_run_leaves_the_word_to_the_next(self, folders):
         tuned.write(folders / "package" / "h200.json", (ENTRY,))
         tuned.write(tuned.own_file("H200"), (replace(ENTRY, kernel="cuda two_kernel"),))
-        assert select(HEADLINE, H200, ALL).kernel == "single_kernel"
+        assert select(HEADLINE, H200, ALL).kernel == "fused_xa"
 
     def test_the_model_alone_takes_no_single_kernel(self):
         plan = select(HEADLINE, H200, (*ALL[:2], ("cuda", "")))
-        assert {way.backend for way in plan.candidates} == {"eager", "triton", "cuda"}
+        assert {candidate.backend for candidate in plan.candidates} == {"eager", "triton", "cuda"}
         assert modelled(plan.candidates).kernel == "two_kernel"
         assert modelled(plan.candidates).backend == "cuda"
 

@@ -4,7 +4,7 @@ The candidates run in Triton's interpreter. Times come from the test, except whe
 """
 
 import json
-import sys
+from contextlib import contextmanager
 
 import pytest
 import tiny_models
@@ -15,7 +15,7 @@ from lorafuse import cli
 from lorafuse.backends import eager
 from lorafuse.backends import triton as triton_backend
 from lorafuse.cli import _common, tune
-from lorafuse.plan import Problem, find, forget, select, tuned
+from lorafuse.plan import Problem, clear_cache, find, override, select, tuned
 from lorafuse.tune import measure
 from lorafuse.tune.measure import Target
 
@@ -23,7 +23,7 @@ H200 = find("H200")
 AVAILABLE = (("eager", ""), ("triton", ""), ("cuda", "not built"))
 SMALL = ["tune", "--shape", "32,64", "--m", "16", "48", "--rank", "4", "--dtype", "float16", "--rounds", "3"]
 # seconds of the candidates of both passes
-TIMES = {"aten_beta1": 5e-6, "two_kernel": 3e-6, "single_kernel": 4e-6, "one_pass_backward": 6e-6}
+TIMES = {"aten_beta1": 7e-6, "aten_addmm": 5e-6, "two_kernel": 3e-6, "fused_xa": 4e-6, "one_pass_backward": 6e-6}
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter stands for the GPU here")
 
@@ -34,9 +34,9 @@ def target(tmp_path, monkeypatch):
     monkeypatch.setenv("LORAFUSE_CACHE_DIR", str(tmp_path / "cache"))
     here = Target(torch.device("cpu"), H200, AVAILABLE)
     monkeypatch.setattr(tune, "_target", lambda name: here)
-    forget()
+    clear_cache()
     yield here
-    forget()
+    clear_cache()
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ class TestRun:
     def test_plans_of_this_process_follow_at_once(self, target, times, capsys):
         assert plan(16).backend == "eager"
         assert cli.main(SMALL) == 0
-        assert recorded() == {("forward", (16, 48)): "two_kernel", ("backward", (16, 48)): "aten_beta1"}
+        assert recorded() == {("forward", (16, 48)): "two_kernel", ("backward", (16, 48)): "aten_addmm"}
         assert plan(16).kernel == "two_kernel"
         assert (
             plan(30).reasons[-1].startswith("triton: two_kernel was fastest within noise when measured on H200: 3 us")
@@ -100,13 +100,22 @@ class TestRun:
         assert "1.67×" in out
 
     def test_every_candidate_runs_as_its_own_kernel(self, target, times, monkeypatch):
-        ran = set()
+        ran, forced = set(), []
+
+        @contextmanager
+        def watched_override(force_kernel):
+            forced.append(force_kernel)
+            with override(force_kernel=force_kernel):
+                yield
+            forced.pop()
+
+        monkeypatch.setattr(measure, "override", watched_override)
 
         def watched(backend, name):
             run = getattr(backend, name)
 
             def call(*args):
-                ran.add((backend.__name__.rpartition(".")[2], name, sys.modules["lorafuse.plan.select"]._only))
+                ran.add((backend.__name__.rpartition(".")[2], name, forced[-1]))
                 return run(*args)
 
             monkeypatch.setattr(backend, name, call)
@@ -125,18 +134,19 @@ class TestRun:
         assert cli.main([*SMALL, "--m", "16"]) == 0
         assert ran == {
             ("eager", "linear_forward", "aten_beta1"), ("eager", "linear_backward", "aten_beta1"),
-            ("triton", "linear_forward", "two_kernel"), ("triton", "linear_forward", "single_kernel"),
+            ("eager", "linear_forward", "aten_addmm"), ("eager", "linear_backward", "aten_addmm"),
+            ("triton", "linear_forward", "two_kernel"), ("triton", "linear_forward", "fused_xa"),
             ("triton", "linear_forward", "one_pass_backward"), ("triton", "linear_backward", "one_pass_backward"),
         }  # fmt: skip
-        # two_kernel, single_kernel, and the forward that backward needs
+        # two_kernel, fused_xa, and the forward that backward needs
         assert singles == [False, True, False]
 
     def test_within_noise_the_models_choice_is_recorded_and_it_is_said(self, target, times, capsys):
         times["two_kernel"] = [4e-6, 4.5e-6, 5.5e-6]
-        times["single_kernel"] = 9e-6
+        times["fused_xa"] = 9e-6
         assert cli.main([*SMALL, "--m", "16"]) == 0
-        assert recorded()["forward", (16, 16)] == "aten_beta1"
-        assert "1.00×, aten_beta1 recorded" in " ".join(capsys.readouterr().out.split())
+        assert recorded()["forward", (16, 16)] == "aten_addmm"
+        assert "1.00×, aten_addmm recorded" in " ".join(capsys.readouterr().out.split())
 
     def test_it_goes_on_where_it_stopped(self, target, times, capsys):
         assert cli.main(SMALL) == 0
@@ -154,13 +164,13 @@ class TestRun:
 
     def test_again_replaces(self, target, times):
         assert cli.main(SMALL) == 0
-        times["aten_beta1"] = 1e-6
+        times["aten_addmm"] = 1e-6
         assert cli.main([*SMALL, "--again", "--m", "16"]) == 0
         # isqrt(16 * 48) = 27
         assert recorded() == {
-            ("forward", (16, 27)): "aten_beta1",
+            ("forward", (16, 27)): "aten_addmm",
             ("forward", (28, 48)): "two_kernel",
-            ("backward", (16, 48)): "aten_beta1",
+            ("backward", (16, 48)): "aten_addmm",
         }
         assert plan(16).backend == "eager"
 
@@ -236,12 +246,12 @@ class TestGate:
 
         monkeypatch.setattr(triton_backend, "linear_forward", doubled)
         assert cli.main(SMALL) == 1
-        assert recorded()["forward", (16, 48)] == "aten_beta1"
-        assert not {"two_kernel", "single_kernel"} & {entry.kernel for entry in entries()}
+        assert recorded()["forward", (16, 48)] == "aten_addmm"
+        assert not {"two_kernel", "fused_xa"} & {entry.kernel for entry in entries()}
         out = " ".join(capsys.readouterr().out.split())
         assert "M 48, R 4: two_kernel is not recorded, y is wrong by 1.00e+00 relative, the bound is 4e-03" in out
         assert "M 16, R 4: two_kernel is not recorded" not in out
-        assert times["timed"][2] == ["aten_beta1"]
+        assert times["timed"][2] == ["aten_beta1", "aten_addmm"]
 
     @pytest.mark.parametrize("broken", ["dx", "da", "db"])
     @pytest.mark.parametrize("how", ["zero", "NaN", "1 % off"])
@@ -257,14 +267,14 @@ class TestGate:
         monkeypatch.setattr(triton_backend, "linear_backward", backward)
         times["one_pass_backward"] = 1e-6
         assert cli.main([*SMALL, "--m", "16"]) == 1
-        assert recorded()["backward", (16, 16)] == "aten_beta1"
+        assert recorded()["backward", (16, 16)] == "aten_addmm"
 
     def test_what_was_recorded_and_is_wrong_now_goes(self, target, times, monkeypatch):
         assert cli.main(SMALL) == 0
         run = triton_backend.linear_forward
         monkeypatch.setattr(triton_backend, "linear_forward", lambda *args: (run(*args)[0] * 2, run(*args)[1]))
         assert cli.main([*SMALL, "--again", "--m", "16"]) == 1
-        assert recorded() == {("forward", (16, 16)): "aten_beta1", ("backward", (16, 48)): "aten_beta1"}
+        assert recorded() == {("forward", (16, 16)): "aten_addmm", ("backward", (16, 48)): "aten_addmm"}
 
     def test_dropout_is_compared_with_the_same_mask(self, target, times):
         assert cli.main([*SMALL, "--m", "16", "--dropout", "0.25"]) == 0
@@ -294,9 +304,9 @@ class TestGate:
         monkeypatch.setattr(triton_backend, "linear_forward", forward)
         monkeypatch.setattr(measure, "PASSES", {"forward": ()})
         assert cli.main([*SMALL, "--m", "16"]) == 0
-        assert recorded() == {("forward", (16, 16)): "aten_beta1"}
+        assert recorded() == {("forward", (16, 16)): "aten_addmm"}
         out = " ".join(capsys.readouterr().out.split())
-        for name in ("two_kernel", "single_kernel"):
+        for name in ("two_kernel", "fused_xa"):
             assert f"{name} is left out, {said}" in out
 
     def test_operands_that_do_not_fit_leave_one_size_out(self, target, times, monkeypatch, capsys):
@@ -327,7 +337,7 @@ class TestGate:
         monkeypatch.setattr(triton_backend, "linear_forward", forward)
         assert cli.main(SMALL) == 2
         assert "runs nothing any more since two_kernel failed" in capsys.readouterr().err
-        assert recorded() == {("forward", (16, 16)): "two_kernel", ("backward", (16, 16)): "aten_beta1"}
+        assert recorded() == {("forward", (16, 16)): "two_kernel", ("backward", (16, 16)): "aten_addmm"}
 
 
 class TestInput:
@@ -373,8 +383,8 @@ class TestInput:
         assert {entry.N for entry in entries()} == {32}
 
 
-def test_the_written_file_is_json_of_version_2(target, times):
+def test_the_written_file_is_json_of_version_3(target, times):
     assert cli.main(SMALL) == 0
     written = json.loads(tuned.own_file("H200").read_text())
-    assert written["version"] == 2
+    assert written["version"] == 3
     assert written["entries"][0]["points"][0] == [16, 4, 3e-6]

@@ -15,7 +15,7 @@ from lorafuse import cli
 from lorafuse.backends import base
 from lorafuse.backends.probe import linear_problem
 from lorafuse.cli import tune
-from lorafuse.plan import Problem, find, forget, select, tuned
+from lorafuse.plan import Problem, clear_cache, find, select, tuned
 from lorafuse.testing.cases import Case
 from lorafuse.testing.model_layers import linear_layers
 from lorafuse.tune import measure
@@ -32,9 +32,9 @@ FOUND = {"device": "GPU X", "torch": "2.13.0", "lorafuse": "1.2.3", "date": "202
 def target(tmp_path, monkeypatch):
     """What is planned as on an H200, and a cache folder of this test."""
     monkeypatch.setenv("LORAFUSE_CACHE_DIR", str(tmp_path / "cache"))
-    forget()
+    clear_cache()
     yield Target(torch.device("cpu"), H200, AVAILABLE)
-    forget()
+    clear_cache()
 
 
 class TestRule:
@@ -48,8 +48,8 @@ class TestRule:
             # faster, and within noise
             ({"two_kernel": [3, 4, 5, 5, 5], "aten_beta1": [3, 3, 4, 4, 4]}, "two_kernel"),
             # the others' spreads do not count
-            ({"two_kernel": [9, 9], "aten_beta1": [2, 4], "single_kernel": [1, 5]}, "aten_beta1"),
-            ({"aten_beta1": [3, 3], "single_kernel": [2, 4]}, "aten_beta1"),
+            ({"two_kernel": [9, 9], "aten_beta1": [2, 4], "fused_xa": [1, 5]}, "aten_beta1"),
+            ({"aten_beta1": [3, 3], "fused_xa": [2, 4]}, "aten_beta1"),
         ],
     )
     def test_the_usual_stays_unless_another_is_faster_beyond_noise(self, seconds, winner):
@@ -61,13 +61,13 @@ class TestRule:
             4096, 4096, (16, 16), (8192, 8192), "bfloat16", False, (), "aten_beta1", 1e-3, "abc", "2026-11-26"
         )
         tuned.write(tuned.own_file("H200"), (entry,))
-        forget()
+        clear_cache()
         assert select(replace(self.PROBLEM, M=8192), H200, AVAILABLE).backend == "eager"
         assert measure.usual(replace(self.PROBLEM, M=8192), target) == "two_kernel"
-        monkeypatch.setattr(tuned, "_FOLDER", tmp_path)
-        tuned.write(tmp_path / "h200.json", (replace(entry, kernel="single_kernel"),))
-        forget()
-        assert measure.usual(replace(self.PROBLEM, M=8192), target) == "single_kernel"
+        monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+        tuned.write(tmp_path / "h200.json", (replace(entry, kernel="fused_xa"),))
+        clear_cache()
+        assert measure.usual(replace(self.PROBLEM, M=8192), target) == "fused_xa"
 
     def outcome(self, M, times, R=16, **more):
         problem = replace(self.PROBLEM, M=M, R=R)
@@ -111,13 +111,11 @@ class TestRule:
         assert record(found, [self.outcome(512, {})], FOUND) == ()
 
     def test_an_entry_of_version_1_comes_after_what_is_measured_now(self):
-        old = tuned.Tuned(
-            4096, 4096, (1, 64), (1, 8192), "bfloat16", False, (), "single_kernel", 1e-3, "abc", "2026-11-20"
-        )
+        old = tuned.Tuned(4096, 4096, (1, 64), (1, 8192), "bfloat16", False, (), "fused_xa", 1e-3, "abc", "2026-11-20")
         assert measure.is_measured(self.PROBLEM, [old])
         found = record([old], [self.outcome(512, {"aten_beta1": 1e-6})], FOUND)
-        assert [entry.kernel for entry in found] == ["aten_beta1", "single_kernel"]
-        assert record([old], [self.outcome(512, {}, wrong={"single_kernel": "y"})], FOUND) == ()
+        assert [entry.kernel for entry in found] == ["aten_beta1", "fused_xa"]
+        assert record([old], [self.outcome(512, {}, wrong={"fused_xa": "y"})], FOUND) == ()
 
 
 @pytest.mark.parametrize(("N", "K"), [(32, 64), (36, 64), (32, 68)])
@@ -212,7 +210,7 @@ class TestWithoutGpu:
         assert cli.main(argv) == 0
         out = capsys.readouterr().out
         assert out.count("4096 × 4096") == 1
-        assert "cuda single_kernel" in " ".join(out.split())
+        assert "cuda fused_xa" in " ".join(out.split())
         assert "6 passes" in out
         for line in out.splitlines():
             assert "us" not in line.split() or "model" in line, line

@@ -1,10 +1,54 @@
-"""GPUs as the planner knows them: a table of datasheets, and how to read a GPU that is not in it."""
+"""GPUs as the planner knows them: a row for each datasheet and for each architecture, and how a GPU is recognized.
+
+A new GPU is a row of `DEVICES`; what it can do follows from the row of its architecture.
+"""
 
 import difflib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
-__all__ = ["DEVICES", "DeviceSpec", "find", "probe"]
+__all__ = ["DEVICES", "DeviceSpec", "features", "find", "recognize"]
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """What GPUs of one compute capability have in common; FLOPs of one SM in one clock, dense bf16 and fp32.
+
+    `smem` is the shared memory that a program may use, 0 where no datasheet is known. `has_tma`: the Triton kernels run
+    with tensor descriptors. `has_warpgroup_mma`: several warps multiply together, from shared memory.
+    `has_tensor_memory`: accumulators come from it all at once. `has_grouped_mm`: torch's grouped_mm has a fast kernel.
+    """
+
+    bf16: int
+    fp32: int
+    smem: int = 0
+    has_tma: bool = False
+    has_warpgroup_mma: bool = False
+    has_tensor_memory: bool = False
+    has_grouped_mm: bool = False
+
+
+_HOPPER = {"has_warpgroup_mma": True, "has_grouped_mm": True}
+_BLACKWELL = {"has_warpgroup_mma": True, "has_tensor_memory": True}
+# by compute capability times ten; shared memory of the CUDA programming guide's table of technical specifications
+_ARCHITECTURES = {
+    70: _Architecture(1024, 128),
+    80: _Architecture(2048, 128, 166912),
+    86: _Architecture(512, 256, 101376),
+    87: _Architecture(512, 256),
+    89: _Architecture(512, 256, 101376),
+    90: _Architecture(4096, 256, 232448, has_tma=True, **_HOPPER),
+    100: _Architecture(8192, 256, 232448, has_tma=True, has_grouped_mm=True, **_BLACKWELL),
+    103: _Architecture(8192, 256, has_grouped_mm=True, **_BLACKWELL),
+    110: _Architecture(8192, 256, **_BLACKWELL),
+    # in every TMA kernel there Triton 3.6 leaves 8 bytes in local memory
+    120: _Architecture(512, 256, 101376),
+}
+
+
+def features(arch: int) -> _Architecture:
+    """What GPUs of a compute capability can do: the row of the nearest one that is not newer."""
+    return _ARCHITECTURES[max((known for known in _ARCHITECTURES if known <= arch), default=min(_ARCHITECTURES))]
 
 
 @dataclass(frozen=True)
@@ -29,6 +73,18 @@ class DeviceSpec:
     sustained_bandwidth: float
     source: str
 
+    def __post_init__(self) -> None:
+        # every call of a layer looks its plan up by it
+        object.__setattr__(self, "_hash", hash(tuple(getattr(self, field.name) for field in fields(self))))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined]
+
+    @property
+    def features(self) -> _Architecture:
+        """What its architecture can do."""
+        return features(self.arch)
+
 
 # Measured on an H200: cuBLAS bf16 8192³ on random data 790 TFLOP/s, whose 2048 tiles of 128x256 fill 15.5 of 16 waves
 # of 132 SMs, so 815 TFLOP/s in full waves; a copy 4.3 TB/s.
@@ -43,11 +99,9 @@ def _datasheet(
 ) -> DeviceSpec:
     sustained = flops * _FLOPS_SHARE, bandwidth * _BANDWIDTH_SHARE
     rates = bandwidth, flops, fp32, *sustained
-    return DeviceSpec(name, name, arch, sms, _SMEM[arch], l2_mb * 2**20, *rates, source)
+    return DeviceSpec(name, name, arch, sms, _ARCHITECTURES[arch].smem, l2_mb * 2**20, *rates, source)
 
 
-# shared memory a kernel may ask for, by compute capability (CUDA programming guide, table of technical specifications)
-_SMEM = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 # datasheets: SMs, L2 in MB, bandwidth, dense bf16 with fp32 accumulation, fp32
 DEVICES: dict[str, DeviceSpec] = {
     device.name: device
@@ -61,9 +115,6 @@ DEVICES: dict[str, DeviceSpec] = {
         _datasheet("RTX 5090", 120, 170, 96, 1792e9, 209.5e12, 104.8e12),
     )
 }
-# dense bf16 FLOPs of one SM in one clock, by compute capability, for a GPU that no datasheet here describes
-_FLOPS_PER_CLOCK = {70: 1024, 80: 2048, 86: 512, 87: 512, 89: 512, 90: 4096, 100: 8192, 103: 8192, 120: 512}
-_FP32_PER_CLOCK = {70: 128, 80: 128, 86: 256}
 
 
 def _plain(name: str) -> str:
@@ -80,7 +131,7 @@ def find(name: str) -> DeviceSpec:
     raise ValueError(f"GPU {name!r} is not known{hint} The known ones: {', '.join(DEVICES)}")
 
 
-def probe(
+def recognize(
     *,
     name: str,
     capability: tuple[int, int],
@@ -96,17 +147,11 @@ def probe(
     """
     arch = capability[0] * 10 + capability[1]
     for known in DEVICES.values():
-        # "NVIDIA H100 80GB HBM3" is the H100; the SMs of a laptop's or a partition, and the memory of a PCIe board, say
-        # that it is something else
+        # "NVIDIA H100 80GB HBM3" is the H100; a laptop's GPU or a partition has fewer SMs, a PCIe board less bandwidth
         alike = 0.8 <= sms / known.sms <= 1.1 and 0.85 <= memory_bandwidth / known.hbm_bandwidth <= 1.15
         if _plain(name).startswith(_plain(known.name)) and alike:
             return replace(known, name=name, sms=sms, smem_per_block=smem_per_block, l2_bytes=l2_bytes)
-    flops, fp32 = (_of(arch, table) * sms * clock_hz for table in (_FLOPS_PER_CLOCK, _FP32_PER_CLOCK))
+    flops, fp32 = (per_clock * sms * clock_hz for per_clock in (features(arch).bf16, features(arch).fp32))
     rates = memory_bandwidth, flops, fp32, flops * _FLOPS_SHARE, memory_bandwidth * _BANDWIDTH_SHARE
     source = "estimated from clocks and architecture"
     return DeviceSpec(name, name, arch, sms, smem_per_block, l2_bytes, *rates, source)
-
-
-def _of(arch: int, table: dict[int, int]) -> int:
-    """The entry of the nearest architecture that is not newer."""
-    return table[max((a for a in table if a <= arch), default=min(table))]

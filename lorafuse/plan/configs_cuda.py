@@ -1,0 +1,199 @@
+"""The CUDA kernels of csrc in the planner: what they can run, their configurations, and each candidate, step by step.
+
+The matmuls run on sm_90a alone, in tiles of 128 rows. The memory-bound kernels choose their own tiles.
+
+    two_kernel            xa and b rounded; y
+    fused_xa              a rounded; b rounded; xa and y
+    one_pass_backward     dyb, db, dbias and a rounded; dx; da
+    concurrent_backward   dyb, db, dbias and a rounded; dx and da; or b rounded; dyb and a rounded; dx, da and db
+    ragged                y or dx of ragged rows; ATen computes everything else
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from lorafuse.plan import cost
+from lorafuse.plan.candidate import Candidate, Part, in_a_row
+from lorafuse.plan.config import KernelConfig, padded_rank
+from lorafuse.plan.devices import DeviceSpec
+from lorafuse.plan.problem import Problem
+
+__all__ = ["CONCURRENT", "TILES", "illegal", "matmuls", "operator_candidates", "refusal", "sum_blocks"]
+
+_ARCH = 90
+_BLOCK_M, _BLOCK_K = 128, 64
+# a producer's warpgroup and two that multiply
+_WARPS = 12
+_MAX_SINGLE_R = 64
+# shared memory next to the ring and the tile that is stored: barriers, and what alignment to 1024 bytes may cost
+_SHARED_REST = 2048
+# (block_n, stages, cluster); two stages of 256 columns would fit twice, three are what hides the loads (published
+# ablations of Hopper kernels; not measured here)
+TILES = tuple((block_n, stages, cluster) for block_n, stages in ((256, 3), (128, 4)) for cluster in (2, 1))
+# of ragged rows (nothing was measured)
+_RAGGED_TILE = (256, 3, 1)
+# row blocks that are walked together (assumed)
+_GROUP_M = 16
+# columns of a block of the reductions, and rows of one of project
+_REDUCE_N, _PASS_M = 256, 64
+# the kernel before dx, and what is summed in dx's launch then
+CONCURRENT = (("project", ("da", "db")), ("project_outer", ("da",)))
+
+_Tiles = Sequence[tuple[int, int, int]]
+
+
+def refusal(problem: Problem, device: DeviceSpec) -> str:
+    """Why no CUDA kernel runs a problem on a device; "" when some do."""
+    if device.arch != _ARCH:
+        return f"its kernels are for sm_{_ARCH}, {device.name} is sm_{device.arch}"
+    if problem.dtype not in ("bfloat16", "float16"):
+        return f"its kernels run bfloat16 and float16, not {problem.dtype}"
+    if problem.format != "dense":
+        return f"its kernels read dense weights, not {problem.format}"
+    if problem.wide:
+        return "its kernels round xa and dyb to float16, whose range is too small for adapters of another dtype"
+    if problem.N % 8 or problem.K % 8:
+        return f"TMA needs N {problem.N} and K {problem.K} to be multiples of 8"
+    if not problem.aligned:
+        return "TMA needs rows of x, dy and w that start on 16-byte boundaries"
+    for name, size in (("M", problem.M), ("N", problem.N), ("K", problem.K), ("R", problem.R)):
+        if size >= 2**31:
+            return f"{name} {size} is not below 2^31"
+    return ""
+
+
+def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
+    """Why a matmul cannot run a problem on a device; "" when it can. The one statement of what is legal."""
+    c = config
+    if reason := refusal(problem, device):
+        return reason
+    if (c.block_m, c.block_k, c.warps) != (_BLOCK_M, _BLOCK_K, _WARPS) or c.block_n not in (128, 256):
+        return f"tiles are 128 x 128 or 128 x 256, in steps of {_BLOCK_K} by {_WARPS} warps"
+    if c.cluster not in (1, 2):
+        return f"a cluster of {c.cluster} blocks: they have 1 or 2"
+    if c.single and (problem.gradients or problem.R > _MAX_SINGLE_R):
+        return f"one launch computes xa and y of up to {_MAX_SINGLE_R} ranks"
+    if c.single and problem.dropout:
+        return "a launch that computes xa and y draws no mask"
+    if c.beside and (not problem.gradients or c.cluster != 1 or problem.R > _MAX_SINGLE_R):
+        return f"da and db concurrent with dx are of up to {_MAX_SINGLE_R} ranks, in clusters of 1"
+    if c.beside and problem.dropout:
+        return "blocks that sum da draw no mask"
+    needed = c.stages * (_BLOCK_M + c.block_n) * _BLOCK_K * 2 + _BLOCK_M * c.block_n * 2 + _SHARED_REST
+    if c.stages < 2 or needed > device.smem_per_block:
+        return f"{c.stages} stages need {needed} bytes of shared memory of {device.smem_per_block}, and are 2 or more"
+    return ""
+
+
+def matmuls(
+    problem: Problem, device: DeviceSpec, tiles: _Tiles = TILES, single: bool = False, beside: int = 0
+) -> tuple[KernelConfig, ...]:
+    """The legal configurations of y, or of a backward problem's dx."""
+    found = (
+        _matmul(tile, single, beside)
+        for tile in tiles
+        # one row block leaves a neighbour without rows
+        if tile[2] == 1 or problem.M > _BLOCK_M
+    )
+    return tuple(config for config in found if not illegal(config, problem, device))
+
+
+def _matmul(tile: tuple[int, int, int], single: bool = False, beside: int = 0) -> KernelConfig:
+    block_n, stages, cluster = tile
+    return KernelConfig(
+        "matmul", "wgmma", _BLOCK_M, block_n, _BLOCK_K, _BLOCK_K, stages, _WARPS, _GROUP_M, single=single,
+        cluster=cluster, beside=beside,
+    )  # fmt: skip
+
+
+def operator_candidates(operator: Sequence[Problem], device: DeviceSpec, tiles: _Tiles = TILES) -> Iterator[Candidate]:
+    """Every candidate for an operator that `refusal` lets pass."""
+    p = operator[0]
+    if p.is_ragged:
+        matmuls = [_matmul(_RAGGED_TILE) for _ in operator]
+        yield Candidate("cuda", "ragged", tuple((c,) for c in matmuls), cost.ragged(operator, matmuls, device))
+    elif p.gradients:
+        yield from _backward(p, device, tiles)
+    else:
+        yield from _forward(p, device, tiles)
+
+
+def _forward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Candidate]:
+    round_a, round_b = _roundings(problem, device)
+    xa = _skinny("project", problem, device)
+    two, one = (_best(problem, device, tiles, single) for single in (False, True))
+    assert two is not None
+    parts = [_with(cost.step(xa, problem, device), round_b), cost.step(two, problem, device)]
+    yield _candidate("two_kernel", (xa, two), parts)
+    if one is not None:
+        yield _candidate("fused_xa", (one,), [round_a, round_b, cost.step(one, problem, device)])
+
+
+def _backward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Candidate]:
+    configs = [_skinny("project_outer", problem, device)]
+    parts = [cost.step(configs[0], problem, device)]
+    if "dx" in problem.gradients:
+        dx = _best(problem, device, tiles)
+        assert dx is not None
+        configs.append(dx)
+        parts = [_with(parts[0], _roundings(problem, device)[0]), cost.step(dx, problem, device)]
+    if "da" in problem.gradients:
+        configs.append(_skinny("outer", problem, device))
+        parts.append(cost.step(configs[-1], problem, device))
+    yield _candidate("one_pass_backward", configs, parts)
+    yield from sorted(_concurrent(problem, device, tiles), key=lambda candidate: candidate.seconds)[:1]
+
+
+def _concurrent(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Candidate]:
+    """Those that sum da, or da and db, in dx's launch."""
+    round_a, round_b = _roundings(problem, device)
+    for first, sums in CONCURRENT:
+        concurrent = tuple(name for name in sums if name in problem.gradients)
+        # dbias takes a pass over dy, and db comes with it
+        if not concurrent or "dx" not in problem.gradients or (first == "project" and "dbias" in problem.gradients):
+            continue
+        alone = replace(problem, gradients=("dx", *concurrent))
+        dx = _best(alone, device, tiles, blocks=sum_blocks(problem, device))
+        if dx is not None:
+            before, product = _skinny(first, problem, device), cost.step(dx, alone, device)
+            product = replace(product, name=f"{product.name}, {' and '.join(concurrent)} concurrent")
+            parts = [_with(cost.step(before, problem, device), round_a), product]
+            yield _candidate("concurrent_backward", (before, dx), [round_b, *parts] if first == "project" else parts)
+
+
+def _candidate(kernel: str, configs: Sequence[KernelConfig], parts: Sequence[Part]) -> Candidate:
+    return Candidate("cuda", kernel, (tuple(configs),), in_a_row(parts))
+
+
+def sum_blocks(problem: Problem, device: DeviceSpec) -> list[int]:
+    """Numbers of blocks that sum: the fewest for each number of column blocks that the busiest of them sums."""
+    items = -(-problem.N // _REDUCE_N) + -(-problem.K // _REDUCE_N)
+    return sorted({-(-items // rounds) for rounds in range(-(-items // (device.sms // 2)), items + 1)})
+
+
+def _best(
+    problem: Problem, device: DeviceSpec, tiles: _Tiles, single: bool = False, blocks: Sequence[int] = (0,)
+) -> KernelConfig | None:
+    found = [config for beside in blocks for config in matmuls(problem, device, tiles, single, beside)]
+    return min(found, key=lambda config: cost.kernel_seconds(config, problem, device), default=None)
+
+
+def _skinny(kernel: str, problem: Problem, device: DeviceSpec) -> KernelConfig:
+    """One of the memory-bound kernels, as the model sees it."""
+    block_r = min(padded_rank(problem.R), 64)
+    if kernel == "project":
+        return KernelConfig(kernel, "mma", _PASS_M, 0, _BLOCK_K, block_r, 3, 4)
+    columns = problem.N if kernel == "project_outer" else problem.K
+    splits = max(1, min(device.sms * _REDUCE_N // columns, -(-problem.M // _PASS_M)))
+    return KernelConfig(kernel, "mma", _PASS_M, _REDUCE_N, 0, block_r, 3, 8, splits=splits)
+
+
+def _with(part: Part, small: Part) -> Part:
+    """Both in the launches of the first."""
+    return replace(part, name=f"{part.name}, {small.name}", seconds=part.seconds + small.seconds)
+
+
+def _roundings(problem: Problem, device: DeviceSpec) -> list[Part]:
+    """a `[R, K]` and b `[N, R]` read, at most in fp32, and written in the base's dtype."""
+    seconds = problem.R * (4 + problem.itemsize) / device.sustained_bandwidth
+    return [Part("a rounded", problem.K * seconds), Part("b rounded", problem.N * seconds)]

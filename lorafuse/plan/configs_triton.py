@@ -1,0 +1,246 @@
+"""Configurations of the Triton kernels: which exist, what is legal, which to take. Compile tests build every one.
+
+How many rows a group has is known on the device only, so that the choice assumes that they are spread evenly. Tiles do
+not cross groups: one that is higher than a group's rows computes some for nothing.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from lorafuse.plan import cost
+from lorafuse.plan.candidate import Candidate, in_a_row
+from lorafuse.plan.config import KernelConfig, padded_rank
+from lorafuse.plan.devices import DeviceSpec
+from lorafuse.plan.problem import Problem
+
+__all__ = ["best", "candidates", "illegal", "operator_candidates", "shared_memory"]
+
+_Tile = tuple[int, int, int, int, int]
+# (block_m, block_n, block_k, stages, warps) of dense matmuls, best first where all fill the GPU. Those of sm_90 were
+# measured on an H200 (docs/performance.md, 2026-11-26), the others chosen by what compiles without spills (Triton 3.6).
+# Those that read through TMA, by whether accumulators are in tensor memory (sm_100) or in registers (sm_90):
+_TMA: dict[bool, tuple[_Tile, ...]] = {
+    False: ((128, 256, 64, 4, 8), (128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4)),
+    True: ((128, 256, 64, 3, 8), (128, 128, 64, 3, 8), (64, 128, 64, 4, 8), (64, 64, 64, 4, 8)),
+}
+_POINTER = ((128, 128, 32, 4, 8), (64, 128, 32, 4, 4), (64, 64, 32, 4, 4))
+# fp32 multiplies on the CUDA cores; misaligned rows are read element by element. Both need registers.
+_FP32 = _MISALIGNED = ((64, 64, 32, 3, 8), (32, 64, 32, 3, 8))
+_MISALIGNED_FP32 = ((32, 64, 32, 2, 8),)
+# the same of ragged matmuls, by what compiles without spills (Triton 3.6, 2026-11-25); no speed was measured
+_RAGGED_TMA: dict[bool, tuple[_Tile, ...]] = {
+    False: ((128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (64, 256, 64, 3, 8), (64, 128, 64, 4, 8)),
+    True: ((128, 256, 64, 3, 8), (128, 128, 64, 3, 8), (64, 256, 64, 3, 8), (64, 128, 64, 4, 8)),
+}
+# of these, only sm_80 has the shared memory for the first
+_RAGGED_POINTER = ((128, 128, 64, 3, 8), (128, 128, 32, 4, 8), (64, 128, 64, 3, 8))
+# for groups of a few rows, which wait for their weights whatever the tile
+_RAGGED_SHORT = ((32, 64, 64, 3, 4), (16, 64, 64, 3, 4))
+_RAGGED_MISALIGNED = ((32, 64, 32, 3, 8), (16, 64, 32, 3, 4))
+_RAGGED_FP32 = ((32, 64, 32, 2, 8), (16, 64, 32, 2, 8))
+# ranks that a matmul takes at a time: at 64 the tiles of a and b no longer fit next to the pipeline's buffers
+_MAX_BLOCK_R = 32
+# a matmul that computes xa too walks x for all ranks at once, in the registers of one tile
+_MAX_SINGLE_R = 64
+# fp32 accumulators in the registers of one thread, of 255: above this all shapes spilled
+_MAX_ACCUMULATORS = 128
+# the same with an activation's backward; with an activation too on sm_100, where accumulators come from tensor memory
+# all at once, and after a loop over several rank tiles (Triton 3.6, 2026-11-25)
+_MAX_ACTIVATED = 64
+# left alone, ptxas 12.9 stops at 64, 80 or 128 registers and spills one or two (Triton 3.6): ragged kernels, and all
+# where accumulators come from tensor memory
+_MAX_REGISTERS = 255
+
+
+def shared_memory(config: KernelConfig, problem: Problem) -> int:
+    """Bytes of shared memory that a program needs, at most: the pipeline's buffers, and staging of stores and ranks."""
+    c, itemsize = config, problem.itemsize
+    ranks = (c.block_m + c.block_n) * c.block_r * itemsize
+    if c.kernel == "matmul":
+        # stores through a descriptor are staged in halves
+        staging = c.block_m * c.block_n // 2 * itemsize if c.form == "tma" else 0
+        if problem.epilogue and problem.gradients and c.form == "tma":
+            # du of gate and up; pointers leave the pipeline's buffers to it
+            staging = 2 * c.block_m * c.block_n * itemsize
+        pipeline = c.stages * (c.block_m + c.block_n) * c.block_k * itemsize
+        # tiles of the ranks take the place of the pipeline's buffers, or lie next to those that pointers fill
+        tiles = (max(pipeline, 2 * ranks) if c.form == "tma" else pipeline + 2 * ranks) + staging + 1024
+        if c.single:
+            xa = shared_memory(replace(c, kernel="project", block_r=_MAX_SINGLE_R), problem)
+            return max(tiles, xa)
+        return tiles
+    if c.kernel == "project":
+        # a may be fp32, and a masked x passes through shared memory once more
+        return c.stages * (c.block_m * itemsize + c.block_r * 4) * c.block_k + c.block_m * c.block_k * 4
+    if c.kernel in ("project_outer", "outer"):
+        # dy is staged as it is and transposed, with the partial of dyb in fp32
+        return (c.stages + 2) * c.block_m * c.block_n * itemsize + 2 * ranks + c.block_m * c.block_r * 4
+    return 0
+
+
+def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
+    """Why a configuration cannot run a problem on a device; "" when it can. The one statement of what is legal."""
+    c, tensor_memory = config, device.features.has_tensor_memory
+    sizes = [s for s in (c.block_m, c.block_n, c.block_k, c.block_r) if s]
+    if any(size & (size - 1) for size in sizes) or (c.block_r and c.block_r < 16):
+        return f"block sizes {sizes} must be powers of two, and of the rank at least 16"
+    if c.form == "tma":
+        if device.arch < 90:
+            return f"TMA needs sm_90, {device.name} is sm_{device.arch}"
+        if problem.itemsize != 2:
+            return f"the TMA form is for 16-bit dtypes, not {problem.dtype}"
+        if problem.is_misaligned:
+            return "TMA needs rows that start on 16-byte boundaries"
+    if c.single and (device.arch < 90 or problem.R > _MAX_SINGLE_R or problem.itemsize != 2 or problem.is_misaligned):
+        return f"xa within the matmul needs sm_90, R <= {_MAX_SINGLE_R}, a 16-bit dtype and rows on 16-byte boundaries"
+    if c.single and problem.dropout:
+        return "drawing the mask makes the xa items of a matmul too long to fit next to its tiles"
+    is_matmul = c.kernel == "matmul"
+    accumulators = c.block_m * c.block_n if is_matmul else max(c.block_m, c.block_n) * c.block_r
+    if is_matmul and problem.gradients and problem.dropout:
+        # the masked low-rank product has accumulators of its own
+        accumulators *= 2
+    activates = is_matmul and bool(problem.epilogue)
+    tight = activates and (bool(problem.gradients) or tensor_memory or c.block_r < problem.R)
+    if accumulators > (_MAX_ACTIVATED if tight else _MAX_ACCUMULATORS) * 32 * c.warps:
+        return f"{accumulators} accumulators do not fit the registers of {c.warps} warps"
+    if activates and problem.gradients and tensor_memory and c.block_n > 128:
+        return "on sm_100 the backward of interleaved gate and up leaves 16 bytes of 256 columns in local memory"
+    needed = shared_memory(c, problem)
+    if needed > device.smem_per_block:
+        return f"{needed} bytes of shared memory are more than the {device.smem_per_block} of {device.name}"
+    return ""
+
+
+def candidates(kernel: str, problem: Problem, device: DeviceSpec) -> tuple[KernelConfig, ...]:
+    """The legal configurations of a kernel of `config.KERNELS` for a problem, best first where all fill the GPU."""
+    if kernel == "reduce":
+        found = [KernelConfig("reduce", "pointer", 0, 1024, 0, 0, 1, 4)]
+    elif kernel == "matmul":
+        found = list(_matmuls(problem, device))
+    else:
+        found = list((_ragged_skinny if problem.is_ragged else _skinny)(kernel, problem, device))
+    if kernel != "reduce" and (problem.is_ragged or device.features.has_tensor_memory):
+        found = [replace(config, max_registers=_MAX_REGISTERS) for config in found]
+    return tuple(config for config in found if not illegal(config, problem, device))
+
+
+def _matmuls(problem: Problem, device: DeviceSpec) -> Iterator[KernelConfig]:
+    # fp32 rank tiles of 16 take the shared memory of 32 in 16 bits
+    small = problem.itemsize == 4 or problem.wide or problem.is_misaligned
+    block_r = min(padded_rank(problem.R), 16 if small else _MAX_BLOCK_R)
+    tiles = list((_ragged_tiles if problem.is_ragged else _tiles)(problem, device))
+    singles = (False,) if problem.is_ragged or problem.gradients or problem.wide else (False, True)
+    for single, (form, tile) in itertools.product(singles, tiles):
+        yield KernelConfig("matmul", form, *tile[:3], block_r, *tile[3:], single=single)
+
+
+def _tiles(problem: Problem, device: DeviceSpec) -> Iterator[tuple[str, _Tile]]:
+    if problem.itemsize == 4:
+        yield from (("pointer", tile) for tile in (_MISALIGNED_FP32 if problem.is_misaligned else _FP32))
+    elif problem.is_misaligned:
+        yield from (("pointer", tile) for tile in _MISALIGNED)
+    elif device.features.has_tma:
+        yield from (("tma", tile) for tile in _TMA[device.features.has_tensor_memory])
+    else:
+        yield from (("pointer", tile) for tile in _POINTER)
+
+
+def _ragged_tiles(problem: Problem, device: DeviceSpec) -> Iterator[tuple[str, _Tile]]:
+    if problem.itemsize == 4 or problem.is_misaligned:
+        yield from (("pointer", tile) for tile in (_RAGGED_FP32 if problem.itemsize == 4 else _RAGGED_MISALIGNED))
+        return
+    if device.features.has_tma:
+        yield from (("tma", tile) for tile in _RAGGED_TMA[device.features.has_tensor_memory])
+    else:
+        yield from (("pointer", tile) for tile in _RAGGED_POINTER)
+    yield from (("pointer", tile) for tile in _RAGGED_SHORT)
+
+
+def _skinny(kernel: str, problem: Problem, device: DeviceSpec) -> Iterator[KernelConfig]:
+    """Kernels of dense rows that are memory-bound, so that tiles are chosen for how many programs they give."""
+    small = problem.itemsize == 4 or problem.is_misaligned
+    rank = padded_rank(problem.R)
+    if kernel == "project":
+        # x is read once for each rank tile: all ranks in one where shared memory holds them
+        ranks = {min(rank, 64 if small else 256), min(rank, 64)}
+        if not small and rank <= 32:
+            # 27 us where 64 rows in steps of 64 took 43 (8192 x 4096, R 16, H200, 2026-11-26)
+            yield KernelConfig("project", "pointer", 32, 0, 128, rank, 4, 4)
+        for block_m, block_r in itertools.product((64, 32, 16), sorted(ranks)):
+            if block_m == 16 and block_r > 32:
+                continue
+            block_k = 32 if small or block_r == 256 else 64
+            yield KernelConfig("project", "pointer", block_m, 0, block_k, block_r, 3, 8 if small or block_r > 64 else 4)
+        return
+    # products with an fp32 xa or dyb hold fp32 copies of their other operand
+    small = small or problem.wide
+    columns = problem.N if kernel == "project_outer" else problem.K
+    block_m, block_r = (32, min(rank, 16)) if small else (64, min(rank, 64))
+    for block_n in (64,) if small else (64, 128, 256):
+        programs = -(-columns // block_n) * -(-problem.R // block_r)
+        # a wide program keeps an SM's loads in flight alone, narrow ones in pairs
+        splits = max(1, min(device.sms * (2 if block_n < 256 else 1) // programs, -(-problem.M // block_m)))
+        warps = 4 if block_n == 64 and not small else 8
+        yield KernelConfig(kernel, "pointer", block_m, block_n, 0, block_r, 3, warps, splits=splits)
+
+
+def _ragged_skinny(kernel: str, problem: Problem, device: DeviceSpec) -> Iterator[KernelConfig]:
+    """project and outer of ragged rows; they have no project_outer."""
+    half, rank = problem.itemsize == 2, padded_rank(problem.R)
+    if kernel == "project":
+        block_k, warps = (64, 4) if half else (32, 8)
+        for block_m in (64, 32, 16):
+            if block_m > 16 or rank <= 32:
+                yield KernelConfig("project", "pointer", block_m, 0, block_k, min(rank, 64), 3, warps)
+    elif kernel == "outer":
+        block_m, block_r = (64, min(rank, 64)) if half else (32, 16)
+        for block_n in (128, 64) if half else (64,):
+            yield KernelConfig("outer", "pointer", block_m, block_n, 0, block_r, 3, 8)
+
+
+def best(kernel: str, problem: Problem, device: DeviceSpec, single: bool = False) -> KernelConfig | None:
+    """The candidate with the least modelled time, None where there is none; `single` ones compute xa too."""
+
+    def order(config: KernelConfig) -> tuple[float, ...]:
+        if not problem.is_ragged or kernel == "matmul":
+            seconds = cost.kernel_seconds(config, problem, device)
+            # where reading the weights of many groups is the bound, the tiles that compute least
+            return seconds, cost.tile_seconds(config, problem, device) if problem.is_ragged else 0.0
+        if kernel == "project":
+            return problem.padded_rows(config.block_m), config.block_m
+        # wide blocks, unless they are too few to occupy the GPU
+        idle = -(-problem.N // config.block_n) * problem.groups < device.sms
+        return (config.block_n if idle else -config.block_n,)
+
+    found = [config for config in candidates(kernel, problem, device) if config.single == single]
+    return min(found, key=order, default=None)
+
+
+def operator_candidates(operator: Sequence[Problem], device: DeviceSpec) -> Iterator[Candidate]:
+    """Every candidate for an operator whose dtype and format the kernels run."""
+    p = operator[0]
+    if p.is_ragged:
+        kernels = ["project", "matmul", "outer"] if p.gradients else ["project", "matmul"]
+        configs = tuple(_best_of(kernels, problem, device) for problem in operator)
+        matmuls = [config for each in configs for config in each if config.kernel == "matmul"]
+        yield Candidate("triton", "ragged", configs, cost.ragged(operator, matmuls, device))
+        return
+    if p.gradients:
+        sums = {"dx": "matmul", "da": "outer"}
+        names = {"one_pass_backward": ["project_outer", "reduce", *(sums[g] for g in sums if g in p.gradients)]}
+    else:
+        names = {"two_kernel": ["project", "matmul"], "fused_xa": ["matmul"]}
+    for name, kernels in names.items():
+        found = _best_of(kernels, p, device, single=name == "fused_xa")
+        if len(found) == len(kernels):
+            steps = [cost.step(config, p, device) for config in found if config.kernel != "reduce"]
+            yield Candidate("triton", name, (found,), in_a_row(steps))
+
+
+def _best_of(
+    kernels: Sequence[str], problem: Problem, device: DeviceSpec, single: bool = False
+) -> tuple[KernelConfig, ...]:
+    found = (best(kernel, problem, device, single and kernel == "matmul") for kernel in kernels)
+    return tuple(config for config in found if config is not None)
