@@ -1,14 +1,16 @@
 """What the compiler makes of every kernel configuration that the planner can emit, on a machine without a GPU.
 
-    python -m lorafuse.testing.compile_only sm_90 [--part 0/4] [--all] [--json FILE]
+    python -m lorafuse.testing.compile_only sm_90 [--part 0/4] [--all] [--record FILE] [--json FILE]
 
 The kernels' own launchers run on meta tensors behind a driver that knows a target and launches nothing, so that what
 is compiled is what a GPU would be given, specializations included. Registers, stack and instructions are read from the
-binary with the cuobjdump and nvdisasm of the Triton wheel.
+binary with the cuobjdump and nvdisasm of the Triton wheel. What a record of earlier results holds under the digest of
+all that the compiler is given, sources included, is read there; a sample of each kernel is compiled in any case.
 """
 
 import argparse
 import contextlib
+import inspect
 import itertools
 import json
 import re
@@ -33,8 +35,9 @@ from lorafuse.kernels import linear_bwd, linear_fwd, ragged, ragged_rank
 from lorafuse.kernels.routing import Tiles
 from lorafuse.plan import DEVICES, DeviceSpec, KernelConfig, Problem
 from lorafuse.plan.configs_triton import candidates
+from lorafuse.testing import compile_record
 
-__all__ = ["TARGETS", "Resources", "Variant", "compile_variants", "variants"]
+__all__ = ["TARGETS", "Resources", "Variant", "compile_variants", "sample", "variants"]
 
 # name: (compiler target, architecture whose configurations the planner would use)
 TARGETS = {
@@ -102,12 +105,16 @@ class Variant:
 
 @dataclass(frozen=True)
 class Resources:
-    """Registers and stack bytes of a thread, shared memory of a program in bytes, instructions by name."""
+    """Registers and stack bytes of a thread, shared memory of a program in bytes, instructions by name.
+
+    `digest` is that of what was compiled (compile_record.py).
+    """
 
     registers: int
     stack: int
     shared: int
     instructions: dict[str, int]
+    digest: str
 
 
 def variants(target: str, everything: bool) -> list[Variant]:
@@ -186,35 +193,64 @@ class _Offline:
 
 
 @contextlib.contextmanager
-def _compiling(target: GPUTarget) -> Iterator[list[Any]]:
-    """Launches within it compile and do not run; yields the list that receives the compiled kernels."""
-    compiled: list[Any] = []
-    run: Callable[..., Any] = JITFunction.run
+def _compiling(target: GPUTarget, known: Callable[[str], Resources | None]) -> Iterator[list[tuple[str, Any]]]:
+    """Launches within it compile and do not run; yields the list that receives digests and compiled kernels.
+
+    Where `known` returns the resources of a digest, these stand for the kernel.
+    """
+    compiled: list[tuple[str, Any]] = []
+    run, compile_one = JITFunction.run, JITFunction._do_compile
+    readers = "".join(inspect.getsource(reader) for reader in _READERS) + str(_INSTRUCTIONS)
 
     def compile_it(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append(kernel)
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    def compile_unknown(
+        self: Any, key: Any, signature: Any, device: Any, constexprs: Any, options: Any, attrs: Any, _: bool
+    ) -> Any:
+        source, backend = self.ASTSource(self, signature, constexprs, attrs), self.device_caches[device][3]
+        digest = compile_record.digest(source, options, backend, readers)
+        kernel = known(digest) or self.compile(source, target=target, options=vars(options))
+        compiled.append((digest, kernel))
         return kernel
 
     driver.set_active(_Offline(target))
-    JITFunction.run = compile_it
+    compile_record.drop_comments("lorafuse.kernels")
+    JITFunction.run, JITFunction._do_compile = compile_it, compile_unknown
     try:
         yield compiled
     finally:
-        JITFunction.run = run
+        JITFunction.run, JITFunction._do_compile = run, compile_one
 
 
-def compile_variants(chosen: list[Variant], target: str) -> list[Resources]:
-    """Compile specializations for a target of `TARGETS` and read what each needs. Reports progress on stderr."""
-    with _compiling(TARGETS[target][0]) as compiled:
+def compile_variants(
+    chosen: list[Variant], target: str, known: Callable[[Variant, str], Resources | None] = lambda variant, digest: None
+) -> list[Resources]:
+    """Compile specializations for a target of `TARGETS` and read what each needs. Reports progress on stderr.
+
+    `known(variant, digest)` returns the resources that stand for what is not to be compiled, or None.
+    """
+    with _compiling(TARGETS[target][0], lambda digest: known(variant, digest)) as out:
         for i, variant in enumerate(chosen):
             _launch(variant)
-            sys.stderr.write(f"[{i + 1}/{len(chosen)}] {target} {variant.name}\n")
-    assert len(compiled) == len(chosen), "a launch is one kernel"
+            made = "known" if isinstance(out[-1][1], Resources) else "compiled"
+            sys.stderr.write(f"[{i + 1}/{len(chosen)}] {target} {variant.name}: {made}\n")
+    assert len(out) == len(chosen), "a launch is one kernel"
+    fresh = [(digest, kernel) for digest, kernel in out if not isinstance(kernel, Resources)]
     if target == "gfx942":
-        return [_resources_amd(kernel) for kernel in compiled]
-    counts = _instructions_nvidia([kernel.asm["cubin"] for kernel in compiled], target)
-    return [_resources_nvidia(kernel, count) for kernel, count in zip(compiled, counts, strict=True)]
+        read = iter([_resources_amd(digest, kernel) for digest, kernel in fresh])
+    else:
+        counts = _instructions_nvidia([kernel.asm["cubin"] for _, kernel in fresh], target) if fresh else []
+        read = iter([_resources_nvidia(*one, count) for one, count in zip(fresh, counts, strict=True)])
+    return [kernel if isinstance(kernel, Resources) else next(read) for _, kernel in out]
+
+
+def sample(chosen: Iterable[Variant]) -> set[str]:
+    """Names of one specialization of each kernel, always the same ones."""
+    picked: dict[str, str] = {}
+    for name, kernel in ((variant.name, variant.kernel) for variant in chosen):
+        picked[kernel] = min(name, picked.get(kernel, name), key=lambda n: zlib.crc32(n.encode()))
+    return set(picked.values())
 
 
 def _launch(variant: Variant) -> None:
@@ -295,19 +331,19 @@ def _launch_ragged(variant: Variant, rows: int, n: int, k: int, r: int) -> None:
         )
 
 
-def _resources_amd(kernel: Any) -> Resources:
+def _resources_amd(digest: str, kernel: Any) -> Resources:
     text = kernel.asm["amdgcn"]
     registers, stack = (int(re.search(p, text)[1]) for p in (r"\.vgpr_count:\s+(\d+)", r"; ScratchSize: (\d+)"))  # type: ignore[index]
-    return Resources(registers, stack, kernel.metadata.shared, _count([text]))
+    return Resources(registers, stack, kernel.metadata.shared, _count([text]), digest)
 
 
-def _resources_nvidia(kernel: Any, instructions: dict[str, int]) -> Resources:
+def _resources_nvidia(digest: str, kernel: Any, instructions: dict[str, int]) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _output(_TOOLS / "cuobjdump", "-res-usage", file.name)
     registers, stack, local = (int(re.search(p, usage)[1]) for p in (r"REG:(\d+)", r"STACK:(\d+)", r"LOCAL:(\d+)"))  # type: ignore[index]
-    return Resources(registers, stack + local, kernel.metadata.shared, instructions)
+    return Resources(registers, stack + local, kernel.metadata.shared, instructions, digest)
 
 
 def _instructions_nvidia(cubins: list[bytes], target: str) -> list[dict[str, int]]:
@@ -342,16 +378,23 @@ def _output(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+_READERS = (_resources_amd, _resources_nvidia, _instructions_nvidia, _machine_code, _count)
+
+
 def _main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--part", default="0/1", help="of the specializations, by a hash of their names: 0/4 … 3/4")
     parser.add_argument("--all", action="store_true", help="every dtype, not only those whose resources differ")
+    parser.add_argument("--record", type=Path, help="{target: {name: resources}} of earlier runs")
     parser.add_argument("--json", type=Path, help="write {name: resources} there")
     args = parser.parse_args()
     part, parts = map(int, args.part.split("/"))
     chosen = [v for v in variants(args.target, args.all) if zlib.crc32(v.name.encode()) % parts == part]
-    found = compile_variants(chosen, args.target)
+    earlier = json.loads(args.record.read_text()).get(args.target, {}) if args.record else {}
+    record = {entry["digest"]: Resources(**entry) for entry in earlier.values()}
+    sampled = sample(chosen)
+    found = compile_variants(chosen, args.target, lambda v, digest: None if v.name in sampled else record.get(digest))
     table = {variant.name: asdict(resources) for variant, resources in zip(chosen, found, strict=True)}
     if args.json:
         args.json.write_text(json.dumps(table, indent=1) + "\n")

@@ -1,0 +1,54 @@
+"""Digests of what Triton's compiler is given. Compiling is deterministic: with the digest, its result is known."""
+
+import ast
+import hashlib
+import io
+import sys
+import tokenize
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton._C.libtriton import get_cache_invalidating_env_vars
+from triton.runtime.jit import JITCallable
+
+__all__ = ["digest", "drop_comments", "without_comments"]
+
+_TRITON = str(Path(triton.__file__).parent)
+
+
+def digest(source: Any, options: Any, backend: Any, readers: str) -> str:
+    """Hash of all that decides what is compiled and what is read from it.
+
+    `source` is Triton's `ASTSource`: the function with all it calls, its constants, types and specializations.
+    `backend` holds the architecture and ptxas' version, `readers` is the source of the functions that read a binary.
+    """
+    parts = [triton.__version__, source.hash(), backend.hash(), readers]
+    # files of Triton's own, whose contents are those of its version, lie elsewhere on every machine
+    parts += [f"{name}={str(value).replace(_TRITON, '')}" for name, value in sorted(vars(options).items())]
+    parts += [f"{name}={value}" for name, value in sorted(get_cache_invalidating_env_vars().items())]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
+
+
+def drop_comments(package: str) -> None:
+    """Cut comments and line numbers, which decide nothing, from the kernels of a package that is imported."""
+    for name, module in list(sys.modules.items()):
+        for function in vars(module).values() if name.startswith(package) else ():
+            if isinstance(function, JITCallable):
+                function._unsafe_update_src(without_comments(function.src))
+                function.starting_line_number = 1
+
+
+def without_comments(source: str) -> str:
+    """The source of a function without comments, docstring and empty lines."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    (function,) = ast.parse(source).body
+    assert isinstance(function, ast.FunctionDef)
+    first, *rest = function.body
+    if rest and ast.get_docstring(function) is not None:
+        lines[first.lineno - 1 : first.end_lineno] = []
+    return "\n".join(line.rstrip() for line in lines if line.strip())

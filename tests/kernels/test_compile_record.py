@@ -1,0 +1,116 @@
+"""The record of what was compiled (T3): every input of the compiler changes a digest, and a false record is seen."""
+
+import json
+
+import pytest
+from test_compile import compiler, false_entries
+
+from lorafuse.testing.compile_only import Resources
+from lorafuse.testing.compile_record import without_comments
+
+pytestmark = pytest.mark.no_poison
+
+# a sample of each kernel, and what becomes of their digests; nothing is compiled
+DIGESTS = """
+import json, sys
+from dataclasses import replace
+import triton
+from triton.runtime.jit import JITCallable
+from lorafuse.testing import compile_only
+from lorafuse.testing.compile_only import Resources, compile_variants, sample, variants
+
+every = variants("sm_90", False)
+names = sample(every)
+chosen = [variant for variant in every if variant.name in names]
+
+def digests(chosen=chosen, target="sm_90"):
+    found = compile_variants(chosen, target, lambda variant, digest: Resources(0, 0, 0, {}, digest))
+    return {variant.config.kernel: resources.digest for variant, resources in zip(chosen, found)}
+
+def changed(now):
+    return sorted(kernel for kernel in before if before[kernel] != now[kernel])
+
+def with_line(function, line):
+    source = function.src
+    function._unsafe_update_src(source + line)
+    try:
+        return changed(digests())
+    finally:
+        function._unsafe_update_src(source)
+
+before = digests()
+kernels = {f"{module.__name__}.{name}": function
+           for module in list(sys.modules.values()) if module.__name__.startswith("lorafuse.kernels.")
+           for name, function in vars(module).items()
+           if isinstance(function, JITCallable) and function.module == module.__name__}
+out = {"kernels": sorted(before), "nothing": changed(digests())}
+out["a comment"] = [name for name, f in kernels.items() if with_line(f, "\\n    # said\\n\\n    # twice  \\n")]
+out["a line"] = {name: with_line(f, "\\n    pass") for name, f in kernels.items()}
+wider = [replace(variant, config=replace(variant.config, warps=2 * variant.config.warps)) for variant in chosen]
+out["warps"] = changed(digests(wider))
+more = [replace(v, config=replace(v.config, stages=v.config.stages + 1)) for v in chosen]
+out["stages"] = changed(digests(more))
+out["alignment"] = changed(digests([replace(variant, aligned=not variant.aligned) for variant in chosen]))
+out["architecture"] = changed(digests(target="sm_100"))
+version, triton.__version__ = triton.__version__, "3.6.1"
+out["Triton"] = changed(digests())
+triton.__version__ = version
+compile_only._INSTRUCTIONS += ("IMMA",)
+out["what is read"] = changed(digests())
+print(json.dumps(out))
+"""
+
+# what a falsified record does to the variants of one kernel
+FALSIFIED = """
+import json
+from dataclasses import asdict, replace
+from lorafuse.testing.compile_only import compile_variants, sample, variants
+
+chosen = [variant for variant in variants("sm_90", False) if variant.config.kernel == "reduce"]
+true = compile_variants(chosen, "sm_90")
+record = [replace(r, registers=r.registers - 1) for r in true]
+by_digest, names = {r.digest: r for r in record}, sample(chosen)
+found = compile_variants(chosen, "sm_90", lambda v, digest: None if v.name in names else by_digest[digest])
+tables = {"true": true, "record": record, "found": found}
+print(json.dumps({key: {v.name: asdict(r) for v, r in zip(chosen, table)} for key, table in tables.items()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def digests():
+    return json.loads(compiler("-c", DIGESTS).stdout)
+
+
+def test_comments_change_nothing(digests):
+    assert digests["nothing"] == []
+    assert digests["a comment"] == []
+
+
+def test_a_line_changes_every_kernel_that_it_is_part_of(digests):
+    assert {name for name, kernels in digests["a line"].items() if not kernels} == set()
+    assert {len(kernels) for kernels in digests["a line"].values()} > {1, 2}, "helpers are part of several kernels"
+
+
+@pytest.mark.parametrize("given", ["warps", "alignment", "architecture", "Triton", "what is read"])
+def test_every_other_input_changes_all_digests(digests, given):
+    assert digests[given] == digests["kernels"]
+
+
+def test_a_constexpr_changes_a_digest(digests):
+    assert "fwd" in digests["stages"]
+
+
+def test_a_falsified_record_is_seen():
+    tables = json.loads(compiler("-c", FALSIFIED).stdout)
+    true, record, found = ({n: Resources(**r) for n, r in table.items()} for table in tables.values())
+    # as in `make test`: one is compiled and differs, the others are what the record says
+    assert len(true) > 1
+    assert len(false_entries(record, found)) == 1
+    # as in `make test-compile`
+    assert false_entries(record, true).keys() == true.keys()
+    assert false_entries(true, true) == {}
+
+
+def test_only_comments_and_docstrings_are_cut():
+    source = 'def f(x):  # why\n    """What.\n\n    # more\n    """\n    # how\n\n    return "#" + x  # that\n'
+    assert without_comments(source) == 'def f(x):\n    return "#" + x'
