@@ -25,7 +25,7 @@ chosen = [variant for variant in every if variant.name in names]
 
 def digests(chosen=chosen, target="sm_90"):
     found = compile_variants(chosen, target, lambda variant, digest: Resources(0, 0, 0, {}, digest))
-    return {variant.config.kernel: resources.digest for variant, resources in zip(chosen, found)}
+    return {variant.kernel: resources.digest for variant, resources in zip(chosen, found)}
 
 def changed(now):
     return sorted(kernel for kernel in before if before[kernel] != now[kernel])
