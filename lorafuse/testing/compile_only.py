@@ -2,10 +2,9 @@
 
     python -m lorafuse.testing.compile_only sm_90 [--part 0/4] [--all] [--record FILE] [--json FILE]
 
-The kernels' own launchers run on meta tensors behind a driver that knows a target and launches nothing, so that what
-is compiled is what a GPU would be given, specializations included. Registers, stack and instructions are read from the
-binary with the cuobjdump and nvdisasm of the Triton wheel. What a record of earlier results holds under the digest of
-all that the compiler is given, sources included, is read there; a sample of each kernel is compiled in any case.
+The kernels' own launchers run on meta tensors behind a driver that launches nothing: what is compiled is what a GPU is
+given, specializations included. Registers, stack and instructions are read from the binary with the cuobjdump and
+nvdisasm of the Triton wheel. What a record holds under the digest of all that the compiler is given is read there.
 """
 
 import argparse
@@ -36,6 +35,7 @@ from lorafuse.kernels.routing import Tiles
 from lorafuse.plan import DEVICES, DeviceSpec, KernelConfig, Problem
 from lorafuse.plan.configs_triton import candidates
 from lorafuse.testing import compile_record
+from lorafuse.testing.compile_record import sample
 
 __all__ = ["TARGETS", "Resources", "Variant", "compile_variants", "sample", "variants"]
 
@@ -243,14 +243,6 @@ def compile_variants(
         counts = _instructions_nvidia([kernel.asm["cubin"] for _, kernel in fresh], target) if fresh else []
         read = iter([_resources_nvidia(*one, count) for one, count in zip(fresh, counts, strict=True)])
     return [kernel if isinstance(kernel, Resources) else next(read) for _, kernel in out]
-
-
-def sample(chosen: Iterable[Variant]) -> set[str]:
-    """Names of one specialization of each kernel, always the same ones."""
-    picked: dict[str, str] = {}
-    for name, kernel in ((variant.name, variant.kernel) for variant in chosen):
-        picked[kernel] = min(name, picked.get(kernel, name), key=lambda n: zlib.crc32(n.encode()))
-    return set(picked.values())
 
 
 def _launch(variant: Variant) -> None:

@@ -5,6 +5,8 @@ import hashlib
 import io
 import sys
 import tokenize
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import triton
 from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.runtime.jit import JITCallable
 
-__all__ = ["digest", "drop_comments", "without_comments"]
+__all__ = ["digest", "drop_comments", "sample", "without_comments"]
 
 _TRITON = str(Path(triton.__file__).parent)
 
@@ -52,3 +54,11 @@ def without_comments(source: str) -> str:
     if rest and ast.get_docstring(function) is not None:
         lines[first.lineno - 1 : first.end_lineno] = []
     return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def sample(chosen: Iterable[Any]) -> set[str]:
+    """Names of one specialization (`compile_only.Variant`) of each kernel, always the same ones."""
+    picked: dict[str, str] = {}
+    for name, kernel in ((variant.name, variant.kernel) for variant in chosen):
+        picked[kernel] = min(name, picked.get(kernel, name), key=lambda n: zlib.crc32(n.encode()))
+    return set(picked.values())
