@@ -33,7 +33,7 @@ MAX_LINES = 400
 # Imports point one way, from the public surface down to the kernels; every part may import itself.
 _LEAVES = {"errors", "env", "files", "versions"}
 _BASE = _LEAVES | {"philox", "activation"}
-_OPERATORS = _BASE | {"formats", "operands", "kernels", "backends", "plan", "ops"}
+_OPERATORS = _BASE | {"formats", "kernels", "backends", "plan", "ops"}
 _LIBRARY = _OPERATORS | {"functional", "nn", "integrations", "__init__"}
 _TOOLS = _LIBRARY | {"testing", "advise"}
 _MEASURING = ("advise", "bench", "cli", "demo", "study", "testing", "tune")
@@ -47,12 +47,11 @@ LAYERS = {
     "activation": (_LEAVES, {"torch"}),
     "plan": (_LEAVES | {"formats"}, set()),
     "kernels": (_BASE | {"plan"}, {"torch", "triton"}),
-    "formats": (_LEAVES, {"torch", "torchao", "bitsandbytes"}),
-    "operands": (_LEAVES | {"activation", "formats"}, {"torch"}),
-    "backends": (_BASE | {"plan", "kernels", "formats", "operands"}, {"torch", "triton"}),
-    "ops": (_BASE | {"formats", "operands", "backends", "plan"}, {"torch"}),
+    "formats": (_LEAVES, {"torch"}),
+    "backends": (_BASE | {"plan", "kernels", "formats"}, {"torch", "triton"}),
+    "ops": (_BASE | {"formats", "backends", "plan"}, {"torch"}),
     "functional": (_OPERATORS, {"torch"}),
-    "nn": (_BASE | {"operands", "functional"}, {"torch"}),
+    "nn": (_BASE | {"functional"}, {"torch"}),
     "integrations": (_OPERATORS | {"functional", "nn"}, {"torch"} | _HUGGING_FACE),
     "advise": (_LEAVES | {"plan"}, {"torch"} | _HUGGING_FACE),
     "__init__": (_LIBRARY, set()),

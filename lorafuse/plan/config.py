@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 __all__ = ["KERNELS", "KernelConfig", "padded_rank"]
 
-# the primitives of lorafuse.backends.protocol as kernels, and the sum of partial results
+# the steps of every operator, forward and backward, and the sum of partial results
 KERNELS = ("project", "matmul", "project_outer", "outer", "reduce")
 
 
