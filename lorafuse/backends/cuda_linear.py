@@ -69,13 +69,13 @@ def forward(
         (given_a, a_type), (given_b, _) = _adapter(a, x.dtype), _adapter(b, x.dtype)
         b, round_b = _rounding(given_b, x.dtype, scale)
         xa = x.new_empty((M, _padded(R)))
-        one_launch: dict[str, int] = {}
+        fused_xa: dict[str, int] = {}
         if config.single:
             a, round_a = _rounding(given_a, x.dtype, 1.0)
             for one in filter(None, (round_a, round_b)):
                 run.native.round_adapter(**one, stream=stream)
             flags = _flags(run, x.device, stream, M)
-            one_launch = {"a": a.data_ptr(), "stride_a": a.stride(0), "workspace": flags.data_ptr()}
+            fused_xa = {"a": a.data_ptr(), "stride_a": a.stride(0), "workspace": flags.data_ptr()}
         else:
             run.native.project_x(
                 type=TYPES[x.dtype], a_type=a_type, M=M, K=K, R=R, x=flat.data_ptr(), stride_x=flat.stride(0),
@@ -88,7 +88,7 @@ def forward(
             type=TYPES[x.dtype], M=M, N=N, K=K, R=R, x=flat.data_ptr(), stride_x=flat.stride(0), w=w.data_ptr(),
             stride_w=w.stride(0), bias=0 if bias is None else bias.data_ptr(), xa=xa.data_ptr(), stride_xa=xa.shape[1],
             b=b.data_ptr(), stride_b=b.shape[1], y=y.data_ptr(), stride_y=N, overlap_previous=not config.single,
-            tiling=_tiling(config), stream=stream, **one_launch,
+            tiling=_tiling(config), stream=stream, **fused_xa,
         )  # fmt: skip
         if xa.shape[1] != R:
             xa = xa[:, :R].contiguous()
@@ -110,8 +110,8 @@ def backward(
     plan = _plan(run, probe.linear_problem(flat, w, a, False, seed is not None, wanted, wide), dy.device)
     scale = scale if seed is None else rescaled(scale, p)
     # in dx's launch da is summed, and db too where nothing but dyb has a pass before
-    beside = plan.kernel == "concurrent_backward"
-    db_beside = beside and any(config.kernel == "project" for config in plan.configs)
+    concurrent = plan.kernel == "concurrent_backward"
+    db_concurrent = concurrent and any(config.kernel == "project" for config in plan.configs)
     dx = da = db = dbias = dyb = round_a = None
     with run.guard(dy.device):
         stream = run.stream(dy.device)
@@ -129,7 +129,7 @@ def backward(
         if need_da:
             assert x is not None
             x, da = _aligned_rows(contiguous_rows(x)), given_a.new_empty(a.shape)
-        if db_beside:
+        if db_concurrent:
             assert dyb is not None
             transposed, round_b = _rounding(given_b, dy.dtype, scale, transposed=True)
             assert round_b is not None
@@ -152,11 +152,11 @@ def backward(
             assert dyb is not None
             dx = dy.new_empty((M, K))
             sums: dict[str, int] = {"sum_blocks": plan.config("matmul").beside}
-            if beside and need_da:
+            if concurrent and need_da:
                 assert x is not None
                 sums |= {"layer_x": x.data_ptr(), "stride_layer_x": x.stride(0)}
                 sums |= {"da": _at(da), "da_type": a_type}
-            if db_beside and need_db:
+            if db_concurrent and need_db:
                 sums |= {"layer_xa": _at(xa), "stride_layer_xa": _padded(R), "db": _at(db), "db_type": b_type}
             run.native.linear(
                 type=TYPES[dy.dtype], M=M, N=K, K=N, R=R, transposed=True, x=flat.data_ptr(), stride_x=flat.stride(0),
@@ -166,7 +166,7 @@ def backward(
                 stream=stream,
             )  # fmt: skip
             dx = shaped_like(dx, dy)
-        if need_da and not beside:
+        if need_da and not concurrent:
             assert x is not None
             assert dyb is not None
             reduced = {

@@ -20,11 +20,11 @@ from lorafuse.testing.check_linear import LinearCase, make_operands
 # by what the table names as seeing a bug: (launch, (block_n, stages, cluster), blocks that run at a time)
 SCENARIOS = {
     "two_kernel": ("two_kernel", (256, 3, 2), 0),
-    "single_kernel": ("fused_xa", (256, 3, 1), 0),
+    "fused_xa": ("fused_xa", (256, 3, 1), 0),
     # blocks take their turns by number, and those with the first turns may not have started
-    "single_kernel, one block at a time": ("fused_xa", (128, 4, 1), 1),
-    "one_launch_backward": ("concurrent_backward", (256, 3, 1), 0),
-    "one_launch_backward, four stages": ("concurrent_backward", (128, 4, 1), 0),
+    "fused_xa, one block at a time": ("fused_xa", (128, 4, 1), 1),
+    "concurrent_backward": ("concurrent_backward", (256, 3, 1), 0),
+    "concurrent_backward, four stages": ("concurrent_backward", (128, 4, 1), 0),
     "grouped": ("grouped", None, 0),
 }
 SEEN_BY = {bug.name: bug.seen_by for bug in planted.BUGS}
