@@ -38,7 +38,7 @@ MUTATIONS = {
     "db of the first split only": (linear_bwd, "tl.store(p_db + o_db, acc_db,", "tl.store(p_db + o_db, acc_db * (i_s == 0),", "db"),
     "db with a stale xa": (linear_bwd, "b_xa = tl.load(p_xa + o_m.to(tl.int64)", "b_xa = tl.load(p_xa + (o_m * 0).to(tl.int64)", "db"),
     "dbias halved": (linear_bwd, "acc_dbias += tl.sum(b_dy.to(tl.float32), 0)", "acc_dbias += tl.sum(b_dy.to(tl.float32), 0) * 0.5", "dbias"),
-    "partials without the first": (linear_bwd, "acc += tl.load(p, mask=o < size, other=0.0)\n            p += size", "p += size\n            acc += tl.load(p, mask=o < size, other=0.0)", "dx"),
+    "partials without the first": (linear_bwd, "p = p_part + o\n        for _ in range(count)", "p = p_part + o + size\n        for _ in range(count - 1)", "dx"),
     "partials without their scale": (linear_bwd, "(acc * scale)", "(acc * 1.0)", "dx"),
     "dx without the low-rank product": (linear_bwd, "return tl.dot(b_dyb, b_a.to(dtype), acc, input_precision=PRECISION)", "return acc", "dx"),
     "dx without the mask": (linear_bwd, "acc += tl.where(keep_tile(", "acc += tl.where(True | keep_tile(", "dx"),
