@@ -13,14 +13,18 @@ Cost forward: 2MNK + 2MR(N + K) FLOPs; beyond the base product one read of x, an
 Cost backward: 2MNK + 4MR(N + K) FLOPs; beyond the base product two reads of dy, one of x, and of dx a write and a read.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lorafuse.backends import low_rank_fp32
+from lorafuse.backends import base, low_rank_fp32
 from lorafuse.backends.eager_experts import experts_backward, experts_forward, grouped_backward, grouped_forward
+from lorafuse.backends.probe import device_spec, linear_problem
 from lorafuse.backends.rows import matrix, shaped_like
 from lorafuse.philox import keep_mask, rescaled, row_chunks
+from lorafuse.plan import select
 
 __all__ = [
     "experts_backward",
@@ -40,6 +44,21 @@ def _low_rank(flat: Tensor, a: Tensor, seed: Tensor | None, scale: float, p: flo
     for rows in row_chunks(flat.shape[0], flat.shape[1], flat.device):
         torch.mm(flat[rows] * keep_mask(seed, p, rows, flat.shape[1]), a.t(), out=xa[rows])
     return xa, rescaled(scale, p)
+
+
+def _base_first(t: Tensor, w: Tensor, a: Tensor, bias: bool, dropout: bool, needs: tuple[bool, ...] = ()) -> bool:
+    """Whether the low-rank product accumulates onto the base product ("aten_addmm"), and not the other way round.
+
+    `needs` are those of dx, da, db and dbias in backward. On GPUs the plan decides; without Triton nothing is known of
+    the GPU.
+    """
+    if not t.is_cuda:
+        return not needs
+    if not base.availability("triton").ok:
+        return False
+    gradients = tuple(itertools.compress(("dx", "da", "db", "dbias"), needs))
+    problem = linear_problem(t, w, a, bias, dropout, gradients)
+    return select(problem, device_spec(t.device), (("eager", ""),)).kernel == "aten_addmm"
 
 
 def _takes_transposed(t: Tensor) -> bool:
@@ -75,16 +94,16 @@ def linear_forward(
     if b.dtype is not dtype:
         b = b.to(dtype)
     flat = matrix(x)
-    if x.is_cuda:
-        # accumulating the base product onto the low-rank one hides the read of y behind the large GEMM
-        xa, scale = _low_rank(flat, a, seed, scale, p)
-        y = linear(xa if scale == 1.0 else xa * scale, b, bias).addmm_(flat, w.t())
-    else:
+    if _base_first(x, w, a, bias is not None, seed is not None):
         # on a CPU this order adds 0.62 ms to a base of 4.1 ms, the other 0.70 ms (M 1024, K = N 2048, R 16, bf16, Xeon
         # with AMX, 2 threads, 2026-11-24), and at M = 1 it is one operator less
         y = linear(flat, w, bias)
         xa, scale = _low_rank(flat, a, seed, scale, p)
         y.addmm_(xa, b.t(), alpha=scale)
+    else:
+        # accumulating the base product onto the low-rank one hides the read of y behind the large GEMM
+        xa, scale = _low_rank(flat, a, seed, scale, p)
+        y = linear(xa if scale == 1.0 else xa * scale, b, bias).addmm_(flat, w.t())
     return shaped_like(y, x), xa
 
 
@@ -123,15 +142,19 @@ def linear_backward(
         dyb = torch.mm(flat, b if b.dtype is dtype else b.to(dtype))
         if effective != 1.0:
             dyb.mul_(effective)
+        base_first = False
         if need_dx:
-            dx = torch.mm(dyb, a if a.dtype is dtype else a.to(dtype))
+            needs = need_dx, need_da, need_db, need_dbias
+            base_first = _base_first(dy, w, a, False, seed is not None, needs)
+            low = a if a.dtype is dtype else a.to(dtype)
+            dx = torch.mm(flat, w).addmm_(dyb, low) if base_first else torch.mm(dyb, low)
         if seed is not None:
             da = _dropout_backward(dx, x if need_da else None, dyb, a, seed, p)
         elif need_da:
             assert x is not None
             da = torch.mm(_transposed(dyb), matrix(x)).to(a.dtype)
         if dx is not None:
-            dx = shaped_like(dx.addmm_(flat, w), dy)
+            dx = shaped_like(dx if base_first else dx.addmm_(flat, w), dy)
     if need_dbias:
         dbias = flat.sum(0)
     return dx, da, db, dbias

@@ -8,12 +8,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorafuse
 from lorafuse.backends import base, eager
 from lorafuse.errors import BackendUnavailable
 from lorafuse.functional import lora_linear, plan_linear
-from lorafuse.plan import Plan, Problem
+from lorafuse.plan import Plan, Problem, find, override
 
 pytest_plugins = "backend_fixtures"
 pytestmark = pytest.mark.usefixtures("no_choice_yet")
@@ -150,6 +151,30 @@ class TestPlan:
         lora_linear(x, w, a, b).sum().backward()
         assert told == [(), ("da", "db")]
         assert spy.calls == ["linear_backward"]
+
+
+@pytest.mark.parametrize(("kernel", "accumulated"), [("aten_addmm", [4, 4]), ("aten_beta1", [8, 6])])
+def test_eager_runs_the_planned_order_on_gpus(kernel, accumulated, monkeypatch):
+    """What is accumulated onto the other product, by the features it sums over: ranks, or those of x and dy."""
+    x, w, a, b, dy = (torch.randn(shape) for shape in ((3, 8), (6, 8), (4, 8), (6, 4), (3, 6)))
+    summed = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator is torch.ops.aten.addmm_.default:
+                summed.append(args[1].shape[1])
+            return operator(*args, **(kwargs or {}))
+
+    # CPU tensors that pass for a GPU's
+    monkeypatch.setitem(base._AVAILABILITY, "triton", base.Availability(True))
+    monkeypatch.setattr(eager, "device_spec", lambda device: find("H200"))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    with override(force_kernel=kernel), Recorder():
+        y, xa = eager.linear_forward(x, w, None, a, b, None, 1.7, 0.0)
+        dx, *_ = eager.linear_backward(dy, x, xa, w, a, b, None, 1.7, 0.0, True, True, True, False)
+    assert summed == accumulated
+    torch.testing.assert_close(y, x @ w.t() + 1.7 * x @ a.t() @ b.t())
+    torch.testing.assert_close(dx, dy @ w + 1.7 * dy @ b @ a)
 
 
 class TestTriton:
