@@ -8,12 +8,15 @@ from torch import Tensor
 from lorafuse.activation import named
 from lorafuse.backends import base
 from lorafuse.backends.probe import experts_problems, linear_problem
+from lorafuse.backends.rows import matrix
+from lorafuse.operands import Weight
 from lorafuse.ops import experts as _experts
 from lorafuse.ops import flops  # noqa: F401 (registers the formulas)
+from lorafuse.ops import grouped as _grouped
 from lorafuse.ops import linear as _linear
 from lorafuse.ops.autocast import autocast_is_on
+from lorafuse.ops.choose import plan_for
 from lorafuse.ops.experts_rules import check_projection, check_scale, check_tensors
-from lorafuse.ops.linear import plan_problem
 from lorafuse.ops.transforms import is_transformed
 from lorafuse.philox import draw_seed
 from lorafuse.plan import Plan
@@ -155,8 +158,8 @@ def plan_linear(
     """
     if gradients is None:
         gradients = (("dx",) if x.requires_grad else ()) + ("da", "db")
-    problem = linear_problem(x, weight, a, bias is not None, dropout_p > 0.0, gradients)
-    return plan_problem(problem, x.device)
+    problem = linear_problem(matrix(x), Weight(weight), a, bias is not None, dropout_p > 0.0, gradients)
+    return plan_for(problem, x.device)
 
 
 def lora_grouped_linear(
@@ -202,7 +205,7 @@ def lora_grouped_linear(
             f"offsets is {offsets.dtype} {list(offsets.shape)}; it must hold the end of each of {groups} groups, as "
             "int32 or int64"
         )
-    return _experts.lora_grouped_linear(x, offsets, weight, bias, a, b, scale, is_transposed, _backend(backend))
+    return _grouped.lora_grouped_linear(x, offsets, weight, bias, a, b, scale, is_transposed, _backend(backend))
 
 
 def lora_experts(
@@ -336,8 +339,9 @@ def plan_experts(
     x = _in_weights_dtype(x, gate_up)
     shapes = gate_up.shape, down.shape
     gated = shapes[0][2] != shapes[1][1] if is_transposed else shapes[0][1] != shapes[1][2]
-    problems = experts_problems(x, topk_index.shape[1], gate_up, down, *factors, is_transposed, gated, backward)
-    return plan_problem(problems, x.device)
+    weights = Weight(gate_up, is_transposed), Weight(down, is_transposed)
+    problems = experts_problems(x, topk_index.shape[1], *weights, *factors, gated, backward)
+    return plan_for(problems, x.device)
 
 
 def _checked(activation: Callable[[Tensor], Tensor], inner: int) -> Callable[[Tensor], Tensor]:

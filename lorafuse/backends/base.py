@@ -1,7 +1,7 @@
 """Which backends exist, which can run here, and which one a call uses.
 
-A backend is a module of this folder with `linear_forward` and `linear_backward` (signatures in `eager`).
-"emu", which runs the CUDA kernels on a CPU, is one for tests: it exists where `lorafuse._emu` was built.
+A backend is a module of this folder whose `backend()` gives the one instance of a class of the protocol. "emu", which
+runs the CUDA kernels on a CPU, is one for tests: it exists where `lorafuse._emu` was built.
 """
 
 import contextvars
@@ -11,7 +11,7 @@ import importlib.util
 import threading
 from dataclasses import dataclass
 from importlib import metadata
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +19,9 @@ from lorafuse import env
 from lorafuse.backends import cuda_native
 from lorafuse.errors import BackendUnavailable
 from lorafuse.versions import MINIMUM, is_older
+
+if TYPE_CHECKING:
+    from lorafuse.backends.protocol import Backend
 
 __all__ = [
     "BACKENDS",
@@ -37,6 +40,7 @@ __all__ = [
 BACKENDS = ("eager", "triton", "cuda")
 # the CUDA kernels on CPU tensors, for tests: known where it was built, chosen by nobody but by name
 EMULATOR = "emu"
+_MODULES = {"eager": "aten", "triton": "triton", "cuda": "cuda", EMULATOR: "emulator"}
 
 
 @dataclass(frozen=True)
@@ -137,9 +141,9 @@ def candidates(device_type: str) -> tuple[str, ...]:
     return tuple(n for n in reversed(BACKENDS) if (n == "eager" or device_type == "cuda") and availability(n).ok)
 
 
-def load(name: str) -> ModuleType:
-    """The module that implements an available backend."""
-    return importlib.import_module(f"lorafuse.backends.{require(name)}")
+def load(name: str) -> "Backend":
+    """The instance of an available backend. Raises ValueError or BackendUnavailable otherwise."""
+    return importlib.import_module(f"lorafuse.backends.{_MODULES[require(name)]}").backend()
 
 
 # the call of `use_backend` that set the backend of the process last, and that of the running thread or task

@@ -1,14 +1,14 @@
 """From the machine and a call's operands to what the planner decides by."""
 
-import math
 from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
-from lorafuse.plan import DeviceSpec, Problem, no_grouped_mm, recognize
+from lorafuse.operands import Weight
+from lorafuse.plan import DeviceSpec, Problem, recognize
 
-__all__ = ["device_spec", "experts_problems", "grouped_problem", "linear_problem", "runs_grouped_mm"]
+__all__ = ["arch", "device_spec", "experts_problems", "grouped_problem", "linear_problem"]
 
 # the gradients of a backward pass over ragged rows
 _GRADIENTS = ("dx", "da", "db")
@@ -37,14 +37,14 @@ def device_spec(device: torch.device) -> DeviceSpec | None:
 
 
 def linear_problem(
-    x: Tensor, w: Tensor, a: Tensor, bias: bool, dropout: bool, gradients: tuple[str, ...] = (), wide: bool = False,
-    format: str = "dense",
-) -> Problem:  # fmt: skip
-    """The problem of operands `x [..., K]` (or dy `[..., N]`), `w [N, K]` as its format stores it, `a [R, K]`."""
-    N, K = w.shape
-    aligned = _rows_are_aligned(x) and _rows_are_aligned(w)
-    tokens = math.prod(x.shape[:-1])
-    return _problem(tokens, N, K, a.shape[0], x.dtype, a.dtype, bias, dropout, gradients, aligned, wide, format=format)
+    x: Tensor, w: Weight, a: Tensor, bias: bool, dropout: bool, gradients: tuple[str, ...] = (), wide: bool = False
+) -> Problem:
+    """The problem of matrices `x [M, K]` (or dy `[M, N]`), w `[N, K]` and `a [R, K]`, in any strides."""
+    N, K = w.sizes
+    aligned = _rows_are_aligned(x) and (w.format != "dense" or _rows_are_aligned(w.data))
+    return _problem(
+        x.shape[0], N, K, a.shape[0], x.dtype, a.dtype, bias, dropout, gradients, aligned, wide, format=w.format
+    )
 
 
 # every call of a layer needs one, and making it takes as long as a launch
@@ -60,19 +60,17 @@ def _problem(
     )
 
 
-def grouped_problem(
-    x: Tensor, w: Tensor, a: Tensor | None, transposed: bool, backward: bool, format: str = "dense"
-) -> Problem:
-    """The problem of a grouped linear layer: x `[S, K]` or dy `[S, N]`, w `[E, N, K]` or transposed, a `[E, R, K]`."""
-    return _ragged(x, x.shape[0], w, a, transposed, backward, _fit_descriptors(w), format=format)
+def grouped_problem(x: Tensor, w: Weight, a: Tensor | None, backward: bool) -> Problem:
+    """The problem of a grouped linear layer: x `[S, K]` or dy `[S, N]`, w `[E, N, K]`, a `[E, R, K]`."""
+    return _ragged(x, x.shape[0], w, a, backward, _fit_descriptors(w))
 
 
 def experts_problems(
-    x: Tensor, k: int, up: Tensor, down: Tensor, up_a: Tensor | None, down_a: Tensor | None, transposed: bool,
-    gated: bool | None, backward: bool, format: str = "dense",
+    x: Tensor, k: int, up: Weight, down: Weight, up_a: Tensor | None, down_a: Tensor | None, gated: bool | None,
+    backward: bool,
 ) -> tuple[Problem, Problem]:  # fmt: skip
-    """`(gate_up, down)` of a block in either direction: x `[T, H]`, k experts a token, up `[E, U, H]` and down
-    `[E, H, I]`, or transposed, a `[E, R, …]` or None.
+    """`(gate_up, down)` of a block in either direction: x `[T, H]`, k experts a token, up `[E, U, H]`, down `[E, H, I]`,
+    a `[E, R, …]` or None.
 
     `gated` says whether the activation multiplies gate and up; None is an activation that no epilogue computes.
     """
@@ -81,34 +79,26 @@ def experts_problems(
     aligned, rows = _fit_descriptors(up, down), x.shape[0] * k
     of_up, of_down = ("", epilogue) if backward else (epilogue, "")
     return (
-        _ragged(x, rows, up, up_a, transposed, backward, aligned, k, of_up, format),
-        _ragged(x, rows, down, down_a, transposed, backward, aligned, k, of_down, format),
+        _ragged(x, rows, up, up_a, backward, aligned, k, of_up),
+        _ragged(x, rows, down, down_a, backward, aligned, k, of_down),
     )
 
 
 def _ragged(
-    x: Tensor, rows: int, w: Tensor, a: Tensor | None, transposed: bool, backward: bool, aligned: bool,
-    choices: int = 1, epilogue: str = "", format: str = "dense",
+    x: Tensor, rows: int, w: Weight, a: Tensor | None, backward: bool, aligned: bool, choices: int = 1,
+    epilogue: str = "",
 ) -> Problem:  # fmt: skip
-    E, *sizes = w.shape
-    N, K = reversed(sizes) if transposed else sizes
+    (N, K), E = w.sizes, w.stored[0]
     rank, adapter = (1, x.dtype) if a is None else (a.shape[1], a.dtype)
     return _problem(
         rows, N, K, rank, x.dtype, adapter, bias=False, dropout=False, gradients=_GRADIENTS if backward else (),
-        aligned=aligned, wide=False, groups=E, is_ragged=True, choices=choices, format=format, epilogue=epilogue,
+        aligned=aligned, wide=False, groups=E, is_ragged=True, choices=choices, format=w.format, epilogue=epilogue,
     )  # fmt: skip
 
 
-def runs_grouped_mm(x: Tensor, *weights: Tensor) -> bool:
-    """Whether torch has a fast kernel of grouped_mm for these stacks `[E, …]`, in x's dtype and on its device."""
-    if not x.is_cuda:
-        return False
-    one = _ragged(x, max(x.shape[0], 1), weights[0], None, False, False, _weights_are_aligned(*weights))
-    return not no_grouped_mm(one, _arch(x.device))
-
-
 @cache
-def _arch(device: torch.device) -> int:
+def arch(device: torch.device) -> int:
+    """90 for a CUDA device of compute capability 9.0."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -117,24 +107,27 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _weights_are_aligned(*weights: Tensor) -> bool:
-    """Whether each is a stack of matrices with contiguous rows or columns, which start on 16-byte boundaries, and so do
-    the rows of what they are multiplied with.
+def _fit_descriptors(*weights: Weight) -> bool:
+    """Whether each is a stack of matrices with contiguous rows or columns, which start on 16-byte boundaries, as do the
+    rows of what they are multiplied with; and no stack repeats one matrix by a stride of 0. A decoded stack is.
     """
-    for w in weights:
+    for weight in weights:
+        if weight.format != "dense":
+            continue
+        w = weight.data
         rows = w if w.stride(2) == 1 else w.mT
         sizes = all(size * w.element_size() % 16 == 0 for size in w.shape[1:])
-        if not sizes or rows.stride(2) != 1 or rows.stride(1) < rows.shape[2] or not _rows_are_aligned(rows):
+        if not sizes or rows.stride(2) != 1 or rows.stride(1) < rows.shape[2] or w.stride(0) <= 0:
+            return False
+        if w.data_ptr() % 16 or any(stride * w.element_size() % 16 for stride in rows.stride()[:-1]):
             return False
     return True
 
 
-def _fit_descriptors(*weights: Tensor) -> bool:
-    """The same of stacks that a tensor descriptor can describe: none whose matrices are one, with a stride of 0."""
-    return _weights_are_aligned(*weights) and all(w.stride(0) > 0 for w in weights)
-
-
 def _rows_are_aligned(t: Tensor) -> bool:
-    """Whether every row of the matrix that `t` is, its leading sizes flattened, starts on a 16-byte boundary."""
-    size = t.element_size()
-    return t.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in t.stride()[:-1])
+    """Whether every row of the matrix `t` starts on a 16-byte boundary, or is copied to where it does before kernels
+    read it (`lorafuse.backends.rows.contiguous_rows`).
+    """
+    if t.stride(1) != 1 or (t.stride(0) < t.shape[1] and t.shape[0] > 1):
+        return True
+    return t.data_ptr() % 16 == 0 and (t.shape[0] == 1 or t.stride(0) * t.element_size() % 16 == 0)

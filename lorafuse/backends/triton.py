@@ -1,118 +1,197 @@
-"""The LoRA linear in Triton kernels (`lorafuse.kernels`), configured by the plan of each call.
+"""The primitives in Triton kernels (`lorafuse.kernels`), configured by the plan of each call.
 
-Same operator as `eager`, shapes and meaning of arguments included. Launches go to the current stream of x's device and
-nothing waits for the GPU, so that CUDA graphs, torch.compile and checkpointing see ordinary asynchronous work. On CPU
-tensors the kernels run in Triton's interpreter, where TRITON_INTERPRET=1 asked for it.
+Launches go to the current stream of x's device and nothing waits for the GPU, so that CUDA graphs, torch.compile and
+checkpointing see ordinary asynchronous work. Rows of tokens are gathered by the kernels that read them; tiles of ragged
+rows are cut on the device. A known activation is computed in the epilogue of the first projection, its backward in that
+of the product that gives dh; a function of the caller's runs in torch between them. On CPU tensors the kernels run in
+Triton's interpreter, where TRITON_INTERPRET=1 asked for it.
 """
 
+import contextlib
+from typing import Any
+
 import torch
+import triton
 from torch import Tensor
 
-from lorafuse.backends import eager, probe
-from lorafuse.backends.on_gpu import check_device, device_guard
-from lorafuse.backends.rows import contiguous_rows, shaped_like
-from lorafuse.backends.triton_experts import experts_backward, experts_forward, grouped_backward, grouped_forward
-from lorafuse.kernels import linear_bwd, linear_fwd
-from lorafuse.philox import rescaled
-from lorafuse.plan import DeviceSpec, Plan, Problem, find, select
+from lorafuse.activation import Activation
+from lorafuse.backends import probe
+from lorafuse.backends.protocol import Backend, Problems, finish
+from lorafuse.backends.rows import contiguous_rows
+from lorafuse.kernels import linear_bwd, linear_fwd, ragged, ragged_rank, routing
+from lorafuse.kernels.routing import Tiles
+from lorafuse.operands import Activate, ActivateBackward, Dropout, Epilogue, LowRank, Rows, Weight
+from lorafuse.plan import DeviceSpec, Plan, find, select
 
-__all__ = [
-    "experts_backward",
-    "experts_forward",
-    "grouped_backward",
-    "grouped_forward",
-    "linear_backward",
-    "linear_forward",
-]
+__all__ = ["Triton", "backend", "device_guard"]
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # the GPU whose plans the interpreter runs
 _INTERPRETED_AS = "H200"
 
 
-def linear_forward(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    seed: Tensor | None,
-    scale: float,
-    p: float,
-    wide: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`(y [..., N], xa [M, R])`, both in x's dtype, but xa in fp32 when `wide`.
-
-    Raises ValueError or TypeError for what the kernels do not take.
-    """
-    check_device(x)
-    if x.numel() == 0 or w.numel() == 0:
-        # nothing to launch over
-        return eager.linear_forward(x, w, bias, a, b, seed, scale, p, wide)
-    flat, w, a, b = contiguous_rows(x), contiguous_rows(w), a.contiguous(), b.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    plan, device = _plan(probe.linear_problem(flat, w, a, bias is not None, seed is not None, wide=wide), x.device)
-    scale = scale if seed is None else rescaled(scale, p)
-    with device_guard(x.device):
-        main = plan.config("matmul")
-        xa = None if main.single else linear_fwd.lora_xa(flat, a, seed, p, plan.config("project"), wide)
-        y, xa = linear_fwd.lora_linear_fwd(flat, w, bias, a, b, scale, xa, device.sms, main)
-    return shaped_like(y, x), xa
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes the device current."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
 
 
-def linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    xa: Tensor | None,
-    w: Tensor,
-    a: Tensor,
-    b: Tensor,
-    seed: Tensor | None,
-    scale: float,
-    p: float,
-    need_dx: bool,
-    need_da: bool,
-    need_db: bool,
-    need_dbias: bool,
-    wide: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """`(dx, da, db, dbias)`, None where not needed; da and db in their parameters' dtypes."""
-    check_device(dy)
-    needs = need_dx, need_da, need_db, need_dbias
-    if dy.numel() == 0 or w.numel() == 0 or not any(needs):
-        return eager.linear_backward(dy, x, xa, w, a, b, seed, scale, p, *needs, wide)
-    flat, w = contiguous_rows(dy), contiguous_rows(w)
-    wanted = tuple(name for name, need in zip(("dx", "da", "db", "dbias"), needs, strict=True) if need)
-    plan, device = _plan(probe.linear_problem(flat, w, a, False, seed is not None, wanted, wide), dy.device)
-    scale = scale if seed is None else rescaled(scale, p)
-    dx = da = db = dbias = dyb = None
-    with device_guard(dy.device):
-        xa = xa.contiguous() if need_db and xa is not None else None
-        dyb_parts, db_parts, dbias_parts = linear_bwd.lora_dyb_db_partials(
-            flat, b.contiguous(), xa, need_dx or need_da, need_dbias, plan.config("project_outer")
-        )
-        segments = []
-        if dyb_parts is not None:
-            dyb = dy.new_empty((flat.shape[0], a.shape[0]), dtype=torch.float32 if wide else dy.dtype)
-            segments.append((dyb_parts, dyb, scale))
-        if db_parts is not None:
-            db = b.new_empty(b.shape)
-            segments.append((db_parts, db, scale))
-        if dbias_parts is not None:
-            dbias = dy.new_empty((w.shape[0],))
-            segments.append((dbias_parts, dbias, 1.0))
+class Triton(Backend):
+    """See the module."""
+
+    name = "triton"
+
+    def plan(self, problems: Problems, device: torch.device) -> Plan:
+        return select(problems(), _spec(device), (("triton", ""),))
+
+    def guard(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        return device_guard(device)
+
+    def check(self, x: Tensor) -> None:
+        if x.dtype not in _DTYPES:
+            raise TypeError(
+                f"backend='triton' got {x.dtype}; its kernels run float32, float16 and bfloat16: use 'eager'"
+            )
+        if x.is_cuda:
+            return
+        if not triton.knobs.runtime.interpret:
+            raise ValueError(
+                f"backend='triton' got a tensor on {x.device}; its kernels run on CUDA devices: move the tensors with "
+                ".cuda(), use backend='eager', or set TRITON_INTERPRET=1 before Python starts to interpret them slowly"
+            )
+        if x.dtype is torch.bfloat16:
+            raise TypeError(
+                "backend='triton' got torch.bfloat16 in Triton's interpreter, whose bfloat16 products are wrong "
+                "(triton-lang/triton#11585): use float16 or float32 there, or backend='eager'"
+            )
+
+    def matrix(self, t: Tensor) -> Tensor:
+        return contiguous_rows(t)
+
+    def in_order(self, x: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
+        return x, rows.gathered
+
+    def project(
+        self, x: Tensor, a: Tensor, rows: Rows | None, plan: Plan | None, *, is_transposed: bool = False,
+        scale: float = 1.0, dropout: Dropout | None = None, dtype: torch.dtype | None = None,
+    ) -> Tensor:  # fmt: skip
+        assert plan is not None
+        config = plan.config("project")
+        if rows is not None:
+            # PEFT packs b with the experts fastest: there each element is a sector of its own
+            a = _packed(a.mT, x.dtype) if is_transposed else a.to(x.dtype)
+            return ragged_rank.project(_tiles(rows), x, a, scale, config, source=rows.index)
+        seed, p = (None, 0.0) if dropout is None else (dropout.seed, dropout.p)
+        a = a.t().contiguous() if is_transposed else a.contiguous()
+        xa = linear_fwd.lora_xa(x, a, seed, p, config, dtype is torch.float32 and x.dtype is not dtype)
+        return xa if scale == 1.0 else xa.mul_(scale)
+
+    def matmul(
+        self, x: Tensor, w: Weight, rows: Rows | None, plan: Plan | None, *, low: LowRank | None = None,
+        bias: Tensor | None = None, epilogue: Epilogue | None = None,
+    ) -> Any:  # fmt: skip
+        assert plan is not None
+        config, programs = plan.config("matmul"), _spec(x.device).sms
+        bias = None if bias is None else bias.contiguous()
+        if rows is None:
+            return finish(_dense(x, w, low, bias, config, programs), epilogue)
+        xa, b, scale = (None, None, 1.0) if low is None else (low.xa, low.b, low.scale)
+        if low is not None:
+            # the epilogue reads a few rows of b, or columns of a; rounded there, after the scale
+            b = low.b.mT if low.is_transposed else _packed(low.b, low.b.dtype)
+        tiles, left = _tiles(rows), w.left()
+        if epilogue is None or not isinstance(epilogue.activation, Activation):
+            y = ragged.ragged_linear(tiles, x, left, bias, xa, b, scale, programs, config, source=rows.index)
+            return finish(y, epilogue)
+        act = epilogue.activation
+        if isinstance(epilogue, Activate):
+            return ragged.ragged_activated(
+                tiles, x, left, bias, xa, b, scale, act.name, _layout(act), programs, config, source=rows.index
+            )
+        return ragged.ragged_activation_backward(
+            tiles, x, left, xa, b, scale, epilogue.u, act.name, _layout(act), epilogue.need_router_grad, programs,
+            config, source=rows.index, factor=epilogue.row_scale,
+        )  # fmt: skip
+
+    def outer(
+        self, narrow: Tensor, wide: Tensor, rows: Rows | None, plan: Plan | None, *, like: Tensor,
+        is_transposed: bool = False, scale: float = 1.0, row_scale: Tensor | None = None,
+        dropout: Dropout | None = None,
+    ) -> Tensor:  # fmt: skip
+        assert plan is not None
+        config, out = plan.config("outer"), like.new_empty(like.shape)
+        if rows is not None:
+            given = out if is_transposed else out.mT
+            ragged_rank.outer(
+                _tiles(rows), wide, narrow, scale, given, config, source=rows.index, factor=row_scale
+            )
+            return out
+        seed, p = (None, 0.0) if dropout is None else (dropout.seed, dropout.p)
+        parts = linear_bwd.lora_da_partials(wide, narrow, seed, p, config)
+        found = out.t().contiguous() if is_transposed else out
+        linear_bwd.sum_partials([(parts, found, scale)], plan.config("reduce"))
+        return out.copy_(found.t()) if is_transposed else out
+
+    def project_outer(
+        self, dy: Tensor, b: Tensor, xa: Tensor | None, plan: Plan | None, *, scale: float, need_dyb: bool,
+        need_dbias: bool, dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+        assert plan is not None
+        M, (N, R) = dy.shape[0], b.shape
+        of_dyb, of_db, of_dbias = linear_bwd.lora_dyb_db_partials(
+            dy, b.contiguous(), None if xa is None else xa.contiguous(), need_dyb, need_dbias,
+            plan.config("project_outer"),
+        )  # fmt: skip
+        dyb = dy.new_empty((M, R), dtype=dtype) if need_dyb else None
+        db = None if xa is None else b.new_empty(b.shape)
+        dbias = dy.new_empty(N) if need_dbias else None
+        given = (of_dyb, dyb, scale), (of_db, db, scale), (of_dbias, dbias, 1.0)
+        segments = [(parts, out, factor) for parts, out, factor in given if parts is not None and out is not None]
         linear_bwd.sum_partials(segments, plan.config("reduce"))
-        if need_dx:
-            dx = linear_bwd.lora_linear_dx(flat, w, a.contiguous(), dyb, seed, p, device.sms, plan.config("matmul"))
-            dx = shaped_like(dx, dy)
-        if need_da:
-            assert x is not None
-            da = a.new_empty(a.shape)
-            parts = linear_bwd.lora_da_partials(contiguous_rows(x), dyb, seed, p, plan.config("outer"))
-            linear_bwd.sum_partials([(parts, da, 1.0)], plan.config("reduce"))
-    return dx, da, db, dbias
+        return dyb, db, dbias
+
+    def combine(self, y: Tensor, rows: Rows, weight: Tensor | None) -> Tensor:
+        weight = None if weight is None else weight.contiguous()
+        return routing.combine(y, rows.order, rows.offsets, weight, rows.count // rows.choices)
 
 
-def _plan(problem: Problem, device: torch.device) -> tuple[Plan, DeviceSpec]:
-    """The plan among this backend's own kernels."""
-    spec = probe.device_spec(device) or find(_INTERPRETED_AS)
-    return select(problem, spec, (("triton", ""),)), spec
+def _dense(x: Tensor, w: Weight, low: LowRank | None, bias: Tensor | None, config: Any, programs: int) -> Tensor:
+    assert low is not None
+    right = contiguous_rows(w.data)
+    seed, p = (None, 0.0) if low.dropout is None else (low.dropout.seed, low.dropout.p)
+    xa, b = low.xa.contiguous(), low.b.contiguous()
+    if w.is_transposed:
+        return linear_bwd.lora_linear_dx(x, right, b, xa, seed, p, programs, config)
+    a = b.new_empty((b.shape[1], 0))
+    return linear_fwd.lora_linear_fwd(x, right, bias, a, b, low.scale, xa, programs, config)[0]
+
+
+def _spec(device: torch.device) -> DeviceSpec:
+    return probe.device_spec(device) or find(_INTERPRETED_AS)
+
+
+def _tiles(rows: Rows) -> Tiles:
+    if "tiles" not in rows.cache:
+        rows.cache["tiles"] = Tiles(rows.offsets, rows.count)
+    return rows.cache["tiles"]
+
+
+def _layout(act: Activation) -> str:
+    """How u holds gate and up, in the words of the kernels."""
+    return "" if not act.gated else "pairs" if act.interleaved else "halves"
+
+
+def _packed(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """`t` contiguous in `dtype`."""
+    if t.is_contiguous() and t.dtype is dtype:
+        return t
+    return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format).copy_(t)
+
+
+BACKEND = Triton()
+
+
+def backend() -> Triton:
+    """The one instance."""
+    return BACKEND

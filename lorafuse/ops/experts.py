@@ -1,14 +1,19 @@
-"""`lorafuse::lora_experts` and `lorafuse::lora_grouped_linear`: schemas, shape rules, fake kernels, autograd.
+"""`lorafuse::lora_experts`: schema, fake kernels, autograd; the experts of a mixture-of-experts block with LoRA.
 
-What they compute is in `lorafuse.backends.loop_experts`. Besides their result they return what backward needs, so that
-a compiled graph holds it: rows in the order of their experts. There is no gradient of an expert's weights or biases.
+    u = W₁ x + bias₁ + scale₁ · b₁ (a₁ x)        h = act(u)        y = W₂ h + bias₂ + scale₂ · b₂ (a₂ h)
+    out[t] = Σ_j weight[t, j] · y of expert index[t, j] for token t
 
-A backward that is differentiated again, or for several gradients at once, and calls under a transform of torch are
-those of `experts_plain`.
+Shapes: x [T, H], index and weight [T, k], W₁ [E, U, H] and W₂ [E, H, I], or [E, H, U] and [E, I, H] when transposed;
+biases [E, U] and [E, H]; a₁ [E, R, H], b₁ [E, U, R], a₂ [E, R', I], b₂ [E, H, R']. An index of E or more is a
+sentinel: that choice adds nothing.
+
+Returned besides out, so that a compiled graph holds what backward needs: u, xa = a₁ x and ha = a₂ h over the S = T·k
+rows in the order of their experts, that order, and where each expert's rows end. h is computed again; the gradient of a
+router weight is ⟨W₂ᵀ dout, h⟩ with the low-rank part included, so y is not saved. There is no gradient of an expert's
+weights or biases. Gradients of gradients, and calls under a transform, are those of `plain`.
 """
 
 from collections.abc import Callable
-from functools import partial
 from weakref import WeakValueDictionary
 
 import torch
@@ -16,36 +21,32 @@ from torch import Tensor
 
 from lorafuse.activation import Activation, Recomputed, named
 from lorafuse.backends import base, probe
-from lorafuse.errors import BackendUnavailable
-from lorafuse.ops import experts_plain
-from lorafuse.ops._define import LIBRARY
+from lorafuse.backends.protocol import Backend
+from lorafuse.operands import Activate, ActivateBackward, LowRank, Rows, Weight, route
+from lorafuse.ops import plain
+from lorafuse.ops._define import LIBRARY, no_gradients
 from lorafuse.ops.autocast import outside_autocast
-from lorafuse.ops.linear import plan_problem
+from lorafuse.ops.choose import choose
+from lorafuse.ops.grouped import kept, low_rank, rank, rank_gradients
 from lorafuse.ops.transforms import is_transformed, needs_plain_backward
+from lorafuse.plan import Plan
 
-__all__ = ["lora_experts", "lora_experts_recomputed", "lora_grouped_linear"]
+__all__ = ["lora_experts", "lora_experts_recomputed"]
 
-_LAYERS = "Tensor{opt} up_a, Tensor{opt} up_b, Tensor{opt} down_a, Tensor{opt} down_b".format(opt="?")
+_ADAPTERS = "Tensor{opt} up_a, Tensor{opt} up_b, Tensor{opt} down_a, Tensor{opt} down_b".format(opt="?")
 _ACT = "float up_scale, float down_scale, bool transposed, str activation, bool gated, bool interleaved"
+_FORMAT = "str format='dense', Tensor[]? up_statistics=None, Tensor[]? down_statistics=None"
 LIBRARY.define(
     "lora_experts(Tensor x, Tensor index, Tensor weight, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias,"
-    f" {_LAYERS}, {_ACT}, str backend)"
-    " -> (Tensor out, Tensor u, Tensor xa, Tensor ha, Tensor order, Tensor ends)"
+    f" {_ADAPTERS}, {_ACT}, str backend, {_FORMAT})"
+    " -> (Tensor out, Tensor u, Tensor xa, Tensor ha, Tensor order, Tensor offsets)"
 )
 LIBRARY.define(
     "lora_experts_backward(Tensor dout, Tensor x, Tensor weight, Tensor up, Tensor down, Tensor? down_bias,"
-    f" {_LAYERS}, {_ACT}, Tensor u, Tensor xa, Tensor ha, Tensor order, Tensor ends, bool[] needs, str backend)"
+    f" {_ADAPTERS}, {_ACT}, Tensor u, Tensor xa, Tensor ha, Tensor order, Tensor offsets, bool[] needs, str backend,"
+    f" {_FORMAT})"
     " -> (Tensor dx, Tensor dweight, Tensor d_up_a, Tensor d_up_b, Tensor d_down_a, Tensor d_down_b)"
 )
-LIBRARY.define(
-    "lora_grouped_linear(Tensor x, Tensor ends, Tensor w, Tensor? bias, Tensor? a, Tensor? b, float scale,"
-    " bool transposed, str backend) -> (Tensor y, Tensor xa)"
-)
-LIBRARY.define(
-    "lora_grouped_linear_backward(Tensor dy, Tensor? x, Tensor? xa, Tensor ends, Tensor w, Tensor? a, Tensor? b,"
-    " float scale, bool transposed, bool[] needs, str backend) -> (Tensor dx, Tensor da, Tensor db)"
-)
-
 
 # activations that are functions, which no schema holds: by the name that the operator gets instead
 _functions: WeakValueDictionary[str, Recomputed] = WeakValueDictionary()
@@ -55,70 +56,140 @@ def _activation(name: str, gated: bool, interleaved: bool) -> Activation | Recom
     return _functions[name] if name in _functions else named(name, gated, interleaved)
 
 
-def _gated(name, gated):
-    return None if name in _functions else gated
+def _weights(up, down, transposed, format, up_statistics, down_statistics):
+    return tuple(
+        Weight(w, transposed, tuple(statistics or ()), format)
+        for w, statistics in ((up, up_statistics), (down, down_statistics))
+    )
 
 
-def _run(backend, x, problem, *operands):
-    """The module that runs a call; `problem(*operands)` is what the plan is asked for "auto"."""
-    backend = base.resolve(backend)
-    run = base.load(_planned(x.device, partial(problem, *operands)) if backend == "auto" else backend)
-    if not hasattr(run, "experts_forward"):
-        raise BackendUnavailable(
-            f"backend={backend!r} has no kernels for experts and grouped layers; use 'eager', 'triton' or 'auto'"
-        )
-    return run
+def _choose(backend, x, k, up, down, up_a, down_a, act, backward):
+    # gated is None for an activation that no epilogue computes
+    gated = act.gated if isinstance(act, Activation) else None
+    return choose(
+        backend, x, lambda: probe.experts_problems(x, k, up, down, up_a, down_a, gated, backward),
+        x.shape[0] * k == 0 or up.data.numel() == 0 or down.data.numel() == 0,
+    )  # fmt: skip
 
 
-def _planned(device, problem):
-    """The backend of the plan, where there is more than one; `problem()` is what is planned."""
-    able = base.candidates(device.type)
-    return able[0] if len(able) == 1 else plan_problem(problem(), device).backend
+def _plans(plan: Plan | None) -> tuple[Plan | None, Plan | None]:
+    return (None, None) if plan is None else (plan.of(0), plan.of(1))
 
 
-def _rank(a):
-    return 0 if a is None else a.shape[1]
+def forward(
+    run: Backend, plan: Plan | None, x: Tensor, rows: Rows, weight: Tensor, up: Weight, down: Weight,
+    up_bias: Tensor | None, down_bias: Tensor | None, up_a: Tensor | None, up_b: Tensor | None, down_a: Tensor | None,
+    down_b: Tensor | None, up_scale: float, down_scale: float, act: Activation | Recomputed,
+) -> tuple[Tensor, Tensor, LowRank | None, LowRank | None]:  # fmt: skip
+    """`(out [T, H], u [S, U], what each adapter adds)`; `rows` are the choices of tokens."""
+    first, second = _plans(plan)
+    x, gathered = run.in_order(x, rows)
+    of_up = low_rank(run, first, x, up_a, up_b, up_scale, gathered)
+    u, h = run.matmul(x, up, gathered, first, low=of_up, bias=up_bias, epilogue=Activate(act))
+    del x
+    h = run.matrix(h)
+    of_down = low_rank(run, second, h, down_a, down_b, down_scale, rows)
+    y = run.matmul(h, down, rows, second, low=of_down, bias=down_bias)
+    return run.combine(y, rows, weight), u, of_up, of_down
 
 
-def _kept(grads, like):
-    return tuple(like.new_empty(0) if g is None else g for g in grads)
+def backward(
+    run: Backend, plan: Plan | None, dout: Tensor, x: Tensor, rows: Rows, weight: Tensor, up: Weight, down: Weight,
+    down_bias: Tensor | None, up_a: Tensor | None, up_b: Tensor | None, down_a: Tensor | None, down_b: Tensor | None,
+    up_scale: float, down_scale: float, act: Activation | Recomputed, u: Tensor, xa: Tensor, ha: Tensor,
+    need_dx: bool, need_dweight: bool, need_up: bool, need_down: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """`(dx, dweight, d up_a, d up_b, d down_a, d down_b)`, None where not needed."""
+    first, second = _plans(plan)
+    row_scale = weight.reshape(-1)[rows.order]
+    dx = dweight = du = None
+    d_up = d_down = (None, None)
+    g, gathered = run.in_order(dout, rows)
+    gb = None if down_b is None else run.project(g, down_b, gathered, second, is_transposed=True)
+    if need_dx or need_dweight or need_up:
+        low = None if gb is None else LowRank(gb, down_a, down_scale, is_transposed=True)
+        epilogue = ActivateBackward(act, u, row_scale, need_dweight)
+        du, h, share = run.matmul(g, down.t, gathered, second, low=low, epilogue=epilogue)
+        if need_dweight:
+            if down_bias is not None:
+                of_bias = run.project(g, down_bias.unsqueeze(1), gathered, second).squeeze(1)
+                share = share + of_bias
+            # an activation may make of a row of no group what is no number
+            share = rows.zero_rest(share).to(weight.dtype)
+            dweight = weight.new_empty(weight.numel()).scatter_(0, rows.order, share).view(weight.shape)
+    else:
+        h = act.forward(u)
+    if need_down:
+        h = run.matrix(h)
+        d_down = rank_gradients(run, second, g, gathered, h, rows, gb, ha, down_a, down_b, down_scale, row_scale)
+    del g, h
+    if need_dx or need_up:
+        du = run.matrix(du)
+        dyb = None if up_b is None else run.project(du, up_b, rows, first, is_transposed=True)
+        if need_up:
+            x, gathered = run.in_order(x, rows)
+            d_up = rank_gradients(run, first, du, rows, x, gathered, dyb, xa, up_a, up_b, up_scale)
+        if need_dx:
+            low = None if dyb is None else LowRank(dyb, up_a, up_scale, is_transposed=True)
+            dx = run.combine(run.matmul(du, up.t, rows, first, low=low), rows, None)
+    return dx, dweight, *d_up, *d_down
 
 
-def _experts(x, index, weight, up, down, ub, db, ua, ubb, da, dbb, s1, s2, transposed, act, gated, inter, backend):
-    operands = x, index.shape[1], up, down, ua, da, transposed, _gated(act, gated)
-    run = _run(backend, x, probe.experts_problems, *operands, False).experts_forward
-    act = _activation(act, gated, inter)
-    with outside_autocast(x):
-        return run(x, index, weight, up, down, ub, db, ua, ubb, da, dbb, s1, s2, transposed, act)
-
-
-def _fake_experts(x, index, weight, up, down, ub, db, ua, ubb, da, dbb, s1, s2, transposed, act, gated, inter, backend):
-    rows = index.shape[0] * index.shape[1]
-    u = x.new_empty((rows, up.shape[2] if transposed else up.shape[1]))
-    order = index.new_empty((rows,))
-    low = x.new_empty((rows, _rank(ua))), x.new_empty((rows, _rank(da)))
-    return torch.empty_like(x), u, *low, order, index.new_empty((up.shape[0],))
-
-
-def _experts_backward(dout, x, weight, up, down, db, ua, ub, da, dbb, s1, s2, transposed, act, gated, inter, *rest):
-    *saved, needs, backend = rest
-    operands = x, weight.shape[1], up, down, ua, da, transposed, _gated(act, gated)
-    run = _run(backend, x, probe.experts_problems, *operands, True).experts_backward
-    act = _activation(act, gated, inter)
-    need_dx, need_dweight, *adapters = needs
-    with outside_autocast(x):
-        grads = run(
-            dout, x, weight, up, down, db, ua, ub, da, dbb, s1, s2, transposed, act, *saved,
-            need_dx, need_dweight, any(adapters[:2]), any(adapters[2:]),
+def _forward(
+    x, index, weight, up, down, up_bias, down_bias, up_a, up_b, down_a, down_b, up_scale, down_scale, transposed,
+    activation, gated, interleaved, backend, format="dense", up_statistics=None, down_statistics=None,
+):  # fmt: skip
+    act = _activation(activation, gated, interleaved)
+    up, down = _weights(up, down, transposed, format, up_statistics, down_statistics)
+    k = index.shape[1]
+    run, plan = _choose(backend, x, k, up, down, up_a, down_a, act, False)
+    with outside_autocast(x), run.guard(x.device):
+        rows, up, down = route(index, up.stored[0]), run.readable(up, x.dtype), run.readable(down, x.dtype)
+        out, u, of_up, of_down = forward(
+            run, plan, run.matrix(x), rows, weight, up, down, up_bias, down_bias, up_a, up_b, down_a, down_b, up_scale,
+            down_scale, act,
         )  # fmt: skip
-    return _kept(grads, dout)
+    xa, ha = (x.new_empty((rows.count, 0)) if low is None else low.xa for low in (of_up, of_down))
+    return out, u, xa, ha, rows.order, rows.offsets
 
 
-def _fake_experts_backward(dout, x, weight, up, down, db, ua, ub, da, dbb, *rest):
-    needs = rest[-2]
+def _fake_forward(
+    x, index, weight, up, down, up_bias, down_bias, up_a, up_b, down_a, down_b, up_scale, down_scale, transposed,
+    activation, gated, interleaved, backend, format="dense", up_statistics=None, down_statistics=None,
+):  # fmt: skip
+    up, _ = _weights(up, down, transposed, format, up_statistics, down_statistics)
+    rows = index.shape[0] * index.shape[1]
+    low = x.new_empty((rows, rank(up_a))), x.new_empty((rows, rank(down_a)))
+    made = x.new_empty((rows, up.sizes[0])), *low, index.new_empty((rows,)), index.new_empty((up.stored[0],))
+    return torch.empty_like(x), *made
+
+
+def _backward(
+    dout, x, weight, up, down, down_bias, up_a, up_b, down_a, down_b, up_scale, down_scale, transposed, activation,
+    gated, interleaved, u, xa, ha, order, offsets, needs, backend, format="dense", up_statistics=None,
+    down_statistics=None,
+):  # fmt: skip
+    act = _activation(activation, gated, interleaved)
+    up, down = _weights(up, down, transposed, format, up_statistics, down_statistics)
+    k = weight.shape[1]
+    run, plan = _choose(backend, x, k, up, down, up_a, down_a, act, True)
+    need_dx, need_dweight, *adapters = needs
+    need_up, need_down = any(adapters[:2]) and up_a is not None, any(adapters[2:]) and down_a is not None
+    with outside_autocast(x), run.guard(x.device):
+        grads = backward(
+            run, plan, run.matrix(dout), run.matrix(x), Rows(order.shape[0], offsets, order, k), weight,
+            run.readable(up, x.dtype), run.readable(down, x.dtype), down_bias, up_a, up_b, down_a, down_b, up_scale,
+            down_scale, act, u, xa, ha, need_dx, need_dweight, need_up, need_down,
+        )  # fmt: skip
+    return kept(grads, dout)
+
+
+def _fake_backward(dout, x, weight, up, down, down_bias, up_a, up_b, down_a, down_b, *rest):
+    # the settings, what forward saved, and then
+    needs = rest[11]
     pairs = any(needs[2:4]), any(needs[4:6])
     made = (needs[0], needs[1], pairs[0], pairs[0], pairs[1], pairs[1])
-    like = (x, weight, ua, ub, da, dbb)
+    like = (x, weight, up_a, up_b, down_a, down_b)
     return tuple(
         t.new_empty(t.shape) if need and t is not None else dout.new_empty(0)
         for t, need in zip(like, made, strict=True)
@@ -129,81 +200,38 @@ def _fake_experts_backward(dout, x, weight, up, down, db, ua, ub, da, dbb, *rest
 _DIFFERENTIABLE = (0, 2, 7, 8, 9, 10)
 
 
-def _save_experts(ctx, inputs, output):
+def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
+    ctx.no_gradients = no_gradients(inputs, ("dense", None, None))
+    ctx.settings, ctx.backend, ctx.format = inputs[11:17], inputs[17], inputs[18]
+    up_statistics, down_statistics = (tuple(statistics or ()) for statistics in inputs[19:])
+    ctx.statistics = len(up_statistics)
     # index and up_bias for second derivatives alone
-    ctx.save_for_backward(*inputs[:11], *output[1:])
-    ctx.settings, ctx.backend = inputs[11:17], inputs[17]
+    ctx.save_for_backward(*inputs[:11], *output[1:], *up_statistics, *down_statistics)
     # held here, or a function is gone before backward
     ctx.activation = _activation(*inputs[14:17])
 
 
-def _differentiate_experts(ctx, dout, *_):
-    grads = [None] * 18
+def _differentiate(ctx, dout, *_):
+    grads = [*ctx.no_gradients]
     needed = [i for i in _DIFFERENTIABLE if ctx.needs_input_grad[i]]
     if dout is None:
         return tuple(grads)
     # read once: a checkpoint hands them out once
     tensors = ctx.saved_tensors
-    inputs, saved = tensors[:11], tensors[11:]
+    inputs, saved, statistics = tensors[:11], tensors[11:16], tensors[16:]
+    stored = ctx.format, statistics[: ctx.statistics], statistics[ctx.statistics :]
     if needs_plain_backward(dout):
-        given = *inputs, *ctx.settings[:3], ctx.activation
-        found = experts_plain.gradients(experts_plain.experts, given, needed, dout)
+        x, index, weight, up, down, *others = inputs
+        up, down = (w.decoded(x.dtype).data for w in _weights(up, down, ctx.settings[2], *stored))
+        given = x, index, weight, up, down, *others, *ctx.settings[:3], ctx.activation
+        found = plain.gradients(plain.experts, given, needed, dout)
     else:
         x, _, weight, up, down, _, down_bias, *adapters = inputs
         needs = [i in needed for i in _DIFFERENTIABLE]
         operands = x, weight, up, down, down_bias, *adapters
-        every = torch.ops.lorafuse.lora_experts_backward(dout, *operands, *ctx.settings, *saved, needs, ctx.backend)
-        found = [grad for grad, need in zip(every, needs, strict=True) if need]
-    for i, grad in zip(needed, found, strict=True):
-        grads[i] = grad
-    return tuple(grads)
-
-
-def _grouped(x, ends, w, bias, a, b, scale, transposed, backend):
-    run = _run(backend, x, probe.grouped_problem, x, w, a, transposed, False)
-    with outside_autocast(x):
-        return run.grouped_forward(x, ends, w, bias, a, b, scale, transposed)
-
-
-def _fake_grouped(x, ends, w, bias, a, b, scale, transposed, backend):
-    return x.new_empty((x.shape[0], w.shape[2 if transposed else 1])), x.new_empty((x.shape[0], _rank(a)))
-
-
-def _grouped_backward(dy, x, xa, ends, w, a, b, scale, transposed, needs, backend):
-    run = _run(backend, dy, probe.grouped_problem, dy, w, a, transposed, True)
-    with outside_autocast(dy):
-        return _kept(run.grouped_backward(dy, x, xa, ends, w, a, b, scale, transposed, *needs), dy)
-
-
-def _fake_grouped_backward(dy, x, xa, ends, w, a, b, scale, transposed, needs, backend):
-    dx = dy.new_empty((dy.shape[0], w.shape[1 if transposed else 2]) if needs[0] else 0)
-    return dx, *(t.new_empty(t.shape) if need else dy.new_empty(0) for t, need in zip((a, b), needs[1:], strict=True))
-
-
-def _save_grouped(ctx, inputs, output):
-    x, *operands, ctx.scale, ctx.transposed, ctx.backend = inputs
-    ctx.set_materialize_grads(False)
-    # bias for second derivatives alone; dx does not depend on x
-    low = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
-    ctx.save_for_backward(x if low else None, *operands, output[1])
-
-
-def _differentiate_grouped(ctx, dy, _):
-    grads = [None] * 9
-    needed = [i for i in (0, 4, 5) if ctx.needs_input_grad[i]]
-    if dy is None:
-        return tuple(grads)
-    x, ends, w, bias, a, b, xa = ctx.saved_tensors
-    if needs_plain_backward(dy):
-        if x is None:
-            x = w.new_zeros((dy.shape[0], w.shape[1 if ctx.transposed else 2])).requires_grad_()
-        given = x, ends, w, bias, a, b, ctx.scale, ctx.transposed
-        found = experts_plain.gradients(experts_plain.grouped, given, needed, dy)
-    else:
-        needs = [i in needed for i in (0, 4, 5)]
-        op = torch.ops.lorafuse.lora_grouped_linear_backward
-        every = op(dy, x, xa, ends, w, a, b, ctx.scale, ctx.transposed, needs, ctx.backend)
+        op = torch.ops.lorafuse.lora_experts_backward
+        every = op(dout, *operands, *ctx.settings, *saved, needs, ctx.backend, *(one or None for one in stored))
         found = [grad for grad, need in zip(every, needs, strict=True) if need]
     for i, grad in zip(needed, found, strict=True):
         grads[i] = grad
@@ -211,53 +239,40 @@ def _differentiate_grouped(ctx, dy, _):
 
 
 for _name, _real, _fake in (
-    ("lora_experts", _experts, _fake_experts),
-    ("lora_experts_backward", _experts_backward, _fake_experts_backward),
-    ("lora_grouped_linear", _grouped, _fake_grouped),
-    ("lora_grouped_linear_backward", _grouped_backward, _fake_grouped_backward),
+    ("lora_experts", _forward, _fake_forward),
+    ("lora_experts_backward", _backward, _fake_backward),
 ):
     LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lorafuse::{_name}", _fake, lib=LIBRARY)
-torch.library.register_autograd(
-    "lorafuse::lora_experts", _differentiate_experts, setup_context=_save_experts, lib=LIBRARY
-)
-torch.library.register_autograd(
-    "lorafuse::lora_grouped_linear", _differentiate_grouped, setup_context=_save_grouped, lib=LIBRARY
-)
+torch.library.register_autograd("lorafuse::lora_experts", _differentiate, setup_context=_save, lib=LIBRARY)
 
 
 def lora_experts(*args) -> Tensor:
     """out of the operator; see `lorafuse.functional.lora_experts` for the meaning."""
-    if is_transformed(args[0]):
-        with outside_autocast(args[0]):
-            *operands, name, gated, interleaved, _ = args
-            act = _activation(name, gated, interleaved)
-            return experts_plain.experts(*operands, act)  # type: ignore[call-arg]
+    x = args[0]
+    if is_transformed(x):
+        with outside_autocast(x):
+            _, index, weight, up, down, *others = args[:11]
+            up, down = (w.decoded(x.dtype).data for w in _weights(up, down, args[13], *(args[18:] or ("dense", (), ()))))
+            act = _activation(*args[14:17])
+            return plain.experts(x, index, weight, up, down, *others, *args[11:14], act)
     return torch.ops.lorafuse.lora_experts(*args)[0]
 
 
-def lora_experts_recomputed(*args, activation: Callable[[Tensor], Tensor], backend: str) -> Tensor:
-    """The same with any activation; `args` are those of the operator up to `transposed`."""
+def lora_experts_recomputed(*args, activation: Callable[[Tensor], Tensor], backend: str, stored: tuple = ()) -> Tensor:
+    """The same with any activation; `args` are those of the operator up to `transposed`, `stored` those of formats."""
     # a compiler would compile again for every name; importing it for nobody takes seconds
     run = torch._dynamo.disable(_recomputed) if torch.compiler.is_compiling() else _recomputed
-    return run(args, activation, backend)
+    return run(args, activation, backend, stored)
 
 
-def _recomputed(args, activation, backend):
-    x, index, _, up, down, _, _, up_a, _, down_a, *_, transposed = args
+def _recomputed(args, activation, backend, stored):
+    act = Recomputed(activation)
     if base.resolve(backend) == "auto":
         # backward runs where forward does
-        operands = x, index.shape[1], up, down, up_a, down_a, transposed, None, False
-        backend = _planned(x.device, partial(probe.experts_problems, *operands))
-    act = Recomputed(activation)
+        x, index, _, up, down, _, _, up_a, _, down_a, *_, transposed = args
+        up, down = _weights(up, down, transposed, *(stored or ("dense", (), ())))
+        backend = _choose("auto", x, index.shape[1], up, down, up_a, down_a, act, False)[0].name
     name = f"function {id(act)}"
     _functions[name] = act
-    return lora_experts(*args, name, True, False, backend)
-
-
-def lora_grouped_linear(*args) -> Tensor:
-    """y of the operator; see `lorafuse.functional.lora_grouped_linear` for the meaning."""
-    if is_transformed(args[0]):
-        with outside_autocast(args[0]):
-            return experts_plain.grouped(*args[:-1])
-    return torch.ops.lorafuse.lora_grouped_linear(*args)[0]
+    return lora_experts(*args, name, True, False, backend, *stored)

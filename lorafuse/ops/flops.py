@@ -18,6 +18,7 @@ import torch
 
 # they define the operators
 import lorafuse.ops.experts
+import lorafuse.ops.grouped
 import lorafuse.ops.linear  # noqa: F401
 
 __all__ = ["experts", "experts_backward", "grouped", "grouped_backward", "linear", "linear_backward"]

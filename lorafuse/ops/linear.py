@@ -13,42 +13,40 @@ which costs as much as a small product.
 """
 
 import math
-from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lorafuse.backends import base, eager
-from lorafuse.backends.probe import device_spec, linear_problem
-from lorafuse.backends.rows import matrix
+from lorafuse.backends.probe import linear_problem
+from lorafuse.backends.protocol import Backend
+from lorafuse.backends.rows import matrix, shaped_like
+from lorafuse.operands import Dropout, LowRank, Weight
 from lorafuse.ops._define import LIBRARY
 from lorafuse.ops.autocast import outside_autocast
+from lorafuse.ops.choose import choose
 from lorafuse.ops.transforms import needs_plain_backward
 from lorafuse.philox import keep_mask, rescaled
-from lorafuse.plan import Plan, Problem, select
+from lorafuse.plan import Plan
 
-__all__ = ["check_shapes", "lora_linear", "plain_lora_linear", "plan_problem"]
+__all__ = ["check_shapes", "lora_linear", "plain_lora_linear"]
 
-# the one backend of a device type, which needs no plan
-_ONLY = {"cpu": base.candidates("cpu")[-1]}
 _GRADIENTS = ("dx", "da", "db", "dbias")
 
 LIBRARY.define(
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor? seed, float scale, float dropout_p,"
-    " str backend, bool wide=False) -> (Tensor y, Tensor xa)"
+    " str backend, bool wide=False, str format='dense', Tensor[]? statistics=None) -> (Tensor y, Tensor xa)"
 )
 LIBRARY.define(
     "lora_linear_backward(Tensor dy, Tensor? x, Tensor? xa, Tensor weight, Tensor a, Tensor b, Tensor? seed,"
-    " float scale, float dropout_p, bool[] needs, str backend, bool wide=False)"
-    " -> (Tensor dx, Tensor da, Tensor db, Tensor dbias)"
+    " float scale, float dropout_p, bool[] needs, str backend, bool wide=False, str format='dense',"
+    " Tensor[]? statistics=None) -> (Tensor dx, Tensor da, Tensor db, Tensor dbias)"
 )
 
 
-def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> None:
+def check_shapes(x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor) -> None:
     """The one statement of which shapes fit, for real and fake kernels. Raises ValueError with shapes and rule."""
-    w_shape, a_shape, b_shape = weight.shape, a.shape, b.shape
+    w_shape, a_shape, b_shape = weight.stored, a.shape, b.shape
     if (
         len(w_shape) == len(a_shape) == len(b_shape) == 2
         and 1 <= x.dim() <= 4
@@ -59,8 +57,10 @@ def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
     ):
         return
     shown = ", ".join(
-        f"{name} {None if tensor is None else list(tensor.shape)}"
-        for name, tensor in (("x", x), ("weight", weight), ("a", a), ("b", b), ("bias", bias))
+        f"{name} {None if shape is None else list(shape)}"
+        for name, shape in (
+            ("x", x.shape), ("weight", w_shape), ("a", a_shape), ("b", b_shape), ("bias", None if bias is None else bias.shape)
+        )
     )
     raise ValueError(
         f"lora_linear got {shown}; the rule is x [..., K] of 1 to 4 dimensions, weight [N, K], a [R, K], b [N, R], "
@@ -68,42 +68,90 @@ def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: T
     )
 
 
-def plan_problem(problem: Problem | tuple[Problem, ...], device: torch.device) -> Plan:
-    """The plan that backend "auto" follows on a device of this machine."""
-    available = tuple((name, base.availability(name).reason) for name in base.BACKENDS)
-    return select(problem, device_spec(device) if ("triton", "") in available else None, available)
+def forward(
+    run: Backend, plan: Plan | None, x: Tensor, w: Weight, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
+    dropout: Dropout | None, wide: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`(y [M, N], xa [M, R])` of x `[M, K]`; `scale` is that of the masked path."""
+    if run.linear_forward is not None:
+        return run.linear_forward(x, w, bias, a, b, plan, scale, dropout)
+    xa = run.project(x, a, None, plan, dropout=dropout, dtype=torch.float32 if wide else x.dtype)
+    return run.matmul(x, w, None, plan, low=LowRank(xa, b, scale), bias=bias), xa
 
 
-def _run(backend: str, problem: Callable[[], Problem], device: torch.device) -> ModuleType:
-    """The module that runs a call; `problem()` is what the plan is asked for "auto"."""
-    backend = base.resolve(backend)
-    if backend == "auto":
-        backend = _ONLY.get(device.type) or plan_problem(problem(), device).backend
-    return eager if backend == "eager" else base.load(backend)
+def backward(
+    run: Backend, plan: Plan | None, dy: Tensor, x: Tensor | None, xa: Tensor | None, w: Weight, a: Tensor, b: Tensor,
+    scale: float, dropout: Dropout | None, needs: list[bool], wide: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """`(dx [M, K], da, db, dbias)` for dy `[M, N]`, None where not needed: x serves da, and xa serves db."""
+    need_dx, need_da, need_db, need_dbias = needs
+    if run.linear_backward is not None:
+        return run.linear_backward(dy, x, xa, w, a, b, plan, scale, dropout, needs)
+    dx = da = None
+    dyb, db, dbias = run.project_outer(
+        dy, b, xa if need_db else None, plan, scale=scale, need_dyb=need_dx or need_da, need_dbias=need_dbias,
+        dtype=torch.float32 if wide else dy.dtype,
+    )  # fmt: skip
+    if dyb is None:
+        return dx, da, db, dbias
+    low = LowRank(dyb, a, is_transposed=True, dropout=dropout)
+    if need_dx and need_da and dropout is not None and run.matmul_outer is not None:
+        dx, da = run.matmul_outer(dy, w.t, plan, low, x, a)
+        return dx, da, db, dbias
+    if need_dx:
+        dx = run.matmul(dy, w.t, None, plan, low=low)
+    if need_da:
+        assert x is not None
+        da = run.outer(dyb, x, None, plan, like=a, dropout=dropout)
+    return dx, da, db, dbias
 
 
-def _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False):
-    check_shapes(x, weight, bias, a, b)
-    run = _run(backend, lambda: linear_problem(x, weight, a, bias is not None, seed is not None, wide=wide), x.device)
-    return run.linear_forward(x, weight, bias, a, b, seed, scale, dropout_p, wide)
+def _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False, format="dense", statistics=None):
+    w = Weight(weight, False, tuple(statistics or ()), format)
+    check_shapes(x, w, bias, a, b)
+    flat = matrix(x)
+    run, plan = choose(
+        backend, x, lambda: linear_problem(flat, w, a, bias is not None, seed is not None, wide=wide),
+        x.numel() == 0 or weight.numel() == 0,
+    )  # fmt: skip
+    dropout = None
+    if seed is not None:
+        scale, dropout = rescaled(scale, dropout_p), Dropout(seed, dropout_p)
+    with run.guard(x.device):
+        y, xa = forward(
+            run, plan, run.matrix(flat), run.readable(w, x.dtype), bias, a, b, scale, dropout, wide
+        )  # fmt: skip
+    return shaped_like(y, x), xa
 
 
-def _fake_forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False):
-    check_shapes(x, weight, bias, a, b)
-    tokens = math.prod(x.shape[:-1])
-    xa = x.new_empty((tokens, a.shape[0]), dtype=torch.float32 if wide else x.dtype)
-    return x.new_empty((*x.shape[:-1], weight.shape[0])), xa
+def _fake_forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False, format="dense", statistics=None):
+    w = Weight(weight, False, tuple(statistics or ()), format)
+    check_shapes(x, w, bias, a, b)
+    xa = x.new_empty((math.prod(x.shape[:-1]), a.shape[0]), dtype=torch.float32 if wide else x.dtype)
+    return x.new_empty((*x.shape[:-1], w.sizes[0])), xa
 
 
-def _gradients(dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backend, wide=False):
+def _gradients(
+    dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backend, wide=False, format="dense", statistics=None
+):
     """`(dx, da, db, dbias)`, None where not needed."""
+    w = Weight(weight, False, tuple(statistics or ()), format)
+    flat = matrix(dy)
 
     def problem():
         needed = tuple(name for name, need in zip(_GRADIENTS, needs, strict=True) if need)
-        return linear_problem(dy, weight, a, False, seed is not None, needed, wide)
+        return linear_problem(flat, w, a, False, seed is not None, needed, wide)
 
-    run = _run(backend, problem, dy.device)
-    return run.linear_backward(dy, x, xa, weight, a, b, seed, scale, dropout_p, *needs, wide)
+    run, plan = choose(backend, dy, problem, dy.numel() == 0 or weight.numel() == 0 or not any(needs))
+    dropout = None
+    if seed is not None:
+        scale, dropout = rescaled(scale, dropout_p), Dropout(seed, dropout_p)
+    with run.guard(dy.device):
+        dx, da, db, dbias = backward(
+            run, plan, run.matrix(flat), None if x is None else run.matrix(matrix(x)), xa, run.readable(w, dy.dtype), a,
+            b, scale, dropout, needs, wide,
+        )  # fmt: skip
+    return None if dx is None else shaped_like(dx, dy), da, db, dbias
 
 
 def _backward(dy, *rest):
@@ -111,8 +159,11 @@ def _backward(dy, *rest):
     return tuple(dy.new_empty(0) if g is None else g for g in _gradients(dy, *rest))
 
 
-def _fake_backward(dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backend, wide=False):
-    shapes = ((*dy.shape[:-1], weight.shape[1]), a.shape, b.shape, (weight.shape[0],))
+def _fake_backward(
+    dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backend, wide=False, format="dense", statistics=None
+):
+    N, K = Weight(weight, False, tuple(statistics or ()), format).sizes
+    shapes = ((*dy.shape[:-1], K), a.shape, b.shape, (N,))
     dtypes = (dy.dtype, a.dtype, b.dtype, dy.dtype)
     return tuple(
         dy.new_empty(shape if need else (0,), dtype=dtype if need else dy.dtype)
@@ -179,35 +230,39 @@ def can_bypass_dispatcher(*tensors):
     )
 
 
-def _run_forward(ctx, x, weight, bias, a, b, seed, scale, dropout_p, backend, wide):
+def _run_forward(ctx, x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics):
+    args = x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics
     if can_bypass_dispatcher(x, weight, bias, a, b):
-        y, xa = _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide)
+        y, xa = _forward(*args)
     else:
         with _BelowAutograd():
-            y, xa = _op(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide)
+            y, xa = _op(*args)
     needs = ctx.needs_input_grad
-    ctx.save_for_backward(x if needs[3] else None, xa if needs[4] else None, weight, a, b, seed)
-    ctx.settings = scale, dropout_p, backend, wide
+    ctx.save_for_backward(x if needs[3] else None, xa if needs[4] else None, weight, a, b, seed, *(statistics or ()))
+    ctx.settings = scale, dropout_p, backend, wide, format
     return y, xa
 
 
 def _run_backward(ctx, dy, dxa, leading):
     need_x, _, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
     needs = [need_x, need_a, need_b, need_bias]
-    x, xa, weight, a, b, seed = ctx.saved_tensors
-    scale, dropout_p, backend, wide = ctx.settings
+    x, xa, weight, a, b, seed, *statistics = ctx.saved_tensors
+    scale, dropout_p, backend, wide, format = ctx.settings
     given = dy if dxa is None else dxa
     if given is None:
-        return (None,) * 10
+        return (None,) * 12
     # the dtypes are those of forward, whatever autocast is on now
     with outside_autocast(given):
         if dxa is not None or needs_plain_backward(given):
-            grads = _plain_gradients(leading, dy, dxa, x, xa, weight, a, b, seed, scale, dropout_p, needs, wide)
+            dtype = next(t.dtype for t in (dy, x, dxa) if t is not None)
+            plain = Weight(weight, False, tuple(statistics), format).decoded(dtype).data
+            grads = _plain_gradients(leading, dy, dxa, x, xa, plain, a, b, seed, scale, dropout_p, needs, wide)
         else:
             run = _gradients if can_bypass_dispatcher(dy, x, weight, a, b) else _op_backward
-            grads = run(dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backend, wide)
+            stored = format, statistics or None
+            grads = run(dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backend, wide, *stored)
     dx, da, db, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return dx, None, dbias, da, db, None, None, None, None, None
+    return dx, None, dbias, da, db, *(None,) * 7
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -241,8 +296,11 @@ class _LoRALinearWithXa(torch.autograd.Function):
 _apply_with_xa = super(torch.autograd.Function, _LoRALinearWithXa).apply
 
 
-def _autograd(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False):
-    return _LoRALinearWithXa.apply(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide)
+def _autograd(
+    x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False, format="dense", statistics=None
+):  # fmt: skip
+    args = x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics
+    return _LoRALinearWithXa.apply(*args)
 
 
 LIBRARY.impl("lora_linear", _forward, "CompositeExplicitAutograd")
@@ -252,18 +310,19 @@ torch.library.register_fake("lorafuse::lora_linear", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("lorafuse::lora_linear_backward", _fake_backward, lib=LIBRARY)
 
 
-def plain_lora_linear(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide):
+def plain_lora_linear(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format="dense", statistics=None):
     """`lora_linear` for a call that `is_transformed`: in plain torch, whatever the backend."""
+    w = Weight(weight, False, tuple(statistics or ()), format)
     if not x.is_nested:
-        check_shapes(x, weight, bias, a, b)
+        check_shapes(x, w, bias, a, b)
     elif seed is not None:
         raise NotImplementedError("lora_linear draws no dropout mask for a nested x; pad it, or set dropout_p=0")
-    return _plain(x, weight, bias, a, b, seed, scale, dropout_p, wide)
+    return _plain(x, w.decoded(x.dtype).data, bias, a, b, seed, scale, dropout_p, wide)
 
 
-def lora_linear(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide):
+def lora_linear(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format="dense", statistics=None):
     """y of the operator; see `lorafuse.functional.lora_linear` for the meaning."""
-    args = x, weight, bias, a, b, seed, scale, dropout_p, backend, wide
+    args = x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics
     if torch.compiler.is_compiling():
         return _op(*args)[0]
     # x is not kept for a frozen a, so that the gradient of b depends on x through xa only

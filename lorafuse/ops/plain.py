@@ -1,4 +1,4 @@
-"""The operators of `experts` as plain torch, which every transform of autograd can go through: short and slow.
+"""The grouped layer and the experts as plain torch, which every transform of autograd can go through: short and slow.
 
 Second derivatives, `torch.func`, forward-mode AD and `torch.jit.trace` run these; everything else runs a backend.
 Which rows a group has is an index here and never a slice, so that a traced file serves other routings too.

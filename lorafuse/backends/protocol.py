@@ -1,0 +1,136 @@
+"""The five primitives: what a backend implements once, and what every operator of `lorafuse.ops` is made of.
+
+    project         xa = scale · drop(x) aᵀ                         to the rank: xa, and dyb = dy b
+    matmul          y = epilogue(x wᵀ + bias + scale · xa bᵀ)        the one main loop: y, dx, (u, h), (du, h)
+    outer           scale · Σ_s narrow[s]ᵀ (row_scale[s] · wide[s])  sums over rows in a fixed order: da, db
+    project_outer   dyb, db and dbias from one read of dy           default: project and outer
+    combine         out[t] = Σ_j weight[t, j] · y of choice j       the weighted sum over a token's choices
+
+Operands are values (`lorafuse.operands`). `x` is a matrix `[rows, K]` as `Backend.matrix` gives it, of float dtype;
+adapters may be of another dtype and any strides, and are rounded to x's dtype inside. `rows` is None for a dense layer.
+`plan` is the plan of the projection (`lorafuse.plan`), asked once by the operator. No primitive writes into an operand,
+waits for the device where offsets lie on one, or computes a gradient of w.
+
+A backend may offer composites, several primitives in one launch, under the names below; an operator asks for them first
+and composes otherwise. They are None where a backend has none.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafuse.operands import ActivateBackward, Dropout, Epilogue, LowRank, Rows, Weight
+from lorafuse.plan import Plan, Problem
+
+__all__ = ["Backend", "Problems", "finish"]
+
+# of an operator, made only where somebody plans
+Problems = Callable[[], Problem | tuple[Problem, ...]]
+_NO_GUARD = contextlib.nullcontext()
+
+
+class Backend:
+    """What the backends have in common; each overrides the primitives. `name` is that of `lorafuse.use_backend`."""
+
+    name: str
+
+    # (x [M, K], w, bias, a, b, plan, scale, dropout) → (y [M, N], xa [M, R]) of a dense layer
+    linear_forward: Callable[..., tuple[Tensor, Tensor]] | None = None
+    # (dy [M, N], x or None, xa or None, w, a, b, plan, scale, dropout, needs) → (dx, da, db, dbias), None where not
+    # needed
+    linear_backward: Callable[..., tuple[Tensor | None, ...]] | None = None
+    # (dy, w.t, plan, low, x, like) → (dx, da) of a dense layer with dropout, from one draw of its mask
+    matmul_outer: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+    def plan(self, problems: Problems, device: torch.device) -> Plan | None:
+        """The plan of an operator among this backend's own kernels; None where there is nothing to choose.
+
+        Raises ValueError or TypeError, with the way out, where none can run.
+        """
+        raise NotImplementedError
+
+    def check(self, x: Tensor) -> None:
+        """Raises TypeError or ValueError, with the way out, for a tensor whose kind this backend cannot run."""
+
+    def guard(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        """Makes the device current for launches."""
+        return _NO_GUARD
+
+    def matrix(self, t: Tensor) -> Tensor:
+        """`t [rows, K]` with the strides that the primitives read; copies only where they cannot read t's."""
+        return t
+
+    def in_order(self, x: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
+        """x `[T, …]` and the rows by which the primitives read it: gathered here unless the kernels do that."""
+        return x.index_select(0, rows.token), rows
+
+    def readable(self, w: Weight, dtype: torch.dtype) -> Weight:
+        """w in a format that `matmul` reads."""
+        return w.decoded(dtype)
+
+    def project(
+        self, x: Tensor, a: Tensor, rows: Rows | None, plan: Plan | None, *, is_transposed: bool = False,
+        scale: float = 1.0, dropout: Dropout | None = None, dtype: torch.dtype | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`scale · drop(x) aᵀ`, `[S, R]` in `dtype` (x's); a `[(G,) R, K]`, or `[(G,) K, R]` when `is_transposed`.
+
+        Rows of no group hold anything.
+        """
+        raise NotImplementedError
+
+    def matmul(
+        self, x: Tensor, w: Weight, rows: Rows | None, plan: Plan | None, *, low: LowRank | None = None,
+        bias: Tensor | None = None, epilogue: Epilogue | None = None,
+    ) -> Any:  # fmt: skip
+        """`x wᵀ + bias + low`, `[S, N]` in x's dtype, bias `[(G,) N]`; with an epilogue, its results.
+
+        Rows of no group hold anything.
+        """
+        raise NotImplementedError
+
+    def outer(
+        self, narrow: Tensor, wide: Tensor, rows: Rows | None, plan: Plan | None, *, like: Tensor,
+        is_transposed: bool = False, scale: float = 1.0, row_scale: Tensor | None = None,
+        dropout: Dropout | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`scale · Σ_s (row_scale[s] · narrow[s])ᵀ drop(wide[s])`, `[(G,) R, C]`, or `[(G,) C, R]` if `is_transposed`.
+
+        Shape, dtype and packing are those of `like`, the parameter; zero for a group without rows. narrow `[S, R]` is
+        in order, `rows` may gather wide.
+        """
+        raise NotImplementedError
+
+    def project_outer(
+        self, dy: Tensor, b: Tensor, xa: Tensor | None, plan: Plan | None, *, scale: float, need_dyb: bool,
+        need_dbias: bool, dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+        """`(dyb = scale · dy b [M, R] in dtype, db = scale · dyᵀ xa, dbias = Σ dy)` of a dense layer, None where not
+        needed; db needs `xa`.
+        """
+        # next to each other: both read dy
+        db = None if xa is None else self.outer(xa, dy, None, plan, like=b, is_transposed=True, scale=scale)
+        dyb = self.project(dy, b, None, plan, is_transposed=True, scale=scale, dtype=dtype) if need_dyb else None
+        return dyb, db, dy.sum(0) if need_dbias else None
+
+    def combine(self, y: Tensor, rows: Rows, weight: Tensor | None) -> Tensor:
+        """`Σ_j weight[t, j] · y`, `[T, H]`, over the rows of y `[S, H]` that belong to a group, in a fixed order.
+
+        `rows` have an order; `weight` `[T, k]` is 1 where it is None. y may be written into.
+        """
+        raise NotImplementedError
+
+
+def finish(product: Tensor, epilogue: Epilogue | None) -> Any:
+    """The results of an epilogue that no kernel fuses, from the product, which is written into."""
+    if epilogue is None:
+        return product
+    act = epilogue.activation
+    if not isinstance(epilogue, ActivateBackward):
+        return product, act.forward(product)
+    h, grad = act.forward(epilogue.u), None
+    if epilogue.need_router_grad:
+        grad = (product * h).sum(1, dtype=torch.promote_types(h.dtype, torch.float32))
+    return act.backward(epilogue.u, product.mul_(epilogue.row_scale.to(product.dtype).unsqueeze(1))), h, grad

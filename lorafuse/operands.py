@@ -1,0 +1,177 @@
+"""What the primitives of a backend compute with: values that say where an operand lies and how to read it.
+
+Dense layers are one group. `lorafuse.backends.protocol` states the primitives; `lorafuse.formats` holds how weights are
+stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafuse import formats
+from lorafuse.activation import Activation, Recomputed
+
+__all__ = ["Activate", "ActivateBackward", "Dropout", "Epilogue", "LowRank", "Rows", "Weight", "route"]
+
+
+@dataclass(slots=True, eq=False)
+class Weight:
+    """A frozen matrix `[N, K]`, or one a group `[G, N, K]`, as it is stored: read transposed when `is_transposed`.
+
+    `data` and `statistics` are those of `format` (`lorafuse.formats`), by reference: nothing is copied or kept.
+    """
+
+    data: Tensor
+    is_transposed: bool = False
+    statistics: tuple[Tensor, ...] = ()
+    format: str = "dense"
+
+    @property
+    def t(self) -> Weight:
+        """The same matrices read as `[K, N]`, for the gradient of x."""
+        return Weight(self.data, not self.is_transposed, self.statistics, self.format)
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The sizes of the matrices as stored: `[N, K]` or `[G, N, K]`, the last two exchanged when transposed."""
+        if self.format == "dense":
+            return self.data.shape
+        return formats.load(self.format).shape(self.data, self.statistics)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """`(N, K)`."""
+        *_, rows, columns = self.stored
+        return (columns, rows) if self.is_transposed else (rows, columns)
+
+    def decoded(self, dtype: torch.dtype) -> Weight:
+        """The same weight in the dense format and in `dtype`; itself where it is dense already."""
+        if self.format == "dense":
+            return self
+        return Weight(formats.load(self.format).decode(self.data, self.statistics, dtype), self.is_transposed)
+
+    def left(self) -> Tensor:
+        """The tensor `[(G,) N, K]` of a dense weight."""
+        return self.data.mT if self.is_transposed else self.data
+
+    def right(self) -> Tensor:
+        """The tensor `[(G,) K, N]` of a dense weight."""
+        return self.data if self.is_transposed else self.data.mT
+
+
+@dataclass(slots=True, eq=False)
+class Dropout:
+    """The mask of `lorafuse.philox`: `seed` int64 `[1]`, `p` the probability to drop. What is kept is not rescaled."""
+
+    seed: Tensor
+    p: float
+
+
+@dataclass(slots=True, eq=False)
+class LowRank:
+    """What a product adds: `scale · xa bᵀ`, xa `[S, R]`, b `[(G,) N, R]`, or `[(G,) R, N]` when `is_transposed`.
+
+    `dropout` masks the sum (that of dx). An fp32 xa over 16-bit operands keeps the whole low-rank product in fp32.
+    """
+
+    xa: Tensor
+    b: Tensor
+    scale: float = 1.0
+    is_transposed: bool = False
+    dropout: Dropout | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Activate:
+    """Epilogue of an expert's first projection: the product is u, the results are `(u, h = activation(u))`."""
+
+    activation: Activation | Recomputed
+
+
+@dataclass(slots=True, eq=False)
+class ActivateBackward:
+    """Epilogue of the product that gives dh: the results are `(du, h, router_grad)`.
+
+    du is the gradient of u for `row_scale ⊙ dh`, u `[S, U]` being that of forward; router_grad `[S]` in at least fp32
+    is `⟨dh, h⟩` of each row, None unless `need_router_grad`.
+    """
+
+    activation: Activation | Recomputed
+    u: Tensor
+    row_scale: Tensor
+    need_router_grad: bool
+
+
+Epilogue = Activate | ActivateBackward
+
+
+@dataclass(slots=True, eq=False)
+class Rows:
+    """Which rows belong to which group; a dense layer, all of whose rows are one group's, has None instead.
+
+    Rows stand in the order of their groups: group g has rows `offsets[g - 1] … offsets[g]`, int32 or int64 `[G]`, and
+    rows after the last offset belong to none. `order` `[S]`, int64, is there where rows are choices of tokens: row s is
+    choice `order[s]` of all T·k, that is, of token `order[s] // choices`. A backend that `gathers` reads operands of
+    tokens `[T, …]` through `index`.
+    """
+
+    count: int
+    offsets: Tensor
+    order: Tensor | None = None
+    choices: int = 1
+    gathers: bool = False
+    # what a backend derives from these, by a name of its own; `gathered` shares it
+    cache: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> int:
+        """How many groups there are."""
+        return self.offsets.shape[0]
+
+    @property
+    def gathered(self) -> Rows:
+        """The same rows of an operand that holds one row a token."""
+        return Rows(self.count, self.offsets, self.order, self.choices, True, self.cache)
+
+    @property
+    def token(self) -> Tensor:
+        """`[S]`, int64: the token of each row."""
+        assert self.order is not None
+        if "token" not in self.cache:
+            self.cache["token"] = self.order // self.choices
+        return self.cache["token"]
+
+    @property
+    def index(self) -> Tensor | None:
+        """`[S]`, int64: which row of an operand each row is; None where the operand is in order."""
+        return self.token if self.gathers else None
+
+    def zero_rest(self, t: Tensor) -> Tensor:
+        """`t [S, …]`, the rows of no group zeroed in place."""
+        if t.is_cpu:
+            t[int(self.offsets[-1]) if self.groups else 0 :] = 0
+            return t
+        rest = torch.arange(self.count, device=t.device) >= self.offsets[-1]
+        return t.masked_fill_(rest.view(-1, *[1] * (t.dim() - 1)), 0)
+
+
+def route(index: Tensor, groups: int) -> Rows:
+    """The rows of choices `index [T, k]`, int64, among `groups`; an index of `groups` or more belongs to none.
+
+    Raises ValueError for a negative index on a CPU; elsewhere nothing waits for the device, and a device-side assertion
+    says so.
+    """
+    flat = index.reshape(-1)
+    if not flat.is_cpu:
+        torch._assert_async((flat >= 0).all(), "topk_index holds a negative expert")
+    elif flat.numel() and int(flat.min()) < 0:
+        raise ValueError(f"topk_index holds {int(flat.min())}; it must be an expert, 0 to {groups - 1}, or a sentinel")
+    # a radix sort reads its keys once for each byte of them; choices of no group stay behind the others
+    keys = torch.int16 if groups < 2**15 else torch.int32
+    ordered, order = flat.clamp(max=groups).to(keys).sort(stable=True)
+    offsets = torch.searchsorted(ordered, torch.arange(groups, dtype=keys, device=index.device), right=True)
+    return Rows(flat.shape[0], offsets, order, index.shape[1])
