@@ -380,7 +380,7 @@ def _checked(activation: Callable[[Tensor], Tensor], inner: int) -> Callable[[Te
 
 
 def _in_weights_dtype(x: Tensor, w: Weight) -> Tensor:
-    """x as it is; under autocast in the weights' dtype, as transformers runs experts; of quantized ones in autocast's."""
+    """x as it is; under autocast in the weights' dtype, as transformers runs experts, or autocast's if quantized."""
     if not x.is_floating_point() or not autocast_is_on(x):
         return x
     return x.to(w.data.dtype if w.format == "dense" else torch.get_autocast_dtype(x.device.type))

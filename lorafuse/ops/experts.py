@@ -253,7 +253,8 @@ def lora_experts(*args) -> Tensor:
     if is_transformed(x):
         with outside_autocast(x):
             stored, act = args[18:] or ("dense", (), ()), _activation(*args[14:17])
-            up, down = (w.decoded(x.dtype).data for w in _weights(*args[3:5], args[13], *stored))
+            weights = _weights(args[3], args[4], args[13], *stored)
+            up, down = (w.decoded(x.dtype).data for w in weights)
             return plain.experts(*args[:3], up, down, *args[5:14], act)  # type: ignore[call-arg]
     return torch.ops.lorafuse.lora_experts(*args)[0]
 

@@ -52,12 +52,11 @@ def check_projection(
     else:
         fits = False
     if not fits:
-        shapes = {
-            name: stored,
-            **{key: None if t is None else t.shape for key, t in (("a", a), ("b", b), ("bias", bias))},
-        }
+        given = {"a": a, "b": b, "bias": bias}
+        shapes = {name: stored, **{key: None if t is None else t.shape for key, t in given.items()}}
         shown = ", ".join(f"{key} {None if shape is None else list(shape)}" for key, shape in shapes.items())
-        rule = f"{name} {'[E, K, N]' if weight.is_transposed else '[E, N, K]'}, a [E, R, K], b [E, N, R], bias [E, N], x [rows, H]"
+        of_weight = "[E, K, N]" if weight.is_transposed else "[E, N, K]"
+        rule = f"{name} {of_weight}, a [E, R, K], b [E, N, R], bias [E, N], x [rows, H]"
         raise ValueError(f"got {shown} for K = {in_features} and x {list(x.shape)}; the rule is {rule}")
     factors = {t.dtype for t in (a, b) if t is not None and not t.is_floating_point()}
     if factors:
