@@ -8,14 +8,14 @@
 
 Operands are values (`lorafuse.operands`). `x` is a matrix `[rows, K]` as `Backend.matrix` gives it, of float dtype;
 adapters may be of another dtype and any strides, and are rounded to x's dtype inside. `rows` is None for a dense layer.
-`plan` is the plan of the projection (`lorafuse.plan`), asked once by the operator. No primitive writes into an operand,
-waits for the device where offsets lie on one, or computes a gradient of w.
+`plan` is the plan of the projection (`lorafuse.plan`), asked once by the operator. A primitive makes the device of its
+operands current where it launches; it writes into no operand, does not wait for the device where offsets lie on one,
+and computes no gradient of w.
 
 A backend may offer composites, several primitives in one launch, under the names below; an operator asks for them first
 and composes otherwise. They are None where a backend has none.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +29,6 @@ __all__ = ["Backend", "Problems", "finish"]
 
 # of an operator, made only where somebody plans
 Problems = Callable[[], Problem | tuple[Problem, ...]]
-_NO_GUARD = contextlib.nullcontext()
 
 
 class Backend:
@@ -54,10 +53,6 @@ class Backend:
 
     def check(self, x: Tensor) -> None:
         """Raises TypeError or ValueError, with the way out, for a tensor whose kind this backend cannot run."""
-
-    def guard(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
-        """Makes the device current for launches."""
-        return _NO_GUARD
 
     def matrix(self, t: Tensor) -> Tensor:
         """`t [rows, K]` with the strides that the primitives read; copies only where they cannot read t's."""
