@@ -41,7 +41,6 @@ def files_that_name(*words):
         (["RTX 5090"], "plan/devices.py", set()),
         # the public function, and the formulas of FLOPs
         (["lora_grouped_linear"], "ops/grouped.py", {"functional.py", "ops/flops.py"}),
-        (['"cuda"'], "backends/cuda.py", {"backends/base.py"}),
     ],
     ids=["format", "epilogue", "gpu", "operator"],
 )
