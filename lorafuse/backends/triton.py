@@ -20,7 +20,7 @@ from lorafuse.backends.protocol import Backend, Problems, finish
 from lorafuse.backends.rows import contiguous_rows
 from lorafuse.kernels import linear_bwd, linear_fwd, ragged, ragged_rank, routing
 from lorafuse.kernels.routing import Tiles
-from lorafuse.operands import Activate, ActivateBackward, Dropout, Epilogue, LowRank, Rows, Weight
+from lorafuse.operands import Activate, Dropout, Epilogue, LowRank, Rows, Weight
 from lorafuse.plan import DeviceSpec, Plan, find, select
 
 __all__ = ["Triton", "backend", "device_guard"]
@@ -123,9 +123,7 @@ class Triton(Backend):
         config, out = plan.config("outer"), like.new_empty(like.shape)
         if rows is not None:
             given = out if is_transposed else out.mT
-            ragged_rank.outer(
-                _tiles(rows), wide, narrow, scale, given, config, source=rows.index, factor=row_scale
-            )
+            ragged_rank.outer(_tiles(rows), wide, narrow, scale, given, config, source=rows.index, factor=row_scale)
             return out
         seed, p = (None, 0.0) if dropout is None else (dropout.seed, dropout.p)
         parts = linear_bwd.lora_da_partials(wide, narrow, seed, p, config)
