@@ -1,7 +1,6 @@
 """Fixtures of tests that run the CUDA kernels behind the operator in their emulator."""
 
 import contextlib
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +10,25 @@ from lorafuse.backends import base
 from lorafuse.plan import override
 
 
+class Linear:
+    """`lorafuse::lora_linear` and its backward on a backend; what is not needed is None."""
+
+    def __init__(self, backend):
+        self.backend = backend
+
+    def forward(self, x, w, bias, a, b, seed, scale, p):
+        return torch.ops.lorafuse.lora_linear(x, w, bias, a, b, seed, scale, p, self.backend)
+
+    def backward(self, dy, x, xa, w, a, b, seed, scale, p, *needs):
+        op = torch.ops.lorafuse.lora_linear_backward
+        found = op(dy, x, xa, w, a, b, seed, scale, p, list(needs), self.backend)
+        return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
+
+
 @pytest.fixture(scope="module")
-def backend():
+def operator():
     emulator()
-    return base.load("emu")
+    return Linear("emu")
 
 
 @pytest.fixture
@@ -34,17 +48,19 @@ def tiles():
 
 
 @pytest.fixture
-def launched(backend, monkeypatch):
+def launched(monkeypatch):
     """Names and arguments of the kernels' functions that ran."""
-    calls = []
+    calls, module = [], emulator()
 
     class Recorder:
         def __getattr__(self, name):
             def record(**arguments):
                 calls.append((name, arguments))
-                return getattr(emulator(), name)(**arguments)
+                return getattr(module, name)(**arguments)
 
             return record
 
-    monkeypatch.setattr(backend, "_RUN", replace(backend._RUN, native=Recorder(), flags={}))
+    backend = base.load("emu")
+    monkeypatch.setattr(backend, "native", Recorder())
+    monkeypatch.setattr(backend, "flags", {})
     return calls

@@ -25,11 +25,18 @@ from torch import Tensor
 from lorafuse.operands import ActivateBackward, Dropout, Epilogue, LowRank, Rows, Weight
 from lorafuse.plan import Plan, Problem
 
-__all__ = ["Backend", "Problems", "finish"]
+__all__ = ["Backend", "Problems", "device_guard", "finish"]
 
 # of an operator, made only where somebody plans
 Problems = Callable[[], Problem | tuple[Problem, ...]]
 _NO_GUARD = contextlib.nullcontext()
+
+
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes a CUDA device current; nothing for any other."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return _NO_GUARD
 
 
 class Backend:

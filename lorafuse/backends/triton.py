@@ -16,25 +16,18 @@ from torch import Tensor
 
 from lorafuse.activation import Activation
 from lorafuse.backends import probe
-from lorafuse.backends.protocol import Backend, Problems, finish
+from lorafuse.backends.protocol import Backend, Problems, device_guard, finish
 from lorafuse.backends.rows import contiguous_rows
 from lorafuse.kernels import linear_bwd, linear_fwd, ragged, ragged_rank, routing
 from lorafuse.kernels.routing import Tiles
 from lorafuse.operands import Activate, ActivateBackward, Dropout, Epilogue, LowRank, Rows, Weight
 from lorafuse.plan import DeviceSpec, Plan, find, select
 
-__all__ = ["Triton", "backend", "device_guard"]
+__all__ = ["Triton", "backend"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # the GPU whose plans the interpreter runs
 _INTERPRETED_AS = "H200"
-
-
-def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Makes the device current."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return contextlib.nullcontext()
 
 
 class Triton(Backend):
@@ -123,9 +116,7 @@ class Triton(Backend):
         config, out = plan.config("outer"), like.new_empty(like.shape)
         if rows is not None:
             given = out if is_transposed else out.mT
-            ragged_rank.outer(
-                _tiles(rows), wide, narrow, scale, given, config, source=rows.index, factor=row_scale
-            )
+            ragged_rank.outer(_tiles(rows), wide, narrow, scale, given, config, source=rows.index, factor=row_scale)
             return out
         seed, p = (None, 0.0) if dropout is None else (dropout.seed, dropout.p)
         parts = linear_bwd.lora_da_partials(wide, narrow, seed, p, config)
