@@ -26,7 +26,7 @@ __all__ = ["lora_experts", "lora_grouped_linear", "lora_linear", "plan_experts",
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Weight,
     a: Tensor,
     b: Tensor,
     *,
@@ -40,7 +40,8 @@ def lora_linear(
 
     Args:
         x: `[..., K]`, 1-D to 4-D, any strides, any number of tokens including none.
-        weight: `[N, K]`, frozen, of x's dtype; it gets no gradient.
+        weight: `[N, K]`, frozen, of x's dtype; it gets no gradient. Or a quantized one, as `lorafuse.formats.adopt`
+            gives it of a library's layer: it is decoded to x's dtype for each product.
         a: `[R, K]`, PEFT's `lora_A.weight`, R >= 1. fp32 adapters on a half-precision base are rounded inside.
         b: `[N, R]`, PEFT's `lora_B.weight`.
         scale: alpha / R (or alpha / sqrt(R) for rsLoRA).
@@ -61,6 +62,7 @@ def lora_linear(
         NotImplementedError: weight requires a gradient.
         BackendUnavailable: the backend asked for cannot run here.
     """
+    stored, weight = weight, weight.data if isinstance(weight, Weight) else weight
     given = {"x": x, "weight": weight, "a": a, "b": b, "bias": bias}
     for name, operand in given.items():
         if not isinstance(operand, Tensor) and (name != "bias" or operand is not None):
@@ -88,12 +90,12 @@ def lora_linear(
     check_scale("scale", scale)
     if backend is not None:
         base.require(backend)
-    return run_linear(x, weight, a, b, scale, bias, dropout_p, seed, backend, is_transformed(x))
+    return run_linear(x, stored, a, b, scale, bias, dropout_p, seed, backend, is_transformed(x))
 
 
 def run_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Weight,
     a: Tensor,
     b: Tensor,
     scale: float,
@@ -107,11 +109,22 @@ def run_linear(
 
     `transformed` is the result of `is_transformed(x)`.
     """
-    autocast = autocast_is_on(x)
-    if autocast and x.dtype is not torch.float64 and x.is_floating_point() and weight.is_floating_point():
+    format, statistics = "dense", None
+    if isinstance(weight, Weight):
+        _check_statistics("lora_linear", x, weight)
+        if weight.is_transposed:
+            raise ValueError("lora_linear got a transposed weight; it reads [N, K], as nn.Linear stores it")
+        format, statistics, weight = weight.format, list(weight.statistics) or None, weight.data
+    autocast, is_dense = autocast_is_on(x), format == "dense"
+    is_castable = x.is_floating_point() and (weight.is_floating_point() or not is_dense)
+    if autocast and x.dtype is not torch.float64 and is_castable:
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if x.dtype is not weight.dtype or not x.is_floating_point():
+        x, bias, weight = (
+            x.to(dtype),
+            None if bias is None else bias.to(dtype),
+            weight.to(dtype) if is_dense else weight,
+        )
+    if not x.is_floating_point() or (is_dense and x.dtype is not weight.dtype):
         raise TypeError(
             f"lora_linear got x {x.dtype} and weight {weight.dtype}; they must have one floating dtype: cast x, or run "
             "under torch.autocast"
@@ -124,7 +137,17 @@ def run_linear(
     # PEFT computes the low-rank path in the adapters' dtype; of those only fp16 is short of range
     wide = x.dtype is torch.float16 and not autocast and (a.dtype is not x.dtype or b.dtype is not x.dtype)
     run = _linear.plain_lora_linear if transformed else _linear.lora_linear
-    return run(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide)
+    return run(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics)
+
+
+def _check_statistics(operator: str, x: Tensor, weight: Weight) -> None:
+    """Raises ValueError for statistics of a quantized weight that are not where x is."""
+    for t in weight.statistics:
+        if t.device != x.device:
+            raise ValueError(
+                f"{operator} got x on {x.device} and the statistics of a {weight.format} weight on {t.device}; all "
+                "tensors must be on one device: move them with .to()"
+            )
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
@@ -144,7 +167,7 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
 
 def plan_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Weight,
     a: Tensor,
     *,
     bias: Tensor | None = None,
@@ -158,14 +181,14 @@ def plan_linear(
     """
     if gradients is None:
         gradients = (("dx",) if x.requires_grad else ()) + ("da", "db")
-    problem = linear_problem(matrix(x), Weight(weight), a, bias is not None, dropout_p > 0.0, gradients)
+    problem = linear_problem(matrix(x), _weight(weight, False), a, bias is not None, dropout_p > 0.0, gradients)
     return plan_for(problem, x.device)
 
 
 def lora_grouped_linear(
     x: Tensor,
     offsets: Tensor,
-    weight: Tensor,
+    weight: Tensor | Weight,
     a: Tensor | None = None,
     b: Tensor | None = None,
     *,
@@ -181,7 +204,7 @@ def lora_grouped_linear(
         offsets: `[E]`, int32 or int64: where each group's rows end, ascending; groups may be empty. Rows after the last
             end are zero in y and have no gradient. Their values are checked on CPUs only, where they need not be
             waited for.
-        weight: `[E, N, K]`, or `[E, K, N]` with `is_transposed`; frozen, of x's dtype.
+        weight: `[E, N, K]`, or `[E, K, N]` with `is_transposed`; frozen, of x's dtype. Or a quantized `Weight`.
         a, b: `[E, R, K]` and `[E, N, R]`, or `[R, K]` and `[N, R]` to be shared by all groups; both None for none.
         scale: alpha / R.
         bias: `[E, N]`, frozen, or None.
@@ -193,27 +216,29 @@ def lora_grouped_linear(
     NotImplementedError for a weight or bias that requires a gradient, for nested tensors, and under `torch.func.vmap`
     over offsets. Second derivatives and other transforms of torch run plain torch, which is slower.
     """
-    given = {"offsets": offsets, "weight": weight}
-    check_tensors("lora_grouped_linear", x, given, {"a": a, "b": b, "bias": bias})
+    w = _weight(weight, is_transposed)
+    check_tensors("lora_grouped_linear", x, {"offsets": offsets, "weight": w.data}, {"a": a, "b": b, "bias": bias})
+    _check_statistics("lora_grouped_linear", x, w)
     check_scale("scale", scale)
-    x = _in_weights_dtype(x, weight)
-    groups = weight.shape[0] if weight.dim() == 3 else 0
+    x = _in_weights_dtype(x, w)
+    groups = w.stored[0] if len(w.stored) == 3 else 0
     a, b = _stacked(a, groups), _stacked(b, groups)
-    check_projection("weight", x, x.shape[-1] if x.dim() else 0, weight, bias, a, b, is_transposed)
+    check_projection("weight", x, x.shape[-1] if x.dim() else 0, w, bias, a, b)
     if offsets.shape != (groups,) or offsets.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"offsets is {offsets.dtype} {list(offsets.shape)}; it must hold the end of each of {groups} groups, as "
             "int32 or int64"
         )
-    return _grouped.lora_grouped_linear(x, offsets, weight, bias, a, b, scale, is_transposed, _backend(backend))
+    operands = x, offsets, w.data, bias, a, b, scale, w.is_transposed, _backend(backend)
+    return _grouped.lora_grouped_linear(*operands, w.format, list(w.statistics) or None)
 
 
 def lora_experts(
     x: Tensor,
     topk_index: Tensor,
     topk_weight: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Tensor | Weight,
+    down: Tensor | Weight,
     *,
     gate_up_a: Tensor | None = None,
     gate_up_b: Tensor | None = None,
@@ -241,7 +266,7 @@ def lora_experts(
             device-side assertion says "topk_index holds a negative expert".
         topk_weight: `[T, k]`, any floating dtype; its gradient is computed, 0 at a sentinel.
         gate_up: `[E, 2I, H]`, or `[E, I, H]` without a gate, or with the last two exchanged when `is_transposed`;
-            frozen, of x's dtype, any strides.
+            frozen, of x's dtype, any strides. Or a quantized `Weight`, then down is of the same format.
         down: `[E, H, I]`, or `[E, I, H]` when `is_transposed`; likewise.
         gate_up_a, gate_up_b: `[E, R, H]` and `[E, 2I, R]`; down_a, down_b: `[E, R', I]` and `[E, H, R']`. A 2-D one is
             shared by all experts; both of a pair None is no adapter. PEFT's packed `lora_A.weight [E·R, in]` is
@@ -262,28 +287,34 @@ def lora_experts(
     NotImplementedError for weights or biases that require a gradient, for nested tensors, and under `torch.func.vmap`
     over topk_index. Second derivatives and other transforms of torch run plain torch, which is slower.
     """
+    up, down_w = _weight(gate_up, is_transposed), _weight(down, is_transposed)
     check_tensors(
         "lora_experts",
         x,
-        {"topk_index": topk_index, "topk_weight": topk_weight, "gate_up": gate_up, "down": down},
+        {"topk_index": topk_index, "topk_weight": topk_weight, "gate_up": up.data, "down": down_w.data},
         {"gate_up_a": gate_up_a, "gate_up_b": gate_up_b, "down_a": down_a, "down_b": down_b,
          "gate_up_bias": gate_up_bias, "down_bias": down_bias},
     )  # fmt: skip
+    for w in (up, down_w):
+        _check_statistics("lora_experts", x, w)
+    if (up.format, up.is_transposed) != (down_w.format, down_w.is_transposed):
+        raise ValueError(
+            f"gate_up is {up.format}{' transposed' * up.is_transposed}, down {down_w.format}"
+            f"{' transposed' * down_w.is_transposed}; both stacks must be stored alike"
+        )
     check_scale("gate_up_scale", gate_up_scale)
     check_scale("down_scale", down_scale)
-    given, x = x.dtype, _in_weights_dtype(x, gate_up)
-    experts = gate_up.shape[0] if gate_up.dim() == 3 else 0
+    given, x = x.dtype, _in_weights_dtype(x, up)
+    experts = up.stored[0] if len(up.stored) == 3 else 0
     gate_up_a, gate_up_b, down_a, down_b = (_stacked(t, experts) for t in (gate_up_a, gate_up_b, down_a, down_b))
-    in_features = x.shape[-1] if x.dim() else 0
-    check_projection("gate_up", x, in_features, gate_up, gate_up_bias, gate_up_a, gate_up_b, is_transposed)
-    first = gate_up.shape[2 if is_transposed else 1]
+    check_projection("gate_up", x, x.shape[-1] if x.dim() else 0, up, gate_up_bias, gate_up_a, gate_up_b)
+    first = up.sizes[0]
     if has_gate and first % 2:
-        raise ValueError(f"gate_up {list(gate_up.shape)} has {first} out features; gate and up must be as many")
+        raise ValueError(f"gate_up {list(up.stored)} has {first} out features; gate and up must be as many")
     inner = first // (2 if has_gate else 1)
-    check_projection("down", x, inner, down, down_bias, down_a, down_b, is_transposed)
-    out_features = down.shape[2 if is_transposed else 1]
-    if down.shape[0] != experts or out_features != x.shape[1]:
-        raise ValueError(f"down {list(down.shape)} does not lead from {experts} experts back to x {list(x.shape)}")
+    check_projection("down", x, inner, down_w, down_bias, down_a, down_b)
+    if down_w.stored[0] != experts or down_w.sizes[0] != x.shape[1]:
+        raise ValueError(f"down {list(down_w.stored)} does not lead from {experts} experts back to x {list(x.shape)}")
     shape = topk_index.shape
     if shape != topk_weight.shape or len(shape) != 2 or shape[0] != x.shape[0] or shape[1] < 1:
         raise ValueError(
@@ -295,34 +326,29 @@ def lora_experts(
             f"topk_index is {topk_index.dtype}, topk_weight {topk_weight.dtype}; they must be int64 and floating"
         )
     operands = (
-        x,
-        topk_index,
-        topk_weight,
-        gate_up,
-        down,
-        gate_up_bias,
-        down_bias,
-        gate_up_a,
-        gate_up_b,
-        down_a,
-        down_b,
-    )
-    settings = gate_up_scale, down_scale, is_transposed
+        x, topk_index, topk_weight, up.data, down_w.data, gate_up_bias, down_bias, gate_up_a, gate_up_b, down_a, down_b,
+        gate_up_scale, down_scale, up.is_transposed,
+    )  # fmt: skip
+    stored = up.format, list(up.statistics) or None, list(down_w.statistics) or None
     backend = _backend(backend)
     if not callable(activation):
         named(activation, has_gate, not is_concatenated)
-        out = _experts.lora_experts(*operands, *settings, activation, has_gate, not is_concatenated, backend)
+        out = _experts.lora_experts(*operands, activation, has_gate, not is_concatenated, backend, *stored)
     else:
         checked = _checked(activation, inner)
-        out = _experts.lora_experts_recomputed(*operands, *settings, activation=checked, backend=backend)
+        out = _experts.lora_experts_recomputed(*operands, activation=checked, backend=backend, stored=stored)
     return out.to(given)
+
+
+def _weight(w: Tensor | Weight, is_transposed: bool) -> Weight:
+    return w if isinstance(w, Weight) else Weight(w, is_transposed)
 
 
 def plan_experts(
     x: Tensor,
     topk_index: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Tensor | Weight,
+    down: Tensor | Weight,
     *,
     gate_up_a: Tensor | None = None,
     down_a: Tensor | None = None,
@@ -334,13 +360,10 @@ def plan_experts(
     Forward and backward are planned apart; `backward` asks for the gradients of a training step. Where rows go is not
     read: the model spreads them evenly over the experts.
     """
-    experts = gate_up.shape[0]
-    factors = _stacked(gate_up_a, experts), _stacked(down_a, experts)
-    x = _in_weights_dtype(x, gate_up)
-    shapes = gate_up.shape, down.shape
-    gated = shapes[0][2] != shapes[1][1] if is_transposed else shapes[0][1] != shapes[1][2]
-    weights = Weight(gate_up, is_transposed), Weight(down, is_transposed)
-    problems = experts_problems(x, topk_index.shape[1], *weights, *factors, gated, backward)
+    up, down_w = _weight(gate_up, is_transposed), _weight(down, is_transposed)
+    factors = _stacked(gate_up_a, up.stored[0]), _stacked(down_a, up.stored[0])
+    x, gated = _in_weights_dtype(x, up), up.sizes[0] != down_w.sizes[1]
+    problems = experts_problems(x, topk_index.shape[1], up, down_w, *factors, gated, backward)
     return plan_for(problems, x.device)
 
 
@@ -356,9 +379,11 @@ def _checked(activation: Callable[[Tensor], Tensor], inner: int) -> Callable[[Te
     return run
 
 
-def _in_weights_dtype(x: Tensor, w: Tensor) -> Tensor:
-    """x as it is; under autocast in the weights' dtype, as transformers runs experts."""
-    return x.to(w.dtype) if x.is_floating_point() and autocast_is_on(x) else x
+def _in_weights_dtype(x: Tensor, w: Weight) -> Tensor:
+    """x as it is; under autocast in the weights' dtype, as transformers runs experts, or autocast's if quantized."""
+    if not x.is_floating_point() or not autocast_is_on(x):
+        return x
+    return x.to(w.data.dtype if w.format == "dense" else torch.get_autocast_dtype(x.device.type))
 
 
 def _stacked(t: Tensor | None, groups: int) -> Tensor | None:

@@ -5,7 +5,45 @@ from types import ModuleType
 
 import pytest
 
-from lorafuse.backends import base, eager
+from lorafuse.backends import aten, base
+from lorafuse.ops import linear
+from lorafuse.plan import Plan
+
+GROUPED_MM = Plan("eager", "grouped_mm")
+
+
+class Spy(aten.Aten):
+    """A backend that computes as eager does, and records which of its functions for linear layers ran."""
+
+    name = "triton"
+
+    def __init__(self):
+        self.calls = []
+
+    def linear_forward(self, x, w, bias, a, b, plan, scale, dropout):
+        self.calls.append("linear_forward")
+        return linear.forward(aten.BACKEND, plan, x, w, bias, a, b, scale, dropout, False)
+
+    def linear_backward(self, dy, x, xa, w, a, b, plan, scale, dropout, needs):
+        self.calls.append("linear_backward")
+        return linear.backward(aten.BACKEND, plan, dy, x, xa, w, a, b, scale, dropout, needs, False)
+
+
+class ByGroupedMM(aten.Aten):
+    """Eager as on GPUs with a fast kernel of grouped_mm, which refuses sizes of 0: there eager runs the loop."""
+
+    def project(self, x, a, rows, plan, **more):
+        return super().project(x, a, rows, _planned(rows, plan, x, a), **more)
+
+    def matmul(self, x, w, rows, plan, **more):
+        return super().matmul(x, w, rows, _planned(rows, plan, x, w.data), **more)
+
+    def outer(self, narrow, wide, rows, plan, **more):
+        return super().outer(narrow, wide, rows, _planned(rows, plan, narrow, wide, more["like"]), **more)
+
+
+def _planned(rows, plan, *tensors):
+    return GROUPED_MM if rows is not None and all(t.numel() for t in tensors) else plan
 
 
 @pytest.fixture
@@ -17,15 +55,17 @@ def no_choice_yet(monkeypatch):
 @pytest.fixture
 def spy(monkeypatch):
     """A backend "triton" that exists, computes as eager does, and records which of its functions ran."""
+    found = Spy()
     module = ModuleType("lorafuse.backends.triton")
-    module.calls = []
-    for name in ("linear_forward", "linear_backward"):
-
-        def run(*args, name=name):
-            module.calls.append(name)
-            return getattr(eager, name)(*args)
-
-        setattr(module, name, run)
+    module.backend = lambda: found
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(base._AVAILABILITY, "triton", base.Availability(True))
-    return module
+    return found
+
+
+@pytest.fixture
+def by_grouped_mm(monkeypatch):
+    """Eager multiplies ragged rows by grouped_mm."""
+    found = ByGroupedMM()
+    monkeypatch.setattr("lorafuse.ops.choose.ATEN", found)
+    return found

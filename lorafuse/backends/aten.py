@@ -59,7 +59,7 @@ class Aten(Backend):
         else:
             right = a if is_transposed else a.t()
             xa = x.new_empty((x.shape[0], right.shape[1]), dtype=dtype)
-            for chunk in row_chunks(*x.shape, x.device):
+            for chunk in row_chunks(x.shape[0], x.shape[1], x.device):
                 torch.mm(_masked(x[chunk].to(dtype), dropout, chunk), right, out=xa[chunk])
         return xa if scale == 1.0 else xa.mul_(scale)
 
@@ -170,7 +170,7 @@ def _chunked_outer(narrow: Tensor, wide: Tensor, dropout: Dropout | None, like: 
     """`narrowᵀ drop(wide)`, `[R, C]` in fp32 at least."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     found = torch.zeros((narrow.shape[1], wide.shape[1]), dtype=dtype, device=like.device)
-    for chunk in row_chunks(*wide.shape, wide.device):
+    for chunk in row_chunks(wide.shape[0], wide.shape[1], wide.device):
         found += torch.mm(narrow[chunk].t(), _masked(wide[chunk].to(narrow.dtype), dropout, chunk))
     return found
 

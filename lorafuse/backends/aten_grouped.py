@@ -62,10 +62,9 @@ class GroupedMM:
         """`outer`, the factor of each row in `narrow` already."""
         R, wide = narrow.shape[1], _aligned(wide)
         narrow = _aligned(F.pad(narrow, (0, _padded(R, narrow.dtype) - R)))
-        if is_transposed:
-            found = _product(wide.t(), narrow, rows)[..., :R]
-        else:
-            found = _product(narrow.t(), wide, rows)[:, :R]
+        of_rows = (wide.t(), narrow) if is_transposed else (narrow.t(), wide)
+        found = _product(*of_rows, rows)
+        found = found[..., :R] if is_transposed else found[:, :R]
         out = torch.empty_like(like).copy_(found)
         if scale != 1.0:
             out *= scale

@@ -69,8 +69,8 @@ def experts_problems(
     x: Tensor, k: int, up: Weight, down: Weight, up_a: Tensor | None, down_a: Tensor | None, gated: bool | None,
     backward: bool,
 ) -> tuple[Problem, Problem]:  # fmt: skip
-    """`(gate_up, down)` of a block in either direction: x `[T, H]`, k experts a token, up `[E, U, H]`, down `[E, H, I]`,
-    a `[E, R, …]` or None.
+    """`(gate_up, down)` of a block in either direction: x `[T, H]`, k experts a token, up `[E, U, H]` and down
+    `[E, H, I]`, a `[E, R, …]` or None.
 
     `gated` says whether the activation multiplies gate and up; None is an activation that no epilogue computes.
     """

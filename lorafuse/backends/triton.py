@@ -20,7 +20,7 @@ from lorafuse.backends.protocol import Backend, Problems, device_guard, finish
 from lorafuse.backends.rows import contiguous_rows
 from lorafuse.kernels import linear_bwd, linear_fwd, ragged, ragged_rank, routing
 from lorafuse.kernels.routing import Tiles
-from lorafuse.operands import Activate, ActivateBackward, Dropout, Epilogue, LowRank, Rows, Weight
+from lorafuse.operands import Activate, Dropout, Epilogue, LowRank, Rows, Weight
 from lorafuse.plan import DeviceSpec, Plan, find, select
 
 __all__ = ["Triton", "backend"]

@@ -9,10 +9,10 @@ A format is a module with
 import importlib
 from types import ModuleType
 
-__all__ = ["FORMATS", "load"]
+__all__ = ["FORMATS", "adopt", "load"]
 
 # name: module; dense weights are no row
-FORMATS: dict[str, str] = {}
+FORMATS: dict[str, str] = {"int8": "lorafuse.formats.int8"}
 
 
 def load(name: str) -> ModuleType:
@@ -20,3 +20,10 @@ def load(name: str) -> ModuleType:
     if name not in FORMATS:
         raise ValueError(f"weight format {name!r} is not one of {', '.join(('dense', *FORMATS))}")
     return importlib.import_module(FORMATS[name])
+
+
+def adopt(storage: object) -> object | None:
+    """The `lorafuse.operands.Weight` of a library's quantized tensor or layer, by reference; None where no format
+    knows it.
+    """
+    return next((w for name in FORMATS if (w := load(name).adopt(storage)) is not None), None)

@@ -252,10 +252,10 @@ def lora_experts(*args) -> Tensor:
     x = args[0]
     if is_transformed(x):
         with outside_autocast(x):
-            _, index, weight, up, down, *others = args[:11]
-            up, down = (w.decoded(x.dtype).data for w in _weights(up, down, args[13], *(args[18:] or ("dense", (), ()))))
-            act = _activation(*args[14:17])
-            return plain.experts(x, index, weight, up, down, *others, *args[11:14], act)
+            stored, act = args[18:] or ("dense", (), ()), _activation(*args[14:17])
+            weights = _weights(args[3], args[4], args[13], *stored)
+            up, down = (w.decoded(x.dtype).data for w in weights)
+            return plain.experts(*args[:3], up, down, *args[5:14], act)  # type: ignore[call-arg]
     return torch.ops.lorafuse.lora_experts(*args)[0]
 
 

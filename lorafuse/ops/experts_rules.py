@@ -4,6 +4,8 @@ import math
 
 from torch import Tensor
 
+from lorafuse.operands import Weight
+
 __all__ = ["check_projection", "check_scale", "check_tensors"]
 
 
@@ -35,21 +37,14 @@ def check_scale(name: str, scale: object) -> None:
 
 
 def check_projection(
-    name: str,
-    x: Tensor,
-    in_features: int,
-    w: Tensor,
-    bias: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    transposed: bool,
+    name: str, x: Tensor, in_features: int, weight: Weight, bias: Tensor | None, a: Tensor | None, b: Tensor | None
 ) -> None:
     """Raises what the public functions say for a stack of layers whose operands do not fit."""
+    w, stored = weight.data, weight.stored
     if w.requires_grad or (bias is not None and bias.requires_grad):
         raise NotImplementedError(f"{name} or its bias requires a gradient, which is never computed: freeze it")
-    if w.dim() == 3 and x.dim() == 2:
-        groups = w.shape[0]
-        n, k = (w.shape[2], w.shape[1]) if transposed else (w.shape[1], w.shape[2])
+    if len(stored) == 3 and x.dim() == 2:
+        groups, (n, k) = stored[0], weight.sizes
         low = a is None and b is None
         if a is not None and b is not None and a.dim() == b.dim() == 3:
             low = a.shape == (groups, b.shape[2], k) and b.shape[:2] == (groups, n) and b.shape[2] >= 1
@@ -57,15 +52,16 @@ def check_projection(
     else:
         fits = False
     if not fits:
-        shapes = {name: w, "a": a, "b": b, "bias": bias}
-        shown = ", ".join(f"{key} {None if t is None else list(t.shape)}" for key, t in shapes.items())
-        rule = (
-            f"{name} {'[E, K, N]' if transposed else '[E, N, K]'}, a [E, R, K], b [E, N, R], bias [E, N], x [rows, H]"
-        )
+        given = {"a": a, "b": b, "bias": bias}
+        shapes = {name: stored, **{key: None if t is None else t.shape for key, t in given.items()}}
+        shown = ", ".join(f"{key} {None if shape is None else list(shape)}" for key, shape in shapes.items())
+        of_weight = "[E, K, N]" if weight.is_transposed else "[E, N, K]"
+        rule = f"{name} {of_weight}, a [E, R, K], b [E, N, R], bias [E, N], x [rows, H]"
         raise ValueError(f"got {shown} for K = {in_features} and x {list(x.shape)}; the rule is {rule}")
     factors = {t.dtype for t in (a, b) if t is not None and not t.is_floating_point()}
     if factors:
         raise TypeError(f"{name}'s a or b is {factors.pop()}; adapters must be floating")
-    dtypes = {t.dtype for t in (x, w, bias) if t is not None}
+    # a quantized weight is decoded to x's dtype
+    dtypes = {t.dtype for t in (x, w if weight.format == "dense" else x, bias) if t is not None}
     if len(dtypes) > 1 or not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}, {name} {w.dtype}: they and the bias must have one floating dtype")

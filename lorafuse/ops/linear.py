@@ -59,7 +59,11 @@ def check_shapes(x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: T
     shown = ", ".join(
         f"{name} {None if shape is None else list(shape)}"
         for name, shape in (
-            ("x", x.shape), ("weight", w_shape), ("a", a_shape), ("b", b_shape), ("bias", None if bias is None else bias.shape)
+            ("x", x.shape),
+            ("weight", w_shape),
+            ("a", a_shape),
+            ("b", b_shape),
+            ("bias", None if bias is None else bias.shape),
         )
     )
     raise ValueError(

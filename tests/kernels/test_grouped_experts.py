@@ -6,12 +6,15 @@ from experts_reference import block, check, differentiated, fused
 from test_triton_mutations import mutated
 from torch.nn import functional as F
 
-from lorafuse.activation import named
-from lorafuse.backends import eager_experts, grouped_experts, loop_experts, probe
+from lorafuse.backends import aten, aten_grouped, aten_loop, probe, protocol
 from lorafuse.functional import lora_grouped_linear
+from lorafuse.operands import Weight
+from lorafuse.ops import experts
+from lorafuse.plan import no_grouped_mm
 from lorafuse.testing.memory import peak_bytes
 from lorafuse.testing.numerics import relative_l2, tolerance
 
+pytest_plugins = "backend_fixtures"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
@@ -20,9 +23,9 @@ def half(*shape):
     return torch.zeros(shape, dtype=torch.bfloat16)
 
 
-@pytest.fixture(autouse=True)
-def _grouped(monkeypatch):
-    """Eager takes grouped_mm wherever there are rows, and what grouped_mm leaves unwritten is NaN."""
+@pytest.fixture
+def poisoned(monkeypatch):
+    """What grouped_mm leaves unwritten is NaN."""
     product = F.grouped_mm
 
     def poisoned(left, right, *, offs):
@@ -34,7 +37,12 @@ def _grouped(monkeypatch):
         return out
 
     monkeypatch.setattr(F, "grouped_mm", poisoned)
-    monkeypatch.setattr(eager_experts, "runs_grouped_mm", lambda *operands: True)
+
+
+@pytest.fixture(autouse=True)
+def grouped(poisoned, by_grouped_mm):
+    """Eager multiplies by grouped_mm wherever there are rows."""
+    return by_grouped_mm
 
 
 @by_dtype

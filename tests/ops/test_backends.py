@@ -8,10 +8,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from operators import Linear
 
 import lorafuse
-from lorafuse.backends import base, eager
+from lorafuse.backends import aten, base, probe
+from lorafuse.backends.protocol import Backend
 from lorafuse.errors import BackendUnavailable
 from lorafuse.functional import lora_linear, plan_linear
 from lorafuse.plan import Plan, Problem, find, override
@@ -70,7 +71,7 @@ def test_eager_runs_everywhere_and_comes_last(spy):
         assert base.candidates(device)[-1] == "eager"
     assert "triton" in base.candidates("cuda")
     assert base.candidates("cpu") == ("eager",)
-    assert base.load("eager") is eager
+    assert base.load("eager") is aten.BACKEND
 
 
 def _process(value, statement):
@@ -106,7 +107,7 @@ class TestPlan:
 
     def test_what_the_planner_is_told(self, monkeypatch):
         seen = []
-        monkeypatch.setattr("lorafuse.ops.linear.select", lambda *told: seen.append(told))
+        monkeypatch.setattr("lorafuse.ops.choose.select", lambda *told: seen.append(told))
         x, w, a, _ = operands()
         plan_linear(x.bfloat16().expand(2, 5, 3, 8), w.bfloat16(), a, bias=torch.zeros(6), dropout_p=0.1)
         ((problem, device, available),) = seen
@@ -130,14 +131,14 @@ class TestPlan:
     )
     def test_alignment_is_that_of_every_row(self, monkeypatch, x, aligned):
         seen = []
-        monkeypatch.setattr("lorafuse.ops.linear.select", lambda *told: seen.append(told))
+        monkeypatch.setattr("lorafuse.ops.choose.select", lambda *told: seen.append(told))
         k = x.shape[-1]
         plan_linear(x, torch.empty(8, k if k != 17 else 17), torch.empty(2, k))
         assert seen[0][0].aligned is aligned
 
     def test_auto_is_resolved_for_each_direction(self, monkeypatch, spy):
         """On a device with several backends, forward and backward each follow their own plan."""
-        from lorafuse.ops import linear as op
+        from lorafuse.ops import choose
 
         told = []
 
@@ -145,12 +146,20 @@ class TestPlan:
             told.append(problem.gradients)
             return Plan("triton" if problem.gradients else "eager", "")
 
-        monkeypatch.setattr(op, "plan_problem", plan)
-        monkeypatch.setattr(op, "_ONLY", {})
+        monkeypatch.setattr(choose, "plan_for", plan)
+        monkeypatch.setattr(choose, "_ONLY", {})
         x, w, a, b = operands()
         lora_linear(x, w, a, b).sum().backward()
         assert told == [(), ("da", "db")]
         assert spy.calls == ["linear_backward"]
+
+
+@pytest.mark.parametrize("name", ["eager", "triton"])
+def test_a_backend_implements_every_primitive(name):
+    backend = base.load(name)
+    assert backend.name == name
+    for primitive in ("plan", "project", "matmul", "outer", "combine"):
+        assert getattr(type(backend), primitive) is not getattr(Backend, primitive), primitive
 
 
 @pytest.mark.parametrize(("kernel", "accumulated"), [("aten_addmm", [4, 4]), ("aten_beta1", [8, 6])])
@@ -158,20 +167,24 @@ def test_eager_runs_the_planned_order_on_gpus(kernel, accumulated, monkeypatch):
     """What is accumulated onto the other product, by the features it sums over: ranks, or those of x and dy."""
     x, w, a, b, dy = (torch.randn(shape) for shape in ((3, 8), (6, 8), (4, 8), (6, 4), (3, 6)))
     summed = []
+    accumulate, plan = torch.Tensor.addmm_, aten.Aten.plan
 
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-            if operator is torch.ops.aten.addmm_.default:
-                summed.append(args[1].shape[1])
-            return operator(*args, **(kwargs or {}))
+    def recorded(self, left, right, **more):
+        summed.append(left.shape[1])
+        return accumulate(self, left, right, **more)
 
     # CPU tensors that pass for a GPU's
     monkeypatch.setitem(base._AVAILABILITY, "triton", base.Availability(True))
-    monkeypatch.setattr(eager, "device_spec", lambda device: find("H200"))
+    monkeypatch.setattr(probe, "device_spec", lambda device: find("H200"))
+    monkeypatch.setattr(aten.Aten, "plan", lambda self, problems, device: plan(self, problems, torch.device("cuda")))
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    with override(force_kernel=kernel), Recorder():
-        y, xa = eager.linear_forward(x, w, None, a, b, None, 1.7, 0.0)
-        dx, *_ = eager.linear_backward(dy, x, xa, w, a, b, None, 1.7, 0.0, True, True, True, False)
+    monkeypatch.setattr(torch.Tensor, "addmm_", recorded)
+    eager = Linear("eager")
+    with override(force_kernel=kernel):
+        y, xa = eager.forward(x, w, None, a, b, None, 1.7, 0.0)
+        dx, *_ = eager.backward(dy, x, xa, w, a, b, None, 1.7, 0.0, need_dbias=False)
+    monkeypatch.undo()
     assert summed == accumulated
     torch.testing.assert_close(y, x @ w.t() + 1.7 * x @ a.t() @ b.t())
     torch.testing.assert_close(dx, dy @ w + 1.7 * dy @ b @ a)

@@ -12,11 +12,11 @@ from experts_reference import block, differentiated, fused, plain
 from torch.utils.checkpoint import checkpoint
 
 from lorafuse.activation import ACTIVATIONS, GATES
-from lorafuse.backends import eager_experts
 from lorafuse.functional import lora_grouped_linear
 from lorafuse.nn import LoRAExperts
 from lorafuse.testing.numerics import relative_l2, tolerance
 
+pytest_plugins = "backend_fixtures"
 SMALL = {"T": 5, "E": 3, "k": 2, "H": 8, "I": 4, "R": 2}
 
 
@@ -34,11 +34,11 @@ def in_place(u):
 
 
 @pytest.fixture(params=["eager", "grouped_mm", "triton"])
-def backend(request, monkeypatch):
+def backend(request):
     """The name to call with, and a dtype that it runs."""
     if request.param != "grouped_mm":
         return request.param
-    monkeypatch.setattr(eager_experts, "runs_grouped_mm", lambda *operands: True)
+    request.getfixturevalue("by_grouped_mm")
     return "eager"
 
 
@@ -300,8 +300,8 @@ def test_autocast_of_forward_and_backward(state, activation, create_graph, backe
 
 def test_compiled_without_the_plain_formula(monkeypatch):
     """A graph of autograd holds the operator in both directions, and no grad mode leads it elsewhere."""
-    monkeypatch.setattr("lorafuse.ops.experts_plain.experts", None)
-    monkeypatch.setattr("lorafuse.ops.experts_plain.grouped", None)
+    monkeypatch.setattr("lorafuse.ops.plain.experts", None)
+    monkeypatch.setattr("lorafuse.ops.plain.grouped", None)
     o, settings = block(**SMALL, dtype=torch.float32)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     expected = differentiated(fused, o, settings)

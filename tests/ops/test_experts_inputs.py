@@ -5,10 +5,10 @@ import pytest
 import torch
 from experts_reference import block, differentiated, fused, plain
 
-from lorafuse.backends import eager_experts
 from lorafuse.functional import lora_experts, lora_grouped_linear
 from lorafuse.nn import LoRAExperts
 
+pytest_plugins = "backend_fixtures"
 SMALL = {"T": 5, "E": 3, "k": 2, "H": 8, "I": 4, "R": 2, "bias": True}
 GROUPED = {
     "x": torch.zeros(5, 8), "offsets": torch.tensor([2, 2, 4]), "weight": torch.zeros(3, 4, 8),
@@ -18,10 +18,10 @@ NAMES = tuple(block(**SMALL)[0])
 
 
 @pytest.fixture(params=["eager", "grouped_mm", "triton"])
-def backend(request, monkeypatch):
+def backend(request):
     if request.param != "grouped_mm":
         return request.param
-    monkeypatch.setattr(eager_experts, "runs_grouped_mm", lambda *operands: True)
+    request.getfixturevalue("by_grouped_mm")
     return "eager"
 
 

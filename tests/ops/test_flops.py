@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorafuse.backends import eager, loop_experts
 from lorafuse.functional import lora_experts, lora_grouped_linear, lora_linear
+from lorafuse.ops import experts, linear
 
 M, N, K, R = 6, 10, 14, 3
 
@@ -140,9 +140,9 @@ def test_selective_checkpoints_save_outputs(activation, monkeypatch):
     a, b, w = normal(R, 20).requires_grad_(), normal(20, R).requires_grad_(), normal(20, 20)
     leaves = [o["x"].requires_grad_(), o["gate_up_a"].requires_grad_(), a, b]
     calls = []
-    for module, name in ((eager, "linear_forward"), (loop_experts, "experts_forward")):
-        run = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, run=run, name=name: calls.append(name) or run(*args))
+    for module in (linear, experts):
+        run = module.forward
+        monkeypatch.setattr(module, "forward", lambda *args, run=run, name=module.__name__: calls.append(name) or run(*args))
 
     def layer(x):
         return fused(o | {"x": torch.tanh(lora_linear(x, w, a, b))}, settings).sin()
@@ -156,7 +156,7 @@ def test_selective_checkpoints_save_outputs(activation, monkeypatch):
     contexts = partial(create_selective_checkpoint_contexts, policy)
     y = checkpoint(layer, leaves[0], use_reentrant=False, context_fn=contexts)
     found = torch.autograd.grad(y.sum(), leaves)
-    assert sorted(calls) == ["experts_forward", "linear_forward"]
+    assert sorted(calls) == ["lorafuse.ops.experts", "lorafuse.ops.linear"]
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 

@@ -1,0 +1,67 @@
+"""int8 weights with one scale per output row: torchao's weight-only tensors and bitsandbytes' `Linear8bitLt`.
+
+data is int8 `[N, K]` or `[G, N, K]`. The scale is fp32, as its library holds it, and is applied in that library's order
+of rounding (torchao 0.18, bitsandbytes 0.50, bit for bit):
+
+    torchao        scale `[…, N, 1]`, what one step is worth      `(data · scale)` in fp32, then rounded
+    bitsandbytes   absmax `[…, N]`, what 127 is worth             `((data · absmax) · fp32(1 / 127))`, then rounded
+"""
+
+import torch
+from torch import Tensor
+
+from lorafuse.operands import Weight
+
+__all__ = ["adopt", "decode", "shape"]
+
+# of 1 / 127 in fp32, as bitsandbytes writes it
+_STEP = 7.874015718698502e-3
+
+
+def shape(data: Tensor, statistics: tuple[Tensor, ...]) -> tuple[int, ...]:
+    """`(N, K)` or `(G, N, K)`."""
+    return tuple(data.shape)
+
+
+def decode(data: Tensor, statistics: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    """The dense weight in `dtype`. Raises ValueError for a scale that is not one per output row."""
+    (scale,) = statistics
+    is_absmax = scale.dim() < data.dim()
+    per_row = scale.unsqueeze(-1) if is_absmax else scale
+    if per_row.shape != (*data.shape[:-1], 1):
+        raise ValueError(
+            f"the scale of an int8 weight {list(data.shape)} is {list(scale.shape)}; it must be "
+            f"{[*data.shape[:-1], 1]} (torchao) or {list(data.shape[:-1])} (bitsandbytes)"
+        )
+    wide = data.float().mul_(per_row)
+    return (wide.mul_(_STEP) if is_absmax else wide).to(dtype)
+
+
+def adopt(storage: object) -> Weight | None:
+    """The weight of a torchao int8 tensor, of bitsandbytes' `Int8Params`, or of a linear layer that holds one, by
+    reference; None for anything else, and for what has activations quantized too, zero points or other blocks.
+    """
+    weight = getattr(storage, "weight", storage) if isinstance(storage, torch.nn.Module) else storage
+    library, name = type(weight).__module__.partition(".")[0], type(weight).__name__
+    if library == "torchao" and name == "Int8Tensor":
+        return _torchao(weight)
+    if library == "bitsandbytes" and name == "Int8Params":
+        # the first forward moves both from the parameter to the layer's state
+        state = getattr(storage, "state", None)
+        data, absmax = (
+            next((t for t in (getattr(weight, key, None), getattr(state, key, None)) if t is not None), None)
+            for key in ("CB", "SCB")
+        )
+        if data is not None and absmax is not None:
+            return Weight(data, statistics=(absmax,), format="int8")
+    return None
+
+
+def _torchao(weight: object) -> Weight | None:
+    data, scale, zero = (getattr(weight, key, None) for key in ("qdata", "scale", "zero_point"))
+    if not (isinstance(data, Tensor) and isinstance(scale, Tensor)):
+        return None
+    plain = all(getattr(weight, key, None) is None for key in ("act_quant_kwargs", "act_pre_scale"))
+    if not plain or scale.shape != (*data.shape[:-1], 1) or (zero is not None and bool((zero != 0).any())):
+        return None
+    return Weight(data, statistics=(scale,), format="int8")
