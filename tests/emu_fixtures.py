@@ -5,24 +5,10 @@ import contextlib
 import pytest
 import torch
 from native_build import emulator
+from operators import Linear
 
 from lorafuse.backends import base
 from lorafuse.plan import override
-
-
-class Linear:
-    """`lorafuse::lora_linear` and its backward on a backend; what is not needed is None."""
-
-    def __init__(self, backend):
-        self.backend = backend
-
-    def forward(self, x, w, bias, a, b, seed, scale, p):
-        return torch.ops.lorafuse.lora_linear(x, w, bias, a, b, seed, scale, p, self.backend)
-
-    def backward(self, dy, x, xa, w, a, b, seed, scale, p, *needs):
-        op = torch.ops.lorafuse.lora_linear_backward
-        found = op(dy, x, xa, w, a, b, seed, scale, p, list(needs), self.backend)
-        return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
 
 
 @pytest.fixture(scope="module")

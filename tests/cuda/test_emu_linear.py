@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from emu_fixtures import Linear
+from operators import Linear
 
 from lorafuse.backends import base
 from lorafuse.functional import lora_linear
@@ -296,9 +296,7 @@ def test_x_of_backward_may_lie_where_tma_cannot_read(operator):
     o = make_operands(LinearCase(leading=(30,), N=72, K=64, R=8, dtype=torch.float16))
     x = torch.cat([o.x.new_zeros(30, 3), o.x], dim=1)[:, 3:]
     settings = o.w, o.a, o.b, None, 1.7, 0.0, False, True, False, False
-    assert torch.equal(
-        operator.backward(o.dy, x, None, *settings)[1], operator.backward(o.dy, o.x, None, *settings)[1]
-    )
+    assert torch.equal(operator.backward(o.dy, x, None, *settings)[1], operator.backward(o.dy, o.x, None, *settings)[1])
 
 
 @pytest.mark.parametrize("case", GATE[:5], ids=range(5))

@@ -9,9 +9,9 @@ import planted
 import pytest
 import test_emu_skinny
 import torch
-from emu_fixtures import Linear
 from native_build import EMULATOR as emu
 from native_build import ROOT, emulator
+from operators import Linear
 from test_emu_experts import grouped, results
 
 from lorafuse.backends import base
@@ -51,9 +51,7 @@ def run(kind, tiling):
     if kind == "concurrent_backward":
         _, xa = operator.forward(o.x, o.w, None, o.a, o.b, None, 1.7, 0.0)
         with override(force_kernel=f"cuda {kind}", cuda_tiles=[tiling]):
-            return list(operator.backward(o.dy, o.x, xa, o.w, o.a, o.b, None, 1.7, 0.0, True, True, True, False))[
-                :3
-            ]
+            return list(operator.backward(o.dy, o.x, xa, o.w, o.a, o.b, None, 1.7, 0.0, True, True, True, False))[:3]
     launches = range(2 if kind == "fused_xa" else 1)
     with override(force_kernel=f"cuda {kind}", cuda_tiles=[tiling]):
         found = [operator.forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0) for _ in launches]
