@@ -8,8 +8,6 @@ Triton's interpreter, where TRITON_INTERPRET=1 asked for it.
 """
 
 import contextlib
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,36 +16,18 @@ from torch import Tensor
 
 from lorafuse.activation import Activation, Recomputed
 from lorafuse.backends import probe
-from lorafuse.backends.protocol import Backend, Problems, finish
+from lorafuse.backends.protocol import Backend, Problems, device_guard, finish
 from lorafuse.backends.rows import contiguous_rows
 from lorafuse.kernels import linear_bwd, linear_fwd, ragged, ragged_epilogue, ragged_rank, routing
 from lorafuse.kernels.routing import Tiles
 from lorafuse.operands import Activate, Dropout, Epilogue, LowRank, Rows, Weight
 from lorafuse.plan import DeviceSpec, Plan, find, select
 
-__all__ = ["Triton", "backend", "device_guard"]
+__all__ = ["Triton", "backend"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # the GPU whose plans the interpreter runs
 _INTERPRETED_AS = "H200"
-
-
-def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Makes the device current."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return contextlib.nullcontext()
-
-
-def _on_device(primitive: Callable[..., Any]) -> Callable[..., Any]:
-    """A primitive that launches on the device of its first operand."""
-
-    @functools.wraps(primitive)
-    def run(self: "Triton", x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with device_guard(x.device):
-            return primitive(self, x, *args, **kwargs)
-
-    return run
 
 
 class Triton(Backend):
@@ -57,6 +37,9 @@ class Triton(Backend):
 
     def plan(self, problems: Problems, device: torch.device) -> Plan:
         return select(problems(), _spec(device), (("triton", ""),))
+
+    def guard(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        return device_guard(device)
 
     def check(self, x: Tensor) -> None:
         if x.dtype not in _DTYPES:
@@ -82,7 +65,6 @@ class Triton(Backend):
     def in_order(self, x: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
         return x, rows.gathered
 
-    @_on_device
     def project(
         self, x: Tensor, a: Tensor, rows: Rows | None, plan: Plan | None, *, is_transposed: bool = False,
         scale: float = 1.0, dropout: Dropout | None = None, dtype: torch.dtype | None = None,
@@ -98,7 +80,6 @@ class Triton(Backend):
         xa = linear_fwd.lora_xa(x, a, seed, p, config, dtype is torch.float32 and x.dtype is not dtype)
         return xa if scale == 1.0 else xa.mul_(scale)
 
-    @_on_device
     def matmul(
         self, x: Tensor, w: Weight, rows: Rows | None, plan: Plan | None, *, low: LowRank | None = None,
         bias: Tensor | None = None, epilogue: Epilogue | None = None,
@@ -127,7 +108,6 @@ class Triton(Backend):
             config, source=rows.index, factor=epilogue.row_scale,
         )  # fmt: skip
 
-    @_on_device
     def outer(
         self, narrow: Tensor, wide: Tensor, rows: Rows | None, plan: Plan | None, *, like: Tensor,
         is_transposed: bool = False, scale: float = 1.0, row_scale: Tensor | None = None,
@@ -145,7 +125,6 @@ class Triton(Backend):
         linear_bwd.sum_partials([(parts, found, scale)], plan.config("reduce"))
         return out.copy_(found.t()) if is_transposed else out
 
-    @_on_device
     def project_outer(
         self, dy: Tensor, b: Tensor, xa: Tensor | None, plan: Plan | None, *, scale: float, need_dyb: bool,
         need_dbias: bool, dtype: torch.dtype | None = None,
@@ -164,7 +143,6 @@ class Triton(Backend):
         linear_bwd.sum_partials(segments, plan.config("reduce"))
         return dyb, db, dbias
 
-    @_on_device
     def combine(self, y: Tensor, rows: Rows, weight: Tensor | None) -> Tensor:
         weight = None if weight is None else weight.contiguous()
         return routing.combine(y, rows.order, rows.offsets, weight, rows.count // rows.choices)

@@ -143,7 +143,7 @@ def _forward(
     up, down = _weights(up, down, transposed, format, up_statistics, down_statistics)
     k = index.shape[1]
     run, plan = _choose(backend, x, k, up, down, up_a, down_a, act, False)
-    with outside_autocast(x):
+    with outside_autocast(x), run.guard(x.device):
         rows, up, down = route(index, up.stored[0]), run.readable(up, x.dtype), run.readable(down, x.dtype)
         out, u, of_up, of_down = forward(
             run, plan, run.matrix(x), rows, weight, up, down, up_bias, down_bias, up_a, up_b, down_a, down_b, up_scale,
@@ -175,7 +175,7 @@ def _backward(
     run, plan = _choose(backend, x, k, up, down, up_a, down_a, act, True)
     need_dx, need_dweight, *adapters = needs
     need_up, need_down = any(adapters[:2]) and up_a is not None, any(adapters[2:]) and down_a is not None
-    with outside_autocast(x):
+    with outside_autocast(x), run.guard(x.device):
         grads = backward(
             run, plan, run.matrix(dout), run.matrix(x), Rows(order.shape[0], offsets, order, k), weight,
             run.readable(up, x.dtype), run.readable(down, x.dtype), down_bias, up_a, up_b, down_a, down_b, up_scale,

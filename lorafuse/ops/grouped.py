@@ -75,7 +75,7 @@ def _forward(x, offsets, w, bias, a, b, scale, transposed, backend, format="dens
     run, plan = choose(backend, x, lambda: probe.grouped_problem(x, weight, a, False), _is_empty(x, w))
     if x.is_cpu:
         _check_offsets(offsets, x.shape[0])
-    with outside_autocast(x):
+    with outside_autocast(x), run.guard(x.device):
         x, weight = run.matrix(x), run.readable(weight, x.dtype)
         low = low_rank(run, plan, x, a, b, scale, rows)
         y = rows.zero_rest(run.matmul(x, weight, rows, plan, low=low, bias=bias))
@@ -98,7 +98,7 @@ def _backward(dy, x, xa, offsets, w, a, b, scale, transposed, needs, backend, fo
     weight, rows = Weight(w, transposed, tuple(statistics or ()), format), Rows(dy.shape[0], offsets)
     need_dx, need_da, need_db = needs
     run, plan = choose(backend, dy, lambda: probe.grouped_problem(dy, weight, a, True), _is_empty(dy, w))
-    with outside_autocast(dy):
+    with outside_autocast(dy), run.guard(dy.device):
         dy, dx = run.matrix(dy), None
         dyb = run.project(dy, b, rows, plan, is_transposed=True) if b is not None and (need_dx or need_da) else None
         if need_dx:

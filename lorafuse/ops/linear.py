@@ -123,7 +123,8 @@ def _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False,
         scale, dropout = rescaled(scale, dropout_p), Dropout(seed, dropout_p)
     if format != "dense":
         w = run.readable(w, x.dtype)
-    y, xa = forward(run, plan, run.matrix(flat), w, bias, a, b, scale, dropout, wide)
+    with run.guard(x.device):
+        y, xa = forward(run, plan, run.matrix(flat), w, bias, a, b, scale, dropout, wide)
     return shaped_like(y, x), xa
 
 
@@ -151,8 +152,9 @@ def _gradients(
         scale, dropout = rescaled(scale, dropout_p), Dropout(seed, dropout_p)
     if format != "dense":
         w = run.readable(w, dy.dtype)
-    flat_x = None if x is None else run.matrix(matrix(x))
-    dx, da, db, dbias = backward(run, plan, run.matrix(flat), flat_x, xa, w, a, b, scale, dropout, needs, wide)
+    with run.guard(dy.device):
+        flat_x = None if x is None else run.matrix(matrix(x))
+        dx, da, db, dbias = backward(run, plan, run.matrix(flat), flat_x, xa, w, a, b, scale, dropout, needs, wide)
     return None if dx is None else shaped_like(dx, dy), da, db, dbias
 
 

@@ -18,7 +18,7 @@ from lorafuse.plan.config import KernelConfig, padded_rank
 from lorafuse.plan.devices import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["CONCURRENT", "TILES", "illegal", "matmuls", "operator_candidates", "refusal", "sum_blocks"]
+__all__ = ["CONCURRENT", "RAGGED", "TILES", "illegal", "matmuls", "operator_candidates", "refusal", "sum_blocks"]
 
 _ARCH = 90
 _BLOCK_M, _BLOCK_K = 128, 64
@@ -30,8 +30,6 @@ _SHARED_REST = 2048
 # (block_n, stages, cluster); two stages of 256 columns would fit twice, three are what hides the loads (published
 # ablations of Hopper kernels; not measured here)
 TILES = tuple((block_n, stages, cluster) for block_n, stages in ((256, 3), (128, 4)) for cluster in (2, 1))
-# of ragged rows (nothing was measured)
-_RAGGED_TILE = (256, 3, 1)
 # row blocks that are walked together (assumed)
 _GROUP_M = 16
 # columns of a block of the reductions, and rows of one of project
@@ -106,11 +104,15 @@ def _matmul(tile: tuple[int, int, int], single: bool = False, beside: int = 0) -
     )  # fmt: skip
 
 
+# that of ragged rows (nothing was measured)
+RAGGED = _matmul((256, 3, 1))
+
+
 def operator_candidates(operator: Sequence[Problem], device: DeviceSpec, tiles: _Tiles = TILES) -> Iterator[Candidate]:
     """Every candidate for an operator that `refusal` lets pass."""
     p = operator[0]
     if p.is_ragged:
-        matmuls = [_matmul(_RAGGED_TILE) for _ in operator]
+        matmuls = [RAGGED] * len(operator)
         yield Candidate("cuda", "ragged", tuple((c,) for c in matmuls), cost.ragged(operator, matmuls, device))
     elif p.gradients:
         yield from _backward(p, device, tiles)

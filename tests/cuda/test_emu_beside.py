@@ -33,7 +33,7 @@ def test_da_and_db_beside_dx(M, R, beside, launched):
     names = {name for name, _ in launched}
     assert "reduce_x" not in names
     assert ("reduce_dy" in names) == ("db" not in beside)
-    products = [arguments for name, arguments in launched if name == "linear" and "transposed" in arguments]
+    products = [arguments for name, arguments in launched if name == "linear" and arguments["transposed"]]
     assert products
     assert all(dx["sum_blocks"] and all((name in dx) == (name in beside) for name in ("da", "db")) for dx in products)
 
@@ -45,7 +45,7 @@ def test_any_number_of_blocks_beside_dx(blocks, config, tiles, beside, launched,
     monkeypatch.setattr(configs_cuda, "sum_blocks", lambda problem, device: [blocks])
     tiles(config)
     check(LinearCase(leading=(2, 150), N=264, K=520, R=24, dtype=torch.bfloat16, bias="db" not in beside, scale=-0.5))
-    products = [arguments for name, arguments in launched if name == "linear" and "transposed" in arguments]
+    products = [arguments for name, arguments in launched if name == "linear" and arguments["transposed"]]
     assert {(dx["sum_blocks"], dx["tiling"][:3]) for dx in products} == {(blocks, config)}
 
 
@@ -57,16 +57,16 @@ def test_where_da_and_db_cannot_be_beside_dx(beside, launched):
     assert all(not arguments.get("sum_blocks") for _, arguments in launched)
 
 
-def test_many_schedules_beside_dx(emu, backend, tiles, beside, launched, request):
+def test_many_schedules_beside_dx(emu, operator, tiles, beside, launched, request):
     o = make_operands(LinearCase(leading=(200,), N=136, K=264, R=24, dtype=torch.bfloat16))
-    _, xa = backend.linear_forward(o.x, o.w, None, o.a, o.b, None, 1.7, 0.0)
+    _, xa = operator.forward(o.x, o.w, None, o.a, o.b, None, 1.7, 0.0)
     alone = [config for config in TILINGS if config[2] == 1]
     first = None
     for i in range(max(50, request.config.getoption("--seeds") // 2)):
         emu.configure(seed=i, resident=1 + i % 4, multiprocessors=4)
         tiles(alone[i % len(alone)])
-        found = backwards(backend, o, xa, None, True, True, True, False)
+        found = backwards(operator, o, xa, None, True, True, True, False)
         first = first or found
         assert all(torch.equal(*pair) for pair in zip(found[:3], first[:3], strict=True)), i
-    products = [arguments for name, arguments in launched if name == "linear" and "transposed" in arguments]
+    products = [arguments for name, arguments in launched if name == "linear" and arguments["transposed"]]
     assert all(arguments["sum_blocks"] for arguments in products)
