@@ -9,7 +9,7 @@ import torch
 
 from lorafuse.backends import native
 from lorafuse.backends.cuda import Cuda
-from lorafuse.plan import DeviceSpec, find
+from lorafuse.plan import DeviceSpec, interpreted_as
 
 __all__ = ["backend"]
 
@@ -17,7 +17,7 @@ __all__ = ["backend"]
 def _spec(device: torch.device) -> DeviceSpec:
     if device.type != "cpu":
         raise ValueError(f"backend='emu' got a tensor on {device}; the emulator runs on CPU tensors: use 'cuda'")
-    return find("H200")
+    return interpreted_as()
 
 
 @cache

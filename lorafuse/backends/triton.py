@@ -21,13 +21,11 @@ from lorafuse.backends.rows import contiguous_rows
 from lorafuse.kernels import linear_bwd, linear_fwd, ragged, ragged_epilogue, ragged_rank, routing
 from lorafuse.kernels.routing import Tiles
 from lorafuse.operands import Activate, Dropout, Epilogue, LowRank, Rows, Weight
-from lorafuse.plan import DeviceSpec, Plan, find, select
+from lorafuse.plan import DeviceSpec, Plan, interpreted_as, select
 
 __all__ = ["Triton", "backend"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# the GPU whose plans the interpreter runs
-_INTERPRETED_AS = "H200"
 
 
 class Triton(Backend):
@@ -160,7 +158,7 @@ def _dense(x: Tensor, w: Weight, low: LowRank | None, bias: Tensor | None, confi
 
 
 def _spec(device: torch.device) -> DeviceSpec:
-    return probe.device_spec(device) or find(_INTERPRETED_AS)
+    return probe.device_spec(device) or interpreted_as()
 
 
 def _tiles(rows: Rows) -> Tiles:

@@ -5,7 +5,7 @@ not cross groups: one that is higher than a group's rows computes some for nothi
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from lorafuse.plan import cost
@@ -16,6 +16,8 @@ from lorafuse.plan.problem import Problem
 
 __all__ = ["best", "candidates", "illegal", "operator_candidates", "shared_memory"]
 
+# a kernel, its problem and the GPU: its configuration, None where it has none
+Pick = Callable[[str, Problem, DeviceSpec], KernelConfig | None]
 _Tile = tuple[int, int, int, int, int]
 # (block_m, block_n, block_k, stages, warps) of dense matmuls, best first where all fill the GPU. Those of sm_90 were
 # measured on an H200 (docs/performance.md, 2026-11-26), the others chosen by what compiles without spills (Triton 3.6).
@@ -218,29 +220,27 @@ def best(kernel: str, problem: Problem, device: DeviceSpec, single: bool = False
     return min(found, key=order, default=None)
 
 
-def operator_candidates(operator: Sequence[Problem], device: DeviceSpec) -> Iterator[Candidate]:
-    """Every candidate for an operator whose dtype and format the kernels run."""
+def operator_candidates(operator: Sequence[Problem], device: DeviceSpec, pick: Pick = best) -> Iterator[Candidate]:
+    """Every candidate for an operator whose dtype and format the kernels run; `pick` chooses configurations."""
     p = operator[0]
     if p.is_ragged:
         kernels = ["project", "matmul", "outer"] if p.gradients else ["project", "matmul"]
-        configs = tuple(_best_of(kernels, problem, device) for problem in operator)
+        configs = tuple(_picked(kernels, problem, device, pick) for problem in operator)
         matmuls = [config for each in configs for config in each if config.kernel == "matmul"]
         yield Candidate("triton", "ragged", configs, cost.ragged(operator, matmuls, device))
         return
     if p.gradients:
         sums = {"dx": "matmul", "da": "outer"}
-        names = {"one_pass_backward": ["project_outer", "reduce", *(sums[g] for g in sums if g in p.gradients)]}
+        name, kernels = "one_pass_backward", ["project_outer", "reduce"]
+        kernels += [sums[gradient] for gradient in sums if gradient in p.gradients]
     else:
-        names = {"two_kernel": ["project", "matmul"], "fused_xa": ["matmul"]}
-    for name, kernels in names.items():
-        found = _best_of(kernels, p, device, single=name == "fused_xa")
-        if len(found) == len(kernels):
-            steps = [cost.step(config, p, device) for config in found if config.kernel != "reduce"]
-            yield Candidate("triton", name, (found,), in_a_row(steps))
+        name, kernels = "two_kernel", ["project", "matmul"]
+    found = _picked(kernels, p, device, pick)
+    if len(found) == len(kernels):
+        steps = [cost.step(config, p, device) for config in found if config.kernel != "reduce"]
+        yield Candidate("triton", name, (found,), in_a_row(steps))
 
 
-def _best_of(
-    kernels: Sequence[str], problem: Problem, device: DeviceSpec, single: bool = False
-) -> tuple[KernelConfig, ...]:
-    found = (best(kernel, problem, device, single and kernel == "matmul") for kernel in kernels)
+def _picked(kernels: Sequence[str], problem: Problem, device: DeviceSpec, pick: Pick) -> tuple[KernelConfig, ...]:
+    found = (pick(kernel, problem, device) for kernel in kernels)
     return tuple(config for config in found if config is not None)
