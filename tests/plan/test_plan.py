@@ -108,9 +108,9 @@ class TestLegal:
             (CONFIG, replace(HEADLINE, dtype="float32"), "H200", "16-bit"),
             (CONFIG, replace(HEADLINE, aligned=False), "H200", "16-byte"),
             (CONFIG, replace(HEADLINE, K=4100), "H200", "16-byte"),
-            (replace(CONFIG, form="pointer", single=True), HEADLINE, "A100", "within the matmul needs sm_90"),
-            (replace(CONFIG, single=True), replace(HEADLINE, R=65), "H200", "R <= 64"),
-            (replace(CONFIG, single=True), replace(HEADLINE, dropout=True), "H200", "mask"),
+            (replace(CONFIG, form="pointer", fused_xa=True), HEADLINE, "A100", "within the matmul needs sm_90"),
+            (replace(CONFIG, fused_xa=True), replace(HEADLINE, R=65), "H200", "R <= 64"),
+            (replace(CONFIG, fused_xa=True), replace(HEADLINE, dropout=True), "H200", "mask"),
             (replace(CONFIG, warps=4), HEADLINE, "H200", "32768 accumulators.*4 warps"),
             (CONFIG, replace(HEADLINE, dropout=True, gradients=BACKWARD), "H200", "65536 accumulators"),
             (replace(CONFIG, stages=5), HEADLINE, "H200", r"shared memory.*232448 of H200"),
@@ -203,7 +203,7 @@ class TestSelect:
         with override(force_kernel="fused_xa"):
             plan = select(HEADLINE, device, ALL)
             assert plan.kernel == "fused_xa"
-            assert [(c.kernel, c.single) for c in plan.configs] == [("matmul", True)]
+            assert [(c.kernel, c.fused_xa) for c in plan.configs] == [("matmul", True)]
             assert "fused_xa is forced" in plan.reasons[-1]
             assert select(replace(HEADLINE, R=128), device, ALL).kernel != "fused_xa"
             with override(force_kernel="aten_beta1"):
