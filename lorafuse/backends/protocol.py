@@ -8,8 +8,9 @@
 
 Operands are values (`lorafuse.operands`). `x` is a matrix `[rows, K]` as `Backend.matrix` gives it, of float dtype;
 adapters may be of another dtype and any strides, and are rounded to x's dtype inside. `rows` is None for a dense layer.
-`plan` is the plan of the projection (`lorafuse.plan`), asked once by the operator. No primitive writes into an operand,
-waits for the device where offsets lie on one, or computes a gradient of w.
+`plan` is the plan of the projection (`lorafuse.plan`), asked once by the operator, which runs the primitives within
+`guard`. A primitive writes into no operand, does not wait for the device where offsets lie on one, and computes no
+gradient of w.
 
 A backend may offer composites, several primitives in one launch, under the names below; an operator asks for them first
 and composes otherwise. They are None where a backend has none.

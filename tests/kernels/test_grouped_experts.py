@@ -1,20 +1,26 @@
 """Experts by torch's grouped_mm (T1): what GPUs with its fast kernel run, here by the one for CPUs, against fp64."""
 
+import inspect
+import textwrap
+from dataclasses import replace
+
 import pytest
 import torch
 from experts_reference import block, check, differentiated, fused
-from test_triton_mutations import mutated
 from torch.nn import functional as F
 
-from lorafuse.backends import aten, aten_grouped, aten_loop, probe, protocol
+from lorafuse.activation import named
+from lorafuse.backends import aten, aten_grouped, aten_loop, base, probe
 from lorafuse.functional import lora_grouped_linear
-from lorafuse.operands import Weight
+from lorafuse.operands import Rows, Weight, route
 from lorafuse.ops import experts
-from lorafuse.plan import no_grouped_mm
+from lorafuse.ops import grouped as grouped_layer
+from lorafuse.plan import Plan, find, no_grouped_mm
 from lorafuse.testing.memory import peak_bytes
 from lorafuse.testing.numerics import relative_l2, tolerance
 
 pytest_plugins = "backend_fixtures"
+GROUPED_MM = Plan("eager", "grouped_mm")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
@@ -137,7 +143,7 @@ def test_grouped_linear(sizes, transposed, dtype):
         low = {"scale": 1.3, "bias": given[4], "is_transposed": transposed, "backend": "eager"}
         with pytest.MonkeyPatch.context() as patched:
             if wide:
-                patched.setattr(eager_experts, "runs_grouped_mm", lambda *operands: False)
+                patched.setattr("lorafuse.ops.choose.ATEN", aten.BACKEND)
             y = lora_grouped_linear(given[0], ends, *given[1:4], **low)
             found.append((y.detach(), *torch.autograd.grad(y, leaves, given[5])))
     for name, actual, expected in zip(("y", "dx", "da", "db"), *found, strict=True):
@@ -146,53 +152,70 @@ def test_grouped_linear(sizes, transposed, dtype):
         assert actual.any() or not sum(sizes), name
 
 
-def test_it_runs_where_eager_says():
+def test_it_runs_where_the_plan_says(grouped, monkeypatch):
     o, settings = block(dtype=torch.float32)
-    with pytest.MonkeyPatch.context() as patched:
-        calls = []
-        for name in grouped_experts.__all__:
-            run = getattr(grouped_experts, name)
-            patched.setattr(grouped_experts, name, lambda *a, run=run, name=name: calls.append(name) or run(*a))
-        differentiated(lambda o, s: fused(o, s, "eager"), o, settings)
-    assert calls == ["experts_forward", "experts_backward"]
-    assert grouped_experts.__all__ == loop_experts.__all__ == eager_experts.__all__
+    calls = []
+    for name in aten_loop.__all__:
+        run = getattr(grouped.grouped_mm, name)
+        monkeypatch.setattr(grouped.grouped_mm, name, lambda *a, run=run, name=name: calls.append(name) or run(*a))
+        monkeypatch.setattr(aten_loop, name, lambda *a, name=name: pytest.fail(f"{name} of the loop ran"))
+    differentiated(lambda o, s: fused(o, s, "eager"), o, settings)
+    # two projections forward, two backward, of each the gradients of a and b
+    assert {name: calls.count(name) for name in calls} == {"project": 4, "matmul": 4, "outer": 4}
 
 
-def test_a_negative_index():
-    o, settings = block(dtype=torch.float32, index=torch.full((23, 2), -1))
-    with pytest.raises(RuntimeError, match="negative expert"):
+def test_a_negative_index(monkeypatch):
+    index = torch.full((23, 2), -1)
+    o, settings = block(dtype=torch.float32, index=index)
+    with pytest.raises(ValueError, match="topk_index holds -1"):
         fused(o, settings, "eager")
+    # as on a GPU, whose values nobody waits for
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    with pytest.raises(RuntimeError, match="negative expert"):
+        route(index, 5)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_nothing_is_read_on_the_host(bias, monkeypatch):
-    """Tensors without data have nothing to be read; the loop, which asks where groups end, cannot run on them."""
+    """Tensors without data have nothing to be read; the loop, which reads where groups end, cannot run on them."""
     monkeypatch.undo()
     o, settings = block(dtype=torch.bfloat16, H=16, bias=bias)
     o = {name: t.to("meta") for name, t in o.items()}
-    names = ("x", "topk_index", "topk_weight", "gate_up", "down")
-    more = [o.get(name) for name in ("gate_up_bias", "down_bias", "gate_up_a", "gate_up_b", "down_a", "down_b")]
-    act = named("silu", True, False)
-    given = [o[name] for name in names] + more
-    out, *saved = grouped_experts.experts_forward(*given, 1.7, 0.6, False, act)
-    assert out.shape == o["x"].shape
-    x, _, weight, up, down, _, down_bias, *low = given
-    grads = grouped_experts.experts_backward(
-        out, x, weight, up, down, down_bias, *low, 1.7, 0.6, False, act, *saved, True, True, True, True
+    x, index, weight = (o[name] for name in ("x", "topk_index", "topk_weight"))
+    up, down = Weight(o["gate_up"]), Weight(o["down"])
+    up_bias, down_bias, *low = (
+        o.get(name) for name in ("gate_up_bias", "down_bias", "gate_up_a", "gate_up_b", "down_a", "down_b")
     )
+    act, rows = named("silu", True, False), route(index, 5)
+
+    def forward(plan):
+        given = x, rows, weight, up, down, up_bias, down_bias, *low, 1.7, 0.6, act
+        return experts.forward(aten.BACKEND, plan, *given)
+
+    out, u, of_up, of_down = forward(GROUPED_MM)
+    assert out.shape == x.shape
+    grads = experts.backward(
+        aten.BACKEND, GROUPED_MM, out, x, rows, weight, up, down, down_bias, *low, 1.7, 0.6, act, u, of_up.xa,
+        of_down.xa, True, True, True, True,
+    )  # fmt: skip
     assert [g.shape for g in grads] == [t.shape for t in (x, weight, *low)]
     with pytest.raises(Exception, match="meta"):
-        loop_experts.experts_forward(*given, 1.7, 0.6, False, act)
-    ends = torch.empty(5, dtype=torch.int64, device="meta")
-    y, xa = grouped_experts.grouped_forward(x, ends, up, more[0], *low[:2], 1.3, False)
-    grouped_experts.grouped_backward(y, x, xa, ends, up, *low[:2], 1.3, False, True, True, True)
+        forward(Plan("eager", "loop"))
+    # a grouped layer returns rows of no group too
+    rows = Rows(23, torch.empty(5, dtype=torch.int64, device="meta"))
+    of_up = grouped_layer.low_rank(aten.BACKEND, GROUPED_MM, x, *low[:2], 1.3, rows)
+    y = rows.zero_rest(aten.BACKEND.matmul(x, up, rows, GROUPED_MM, low=of_up, bias=up_bias))
+    assert (y.shape, rows.zero_rest(of_up.xa).shape) == ((23, 16), (23, 3))
+    dyb = aten.BACKEND.project(y, low[1], rows, GROUPED_MM, is_transposed=True)
+    grads = grouped_layer.rank_gradients(aten.BACKEND, GROUPED_MM, y, rows, x, rows, dyb, of_up.xa, *low[:2], 1.3)
+    assert [g.shape for g in grads] == [t.shape for t in low[:2]]
 
 
-def test_no_temporary_of_a_weights_size(monkeypatch):
+def test_no_temporary_of_a_weights_size(grouped, monkeypatch):
     monkeypatch.undo()
     o, settings = block(T=8, E=32, k=1, H=128, I=128, R=4, dtype=torch.float32)
     leaves = {n: t.requires_grad_() for n, t in o.items() if n == "x" or n.endswith(("_a", "_b"))}
-    monkeypatch.setattr(eager_experts, "runs_grouped_mm", lambda *operands: True)
+    monkeypatch.setattr("lorafuse.ops.choose.ATEN", grouped)
 
     def step():
         torch.autograd.grad(fused(o, settings, "eager").sum(), list(leaves.values()))
@@ -202,18 +225,24 @@ def test_no_temporary_of_a_weights_size(monkeypatch):
 
 
 class TestWhere:
-    """Where torch has a fast kernel: the one predicate that eager asks."""
+    """Where torch has a fast kernel: what eager plans, with Triton and without."""
 
-    @pytest.fixture
-    def on(self, monkeypatch):
+    @pytest.fixture(params=[True, False], ids=["Triton", "no Triton"])
+    def on(self, request, monkeypatch):
         """Weights as if they were on a GPU of a compute capability."""
+        monkeypatch.setitem(base._AVAILABILITY, "triton", base.Availability(request.param, "Triton is not installed"))
 
         def ask(arch, *weights, dtype=torch.bfloat16):
-            monkeypatch.undo()
-            monkeypatch.setattr(probe, "_arch", lambda device: arch)
+            monkeypatch.setattr(probe, "arch", lambda device: arch)
+            monkeypatch.setattr(probe, "device_spec", lambda device: replace(find("H200"), arch=arch))
             x = torch.zeros(4, 16, dtype=dtype)
-            monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-            return probe.runs_grouped_mm(x, *weights)
+
+            def problems():
+                if len(weights) == 1:
+                    return probe.grouped_problem(x, Weight(*weights), None, False)
+                return probe.experts_problems(x, 1, *map(Weight, weights), None, None, True, False)
+
+            return aten.BACKEND.plan(problems, torch.device("cuda")).kernel == "grouped_mm"
 
         return ask
 
@@ -234,7 +263,7 @@ class TestWhere:
             (half(3, 16, 8).mT, True),
             (half(6, 8, 16)[::2], True),
             (half(3, 8, 48)[..., :16], True),
-            (half(1, 8, 16).expand(3, -1, -1), True),
+            (half(1, 8, 16).expand(3, -1, -1), False),
             (half(3, 8, 20)[..., :16], False),
             (half(3, 8, 12), False),
             (half(3, 12, 16), False),
@@ -247,31 +276,44 @@ class TestWhere:
     def test_layouts(self, on, w, runs):
         assert on(90, half(w.shape[0], 16, 8), w) is runs
 
-    def test_not_on_a_cpu(self, monkeypatch):
-        monkeypatch.undo()
-        assert not probe.runs_grouped_mm(half(4, 16), half(3, 8, 16))
+    def test_not_on_a_cpu(self):
+        problem = probe.grouped_problem(half(4, 16), Weight(half(3, 8, 16)), None, False)
+        assert aten.BACKEND.plan(lambda: problem, torch.device("cpu")) is None
+        assert "the input is not on one" in no_grouped_mm(problem, None)
 
 
+GROUPED, ATEN, BLOCK = aten_grouped.GroupedMM, aten.Aten, experts
+# (where the function is, its name, what is changed, into what, the tensor that turns red first)
 MUTATIONS = {
-    "sentinels are summed": ("y[-1:].masked_fill_(ends[-1] < S, 0)", "pass", "out"),
-    "every sentinel's own row": ("place.masked_fill_(beyond, S - 1)", "pass", "out"),
-    "no bias": ("low[:, self.rank] = 1", "pass", "out"),
-    "no low-rank product": ("self._fused(x, self._w, low, self._b.mT)", "self._product(x, self._w)", "out"),
-    "no low-rank product in dx": ("self._fused(dy, self._w.mT, dyb, self._a)", "self._product(dy, self._w.mT)", "x"),
-    "no scale": ("b * scale", "b * 1.0", "out"),
-    "a gradient without scale": ("grad *= scale", "pass", "gate_up_b"),
-    "gradients of experts without rows": ("grad.masked_fill_(empty.view(-1, 1, 1), 0)", "grad", "gate_up_a"),
-    "no router weight in a gradient": ("gb * factor", "gb", "down_a"),
-    "no router weight in du": ("dh.mul_(factor)", "dh", "x"),
-    "the router's gradient without the bias": ("share += gb[:, second.rank]", "pass", "topk_weight"),
-    "the router's gradient of sentinels": ("share.masked_fill_(_beyond", "share.masked_fill(_beyond", "topk_weight"),
+    "sentinels are summed": (ATEN, "combine", "y[-1:].masked_fill_(last < S, 0)", "pass", "out"),
+    "every sentinel's own row": (ATEN, "combine", "place.masked_fill_(beyond, S - 1)", "pass", "out"),
+    "no bias": (GROUPED, "matmul", "rank[:, R] = 1", "pass", "out"),
+    "no low-rank product": (GROUPED, "matmul", "rank[:, :R] = low.xa", "pass", "out"),
+    "no low-rank product in dx": (GROUPED, "matmul", "b.mT if low", "b.mT * 0 if low", "x"),
+    "no scale": (GROUPED, "matmul", "b * low.scale", "b * 1.0", "out"),
+    "da without scale": (GROUPED, "outer", "out *= scale", "out *= scale if is_transposed else 1.0", "gate_up_a"),
+    "db without scale": (GROUPED, "outer", "out *= scale", "out *= 1.0 if is_transposed else scale", "gate_up_b"),
+    "gradients of experts without rows": (GROUPED, "outer", ".masked_fill_(empty.view(-1, 1, 1), 0)", "", "gate_up_a"),
+    "no router weight in a gradient": (ATEN, "outer", " * row_scale.to(narrow.dtype).unsqueeze(1)", "", "down_a"),
+    "no router weight in du": (aten, "finish", ".mul_(epilogue.row_scale.to(product.dtype).unsqueeze(1))", "", "x"),
+    "the router's gradient without the bias": (BLOCK, "backward", "share = share + of_bias", "pass", "topk_weight"),
+    "the router's gradient of sentinels": (BLOCK, "backward", "rows.zero_rest(share)", "share", "topk_weight"),
 }  # fmt: skip
 
 
+def changed(function, old, new):
+    """The function with one place of its source changed."""
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(old) == 1
+    namespace = dict(function.__globals__)
+    exec(compile(source.replace(old, new), "changed", "exec"), namespace)
+    return namespace[function.__name__]
+
+
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_each_mutation_is_red(name, monkeypatch, tmp_path):
-    old, new, red = MUTATIONS[name]
-    monkeypatch.setattr(eager_experts, "grouped_experts", mutated(grouped_experts, old, new, tmp_path))
+def test_each_mutation_is_red(name, monkeypatch):
+    owner, function, old, new, red = MUTATIONS[name]
+    monkeypatch.setattr(owner, function, changed(getattr(owner, function), old, new))
     # no row of expert 2
     index = torch.tensor([0, 1, 3, 4]).repeat(23)[:46].view(23, 2).clone()
     index[3, 1], index[7, 0] = 5, 9

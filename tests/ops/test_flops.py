@@ -142,7 +142,9 @@ def test_selective_checkpoints_save_outputs(activation, monkeypatch):
     calls = []
     for module in (linear, experts):
         run = module.forward
-        monkeypatch.setattr(module, "forward", lambda *args, run=run, name=module.__name__: calls.append(name) or run(*args))
+        monkeypatch.setattr(
+            module, "forward", lambda *args, run=run, name=module.__name__: calls.append(name) or run(*args)
+        )
 
     def layer(x):
         return fused(o | {"x": torch.tanh(lora_linear(x, w, a, b))}, settings).sin()
