@@ -78,7 +78,7 @@ class Cuda(Aten):
         b, round_b = _rounding(given_b, dtype, scale)
         xa = x.new_empty((M, _padded(R)))
         fused_xa: dict[str, int] = {}
-        if config.single:
+        if config.fused_xa:
             a, round_a = _rounding(given_a, dtype, 1.0)
             for one in filter(None, (round_a, round_b)):
                 self.native.round_adapter(**one, stream=stream)
@@ -92,7 +92,7 @@ class Cuda(Aten):
             )  # fmt: skip
         bias = None if bias is None else _aligned(bias)
         y = self._linear(
-            x, w, False, xa, b, config, stream, R=R, bias=_at(bias), overlap_previous=not config.single, **fused_xa
+            x, w, False, xa, b, config, stream, R=R, bias=_at(bias), overlap_previous=not config.fused_xa, **fused_xa
         )
         return y, xa if xa.shape[1] == R else xa[:, :R].contiguous()
 
@@ -143,7 +143,7 @@ class Cuda(Aten):
         if need_dx:
             assert dyb is not None
             config = plan.config("matmul")
-            sums: dict[str, int] = {"sum_blocks": config.beside}
+            sums: dict[str, int] = {"sum_blocks": config.sum_blocks}
             if concurrent and need_da:
                 assert x is not None
                 sums |= {"layer_x": x.data_ptr(), "stride_layer_x": x.stride(0), "da": _at(da), "da_type": a_type}

@@ -86,8 +86,8 @@ def override(
 
     `force_kernel` is one of `tuned.KERNELS`; `cuda_tiles` are the (block_n, stages, cluster) of the CUDA matmuls;
     `measured` are the entries of every GPU, instead of those in files; `interpreted_as` is the GPU that Triton's
-    interpreter and the emulator stand for; `triton_config` picks the configuration of a Triton kernel. It holds for the whole process, and for what is
-    nested in it unless given there again. Raises ValueError for an unknown kernel.
+    interpreter and the emulator stand for; `triton_config` picks the configuration of a Triton kernel. It holds for the
+    whole process, and for what is nested in it unless given there again. Raises ValueError for an unknown kernel.
     """
     global _override
     if force_kernel is not None and force_kernel not in tuned.KERNELS:

@@ -70,25 +70,25 @@ def test_several_tiles(R, dtype):
     check(LinearCase(leading=(257,), N=264, K=72, R=R, dtype=dtype))
 
 
-@pytest.mark.parametrize("direction", ["dropout", "plain", "single"])
+@pytest.mark.parametrize("direction", ["dropout", "plain", "fused_xa"])
 @pytest.mark.parametrize("config", TILINGS)
 def test_every_tiling(config, direction, tiles, launched):
     tiles(config)
     dropout_p = 0.2 if direction == "dropout" else 0.0
     case = LinearCase(leading=(300,), N=264, K=200, R=24, dtype=torch.bfloat16, dropout_p=dropout_p)
-    with override(force_kernel="cuda fused_xa" if direction == "single" else "cuda two_kernel"):
+    with override(force_kernel="cuda fused_xa" if direction == "fused_xa" else "cuda two_kernel"):
         check(case)
     products = [arguments for name, arguments in launched if name == "linear"]
     assert {arguments.get("transposed", False) for arguments in products} == {False, True}
     assert {arguments["tiling"][:3] for arguments in products} == {config}
     assert {
         "a" in arguments and "workspace" in arguments for arguments in products if not arguments.get("transposed")
-    } == {direction == "single"}
+    } == {direction == "fused_xa"}
 
 
 @pytest.mark.parametrize("R", [r for r in UGLY_R if r <= 64])
 @pytest.mark.parametrize("M", [1, 63, 128, 257])
-def test_single_kernel(M, R, launched):
+def test_fused_xa(M, R, launched):
     N, K = ALIGNED_NK[(M + R) % len(ALIGNED_NK)]
     with override(force_kernel="cuda fused_xa"):
         check(LinearCase(leading=(M,), N=N, K=K, R=R, dtype=DTYPES[R % 2]))
@@ -99,7 +99,7 @@ def test_single_kernel(M, R, launched):
     assert any(arguments.get("transposed") for arguments in products)
 
 
-def test_the_flags_of_a_single_kernel_are_left_as_they_were(operator):
+def test_the_flags_of_fused_xa_are_left_as_they_were(operator):
     o = make_operands(LinearCase(leading=(300,), N=264, K=72, R=16, dtype=torch.float16))
     with override(force_kernel="cuda fused_xa"):
         first = [operator.forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0)[0] for _ in range(3)]
@@ -149,8 +149,8 @@ def test_integers_are_exact(M, N, K, R, operator):
     y, xa = operator.forward(x, w, None, a, b, None, 2.0, 0.0)
     dx, da, db, dbias = operator.backward(dy, x, xa, w, a, b, None, 2.0, 0.0, True, True, True, True)
     with override(force_kernel="cuda concurrent_backward"):
-        beside = operator.backward(dy, x, xa, w, a, b, None, 2.0, 0.0, True, True, True, False)
-    for one, other in zip(beside, (dx, da, db, None), strict=True):
+        concurrent = operator.backward(dy, x, xa, w, a, b, None, 2.0, 0.0, True, True, True, False)
+    for one, other in zip(concurrent, (dx, da, db, None), strict=True):
         assert one is other is None or torch.equal(one, other)
     X, W, A, B, D = (t.double() for t in (x, w, a, b, dy))
     expected = {"y": X @ W.T + 2 * (X @ A.T) @ B.T, "dx": D @ W + 2 * (D @ B) @ A, "da": 2 * (D @ B).T @ X}
@@ -232,12 +232,12 @@ def test_fp16_outside_autocast_is_refused_with_adapters_of_a_larger_range():
 def test_runs_are_bitwise_equal_under_every_schedule(emu, request):
     """The schedule moves, the result does not: no sum depends on who comes first."""
     case = LinearCase(leading=(257,), N=96, K=136, R=16, dtype=torch.float16, dropout_p=0.2)
-    single = replace(case, dropout_p=0.0)
+    fused_xa = replace(case, dropout_p=0.0)
     emu.configure(seed=1)
-    first = check(case), check(single)
+    first = check(case), check(fused_xa)
     for seed in range(2, 2 + max(4, request.config.getoption("--seeds") // 50)):
         emu.configure(seed=seed, resident=1 + seed % 4, multiprocessors=4)
-        for one, other in zip(first, (check(case), check(single)), strict=True):
+        for one, other in zip(first, (check(case), check(fused_xa)), strict=True):
             for name, tensor in one.items():
                 assert torch.equal(tensor, other[name]), (name, seed)
 
@@ -245,7 +245,7 @@ def test_runs_are_bitwise_equal_under_every_schedule(emu, request):
 # of each kernel a launch over two row blocks, two columns of tiles and three steps, the last one ragged
 SCHEDULED = {
     "forward": ("linear", lambda op, o, xa, seed: op.forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)),
-    "single": ("linear", lambda op, o, xa, seed: op.forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0)),
+    "fused_xa": ("linear", lambda op, o, xa, seed: op.forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0)),
     "dx": ("linear", lambda op, o, xa, seed: backwards(op, o, xa, None, True, False, False, False)),
     "dx, dropout": ("linear", lambda op, o, xa, seed: backwards(op, o, xa, seed, True, False, False, False)),
     "da, db, dbias": ("reduce_x", lambda op, o, xa, seed: backwards(op, o, xa, seed, False, True, True, True)),
@@ -264,7 +264,7 @@ def test_many_schedules(kernel, emu, operator, tiles, launched, request):
     seed = torch.tensor([5])
     _, xa = operator.forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)
     first = None
-    with override(force_kernel="cuda fused_xa" if kernel == "single" else "cuda two_kernel"):
+    with override(force_kernel="cuda fused_xa" if kernel == "fused_xa" else "cuda two_kernel"):
         for i in range(request.config.getoption("--seeds")):
             emu.configure(seed=i, resident=2 + i % 3, multiprocessors=4)
             tiles(TILINGS[i % len(TILINGS)])
