@@ -33,7 +33,8 @@ MAX_LINES = 400
 # Imports point one way, from the public surface down to the kernels; every part may import itself.
 _LEAVES = {"errors", "env", "files", "versions"}
 _BASE = _LEAVES | {"philox", "activation"}
-_OPERATORS = _BASE | {"formats", "kernels", "backends", "plan", "ops"}
+_OPERANDS = _BASE | {"formats", "operands"}
+_OPERATORS = _OPERANDS | {"kernels", "backends", "plan", "ops"}
 _LIBRARY = _OPERATORS | {"functional", "nn", "integrations", "__init__"}
 _TOOLS = _LIBRARY | {"testing", "advise"}
 _MEASURING = ("advise", "bench", "cli", "demo", "study", "testing", "tune")
@@ -48,8 +49,9 @@ LAYERS = {
     "plan": (_LEAVES | {"formats"}, set()),
     "kernels": (_BASE | {"plan"}, {"torch", "triton"}),
     "formats": (_LEAVES, {"torch"}),
-    "backends": (_BASE | {"plan", "kernels", "formats"}, {"torch", "triton"}),
-    "ops": (_BASE | {"formats", "backends", "plan"}, {"torch"}),
+    "operands": (_BASE | {"formats"}, {"torch"}),
+    "backends": (_OPERANDS | {"plan", "kernels"}, {"torch", "triton"}),
+    "ops": (_OPERANDS | {"backends", "plan"}, {"torch"}),
     "functional": (_OPERATORS, {"torch"}),
     "nn": (_BASE | {"functional"}, {"torch"}),
     "integrations": (_OPERATORS | {"functional", "nn"}, {"torch"} | _HUGGING_FACE),
@@ -111,7 +113,10 @@ def test_imports_point_one_way():
         ("lorafuse.ops.linear", "from lorafuse import functional"),
         ("lorafuse.ops.linear", "from lorafuse.nn.linear import LoRALinear"),
         ("lorafuse.ops.linear", "from ..nn import linear"),
-        ("lorafuse.backends.eager", "def f():\n    import lorafuse.ops.linear"),
+        ("lorafuse.backends.aten", "def f():\n    import lorafuse.ops.linear"),
+        ("lorafuse.formats.int8", "from lorafuse.operands import LowRank"),
+        ("lorafuse.operands", "from lorafuse.backends.protocol import Backend"),
+        ("lorafuse.kernels.ragged", "from lorafuse.operands import Rows"),
         ("lorafuse.plan.choose", "import torch"),
         ("lorafuse.functional", "import triton.language as tl"),
         ("lorafuse.nn.linear", "from peft import LoraConfig"),

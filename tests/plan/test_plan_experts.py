@@ -10,9 +10,10 @@ from experts_reference import block, differentiated, fused
 from plan_problems import BACKWARD, experts, grouped
 
 from lorafuse import cli
-from lorafuse.backends import base, probe
+from lorafuse.backends import probe
 from lorafuse.functional import lora_grouped_linear, plan_experts
-from lorafuse.ops import experts as ops
+from lorafuse.operands import Weight
+from lorafuse.ops import choose
 from lorafuse.plan import DEVICES, Plan, Problem, cost, find, override, select
 
 ALL = (("eager", ""), ("triton", ""))
@@ -182,13 +183,13 @@ class TestWhatItIsTold:
             seen.append(problems)
             return Plan("eager", "loop")
 
-        monkeypatch.setattr("lorafuse.ops.linear.select", planned)
+        monkeypatch.setattr("lorafuse.ops.choose.select", planned)
         return seen
 
     @pytest.fixture
     def chosen(self, told, monkeypatch):
         """The same where several backends can run."""
-        monkeypatch.setattr(base, "candidates", lambda device: ("triton", "eager"))
+        monkeypatch.setattr(choose, "_ONLY", {})
         return told
 
     @pytest.mark.parametrize("transposed", [False, True])
@@ -222,7 +223,7 @@ class TestWhatItIsTold:
     def test_one_matrix_for_all_groups_has_no_descriptor(self):
         x, w = torch.zeros(3, 16).bfloat16(), torch.zeros(1, 8, 16).bfloat16()
         for weights, aligned in ((w, True), (w.repeat(4, 1, 1), True), (w.expand(4, 8, 16), False)):
-            assert probe.grouped_problem(x, weights, None, False, False).aligned is aligned
+            assert probe.grouped_problem(x, Weight(weights), None, False).aligned is aligned
 
     def test_a_cpu(self):
         o, _ = block()
@@ -251,7 +252,7 @@ class TestWhatItIsTold:
         assert chosen == [forward, replace(forward, gradients=BACKWARD)]
 
     def test_nothing_is_planned_where_only_eager_can_run(self, monkeypatch):
-        monkeypatch.setattr(ops, "plan_problem", lambda *told: pytest.fail("there is no choice on a CPU"))
+        monkeypatch.setattr(choose, "plan_for", lambda *told: pytest.fail("there is no choice on a CPU"))
         o, settings = block()
         fused(o, settings, "auto")
 

@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 
 from lorafuse import cli
-from lorafuse.backends import eager
-from lorafuse.backends import triton as triton_backend
 from lorafuse.cli import _common, tune
+from lorafuse.kernels import linear_fwd
+from lorafuse.ops import linear
 from lorafuse.plan import Problem, clear_cache, find, override, select, tuned
 from lorafuse.tune import measure
 from lorafuse.tune.measure import Target
@@ -52,6 +52,17 @@ def times(monkeypatch):
     monkeypatch.setattr(measure, "measure_calls", measure_calls)
     taken["timed"] = timed
     return taken
+
+
+def of_triton(monkeypatch, direction, change):
+    """The results of the Triton backend in one direction go through `change`."""
+    run = getattr(linear, direction)
+
+    def changed(backend, *args):
+        found = run(backend, *args)
+        return change(*found) if backend.name == "triton" else found
+
+    monkeypatch.setattr(linear, direction, changed)
 
 
 def entries():
@@ -111,32 +122,27 @@ class TestRun:
 
         monkeypatch.setattr(measure, "override", watched_override)
 
-        def watched(backend, name):
-            run = getattr(backend, name)
+        for run in (linear.forward, linear.backward):
 
-            def call(*args):
-                ran.add((backend.__name__.rpartition(".")[2], name, forced[-1]))
-                return run(*args)
+            def call(backend, *args, run=run):
+                ran.add((backend.name, run.__name__, forced[-1]))
+                return run(backend, *args)
 
-            monkeypatch.setattr(backend, name, call)
-
-        for backend in (eager, triton_backend):
-            watched(backend, "linear_forward")
-            watched(backend, "linear_backward")
-        launch = triton_backend.linear_fwd.lora_linear_fwd
+            monkeypatch.setattr(linear, run.__name__, call)
+        launch = linear_fwd.lora_linear_fwd
         singles = []
 
         def launched(*args):
             singles.append(args[-1].fused_xa)
             return launch(*args)
 
-        monkeypatch.setattr(triton_backend.linear_fwd, "lora_linear_fwd", launched)
+        monkeypatch.setattr(linear_fwd, "lora_linear_fwd", launched)
         assert cli.main([*SMALL, "--m", "16"]) == 0
         assert ran == {
-            ("eager", "linear_forward", "aten_beta1"), ("eager", "linear_backward", "aten_beta1"),
-            ("eager", "linear_forward", "aten_addmm"), ("eager", "linear_backward", "aten_addmm"),
-            ("triton", "linear_forward", "two_kernel"), ("triton", "linear_forward", "fused_xa"),
-            ("triton", "linear_forward", "one_pass_backward"), ("triton", "linear_backward", "one_pass_backward"),
+            ("eager", "forward", "aten_beta1"), ("eager", "backward", "aten_beta1"),
+            ("eager", "forward", "aten_addmm"), ("eager", "backward", "aten_addmm"),
+            ("triton", "forward", "two_kernel"), ("triton", "forward", "fused_xa"),
+            ("triton", "forward", "one_pass_backward"), ("triton", "backward", "one_pass_backward"),
         }  # fmt: skip
         # two_kernel, fused_xa, and the forward that backward needs
         assert singles == [False, True, False]
@@ -238,13 +244,7 @@ class TestRun:
 class TestGate:
     def test_a_wrong_candidate_is_never_recorded(self, target, times, monkeypatch, capsys):
         """It would be the fastest everywhere, and is wrong at one M alone."""
-        run = triton_backend.linear_forward
-
-        def doubled(x, *rest):
-            y, xa = run(x, *rest)
-            return (y * 2 if x.shape[0] == 48 else y), xa
-
-        monkeypatch.setattr(triton_backend, "linear_forward", doubled)
+        of_triton(monkeypatch, "forward", lambda y, xa: (y * 2 if y.shape[0] == 48 else y, xa))
         assert cli.main(SMALL) == 1
         assert recorded()["forward", (16, 48)] == "aten_addmm"
         assert not {"two_kernel", "fused_xa"} & {entry.kernel for entry in entries()}
@@ -256,23 +256,20 @@ class TestGate:
     @pytest.mark.parametrize("broken", ["dx", "da", "db"])
     @pytest.mark.parametrize("how", ["zero", "NaN", "1 % off"])
     def test_every_gradient_is_looked_at(self, target, times, monkeypatch, broken, how):
-        run = triton_backend.linear_backward
-
-        def backward(*args):
-            grads = list(run(*args))
+        def backward(*grads):
+            grads = list(grads)
             i = ["dx", "da", "db"].index(broken)
             grads[i] = grads[i] * {"zero": 0.0, "NaN": float("nan"), "1 % off": 1.01}[how]
             return tuple(grads)
 
-        monkeypatch.setattr(triton_backend, "linear_backward", backward)
+        of_triton(monkeypatch, "backward", backward)
         times["one_pass_backward"] = 1e-6
         assert cli.main([*SMALL, "--m", "16"]) == 1
         assert recorded()["backward", (16, 16)] == "aten_addmm"
 
     def test_what_was_recorded_and_is_wrong_now_goes(self, target, times, monkeypatch):
         assert cli.main(SMALL) == 0
-        run = triton_backend.linear_forward
-        monkeypatch.setattr(triton_backend, "linear_forward", lambda *args: (run(*args)[0] * 2, run(*args)[1]))
+        of_triton(monkeypatch, "forward", lambda y, xa: (y * 2, xa))
         assert cli.main([*SMALL, "--again", "--m", "16"]) == 1
         assert recorded() == {("forward", (16, 16)): "aten_addmm", ("backward", (16, 48)): "aten_addmm"}
 
@@ -293,20 +290,20 @@ class TestGate:
     )
     @pytest.mark.parametrize("when", ["first", "while timed"])
     def test_one_candidate_fails_and_the_others_are_recorded(self, target, monkeypatch, capsys, error, said, when):
-        run, calls = triton_backend.linear_forward, []
+        calls = []
 
-        def forward(*args):
-            calls.append(args)
+        def forward(y, xa):
+            calls.append(y)
             if when == "first" or len(calls) > 4:
                 raise error
-            return run(*args)
+            return y, xa
 
         def measure_calls(calls, rounds, warm_up, device):
             for call in list(calls.values()) * rounds:
                 call()
             return {name: [TIMES[name]] * rounds for name in calls}
 
-        monkeypatch.setattr(triton_backend, "linear_forward", forward)
+        of_triton(monkeypatch, "forward", forward)
         monkeypatch.setattr(measure, "PASSES", {"forward": ()})
         monkeypatch.setattr(measure, "measure_calls", measure_calls)
         assert cli.main([*SMALL, "--m", "16"]) == 0
@@ -329,18 +326,16 @@ class TestGate:
         assert "M 16, R 4: operands and reference is left out" in " ".join(capsys.readouterr().out.split())
 
     def test_a_device_that_is_lost_ends_the_run_and_keeps_what_is_done(self, target, times, monkeypatch, capsys):
-        run = triton_backend.linear_forward
-
-        def forward(x, *rest):
-            if x.shape[0] == 48:
+        def forward(y, xa):
+            if y.shape[0] == 48:
                 monkeypatch.setattr(torch, "zeros", lost)
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
-            return run(x, *rest)
+            return y, xa
 
         def lost(*args, **kwargs):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-        monkeypatch.setattr(triton_backend, "linear_forward", forward)
+        of_triton(monkeypatch, "forward", forward)
         assert cli.main(SMALL) == 2
         assert "runs nothing any more since two_kernel failed" in capsys.readouterr().err
         assert recorded() == {("forward", (16, 16)): "two_kernel", ("backward", (16, 16)): "aten_addmm"}

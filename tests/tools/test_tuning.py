@@ -15,6 +15,7 @@ from lorafuse import cli
 from lorafuse.backends import base
 from lorafuse.backends.probe import linear_problem
 from lorafuse.cli import tune
+from lorafuse.operands import Weight
 from lorafuse.plan import Problem, clear_cache, find, select, tuned
 from lorafuse.testing.cases import Case
 from lorafuse.testing.model_layers import linear_layers
@@ -122,8 +123,8 @@ class TestRule:
 def test_problems_are_those_that_calls_are_planned_as(N, K):
     x, w, a, dy = (torch.zeros(shape, dtype=torch.float16) for shape in ((16, K), (N, K), (4, K), (16, N)))
     forward, backward = measure.passes(Case("", N, K), 16, 4, "float16", False)
-    assert forward == linear_problem(x, w, a.float(), False, False)
-    assert backward == linear_problem(dy, w, a.float(), False, False, ("dx", "da", "db"))
+    assert forward == linear_problem(x, Weight(w), a.float(), False, False)
+    assert backward == linear_problem(dy, Weight(w), a.float(), False, False, ("dx", "da", "db"))
 
 
 class TestModel:
