@@ -11,9 +11,12 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    # the plan reads FORMATS without torch
+    import torch
+    from torch import Tensor
 
 __all__ = ["FORMATS", "Weight", "adopt", "load"]
 
@@ -79,7 +82,5 @@ def load(name: str) -> ModuleType:
 
 
 def adopt(storage: object) -> Weight | None:
-    """The `Weight` of a library's quantized tensor or layer, by reference; None where no format
-    knows it.
-    """
+    """The `Weight` of a library's quantized tensor or layer, by reference; None where no format knows it."""
     return next((w for name in FORMATS if (w := load(name).adopt(storage)) is not None), None)
