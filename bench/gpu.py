@@ -241,7 +241,7 @@ def main() -> int:
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     sys.path.insert(0, str(ROOT))
-    from lorafuse.backends import cuda_native
+    from lorafuse.backends import native
     from lorafuse.testing.conditions import conditions
 
     end, found = time.monotonic() + args.minutes * 60, conditions(torch.device("cuda"))
@@ -249,7 +249,7 @@ def main() -> int:
         plan = [Step("cuda-build", _BUILD, 150), *grid(args.out, measured(found["device"]))]
     else:
         plan = steps(args.out)
-    if cuda_native.built("_cuda") and not cuda_native.stale("_cuda"):
+    if native.built("_cuda") and not native.stale("_cuda"):
         plan = [step for step in plan if step.name != "cuda-build"]
     for group in grouped(plan):
         with ThreadPoolExecutor(len(group)) as pool:

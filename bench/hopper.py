@@ -45,14 +45,14 @@ class Layer:
         self.y, self.dx = torch.empty_like(self.dy), torch.empty_like(self.x)
         self.xa = self.x.new_empty(M, R)
         self.dyb = (self.dy.float() @ self.b.float()).bfloat16()
-        self.flags = torch.zeros(native.forward_workspace(M=M), dtype=torch.int32, device="cuda")
+        self.flags = torch.zeros(native.fused_xa_workspace(M=M), dtype=torch.int32, device="cuda")
 
     def gemm(self, tile: tuple[int, int, int]) -> Tensor:
         return self._forward(tile, {})
 
     def _forward(self, tile: tuple[int, int, int], low: dict[str, Any]) -> Tensor:
         x, w, y = self.x, self.w, self.y
-        self.native.linear_forward(
+        self.native.linear(
             type=BF16, **self.sizes, R=self.R if low else 0, x=x.data_ptr(), stride_x=x.stride(0), w=w.data_ptr(),
             stride_w=w.stride(0), y=y.data_ptr(), stride_y=y.stride(0), tiling=(*tile, GROUP_M, 0), stream=_stream(),
             **low,
@@ -76,11 +76,11 @@ class Layer:
         return self._forward(tile, self._low() | whole)
 
     def input_gradient(self, tile: tuple[int, int, int], adapted: bool) -> Tensor:
-        dy, w, dx = self.dy, self.w, self.dx
-        low = {"dyb": self.dyb.data_ptr(), "stride_dyb": self.R, "a": self.a.data_ptr(), "stride_a": self.a.stride(0)}
-        self.native.linear_dx(
-            type=BF16, **self.sizes, R=self.R if adapted else 0, dy=dy.data_ptr(), stride_dy=dy.stride(0),
-            w=w.data_ptr(), stride_w=w.stride(0), dx=dx.data_ptr(), stride_dx=dx.stride(0),
+        dy, w, dx, M, N, K = self.dy, self.w, self.dx, *self.sizes.values()
+        low = {"xa": self.dyb.data_ptr(), "stride_xa": self.R, "b": self.a.data_ptr(), "stride_b": self.a.stride(0)}
+        self.native.linear(
+            type=BF16, M=M, N=K, K=N, R=self.R if adapted else 0, transposed=True, x=dy.data_ptr(),
+            stride_x=dy.stride(0), w=w.data_ptr(), stride_w=w.stride(0), y=dx.data_ptr(), stride_y=dx.stride(0),
             tiling=(*tile, GROUP_M, 0), stream=_stream(), **(low if adapted else {}),
         )  # fmt: skip
         return dx

@@ -174,7 +174,7 @@ def build(target: str, out: Path, sanitize: bool = False, kernels: Path = CSRC /
                 (ending,) = (e for e in TARGETS if source.name.endswith(e))
                 ninja.compile("nvcc", source, targets=" ".join(f"-gencode {t}" for t in TARGETS[ending]))
             link = f"{nvcc} -shared -cudart=static -Xlinker=--exclude-libs=ALL,-s $in -o $out"
-        sources = runpy.run_path(str(ROOT / "lorafuse" / "backends" / "cuda_sources.py"))
+        sources = runpy.run_path(str(ROOT / "lorafuse" / "backends" / "native_sources.py"))
         info["sources"] = sources["source_hash"](CSRC, emulated)
         text = json.dumps(json.dumps(info))
         declared = "const char* const lorafuse_build_info"

@@ -1,20 +1,20 @@
 """Fixtures of tests that run the CUDA kernels behind the operator in their emulator."""
 
 import contextlib
-from dataclasses import replace
 
 import pytest
 import torch
 from native_build import emulator
+from operators import Linear
 
 from lorafuse.backends import base
 from lorafuse.plan import override
 
 
 @pytest.fixture(scope="module")
-def backend():
+def operator():
     emulator()
-    return base.load("emu")
+    return Linear("emu")
 
 
 @pytest.fixture
@@ -34,17 +34,19 @@ def tiles():
 
 
 @pytest.fixture
-def launched(backend, monkeypatch):
+def launched(monkeypatch):
     """Names and arguments of the kernels' functions that ran."""
-    calls = []
+    calls, module = [], emulator()
 
     class Recorder:
         def __getattr__(self, name):
             def record(**arguments):
                 calls.append((name, arguments))
-                return getattr(emulator(), name)(**arguments)
+                return getattr(module, name)(**arguments)
 
             return record
 
-    monkeypatch.setattr(backend, "_RUN", replace(backend._RUN, native=Recorder(), flags={}))
+    backend = base.load("emu")
+    monkeypatch.setattr(backend, "native", Recorder())
+    monkeypatch.setattr(backend, "flags", {})
     return calls

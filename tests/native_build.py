@@ -10,7 +10,7 @@ from pathlib import Path
 import planted
 import pytest
 
-from lorafuse.backends import base, cuda_native
+from lorafuse.backends import base, native
 
 ROOT = Path(__file__).parents[1]
 # of the build of each module: what ptxas said of every object
@@ -33,8 +33,8 @@ def build(target, *options):
         return done.stderr.strip()
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     importlib.invalidate_caches()
-    cuda_native.info.cache_clear()
-    cuda_native.stale.cache_clear()
+    native.info.cache_clear()
+    native.stale.cache_clear()
     for name in ("cuda", base.EMULATOR):
         base._AVAILABILITY.pop(name, None)
     return ""
@@ -45,8 +45,8 @@ def emulator():
     reason = build("emu")
     if reason:
         pytest.skip(f"the emulator cannot be built: {reason}")
-    module = cuda_native.native("_emu")
-    assert module.build_info() == cuda_native.info("_emu"), "an older lorafuse._emu was loaded before: run pytest again"
+    module = native.load("_emu")
+    assert module.build_info() == native.info("_emu"), "an older lorafuse._emu was loaded before: run pytest again"
     return module
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorafuse import env
-from lorafuse.backends import cuda_native
+from lorafuse.backends import native
 from lorafuse.errors import BackendUnavailable
 from lorafuse.versions import MINIMUM, is_older
 
@@ -86,7 +86,7 @@ def _cuda() -> Availability:
         return Availability(False, "torch sees no CUDA device", f"run on a Hopper GPU, or {_EAGER_INSTEAD}")
     # which device a call is on, the plan looks at
     here = {"sm_{}{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())}
-    found = [name for name in cuda_native.info("_cuda")["architectures"] if name.endswith("a")]
+    found = [name for name in native.info("_cuda")["architectures"] if name.endswith("a")]
     if not here & {name.removesuffix("a") for name in found}:
         reason = f"its kernels were built for {', '.join(found)}, the devices here are {', '.join(sorted(here))}"
         return Availability(False, reason, "use backend='triton' or 'auto'")
@@ -95,15 +95,15 @@ def _cuda() -> Availability:
 
 def _module(name: str, otherwise: str) -> Availability:
     """Whether a module that csrc is compiled to is there, loads, and is of the sources that are here."""
-    if not cuda_native.built(name):
-        return Availability(False, f"lorafuse.{name} is not built", f"{cuda_native.how_to_build(name)}, {otherwise}")
-    reason = cuda_native.stale(name)
+    if not native.built(name):
+        return Availability(False, f"lorafuse.{name} is not built", f"{native.how_to_build(name)}, {otherwise}")
+    reason = native.stale(name)
     if not reason:
         try:
-            cuda_native.native(name)
+            native.load(name)
         except ImportError as error:
             reason = f"lorafuse.{name} does not load: {error}"
-    return Availability(not reason, reason, f"{cuda_native.how_to_build(name)}, {otherwise}" if reason else "")
+    return Availability(not reason, reason, f"{native.how_to_build(name)}, {otherwise}" if reason else "")
 
 
 _LOOK = {"triton": _triton, "cuda": _cuda, EMULATOR: lambda: _module("_emu", "or use backend='eager'")}
@@ -111,7 +111,7 @@ _LOOK = {"triton": _triton, "cuda": _cuda, EMULATOR: lambda: _module("_emu", "or
 
 def check_name(name: str) -> str:
     """`name` if it is "auto" or a backend. Raises ValueError that lists the known ones."""
-    if name == EMULATOR and cuda_native.built("_emu"):
+    if name == EMULATOR and native.built("_emu"):
         return name
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"backend={name!r} is not known; use one of {', '.join(map(repr, ('auto', *BACKENDS)))}")

@@ -1,23 +1,292 @@
-"""The operators in the CUDA kernels of csrc, for Hopper (`lorafuse.backends.cuda_linear`).
+"""The CUDA kernels of csrc, for Hopper: whole passes of a linear layer, and the products of ragged rows.
 
-Same operator as `eager`, shapes and meaning of arguments included, in bfloat16 and float16 on devices of compute
-capability 9.0. Launches go to the current stream of x's device. Experts: `lorafuse.backends.cuda_experts`.
+    plan kernel           launches, in order
+    two_kernel            project_x: xa = drop(x) aᵀ, and scale · b rounded; linear: y
+    fused_xa              round_adapter: a; round_adapter: scale · b; linear: xa and y
+    one_pass_backward     reduce_dy: dyb, db, dbias from one read of dy, and a rounded; linear: dx; reduce_x: da
+    concurrent_backward   reduce_dy: the same; linear: dx and da
+      where plan.configs  round_adapter: scale · bᵀ; project_x: dyb, and a rounded; linear: dx, da and db
+      hold "project"
+    ragged                grouped_linear: y or dx; ATen computes everything else
+
+bfloat16 and float16 on devices of compute capability 9.0. `linear` reads adapters of x's dtype whose rows, like those
+of xa and dyb, are padded to 16 bytes with zeros. Launches go to the current stream of x's device, nothing waits for it
+and all memory is torch's, so that CUDA graphs capture it.
 """
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorafuse.backends import cuda_experts, cuda_linear, cuda_native, probe
-from lorafuse.backends.on_gpu import device_guard
+from lorafuse.backends import native, probe
+from lorafuse.backends.aten import Aten
+from lorafuse.backends.aten_grouped import GroupedMM
+from lorafuse.backends.protocol import Problems, device_guard
+from lorafuse.backends.rows import contiguous_rows
+from lorafuse.operands import Dropout, Rows, Weight
+from lorafuse.plan import DeviceSpec, KernelConfig, Plan, configs_cuda, select
 
-__all__ = [
-    "experts_backward",
-    "experts_forward",
-    "grouped_backward",
-    "grouped_forward",
-    "linear_backward",
-    "linear_forward",
-]
+__all__ = ["Cuda", "backend"]
+
+# the numbers of Type in api.hpp
+_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+# elements of 16 bits in 16 bytes
+_ALIGN = 8
+_INSTEAD = "use 'triton', 'eager' or 'auto'"
+
+
+class Cuda(Aten):
+    """See the module. `module` is what csrc was compiled to; the functions after it are about a device."""
+
+    def __init__(
+        self, name: str, module: ModuleType, spec: Callable[[torch.device], DeviceSpec | None],
+        stream: Callable[[torch.device], int], is_capturing: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        self.name, self.native, self.spec, self.stream, self.is_capturing = name, module, spec, stream, is_capturing
+        # zeros that every launch leaves zeroed, by device and stream: launches of one stream run one after the other
+        self.flags: dict[tuple[torch.device, int], Tensor] = {}
+        self.grouped_mm = _GroupedLinear(self)
+
+    def plan(self, problems: Problems, device: torch.device) -> Plan:
+        spec, found = self.spec(device), problems()
+        for problem in found if isinstance(found, tuple) else (found,):
+            reason = f"runs on CUDA devices, x is on {device}" if spec is None else configs_cuda.refusal(problem, spec)
+            if reason:
+                error = TypeError if problem.dtype not in ("bfloat16", "float16") else ValueError
+                raise error(f"backend={self.name!r}: {reason}; {_INSTEAD}")
+        return select(found, spec, (("cuda", ""),))
+
+    def guard(self, device: torch.device) -> AbstractContextManager[object]:
+        return device_guard(device)
+
+    def matrix(self, t: Tensor) -> Tensor:
+        return contiguous_rows(t)
+
+    def linear_forward(  # type: ignore[override]
+        self, x: Tensor, w: Weight, bias: Tensor | None, a: Tensor, b: Tensor, plan: Plan, scale: float,
+        dropout: Dropout | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`(y, xa)`, see `Backend`; x and w are not empty."""
+        (M, K), R, dtype, stream = x.shape, a.shape[0], x.dtype, self.stream(x.device)
+        config = plan.config("matmul")
+        (given_a, a_type), (given_b, _) = _adapter(a, dtype), _adapter(b, dtype)
+        b, round_b = _rounding(given_b, dtype, scale)
+        xa = x.new_empty((M, _padded(R)))
+        fused_xa: dict[str, int] = {}
+        if config.fused_xa:
+            a, round_a = _rounding(given_a, dtype, 1.0)
+            for one in filter(None, (round_a, round_b)):
+                self.native.round_adapter(**one, stream=stream)
+            flags = self._flags(x.device, stream, M)
+            fused_xa = {"a": a.data_ptr(), "stride_a": a.stride(0), "workspace": flags.data_ptr()}
+        else:
+            self.native.project_x(
+                type=_TYPES[dtype], a_type=a_type, M=M, K=K, R=R, x=x.data_ptr(), stride_x=x.stride(0),
+                a=given_a.data_ptr(), stride_a=K, xa=xa.data_ptr(), stride_xa=xa.shape[1], **_mask(dropout),
+                rounded=round_b, stream=stream,
+            )  # fmt: skip
+        bias = None if bias is None else _aligned(bias)
+        y = self._linear(
+            x, w, False, xa, b, config, stream, R=R, bias=_at(bias), overlap_previous=not config.fused_xa, **fused_xa
+        )
+        return y, xa if xa.shape[1] == R else xa[:, :R].contiguous()
+
+    def linear_backward(  # type: ignore[override]
+        self, dy: Tensor, x: Tensor | None, xa: Tensor | None, w: Weight, a: Tensor, b: Tensor, plan: Plan,
+        scale: float, dropout: Dropout | None, needs: list[bool],
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """`(dx, da, db, dbias)`, see `Backend`; dy and w are not empty, and something is needed."""
+        need_dx, need_da, need_db, need_dbias = needs
+        (M, N), (R, K), dtype, stream = dy.shape, a.shape, dy.dtype, self.stream(dy.device)
+        # linear computes da, and db too where nothing but dyb has a launch before it
+        concurrent = plan.kernel == "concurrent_backward"
+        db_concurrent = concurrent and any(config.kernel == "project" for config in plan.configs)
+        dx = da = db = dbias = dyb = round_a = None
+        given_b, b_type = _adapter(b, dtype)
+        if need_dx or need_da:
+            dyb = dy.new_empty((M, _padded(R)))
+            given_a, a_type = _adapter(a, dtype)
+        if need_dx:
+            rounded_a, round_a = _rounding(given_a, dtype, 1.0)
+        if need_db:
+            assert xa is not None
+            xa, db = _padded_rows(xa), given_b.new_empty(b.shape)
+        if need_dbias:
+            dbias = dy.new_empty((N,))
+        if need_da:
+            assert x is not None
+            x, da = _aligned_rows(x), given_a.new_empty(a.shape)
+        if db_concurrent:
+            assert dyb is not None
+            transposed, round_b = _rounding(given_b, dtype, scale, transposed=True)
+            assert round_b is not None
+            self.native.round_adapter(**round_b, stream=stream)
+            self.native.project_x(
+                type=_TYPES[dtype], a_type=_TYPES[dtype], M=M, K=N, R=R, x=dy.data_ptr(), stride_x=dy.stride(0),
+                a=transposed.data_ptr(), stride_a=transposed.shape[1], xa=dyb.data_ptr(), stride_xa=dyb.shape[1],
+                rounded=round_a, stream=stream,
+            )  # fmt: skip
+        else:
+            reduced = {
+                "type": _TYPES[dtype], "b_type": b_type, "M": M, "N": N, "R": R, "dy": dy.data_ptr(),
+                "stride_dy": dy.stride(0), "b": given_b.data_ptr(), "stride_b": R, "xa": _at(xa) if need_db else 0,
+                "stride_xa": _padded(R), "scale": scale, "dyb": _at(dyb), "stride_dyb": _padded(R), "db": _at(db),
+                "dbias": _at(dbias),
+            }  # fmt: skip
+            work = _workspace(self.native.reduce_dy_workspace(**reduced), dy.device)
+            self.native.reduce_dy(**reduced, workspace=work.data_ptr(), rounded=round_a, stream=stream)
+        if need_dx:
+            assert dyb is not None
+            config = plan.config("matmul")
+            sums: dict[str, int] = {"sum_blocks": config.sum_blocks}
+            if concurrent and need_da:
+                assert x is not None
+                sums |= {"layer_x": x.data_ptr(), "stride_layer_x": x.stride(0), "da": _at(da), "da_type": a_type}
+            if db_concurrent and need_db:
+                sums |= {"layer_xa": _at(xa), "stride_layer_xa": _padded(R), "db": _at(db), "db_type": b_type}
+            dx = self._linear(
+                dy, w, True, dyb, rounded_a, config, stream, R=R, overlap_previous=True, **_mask(dropout), **sums,
+                scale=scale,
+            )  # fmt: skip
+        if need_da and not concurrent:
+            assert x is not None
+            assert dyb is not None
+            reduced = {
+                "type": _TYPES[dtype], "a_type": a_type, "M": M, "K": K, "R": R, "x": x.data_ptr(),
+                "stride_x": x.stride(0), "dyb": dyb.data_ptr(), "stride_dyb": dyb.shape[1], "da": _at(da),
+                **_mask(dropout),
+            }  # fmt: skip
+            work = _workspace(self.native.reduce_x_workspace(**reduced), dy.device)
+            self.native.reduce_x(**reduced, workspace=work.data_ptr(), stream=stream)
+        return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype), dbias
+
+    def _linear(
+        self, x: Tensor, w: Weight, is_transposed: bool, xa: Tensor, b: Tensor, config: KernelConfig, stream: int,
+        **more: Any,
+    ) -> Tensor:  # fmt: skip
+        """`x wᵀ + xa bᵀ`, or `x w + xa b` when `is_transposed`."""
+        data = contiguous_rows(w.data)
+        N, K = reversed(data.shape) if is_transposed else data.shape
+        y = x.new_empty((x.shape[0], N))
+        self.native.linear(
+            type=_TYPES[x.dtype], M=x.shape[0], N=N, K=K, transposed=is_transposed, x=x.data_ptr(),
+            stride_x=x.stride(0), w=data.data_ptr(), stride_w=data.stride(0), xa=xa.data_ptr(), stride_xa=xa.shape[1],
+            b=b.data_ptr(), stride_b=b.stride(0), y=y.data_ptr(), stride_y=N, tiling=_tiling(config), stream=stream,
+            **more,
+        )  # fmt: skip
+        return y
+
+    def _flags(self, device: torch.device, stream: int, M: int) -> Tensor:
+        """Zeros through which the blocks of one launch signal that rows of xa are there."""
+        words = self.native.fused_xa_workspace(M=M)
+        if self.is_capturing():
+            # a graph has flags of its own, which it zeroes at every replay: the stream's may be in use by then
+            return torch.zeros(words, dtype=torch.int32, device=device)
+        found = self.flags.get((device, stream))
+        if found is None or found.numel() < words:
+            found = self.flags[device, stream] = torch.zeros(words, dtype=torch.int32, device=device)
+        return found
+
+
+class _GroupedLinear(GroupedMM):
+    """grouped_mm, with a base product and its low-rank one in one kernel: the second adds to the reduction."""
+
+    def __init__(self, run: Cuda) -> None:
+        self.run = run
+
+    def accumulated(self, x: Tensor, w: Tensor, xa: Tensor, b: Tensor, rows: Rows) -> Tensor:
+        run, (G, K, N) = self.run, w.shape
+        is_transposed = w.is_contiguous()
+        if not (is_transposed or w.mT.is_contiguous()):
+            # a copy of the stack would cost more than the kernel gains
+            raise ValueError(
+                f"backend={run.name!r}: its kernels read stacks of matrices without gaps; the strides of weights "
+                f"{list(w.shape)} are {w.stride()}: {_INSTEAD}"
+            )
+        if "int64" not in rows.cache:
+            rows.cache["int64"] = rows.offsets.long()
+        # both with columns and rows exchanged, or neither
+        b, y = b.contiguous() if is_transposed else b.mT.contiguous(), x.new_empty((x.shape[0], N))
+        run.native.grouped_linear(
+            type=_TYPES[x.dtype], rows=x.shape[0], groups=G, N=N, K=K, R=xa.shape[1], transposed=is_transposed,
+            offsets=rows.cache["int64"].data_ptr(), x=x.data_ptr(), stride_x=x.stride(0), w=w.data_ptr(),
+            xa=xa.data_ptr(), stride_xa=xa.stride(0), b=b.data_ptr(), y=y.data_ptr(), stride_y=N,
+            tiling=_tiling(configs_cuda.RAGGED), stream=run.stream(x.device),
+        )  # fmt: skip
+        return y
+
+
+def _at(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _workspace(size: int, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def _tiling(config: KernelConfig) -> tuple[int, int, int, int, int]:
+    # the last: as many blocks as the device has SMs
+    return config.block_n, config.stages, config.cluster, config.group_m, 0
+
+
+def _mask(dropout: Dropout | None) -> dict[str, int]:
+    if dropout is None:
+        return {}
+    # at p = 1 one draw of 2^32 is kept, in a term whose scale is 0
+    return {"seed": dropout.seed.data_ptr(), "drop_below": min(int(dropout.p * 2**32), 2**32 - 1)}
+
+
+def _padded(R: int) -> int:
+    return -(-R // _ALIGN) * _ALIGN
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """`t`, contiguous and on a 16-byte boundary."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def _adapter(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """An adapter as the memory-bound kernels read it, of x's dtype or fp32, and its type."""
+    return (t := _aligned(t if t.dtype in (dtype, torch.float32) else t.float())), _TYPES[t.dtype]
+
+
+def _rounding(
+    t: Tensor, dtype: torch.dtype, scale: float, transposed: bool = False
+) -> tuple[Tensor, dict[str, int | float] | None]:
+    """`scale · t`, or its transpose, in x's dtype with rows padded to 16 bytes; and the arguments of its launch.
+
+    They are None where the result is `t` itself. `t` is of `_adapter`, and must live until that launch: memory freed
+    before it could be allocated again, and written by the same launch.
+    """
+    rows, columns = reversed(t.shape) if transposed else t.shape
+    if scale == 1.0 and t.dtype is dtype and columns % _ALIGN == 0 and not transposed:
+        return t, None
+    out = t.new_empty((rows, _padded(columns)), dtype=dtype)
+    return out, {
+        "in_type": _TYPES[t.dtype], "type": _TYPES[dtype], "transposed": transposed, "rows": rows, "columns": columns,
+        "in": t.data_ptr(), "stride_in": t.shape[1], "scale": scale, "out": out.data_ptr(), "stride_out": out.shape[1],
+    }  # fmt: skip
+
+
+def _padded_rows(xa: Tensor) -> Tensor:
+    """xa `[M, R]` in a buffer whose rows start on 16-byte boundaries."""
+    R = xa.shape[1]
+    if R % _ALIGN == 0:
+        return _aligned(xa)
+    out = xa.new_zeros((xa.shape[0], _padded(R)))
+    out[:, :R] = xa
+    return out
+
+
+def _aligned_rows(t: Tensor) -> Tensor:
+    """x of backward with rows on 16-byte boundaries; another backend may have run forward."""
+    return t if t.data_ptr() % 16 == 0 and t.stride(0) % _ALIGN == 0 else t.clone(memory_format=torch.contiguous_format)
 
 
 def _stream(device: torch.device) -> int:
@@ -25,22 +294,7 @@ def _stream(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(index)
 
 
-_RUN = cuda_linear.Runner(
-    name="cuda",
-    native=cuda_native.native("_cuda"),
-    spec=probe.device_spec,
-    stream=_stream,
-    guard=device_guard,
-    capturing=torch.cuda.is_current_stream_capturing,
-)
-experts_forward, experts_backward, grouped_forward, grouped_backward = cuda_experts.functions(_RUN)
-
-
-def linear_forward(*operands) -> tuple[Tensor, Tensor]:
-    """See `lorafuse.backends.cuda_linear.forward`."""
-    return cuda_linear.forward(_RUN, *operands)
-
-
-def linear_backward(*operands) -> tuple[Tensor | None, ...]:
-    """See `lorafuse.backends.cuda_linear.backward`."""
-    return cuda_linear.backward(_RUN, *operands)
+@cache
+def backend() -> Cuda:
+    """The one instance. Raises ImportError where `lorafuse._cuda` was not built."""
+    return Cuda("cuda", native.load("_cuda"), probe.device_spec, _stream, torch.cuda.is_current_stream_capturing)

@@ -8,8 +8,9 @@
 
 Operands are values (`lorafuse.operands`). `x` is a matrix `[rows, K]` as `Backend.matrix` gives it, of float dtype;
 adapters may be of another dtype and any strides, and are rounded to x's dtype inside. `rows` is None for a dense layer.
-`plan` is the plan of the projection (`lorafuse.plan`), asked once by the operator. No primitive writes into an operand,
-waits for the device where offsets lie on one, or computes a gradient of w.
+`plan` is the plan of the projection (`lorafuse.plan`), asked once by the operator, which runs the primitives within
+`guard`. A primitive writes into no operand, does not wait for the device where offsets lie on one, and computes no
+gradient of w.
 
 A backend may offer composites, several primitives in one launch, under the names below; an operator asks for them first
 and composes otherwise. They are None where a backend has none.
@@ -25,11 +26,18 @@ from torch import Tensor
 from lorafuse.operands import ActivateBackward, Dropout, Epilogue, LowRank, Rows, Weight
 from lorafuse.plan import Plan, Problem
 
-__all__ = ["Backend", "Problems", "finish"]
+__all__ = ["Backend", "Problems", "device_guard", "finish"]
 
 # of an operator, made only where somebody plans
 Problems = Callable[[], Problem | tuple[Problem, ...]]
 _NO_GUARD = contextlib.nullcontext()
+
+
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Makes a CUDA device current; nothing for any other."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return _NO_GUARD
 
 
 class Backend:

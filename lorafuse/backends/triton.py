@@ -14,27 +14,18 @@ import torch
 import triton
 from torch import Tensor
 
-from lorafuse.activation import Activation
+from lorafuse.activation import Activation, Recomputed
 from lorafuse.backends import probe
-from lorafuse.backends.protocol import Backend, Problems, finish
+from lorafuse.backends.protocol import Backend, Problems, device_guard, finish
 from lorafuse.backends.rows import contiguous_rows
-from lorafuse.kernels import linear_bwd, linear_fwd, ragged, ragged_rank, routing
+from lorafuse.kernels import linear_bwd, linear_fwd, ragged, ragged_epilogue, ragged_rank, routing
 from lorafuse.kernels.routing import Tiles
 from lorafuse.operands import Activate, Dropout, Epilogue, LowRank, Rows, Weight
-from lorafuse.plan import DeviceSpec, Plan, find, select
+from lorafuse.plan import DeviceSpec, Plan, interpreted_as, select
 
-__all__ = ["Triton", "backend", "device_guard"]
+__all__ = ["Triton", "backend"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# the GPU whose plans the interpreter runs
-_INTERPRETED_AS = "H200"
-
-
-def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Makes the device current."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return contextlib.nullcontext()
 
 
 class Triton(Backend):
@@ -101,10 +92,11 @@ class Triton(Backend):
             # the epilogue reads a few rows of b, or columns of a; rounded there, after the scale
             b = low.b.mT if low.is_transposed else _packed(low.b, low.b.dtype)
         tiles, left = _tiles(rows), w.left()
-        if epilogue is None or not isinstance(epilogue.activation, Activation):
+        if epilogue is None or not _is_fused(epilogue.activation):
             y = ragged.ragged_linear(tiles, x, left, bias, xa, b, scale, programs, config, source=rows.index)
             return finish(y, epilogue)
         act = epilogue.activation
+        assert isinstance(act, Activation)
         if isinstance(epilogue, Activate):
             return ragged.ragged_activated(
                 tiles, x, left, bias, xa, b, scale, act.name, _layout(act), programs, config, source=rows.index
@@ -166,13 +158,18 @@ def _dense(x: Tensor, w: Weight, low: LowRank | None, bias: Tensor | None, confi
 
 
 def _spec(device: torch.device) -> DeviceSpec:
-    return probe.device_spec(device) or find(_INTERPRETED_AS)
+    return probe.device_spec(device) or interpreted_as()
 
 
 def _tiles(rows: Rows) -> Tiles:
     if "tiles" not in rows.cache:
         rows.cache["tiles"] = Tiles(rows.offsets, rows.count)
     return rows.cache["tiles"]
+
+
+def _is_fused(act: Activation | Recomputed) -> bool:
+    """Whether the epilogue of a kernel computes it."""
+    return isinstance(act, Activation) and act.name in (*ragged_epilogue.ACTIVATIONS, *ragged_epilogue.GATES)
 
 
 def _layout(act: Activation) -> str:

@@ -39,7 +39,7 @@ _STYLES = {
     "lorafuse-triton-single": Style("#f0a58f", "p", "oo"),
     "lorafuse-cuda": Style("#b5476b", "h", "**"),
     "lorafuse-cuda-single": Style("#e8a0bf", "d", "OO"),
-    "lorafuse-cuda-beside": Style("#7a1f3d", "H", "oo"),
+    "lorafuse-cuda-concurrent": Style("#7a1f3d", "H", "oo"),
     "unsloth": Style("#cc79a7", "X", "///"),
     "axolotl": Style("#6a3d9a", "*", "\\\\\\"),
     "axolotl-scattermoe": Style("#b15928", "1", "xxx"),

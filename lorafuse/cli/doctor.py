@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from lorafuse import env, functional
-from lorafuse.backends import base, cuda_native
+from lorafuse.backends import base, native
 from lorafuse.cli import _common
 from lorafuse.errors import MissingDependency
 from lorafuse.plan import tuned
@@ -146,13 +146,13 @@ def _compilers() -> Iterator[Finding]:
 def _module(name: str, purpose: str) -> Finding:
     """What csrc was compiled to: for which architectures, from which sources; or why not, and how to."""
     shown = f"lorafuse.{name}"
-    if not cuda_native.built(name):
-        why = cuda_native.why_not_built() if name == "_cuda" else ""
+    if not native.built(name):
+        why = native.why_not_built() if name == "_cuda" else ""
         value = f"not built ({purpose})" + (f": {why}" if why else "")
-        return Finding("compilers", shown, value, "warn", cuda_native.how_to_build(name))
-    if reason := cuda_native.stale(name):
-        return Finding("compilers", shown, reason, "warn", cuda_native.how_to_build(name))
-    return Finding("compilers", shown, cuda_native.describe(name))
+        return Finding("compilers", shown, value, "warn", native.how_to_build(name))
+    if reason := native.stale(name):
+        return Finding("compilers", shown, reason, "warn", native.how_to_build(name))
+    return Finding("compilers", shown, native.describe(name))
 
 
 def _backends() -> Iterator[Finding]:
@@ -201,7 +201,7 @@ def _self_test() -> Iterator[Finding]:
             for dtype in (torch.float32, torch.bfloat16):
                 if backend != "cuda" or (dtype is torch.bfloat16 and _is_hopper(device)):
                     yield _self_test_one(backend, device, dtype)
-    if cuda_native.built("_emu") and base.availability(base.EMULATOR).ok:
+    if native.built("_emu") and base.availability(base.EMULATOR).ok:
         yield _self_test_one(base.EMULATOR, "cpu", torch.bfloat16)
 
 

@@ -8,7 +8,7 @@ scale. An fp32 xa over fp16 operands (the range of fp16 being too small) is mult
 
 Fused: the low-rank product is accumulated in the fp32 accumulator of the base product, as R more columns of K; bias and
 rounding follow in the same registers. y is written once and never read. `xa` comes from a kernel of its own (two
-kernels, x read twice) or, without dropout, from the first programs of the same one (single kernel, `p_flags`).
+kernels, x read twice) or, without dropout, from the first programs of the same one (`fused_xa`, `p_flags`).
 Saved for backward: x, xa.
 
 Cost: 2MNK + 2MR(N + K) FLOPs. Beyond the base product: one read of x (two kernels), one write
@@ -294,14 +294,14 @@ def lora_linear_fwd(
 ) -> tuple[Tensor, Tensor]:
     """`(y [M, N] in x's dtype, xa [M, R])`; `scale` is that of the masked low-rank path, dropout's rescaling included.
 
-    `xa` comes from `lora_xa`, or is None and computed inside when `config.single`. x and w have contiguous rows, bias,
-    a and b are contiguous; `programs` is how many run at a time, the number of SMs.
+    `xa` comes from `lora_xa`, or is None and computed inside when `config.fused_xa`. x and w have contiguous rows,
+    bias, a and b are contiguous; `programs` is how many run at a time, the number of SMs.
     """
     (M, K), N, R = x.shape, w.shape[0], a.shape[0]
     y = x.new_empty((M, N))
     tiles_m, tiles_n = triton.cdiv(M, config.block_m), triton.cdiv(N, config.block_n)
     flags = None
-    if config.single:
+    if config.fused_xa:
         xa = x.new_empty((M, R))
         # arrivals, the queue of xa items, and one flag for each; zeroed by each call, so that a CUDA graph replays it
         flags = torch.zeros(2 + tiles_m, dtype=torch.int32, device=x.device)
@@ -309,7 +309,7 @@ def lora_linear_fwd(
     tma = config.form == "tma"
 
     def launch() -> None:
-        _lora_linear_fwd_kernel[(min(programs, tiles_m * tiles_n) if tma or config.single else tiles_m * tiles_n,)](
+        _lora_linear_fwd_kernel[(min(programs, tiles_m * tiles_n) if tma or config.fused_xa else tiles_m * tiles_n,)](
             x,
             w,
             bias,

@@ -121,10 +121,10 @@ def _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False,
     dropout = None
     if seed is not None:
         scale, dropout = rescaled(scale, dropout_p), Dropout(seed, dropout_p)
+    if format != "dense":
+        w = run.readable(w, x.dtype)
     with run.guard(x.device):
-        y, xa = forward(
-            run, plan, run.matrix(flat), run.readable(w, x.dtype), bias, a, b, scale, dropout, wide
-        )  # fmt: skip
+        y, xa = forward(run, plan, run.matrix(flat), w, bias, a, b, scale, dropout, wide)
     return shaped_like(y, x), xa
 
 
@@ -150,11 +150,11 @@ def _gradients(
     dropout = None
     if seed is not None:
         scale, dropout = rescaled(scale, dropout_p), Dropout(seed, dropout_p)
+    if format != "dense":
+        w = run.readable(w, dy.dtype)
     with run.guard(dy.device):
-        dx, da, db, dbias = backward(
-            run, plan, run.matrix(flat), None if x is None else run.matrix(matrix(x)), xa, run.readable(w, dy.dtype), a,
-            b, scale, dropout, needs, wide,
-        )  # fmt: skip
+        flat_x = None if x is None else run.matrix(matrix(x))
+        dx, da, db, dbias = backward(run, plan, run.matrix(flat), flat_x, xa, w, a, b, scale, dropout, needs, wide)
     return None if dx is None else shaped_like(dx, dy), da, db, dbias
 
 

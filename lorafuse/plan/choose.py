@@ -9,10 +9,10 @@ from lorafuse import formats
 from lorafuse.plan import configs_cuda, configs_triton, cost, tuned
 from lorafuse.plan.candidate import Candidate
 from lorafuse.plan.config import KernelConfig
-from lorafuse.plan.devices import DeviceSpec, features
+from lorafuse.plan.devices import DeviceSpec, features, find
 from lorafuse.plan.problem import Problem
 
-__all__ = ["Plan", "clear_cache", "modelled", "no_grouped_mm", "override", "select"]
+__all__ = ["Plan", "clear_cache", "interpreted_as", "modelled", "no_grouped_mm", "override", "select"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class _Override:
     kernel: str = ""
     tiles: tuple[tuple[int, int, int], ...] = configs_cuda.TILES
     measured: tuple[tuned.Tuned, ...] | None = None
+    interpreted_as: DeviceSpec = find("H200")
+    triton_config: configs_triton.Pick = configs_triton.best
 
 
 _NOTHING = _Override()
@@ -77,12 +79,15 @@ def override(
     force_kernel: str | None = None,
     cuda_tiles: Sequence[tuple[int, int, int]] | None = None,
     measured: Sequence[tuned.Tuned] | None = None,
+    interpreted_as: DeviceSpec | None = None,
+    triton_config: configs_triton.Pick | None = None,
 ) -> Iterator[None]:
     """Within it, plans take what is given wherever it can run. For tests and benchmarks.
 
     `force_kernel` is one of `tuned.KERNELS`; `cuda_tiles` are the (block_n, stages, cluster) of the CUDA matmuls;
-    `measured` are the entries of every GPU, instead of those in files. It holds for the whole process, and for what is
-    nested in it unless given there again. Raises ValueError for an unknown kernel.
+    `measured` are the entries of every GPU, instead of those in files; `interpreted_as` is the GPU that Triton's
+    interpreter and the emulator stand for; `triton_config` picks the configuration of a Triton kernel. It holds for the
+    whole process, and for what is nested in it unless given there again. Raises ValueError for an unknown kernel.
     """
     global _override
     if force_kernel is not None and force_kernel not in tuned.KERNELS:
@@ -92,6 +97,8 @@ def override(
         base.kernel if force_kernel is None else force_kernel,
         base.tiles if cuda_tiles is None else tuple(cuda_tiles),
         base.measured if measured is None else tuple(measured),
+        interpreted_as or base.interpreted_as,
+        triton_config or base.triton_config,
     )
     try:
         yield
@@ -109,6 +116,11 @@ def select(
     can run the operator.
     """
     return _select(problems, device, available, _override)
+
+
+def interpreted_as() -> DeviceSpec:
+    """The GPU whose plans kernels follow that run on a CPU, in Triton's interpreter or in the emulator."""
+    return (_override or _NOTHING).interpreted_as
 
 
 def clear_cache() -> None:
@@ -143,7 +155,7 @@ def _select(
         elif backend == "eager":
             candidates += _eager(operator, device, reasons)
         elif device is not None and backend == "triton":
-            candidates += configs_triton.operator_candidates(operator, device)
+            candidates += configs_triton.operator_candidates(operator, device, given.triton_config)
         elif device is not None:
             candidates += configs_cuda.operator_candidates(operator, device, given.tiles)
     if not candidates:

@@ -24,10 +24,10 @@ class KernelConfig:
     warps           warps of a program
     group_m         tiles of rows that are walked together, for the L2
     splits          parts of the rows whose sums are reduced afterwards
-    single          matmul computes xa too
+    fused_xa        matmul computes xa too
     max_registers   of a thread; 0 leaves it to the compiler
     cluster         blocks that share the tiles of w
-    beside          blocks of a backward matmul that sum da and db concurrently
+    sum_blocks      blocks of a backward matmul that sum da and db concurrently
     """
 
     kernel: str
@@ -40,10 +40,10 @@ class KernelConfig:
     warps: int
     group_m: int = 8
     splits: int = 1
-    single: bool = False
+    fused_xa: bool = False
     max_registers: int = 0
     cluster: int = 1
-    beside: int = 0
+    sum_blocks: int = 0
 
 
 def padded_rank(R: int) -> int:

@@ -18,20 +18,18 @@ from lorafuse.plan.config import KernelConfig, padded_rank
 from lorafuse.plan.devices import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["CONCURRENT", "TILES", "illegal", "matmuls", "operator_candidates", "refusal", "sum_blocks"]
+__all__ = ["CONCURRENT", "RAGGED", "TILES", "illegal", "matmuls", "operator_candidates", "refusal", "sum_blocks"]
 
 _ARCH = 90
 _BLOCK_M, _BLOCK_K = 128, 64
 # a producer's warpgroup and two that multiply
 _WARPS = 12
-_MAX_SINGLE_R = 64
+_MAX_FUSED_R = 64
 # shared memory next to the ring and the tile that is stored: barriers, and what alignment to 1024 bytes may cost
 _SHARED_REST = 2048
 # (block_n, stages, cluster); two stages of 256 columns would fit twice, three are what hides the loads (published
 # ablations of Hopper kernels; not measured here)
 TILES = tuple((block_n, stages, cluster) for block_n, stages in ((256, 3), (128, 4)) for cluster in (2, 1))
-# of ragged rows (nothing was measured)
-_RAGGED_TILE = (256, 3, 1)
 # row blocks that are walked together (assumed)
 _GROUP_M = 16
 # columns of a block of the reductions, and rows of one of project
@@ -71,13 +69,13 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
         return f"tiles are 128 x 128 or 128 x 256, in steps of {_BLOCK_K} by {_WARPS} warps"
     if c.cluster not in (1, 2):
         return f"a cluster of {c.cluster} blocks: they have 1 or 2"
-    if c.single and (problem.gradients or problem.R > _MAX_SINGLE_R):
-        return f"one launch computes xa and y of up to {_MAX_SINGLE_R} ranks"
-    if c.single and problem.dropout:
+    if c.fused_xa and (problem.gradients or problem.R > _MAX_FUSED_R):
+        return f"one launch computes xa and y of up to {_MAX_FUSED_R} ranks"
+    if c.fused_xa and problem.dropout:
         return "a launch that computes xa and y draws no mask"
-    if c.beside and (not problem.gradients or c.cluster != 1 or problem.R > _MAX_SINGLE_R):
-        return f"da and db concurrent with dx are of up to {_MAX_SINGLE_R} ranks, in clusters of 1"
-    if c.beside and problem.dropout:
+    if c.sum_blocks and (not problem.gradients or c.cluster != 1 or problem.R > _MAX_FUSED_R):
+        return f"da and db concurrent with dx are of up to {_MAX_FUSED_R} ranks, in clusters of 1"
+    if c.sum_blocks and problem.dropout:
         return "blocks that sum da draw no mask"
     needed = c.stages * (_BLOCK_M + c.block_n) * _BLOCK_K * 2 + _BLOCK_M * c.block_n * 2 + _SHARED_REST
     if c.stages < 2 or needed > device.smem_per_block:
@@ -86,11 +84,11 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
 
 
 def matmuls(
-    problem: Problem, device: DeviceSpec, tiles: _Tiles = TILES, single: bool = False, beside: int = 0
+    problem: Problem, device: DeviceSpec, tiles: _Tiles = TILES, fused_xa: bool = False, sum_blocks: int = 0
 ) -> tuple[KernelConfig, ...]:
     """The legal configurations of y, or of a backward problem's dx."""
     found = (
-        _matmul(tile, single, beside)
+        _matmul(tile, fused_xa, sum_blocks)
         for tile in tiles
         # one row block leaves a neighbour without rows
         if tile[2] == 1 or problem.M > _BLOCK_M
@@ -98,19 +96,23 @@ def matmuls(
     return tuple(config for config in found if not illegal(config, problem, device))
 
 
-def _matmul(tile: tuple[int, int, int], single: bool = False, beside: int = 0) -> KernelConfig:
+def _matmul(tile: tuple[int, int, int], fused_xa: bool = False, sum_blocks: int = 0) -> KernelConfig:
     block_n, stages, cluster = tile
     return KernelConfig(
-        "matmul", "wgmma", _BLOCK_M, block_n, _BLOCK_K, _BLOCK_K, stages, _WARPS, _GROUP_M, single=single,
-        cluster=cluster, beside=beside,
+        "matmul", "wgmma", _BLOCK_M, block_n, _BLOCK_K, _BLOCK_K, stages, _WARPS, _GROUP_M, fused_xa=fused_xa,
+        cluster=cluster, sum_blocks=sum_blocks,
     )  # fmt: skip
+
+
+# that of ragged rows (nothing was measured)
+RAGGED = _matmul((256, 3, 1))
 
 
 def operator_candidates(operator: Sequence[Problem], device: DeviceSpec, tiles: _Tiles = TILES) -> Iterator[Candidate]:
     """Every candidate for an operator that `refusal` lets pass."""
     p = operator[0]
     if p.is_ragged:
-        matmuls = [_matmul(_RAGGED_TILE) for _ in operator]
+        matmuls = [RAGGED] * len(operator)
         yield Candidate("cuda", "ragged", tuple((c,) for c in matmuls), cost.ragged(operator, matmuls, device))
     elif p.gradients:
         yield from _backward(p, device, tiles)
@@ -121,7 +123,7 @@ def operator_candidates(operator: Sequence[Problem], device: DeviceSpec, tiles: 
 def _forward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Candidate]:
     round_a, round_b = _roundings(problem, device)
     xa = _skinny("project", problem, device)
-    two, one = (_best(problem, device, tiles, single) for single in (False, True))
+    two, one = (_best(problem, device, tiles, fused_xa) for fused_xa in (False, True))
     assert two is not None
     parts = [_with(cost.step(xa, problem, device), round_b), cost.step(two, problem, device)]
     yield _candidate("two_kernel", (xa, two), parts)
@@ -172,9 +174,9 @@ def sum_blocks(problem: Problem, device: DeviceSpec) -> list[int]:
 
 
 def _best(
-    problem: Problem, device: DeviceSpec, tiles: _Tiles, single: bool = False, blocks: Sequence[int] = (0,)
+    problem: Problem, device: DeviceSpec, tiles: _Tiles, fused_xa: bool = False, blocks: Sequence[int] = (0,)
 ) -> KernelConfig | None:
-    found = [config for beside in blocks for config in matmuls(problem, device, tiles, single, beside)]
+    found = [config for count in blocks for config in matmuls(problem, device, tiles, fused_xa, count)]
     return min(found, key=lambda config: cost.kernel_seconds(config, problem, device), default=None)
 
 

@@ -37,7 +37,7 @@ _SM_BANDWIDTH = 110e9
 # nothing by it (H200, 2026-11-26; published models say 6154); and dense FLOPs of one SM
 _L2_BYTES, _SM_FLOPS = 6336, 4096
 # bytes/s of one SM's shared memory; where da or db is summed, x or dy passes through it twice, and so do dyb or xa, 64
-# rows of 64 ranks at a time (model, csrc/kernels/beside_sm90.cuh; not measured)
+# rows of 64 ranks at a time (model, csrc/kernels/adapter_grads_sm90.cuh; not measured)
 _SHARED_BANDWIDTH, _RIGHT_BYTES = 128 * 1.7e9, 64 * 64 * 2
 # Philox 4x32-10: 100 integer operations give four words; an SM does 64 a clock at 1.7 GHz
 _MASK_PER_ELEMENT, _SM_INTEGERS = 25, 64 * 1.7e9
@@ -102,8 +102,8 @@ def tile_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -> 
         operands = (c.block_m + c.block_n // c.cluster) * c.block_k * 2 * device.sms
         clocks = 2 * c.block_m * c.block_n * c.block_k / _SM_FLOPS
         share *= min(1.0, _L2_BYTES / (operands / clocks))
-    if c.beside:
-        left = device.sms - c.beside
+    if c.sum_blocks:
+        left = device.sms - c.sum_blocks
         device = replace(device, sms=left, sustained_flops=device.sustained_flops * left / device.sms)
     sizes = rows, problem.written, problem.read + padded_rank(problem.R)
     return _tiles(*sizes, (c.block_m, c.block_n), share, problem, device)
@@ -116,12 +116,12 @@ def kernel_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -
         return 0.0
     if c.kernel == "matmul":
         seconds = max(tile_seconds(c, problem, device), _bytes(problem, device, padded_rank(R)))
-        if c.single:
+        if c.fused_xa:
             return seconds + _xa_in_tiles(c, problem, device)
-        if c.beside:
+        if c.sum_blocks:
             # column blocks of dy for db, of x for da: the busiest block sums several
             sums = [size for name, size in (("db", N), ("da", K)) if name in problem.gradients]
-            blocks = -(-sum(-(-size // c.block_n) for size in sums) // c.beside)
+            blocks = -(-sum(-(-size // c.block_n) for size in sums) // c.sum_blocks)
             stage = 2 * (c.block_n * c.block_k * problem.itemsize + _RIGHT_BYTES) / _SHARED_BANDWIDTH
             return max(seconds, blocks * -(-M // c.block_k) * stage)
         return seconds + (_mask(problem, device) if problem.gradients else 0.0)

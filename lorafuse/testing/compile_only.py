@@ -90,7 +90,7 @@ class Variant:
         parts += [self.dtype, "" if self.adapter_dtype == "float32" else f"adapter-{self.adapter_dtype}"]
         parts += [
             self.epilogue,
-            "single" if c.single else "",
+            "single" if c.fused_xa else "",
             "dropout" if self.dropout else "",
             "" if self.aligned else "unaligned",
             "wide" if self.wide else "",
@@ -263,7 +263,7 @@ def _launch(variant: Variant) -> None:
     if variant.kernel == "xa":
         linear_fwd.lora_xa(x, a, seed, p, c, variant.wide)
     elif variant.kernel == "fwd":
-        xa_given = None if c.single else xa
+        xa_given = None if c.fused_xa else xa
         linear_fwd.lora_linear_fwd(x, w, tensor(n), a, b, 2.0, xa_given, programs, c)
     elif variant.kernel == "dyb_db":
         linear_bwd.lora_dyb_db_partials(dy, b, xa, True, True, c)

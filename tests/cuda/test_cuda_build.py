@@ -17,8 +17,8 @@ import pytest
 import torch
 from native_build import REPORTS, ROOT, build, command, compiled, emulator, loads_alone
 
-from lorafuse.backends import cuda_native
-from lorafuse.backends.cuda_sources import source_hash
+from lorafuse.backends import native
+from lorafuse.backends.native_sources import source_hash
 
 pytestmark = [pytest.mark.no_poison, pytest.mark.first]
 
@@ -96,8 +96,8 @@ class TestCompiled:
         assert [line for text in reports().values() for line in text.splitlines() if "warning" in line.lower()] == []
 
     def test_the_budget_holds(self, table, request):
-        if cuda_native.info("_cuda")["compiler"] != NVCC:
-            pytest.skip(f"the budget is that of {NVCC}, this is {cuda_native.info('_cuda')['compiler']}")
+        if native.info("_cuda")["compiler"] != NVCC:
+            pytest.skip(f"the budget is that of {NVCC}, this is {native.info('_cuda')['compiler']}")
         now = {
             arch: {n: [k["registers"], k["shared"]] for n, k in sorted(table[arch].items())} for arch in sorted(table)
         }
@@ -138,22 +138,22 @@ class TestModule:
     def test_it_needs_neither_torch_nor_a_driver(self):
         compiled()
         info = loads_alone("_cuda")
-        assert info == cuda_native.info("_cuda")
+        assert info == native.info("_cuda")
         assert info["architectures"] == ["sm_80", "sm_90", "sm_90a", "compute_80"]
         assert info["sources"] == source_hash(CSRC, emulated=False)
-        needed = subprocess.run(["ldd", cuda_native.native("_cuda").__file__], capture_output=True, text=True).stdout
+        needed = subprocess.run(["ldd", native.load("_cuda").__file__], capture_output=True, text=True).stdout
         assert "libcud" not in needed
         assert "libtorch" not in needed
 
     def test_the_emulator_neither(self):
         emulator()
-        assert loads_alone("_emu") == cuda_native.info("_emu")
+        assert loads_alone("_emu") == native.info("_emu")
 
     def test_what_cuda_says_is_an_error(self):
         compiled()
         if torch.cuda.is_available():
             pytest.skip("there is a GPU: nothing fails")
-        round_adapter = cuda_native.native("_cuda").round_adapter
+        round_adapter = native.load("_cuda").round_adapter
         given = {"in_type": 2, "type": 0, "rows": 2, "columns": 8, "in": 64, "stride_in": 8, "out": 64}
         with pytest.raises(RuntimeError, match="cuda"):
             round_adapter(**given, stride_out=8)

@@ -10,8 +10,9 @@ from functools import partial
 
 import pytest
 import torch
+from operators import Linear
 
-from lorafuse.backends import eager
+from lorafuse.backends import base
 from lorafuse.functional import lora_linear
 from lorafuse.philox import keep_mask
 from lorafuse.plan import override
@@ -69,25 +70,25 @@ def test_several_tiles(R, dtype):
     check(LinearCase(leading=(257,), N=264, K=72, R=R, dtype=dtype))
 
 
-@pytest.mark.parametrize("direction", ["dropout", "plain", "single"])
+@pytest.mark.parametrize("direction", ["dropout", "plain", "fused_xa"])
 @pytest.mark.parametrize("config", TILINGS)
 def test_every_tiling(config, direction, tiles, launched):
     tiles(config)
     dropout_p = 0.2 if direction == "dropout" else 0.0
     case = LinearCase(leading=(300,), N=264, K=200, R=24, dtype=torch.bfloat16, dropout_p=dropout_p)
-    with override(force_kernel="cuda fused_xa" if direction == "single" else "cuda two_kernel"):
+    with override(force_kernel="cuda fused_xa" if direction == "fused_xa" else "cuda two_kernel"):
         check(case)
     products = [arguments for name, arguments in launched if name == "linear"]
     assert {arguments.get("transposed", False) for arguments in products} == {False, True}
     assert {arguments["tiling"][:3] for arguments in products} == {config}
     assert {
         "a" in arguments and "workspace" in arguments for arguments in products if not arguments.get("transposed")
-    } == {direction == "single"}
+    } == {direction == "fused_xa"}
 
 
 @pytest.mark.parametrize("R", [r for r in UGLY_R if r <= 64])
 @pytest.mark.parametrize("M", [1, 63, 128, 257])
-def test_single_kernel(M, R, launched):
+def test_fused_xa(M, R, launched):
     N, K = ALIGNED_NK[(M + R) % len(ALIGNED_NK)]
     with override(force_kernel="cuda fused_xa"):
         check(LinearCase(leading=(M,), N=N, K=K, R=R, dtype=DTYPES[R % 2]))
@@ -98,17 +99,17 @@ def test_single_kernel(M, R, launched):
     assert any(arguments.get("transposed") for arguments in products)
 
 
-def test_the_flags_of_a_single_kernel_are_left_as_they_were(backend):
+def test_the_flags_of_fused_xa_are_left_as_they_were(operator):
     o = make_operands(LinearCase(leading=(300,), N=264, K=72, R=16, dtype=torch.float16))
     with override(force_kernel="cuda fused_xa"):
-        first = [backend.linear_forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0)[0] for _ in range(3)]
-        flags = list(backend._RUN.flags.values())
+        first = [operator.forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0)[0] for _ in range(3)]
+        flags = list(base.load("emu").flags.values())
         assert flags
         assert not any(found.any() for found in flags)
         # more rows need more flags, fewer take those that are there
         more, fewer = torch.cat([o.x] * 3), o.x[:5]
         for x in (more, fewer):
-            y, _ = backend.linear_forward(x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0)
+            y, _ = operator.forward(x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0)
             assert torch.equal(y[:5], first[0][:5])
     assert torch.equal(first[1], first[0])
     assert torch.equal(first[2], first[0])
@@ -122,22 +123,22 @@ def test_dropout(dropout_p, dtype):
 
 @pytest.mark.parametrize("K", [64, 136])
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**40 + 7, 2**63 - 1])
-def test_the_mask_is_eagers_bit_for_bit(seed, K, backend):
+def test_the_mask_is_eagers_bit_for_bit(seed, K, operator):
     """With a = identity columns, xa is x masked; integers, so that nothing is rounded. dx masks too."""
     M, p = 37, 0.3
     at = torch.tensor([seed])
     x = torch.randint(1, 9, (M, K)).half()
     a, b = torch.eye(K).half(), torch.zeros(K, K).half()
-    _, xa = backend.linear_forward(x, a, None, a, b, at, 1.0, p)
+    _, xa = operator.forward(x, a, None, a, b, at, 1.0, p)
     keep = keep_mask(at, p, slice(0, M), K)
     assert torch.equal(xa, x * keep)
     # of the gradient the masked low-rank term alone: w is zero, and b the identity
-    dx, *_ = backend.linear_backward(x, None, None, b, a, a, at, 1.0 - p, p, True, False, False, False)
+    dx, *_ = operator.backward(x, None, None, b, a, a, at, 1.0 - p, p, True, False, False, False)
     assert torch.equal(dx, x * keep)
 
 
 @pytest.mark.parametrize(("M", "N", "K", "R"), [(63, 96, 64, 13), (128, 72, 136, 16), (257, 264, 72, 3)])
-def test_integers_are_exact(M, N, K, R, backend):
+def test_integers_are_exact(M, N, K, R, operator):
     def integers(*shape):
         return torch.randint(-2, 3, shape).half()
 
@@ -145,11 +146,11 @@ def test_integers_are_exact(M, N, K, R, backend):
     # so sparse that every sum stays below 2048, where fp16 holds all integers
     a, b = a * (torch.rand_like(a) < 0.1), b * (torch.rand_like(b) < 0.1)
     w, dy = w * (torch.rand_like(w) < 0.3), dy * (torch.rand_like(dy) < 0.1)
-    y, xa = backend.linear_forward(x, w, None, a, b, None, 2.0, 0.0)
-    dx, da, db, dbias = backend.linear_backward(dy, x, xa, w, a, b, None, 2.0, 0.0, True, True, True, True)
+    y, xa = operator.forward(x, w, None, a, b, None, 2.0, 0.0)
+    dx, da, db, dbias = operator.backward(dy, x, xa, w, a, b, None, 2.0, 0.0, True, True, True, True)
     with override(force_kernel="cuda concurrent_backward"):
-        beside = backend.linear_backward(dy, x, xa, w, a, b, None, 2.0, 0.0, True, True, True, False)
-    for one, other in zip(beside, (dx, da, db, None), strict=True):
+        concurrent = operator.backward(dy, x, xa, w, a, b, None, 2.0, 0.0, True, True, True, False)
+    for one, other in zip(concurrent, (dx, da, db, None), strict=True):
         assert one is other is None or torch.equal(one, other)
     X, W, A, B, D = (t.double() for t in (x, w, a, b, dy))
     expected = {"y": X @ W.T + 2 * (X @ A.T) @ B.T, "dx": D @ W + 2 * (D @ B) @ A, "da": 2 * (D @ B).T @ X}
@@ -161,14 +162,14 @@ def test_integers_are_exact(M, N, K, R, backend):
 
 @pytest.mark.parametrize("kernel", ["one_pass_backward", "concurrent_backward"])
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)))
-def test_only_what_is_needed_is_computed(needs, kernel, backend):
+def test_only_what_is_needed_is_computed(needs, kernel, operator):
     o = make_operands(LinearCase(leading=(70,), K=64, dtype=torch.float16))
     seed, p = (None, 0.0) if kernel == "concurrent_backward" else (torch.tensor([5]), 0.2)
-    _, xa = backend.linear_forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, p)
-    everything = backend.linear_backward(o.dy, o.x, xa, o.w, o.a, o.b, seed, 1.7, p, True, True, True, True)
+    _, xa = operator.forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, p)
+    everything = operator.backward(o.dy, o.x, xa, o.w, o.a, o.b, seed, 1.7, p, True, True, True, True)
     x, xa = o.x if needs[1] else None, xa if needs[2] else None
     with override(force_kernel=f"cuda {kernel}"):
-        found = backend.linear_backward(o.dy, x, xa, o.w, o.a, o.b, seed, 1.7, p, *needs)
+        found = operator.backward(o.dy, x, xa, o.w, o.a, o.b, seed, 1.7, p, *needs)
     for need, one, other in zip(needs, found, everything, strict=True):
         assert (one is not None) == need
         assert one is None or relative_l2(one, other) < tolerance(torch.float16)
@@ -231,43 +232,43 @@ def test_fp16_outside_autocast_is_refused_with_adapters_of_a_larger_range():
 def test_runs_are_bitwise_equal_under_every_schedule(emu, request):
     """The schedule moves, the result does not: no sum depends on who comes first."""
     case = LinearCase(leading=(257,), N=96, K=136, R=16, dtype=torch.float16, dropout_p=0.2)
-    single = replace(case, dropout_p=0.0)
+    fused_xa = replace(case, dropout_p=0.0)
     emu.configure(seed=1)
-    first = check(case), check(single)
+    first = check(case), check(fused_xa)
     for seed in range(2, 2 + max(4, request.config.getoption("--seeds") // 50)):
         emu.configure(seed=seed, resident=1 + seed % 4, multiprocessors=4)
-        for one, other in zip(first, (check(case), check(single)), strict=True):
+        for one, other in zip(first, (check(case), check(fused_xa)), strict=True):
             for name, tensor in one.items():
                 assert torch.equal(tensor, other[name]), (name, seed)
 
 
 # of each kernel a launch over two row blocks, two columns of tiles and three steps, the last one ragged
 SCHEDULED = {
-    "forward": ("linear", lambda b, o, xa, seed: b.linear_forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)),
-    "single": ("linear", lambda b, o, xa, seed: b.linear_forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0)),
-    "dx": ("linear", lambda b, o, xa, seed: backwards(b, o, xa, None, True, False, False, False)),
-    "dx, dropout": ("linear", lambda b, o, xa, seed: backwards(b, o, xa, seed, True, False, False, False)),
-    "da, db, dbias": ("reduce_x", lambda b, o, xa, seed: backwards(b, o, xa, seed, False, True, True, True)),
+    "forward": ("linear", lambda op, o, xa, seed: op.forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)),
+    "fused_xa": ("linear", lambda op, o, xa, seed: op.forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0)),
+    "dx": ("linear", lambda op, o, xa, seed: backwards(op, o, xa, None, True, False, False, False)),
+    "dx, dropout": ("linear", lambda op, o, xa, seed: backwards(op, o, xa, seed, True, False, False, False)),
+    "da, db, dbias": ("reduce_x", lambda op, o, xa, seed: backwards(op, o, xa, seed, False, True, True, True)),
 }
 
 
-def backwards(backend, o, xa, seed, *needs):
-    return backend.linear_backward(o.dy, o.x, xa, o.w, o.a, o.b, seed, 1.7, 0.2, *needs)
+def backwards(operator, o, xa, seed, *needs):
+    return operator.backward(o.dy, o.x, xa, o.w, o.a, o.b, seed, 1.7, 0.2, *needs)
 
 
 @pytest.mark.parametrize("kernel", SCHEDULED)
-def test_many_schedules(kernel, emu, backend, tiles, launched, request):
+def test_many_schedules(kernel, emu, operator, tiles, launched, request):
     """The schedule and the tiling move, the result does not: the order of every sum is fixed."""
     name, run = SCHEDULED[kernel]
     o = make_operands(LinearCase(leading=(200,), N=136, K=136, R=24, dtype=torch.bfloat16))
     seed = torch.tensor([5])
-    _, xa = backend.linear_forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)
+    _, xa = operator.forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)
     first = None
-    with override(force_kernel="cuda fused_xa" if kernel == "single" else "cuda two_kernel"):
+    with override(force_kernel="cuda fused_xa" if kernel == "fused_xa" else "cuda two_kernel"):
         for i in range(request.config.getoption("--seeds")):
             emu.configure(seed=i, resident=2 + i % 3, multiprocessors=4)
             tiles(TILINGS[i % len(TILINGS)])
-            found = run(backend, o, xa, seed)
+            found = run(operator, o, xa, seed)
             first = first or found
             for one, other in zip(found, first, strict=True):
                 assert one is other is None or torch.equal(one, other), i
@@ -275,28 +276,37 @@ def test_many_schedules(kernel, emu, backend, tiles, launched, request):
     assert (name, kernel.startswith("dx")) in called
 
 
-def test_eager_and_the_kernels_may_be_mixed(backend):
+def test_eager_and_the_kernels_may_be_mixed(operator):
     """xa means the same in both, so that a plan may choose each direction for itself."""
     o = make_operands(LinearCase(leading=(70,), K=64, R=13, dtype=torch.float16))
     seed = torch.tensor([5])
     settings = o.w, o.a, o.b, seed, 1.7, 0.2, True, True, True, True
-    xa = {m: m.linear_forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)[1] for m in (eager, backend)}
-    assert xa[backend].shape == xa[eager].shape
-    assert xa[backend].is_contiguous()
-    one = backend.linear_backward(o.dy, o.x, xa[eager], *settings)
-    other = eager.linear_backward(o.dy, o.x, xa[backend], *settings)
+    eager = Linear("eager")
+    xa = {op: op.forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)[1] for op in (eager, operator)}
+    assert xa[operator].shape == xa[eager].shape
+    assert xa[operator].is_contiguous()
+    one = operator.backward(o.dy, o.x, xa[eager], *settings)
+    other = eager.backward(o.dy, o.x, xa[operator], *settings)
     for left, right in zip(one, other, strict=True):
         assert relative_l2(left, right) < tolerance(torch.float16)
 
 
-def test_x_of_backward_may_lie_where_tma_cannot_read(backend):
+def test_x_of_backward_may_lie_where_tma_cannot_read(operator):
     """Forward ran elsewhere: da reads a copy."""
     o = make_operands(LinearCase(leading=(30,), N=72, K=64, R=8, dtype=torch.float16))
     x = torch.cat([o.x.new_zeros(30, 3), o.x], dim=1)[:, 3:]
     settings = o.w, o.a, o.b, None, 1.7, 0.0, False, True, False, False
-    assert torch.equal(
-        backend.linear_backward(o.dy, x, None, *settings)[1], backend.linear_backward(o.dy, o.x, None, *settings)[1]
-    )
+    assert torch.equal(operator.backward(o.dy, x, None, *settings)[1], operator.backward(o.dy, o.x, None, *settings)[1])
+
+
+@pytest.mark.parametrize("case", GATE[:5], ids=range(5))
+def test_the_primitives_alone_are_right(case, monkeypatch):
+    """Operators without composites of their own are made of these."""
+    backend = base.load("emu")
+    for composite in ("linear_forward", "linear_backward"):
+        monkeypatch.setattr(backend, composite, None)
+    monkeypatch.delattr(backend, "native")
+    check(case)
 
 
 def test_it_is_one_operator_for_torch():

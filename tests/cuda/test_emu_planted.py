@@ -11,6 +11,7 @@ import test_emu_skinny
 import torch
 from native_build import EMULATOR as emu
 from native_build import ROOT, emulator
+from operators import Linear
 from test_emu_experts import grouped, results
 
 from lorafuse.backends import base
@@ -41,21 +42,19 @@ def run(kind, tiling):
     """What a scenario computes, as tensors; a launch that computes xa too leaves flags for a second one."""
     if kind == "grouped":
         return list(results(*grouped([60, 60, 190], 200, torch.bfloat16), "emu").values())
-    backend = base.load("emu")
+    operator = Linear("emu")
     # flags that a bug left set are not those of the next run
-    backend._RUN.flags.clear()
+    base.load("emu").flags.clear()
     # sums over few rows, so that the ring holds an item and one consumer can be an item ahead
     rows = 100 if kind == "concurrent_backward" else 300
     o = make_operands(LinearCase(leading=(rows,), N=264, K=200, R=24, dtype=torch.bfloat16))
     if kind == "concurrent_backward":
-        _, xa = backend.linear_forward(o.x, o.w, None, o.a, o.b, None, 1.7, 0.0)
+        _, xa = operator.forward(o.x, o.w, None, o.a, o.b, None, 1.7, 0.0)
         with override(force_kernel=f"cuda {kind}", cuda_tiles=[tiling]):
-            return list(backend.linear_backward(o.dy, o.x, xa, o.w, o.a, o.b, None, 1.7, 0.0, True, True, True, False))[
-                :3
-            ]
+            return list(operator.backward(o.dy, o.x, xa, o.w, o.a, o.b, None, 1.7, 0.0, True, True, True, False))[:3]
     launches = range(2 if kind == "fused_xa" else 1)
     with override(force_kernel=f"cuda {kind}", cuda_tiles=[tiling]):
-        found = [backend.linear_forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0) for _ in launches]
+        found = [operator.forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0) for _ in launches]
     return [tensor for pair in found for tensor in pair]
 
 

@@ -94,7 +94,7 @@ def test_single_kernel(M, R, single):
         N, K = ALIGNED_NK[(M + R) % len(ALIGNED_NK)]
         check(LinearCase(leading=(M,), N=N, K=K, R=R, dtype=torch.float16))
         assert bool(single) == (M > 0)
-        assert all(config.single for config in single)
+        assert all(config.fused_xa for config in single)
     else:
         pytest.skip("the single kernel needs sm_90")
 

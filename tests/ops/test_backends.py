@@ -245,13 +245,13 @@ class TestCuda:
     @pytest.fixture
     def module(self, monkeypatch):
         """A `lorafuse._cuda` of sm_90a that loads, from the sources that are here, beside one Hopper GPU."""
-        from lorafuse.backends import cuda_native
+        from lorafuse.backends import native
 
         found = {"built": True, "stale": "", "capability": [(9, 0)], "architectures": ["sm_80", "sm_90", "sm_90a"]}
-        monkeypatch.setattr(cuda_native, "built", lambda name: found["built"])
-        monkeypatch.setattr(cuda_native, "stale", lambda name: found["stale"])
-        monkeypatch.setattr(cuda_native, "info", lambda name: found)
-        monkeypatch.setattr(cuda_native, "native", lambda name: ModuleType(name))
+        monkeypatch.setattr(native, "built", lambda name: found["built"])
+        monkeypatch.setattr(native, "stale", lambda name: found["stale"])
+        monkeypatch.setattr(native, "info", lambda name: found)
+        monkeypatch.setattr(native, "load", lambda name: ModuleType(name))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(found["capability"]))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found["capability"]))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: found["capability"][index])
@@ -283,27 +283,27 @@ class TestCuda:
         def load(name):
             raise ImportError("undefined symbol: x")
 
-        monkeypatch.setattr("lorafuse.backends.cuda_native.native", load)
+        monkeypatch.setattr("lorafuse.backends.native.load", load)
         state = base._cuda()
         assert "does not load: undefined symbol: x" in state.reason
         assert "make cuda" in state.fix
 
     def test_a_stale_module_is_told_from_a_fresh_one(self, tmp_path, monkeypatch):
-        from lorafuse.backends import cuda_native, cuda_sources
+        from lorafuse.backends import native, native_sources
 
         (tmp_path / "build.py").write_text("1")
-        monkeypatch.setattr(cuda_native, "_CSRC", tmp_path)
-        here = cuda_sources.source_hash(tmp_path, emulated=False)
+        monkeypatch.setattr(native, "_CSRC", tmp_path)
+        here = native_sources.source_hash(tmp_path, emulated=False)
         for sources, said in ((here, ""), ("0123", "built from other sources (0123) than those of csrc here")):
-            monkeypatch.setattr(cuda_native, "info", lambda name, sources=sources: {"sources": sources})
-            cuda_native.stale.cache_clear()
-            assert said in cuda_native.stale("_cuda")
-            assert bool(said) == bool(cuda_native.stale("_cuda"))
+            monkeypatch.setattr(native, "info", lambda name, sources=sources: {"sources": sources})
+            native.stale.cache_clear()
+            assert said in native.stale("_cuda")
+            assert bool(said) == bool(native.stale("_cuda"))
         # an installed package has no sources beside it
         (tmp_path / "build.py").unlink()
-        cuda_native.stale.cache_clear()
-        assert cuda_native.stale("_cuda") == ""
-        cuda_native.stale.cache_clear()
+        native.stale.cache_clear()
+        assert native.stale("_cuda") == ""
+        native.stale.cache_clear()
 
 
 class TestEmulator:
@@ -311,7 +311,7 @@ class TestEmulator:
 
     def test_it_is_a_name_only_where_it_was_built(self, monkeypatch):
         for there in (True, False):
-            monkeypatch.setattr("lorafuse.backends.cuda_native.built", lambda name, there=there: there)
+            monkeypatch.setattr("lorafuse.backends.native.built", lambda name, there=there: there)
             if there:
                 assert base.check_name("emu") == "emu"
             else:

@@ -163,7 +163,7 @@ class TestCost:
         item = 128 * 4096 * 2 / 55e9
         for problem, items in ((HEADLINE, 2), (replace(HEADLINE, M=128 * 66, N=256 * 16), 1)):
             one, two = (
-                cost.kernel_seconds(replace(config, single=single), problem, device) for single in (True, False)
+                cost.kernel_seconds(replace(config, fused_xa=fused_xa), problem, device) for fused_xa in (True, False)
             )
             assert one - two == pytest.approx(items * item)
 

@@ -62,13 +62,13 @@ class TestLegal:
             ({"cluster": 4}, HEADLINE, "cluster of 4 blocks"),
             ({"stages": 4}, HEADLINE, "4 stages need .* of 232448"),
             ({"stages": 1}, HEADLINE, "2 or more"),
-            ({"single": True}, replace(HEADLINE, R=65), "up to 64 ranks"),
-            ({"single": True}, replace(HEADLINE, dropout=True), "no mask"),
-            ({"single": True}, DX, "one launch computes xa and y"),
-            ({"beside": 4, "cluster": 1}, HEADLINE, "concurrent with dx are of up to 64 ranks, in clusters of 1"),
-            ({"beside": 4, "cluster": 2}, DX, "clusters of 1"),
-            ({"beside": 4, "cluster": 1}, replace(DX, R=65), "up to 64 ranks"),
-            ({"beside": 4, "cluster": 1}, replace(DX, dropout=True), "draw no mask"),
+            ({"fused_xa": True}, replace(HEADLINE, R=65), "up to 64 ranks"),
+            ({"fused_xa": True}, replace(HEADLINE, dropout=True), "no mask"),
+            ({"fused_xa": True}, DX, "one launch computes xa and y"),
+            ({"sum_blocks": 4, "cluster": 1}, HEADLINE, "concurrent with dx are of up to 64 ranks, in clusters of 1"),
+            ({"sum_blocks": 4, "cluster": 2}, DX, "clusters of 1"),
+            ({"sum_blocks": 4, "cluster": 1}, replace(DX, R=65), "up to 64 ranks"),
+            ({"sum_blocks": 4, "cluster": 1}, replace(DX, dropout=True), "draw no mask"),
         ],
     )
     def test_what_is_illegal_says_why(self, change, problem, why):
@@ -104,10 +104,10 @@ class TestCost:
         monkeypatch.setattr(configs_cuda, "CONCURRENT", configs_cuda.CONCURRENT[:1])
         clear_cache()
         assert [c.kernel for c in found().configs[0]] == ["project", "matmul"]
-        assert found().configs[0][1].beside == 4
+        assert found().configs[0][1].sum_blocks == 4
         assert found().seconds * 1e6 == pytest.approx(15.6 / 0.7 + 4 + 8 * 128 * 2 * 40960 / 217.6e3, rel=0.01)
         # a short product is better off with fewer tiles at a time
-        assert found(N=1024).configs[0][1].beside > 4
+        assert found(N=1024).configs[0][1].sum_blocks > 4
         monkeypatch.undo()
         clear_cache()
         # where four blocks are too few for both, da alone
@@ -159,7 +159,7 @@ class TestSelect:
         with override(force_kernel="cuda fused_xa"):
             plan = select(HEADLINE, device, EVERY)
             assert (plan.backend, plan.kernel) == ("cuda", "fused_xa")
-            assert plan.config("matmul").single
+            assert plan.config("matmul").fused_xa
         with override(force_kernel="fused_xa"):
             assert select(HEADLINE, device, EVERY).backend == "triton"
             assert select(HEADLINE, device, (("cuda", ""),)).kernel == "fused_xa"

@@ -133,7 +133,7 @@ class TestRun:
         singles = []
 
         def launched(*args):
-            singles.append(args[-1].single)
+            singles.append(args[-1].fused_xa)
             return launch(*args)
 
         monkeypatch.setattr(linear_fwd, "lora_linear_fwd", launched)

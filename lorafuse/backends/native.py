@@ -14,9 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lorafuse.backends.cuda_sources import source_hash
+from lorafuse.backends.native_sources import source_hash
 
-__all__ = ["built", "describe", "how_to_build", "info", "native", "stale", "why_not_built"]
+__all__ = ["built", "describe", "how_to_build", "info", "load", "stale", "why_not_built"]
 
 _PACKAGE = Path(__file__).parents[1]
 _CSRC = _PACKAGE.parent / "csrc"
@@ -27,7 +27,7 @@ def built(name: str) -> bool:
     return importlib.util.find_spec(f"lorafuse.{name}") is not None
 
 
-def native(name: str) -> ModuleType:
+def load(name: str) -> ModuleType:
     """The module `lorafuse.<name>`. Raises ImportError where it was not built, or for another Python."""
     return importlib.import_module(f"lorafuse.{name}")
 
