@@ -16,6 +16,8 @@ from lorafuse.plan.problem import Problem
 
 __all__ = ["best", "candidates", "illegal", "operator_candidates", "shared_memory"]
 
+# a kernel, its problem and the GPU: its configuration, None where it has none
+Pick = Callable[[str, Problem, DeviceSpec], KernelConfig | None]
 _Tile = tuple[int, int, int, int, int]
 # (block_m, block_n, block_k, stages, warps) of dense matmuls, best first where all fill the GPU. Those of sm_90 were
 # measured on an H200 (docs/performance.md, 2026-11-26), the others chosen by what compiles without spills (Triton 3.6).
