@@ -94,17 +94,9 @@ def lora_linear(
 
 
 def run_linear(
-    x: Tensor,
-    weight: Tensor | Weight,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: int | Tensor | None,
-    backend: str | None,
-    transformed: bool = False,
-) -> Tensor:
+    x: Tensor, weight: Tensor | Weight, a: Tensor, b: Tensor, scale: float, bias: Tensor | None, dropout_p: float,
+    seed: int | Tensor | None, backend: str | None, transformed: bool = False,
+) -> Tensor:  # fmt: skip
     """`lora_linear` for callers that already know that the parameters fit each other and the backend can run here.
 
     `transformed` is the result of `is_transformed(x)`.

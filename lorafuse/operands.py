@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorafuse.activation import Activation, Recomputed
-from lorafuse.formats import Weight
+from lorafuse.formats.weight import Weight
 
 __all__ = ["Activate", "ActivateBackward", "Dropout", "Epilogue", "LowRank", "Rows", "Weight", "route"]
 

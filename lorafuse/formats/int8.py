@@ -10,7 +10,7 @@ of rounding (torchao 0.18, bitsandbytes 0.50, bit for bit):
 import torch
 from torch import Tensor
 
-from lorafuse.formats import Weight
+from lorafuse.formats.weight import Weight
 
 __all__ = ["adopt", "decode", "shape"]
 
