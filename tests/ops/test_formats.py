@@ -140,6 +140,50 @@ def test_compile_and_autocast():
     assert torch.equal(found, torch.autograd.grad(step(x).sum(), x)[0])
 
 
+class TestOpcheck:
+    """Statistics are the last arguments of the schemas."""
+
+    def check(self, name, *args):
+        return torch.library.opcheck(getattr(torch.ops.lorafuse, name).default, args)
+
+    def test_linear(self):
+        x, w = torch.randn(6, K, requires_grad=True), quantized(24, K)
+        a, b = adapters((R, K), (24, R))
+        settings = None, 0.7, 0.0
+        stored = "eager", False, "int8", [*w.statistics]
+        self.check("lora_linear", x, w.data, None, a, b, *settings, *stored)
+        given = (t.detach() for t in (torch.randn(6, 24), x, torch.randn(6, R)))
+        self.check("lora_linear_backward", *given, w.data, a.detach(), b.detach(), *settings, [True] * 4, *stored)
+
+    def test_grouped(self):
+        x, w, offsets = torch.randn(T, K, requires_grad=True), quantized(E, 24, K), torch.tensor([7, 7, 18])
+        a, b = adapters((E, R, K), (E, 24, R))
+        stored = "eager", "int8", [*w.statistics]
+        self.check("lora_grouped_linear", x, offsets, w.data, None, a, b, 0.7, False, *stored)
+        given = (t.detach() for t in (torch.randn(T, 24), x, torch.randn(T, R)))
+        self.check(
+            "lora_grouped_linear_backward", *given, offsets, w.data, a.detach(), b.detach(), 0.7, False, [True] * 3,
+            *stored,
+        )  # fmt: skip
+
+    def test_experts(self):
+        x, weight = torch.randn(6, K, requires_grad=True), torch.rand(6, 2, requires_grad=True)
+        # rows of no group hold anything, so that every row has one
+        index = torch.randint(0, E, (6, 2))
+        up, down = quantized(E, 32, K), quantized(E, K, 16)
+        low = adapters((E, R, K), (E, 32, R), (E, R, 16), (E, K, R))
+        settings = 0.7, 1.3, False, "silu", True, False
+        stored = "eager", "int8", [*up.statistics], [*down.statistics]
+        stacks = up.data, down.data
+        self.check("lora_experts", x, index, weight, *stacks, None, None, *low, *settings, *stored)
+        given = [t.detach() for t in (torch.randn(6, K), x, weight)]
+        low = [t.detach() for t in low]
+        _, *saved = torch.ops.lorafuse.lora_experts(
+            *given[1:2], index, given[2], *stacks, None, None, *low, *settings, *stored
+        )
+        self.check("lora_experts_backward", *given, *stacks, None, *low, *settings, *saved, [True] * 6, *stored)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
