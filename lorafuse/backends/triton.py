@@ -12,7 +12,7 @@ from lorafuse.backends import eager, probe
 from lorafuse.backends.on_gpu import check_device, device_guard
 from lorafuse.backends.rows import contiguous_rows, shaped_like
 from lorafuse.backends.triton_experts import experts_backward, experts_forward, grouped_backward, grouped_forward
-from lorafuse.kernels import linear_bwd, linear_fwd
+from lorafuse.kernels import lowrank, matmul
 from lorafuse.philox import rescaled
 from lorafuse.plan import DeviceSpec, Plan, Problem, find, select
 
@@ -53,9 +53,8 @@ def linear_forward(
     plan, device = _plan(probe.linear_problem(flat, w, a, bias is not None, seed is not None, wide=wide), x.device)
     scale = scale if seed is None else rescaled(scale, p)
     with device_guard(x.device):
-        main = plan.config("matmul")
-        xa = None if main.single else linear_fwd.lora_xa(flat, a, seed, p, plan.config("project"), wide)
-        y, xa = linear_fwd.lora_linear_fwd(flat, w, bias, a, b, scale, xa, device.sms, main)
+        xa = lowrank.project(flat, a, plan.config("project"), seed=seed, p=p, wide=wide)
+        y = matmul.matmul(flat, w, bias, xa, b, scale, device.sms, plan.config("matmul"))
     return shaped_like(y, x), xa
 
 
@@ -87,7 +86,7 @@ def linear_backward(
     dx = da = db = dbias = dyb = None
     with device_guard(dy.device):
         xa = xa.contiguous() if need_db and xa is not None else None
-        dyb_parts, db_parts, dbias_parts = linear_bwd.lora_dyb_db_partials(
+        dyb_parts, db_parts, dbias_parts = lowrank.project_outer(
             flat, b.contiguous(), xa, need_dx or need_da, need_dbias, plan.config("project_outer")
         )
         segments = []
@@ -100,15 +99,15 @@ def linear_backward(
         if dbias_parts is not None:
             dbias = dy.new_empty((w.shape[0],))
             segments.append((dbias_parts, dbias, 1.0))
-        linear_bwd.sum_partials(segments, plan.config("reduce"))
+        lowrank.sum_partials(segments, plan.config("reduce"))
         if need_dx:
-            dx = linear_bwd.lora_linear_dx(flat, w, a.contiguous(), dyb, seed, p, device.sms, plan.config("matmul"))
-            dx = shaped_like(dx, dy)
+            given = flat, w.t(), None, dyb, a.contiguous().t(), None, device.sms, plan.config("matmul")
+            dx = shaped_like(matmul.matmul(*given, seed=seed, p=p), dy)
         if need_da:
             assert x is not None
             da = a.new_empty(a.shape)
-            parts = linear_bwd.lora_da_partials(contiguous_rows(x), dyb, seed, p, plan.config("outer"))
-            linear_bwd.sum_partials([(parts, da, 1.0)], plan.config("reduce"))
+            parts = lowrank.outer_partials(contiguous_rows(x), dyb, plan.config("outer"), seed=seed, p=p)
+            lowrank.sum_partials([(parts, da, 1.0)], plan.config("reduce"))
     return dx, da, db, dbias
 
 

@@ -1,4 +1,4 @@
-"""Expert layers and grouped linear layers with LoRA in Triton kernels (`lorafuse.kernels.ragged`).
+"""Expert layers and grouped linear layers with LoRA in Triton kernels (`lorafuse.kernels`).
 
 Same operators as `eager_experts`, shapes and meaning of arguments included. Rows are sorted, cut into tiles and
 combined on the device and nothing waits for it. Rows of x are gathered by the kernels that read them. A known
@@ -15,8 +15,8 @@ from lorafuse.activation import Activation, Recomputed
 from lorafuse.backends import eager_experts, probe
 from lorafuse.backends.on_gpu import check_device, device_guard
 from lorafuse.backends.routing import route
-from lorafuse.kernels import ragged, ragged_rank, routing
-from lorafuse.kernels.routing import Tiles
+from lorafuse.kernels import combine, lowrank, matmul
+from lorafuse.kernels.rows import Tiles
 from lorafuse.plan import DeviceSpec, KernelConfig, Problem, find
 from lorafuse.plan.configs_triton import best
 
@@ -80,41 +80,41 @@ class _Projection:
         """`xa [S, R]`; None without an adapter."""
         if self.a is None:
             return None
-        return ragged_rank.project(self.tiles, x, self.a.to(x.dtype), 1.0, self.config("project"), source=source)
+        return lowrank.project(x, self.a.to(x.dtype), self.config("project"), tiles=self.tiles, source=source)
 
     def project_back(self, dy: Tensor, source: Tensor | None = None) -> Tensor | None:
         """`dyb = dy b`, `[S, R]`, without the scale, which may lead out of fp16's range; None without an adapter."""
         if self.b is None:
             return None
         b = _packed(self.b.transpose(1, 2), dy.dtype)
-        return ragged_rank.project(self.tiles, dy, b, 1.0, self.config("project"), source=source)
+        return lowrank.project(dy, b, self.config("project"), tiles=self.tiles, source=source)
 
     def linear(self, x: Tensor, bias: Tensor | None, xa: Tensor | None, source: Tensor | None = None) -> Tensor:
         """y."""
         given = x, self.w, bias, xa, self.rows_of_b(), self.scale
-        return ragged.ragged_linear(self.tiles, *given, self.programs, self.config("matmul"), source=source)
+        return matmul.matmul(*given, self.programs, self.config("matmul"), tiles=self.tiles, source=source)
 
     def linear_back(self, dy: Tensor, dyb: Tensor | None, source: Tensor | None = None) -> Tensor:
         """dx."""
         w, a = self.w.transpose(1, 2), None if self.a is None else self.a.transpose(1, 2)
         given = dy, w, None, dyb, a, self.scale
-        return ragged.ragged_linear(
-            self.tiles, *given, self.programs, self.config("matmul", "", ("dx",)), source=source
-        )
+        config = self.config("matmul", "", ("dx",))
+        return matmul.matmul(*given, self.programs, config, tiles=self.tiles, source=source)
 
     def da(self, x: Tensor, dyb: Tensor, source: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
         """The gradient of a, each row times its factor."""
         assert self.a is not None
         da = self.a.new_empty(self.a.shape)
-        out = da.transpose(1, 2)
-        ragged_rank.outer(self.tiles, x, dyb, self.scale, out, self.config("outer"), source=source, factor=factor)
+        given = x, dyb, self.scale, da.transpose(1, 2), self.config("outer")
+        lowrank.outer(*given, tiles=self.tiles, source=source, row_scale=factor)
         return da
 
     def db(self, dy: Tensor, xa: Tensor, source: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
         """The gradient of b, each row times its factor."""
         assert self.b is not None
         db = self.b.new_empty(self.b.shape)
-        ragged_rank.outer(self.tiles, dy, xa, self.scale, db, self.config("outer"), source=source, factor=factor)
+        given = dy, xa, self.scale, db, self.config("outer")
+        lowrank.outer(*given, tiles=self.tiles, source=source, row_scale=factor)
         return db
 
 
@@ -212,16 +212,16 @@ def experts_forward(
         second = _Projection(tiles, x, down, down_a, down_b, down_scale, transposed)
         xa = first.project(x, token)
         if isinstance(act, Activation):
-            u, h = ragged.ragged_activated(
-                tiles, x, first.w, up_bias, xa, first.rows_of_b(), up_scale, act.name, _layout(act), first.programs,
-                first.config("matmul", "gated"), source=token,
+            u, h = matmul.activated(
+                x, first.w, up_bias, xa, first.rows_of_b(), up_scale, act.name, _layout(act), first.programs,
+                first.config("matmul", "gated"), tiles=tiles, source=token,
             )  # fmt: skip
         else:
             u = first.linear(x, up_bias, xa, token)
             h = act.forward(u)
         ha = second.project(h)
         y = second.linear(h, down_bias, ha)
-        out = routing.combine(y, order, ends, weight.contiguous(), x.shape[0])
+        out = combine.combine(y, order, ends, weight.contiguous(), x.shape[0])
         xa, ha = (x.new_empty((order.shape[0], 0)) if t is None else t for t in (xa, ha))
     return out, u, xa, ha, order, ends
 
@@ -270,9 +270,10 @@ def experts_backward(
         gb = second.project_back(dout, token)
         if isinstance(act, Activation):
             a = None if down_a is None else down_a.transpose(1, 2)
-            du, h, share = ragged.ragged_activation_backward(
-                tiles, dout, second.w.transpose(1, 2), gb, a, down_scale, u, act.name, _layout(act), need_dweight,
-                second.programs, second.config("matmul", "gated", ("dx",)), source=token, factor=factor,
+            du, h, share = matmul.activation_backward(
+                dout, second.w.transpose(1, 2), gb, a, down_scale, u, act.name, _layout(act), need_dweight,
+                second.programs, second.config("matmul", "gated", ("dx",)), tiles=tiles, source=token,
+                row_scale=factor,
             )  # fmt: skip
         else:
             h, dh = act.forward(u), second.linear_back(dout, gb, token)
@@ -284,9 +285,8 @@ def experts_backward(
             d_down_b = second.db(dout, ha, token, factor)
         if share is not None:
             if down_bias is not None:
-                of_bias = ragged_rank.project(
-                    tiles, dout, down_bias.unsqueeze(1), 1.0, second.config("project"), source=token
-                )
+                bias = down_bias.unsqueeze(1)
+                of_bias = lowrank.project(dout, bias, second.config("project"), tiles=tiles, source=token)
                 share = share + of_bias.squeeze(1)
             share = share.masked_fill(_beyond(ends, S).squeeze(1), 0).to(weight.dtype)
             dweight = weight.new_empty(weight.numel()).scatter_(0, order, share).view(weight.shape)
@@ -297,23 +297,23 @@ def experts_backward(
                 assert dyb is not None
                 d_up_a, d_up_b = first.da(x, dyb, token), first.db(du, xa)
             if need_dx:
-                dx = routing.combine(first.linear_back(du, dyb), order, ends, None, x.shape[0])
+                dx = combine.combine(first.linear_back(du, dyb), order, ends, None, x.shape[0])
     return dx, dweight, d_up_a, d_up_b, d_down_a, d_down_b
 
 
 def _layout(act: Activation | Recomputed) -> str:
-    """How u holds gate and up, in the words of `lorafuse.kernels.ragged`."""
+    """How u holds gate and up, in the words of `lorafuse.kernels.epilogues`."""
     if not isinstance(act, Activation) or not act.gated:
         return ""
-    return "pairs" if act.interleaved else "halves"
+    return "interleaved" if act.interleaved else "concatenated"
 
 
 def _is_aligned(w: Tensor, layout: str) -> bool:
-    """Whether a descriptor can describe the stack w `[G, N, K]`, and in halves of N too if gate and up are such."""
+    """Whether a descriptor can describe the stack w `[G, N, K]`, and gate and up apart where they are concatenated."""
     size = w.element_size()
     inner = 2 if w.stride(2) == 1 else 1
     outer = [w.stride(dim) for dim in range(3) if dim != inner]
-    if layout == "halves":
+    if layout == "concatenated":
         outer.append(w.shape[1] // 2 * w.stride(1))
     # a stride of 0 repeats one group's weight
     spaced = all(stride > 0 and stride * size % 16 == 0 for stride in outer)

@@ -41,8 +41,6 @@ _RAGGED_MISALIGNED = ((32, 64, 32, 3, 8), (16, 64, 32, 3, 4))
 _RAGGED_FP32 = ((32, 64, 32, 2, 8), (16, 64, 32, 2, 8))
 # ranks that a matmul takes at a time: at 64 the tiles of a and b no longer fit next to the pipeline's buffers
 _MAX_BLOCK_R = 32
-# a matmul that computes xa too walks x for all ranks at once, in the registers of one tile
-_MAX_SINGLE_R = 64
 # fp32 accumulators in the registers of one thread, of 255: above this all shapes spilled
 _MAX_ACCUMULATORS = 128
 # the same with an activation's backward; with an activation too on sm_100, where accumulators come from tensor memory
@@ -65,11 +63,7 @@ def shared_memory(config: KernelConfig, problem: Problem) -> int:
             staging = 2 * c.block_m * c.block_n * itemsize
         pipeline = c.stages * (c.block_m + c.block_n) * c.block_k * itemsize
         # tiles of the ranks take the place of the pipeline's buffers, or lie next to those that pointers fill
-        tiles = (max(pipeline, 2 * ranks) if c.form == "tma" else pipeline + 2 * ranks) + staging + 1024
-        if c.single:
-            xa = shared_memory(replace(c, kernel="project", block_r=_MAX_SINGLE_R), problem)
-            return max(tiles, xa)
-        return tiles
+        return (max(pipeline, 2 * ranks) if c.form == "tma" else pipeline + 2 * ranks) + staging + 1024
     if c.kernel == "project":
         # a may be fp32, and a masked x passes through shared memory once more
         return c.stages * (c.block_m * itemsize + c.block_r * 4) * c.block_k + c.block_m * c.block_k * 4
@@ -92,10 +86,6 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
             return f"the TMA form is for 16-bit dtypes, not {problem.dtype}"
         if problem.is_misaligned:
             return "TMA needs rows that start on 16-byte boundaries"
-    if c.single and (device.arch < 90 or problem.R > _MAX_SINGLE_R or problem.itemsize != 2 or problem.is_misaligned):
-        return f"xa within the matmul needs sm_90, R <= {_MAX_SINGLE_R}, a 16-bit dtype and rows on 16-byte boundaries"
-    if c.single and problem.dropout:
-        return "drawing the mask makes the xa items of a matmul too long to fit next to its tiles"
     is_matmul = c.kernel == "matmul"
     accumulators = c.block_m * c.block_n if is_matmul else max(c.block_m, c.block_n) * c.block_r
     if is_matmul and problem.gradients and problem.dropout:
@@ -130,10 +120,8 @@ def _matmuls(problem: Problem, device: DeviceSpec) -> Iterator[KernelConfig]:
     # fp32 rank tiles of 16 take the shared memory of 32 in 16 bits
     small = problem.itemsize == 4 or problem.wide or problem.is_misaligned
     block_r = min(padded_rank(problem.R), 16 if small else _MAX_BLOCK_R)
-    tiles = list((_ragged_tiles if problem.is_ragged else _tiles)(problem, device))
-    singles = (False,) if problem.is_ragged or problem.gradients or problem.wide else (False, True)
-    for single, (form, tile) in itertools.product(singles, tiles):
-        yield KernelConfig("matmul", form, *tile[:3], block_r, *tile[3:], single=single)
+    for form, tile in (_ragged_tiles if problem.is_ragged else _tiles)(problem, device):
+        yield KernelConfig("matmul", form, *tile[:3], block_r, *tile[3:])
 
 
 def _tiles(problem: Problem, device: DeviceSpec) -> Iterator[tuple[str, _Tile]]:
@@ -200,8 +188,8 @@ def _ragged_skinny(kernel: str, problem: Problem, device: DeviceSpec) -> Iterato
             yield KernelConfig("outer", "pointer", block_m, block_n, 0, block_r, 3, 8)
 
 
-def best(kernel: str, problem: Problem, device: DeviceSpec, single: bool = False) -> KernelConfig | None:
-    """The candidate with the least modelled time, None where there is none; `single` ones compute xa too."""
+def best(kernel: str, problem: Problem, device: DeviceSpec) -> KernelConfig | None:
+    """The candidate with the least modelled time, None where there is none."""
 
     def order(config: KernelConfig) -> tuple[float, ...]:
         if not problem.is_ragged or kernel == "matmul":
@@ -214,8 +202,7 @@ def best(kernel: str, problem: Problem, device: DeviceSpec, single: bool = False
         idle = -(-problem.N // config.block_n) * problem.groups < device.sms
         return (config.block_n if idle else -config.block_n,)
 
-    found = [config for config in candidates(kernel, problem, device) if config.single == single]
-    return min(found, key=order, default=None)
+    return min(candidates(kernel, problem, device), key=order, default=None)
 
 
 def operator_candidates(operator: Sequence[Problem], device: DeviceSpec) -> Iterator[Candidate]:
@@ -229,18 +216,16 @@ def operator_candidates(operator: Sequence[Problem], device: DeviceSpec) -> Iter
         return
     if p.gradients:
         sums = {"dx": "matmul", "da": "outer"}
-        names = {"one_pass_backward": ["project_outer", "reduce", *(sums[g] for g in sums if g in p.gradients)]}
+        name, kernels = "one_pass_backward", ["project_outer", "reduce"]
+        kernels += [sums[gradient] for gradient in sums if gradient in p.gradients]
     else:
-        names = {"two_kernel": ["project", "matmul"], "fused_xa": ["matmul"]}
-    for name, kernels in names.items():
-        found = _best_of(kernels, p, device, single=name == "fused_xa")
-        if len(found) == len(kernels):
-            steps = [cost.step(config, p, device) for config in found if config.kernel != "reduce"]
-            yield Candidate("triton", name, (found,), in_a_row(steps))
+        name, kernels = "two_kernel", ["project", "matmul"]
+    found = _best_of(kernels, p, device)
+    if len(found) == len(kernels):
+        steps = [cost.step(config, p, device) for config in found if config.kernel != "reduce"]
+        yield Candidate("triton", name, (found,), in_a_row(steps))
 
 
-def _best_of(
-    kernels: Sequence[str], problem: Problem, device: DeviceSpec, single: bool = False
-) -> tuple[KernelConfig, ...]:
-    found = (best(kernel, problem, device, single and kernel == "matmul") for kernel in kernels)
+def _best_of(kernels: Sequence[str], problem: Problem, device: DeviceSpec) -> tuple[KernelConfig, ...]:
+    found = (best(kernel, problem, device) for kernel in kernels)
     return tuple(config for config in found if config is not None)

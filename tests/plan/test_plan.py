@@ -108,9 +108,6 @@ class TestLegal:
             (CONFIG, replace(HEADLINE, dtype="float32"), "H200", "16-bit"),
             (CONFIG, replace(HEADLINE, aligned=False), "H200", "16-byte"),
             (CONFIG, replace(HEADLINE, K=4100), "H200", "16-byte"),
-            (replace(CONFIG, form="pointer", single=True), HEADLINE, "A100", "within the matmul needs sm_90"),
-            (replace(CONFIG, single=True), replace(HEADLINE, R=65), "H200", "R <= 64"),
-            (replace(CONFIG, single=True), replace(HEADLINE, dropout=True), "H200", "mask"),
             (replace(CONFIG, warps=4), HEADLINE, "H200", "32768 accumulators.*4 warps"),
             (CONFIG, replace(HEADLINE, dropout=True, gradients=BACKWARD), "H200", "65536 accumulators"),
             (replace(CONFIG, stages=5), HEADLINE, "H200", r"shared memory.*232448 of H200"),
@@ -150,18 +147,14 @@ class TestSelect:
         for problem, device in itertools.product(problems(), DEVICES.values()):
             plan = select(problem, device, ALL)
             (chosen,) = (candidate for candidate in plan.candidates if candidate.kernel == plan.kernel)
-            others = [
-                max(candidate.seconds, candidate.launch_seconds)
-                for candidate in plan.candidates
-                if candidate.kernel != "fused_xa"
-            ]
-            assert chosen.step_seconds == min(others)
+            every = [max(candidate.seconds, candidate.launch_seconds) for candidate in plan.candidates]
+            assert chosen.step_seconds == min(every)
 
     def test_reasons_name_every_way_with_its_time(self):
         plan = select(HEADLINE, find("H200"), ALL)
         assert (plan.backend, plan.kernel) == ("triton", "two_kernel")
         assert plan.reasons[0] == "cuda: no extension"
-        for candidate in ("eager aten_beta1: not chosen, model", "triton fused_xa: not chosen, model"):
+        for candidate in ("eager aten_beta1: not chosen, model", "eager aten_addmm: not chosen, model"):
             assert any(reason.startswith(candidate) for reason in plan.reasons)
         assert plan.reasons[-1].startswith("triton: two_kernel, model")
 
@@ -200,12 +193,13 @@ class TestSelect:
 
     def test_a_constraint_holds_where_it_can(self):
         device = find("H200")
-        with override(force_kernel="fused_xa"):
-            plan = select(HEADLINE, device, ALL)
-            assert plan.kernel == "fused_xa"
-            assert [(c.kernel, c.single) for c in plan.configs] == [("matmul", True)]
-            assert "fused_xa is forced" in plan.reasons[-1]
-            assert select(replace(HEADLINE, R=128), device, ALL).kernel != "fused_xa"
+        with override(force_kernel="one_pass_backward"):
+            plan = select(replace(HEADLINE, M=64, gradients=BACKWARD), device, ALL)
+            assert plan.kernel == "one_pass_backward"
+            assert [c.kernel for c in plan.configs] == ["project_outer", "reduce", "matmul", "outer"]
+            assert "one_pass_backward is forced" in plan.reasons[-1]
+            # it has no forward
+            assert select(HEADLINE, device, ALL).kernel == "two_kernel"
             with override(force_kernel="aten_beta1"):
                 assert select(HEADLINE, device, ALL).backend == "eager"
         assert select(HEADLINE, device, ALL).kernel == "two_kernel"
@@ -225,7 +219,7 @@ class TestSelect:
 class TestTuned:
     ENTRY = {
         "N": 4096, "K": 4096, "R": [1, 16], "M": [1024, 16384], "dtype": "bfloat16", "dropout": False,
-        "gradients": [], "kernel": "fused_xa", "seconds": 0.00035, "commit": "abc", "date": "2026-11-24",
+        "gradients": [], "kernel": "aten_addmm", "seconds": 0.00035, "commit": "abc", "date": "2026-11-24",
     }  # fmt: skip
 
     @pytest.fixture
@@ -243,7 +237,7 @@ class TestTuned:
     def test_a_measurement_overrules_the_model(self, file):
         file({"version": 1, "entries": [self.ENTRY]})
         plan = select(HEADLINE, find("H200"), ALL)
-        assert plan.kernel == "fused_xa"
+        assert plan.kernel == "aten_addmm"
         assert "measured on H200: 350 us (2026-11-24, commit abc, shipped)" in plan.reasons[-1]
 
     @pytest.mark.parametrize(

@@ -160,8 +160,6 @@ class TestSelect:
             plan = select(HEADLINE, device, EVERY)
             assert (plan.backend, plan.kernel) == ("cuda", "fused_xa")
             assert plan.config("matmul").single
-        with override(force_kernel="fused_xa"):
-            assert select(HEADLINE, device, EVERY).backend == "triton"
             assert select(HEADLINE, device, (("cuda", ""),)).kernel == "fused_xa"
 
     def test_a_measurement_chooses_them(self):

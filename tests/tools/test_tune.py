@@ -23,7 +23,7 @@ H200 = find("H200")
 AVAILABLE = (("eager", ""), ("triton", ""), ("cuda", "not built"))
 SMALL = ["tune", "--shape", "32,64", "--m", "16", "48", "--rank", "4", "--dtype", "float16", "--rounds", "3"]
 # seconds of the candidates of both passes
-TIMES = {"aten_beta1": 7e-6, "aten_addmm": 5e-6, "two_kernel": 3e-6, "fused_xa": 4e-6, "one_pass_backward": 6e-6}
+TIMES = {"aten_beta1": 7e-6, "aten_addmm": 5e-6, "two_kernel": 3e-6, "one_pass_backward": 6e-6}
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter stands for the GPU here")
 
@@ -123,27 +123,16 @@ class TestRun:
         for backend in (eager, triton_backend):
             watched(backend, "linear_forward")
             watched(backend, "linear_backward")
-        launch = triton_backend.linear_fwd.lora_linear_fwd
-        singles = []
-
-        def launched(*args):
-            singles.append(args[-1].single)
-            return launch(*args)
-
-        monkeypatch.setattr(triton_backend.linear_fwd, "lora_linear_fwd", launched)
         assert cli.main([*SMALL, "--m", "16"]) == 0
         assert ran == {
             ("eager", "linear_forward", "aten_beta1"), ("eager", "linear_backward", "aten_beta1"),
             ("eager", "linear_forward", "aten_addmm"), ("eager", "linear_backward", "aten_addmm"),
-            ("triton", "linear_forward", "two_kernel"), ("triton", "linear_forward", "fused_xa"),
+            ("triton", "linear_forward", "two_kernel"),
             ("triton", "linear_forward", "one_pass_backward"), ("triton", "linear_backward", "one_pass_backward"),
         }  # fmt: skip
-        # two_kernel, fused_xa, and the forward that backward needs
-        assert singles == [False, True, False]
 
     def test_within_noise_the_models_choice_is_recorded_and_it_is_said(self, target, times, capsys):
         times["two_kernel"] = [4e-6, 4.5e-6, 5.5e-6]
-        times["fused_xa"] = 9e-6
         assert cli.main([*SMALL, "--m", "16"]) == 0
         assert recorded()["forward", (16, 16)] == "aten_addmm"
         assert "1.00×, aten_addmm recorded" in " ".join(capsys.readouterr().out.split())
@@ -247,7 +236,7 @@ class TestGate:
         monkeypatch.setattr(triton_backend, "linear_forward", doubled)
         assert cli.main(SMALL) == 1
         assert recorded()["forward", (16, 48)] == "aten_addmm"
-        assert not {"two_kernel", "fused_xa"} & {entry.kernel for entry in entries()}
+        assert "two_kernel" not in {entry.kernel for entry in entries()}
         out = " ".join(capsys.readouterr().out.split())
         assert "M 48, R 4: two_kernel is not recorded, y is wrong by 1.00e+00 relative, the bound is 4e-03" in out
         assert "M 16, R 4: two_kernel is not recorded" not in out
@@ -312,8 +301,7 @@ class TestGate:
         assert cli.main([*SMALL, "--m", "16"]) == 0
         assert recorded() == {("forward", (16, 16)): "aten_addmm"}
         out = " ".join(capsys.readouterr().out.split())
-        for name in ("two_kernel", "fused_xa"):
-            assert f"{name} is left out, {said}" in out
+        assert f"two_kernel is left out, {said}" in out
 
     def test_operands_that_do_not_fit_leave_one_size_out(self, target, times, monkeypatch, capsys):
         make_operands = measure.make_operands
