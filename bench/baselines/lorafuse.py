@@ -12,7 +12,6 @@ FORMS = {
     "eager": {"backend": "eager"},
     "addmm": {"backend": "eager", "kernel": "aten_addmm"},
     "triton": {"backend": "triton"},
-    "triton-single": {"backend": "triton", "kernel": "fused_xa"},
     "cuda": {"backend": "cuda"},
     "cuda-single": {"backend": "cuda", "kernel": "cuda fused_xa"},
     "cuda-concurrent": {"backend": "cuda", "kernel": "cuda concurrent_backward"},

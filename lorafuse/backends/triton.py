@@ -18,8 +18,8 @@ from lorafuse.activation import Activation, Recomputed
 from lorafuse.backends import probe
 from lorafuse.backends.protocol import Backend, Problems, device_guard, finish
 from lorafuse.backends.rows import contiguous_rows
-from lorafuse.kernels import linear_bwd, linear_fwd, ragged, ragged_epilogue, ragged_rank, routing
-from lorafuse.kernels.routing import Tiles
+from lorafuse.kernels import combine, epilogues, lowrank, matmul
+from lorafuse.kernels.rows import Tiles
 from lorafuse.operands import Activate, Dropout, Epilogue, LowRank, Rows, Weight
 from lorafuse.plan import DeviceSpec, Plan, interpreted_as, select
 
@@ -68,14 +68,13 @@ class Triton(Backend):
         scale: float = 1.0, dropout: Dropout | None = None, dtype: torch.dtype | None = None,
     ) -> Tensor:  # fmt: skip
         assert plan is not None
-        config = plan.config("project")
-        if rows is not None:
+        if rows is None:
+            a = a.t() if is_transposed else a
+        else:
             # PEFT packs b with the experts fastest: there each element is a sector of its own
             a = _packed(a.mT, x.dtype) if is_transposed else a.to(x.dtype)
-            return ragged_rank.project(_tiles(rows), x, a, scale, config, source=rows.index)
-        seed, p = (None, 0.0) if dropout is None else (dropout.seed, dropout.p)
-        a = a.t().contiguous() if is_transposed else a.contiguous()
-        xa = linear_fwd.lora_xa(x, a, seed, p, config, dtype is torch.float32 and x.dtype is not dtype)
+        wide = dtype is torch.float32 and x.dtype is not dtype
+        xa = lowrank.project(x, a, plan.config("project"), wide=wide, **_read(rows), **_mask(dropout))
         return xa if scale == 1.0 else xa.mul_(scale)
 
     def matmul(
@@ -84,26 +83,24 @@ class Triton(Backend):
     ) -> Any:  # fmt: skip
         assert plan is not None
         config, programs = plan.config("matmul"), _spec(x.device).sms
-        bias = None if bias is None else bias.contiguous()
-        if rows is None:
-            return finish(_dense(x, w, low, bias, config, programs), epilogue)
-        xa, b, scale = (None, None, 1.0) if low is None else (low.xa, low.b, low.scale)
+        bias, xa, b, scale = None if bias is None else bias.contiguous(), None, None, None
         if low is not None:
-            # the epilogue reads a few rows of b, or columns of a; rounded there, after the scale
-            b = low.b.mT if low.is_transposed else _packed(low.b, low.b.dtype)
-        tiles, left = _tiles(rows), w.left()
+            xa, b, scale = low.xa.contiguous(), low.b, None if low.scale == 1.0 else low.scale
+            # the kernel reads a few rows of b, or columns of a; it rounds them, after the scale
+            b = b.mT if low.is_transposed else _packed(b, b.dtype)
+        if rows is None:
+            w = Weight(contiguous_rows(w.data), w.is_transposed)
+        left, read = w.left(), _read(rows)
         if epilogue is None or not _is_fused(epilogue.activation):
-            y = ragged.ragged_linear(tiles, x, left, bias, xa, b, scale, programs, config, source=rows.index)
-            return finish(y, epilogue)
+            mask = _mask(None if low is None else low.dropout)
+            return finish(matmul.matmul(x, left, bias, xa, b, scale, programs, config, **read, **mask), epilogue)
         act = epilogue.activation
         assert isinstance(act, Activation)
         if isinstance(epilogue, Activate):
-            return ragged.ragged_activated(
-                tiles, x, left, bias, xa, b, scale, act.name, _layout(act), programs, config, source=rows.index
-            )
-        return ragged.ragged_activation_backward(
-            tiles, x, left, xa, b, scale, epilogue.u, act.name, _layout(act), epilogue.need_router_grad, programs,
-            config, source=rows.index, factor=epilogue.row_scale,
+            return matmul.activated(x, left, bias, xa, b, scale, act.name, _gate(act), programs, config, **read)
+        return matmul.activation_backward(
+            x, left, xa, b, scale, epilogue.u, act.name, _gate(act), epilogue.need_router_grad, programs, config,
+            row_scale=epilogue.row_scale, **read,
         )  # fmt: skip
 
     def outer(
@@ -115,12 +112,13 @@ class Triton(Backend):
         config, out = plan.config("outer"), like.new_empty(like.shape)
         if rows is not None:
             given = out if is_transposed else out.mT
-            ragged_rank.outer(_tiles(rows), wide, narrow, scale, given, config, source=rows.index, factor=row_scale)
+            lowrank.outer(wide, narrow, scale, given, config, row_scale=row_scale, **_read(rows))
             return out
-        seed, p = (None, 0.0) if dropout is None else (dropout.seed, dropout.p)
-        parts = linear_bwd.lora_da_partials(wide, narrow, seed, p, config)
+        if row_scale is not None:
+            narrow = narrow * row_scale.to(narrow.dtype).unsqueeze(1)
+        parts = lowrank.outer_partials(wide, narrow, config, **_mask(dropout))
         found = out.t().contiguous() if is_transposed else out
-        linear_bwd.sum_partials([(parts, found, scale)], plan.config("reduce"))
+        lowrank.sum_partials([(parts, found, scale)], plan.config("reduce"))
         return out.copy_(found.t()) if is_transposed else out
 
     def project_outer(
@@ -128,53 +126,48 @@ class Triton(Backend):
         need_dbias: bool, dtype: torch.dtype | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
         assert plan is not None
-        M, (N, R) = dy.shape[0], b.shape
-        of_dyb, of_db, of_dbias = linear_bwd.lora_dyb_db_partials(
-            dy, b.contiguous(), None if xa is None else xa.contiguous(), need_dyb, need_dbias,
-            plan.config("project_outer"),
-        )  # fmt: skip
+        (M, N), R, config = dy.shape, b.shape[1], plan.config("project_outer")
+        xa = None if xa is None else xa.contiguous()
+        of_dyb, of_db, of_dbias = lowrank.project_outer(dy, b.contiguous(), xa, need_dyb, need_dbias, config)
         dyb = dy.new_empty((M, R), dtype=dtype) if need_dyb else None
         db = None if xa is None else b.new_empty(b.shape)
         dbias = dy.new_empty(N) if need_dbias else None
         given = (of_dyb, dyb, scale), (of_db, db, scale), (of_dbias, dbias, 1.0)
         segments = [(parts, out, factor) for parts, out, factor in given if parts is not None and out is not None]
-        linear_bwd.sum_partials(segments, plan.config("reduce"))
+        lowrank.sum_partials(segments, plan.config("reduce"))
         return dyb, db, dbias
 
     def combine(self, y: Tensor, rows: Rows, weight: Tensor | None) -> Tensor:
+        assert rows.order is not None
         weight = None if weight is None else weight.contiguous()
-        return routing.combine(y, rows.order, rows.offsets, weight, rows.count // rows.choices)
+        return combine.combine(y, rows.order, rows.offsets, weight, rows.count // rows.choices)
 
 
-def _dense(x: Tensor, w: Weight, low: LowRank | None, bias: Tensor | None, config: Any, programs: int) -> Tensor:
-    assert low is not None
-    right = contiguous_rows(w.data)
-    seed, p = (None, 0.0) if low.dropout is None else (low.dropout.seed, low.dropout.p)
-    xa, b = low.xa.contiguous(), low.b.contiguous()
-    if w.is_transposed:
-        return linear_bwd.lora_linear_dx(x, right, b, xa, seed, p, programs, config)
-    a = b.new_empty((b.shape[1], 0))
-    return linear_fwd.lora_linear_fwd(x, right, bias, a, b, low.scale, xa, programs, config)[0]
+def _read(rows: Rows | None) -> dict[str, Any]:
+    """How kernels find rows."""
+    if rows is None:
+        return {}
+    if "tiles" not in rows.cache:
+        rows.cache["tiles"] = Tiles(rows.offsets, rows.count)
+    return {"tiles": rows.cache["tiles"], "source": rows.index}
+
+
+def _mask(dropout: Dropout | None) -> dict[str, Any]:
+    return {} if dropout is None else {"seed": dropout.seed, "p": dropout.p}
 
 
 def _spec(device: torch.device) -> DeviceSpec:
     return probe.device_spec(device) or interpreted_as()
 
 
-def _tiles(rows: Rows) -> Tiles:
-    if "tiles" not in rows.cache:
-        rows.cache["tiles"] = Tiles(rows.offsets, rows.count)
-    return rows.cache["tiles"]
-
-
 def _is_fused(act: Activation | Recomputed) -> bool:
     """Whether the epilogue of a kernel computes it."""
-    return isinstance(act, Activation) and act.name in (*ragged_epilogue.ACTIVATIONS, *ragged_epilogue.GATES)
+    return isinstance(act, Activation) and act.name in (*epilogues.ACTIVATIONS, *epilogues.GATES)
 
 
-def _layout(act: Activation) -> str:
+def _gate(act: Activation) -> str:
     """How u holds gate and up, in the words of the kernels."""
-    return "" if not act.gated else "pairs" if act.interleaved else "halves"
+    return "" if not act.gated else "interleaved" if act.interleaved else "concatenated"
 
 
 def _packed(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,8 @@ __all__ = [
     "options",
     "precision",
     "rank_steps",
+    "split_columns",
+    "store_halves",
     "tile_of",
 ]
 
@@ -40,12 +42,19 @@ def load_rank_tile(p, o_row, rows, o_r, R, scale, dtype: tl.constexpr):
 
 
 @triton.jit
+def split_columns(t):
+    """The left and the right half of a tile's columns."""
+    HALF: tl.constexpr = t.shape[1] // 2
+    left, right = tl.split(t.reshape((t.shape[0], 2, HALF)).permute((0, 2, 1)))
+    return left, right
+
+
+@triton.jit
 def store_halves(d, row, column, acc, dtype: tl.constexpr):
     """Store a tile through a descriptor of half its width: half the shared memory for staging."""
-    HALF: tl.constexpr = acc.shape[1] // 2
-    left, right = tl.split(acc.reshape((acc.shape[0], 2, HALF)).permute((0, 2, 1)))
+    left, right = split_columns(acc)
     d.store([row, column], left.to(dtype))
-    d.store([row, column + HALF], right.to(dtype))
+    d.store([row, column + acc.shape[1] // 2], right.to(dtype))
 
 
 def precision(dtype: torch.dtype, low: torch.dtype | None = None) -> str:

@@ -52,7 +52,7 @@ _DTYPES = ("bfloat16", "float16", "float32")
 # chosen only where a measurement says so, or forced. xa in the matmul's launch was never the fastest on an H200, sums
 # concurrent with dx have run on no GPU, and the grouped CUDA kernel took 5.6 ms where Triton's took 3.2. They are kept
 # because one launch each way and faster experts are built on them.
-_MEASURED_FIRST = ("fused_xa", "cuda fused_xa", "cuda concurrent_backward", "cuda ragged")
+_MEASURED_FIRST = ("cuda fused_xa", "cuda concurrent_backward", "cuda ragged")
 # torch starts a thread for each group of grouped_mm, in one block
 _MOST_GROUPS = 1023
 

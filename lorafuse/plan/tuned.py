@@ -35,16 +35,17 @@ from lorafuse.plan.problem import Problem
 
 __all__ = ["KERNELS", "Tuned", "file_name", "load", "match", "own_file", "read", "text_of", "write"]
 
-_TRITON = ("two_kernel", "fused_xa", "one_pass_backward", "ragged")
-# name: backend; the CUDA kernels do the same steps as Triton's, or da and db in dx's launch
+_TRITON = ("two_kernel", "one_pass_backward", "ragged")
+# name: backend; the CUDA kernels do the same steps as Triton's, or xa in y's launch, or da and db in dx's
 KERNELS = dict.fromkeys(("aten_beta1", "aten_addmm", "grouped_mm", "loop"), "eager") | dict.fromkeys(_TRITON, "triton")
-KERNELS |= {f"cuda {name}": "cuda" for name in (*_TRITON, "concurrent_backward")}
+KERNELS |= {f"cuda {name}": "cuda" for name in (*_TRITON, "fused_xa", "concurrent_backward")}
 # names in older files
 _FORMER_NAMES = {
-    "single_kernel": "fused_xa",
     "cuda single_kernel": "cuda fused_xa",
     "cuda one_launch_backward": "cuda concurrent_backward",
 }
+# kernels in older files that no longer exist; their entries are left out
+_REMOVED = ("single_kernel", "fused_xa")
 FOLDER = Path(__file__).parent / "measured"
 _VERSION = 3
 # an entry takes some 500 bytes: thousands of layers
@@ -94,7 +95,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dtype": _TEXT,
     "dropout": (lambda value: isinstance(value, bool), "true or false"),
     "gradients": (_are(_is_text), "a list of names"),
-    "kernel": (lambda value: isinstance(value, str) and value in KERNELS, f"one of {', '.join(KERNELS)}"),
+    "kernel": (lambda value: isinstance(value, str) and value in (*KERNELS, *_REMOVED), f"one of {', '.join(KERNELS)}"),
     "seconds": (_is_time, "a number above 0"),
     "commit": _TEXT,
     "date": _TEXT,
@@ -194,7 +195,8 @@ def read(path: Path, own: bool = False) -> tuple[Tuned, ...]:
         version = content.get("version") if isinstance(content, dict) else None
         if type(version) is not int or version not in _FIELDS_OF or not isinstance(content.get("entries"), list):
             raise ValueError(f'it must hold {{"version": {_VERSION}, "entries": […]}}')
-        return tuple(_entry(entry, version, own, f"entry {i}") for i, entry in enumerate(content["entries"]))
+        entries = (_entry(entry, version, own, f"entry {i}") for i, entry in enumerate(content["entries"]))
+        return tuple(entry for entry in entries if entry.kernel not in _REMOVED)
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         fix = "; delete it, and measure again with lorafuse tune" if own else ""

@@ -30,8 +30,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from lorafuse.kernels import linear_bwd, linear_fwd, ragged, ragged_rank
-from lorafuse.kernels.routing import Tiles
+from lorafuse.kernels import lowrank, matmul
+from lorafuse.kernels.rows import Tiles
 from lorafuse.plan import DEVICES, DeviceSpec, KernelConfig, Problem
 from lorafuse.plan.configs_triton import candidates
 from lorafuse.testing import compile_record
@@ -51,18 +51,19 @@ TARGETS = {
 }
 # (kernel, its configuration, whether it is one of backward)
 _DENSE = (
-    ("xa", "project", False), ("fwd", "matmul", False), ("dyb_db", "project_outer", True), ("reduce", "reduce", True),
-    ("dx", "matmul", True), ("da", "outer", True),
+    ("project", "project", False), ("y", "matmul", False), ("project_outer", "project_outer", True),
+    ("reduce", "reduce", True), ("dx", "matmul", True), ("outer", "outer", True),
 )  # fmt: skip
 _RAGGED = (
-    ("ragged", "matmul", False), ("ragged_act", "matmul", False), ("ragged_act_backward", "matmul", True),
-    ("project", "project", False), ("outer", "outer", True),
+    ("ragged", "matmul", False), ("activate", "matmul", False), ("activate_backward", "matmul", True),
+    ("ragged_project", "project", False), ("ragged_outer", "outer", True),
 )  # fmt: skip
 _BACKWARD = {kernel for kernel, _, backward in (*_DENSE, *_RAGGED) if backward}
-# of the main loop of grouped layers: y and dx; an activation and its backward, of gate and up in halves (their weights
-# as nn.Linear stores them, or transposed), in pairs of transposed weights as gpt-oss has them, and without a gate
-_LAYOUTS = ("halves", "transposed", "pairs", "ungated")
-EPILOGUES = {"ragged": ("y", "dx"), "ragged_act": _LAYOUTS, "ragged_act_backward": _LAYOUTS}
+# of the main loop over ragged rows: y of gathered rows, y, dx; an activation and its backward, of gate and up
+# concatenated (their weights as nn.Linear stores them, or transposed), interleaved and transposed as gpt-oss has them,
+# and without a gate
+_LAYOUTS = ("concatenated", "transposed", "interleaved", "ungated")
+EPILOGUES = {"ragged": ("gathered", "y", "dx"), "activate": _LAYOUTS, "activate_backward": _LAYOUTS}
 # matrix instructions by what each architecture calls them
 _INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "FFMA", "v_mfma")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -90,7 +91,6 @@ class Variant:
         parts += [self.dtype, "" if self.adapter_dtype == "float32" else f"adapter-{self.adapter_dtype}"]
         parts += [
             self.epilogue,
-            "single" if c.fused_xa else "",
             "dropout" if self.dropout else "",
             "" if self.aligned else "unaligned",
             "wide" if self.wide else "",
@@ -134,10 +134,10 @@ def variants(target: str, everything: bool) -> list[Variant]:
         problem = Problem(8192, 4096, 4096, R, dtype, "float32", dropout=dropout, aligned=aligned, wide=wide)
         for kernel, of, _ in _DENSE:
             for config in candidates(of, _problem(kernel, problem), device):
-                masked = dropout and kernel in ("xa", "dx", "da")
+                masked = dropout and kernel in ("project", "dx", "outer")
                 # one rank tile is a kernel of its own, more of them are a loop
-                tiles = min(2, R // config.block_r) if kernel in ("fwd", "dx") else 1
-                adapters = ("float32", dtype) if everything and kernel not in ("da", "reduce") else ("float32",)
+                tiles = min(2, R // config.block_r) if kernel in ("y", "dx") else 1
+                adapters = ("float32", dtype) if everything and kernel not in ("outer", "reduce") else ("float32",)
                 config = replace(config, splits=1)
                 found |= {
                     Variant(kernel, config, dtype, adapter, masked, tiles, aligned, wide=wide) for adapter in adapters
@@ -151,7 +151,7 @@ def _problem(kernel: str, problem: Problem) -> Problem:
     """The problem in the direction, with the rows and the epilogue, of a kernel."""
     gradients = ("dx", "da", "db") if kernel in _BACKWARD else ()
     ragged = any(kernel == name for name, *_ in _RAGGED)
-    epilogue = "gated" if kernel.startswith("ragged_act") else ""
+    epilogue = "gated" if kernel.startswith("activate") else ""
     return replace(problem, gradients=gradients, is_ragged=ragged, groups=128 if ragged else 1, epilogue=epilogue)
 
 
@@ -167,12 +167,13 @@ def _ragged_variants(problem: Problem, device: DeviceSpec, everything: bool) -> 
 
 def _differs(config: KernelConfig, epilogue: str, problem: Problem) -> bool:
     """Whether a main loop is of those that need most: the common layouts at every rank, the others at one."""
-    common = epilogue in ("y", "halves")
+    common = epilogue in ("gathered", "concatenated")
     if config.block_m >= 64:
         return problem.R in ((16, 32, 64) if common else (32,)) and epilogue != "transposed"
     if problem.itemsize == 2 and problem.aligned:
         return common and problem.R == 32
-    return problem.R in ((16, 64) if epilogue == "y" else (64,)) and epilogue in ("y", "halves", "pairs")
+    shown = epilogue in ("gathered", "concatenated", "interleaved")
+    return shown and problem.R in ((16, 64) if epilogue == "gathered" else (64,))
 
 
 class _Offline:
@@ -260,22 +261,21 @@ def _launch(variant: Variant) -> None:
     a, b = tensor(r, k, of=adapter), tensor(n, r, of=adapter)
     seed = tensor(1, of=torch.int64) if variant.dropout else None
     p, programs = (0.1 if variant.dropout else 0.0), 132
-    if variant.kernel == "xa":
-        linear_fwd.lora_xa(x, a, seed, p, c, variant.wide)
-    elif variant.kernel == "fwd":
-        xa_given = None if c.fused_xa else xa
-        linear_fwd.lora_linear_fwd(x, w, tensor(n), a, b, 2.0, xa_given, programs, c)
-    elif variant.kernel == "dyb_db":
-        linear_bwd.lora_dyb_db_partials(dy, b, xa, True, True, c)
-    elif variant.kernel == "dx":
-        linear_bwd.lora_linear_dx(dy, w, a, xa, seed, p, programs, c)
-    elif variant.kernel == "da":
-        linear_bwd.lora_da_partials(x, xa, seed, p, c)
-    elif any(variant.kernel == name for name, *_ in _RAGGED):
+    if any(variant.kernel == name for name, *_ in _RAGGED):
         _launch_ragged(variant, m, n, k, r)
+    elif variant.kernel == "project":
+        lowrank.project(x, a, c, seed=seed, p=p, wide=variant.wide)
+    elif variant.kernel == "y":
+        matmul.matmul(x, w, tensor(n), xa, b, 2.0, programs, c)
+    elif variant.kernel == "dx":
+        matmul.matmul(dy, w.t(), None, xa, a.t(), None, programs, c, seed=seed, p=p)
+    elif variant.kernel == "project_outer":
+        lowrank.project_outer(dy, b, xa, True, True, c)
+    elif variant.kernel == "outer":
+        lowrank.outer_partials(x, xa, c, seed=seed, p=p)
     else:
         part = tensor(8, m, r, of=torch.float32)
-        linear_bwd.sum_partials([(part, xa, 2.0), (part, tensor(m, r, of=adapter), 1.0), (part, xa, 1.0)], c)
+        lowrank.sum_partials([(part, xa, 2.0), (part, tensor(m, r, of=adapter), 1.0), (part, xa, 1.0)], c)
 
 
 def _launch_ragged(variant: Variant, rows: int, n: int, k: int, r: int) -> None:
@@ -296,31 +296,32 @@ def _launch_ragged(variant: Variant, rows: int, n: int, k: int, r: int) -> None:
         tensor(rows, r),
         tensor(rows, of=torch.int64),
     )
-    if variant.kernel == "project":
-        ragged_rank.project(tiles, u, b.transpose(1, 2), 1.0, c, source=token)
-    elif variant.kernel == "outer":
-        ragged_rank.outer(tiles, u, xa, 1.0, b, c, source=token, factor=tensor(rows))
-    elif variant.epilogue == "y":
-        ragged.ragged_linear(tiles, x, w, tensor(128, n), xa, b, 2.0, 132, c, source=token)
-    elif variant.epilogue == "dx":
-        ragged.ragged_linear(tiles, u, w.transpose(1, 2), None, xa, a.transpose(1, 2), 1.0, 132, c)
+    if variant.kernel == "ragged_project":
+        lowrank.project(u, b.transpose(1, 2), c, tiles=tiles, source=token)
+    elif variant.kernel == "ragged_outer":
+        lowrank.outer(u, xa, 1.0, b, c, tiles=tiles, source=token, row_scale=tensor(rows))
+    elif variant.kernel == "ragged":
+        if variant.epilogue == "dx":
+            matmul.matmul(u, w.transpose(1, 2), None, xa, a.transpose(1, 2), 2.0, 132, c, tiles=tiles)
+            return
+        source = token if variant.epilogue == "gathered" else None
+        matmul.matmul(x, w, tensor(128, n), xa, b.contiguous(), 2.0, 132, c, tiles=tiles, source=source)
     else:
-        pairs, gated = variant.epilogue == "pairs", variant.epilogue != "ungated"
-        layout = "" if not gated else "pairs" if pairs else "halves"
+        interleaved, gated = variant.epilogue == "interleaved", variant.epilogue != "ungated"
+        gate = "" if not gated else "interleaved" if interleaved else "concatenated"
         # gelu_tanh holds most registers of those that a gate multiplies
-        activation = "clamped_swiglu" if pairs else "gelu_tanh"
-        transposed = variant.epilogue in ("transposed", "pairs")
-        if variant.kernel == "ragged_act":
+        activation = "clamped_swiglu" if interleaved else "gelu_tanh"
+        transposed = variant.epilogue in ("transposed", "interleaved")
+        if variant.kernel == "activate":
             w = tensor(128, k, n).transpose(1, 2) if transposed else w
-            bias = tensor(128, n)
-            ragged.ragged_activated(tiles, x, w, bias, xa, b, 2.0, activation, layout, 132, c, source=token)
+            forward = x, w, tensor(128, n), xa, b.contiguous(), 2.0, activation, gate, 132, c
+            matmul.activated(*forward, tiles=tiles, source=token)
             return
         inner = n // 2 if gated else n
         down = tensor(128, inner, k) if transposed else tensor(128, k, inner).transpose(1, 2)
         low = tensor(128, r, inner, of=adapter).transpose(1, 2)
-        ragged.ragged_activation_backward(
-            tiles, x, down, xa, low, 2.0, u, activation, layout, True, 132, c, source=token, factor=tensor(rows)
-        )
+        backward = x, down, xa, low, 2.0, u, activation, gate, True, 132, c
+        matmul.activation_backward(*backward, tiles=tiles, source=token, row_scale=tensor(rows))
 
 
 def _resources_amd(digest: str, kernel: Any) -> Resources:

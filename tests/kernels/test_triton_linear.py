@@ -8,15 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from operators import Linear
 from torch.utils.checkpoint import checkpoint
 
 import lorafuse
-from lorafuse.backends import base
-from lorafuse.backends import triton as backend
 from lorafuse.functional import lora_linear
 from lorafuse.kernels import common
 from lorafuse.philox import keep_mask
-from lorafuse.plan import override
+from lorafuse.plan import find, override
 from lorafuse.testing.cases import UGLY_M, UGLY_NK, UGLY_R
 from lorafuse.testing.check_linear import GATE, LinearCase, check_linear, gradients, make_operands
 from lorafuse.testing.numerics import relative_l2, tolerance
@@ -29,27 +28,16 @@ ALIGNED_NK = ((96, 64), (72, 136), (264, 72))
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
+# a GPU whose kernels take a form where the problem allows it
+GPU_OF = {"tma": find("H200"), "pointer": find("A100")}
+ATEN, TRITON = Linear("eager"), Linear("triton")
+
+
 @pytest.fixture(params=["tma"] if ON_GPU else ["tma", "pointer"])
-def form(request, monkeypatch):
-    """Plans of a GPU whose kernels take this form where the problem allows it."""
-    if not ON_GPU:
-        monkeypatch.setattr(backend, "_INTERPRETED_AS", {"tma": "H200", "pointer": "A100"}[request.param])
-    return request.param
-
-
-@pytest.fixture
-def single(monkeypatch):
-    """Forward in one kernel, which no plan chooses before it was measured; yields the configurations that ran."""
-    ran = []
-    launch = backend.linear_fwd.lora_linear_fwd
-
-    def record(*args):
-        ran.append(args[-1])
-        return launch(*args)
-
-    monkeypatch.setattr(backend.linear_fwd, "lora_linear_fwd", record)
-    with override(force_kernel="fused_xa"):
-        yield ran
+def form(request):
+    """Plans of a GPU whose kernels take this form."""
+    with override(interpreted_as=GPU_OF[request.param]):
+        yield request.param
 
 
 def check(case):
@@ -87,18 +75,6 @@ def test_a_rank_beyond_every_tile(form):
     check(LinearCase(leading=(40,), N=72, K=64, R=300, dtype=torch.float16))
 
 
-@pytest.mark.parametrize("R", [r for r in UGLY_R if r <= 64])
-@pytest.mark.parametrize("M", UGLY_M)
-def test_single_kernel(M, R, single):
-    if not ON_GPU or torch.cuda.get_device_capability() >= (9, 0):
-        N, K = ALIGNED_NK[(M + R) % len(ALIGNED_NK)]
-        check(LinearCase(leading=(M,), N=N, K=K, R=R, dtype=torch.float16))
-        assert bool(single) == (M > 0)
-        assert all(config.fused_xa for config in single)
-    else:
-        pytest.skip("the single kernel needs sm_90")
-
-
 @by_dtype
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9, 1.0, 2**-33])
 @pytest.mark.parametrize(("N", "K"), [(65, 96), (96, 67), (96, 64)])
@@ -113,7 +89,7 @@ def test_the_mask_is_eagers_bit_for_bit(seed, K):
     M, p = 37, 0.3
     x = torch.randint(1, 9, (M, K), device=DEVICE).half()
     a, b = torch.eye(K, device=DEVICE).half(), torch.zeros(K, K, device=DEVICE).half()
-    _, xa = backend.linear_forward(x, a, None, a, b, torch.tensor([seed], device=DEVICE), 1.0, p)
+    _, xa = TRITON.forward(x, a, None, a, b, torch.tensor([seed], device=DEVICE), 1.0, p)
     keep = keep_mask(torch.tensor([seed], device=DEVICE), p, slice(0, M), K)
     assert torch.equal(xa, x * keep)
 
@@ -127,8 +103,8 @@ def test_integers_are_exact(M, N, K, R, form):
     # so sparse that every sum stays below 2048, where fp16 holds all integers
     a, b = a * (torch.rand_like(a) < 0.1), b * (torch.rand_like(b) < 0.1)
     w, dy = w * (torch.rand_like(w) < 0.3), dy * (torch.rand_like(dy) < 0.1)
-    y, xa = backend.linear_forward(x, w, None, a, b, None, 2.0, 0.0)
-    dx, da, db, dbias = backend.linear_backward(dy, x, xa, w, a, b, None, 2.0, 0.0, True, True, True, True)
+    y, xa = TRITON.forward(x, w, None, a, b, None, 2.0, 0.0)
+    dx, da, db, dbias = TRITON.backward(dy, x, xa, w, a, b, None, 2.0, 0.0, True, True, True, True)
     X, W, A, B, D = (t.double() for t in (x, w, a, b, dy))
     expected = {"y": X @ W.T + 2 * (X @ A.T) @ B.T, "dx": D @ W + 2 * (D @ B) @ A, "da": 2 * (D @ B).T @ X}
     expected |= {"db": 2 * D.T @ (X @ A.T), "dbias": D.sum(0)}
@@ -141,10 +117,10 @@ def test_integers_are_exact(M, N, K, R, form):
 def test_only_what_is_needed_is_computed(needs):
     o = make_operands(LinearCase(leading=(70,), dtype=torch.float16)).to(DEVICE)
     seed = torch.tensor([5], device=DEVICE)
-    _, xa = backend.linear_forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)
-    everything = backend.linear_backward(o.dy, o.x, xa, o.w, o.a, o.b, seed, 1.7, 0.2, True, True, True, True)
+    _, xa = TRITON.forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)
+    everything = TRITON.backward(o.dy, o.x, xa, o.w, o.a, o.b, seed, 1.7, 0.2, True, True, True, True)
     x, xa = o.x if needs[1] else None, xa if needs[2] else None
-    found = backend.linear_backward(o.dy, x, xa, o.w, o.a, o.b, seed, 1.7, 0.2, *needs)
+    found = TRITON.backward(o.dy, x, xa, o.w, o.a, o.b, seed, 1.7, 0.2, *needs)
     for need, one, other in zip(needs, found, everything, strict=True):
         assert (one is not None) == need
         assert one is None or torch.equal(one, other)
@@ -192,12 +168,8 @@ def test_thin_layers(M, N, K):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("form_of", ["tma", "single"])
-def test_runs_are_bitwise_equal(form_of, request):
-    if form_of == "single":
-        request.getfixturevalue("single")
-    dropout_p = 0.0 if form_of == "single" else 0.2
-    case = LinearCase(leading=(257,), N=96, K=136, R=16, dtype=torch.float16, dropout_p=dropout_p)
+def test_runs_are_bitwise_equal():
+    case = LinearCase(leading=(257,), N=96, K=136, R=16, dtype=torch.float16, dropout_p=0.2)
     first, second = check(case), check(case)
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
@@ -207,33 +179,31 @@ def test_eager_and_triton_may_be_mixed():
     """xa means the same in both, so that a plan may choose each direction for itself."""
     o = make_operands(LinearCase(leading=(70,), dtype=torch.float32)).to(DEVICE)
     seed = torch.tensor([5], device=DEVICE)
-    eager = base.load("eager")
     settings = o.w, o.a, o.b, seed, 1.7, 0.2, True, True, True, True
-    xa = {m: m.linear_forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)[1] for m in (eager, backend)}
-    one = backend.linear_backward(o.dy, o.x, xa[eager], *settings)
-    other = eager.linear_backward(o.dy, o.x, xa[backend], *settings)
+    xa = {run: run.forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)[1] for run in (ATEN, TRITON)}
+    one = TRITON.backward(o.dy, o.x, xa[ATEN], *settings)
+    other = ATEN.backward(o.dy, o.x, xa[TRITON], *settings)
     for left, right in zip(one, other, strict=True):
         assert relative_l2(left, right) < tolerance(torch.float32)
 
 
 @pytest.mark.no_poison
 @pytest.mark.parametrize("form_of", ["tma", "pointer"])
-def test_rows_beyond_2_to_the_31(form_of, monkeypatch):
+def test_rows_beyond_2_to_the_31(form_of):
     """Three rows far apart in memory that nobody else touches: their offsets do not fit 32 bits."""
-    if not ON_GPU:
-        monkeypatch.setattr(backend, "_INTERPRETED_AS", {"tma": "H200", "pointer": "A100"}[form_of])
     K, stride = 64, 2**30 + 8
     far = torch.empty(2 * stride + K, dtype=torch.float16, device=DEVICE).as_strided((3, K), (stride, 1))
     o = make_operands(LinearCase(leading=(3,), N=72, K=K, dtype=torch.float16)).to(DEVICE)
     far.copy_(o.x)
-    near, there = (backend.linear_forward(x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0) for x in (o.x, far))
-    for one, other in zip(near, there, strict=True):
-        assert torch.equal(one, other)
-    settings = o.a, o.b, None, 1.7, 0.0, True, True, True, True
-    near = backend.linear_backward(o.dy, o.x, near[1], o.w, *settings)
-    there = backend.linear_backward(o.dy, far, there[1], o.w, *settings)
-    for one, other in zip(near, there, strict=True):
-        assert torch.equal(one, other)
+    with override(interpreted_as=GPU_OF[form_of]):
+        near, there = (TRITON.forward(x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0) for x in (o.x, far))
+        for one, other in zip(near, there, strict=True):
+            assert torch.equal(one, other)
+        settings = o.a, o.b, None, 1.7, 0.0, True, True, True, True
+        near = TRITON.backward(o.dy, o.x, near[1], o.w, *settings)
+        there = TRITON.backward(o.dy, far, there[1], o.w, *settings)
+        for one, other in zip(near, there, strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(("setting", "expected"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lorafuse.backends import triton as backend
-from lorafuse.kernels import common, linear_bwd, linear_fwd, philox
+from lorafuse.kernels import common, lowrank, matmul, philox
+from lorafuse.plan import find, override
 from lorafuse.testing.check_linear import LinearCase, check_linear
 
 # in the interpreter and on a GPU alike: sizes off every block, several tiles and splits, a rank of several tiles
@@ -21,33 +22,33 @@ GATE = (
 
 # (module, what is changed, into what, the tensor that turns red first)
 MUTATIONS = {
-    "xa skips the last K block": (linear_fwd, "range(0, K, BLOCK_K):\n        o_k", "range(0, K - BLOCK_K, BLOCK_K):\n        o_k", "y"),
-    "xa ignores the mask": (linear_fwd, "b_x = tl.where(keep_tile(", "b_x = tl.where(True | keep_tile(", "y"),
-    "y skips the last K block (TMA)": (linear_fwd, "if TMA:\n            for i_k in range(0, K,", "if TMA:\n            for i_k in range(0, K - BLOCK_K,", "y"),
-    "y skips the last K block (pointers)": (linear_fwd, "o_k[:, None]\n            for i_k in range(0, K,", "o_k[:, None]\n            for i_k in range(0, K - BLOCK_K,", "y"),
-    "y without the low-rank product": (linear_fwd, "return tl.dot(b_xa, b_b.T, acc, input_precision=PRECISION)", "return acc", "y"),
-    "y without the scale": (linear_fwd, "N, o_r, R, scale, p_xa", "N, o_r, R, 1.0, p_xa", "y"),
-    "y with the first ranks only": (linear_fwd, "for i_r in tl.range(0, R, BLOCK_R", "for i_r in tl.range(0, BLOCK_R, BLOCK_R", "y"),
-    "y without the bias": (linear_fwd, "if p_bias is not None:", "if p_bias is not None and False:", "y"),
-    "y stores the left half twice": (common, "column + HALF], right", "column + HALF], left", "y"),
+    "xa skips the last K block": (lowrank, "range(0, K, BLOCK_K):", "range(0, K - BLOCK_K, BLOCK_K):", "y"),
+    "xa ignores the mask": (lowrank, "b_x = tl.where(keep_tile(", "b_x = tl.where(True | keep_tile(", "y"),
+    "y skips the last K block (TMA)": (matmul, "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K * (TMA_W and ROWS == 'nk'), BLOCK_K)", "y"),
+    "y skips the last K block (pointers)": (matmul, "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K * (not TMA_W and ROWS == 'nk'), BLOCK_K)", "y"),
+    "y without the low-rank product": (matmul, "return tl.dot(b_xa, b_b.T if RANKS_LAST else b_b, acc, input_precision=PRECISION)", "return tl.dot(b_xa, b_b, acc, input_precision=PRECISION) if not RANKS_LAST else acc", "y"),
+    "y without the scale": (matmul, "b_b = b_b.to(tl.float32) * scale", "pass", "y"),
+    "y with the first ranks only": (matmul, "tl.range(0, R, BLOCK_R,", "tl.range(0, BLOCK_R if RANKS_LAST else R, BLOCK_R,", "y"),
+    "y without the bias": (matmul, "if p_bias is not None:", "if p_bias is not None and False:", "y"),
+    "y stores the left half twice": (common, "shape[1] // 2], right", "shape[1] // 2], left", "y"),
     "tiles in the wrong order": (common, "first + within % height, within // height", "first + within // height, within % height", "y"),
     "the mask of the row below": (philox, "first = o_m.to(tl.int64)[:, None] * K", "first = (o_m + 1).to(tl.int64)[:, None] * K", "y"),
     "the words of a group swapped": (philox, "tl.join(tl.join(w0, w2), tl.join(w1, w3))", "tl.join(tl.join(w0, w1), tl.join(w2, w3))", "y"),
     "a drop probability of its own": (philox, "word > drop_below", "word > (drop_below // 2)", "y"),
-    "dyb without the last columns": (linear_bwd, "b_b = load_rank_tile(p_b, o_n, N,", "b_b = load_rank_tile(p_b, o_n, N - 5,", "dx"),
-    "db of the first split only": (linear_bwd, "tl.store(p_db + o_db, acc_db,", "tl.store(p_db + o_db, acc_db * (i_s == 0),", "db"),
-    "db with a stale xa": (linear_bwd, "b_xa = tl.load(p_xa + o_m.to(tl.int64)", "b_xa = tl.load(p_xa + (o_m * 0).to(tl.int64)", "db"),
-    "dbias halved": (linear_bwd, "acc_dbias += tl.sum(b_dy.to(tl.float32), 0)", "acc_dbias += tl.sum(b_dy.to(tl.float32), 0) * 0.5", "dbias"),
-    "partials without the first": (linear_bwd, "p = p_part + o\n        for _ in range(count)", "p = p_part + o + size\n        for _ in range(count - 1)", "dx"),
-    "partials without their scale": (linear_bwd, "(acc * scale)", "(acc * 1.0)", "dx"),
-    "dx without the low-rank product": (linear_bwd, "return tl.dot(b_dyb, b_a.to(dtype), acc, input_precision=PRECISION)", "return acc", "dx"),
-    "dx without the mask": (linear_bwd, "acc += tl.where(keep_tile(", "acc += tl.where(True | keep_tile(", "dx"),
-    "dx with the first ranks only": (linear_bwd, "for i_r in tl.range(0, R, BLOCK_R", "for i_r in tl.range(0, BLOCK_R, BLOCK_R", "dx"),
-    "dx skips the last N block (TMA)": (linear_bwd, "if TMA:\n            for i_k in range(0, N,", "if TMA:\n            for i_k in range(0, N - BLOCK_K,", "dx"),
-    "dx skips the last N block (pointers)": (linear_bwd, "step_w = tl.cast(stride_wn, tl.int64) * BLOCK_K\n            for i_k in range(0, N,", "step_w = tl.cast(stride_wn, tl.int64) * BLOCK_K\n            for i_k in range(0, N - BLOCK_K,", "dx"),
-    "da without the mask": (linear_bwd, "b_x = tl.where(keep_tile(", "b_x = tl.where(True | keep_tile(", "da"),
-    "da of the first split only": (linear_bwd, "tl.store(p_da + o_da, acc,", "tl.store(p_da + o_da, acc * (i_s == 0),", "da"),
-    "da without the last rows": (linear_bwd, "mask = (o_m < M)[:, None] & (o_n < K)[None, :]\n        b_x", "mask = (o_m < M - 7)[:, None] & (o_n < K)[None, :]\n        b_x", "da"),
+    "dyb without the last columns": (lowrank, "b_b = load_rank_tile(p_b, o_n, N,", "b_b = load_rank_tile(p_b, o_n, N - 5,", "dx"),
+    "db of the first split only": (lowrank, "tl.store(p_db + o_db, acc_db,", "tl.store(p_db + o_db, acc_db * (i_s == 0),", "db"),
+    "db with a stale xa": (lowrank, "b_xa = tl.load(p_xa + o_m.to(tl.int64)", "b_xa = tl.load(p_xa + (o_m * 0).to(tl.int64)", "db"),
+    "dbias halved": (lowrank, "acc_dbias += tl.sum(b_dy.to(tl.float32), 0)", "acc_dbias += tl.sum(b_dy.to(tl.float32), 0) * 0.5", "dbias"),
+    "partials without the first": (lowrank, "p = p_part + o\n        for _ in range(count)", "p = p_part + o + size\n        for _ in range(count - 1)", "dx"),
+    "partials without their scale": (lowrank, "(acc * scale).to(p_out.dtype.element_ty), mask=o < size", "(acc * 1.0).to(p_out.dtype.element_ty), mask=o < size", "dx"),
+    "dx without the low-rank product": (matmul, "return tl.dot(b_xa, b_b.T if RANKS_LAST else b_b, acc, input_precision=PRECISION)", "return tl.dot(b_xa, b_b.T, acc, input_precision=PRECISION) if RANKS_LAST else acc", "dx"),
+    "dx without the mask": (matmul, "acc += tl.where(keep_tile(", "acc += tl.where(True | keep_tile(", "dx"),
+    "dx with the first ranks only": (matmul, "tl.range(0, R, BLOCK_R,", "tl.range(0, R if RANKS_LAST else BLOCK_R, BLOCK_R,", "dx"),
+    "dx skips the last N block (TMA)": (matmul, "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K * (TMA_W and ROWS == 'kn'), BLOCK_K)", "dx"),
+    "dx skips the last N block (pointers)": (matmul, "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K * (not TMA_W and ROWS == 'kn'), BLOCK_K)", "dx"),
+    "da without the mask": (lowrank, "b_left = tl.where(keep_tile(", "b_left = tl.where(True | keep_tile(", "da"),
+    "da of the first split only": (lowrank, "tl.store(p_o, (acc * scale)", "tl.store(p_o, (acc * scale * (i_g == 0))", "da"),
+    "da without the last rows": (lowrank, "mask = (o_m < end)[:, None] & (o_n < C)[None, :]\n        b_left", "mask = (o_m < end - 7)[:, None] & (o_n < C)[None, :]\n        b_left", "da"),
 }  # fmt: skip
 
 
@@ -69,20 +70,20 @@ def mutated(module, old, new, folder):
 
 
 @pytest.fixture(autouse=True)
-def _planned_as(monkeypatch, request):
+def _planned_as(request):
     """On an A100 the plan takes the pointer form; splits need more rows than the gate has."""
-    pointers = "pointers" in request.node.name
-    monkeypatch.setattr(backend, "_INTERPRETED_AS", "A100" if pointers else "H200")
+    with override(interpreted_as=find("A100" if "pointers" in request.node.name else "H200")):
+        yield
 
 
 def install(module, monkeypatch, folder):
     """Make the backend run a changed module, and the kernels that import from it too."""
     name = module.__name__.rpartition(".")[2]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    if name in ("linear_fwd", "linear_bwd"):
+    if name in ("matmul", "lowrank"):
         monkeypatch.setattr(backend, name, module)
         return
-    for user in (linear_fwd, linear_bwd):
+    for user in (matmul, lowrank):
         monkeypatch.setattr(
             backend, user.__name__.rpartition(".")[2], mutated(user, "import torch\n", "import torch\n\n", folder)
         )

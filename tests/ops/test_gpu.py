@@ -85,7 +85,7 @@ def test_xa_and_y_in_one_cuda_launch(M):
     able("cuda")
     o = operands(LinearCase(leading=(M,), N=4096, K=1024, R=16, dtype=torch.bfloat16, adapter_dtype=torch.float32))
     eager = results(o, "eager")
-    with override(force_kernel="fused_xa"):
+    with override(force_kernel="cuda fused_xa"):
         first = results(o, "cuda")
         assert_near(first, eager)
         for _ in range(100):

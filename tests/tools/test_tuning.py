@@ -49,8 +49,8 @@ class TestRule:
             # faster, and within noise
             ({"two_kernel": [3, 4, 5, 5, 5], "aten_beta1": [3, 3, 4, 4, 4]}, "two_kernel"),
             # the others' spreads do not count
-            ({"two_kernel": [9, 9], "aten_beta1": [2, 4], "fused_xa": [1, 5]}, "aten_beta1"),
-            ({"aten_beta1": [3, 3], "fused_xa": [2, 4]}, "aten_beta1"),
+            ({"two_kernel": [9, 9], "aten_beta1": [2, 4], "aten_addmm": [1, 5]}, "aten_beta1"),
+            ({"aten_beta1": [3, 3], "aten_addmm": [2, 4]}, "aten_beta1"),
         ],
     )
     def test_the_usual_stays_unless_another_is_faster_beyond_noise(self, seconds, winner):
@@ -112,11 +112,13 @@ class TestRule:
         assert record(found, [self.outcome(512, {})], FOUND) == ()
 
     def test_an_entry_of_version_1_comes_after_what_is_measured_now(self):
-        old = tuned.Tuned(4096, 4096, (1, 64), (1, 8192), "bfloat16", False, (), "fused_xa", 1e-3, "abc", "2026-11-20")
+        old = tuned.Tuned(
+            4096, 4096, (1, 64), (1, 8192), "bfloat16", False, (), "aten_addmm", 1e-3, "abc", "2026-11-20"
+        )
         assert measure.is_measured(self.PROBLEM, [old])
         found = record([old], [self.outcome(512, {"aten_beta1": 1e-6})], FOUND)
-        assert [entry.kernel for entry in found] == ["aten_beta1", "fused_xa"]
-        assert record([old], [self.outcome(512, {}, wrong={"fused_xa": "y"})], FOUND) == ()
+        assert [entry.kernel for entry in found] == ["aten_beta1", "aten_addmm"]
+        assert record([old], [self.outcome(512, {}, wrong={"aten_addmm": "y"})], FOUND) == ()
 
 
 @pytest.mark.parametrize(("N", "K"), [(32, 64), (36, 64), (32, 68)])

@@ -1,0 +1,397 @@
+"""The main loop of every LoRA layer: dense and ragged rows, forward and input gradient, one kernel.
+
+    y[s] = x[s] wᵀ[g] + bias[g] + drop(xa[s] (scale · b[g])ᵀ)        g the group of row s
+
+Shapes: x [rows, K] with any row stride, row s of it the s-th or `source[s]`; w [G, N, K] with any strides, bias [G, N],
+xa [M, R] contiguous, b [G, N, R] with any strides, y [M, N]. Dense rows are one group: w [N, K], b [N, R], no tiles.
+Ragged rows are in the order of their groups, in tiles of `rows`; rows of no group are not written.
+The input gradient is the same product: `dx = dy w + drop(dyb a)` reads w and a transposed, by their strides, and draws
+the mask again that dropped x.
+
+Fused: the low-rank product is accumulated in the fp32 accumulator of the base product, as R more columns of K; then
+bias and an epilogue (`epilogues`) in the same registers. y is written once and never read. b may be fp32 and is rounded
+to xa's dtype after its scale. An fp32 xa over 16-bit operands, whose range fp16 lacks, is multiplied in tf32.
+Nothing is saved for backward here.
+
+Loads: "tma" configurations read w, and x where its rows follow each other, through tensor descriptors, and as many
+programs as there are SMs walk the tiles. Rows that are gathered, and everything in "pointer" configurations, are read
+through pointers.
+
+Cost: 2MN(K + R) FLOPs, one pass over x, w and y, N / BLOCK_N reads of xa.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lorafuse.kernels.common import (
+    drop_below,
+    grouped,
+    launch_with_scratch,
+    options,
+    precision,
+    rank_steps,
+    store_halves,
+    tile_of,
+)
+from lorafuse.kernels.epilogues import activate, activate_backward
+from lorafuse.kernels.philox import keep_tile
+from lorafuse.kernels.rows import Tiles, source_rows, tile_count, tile_rows
+from lorafuse.plan import KernelConfig
+
+__all__ = ["activated", "activation_backward", "matmul"]
+
+# accumulators of a thread that an activation takes at a time: u, h and the slopes of more do not fit beside those that
+# wait (Triton 3.6, 2026-11-25)
+_PART = 16
+
+
+@triton.jit
+def _weight_descriptor(
+    p_w, G, N, K, stride_w, ROWS: tl.constexpr, PAIRED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Boxes of BLOCK_N rows and BLOCK_K columns of one group; PAIRED: half of the rows from gate, half from up."""
+    HALF: tl.constexpr = BLOCK_N // 2
+    if PAIRED:
+        half = (N // 2).to(tl.int64)
+        if ROWS == "nk":
+            return tl.make_tensor_descriptor(
+                p_w, [G, 2, N // 2, K], [stride_w[0], half * stride_w[1], stride_w[1], 1], [1, 2, HALF, BLOCK_K]
+            )
+        else:
+            return tl.make_tensor_descriptor(
+                p_w, [G, K, 2, N // 2], [stride_w[0], stride_w[2], half, 1], [1, BLOCK_K, 2, HALF]
+            )
+    elif ROWS == "nk":
+        return tl.make_tensor_descriptor(p_w, [G, N, K], [stride_w[0], stride_w[1], 1], [1, BLOCK_N, BLOCK_K])
+    else:
+        return tl.make_tensor_descriptor(p_w, [G, K, N], [stride_w[0], stride_w[2], 1], [1, BLOCK_K, BLOCK_N])
+
+
+@triton.jit
+def _load_weight(d_w, group, i_n, i_k, ROWS: tl.constexpr, PAIRED: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    """`wᵀ [K, N]` of one box, `i_n` its first row of w, or of gate and of up."""
+    if ROWS == "nk":
+        box = d_w.load([group, 0, i_n, i_k]) if PAIRED else d_w.load([group, i_n, i_k])
+        return box.reshape((N, K)).T
+    else:
+        box = d_w.load([group, i_k, 0, i_n]) if PAIRED else d_w.load([group, i_k, i_n])
+        return box.reshape((K, N))
+
+
+@triton.jit
+def _add_low_rank(
+    acc, p_xa, p_b, o_s, o_n, rows, columns, i_r, R, stride_b, scale, BLOCK_R: tl.constexpr,
+    RANKS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`acc + xa (scale · b)ᵀ` for BLOCK_R ranks from `i_r`; RANKS_LAST where they are b's contiguous dimension."""
+    o_r = i_r + tl.arange(0, BLOCK_R)
+    b_xa = tl.load(p_xa + o_s * R + o_r[None, :], mask=rows & (o_r < R)[None, :], other=0.0)
+    if RANKS_LAST:
+        p_br = p_b + o_n.to(tl.int64)[:, None] * stride_b + o_r[None, :]
+        b_b = tl.load(p_br, mask=columns[:, None] & (o_r < R)[None, :], other=0.0)
+    else:
+        p_br = p_b + o_r.to(tl.int64)[:, None] * stride_b + o_n[None, :]
+        b_b = tl.load(p_br, mask=(o_r < R)[:, None] & columns[None, :], other=0.0)
+    if scale is not None:
+        b_b = b_b.to(tl.float32) * scale
+    b_b = b_b.to(p_xa.dtype.element_ty)
+    return tl.dot(b_xa, b_b.T if RANKS_LAST else b_b, acc, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["drop_below"])
+def _lora_matmul_kernel(
+    p_x,
+    p_w,
+    p_bias,
+    p_xa,
+    p_b,
+    p_y,
+    p_source,
+    p_tiles,
+    p_seed,
+    operands,
+    M,
+    N,
+    K,
+    R,
+    G,
+    stride_xm,
+    stride_w,
+    stride_b,
+    scale,
+    drop_below,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    RANK_STEPS: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    GROUPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LOW_PRECISION: tl.constexpr,
+    TMA_X: tl.constexpr,
+    TMA_W: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANKS_LAST: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+):
+    """EPILOGUE is (its name, activation, gate layout, parts) and `operands` what it reads or writes beside y.
+
+    ROWS is "nk" where K is the contiguous dimension of w, "kn" where it is another.
+    """
+    dtype: tl.constexpr = p_x.dtype.element_ty
+    # gate and up of the same columns of h are in one tile, so that x is read once and both are in one accumulator
+    PAIRED: tl.constexpr = EPILOGUE[0] == "activate" and EPILOGUE[2] == "concatenated"
+    COLUMNS: tl.constexpr = BLOCK_N // 2 if PAIRED else BLOCK_N
+    TMA_Y: tl.constexpr = TMA_X and TMA_W and p_tiles is None
+    limit = N // 2 if PAIRED else N
+    tiles_m = tile_count(p_tiles, M, BLOCK_M)
+    tiles_n = tl.cdiv(limit, COLUMNS)
+    if TMA_X:
+        d_x = tl.make_tensor_descriptor(p_x, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
+    if TMA_W:
+        d_w = _weight_descriptor(p_w, G, N, K, stride_w, ROWS, PAIRED, BLOCK_N, BLOCK_K)
+    if TMA_Y:
+        d_y = tl.make_tensor_descriptor(p_y, [M, N], [N, 1], [BLOCK_M, BLOCK_N // 2])
+
+    for t in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        i_m, i_n = tile_of(t, tiles_m, tiles_n, GROUP_M)
+        group, row, end = tile_rows(p_tiles, i_m, M, BLOCK_M)
+        o_m = row + tl.arange(0, BLOCK_M)
+        # columns of y, and which exist; those of up are `limit` behind those of gate
+        o_n = i_n * COLUMNS + tl.arange(0, BLOCK_N)
+        if PAIRED:
+            o_n = i_n * COLUMNS + tl.arange(0, BLOCK_N) % COLUMNS
+        inside = o_n < limit
+        if PAIRED:
+            o_n += tl.arange(0, BLOCK_N) // COLUMNS * limit
+        group_w = group.to(tl.int64)
+
+        # the base product
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        o_k = tl.arange(0, BLOCK_K)
+        if not TMA_X:
+            p_xk = p_x + source_rows(p_source, o_m, row, end)[:, None] * stride_xm + o_k[None, :]
+        if not TMA_W:
+            # rows of w outside are computed from row 0 and not stored, which takes no mask; not so where columns of y
+            # are contiguous, because there it would hide that they are
+            p_wg = p_w + group_w * stride_w[0]
+            if ROWS == "nk":
+                p_wk = p_wg + tl.where(inside, o_n, 0).to(tl.int64)[None, :] * stride_w[1] + o_k[:, None]
+            else:
+                p_wk = p_wg + o_k.to(tl.int64)[:, None] * stride_w[2] + o_n.to(tl.int64)[None, :] * stride_w[1]
+            step_w = tl.cast(stride_w[2], tl.int64) * BLOCK_K
+        for i_k in range(0, K, BLOCK_K):
+            if TMA_X:
+                b_x = d_x.load([row, i_k])
+            else:
+                b_x = tl.load(p_xk, mask=(o_k < K - i_k)[None, :], other=0.0)
+                p_xk += BLOCK_K
+            if TMA_W:
+                b_w = _load_weight(d_w, group, i_n * COLUMNS, i_k, ROWS, PAIRED, BLOCK_N, BLOCK_K)
+            else:
+                mask_k = (o_k < K - i_k)[:, None]
+                b_w = tl.load(p_wk, mask=mask_k if ROWS == "nk" else mask_k & inside[None, :], other=0.0)
+                p_wk += step_w
+            acc = tl.dot(b_x, b_w, acc, input_precision=PRECISION)
+
+        o_s, rows = o_m.to(tl.int64)[:, None], (o_m < end)[:, None]
+        if p_xa is not None:
+            # with dropout the low-rank product is masked on its way, in an accumulator of its own
+            low = acc if p_seed is None else tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            p_bg = p_b + group_w * stride_b[0]
+            if RANK_STEPS == 1:
+                low = _add_low_rank(
+                    low, p_xa, p_bg, o_s, o_n, rows, inside, 0, R, stride_b[1], scale,
+                    BLOCK_R, RANKS_LAST, LOW_PRECISION,
+                )  # fmt: skip
+            else:
+                # a loop and not unrolled, or the tiles of all ranks are in registers at once
+                for i_r in tl.range(0, R, BLOCK_R, num_stages=1):
+                    low = _add_low_rank(
+                        low, p_xa, p_bg, o_s, o_n, rows, inside, i_r, R, stride_b[1], scale,
+                        BLOCK_R, RANKS_LAST, LOW_PRECISION,
+                    )  # fmt: skip
+            if p_seed is None:
+                acc = low
+            else:
+                acc += tl.where(keep_tile(p_seed, drop_below, o_m, i_n * BLOCK_N, N, BLOCK_N, GROUPED), low, 0.0)
+        if p_bias is not None:
+            acc += tl.load(p_bias + group_w * N + o_n, mask=inside, other=0.0).to(tl.float32)[None, :]
+
+        if EPILOGUE[0] == "activate":
+            activate(acc, i_n * COLUMNS, o_s, rows, p_y, operands, N, EPILOGUE)
+        elif EPILOGUE[0] == "activate_backward":
+            activate_backward(acc, i_n, o_m, end, p_y, operands, M, N, EPILOGUE)
+        elif TMA_Y:
+            store_halves(d_y, row, i_n * BLOCK_N, acc, dtype)
+        else:
+            tl.store(p_y + o_s * N + o_n[None, :], acc.to(dtype), mask=rows & inside[None, :])
+
+
+def _launch(
+    epilogue: tuple[str, str, str],
+    operands: tuple[Tensor | None, ...],
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    xa: Tensor | None,
+    b: Tensor | None,
+    scale: float | None,
+    y: Tensor,
+    programs: int,
+    config: KernelConfig,
+    tiles: Tiles | None,
+    source: Tensor | None,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+) -> None:
+    c, M, (N, K) = config, y.shape[0], w.shape[-2:]
+    table = None if tiles is None else tiles.of(c.block_m)
+    paired = 2 if epilogue[0] == "activate" and epilogue[2] == "concatenated" else 1
+    # the most tiles that there can be
+    tiles_m = triton.cdiv(M, c.block_m) if table is None else table.shape[0] - 1
+    count = tiles_m * triton.cdiv(N // paired, c.block_n // paired)
+    tma = c.form == "tma"
+    stride_b, ranks_last = (0, 0), True
+    if b is not None:
+        b = b if 1 in b.stride()[-2:] else b.contiguous()
+        ranks_last = b.stride(-1) == 1
+        stride_b = (0 if tiles is None else b.stride(0)), b.stride(-2 if ranks_last else -1)
+
+    def launch() -> None:
+        _lora_matmul_kernel[(min(programs, count) if tma else count,)](
+            x,
+            w,
+            bias,
+            xa,
+            b,
+            y,
+            source,
+            table,
+            seed,
+            operands,
+            M,
+            N,
+            K,
+            0 if xa is None else xa.shape[1],
+            1 if tiles is None else tiles.groups,
+            x.stride(0),
+            w.stride() if w.dim() == 3 else (max(w.stride()), *w.stride()),
+            stride_b,
+            scale,
+            drop_below(p),
+            BLOCK_M=c.block_m,
+            BLOCK_N=c.block_n,
+            BLOCK_K=c.block_k,
+            BLOCK_R=c.block_r,
+            RANK_STEPS=0 if xa is None else rank_steps(xa.shape[1], c),
+            GROUP_M=c.group_m,
+            GROUPED=grouped(N),
+            PRECISION=precision(x.dtype),
+            LOW_PRECISION=precision(x.dtype, None if xa is None else xa.dtype),
+            TMA_X=tma and source is None and _fits_descriptor(x),
+            TMA_W=tma,
+            ROWS="nk" if w.stride(-1) == 1 else "kn",
+            RANKS_LAST=ranks_last,
+            # columns of the accumulator that the epilogue takes at a time
+            EPILOGUE=(*epilogue, max(1, c.block_m * c.block_n // (32 * c.warps * _PART))),
+            **options(c),
+        )
+
+    if tma:
+        launch_with_scratch(launch, x.device)
+    else:
+        launch()
+
+
+def _fits_descriptor(x: Tensor) -> bool:
+    """Whether every row starts on a 16-byte boundary, behind the row before."""
+    row = x.stride(0) * x.element_size()
+    return row % 16 == 0 and x.data_ptr() % 16 == 0 and x.stride(0) >= x.shape[1]
+
+
+def matmul(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    xa: Tensor | None,
+    b: Tensor | None,
+    scale: float | None,
+    programs: int,
+    config: KernelConfig,
+    *,
+    tiles: Tiles | None = None,
+    source: Tensor | None = None,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+) -> Tensor:
+    """`y [M, N]` in x's dtype: x wᵀ + bias + drop(xa (scale · b)ᵀ).
+
+    x has contiguous rows; xa and bias are contiguous. Dense without `tiles`: w `[N, K]`, b `[N, R]`, and in a "tma"
+    configuration 16-byte aligned rows of everything. Ragged with them: w `[G, N, K]`, b `[G, N, R]`, bias `[G, N]`, and
+    rows of no group are not written. For dx, pass w and a transposed. A `scale` of None is 1, without a multiplication.
+    The mask of `seed` and `p` is over `[M, N]`, and nothing is rescaled. `programs` is how many run at a time, the
+    number of SMs.
+    """
+    y = x.new_empty((x.shape[0] if tiles is None else tiles.rows, w.shape[-2]))
+    _launch(("store", "", ""), (), x, w, bias, xa, b, scale, y, programs, config, tiles, source, seed, p)
+    return y
+
+
+def activated(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    xa: Tensor | None,
+    b: Tensor | None,
+    scale: float | None,
+    activation: str,
+    gate: str,
+    programs: int,
+    config: KernelConfig,
+    *,
+    tiles: Tiles,
+    source: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`(u [S, N], h [S, I])`: u as `matmul` computes y, and its activation.
+
+    `gate` is how the rows of w, and u, hold gate and up: "concatenated", "interleaved", or "" without a gate.
+    """
+    u, h = (x.new_empty((tiles.rows, w.shape[1] // divisor)) for divisor in (1, 2 if gate else 1))
+    _launch(("activate", activation, gate), (h,), x, w, bias, xa, b, scale, u, programs, config, tiles, source)
+    return u, h
+
+
+def activation_backward(
+    g: Tensor,
+    w: Tensor,
+    gb: Tensor | None,
+    a: Tensor | None,
+    scale: float | None,
+    u: Tensor,
+    activation: str,
+    gate: str,
+    router_grad: bool,
+    programs: int,
+    config: KernelConfig,
+    *,
+    tiles: Tiles,
+    source: Tensor,
+    row_scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`(du [S, U], h [S, I], ⟨dh, h⟩ [S])` for dh = g wᵀ + gb (scale · a)ᵀ; du is that of `row_scale · dh`.
+
+    w `[G, I, H]` and a `[G, I, R]` are those of the down projection, read transposed. h is computed from u again.
+    """
+    I = w.shape[1]  # noqa: E741
+    du, h = torch.empty_like(u), u.new_empty((tiles.rows, I))
+    parts = triton.cdiv(I, config.block_n)
+    shares = torch.empty((parts, tiles.rows), dtype=torch.float32, device=u.device) if router_grad else None
+    operands = u, h, row_scale, shares
+    _launch(
+        ("activate_backward", activation, gate), operands, g, w, None, gb, a, scale, du, programs, config, tiles, source
+    )
+    return du, h, None if shares is None else shares.sum(0)
