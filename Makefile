@@ -8,6 +8,8 @@ PY := $(VENV)/bin/python
 # every process has a run of files, and one that has ended takes half of what another has left; ARGS=-n0 for a debugger
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 READY := $(VENV)/.ready
+# Python compiles the modules that are imported when they are: a tenth of what is installed
+INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
 REQUIREMENTS := requirements/dev.txt requirements/no-deps.txt
 
 help: ## list the targets
@@ -20,7 +22,7 @@ test: $(READY) ## run all tests, lint included; pytest options with ARGS="..."
 	@$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 test-compile: $(READY) ## compile every kernel for every architecture, every dtype; minutes, no GPU
-	@$(PY) -m pytest $(PARALLEL) tests/kernels/test_compile.py --every-dtype $(ARGS)
+	@$(PY) -m pytest $(PARALLEL) tests/kernels/test_compile.py tests/cuda/test_cuda_build.py --every-dtype $(ARGS)
 
 test-emu: $(READY) ## the CUDA kernels on this CPU under a thousand seeded schedules each; minutes
 	@$(PY) -m pytest $(PARALLEL) tests/cuda/test_emu*.py --seeds 1000 $(ARGS)
@@ -64,7 +66,7 @@ $(READY): $(REQUIREMENTS)
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) cannot create virtual environments (no ensurepip): on Debian and Ubuntu run 'apt install python3-venv'" >&2; exit 1; }
 	@$(PY) -c 'import pip' 2>/dev/null || { echo "creating $(VENV) with $$($(PYTHON) -V)"; $(PYTHON) -m venv --clear $(VENV); }
 	@echo "installing what development needs into $(VENV); the first time this takes minutes"
-	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/no-deps.txt
-	@LORAFUSE_SKIP_CUDA_BUILD=1 $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(INSTALL) -r requirements/dev.txt
+	@$(INSTALL) --no-deps -r requirements/no-deps.txt
+	@LORAFUSE_SKIP_CUDA_BUILD=1 $(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@

@@ -1,10 +1,11 @@
 """Builds `lorafuse._cuda` with nvcc, or `lorafuse._emu`, the same kernels on a CPU, with g++. Standard library only.
 
     python csrc/build.py check              say which nvcc would build, or why none can (exit status 1)
-    python csrc/build.py cuda [FILE]        build into FILE; without one, into the package of this checkout
+    python csrc/build.py cuda [FILE] [--only NAME.cu ...]
     python csrc/build.py emu [FILE] [--sanitize] [--kernels FOLDER]
 
-ninja compiles what changed since the last build; objects and ptxas' report of each are kept under build/csrc/.
+FILE is the module; without one it is that of this checkout's package. ninja compiles what changed since the last build;
+objects and ptxas' report of each are kept under build/csrc/.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
@@ -125,10 +127,14 @@ class Ninja:
         self.lines: list[str] = []
         self.objects: list[str] = []
 
-    def compile(self, rule: str, source: Path, **variables: str) -> None:
+    def precompile(self, header: Path, include: str) -> None:
+        """Parse a header once for all files that include it first: half of what compiling them takes."""
+        self.lines += [f"build {header.name}.gch: gxx {header}", f"  flags = {include} -x c++-header"]
+
+    def compile(self, rule: str, source: Path, after: str = "", **variables: str) -> None:
         name = "-".join(source.relative_to(CSRC).parts) if source.is_relative_to(CSRC) else source.name
         self.objects.append(f"{name}.o")
-        self.lines.append(f"build {name}.o: {rule} {source}")
+        self.lines.append(f"build {name}.o: {rule} {source}" + (f" | {after}" if after else ""))
         self.lines += [f"  {key} = {value}" for key, value in variables.items()]
 
     def run(self, rules: str) -> Path:
@@ -144,8 +150,14 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def build(target: str, out: Path, sanitize: bool = False, kernels: Path = CSRC / "kernels") -> None:
-    """Build a module and put it at `out`. Raises Unavailable, or CalledProcessError for sources that do not compile."""
+def build(
+    target: str, out: Path, sanitize: bool = False, kernels: Path = CSRC / "kernels", only: Sequence[str] = ()
+) -> None:
+    """Build a module and put it at `out`. Raises Unavailable, or CalledProcessError for sources that do not compile.
+
+    `only` names the kernels' files that are compiled: functions of others are looked up when they are called, so that
+    the module loads with RTLD_LAZY alone.
+    """
     emulated = target == "emu"
     nvcc, version = ("", "") if emulated else find_nvcc()
     gxx = find_gxx()
@@ -164,16 +176,21 @@ def build(target: str, out: Path, sanitize: bool = False, kernels: Path = CSRC /
             include = f"-I {CSRC}/emu/include {include}"
             for source in sorted(kernels.glob("*.cu")):
                 ninja.compile("gxx", source, flags=f"{include} -x c++")
+            # tests build from a copy, and let no warning of the emulator's own sources pass
+            strict = " -Wextra -Werror" if copied else ""
+            ninja.precompile(CSRC / "emu" / "engine.hpp", include)
             for source in sorted((CSRC / "emu").glob("*.cpp")):
-                ninja.compile("gxx", source, flags=include)
+                ninja.compile("gxx", source, after="engine.hpp.gch", flags=f"-include engine.hpp {include}{strict}")
             python += " -DLORAFUSE_EMULATED"
             link = f"{gxx} -shared $in -o $out"
         else:
             info = {"compiler": f"nvcc {version}", "architectures": architectures()}
-            for source in sorted(kernels.glob("*.cu")):
+            for source in sorted(kernels / name for name in only) if only else sorted(kernels.glob("*.cu")):
                 (ending,) = (e for e in TARGETS if source.name.endswith(e))
                 ninja.compile("nvcc", source, targets=" ".join(f"-gencode {t}" for t in TARGETS[ending]))
-            link = f"{nvcc} -shared -cudart=static -Xlinker=--exclude-libs=ALL,-s $in -o $out"
+            link = (
+                f"{nvcc} -shared -cudart=static -Xlinker=--exclude-libs=ALL,-s{',-z,lazy' if only else ''} $in -o $out"
+            )
         sources = runpy.run_path(str(ROOT / "lorafuse" / "backends" / "native_sources.py"))
         info["sources"] = sources["source_hash"](CSRC, emulated)
         text = json.dumps(json.dumps(info))
@@ -199,7 +216,10 @@ def main() -> int:
     parser.add_argument("file", nargs="?", type=Path, help="of the module; without it, in this checkout's package")
     parser.add_argument("--sanitize", action="store_true", help="emu: with AddressSanitizer and UBSan")
     parser.add_argument("--kernels", type=Path, default=CSRC / "kernels", help="emu: compile these (tests plant bugs)")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="cuda: a FILE with these of csrc/kernels")
     args = parser.parse_args()
+    if args.only and (args.what != "cuda" or not args.file):
+        parser.error("--only is for cuda and a FILE: a module that lacks kernels is not that of the package")
     if args.what != "emu" and (args.sanitize or args.kernels != CSRC / "kernels"):
         parser.error("--sanitize and --kernels are for emu")
     try:
@@ -209,7 +229,7 @@ def main() -> int:
                 find()
             print(f"nvcc {version} ({nvcc})")
         else:
-            build(args.what, args.file or module_file(args.what), args.sanitize, args.kernels.resolve())
+            build(args.what, args.file or module_file(args.what), args.sanitize, args.kernels.resolve(), args.only)
     except Unavailable as reason:
         print(reason, file=sys.stderr)
         return 1

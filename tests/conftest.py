@@ -23,6 +23,8 @@ from torch.utils._device import _device_constructors
 # what `lorafuse tune` measured on this machine would change the plans that tests look at
 _cache = tempfile.TemporaryDirectory()
 os.environ["LORAFUSE_CACHE_DIR"] = _cache.name
+# Inductor's cache knows an operator by its name: another checkout's graph would call it with other arguments
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{_cache.name}/inductor"
 
 # Before any kernel is defined: without a GPU, kernels run in Triton's interpreter.
 if not torch.cuda.is_available():
@@ -76,7 +78,7 @@ def _poison(request, monkeypatch):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--every-dtype", action="store_true", help="compile-only tests: every dtype (make test-compile)")
+    parser.addoption("--every-dtype", action="store_true", help="compile-only tests: all of it (make test-compile)")
     parser.addoption("--update-budget", action="store_true", help="write tests/*/*_budget.json (make budget)")
     parser.addoption("--seeds", type=int, default=50, help="schedules of each emulated kernel (make test-emu: 1000)")
 

@@ -1,21 +1,24 @@
 """csrc, looked at without a GPU (T4): what nvcc makes of every kernel, the build, what may stand in which file.
 
-`tests/cuda/cuda_budget.json` holds registers and static shared memory of every kernel; `make budget` writes it anew.
+`tests/cuda/cuda_budget.json` is a record of what each translation unit is compiled to, with the digest of all that it
+was compiled from (tests/nvcc_record.py). Under the same digest it is read instead of compiled, but for a sample, which
+must be what is on record; `make test-compile` compiles everything, `make budget` renews what has changed.
 """
 
-import importlib.util
 import json
 import os
 import re
 import runpy
-import shutil
 import subprocess
 import sys
-from pathlib import Path
+import warnings
+from importlib.util import spec_from_file_location
 
+import nvcc_record
 import pytest
 import torch
-from native_build import REPORTS, ROOT, build, command, compiled, emulator, loads_alone
+from native_build import ROOT, build, command, emulator, loads_alone
+from nvcc_record import BUDGET, INSTRUCTIONS, build_kernels
 
 from lorafuse.backends import native
 from lorafuse.backends.native_sources import source_hash
@@ -23,137 +26,108 @@ from lorafuse.backends.native_sources import source_hash
 pytestmark = [pytest.mark.no_poison, pytest.mark.first]
 
 CSRC = ROOT / "csrc"
-BUDGET = Path(__file__).with_name("cuda_budget.json")
 # what the budget was made with: other compilers allocate other registers
-NVCC = "nvcc 13.0.88"
-# what a kernel of the name's beginning must be made of, by architecture
-TMA_AND_WGMMA = ("HGMMA", "UTMALDG", "UTMALDG.2D.MULTICAST", "UTMASTG", "STSM", "USETMAXREG")
-INSTRUCTIONS = {
-    "lorafuse::sm90::linear_kernel": TMA_AND_WGMMA,
-    "lorafuse::sm90::grouped_kernel": ("HGMMA", "UTMALDG", "USETMAXREG"),
-    "lorafuse::skinny::project_kernel": ("HMMA", "LDGSTS"),
-    "lorafuse::skinny::reduce_kernel": ("HMMA", "LDGSTS"),
-}
-
-
-def demangled(text):
-    return subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
-
-
-def short(name):
-    """`lorafuse::sm90::linear_kernel<lorafuse::BF16, 256, 4, (Form)2>` of a signature."""
-    name = re.sub(r"\(lorafuse::\w+::(\w+)\)", r"(\1)", name.removeprefix("void "))
-    return re.sub(r">\(.*", ">", name).replace("lorafuse::BF16", "bf16").replace("lorafuse::FP16", "fp16")
-
-
-def reports():
-    return {path.name: path.read_text() for path in sorted((REPORTS / "cuda").glob("*.o.log"))}
-
-
-def kernels_of(report):
-    """`{architecture: {kernel: {registers, stack, spills, shared}}}` of what ptxas -v printed."""
-    found = {}
-    for entry in demangled(report).split("Compiling entry function '")[1:]:
-        name, arch = re.match(r"(.*)' for '(\w+)'", entry).groups()
-        numbers = {
-            "registers": r"Used (\d+) registers",
-            "stack": r"(\d+) bytes stack frame",
-            "spills": r"(\d+) bytes spill stores",
-            "shared": r"(\d+) bytes smem",
-        }
-        read = {key: re.search(pattern, entry) for key, pattern in numbers.items()}
-        found.setdefault(arch, {})[short(name)] = {key: int(m[1]) if m else 0 for key, m in read.items()}
-    return found
+NVCC = "13.0.88"
 
 
 @pytest.fixture(scope="module")
-def table():
+def kernels(request):
+    """All units, compiled where they are not on record."""
+    kernels = nvcc_record.Kernels(request.config.getoption("--every-dtype"))
+    build_kernels(kernels.command)
+    if kernels.stale and kernels.nvcc == NVCC:
+        warnings.warn(f"the record of {sorted(kernels.stale)} is stale: run `make budget`", stacklevel=1)
+    return kernels
+
+
+@pytest.fixture(scope="module")
+def table(kernels):
     """`{architecture: {kernel: …}}` of all kernels."""
-    compiled()
-    merged = {}
-    for report in reports().values():
-        for arch, kernels in kernels_of(report).items():
-            merged.setdefault(arch, {}).update(kernels)
-    return merged
+    return kernels.table
 
 
 class TestCompiled:
-    def test_every_kernel_of_every_architecture(self, table):
+    def test_every_kernel_of_every_architecture(self, kernels, table):
         assert set(table) == {"sm_80", "sm_90", "sm_90a"}
         assert table["sm_80"].keys() == table["sm_90"].keys()
         for name in INSTRUCTIONS:
             assert any(kernel.startswith(name) for kernels in table.values() for kernel in kernels), name
-        sources = {path.name for path in (CSRC / "kernels").glob("*.cu")}
-        assert {name.removeprefix("kernels-").removesuffix(".o.log") for name in reports()} == sources
+        assert set(kernels.found) == {path.name for path in (CSRC / "kernels").glob("*.cu")}
 
     def test_nothing_lies_in_local_memory(self, table):
         for arch, kernels in table.items():
             assert {n: k for n, k in kernels.items() if k["stack"] or k["spills"]} == {}, arch
 
-    def test_ptxas_repairs_nothing(self, table):
+    def test_ptxas_repairs_nothing(self, kernels):
         """C7510 to C7519: it waits or arrives where the source does not, or serializes wgmma, and says so only here."""
-        assert [line for text in reports().values() for line in text.splitlines() if re.search(r"C75\d\d", line)] == []
-        assert [line for text in reports().values() for line in text.splitlines() if "warning" in line.lower()] == []
+        assert {name: unit["warnings"] for name, unit in kernels.found.items() if unit["warnings"]} == {}
 
-    def test_the_budget_holds(self, table, request):
-        if native.info("_cuda")["compiler"] != NVCC:
-            pytest.skip(f"the budget is that of {NVCC}, this is {native.info('_cuda')['compiler']}")
-        now = {
-            arch: {n: [k["registers"], k["shared"]] for n, k in sorted(table[arch].items())} for arch in sorted(table)
-        }
+    def test_the_instructions_are_there(self, table):
+        seen = set()
+        for arch, kernels in table.items():
+            for kernel, found in kernels.items():
+                for name, wanted in INSTRUCTIONS.items():
+                    if kernel.startswith(name):
+                        seen.add(name)
+                        assert [i for i in wanted if not found["instructions"].get(i)] == [], (arch, kernel)
+        assert seen == set(INSTRUCTIONS)
+
+    def test_the_record_is_true(self, kernels):
+        """Of all that was compiled: the sample, or in `make test-compile` everything."""
+        assert kernels.false_entries() == []
+
+    def test_a_falsified_record_is_seen(self, kernels):
+        for name in sorted(name for name in kernels.compiled if kernels.found[name]["kernels"]):
+            record = json.loads(json.dumps(kernels.found))
+            entry = next(iter(next(iter(record[name]["kernels"].values())).values()))
+            entry["registers"] -= 1
+            seen = nvcc_record.Kernels(kernels.compiled == set(kernels.names), record)
+            assert seen.false_entries() == [name]
+
+    def test_the_budget_holds(self, kernels, table, request):
+        if kernels.nvcc != NVCC:
+            pytest.skip(f"the budget is that of nvcc {NVCC}, this is {kernels.nvcc}")
         if request.config.getoption("--update-budget"):
-            # one line a kernel, for reviews
-            BUDGET.write_text(re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", json.dumps(now, indent=1)) + "\n")
+            nvcc_record.write(kernels.found)
             return
-        budget = json.loads(BUDGET.read_text())
-        for arch, kernels in now.items():
-            assert kernels.keys() == budget[arch].keys(), "run `make budget` and review the difference"
-            grown = {n: v for n, v in kernels.items() if any(a > b for a, b in zip(v, budget[arch][n], strict=True))}
+        budget = {}
+        for unit in json.loads(BUDGET.read_text()).values():
+            for arch, of in unit["kernels"].items():
+                budget.setdefault(arch, {}).update(of)
+        for arch, now in table.items():
+            assert now.keys() == budget[arch].keys(), "run `make budget` and review the difference"
+            grown = {n: k for n, k in now.items() if any(k[of] > budget[arch][n][of] for of in ("registers", "shared"))}
             assert grown == {}, "registers or shared memory grew; if it is worth it, run `make budget`"
 
 
-def instructions(file):
-    """`[(kernel, its SASS), …]`, once for every architecture."""
-    # Triton's wheel brings one too
-    beside = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    tool = shutil.which("cuobjdump") or str(beside)
-    text = demangled(subprocess.run([tool, "-sass", file], capture_output=True, text=True, check=True).stdout)
-    parts = re.split(r"Function : (.*)", text)[1:]
-    return [(short(name), sass) for name, sass in zip(parts[::2], parts[1::2], strict=True)]
-
-
-def test_the_instructions_are_there():
-    compiled()
-    seen = set()
-    for file in sorted((REPORTS / "cuda").glob("kernels-*.o")):
-        for kernel, sass in instructions(file):
-            for name, wanted in INSTRUCTIONS.items():
-                if kernel.startswith(name):
-                    seen.add(name)
-                    assert [i for i in wanted if not re.search(rf"\b{re.escape(i)}", sass)] == [], kernel
-    assert seen == set(INSTRUCTIONS)
-
-
 class TestModule:
-    def test_it_needs_neither_torch_nor_a_driver(self):
-        compiled()
-        info = loads_alone("_cuda")
-        assert info == native.info("_cuda")
+    @pytest.fixture
+    def module(self, kernels):
+        """`lorafuse._cuda`; one that lacks units on record loads as long as nobody calls them."""
+        return kernels.load()
+
+    def test_it_needs_neither_torch_nor_a_driver(self, kernels, monkeypatch):
+        info = loads_alone("_cuda", kernels.module.parent)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: spec_from_file_location(name, kernels.module))
+        assert info == native.info.__wrapped__("_cuda")
         assert info["architectures"] == ["sm_80", "sm_90", "sm_90a", "compute_80"]
         assert info["sources"] == source_hash(CSRC, emulated=False)
-        needed = subprocess.run(["ldd", native.load("_cuda").__file__], capture_output=True, text=True).stdout
+        needed = subprocess.run(["ldd", kernels.module], capture_output=True, text=True).stdout
         assert "libcud" not in needed
         assert "libtorch" not in needed
+
+    def test_every_function_is_defined(self, kernels):
+        """What the module lacks is what the units have that were not compiled."""
+        assert kernels.undefined() <= kernels.lacking()
 
     def test_the_emulator_neither(self):
         emulator()
         assert loads_alone("_emu") == native.info("_emu")
 
-    def test_what_cuda_says_is_an_error(self):
-        compiled()
+    def test_what_cuda_says_is_an_error(self, module):
         if torch.cuda.is_available():
             pytest.skip("there is a GPU: nothing fails")
-        round_adapter = native.load("_cuda").round_adapter
+        round_adapter = module.round_adapter
         given = {"in_type": 2, "type": 0, "rows": 2, "columns": 8, "in": 64, "stride_in": 8, "out": 64}
         with pytest.raises(RuntimeError, match="cuda"):
             round_adapter(**given, stride_out=8)
@@ -215,10 +189,11 @@ class TestBuild:
         assert "LORAFUSE_SKIP_CUDA_BUILD is 1" in done.stdout + done.stderr
         assert list(tmp_path.rglob("*.so")) == []
 
-    def test_nothing_is_built_twice(self):
-        for target in ("emu", "cuda"):
-            if not build(target):
-                assert "no work to do" in subprocess.run(command(target), capture_output=True, text=True).stdout
+    @pytest.mark.parametrize("target", ["emu", "cuda"])
+    def test_nothing_is_built_twice(self, target, request):
+        given = request.getfixturevalue("kernels").command if target == "cuda" else (target,)
+        if not build(*given):
+            assert "no work to do" in subprocess.run(command(*given), capture_output=True, text=True).stdout
 
     def test_the_hash_is_of_what_a_module_is_built_from(self, tmp_path):
         (tmp_path / "kernels").mkdir()

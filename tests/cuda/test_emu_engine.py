@@ -1,7 +1,7 @@
 """The emulator itself (csrc/emu): small kernels that must pass under every seed, and planted bugs that it must report.
 
 The cases are C++, in csrc/emu/selftest, where what each bug's report must say stands beside the bug. Here they are
-compiled by g++, anew when the sources have changed, and run.
+compiled by g++, anew when the sources have changed, linked with the emulator that other tests run, and run.
 """
 
 import hashlib
@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from native_build import PLANTED, ROOT, emulator
 
 pytestmark = pytest.mark.first
 
-ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 FLAGS = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
 CASES = (
@@ -51,10 +51,10 @@ def _build(compiler: str) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     include = ["-I", str(CSRC / "emu" / "include"), "-I", str(CSRC / "include")]
-    sources = sorted((CSRC / "emu").rglob("*.cpp"))
+    sources = sorted((CSRC / "emu" / "selftest").glob("*.cpp"))
 
     def compile_one(source: Path) -> str:
-        out = folder / f"{source.parent.name}_{source.stem}.o"
+        out = folder / f"{source.stem}.o"
         done = subprocess.run(
             [compiler, *FLAGS, *include, "-c", str(source), "-o", str(out)], capture_output=True, text=True
         )
@@ -63,6 +63,8 @@ def _build(compiler: str) -> Path:
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
+    objects += sorted(PLANTED.glob("emu-*.cpp.o"))
+    assert len(objects) == len(list((CSRC / "emu").rglob("*.cpp")))
     subprocess.run([compiler, *objects, "-o", str(program)], check=True)
     return program
 
@@ -72,6 +74,7 @@ def selftest():
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ on PATH: the emulator is not compiled")
+    emulator()
     return _build(compiler)
 
 

@@ -218,10 +218,10 @@ def test_grouped_linear(sizes, transposed, dtype):
     x, w, a, b, bias = (torch.randn(s, generator=generator).to(DEVICE, dtype) / 3 for s in shapes)
     ends, dy = torch.tensor(sizes, device=DEVICE).cumsum(0), torch.ones(S, N, dtype=dtype, device=DEVICE)
     found = []
-    for backend, wide in (("triton", False), ("eager", True)):
+    for name, wide in (("triton", False), ("eager", True)):
         given = [t.double() if wide else t.clone() for t in (x, w, a, b, bias, dy)]
         leaves = [given[i].requires_grad_() for i in (0, 2, 3)]
-        low = {"scale": 1.3, "bias": given[4], "is_transposed": transposed, "backend": backend}
+        low = {"scale": 1.3, "bias": given[4], "is_transposed": transposed, "backend": name}
         y = lora_grouped_linear(given[0], ends, *given[1:4], **low)
         found.append((y.detach(), *torch.autograd.grad(y, leaves, given[5])))
     for name, actual, expected in zip(("y", "dx", "da", "db"), *found, strict=True):

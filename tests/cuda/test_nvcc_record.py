@@ -1,0 +1,94 @@
+"""The record of what nvcc compiled (T4): every input of the compiler changes a digest, comments change none."""
+
+import shutil
+
+import nvcc_record
+import pytest
+from native_build import ROOT
+from nvcc_record import digest, sample, script, without_comments
+
+pytestmark = pytest.mark.no_poison
+
+NAMES = sorted(path.name for path in (ROOT / "csrc" / "kernels").glob("*.cu"))
+# which nvcc there is does not matter here
+NVCC = "13.0.88"
+
+
+@pytest.fixture
+def csrc(tmp_path):
+    """A copy of csrc."""
+    return shutil.copytree(ROOT / "csrc", tmp_path / "csrc", ignore=shutil.ignore_patterns("emu", "__pycache__"))
+
+
+def digests(csrc=ROOT / "csrc", nvcc=NVCC, **given):
+    return {name: digest(name, csrc, nvcc, **given) for name in NAMES}
+
+
+def changed(now):
+    before = digests()
+    return {name for name in NAMES if before[name] != now[name]}
+
+
+def test_where_the_sources_lie_changes_nothing(csrc):
+    assert changed(digests(csrc)) == set()
+
+
+def test_comments_change_nothing(csrc):
+    for path in (csrc / "include").rglob("*.cuh"):
+        path.write_text("// why\n" + path.read_text().replace("\n", ' // "that\n', 1) + "\n\n/* two\nlines */\n")
+    assert changed(digests(csrc)) == set()
+
+
+@pytest.mark.parametrize(
+    ("file", "units"),
+    [
+        ("kernels/linear_dx_sm90.cu", {"linear_dx_sm90.cu"}),
+        ("kernels/reduce_sm80.cuh", {"skinny_sm80.cu"}),
+        ("kernels/grouped_sm90.cuh", {name for name in NAMES if name.startswith("grouped")}),
+        ("kernels/pipeline_sm90.cuh", {name for name in NAMES if name.endswith("sm90.cu")}),
+        ("include/lorafuse/common.cuh", set(NAMES)),
+        ("include/lorafuse/ptx/mma.cuh", {"skinny_sm80.cu"}),
+        ("include/lorafuse/ptx/wgmma.cuh", {name for name in NAMES if name.endswith("sm90.cu")}),
+        ("bindings.cpp", set()),
+    ],
+)
+def test_a_line_changes_every_unit_that_it_is_part_of(csrc, file, units):
+    (csrc / file).write_text((csrc / file).read_text() + "using Added = int;\n")
+    assert changed(digests(csrc)) == units
+
+
+def test_every_file_is_part_of_a_unit():
+    """None is found by a way that nvcc has and `reached` does not."""
+    csrc = ROOT / "csrc"
+    found = {path for name in NAMES for path in nvcc_record.reached(csrc / "kernels" / name, csrc)}
+    assert found == {
+        p.resolve() for folder in ("include", "kernels") for p in (csrc / folder).rglob("*") if p.is_file()
+    }
+
+
+def test_every_other_input_changes_all_digests(monkeypatch):
+    build_py = script()
+    assert changed(digests(nvcc="13.0.89")) == set(NAMES)
+    assert changed(digests(flags=build_py["NVCC_FLAGS"].replace("-O3", "-O2"))) == set(NAMES)
+    assert changed(digests(targets=("arch=compute_100a,code=sm_100a",))) == set(NAMES)
+    before = digests()
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-lineinfo")
+    assert not before.items() & digests().items()
+    monkeypatch.delenv("NVCC_APPEND_FLAGS")
+    monkeypatch.setattr(nvcc_record, "_READERS", nvcc_record._READERS[1:])
+    assert not before.items() & digests().items()
+
+
+def test_only_comments_are_cut():
+    source = 'int f() {  // why\n\n  /* "how" */ g("// no comment", \'"\', 1\'000);\n}\n'
+    assert without_comments(source) == "int f() {\n    g(\"// no comment\", '\"', 1'000);\n}"
+    with pytest.raises(AssertionError, match="raw strings"):
+        without_comments('asm(R"(mov // a)");')
+
+
+def test_a_unit_of_each_architecture_is_compiled_in_any_case():
+    record = {
+        name: {"kernels": dict.fromkeys(archs)} for name, archs in (("a", "98"), ("b", "89"), ("c", "7"), ("d", ""))
+    }
+    assert len(sample(record) & {"a", "b"}) == 1
+    assert sample(record) >= {"c", "d"}
