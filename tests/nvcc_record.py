@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from native_build import REPORTS, ROOT, build
 
-from lorafuse.backends import cuda_native
+from lorafuse.backends import native
 
 __all__ = ["BUDGET", "INSTRUCTIONS", "Kernels", "digest", "sample", "without_comments", "write"]
 
@@ -202,7 +202,7 @@ class Kernels:
     def load(self):
         """The module; one that lacks units loads as long as nobody calls them."""
         if self.command == ("cuda",):
-            return cuda_native.native("_cuda")
+            return native.load("_cuda")
         spec = importlib.util.spec_from_file_location("_cuda", self.module)
         flags = sys.getdlopenflags()
         sys.setdlopenflags(os.RTLD_LAZY)
