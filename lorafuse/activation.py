@@ -1,19 +1,20 @@
 """The activations between an expert's two projections, forward and backward, without autograd.
 
-A gated activation takes `u [rows, 2I]`, gate and up either one after the other (concatenated) or alternating
-(interleaved), and gives `act(gate) · up` or a function of both; one without a gate takes `u [rows, I]`.
+A gated activation takes `u [rows, 2I]`, gate and up as `GateLayout` says, and gives `act(gate) · up` or a function of
+both; one without a gate takes `u [rows, I]`.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
 from torch.nn import functional as F
 
-__all__ = ["ACTIVATIONS", "GATES", "GATE_ALPHA", "GATE_LIMIT", "Activation", "Recomputed", "named"]
+__all__ = ["ACTIVATIONS", "GATES", "GATE_ALPHA", "GATE_LIMIT", "Activation", "GateLayout", "Recomputed", "lookup"]
 
 # name: (forward of x, gradient of x from that of the result)
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
@@ -61,16 +62,35 @@ def _product(name: str) -> _Gate:
     return lambda gate, up: act(gate).mul_(up), gradients
 
 
+class GateLayout(str, Enum):
+    """How the columns of `u`, and the rows of its weight, hold gate and up."""
+
+    NONE = ""
+    CONCATENATED = "concatenated"
+    INTERLEAVED = "interleaved"
+
+    @classmethod
+    def of(cls, has_gate: bool, is_concatenated: bool) -> "GateLayout":
+        """The layout by the flags of transformers' experts."""
+        if not has_gate:
+            return cls.NONE
+        return cls.CONCATENATED if is_concatenated else cls.INTERLEAVED
+
+
 @dataclass(frozen=True)
 class Activation:
     """A known activation: its name, and how `u` holds gate and up."""
 
     name: str
-    gated: bool
-    interleaved: bool
+    layout: GateLayout
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is a gate."""
+        return self.layout is not GateLayout.NONE
 
     def _parts(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        if self.interleaved:
+        if self.layout is GateLayout.INTERLEAVED:
             return u[:, ::2], u[:, 1::2]
         half = u.shape[1] // 2
         return u[:, :half], u[:, half:]
@@ -129,16 +149,16 @@ class Recomputed:
         return du
 
 
-def named(name: str, gated: bool, interleaved: bool) -> Activation:
+def lookup(name: str, layout: GateLayout) -> Activation:
     """A known activation. Raises ValueError that lists the known ones, or for one that needs a gate without it."""
     if not isinstance(name, str):
         raise TypeError(f"activation is a {type(name).__name__}; it must be a name or a function of u")
     if name not in ACTIVATIONS and name not in GATES:
         known = ", ".join((*ACTIVATIONS, *GATES))
         raise ValueError(f"activation {name!r} is not one of {known}; or pass a function of u")
-    if name in GATES and not gated:
+    if name in GATES and layout is GateLayout.NONE:
         raise ValueError(
             f"activation {name!r} is a function of gate and up, and has_gate=False: without a gate use one of "
             f"{', '.join(ACTIVATIONS)}"
         )
-    return Activation(name, gated, interleaved)
+    return Activation(name, layout)

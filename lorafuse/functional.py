@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lorafuse.activation import named
+from lorafuse.activation import GateLayout, lookup
 from lorafuse.backends import base
 from lorafuse.backends.probe import experts_problems, linear_problem
 from lorafuse.backends.rows import matrix
@@ -324,8 +324,9 @@ def lora_experts(
     stored = up.format, list(up.statistics) or None, list(down_w.statistics) or None
     backend = _backend(backend)
     if not callable(activation):
-        named(activation, has_gate, not is_concatenated)
-        out = _experts.lora_experts(*operands, activation, has_gate, not is_concatenated, backend, *stored)
+        layout = GateLayout.of(has_gate, is_concatenated)
+        lookup(activation, layout)
+        out = _experts.lora_experts(*operands, activation, layout.value, backend, *stored)
     else:
         checked = _checked(activation, inner)
         out = _experts.lora_experts_recomputed(*operands, activation=checked, backend=backend, stored=stored)

@@ -97,9 +97,9 @@ class Triton(Backend):
         act = epilogue.activation
         assert isinstance(act, Activation)
         if isinstance(epilogue, Activate):
-            return matmul.activated(x, left, bias, xa, b, scale, act.name, _gate(act), programs, config, **read)
+            return matmul.activated(x, left, bias, xa, b, scale, act.name, act.layout.value, programs, config, **read)
         return matmul.activation_backward(
-            x, left, xa, b, scale, epilogue.u, act.name, _gate(act), epilogue.need_router_grad, programs, config,
+            x, left, xa, b, scale, epilogue.u, act.name, act.layout.value, epilogue.need_router_grad, programs, config,
             row_scale=epilogue.row_scale, **read,
         )  # fmt: skip
 
@@ -163,11 +163,6 @@ def _spec(device: torch.device) -> DeviceSpec:
 def _is_fused(act: Activation | Recomputed) -> bool:
     """Whether the epilogue of a kernel computes it."""
     return isinstance(act, Activation) and act.name in (*epilogues.ACTIVATIONS, *epilogues.GATES)
-
-
-def _gate(act: Activation) -> str:
-    """How u holds gate and up, in the words of the kernels."""
-    return "" if not act.gated else "interleaved" if act.interleaved else "concatenated"
 
 
 def _packed(t: Tensor, dtype: torch.dtype) -> Tensor:

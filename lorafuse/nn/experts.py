@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lorafuse.activation import named
+from lorafuse.activation import GateLayout, lookup
 from lorafuse.functional import lora_experts
 
 __all__ = ["LoRAExperts"]
@@ -58,7 +58,7 @@ class LoRAExperts(nn.Module):
         if alpha is not None and not math.isfinite(alpha):
             raise ValueError(f"alpha={alpha} is not finite; it must be a number, or None for alpha = r")
         if isinstance(activation, str):
-            named(activation, has_gate, False)
+            lookup(activation, GateLayout.of(has_gate, True))
         self.num_experts, self.hidden_size, self.intermediate_size, self.r = (
             num_experts, hidden_size, intermediate_size, r,
         )  # fmt: skip

@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from lorafuse.activation import Activation, Recomputed, named
+from lorafuse.activation import Activation, GateLayout, Recomputed, lookup
 from lorafuse.backends import base, probe
 from lorafuse.backends.protocol import Backend
 from lorafuse.operands import Activate, ActivateBackward, LowRank, Rows, Weight, route
@@ -34,7 +34,7 @@ from lorafuse.plan import Plan
 __all__ = ["lora_experts", "lora_experts_recomputed"]
 
 _ADAPTERS = "Tensor{opt} up_a, Tensor{opt} up_b, Tensor{opt} down_a, Tensor{opt} down_b".format(opt="?")
-_ACT = "float up_scale, float down_scale, bool transposed, str activation, bool gated, bool interleaved"
+_ACT = "float up_scale, float down_scale, bool transposed, str activation, str gate_layout"
 _FORMAT = "str format='dense', Tensor[]? up_statistics=None, Tensor[]? down_statistics=None"
 LIBRARY.define(
     "lora_experts(Tensor x, Tensor index, Tensor weight, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias,"
@@ -52,8 +52,8 @@ LIBRARY.define(
 _functions: WeakValueDictionary[str, Recomputed] = WeakValueDictionary()
 
 
-def _activation(name: str, gated: bool, interleaved: bool) -> Activation | Recomputed:
-    return _functions[name] if name in _functions else named(name, gated, interleaved)
+def _activation(name: str, layout: str) -> Activation | Recomputed:
+    return _functions[name] if name in _functions else lookup(name, GateLayout(layout))
 
 
 def _weights(up, down, transposed, format, up_statistics, down_statistics):
@@ -137,9 +137,9 @@ def backward(
 
 def _forward(
     x, index, weight, up, down, up_bias, down_bias, up_a, up_b, down_a, down_b, up_scale, down_scale, transposed,
-    activation, gated, interleaved, backend, format="dense", up_statistics=None, down_statistics=None,
+    activation, gate_layout, backend, format="dense", up_statistics=None, down_statistics=None,
 ):  # fmt: skip
-    act = _activation(activation, gated, interleaved)
+    act = _activation(activation, gate_layout)
     up, down = _weights(up, down, transposed, format, up_statistics, down_statistics)
     k = index.shape[1]
     run, plan = _choose(backend, x, k, up, down, up_a, down_a, act, False)
@@ -155,7 +155,7 @@ def _forward(
 
 def _fake_forward(
     x, index, weight, up, down, up_bias, down_bias, up_a, up_b, down_a, down_b, up_scale, down_scale, transposed,
-    activation, gated, interleaved, backend, format="dense", up_statistics=None, down_statistics=None,
+    activation, gate_layout, backend, format="dense", up_statistics=None, down_statistics=None,
 ):  # fmt: skip
     up, _ = _weights(up, down, transposed, format, up_statistics, down_statistics)
     rows = index.shape[0] * index.shape[1]
@@ -166,10 +166,10 @@ def _fake_forward(
 
 def _backward(
     dout, x, weight, up, down, down_bias, up_a, up_b, down_a, down_b, up_scale, down_scale, transposed, activation,
-    gated, interleaved, u, xa, ha, order, offsets, needs, backend, format="dense", up_statistics=None,
+    gate_layout, u, xa, ha, order, offsets, needs, backend, format="dense", up_statistics=None,
     down_statistics=None,
 ):  # fmt: skip
-    act = _activation(activation, gated, interleaved)
+    act = _activation(activation, gate_layout)
     up, down = _weights(up, down, transposed, format, up_statistics, down_statistics)
     k = weight.shape[1]
     run, plan = _choose(backend, x, k, up, down, up_a, down_a, act, True)
@@ -186,7 +186,7 @@ def _backward(
 
 def _fake_backward(dout, x, weight, up, down, down_bias, up_a, up_b, down_a, down_b, *rest):
     # the settings, what forward saved, and then
-    needs = rest[11]
+    needs = rest[10]
     pairs = any(needs[2:4]), any(needs[4:6])
     made = (needs[0], needs[1], pairs[0], pairs[0], pairs[1], pairs[1])
     like = (x, weight, up_a, up_b, down_a, down_b)
@@ -203,13 +203,13 @@ _DIFFERENTIABLE = (0, 2, 7, 8, 9, 10)
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.no_gradients = no_gradients(inputs, ("dense", None, None))
-    ctx.settings, ctx.backend, ctx.format = inputs[11:17], inputs[17], inputs[18]
-    up_statistics, down_statistics = (tuple(statistics or ()) for statistics in inputs[19:])
+    ctx.settings, ctx.backend, ctx.format = inputs[11:16], inputs[16], inputs[17]
+    up_statistics, down_statistics = (tuple(statistics or ()) for statistics in inputs[18:])
     ctx.statistics = len(up_statistics)
     # index and up_bias for second derivatives alone
     ctx.save_for_backward(*inputs[:11], *output[1:], *up_statistics, *down_statistics)
     # held here, or a function is gone before backward
-    ctx.activation = _activation(*inputs[14:17])
+    ctx.activation = _activation(*inputs[14:16])
 
 
 def _differentiate(ctx, dout, *_):
@@ -252,7 +252,7 @@ def lora_experts(*args) -> Tensor:
     x = args[0]
     if is_transformed(x):
         with outside_autocast(x):
-            stored, act = args[18:] or ("dense", (), ()), _activation(*args[14:17])
+            stored, act = args[17:] or ("dense", (), ()), _activation(*args[14:16])
             weights = _weights(args[3], args[4], args[13], *stored)
             up, down = (w.decoded(x.dtype).data for w in weights)
             return plain.experts(*args[:3], up, down, *args[5:14], act)  # type: ignore[call-arg]
@@ -275,4 +275,4 @@ def _recomputed(args, activation, backend, stored):
         backend = _choose("auto", x, index.shape[1], up, down, up_a, down_a, act, False)[0].name
     name = f"function {id(act)}"
     _functions[name] = act
-    return lora_experts(*args, name, True, False, backend, *stored)
+    return lora_experts(*args, name, GateLayout.CONCATENATED.value, backend, *stored)

@@ -80,7 +80,7 @@ def experts(
 def experts_backward(
     dout: object, x: object, weight: _Shape, up: _Shape, down: _Shape, down_bias: object, up_a: _Shape | None,
     up_b: object, down_a: _Shape | None, down_b: object, up_scale: float, down_scale: float, transposed: bool,
-    activation: str, gated: bool, interleaved: bool, u: object, xa: object, ha: object, order: object, ends: object,
+    activation: str, gate_layout: str, u: object, xa: object, ha: object, order: object, ends: object,
     needs: Sequence[bool], *_: object, **__: object,
 ) -> int:  # fmt: skip
     rows, (dx, dweight, d_up_a, d_up_b, d_down_a, d_down_b) = math.prod(weight), needs

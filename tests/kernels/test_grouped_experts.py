@@ -9,7 +9,7 @@ import torch
 from experts_reference import block, check, differentiated, fused
 from torch.nn import functional as F
 
-from lorafuse.activation import named
+from lorafuse.activation import GateLayout, lookup
 from lorafuse.backends import aten, aten_grouped, aten_loop, base, probe
 from lorafuse.functional import lora_grouped_linear
 from lorafuse.operands import Rows, Weight, route
@@ -186,7 +186,7 @@ def test_nothing_is_read_on_the_host(bias, monkeypatch):
     up_bias, down_bias, *low = (
         o.get(name) for name in ("gate_up_bias", "down_bias", "gate_up_a", "gate_up_b", "down_a", "down_b")
     )
-    act, rows = named("silu", True, False), route(index, 5)
+    act, rows = lookup("silu", GateLayout.CONCATENATED), route(index, 5)
 
     def forward(plan):
         given = x, rows, weight, up, down, up_bias, down_bias, *low, 1.7, 0.6, act

@@ -6,7 +6,7 @@ from experts_reference import REFERENCE, REFERENCE_GATES, block, check, differen
 from moe_models import base
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from lorafuse.activation import ACTIVATIONS, GATES, named
+from lorafuse.activation import ACTIVATIONS, GATES, GateLayout, lookup
 from lorafuse.integrations.hf_transformers import block_operands, first_projection
 
 
@@ -31,13 +31,13 @@ def test_gated(name, interleaved):
         gate, up = (u[:, ::2], u[:, 1::2]) if interleaved else u.chunk(2, 1)
         return REFERENCE_GATES[name](gate, up) if name in GATES else REFERENCE[name](gate) * up
 
-    compare(named(name, True, interleaved), expected, u)
+    compare(lookup(name, GateLayout.of(True, not interleaved)), expected, u)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_without_a_gate(name):
     u = 6 * torch.randn(9, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    compare(named(name, False, False), REFERENCE[name], u)
+    compare(lookup(name, GateLayout.NONE), REFERENCE[name], u)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -50,13 +50,13 @@ def test_at_the_limits_of_the_clamp(interleaved):
         gate, up = (u[:, ::2], u[:, 1::2]) if interleaved else u.chunk(2, 1)
         return REFERENCE_GATES["clamped_swiglu"](gate, up)
 
-    compare(named("clamped_swiglu", True, interleaved), expected, u)
+    compare(lookup("clamped_swiglu", GateLayout.of(True, not interleaved)), expected, u)
 
 
 def test_it_is_what_gpt_oss_computes():
     experts = next(m for m in base("gpt_oss").modules() if isinstance(m, GptOssExperts))
     u = 6 * torch.randn(9, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    compare(named("clamped_swiglu", True, True), experts._apply_gate, u)
+    compare(lookup("clamped_swiglu", GateLayout.INTERLEAVED), experts._apply_gate, u)
 
 
 @pytest.mark.parametrize("concatenated", [True, False])
@@ -85,7 +85,7 @@ def test_it_is_compiled_as_one_operator():
 
 def test_it_needs_a_gate():
     with pytest.raises(ValueError, match=r"'clamped_swiglu' is a function of gate and up.*has_gate=False.*silu"):
-        named("clamped_swiglu", False, False)
+        lookup("clamped_swiglu", GateLayout.NONE)
     o, settings = block(gate=False)
     with pytest.raises(ValueError, match="has_gate=False"):
         fused(o, settings | {"activation": "clamped_swiglu"})

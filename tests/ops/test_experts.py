@@ -174,7 +174,10 @@ def test_opcheck():
         o[name].requires_grad_()
     names = ("x", "topk_index", "topk_weight", "gate_up", "down", "gate_up_bias", "down_bias")
     operands = [o[n] for n in names] + [o[n] for n in ("gate_up_a", "gate_up_b", "down_a", "down_b")]
-    torch.library.opcheck(torch.ops.lorafuse.lora_experts, (*operands, 1.7, 0.6, False, "silu", True, False, "eager"))
+    settings = 1.7, 0.6, False, "silu", "concatenated", "eager"
+    torch.library.opcheck(torch.ops.lorafuse.lora_experts, (*operands, *settings))
+        torch.ops.lorafuse.lora_experts, (*operands, 1.7, 0.6, False, "silu", "concatenated", "eager")
+    )
 
 
 class TestGroupedLinear:

@@ -172,7 +172,7 @@ class TestOpcheck:
         index = torch.randint(0, E, (6, 2))
         up, down = quantized(E, 32, K), quantized(E, K, 16)
         low = adapters((E, R, K), (E, 32, R), (E, R, 16), (E, K, R))
-        settings = 0.7, 1.3, False, "silu", True, False
+        settings = 0.7, 1.3, False, "silu", "concatenated"
         stored = "eager", "int8", [*up.statistics], [*down.statistics]
         stacks = up.data, down.data
         self.check("lora_experts", x, index, weight, *stacks, None, None, *low, *settings, *stored)
