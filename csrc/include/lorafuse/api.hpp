@@ -12,7 +12,7 @@ namespace lorafuse {
 
 enum class Type : int { BF16 = 0, FP16 = 1, FP32 = 2 };
 
-// How the sm_90 kernels cut their work; lorafuse/plan/cuda.py states what is legal.
+// How the sm_90 kernels cut their work; lorafuse/plan/configs_cuda.py states what is legal.
 struct Tiling {
   int block_n = 256;  // columns of a tile, 128 or 256
   int stages = 3;     // of the ring
