@@ -102,8 +102,9 @@ def _over_rows(left: Tensor, right: Tensor) -> Tensor:
     whole = left.shape[0] // step * step
     if whole in (0, left.shape[0]):
         return torch.mm(left.t(), right)
-    parts = (torch.mm(left[rows].t(), right[rows]) for rows in (slice(whole), slice(whole, None)))
-    return torch.add(*parts, out=left.new_empty((left.shape[1], right.shape[1]), dtype=wide))
+    first, rest = (torch.mm(left[rows].t(), right[rows]) for rows in (slice(whole), slice(whole, None)))
+    # torch.add(first, rest, out=fp32) would round the sum to their dtype
+    return first.to(wide).add_(rest)
 
 
 def _is_packed(t: Tensor) -> bool:

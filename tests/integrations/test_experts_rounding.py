@@ -93,11 +93,11 @@ def test_the_scale_of_grouped_layers_is_outside_fp16(backend):
 
 def test_a_sum_over_rows_is_rounded_once_for_each_part():
     """A group's rows are a multiple of a step and the rest; the sum of both is fp32."""
-    left, right = torch.full((33, 1), 256.0).bfloat16(), torch.ones(33, 1).bfloat16()
+    left, right = torch.full((33, 1), 256.0).bfloat16(), torch.ones(33, 2).bfloat16()
     # bf16 has no 8193
     left[-1] = 1
-    found = aten_loop.outer(left, right, Rows(33, torch.tensor([33])), torch.empty(1, 1, 1), False, 1.0)
-    assert found.item() == 256 * 32 + 1
+    found = aten_loop.outer(left, right, Rows(33, torch.tensor([33])), torch.empty(1, 1, 2), False, 1.0)
+    assert found.tolist() == [[[256 * 32 + 1] * 2]]
 
 
 class TestExpertsThatAreComputedInFp32:
