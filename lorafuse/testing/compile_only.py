@@ -287,25 +287,21 @@ def _launch_ragged(variant: Variant, rows: int, n: int, k: int, r: int) -> None:
 
     tiles = Tiles(tensor(128, of=torch.int64), rows)
     tiles.preset(c.block_m, tensor(rows // 16, 3, of=torch.int32))
-    # what PEFT packs: b with neighbours from different groups
-    a, b = tensor(128, r, k, of=adapter), tensor(n, r, 128, of=adapter).permute(2, 0, 1)
-    x, w, u, xa, token = (
-        tensor(rows, k),
-        tensor(128, n, k),
-        tensor(rows, n),
-        tensor(rows, r),
-        tensor(rows, of=torch.int64),
-    )
+    a, b = tensor(128, r, k, of=adapter), tensor(128, n, r, of=adapter)
+    # what PEFT packs, and matmuls get repacked: b with neighbours from different groups
+    apart = tensor(n, r, 128, of=adapter).permute(2, 0, 1)
+    x, w, u, xa = tensor(rows, k), tensor(128, n, k), tensor(rows, n), tensor(rows, r)
+    token = tensor(rows, of=torch.int64)
     if variant.kernel == "ragged_project":
-        lowrank.project(u, b.transpose(1, 2), c, tiles=tiles, source=token)
+        lowrank.project(u, apart.transpose(1, 2), c, tiles=tiles, source=token)
     elif variant.kernel == "ragged_outer":
-        lowrank.outer(u, xa, 1.0, b, c, tiles=tiles, source=token, row_scale=tensor(rows))
+        lowrank.outer(u, xa, 1.0, apart, c, tiles=tiles, source=token, row_scale=tensor(rows))
     elif variant.kernel == "ragged":
         if variant.epilogue == "dx":
             matmul.matmul(u, w.transpose(1, 2), None, xa, a.transpose(1, 2), 2.0, 132, c, tiles=tiles)
             return
         source = token if variant.epilogue == "gathered" else None
-        matmul.matmul(x, w, tensor(128, n), xa, b.contiguous(), 2.0, 132, c, tiles=tiles, source=source)
+        matmul.matmul(x, w, tensor(128, n), xa, b, 2.0, 132, c, tiles=tiles, source=source)
     else:
         interleaved, gated = variant.epilogue == "interleaved", variant.epilogue != "ungated"
         gate = "" if not gated else "interleaved" if interleaved else "concatenated"
@@ -314,7 +310,7 @@ def _launch_ragged(variant: Variant, rows: int, n: int, k: int, r: int) -> None:
         transposed = variant.epilogue in ("transposed", "interleaved")
         if variant.kernel == "activate":
             w = tensor(128, k, n).transpose(1, 2) if transposed else w
-            forward = x, w, tensor(128, n), xa, b.contiguous(), 2.0, activation, gate, 132, c
+            forward = x, w, tensor(128, n), xa, b, 2.0, activation, gate, 132, c
             matmul.activated(*forward, tiles=tiles, source=token)
             return
         inner = n // 2 if gated else n
