@@ -127,9 +127,10 @@ class Ninja:
         self.lines: list[str] = []
         self.objects: list[str] = []
 
-    def precompile(self, header: Path, include: str) -> None:
-        """Parse a header once for all files that include it first: half of what compiling them takes."""
-        self.lines += [f"build {header.name}.gch: gxx {header}", f"  flags = {include} -x c++-header"]
+    def precompile(self, header: Path, flags: str) -> None:
+        """Parse a header once for all files that include it; itself it would warn of its `#pragma once`."""
+        _write(self.folder / header.name, f'#include "{header}"\n')
+        self.lines += [f"build {header.name}.gch: gxx {header.name}", f"  flags = {flags} -x c++-header"]
 
     def compile(self, rule: str, source: Path, after: str = "", **variables: str) -> None:
         name = "-".join(source.relative_to(CSRC).parts) if source.is_relative_to(CSRC) else source.name
@@ -178,7 +179,7 @@ def build(
                 ninja.compile("gxx", source, flags=f"{include} -x c++")
             # tests build from a copy, and let no warning of the emulator's own sources pass
             strict = " -Wextra -Werror" if copied else ""
-            ninja.precompile(CSRC / "emu" / "engine.hpp", include)
+            ninja.precompile(CSRC / "emu" / "engine.hpp", include + strict)
             for source in sorted((CSRC / "emu").glob("*.cpp")):
                 ninja.compile("gxx", source, after="engine.hpp.gch", flags=f"-include engine.hpp {include}{strict}")
             python += " -DLORAFUSE_EMULATED"
