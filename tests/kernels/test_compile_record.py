@@ -16,6 +16,7 @@ import json, sys
 from dataclasses import replace
 import triton
 from triton.runtime.jit import JITCallable
+import lorafuse.kernels.combine
 from lorafuse.testing import compile_only
 from lorafuse.testing.compile_only import Resources, compile_variants, sample, variants
 
