@@ -6,6 +6,7 @@ only by --probe.
 
 import argparse
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 def _probe(args: argparse.Namespace, rank: int) -> dict[str, Any]:
     if args.data is None or not args.model.is_dir():
         raise ValueError("--probe needs --data FILE and --model DIRECTORY with weights")
-    rows = read_rows(args.data, load_tokenizer(args.model))[: args.probe]
+    rows = islice(read_rows(args.data, load_tokenizer(args.model)), args.probe)
     model = load_model(args.model)
     batches = []
     for row in rows:

@@ -250,11 +250,12 @@ def test_of_a_pair_the_completion_is_counted_and_of_a_text_everything(tokenizer,
 
 
 def test_bad_lines_are_numbered(tokenizer, tmp_path):
-    path = jsonl(tmp_path, {"text": "how"}, "", "{", "[1]", {"question": "x"}, {"messages": TURNS}, {"text": ""})
-    with pytest.raises(ValueError, match="A line must be") as found:
+    bad = ["{", "[1]", {"question": "x"}, {"messages": TURNS}, {"text": 3}, "7"]
+    path = jsonl(tmp_path, {"text": "how"}, "", *bad)
+    with pytest.raises(ValueError, match="A record must be") as found:
         advise.count_file(path, tokenizer)
     said = str(found.value)
-    for part in ("line 2: it is empty", "line 3: no JSON", "line 4: a list", "line 5: it holds 'question'"):
+    for part in ("line 3: no JSON", "line 4: a list", "line 5: it holds 'question'", "line 7: it holds 'text'"):
         assert part in said
     assert "line 6: messages, but the tokenizer has no chat template" in said
     assert "and 1 more" in said
