@@ -112,7 +112,7 @@ def _datasheet(
     return DeviceSpec(name, name, arch, sms, _ARCHITECTURES[arch].smem, l2_mb * 2**20, *rates, source, memory_gb * 1e9)
 
 
-# datasheets: SMs, L2 in MB, memory in GB, bandwidth, dense bf16 with fp32 accumulation (fp16 where there is no bf16), fp32
+# datasheets: SMs, L2 in MB, memory in GB, bandwidth, dense bf16 with fp32 accumulation (T4: fp16), fp32
 DEVICES: dict[str, DeviceSpec] = {
     device.name: device
     for device in (
