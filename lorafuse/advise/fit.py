@@ -1,7 +1,7 @@
 """Whether training fits on a GPU, the settings with which it does, and where not, the GPU that it needs."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorafuse.advise.memory import memory
 from lorafuse.advise.shapes import ModelShapes
@@ -18,7 +18,7 @@ class Fit:
     """Settings of training: a method of `memory`, `micro_batch` sequences a device, and the modelled peak in bytes.
 
     `fits` is None without a GPU, or where its memory is not known. Where it is False, the settings are the smallest
-    there are, and `elsewhere` says where they fit.
+    of LoRA, and `elsewhere` says where the smallest ones fit.
     """
 
     method: str
@@ -36,10 +36,10 @@ def usable_bytes(device: DeviceSpec) -> float:
 
 def fit(shapes: ModelShapes, rank: int, length: int, micro_batch: int, device: DeviceSpec | None) -> Fit:
     """The first settings that fit on one device, nothing sharded: LoRA, then with checkpointing, then with smaller
-    micro-batches, then QLoRA in the same way."""
+    micro-batches, then QLoRA in the same way, but of stacked experts, which stay bf16."""
     sizes = [micro_batch >> shift for shift in range(micro_batch.bit_length())]
-    tried = [("lora", False, micro_batch)]
-    tried += [(method, True, size) for method in ("lora", "qlora") for size in sizes]
+    names = {"lora": "LoRA"} | ({} if any(x.parameter for x in shapes.adapted) else {"qlora": "QLoRA"})
+    tried = [("lora", False, micro_batch)] + [(method, True, size) for method in names for size in sizes]
     found = [
         Fit(method, saved, size, memory(shapes, method, rank, size * length, checkpointing=saved).total, None)
         for method, saved, size in tried
@@ -48,15 +48,14 @@ def fit(shapes: ModelShapes, rank: int, length: int, micro_batch: int, device: D
         return found[0]
     for each in found:
         if each.total <= usable_bytes(device):
-            return Fit(each.method, each.checkpointing, each.micro_batch, each.total, True)
+            return replace(each, fits=True)
     least = {each.method: each for each in found}
-    cards = sorted(DEVICES.values(), key=lambda card: card.memory_bytes)
-    for method, name in (("lora", "LoRA"), ("qlora", "QLoRA")):
-        enough = [card for card in cards if usable_bytes(card) >= least[method].total]
-        if enough:
-            settings = f"{name} with checkpointing at micro-batch 1 fits on {enough[0].name}"
-            return Fit(method, True, 1, least[method].total, False, settings)
-    largest = cards[-1]
-    number = math.ceil(least["qlora"].total / usable_bytes(largest))
-    where = f"on no single GPU: shard the weights over at least {number} {largest.name} (FSDP)"
-    return Fit("qlora", True, 1, least["qlora"].total, False, where)
+    cards = sorted(DEVICES.values(), key=usable_bytes)
+    named = []
+    for method, name in names.items():
+        enough = next((card for card in cards if usable_bytes(card) >= least[method].total), None)
+        if enough is not None:
+            named.append(f"{name} fits on {enough.name}")
+    number = math.ceil(least["lora"].total / usable_bytes(cards[-1]))
+    where = ", ".join(named) or f"on no GPU alone: shard the weights over {number} {cards[-1].name} or more (FSDP)"
+    return replace(least["lora"], fits=False, elsewhere=where)

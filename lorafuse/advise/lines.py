@@ -62,8 +62,8 @@ def _capacity(a: Advice) -> list[Line]:
     else:
         each = "about 1 bit each; --loss measures it" if request.loss is None else f"{request.loss:g} nats each"
         given = f"{request.tokens:,} supervised tokens, {each}"
-    value = f"about {_big(a.bits)}bit ({given}), {a.bits / held:.0%} of that"
-    sure = "published figure" if request.loss is None else "measured here"
+    about, sure = ("about", "published figure") if request.loss is None else ("at most", "formula")
+    value = f"{about} {_big(a.bits)}bit ({given}), {a.bits / held:.2g} of that"
     return [*lines, Line(section, "the data teaches", value, sure, "F2, GIVEN"), *_counted(a)]
 
 
@@ -149,8 +149,11 @@ def _schedule(a: Advice) -> list[Line]:
         Line(section, "micro-batch, devices, accumulation", each, "formula", "F3, GIVEN"),
     ]
     if is_rl:
-        value = f"{request.rollouts} answers for each of {request.batch / request.rollouts:g} prompts"
-        return [*lines, Line(section, "a step", value, "published figure", "R1")]
+        prompts = request.batch / request.rollouts
+        value = f"{request.rollouts} answers for each of {prompts:g} prompts"
+        usual = (request.rollouts, prompts) == (schedule.ROLLOUTS, schedule.BATCH_CLOSE)
+        sure, source = ("published figure", "R1") if usual else ("assumption", "GIVEN")
+        return [*lines, Line(section, "a step", value, sure, source)]
     value = f"at most about {schedule.BATCH_CLOSE} {unit} a step, at every rank"
     if request.batch > schedule.BATCH_CEILING:
         lines.append(
@@ -172,10 +175,9 @@ def _few_steps(a: Advice, unit: str) -> list[Line]:
     if a.steps < short:
         epoch = "an epoch is one step, without gradient noise; " if request.batch >= request.sequences else ""
         lower = max(1, round(request.batch * a.steps / short))
-        more = f"--batch {lower} makes about {short}" if lower < request.batch else "more epochs, or more data"
-        if lower == 1 < request.batch:
-            steps = schedule.optimizer_steps(request.sequences, 1, 1 if request.goal == "rl" else request.epochs)
-            more = f"--batch 1 makes {steps}, more epochs more"
+        steps = schedule.optimizer_steps(request.sequences, lower, 1 if request.goal == "rl" else request.epochs)
+        size = f"--batch {lower}" + (" --micro-batch 1" if lower < request.micro_batch * request.devices else "")
+        more = f"{size} makes {steps}" if lower < request.batch else "more epochs or more data make more"
         lines.append(Line(section, "few steps", f"{epoch}{more}", "rule of thumb", "F3"))
     if short / 2 <= a.steps < 2 * short:
         value = f"10 times from {short} steps on, 15 below: no sharp border, either may be better here"
@@ -198,6 +200,8 @@ def _cost(a: Advice) -> list[Line]:
     for method, (name, source) in _METHODS.items():
         without, saved = (a.memory[method, checkpointing].total / 2**30 for checkpointing in (False, True))
         value = f"{without:.1f} GiB (model), {saved:.1f} GiB with checkpointing (model)"
+        if method == "qlora" and any(x.parameter for x in a.shapes.adapted):
+            value += "; stacks of experts stay bf16"
         lines.append(Line(section, name, value, "model", source))
     if request.gpu is None:
         return [*lines, Line(section, "does it fit, how long", "name a GPU: --gpu H200", "model", "CARD, PLAN")]

@@ -45,19 +45,19 @@ def full_learning_rate(hidden: int, exponent: float) -> float:
 def learning_rate(hidden: int, model_type: str, steps: int | None = None) -> LearningRate:
     """The rate of an adapter: 10 times that of full fine-tuning, 15 times for runs under 100 steps (finding LR).
 
-    P is 0.781 for Llama and 0.0775 for Qwen; any other family gets the exponent of the two that gives the lower rate,
-    which is an assumption, as is any hidden size below the formula's base of 2000. Llama-3.1-8B: 2.856e-4; Qwen3-8B:
+    P is 0.781 for Llama and 0.0775 for Qwen; any other family, and any hidden size below the formula's base of 2000,
+    gets the exponent of the two that gives the lower rate, which is an assumption. Llama-3.1-8B: 2.856e-4; Qwen3-8B:
     4.730e-4. Raises ValueError for a hidden size below 1.
     """
     if hidden < 1:
         raise ValueError(f"hidden size {hidden}: it must be at least 1")
-    known = _EXPONENTS.get(model_type)
+    known = _EXPONENTS.get(model_type) if hidden >= _BASE_HIDDEN else None
     exponent = known
     if exponent is None:
         exponent = min(_EXPONENTS.values(), key=lambda value: full_learning_rate(hidden, value))
     full = full_learning_rate(hidden, exponent)
     multiple = _SHORT_MULTIPLE if steps is not None and steps < SHORT_STEPS else _MULTIPLE
-    return LearningRate(multiple * full, full, multiple, exponent, known is not None and hidden >= _BASE_HIDDEN)
+    return LearningRate(multiple * full, full, multiple, exponent, known is not None)
 
 
 def optimizer_steps(sequences: int, batch: int, epochs: float = 1) -> int:

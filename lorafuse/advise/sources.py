@@ -16,7 +16,7 @@ FINDINGS = {
     "LR": "10 times the learning rate of full fine-tuning (fitted, 9.8), about 15 times in runs of some 100 steps or fewer, said in passing; it moves less than 2 times from rank 4 to 512; 5e-5 (2000 / hidden)^P, P 0.781 for Llama and 0.0775 for Qwen (LoRA Without Regret; tinker_cookbook, hyperparam_utils)",
     "FORM": "W + (alpha / r) B A with alpha 32, A uniform with scale 1 / sqrt(in features), B zero, constant learning rate (LoRA Without Regret)",
     "FLOPS": "multiply-adds of a layer and token: full 3NK, LoRA 2NK + 3R(N + K) (LoRA Without Regret)",
-    "MOE": "one adapter for each expert, of rank total / active experts (LoRA Without Regret)",
+    "MOE": "one adapter for each expert, of rank total / active experts (LoRA Without Regret; Tinker shares the outer factor of all experts since)",
     "R1": "a step of 32 questions with 16 answers each (DeepSeek-R1, Guo et al. 2025)",
     "ADAM": "bytes of a trained parameter with gradient and Adam's two moments: 8 all in bf16, 16 with an fp32 weight and moments (ZeRO, Rajbhandari et al. 2020), 16 for an fp32 adapter; fused AdamW, no copies",
     "SAVED": "activations as autograd saves them, tested against its hooks; the peak against bench/results/h200-2026-11-26-model.json (LoRA and full within 2%)",

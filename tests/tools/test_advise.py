@@ -200,11 +200,11 @@ def test_a_short_run_is_said_with_the_batch_that_makes_it_longer(llama):
     one = advise.plan_adapter(llama, tokens=50_000)
     assert one.steps == 1
     assert named(one, "few steps") == [
-        "an epoch is one step, without gradient noise; --batch 1 makes 25, more epochs more"
+        "an epoch is one step, without gradient noise; --batch 1 --micro-batch 1 makes 25"
     ]
     assert advise.plan_adapter(llama, tokens=50_000, batch=1, micro_batch=1).steps == 25
     few = advise.plan_adapter(llama, tokens=10**6)
-    assert (few.steps, named(few, "few steps")) == (16, ["--batch 5 makes about 100"])
+    assert (few.steps, named(few, "few steps")) == (16, ["--batch 5 makes 98"])
     assert advise.plan_adapter(llama, tokens=10**6, batch=5, micro_batch=1).steps == 98
     assert named(advise.plan_adapter(llama, tokens=10**7), "few steps") == []
 

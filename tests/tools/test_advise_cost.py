@@ -178,7 +178,7 @@ def test_no_step_time_for_what_does_not_fit_but_where_it_does():
     advice = advise.plan_adapter(large, tokens=10**7, gpu="RTX 4090")
     assert (advice.fit.fits, advice.step_seconds) == (False, {})
     assert "does not fit on RTX 4090" in str(advice)
-    assert advice.fit.elsewhere == "LoRA with checkpointing at micro-batch 1 fits on B200"
+    assert advice.fit.elsewhere == "LoRA fits on B200, QLoRA fits on A100"
     assert "step on" not in str(advice)
     packed = advise.plan_adapter(large, tokens=10**7, gpu="H100")
     assert (packed.fit.method, packed.fit.fits, packed.step_seconds) == ("qlora", True, {})

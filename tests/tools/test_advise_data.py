@@ -24,8 +24,8 @@ TEMPLATE = (
 UNMARKED = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+def byte_tokenizer():
+    """A tokenizer of bytes and a few words, with an end of sequence and without a chat template."""
     vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges = []
     for word in WORDS:
@@ -39,6 +39,11 @@ def tokenizer():
     found = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token="<|pad|>")
     found.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|system|>"]})
     return found
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
 
 
 def turns(*contents):
