@@ -189,6 +189,10 @@ def plan_adapter(
     # what a smaller micro-batch lacks, accumulation makes up for
     accumulation = accumulation * micro_batch // settings.micro_batch
     used_batch = accumulation * settings.micro_batch * devices
+    if used_batch % rollouts:
+        raise ValueError(
+            f"--batch {used_batch}: it must be a multiple of --rollouts {rollouts}, so that a step has all answers"
+        )
     sequences = episodes or (count.examples if count else -(-(tokens or 0) // length))
     steps = schedule.optimizer_steps(sequences, used_batch, 1 if goal == "rl" else epochs)
     rate = schedule.learning_rate(shapes.hidden, shapes.model_type, steps)

@@ -76,7 +76,7 @@ def data_bits(*, tokens: int | None = None, episodes: int | None = None, loss: f
     """
     if (tokens is None) == (episodes is None):
         raise ValueError("give the data as tokens or as episodes, one of the two")
-    if loss is not None and loss <= 0:
+    if loss is not None and not 0 < loss < math.inf:
         raise ValueError(f"--loss {loss}: it must be above 0, the mean loss in nats of a first epoch")
     per_token = BITS_PER_TOKEN if loss is None else loss / math.log(2)
     number, bits, name = (tokens, per_token, "tokens") if episodes is None else (episodes, BITS_PER_EPISODE, "episodes")

@@ -63,6 +63,9 @@ def _capacity(a: Advice) -> list[Line]:
         each = "about 1 bit each; --loss measures it" if request.loss is None else f"{request.loss:g} nats each"
         given = f"{request.tokens:,} supervised tokens, {each}"
     about, sure = ("about", "published figure") if request.loss is None else ("at most", "formula")
+    if request.count and request.count.is_paired:
+        # no finding speaks of pairs
+        sure = "assumption"
     value = f"{about} {_big(a.bits)}bit ({given}), {a.bits / held:.2g} of that"
     return [*lines, Line(section, "the data teaches", value, sure, "F2, GIVEN"), *_counted(a)]
 
@@ -132,20 +135,23 @@ def _rank(a: Advice) -> list[Line]:
 
 def _schedule(a: Advice) -> list[Line]:
     section, request, rate = "schedule", a.request, a.learning_rate
-    sure = "formula" if rate.published else "assumption"
+    is_paired = bool(request.count and request.count.is_paired)
+    sure = "formula" if rate.published and not is_paired else "assumption"
     known = schedule.learning_rate(2000, a.shapes.model_type).published
     family = "" if rate.published else f" (no exponent published for {a.shapes.model_type or 'this family'})"
     if not rate.published and known:
         family = f" (hidden {a.shapes.hidden} is below what the formula was fitted on)"
+    if is_paired:
+        family += " (fitted on supervised training, not on pairs)"
     is_rl = request.goal == "rl"
-    unit = "episodes" if is_rl else "pairs" if request.count and request.count.is_paired else "sequences"
+    unit = "episodes" if is_rl else "pairs" if is_paired else "sequences"
     each = f"{a.fit.micro_batch} x {request.devices} x {a.accumulation} = {request.batch} {unit} a step"
     assumed = "" if request.count or is_rl else f", sequences packed to {request.length} tokens"
     lines = [
         Line(section, "learning rate", f"{rate.lora:.3e}, {rate.multiple:g} times full's{family}", sure, "LR"),
         Line(section, "for full fine-tuning", f"{rate.full:.3e}", sure, "LR"),
         Line(section, "optimizer steps", f"{a.steps:,}{assumed}", "assumption" if assumed else "formula", "GIVEN"),
-        *_few_steps(a, unit),
+        *_few_steps(a),
         Line(section, "micro-batch, devices, accumulation", each, "formula", "F3, GIVEN"),
     ]
     if is_rl:
@@ -156,19 +162,12 @@ def _schedule(a: Advice) -> list[Line]:
         return [*lines, Line(section, "a step", value, sure, source)]
     value = f"at most about {schedule.BATCH_CLOSE} {unit} a step, at every rank"
     if request.batch > schedule.BATCH_CEILING:
-        lines.append(
-            Line(
-                section,
-                "large batch",
-                f"{request.batch} is above {schedule.BATCH_CEILING}, where losses get worse",
-                "secondary digest",
-                "NOTE",
-            )
-        )
+        large = f"{request.batch} is above {schedule.BATCH_CEILING}, where losses get worse"
+        lines.append(Line(section, "large batch", large, "secondary digest", "NOTE"))
     return [*lines, Line(section, "batch size", value, "rule of thumb", "F3")]
 
 
-def _few_steps(a: Advice, unit: str) -> list[Line]:
+def _few_steps(a: Advice) -> list[Line]:
     """What to mind in a short run: no noise in the gradient, too few steps, the border between two learning rates."""
     section, request, short = "schedule", a.request, schedule.SHORT_STEPS
     lines = []

@@ -232,3 +232,13 @@ def test_prompts_of_reinforcement_learning(tokenizer, tmp_path):
     assert [x["prompt"] for x in found] == ["how many", CHAT[:1], CHAT[:3], CHAT[:1], CHAT[:1]]
     with pytest.raises(ValueError, match="line 1: it holds 'text', none of which is a prompt"):
         advise.count_file(jsonl(tmp_path, {"text": "how"}), own, goal="rl")
+
+
+def test_of_pairs_no_finding_speaks(tokenizer, tmp_path):
+    pairs = jsonl(tmp_path, *[{"prompt": "great film", **PAIR}] * 3)
+    advice = advise.plan_adapter(tiny("llama"), data=pairs, tokenizer=with_template(tokenizer, None))
+    found = {line.name: (line.sure, line.value) for line in advice.lines}
+    assert found["counted in the file"] == ("measured here", "3 pairs of answers, 48 tokens, 12 supervised, longest 8")
+    assert found["the data teaches"][0] == found["learning rate"][0] == "assumption"
+    assert "pairs a step" in found["batch size"][1]
+    assert "DPOTrainer" in advice.snippet
