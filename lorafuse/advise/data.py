@@ -174,33 +174,41 @@ def _parsed(line: bytes) -> Any:
 def _array(text: io.TextIOWrapper) -> Iterator[tuple[str, Any]]:
     """Elements of one JSON array, read bit by bit."""
     decoder, rest, number = json.JSONDecoder(), "", 0
-    while not rest:
-        rest = text.read(_CHUNK).lstrip()
-    rest = rest[1:].lstrip()
-    while not rest.startswith("]"):
+
+    def begun(held: str) -> str:
+        """What is held and not blank, with more of the file if it is nothing; "" at its end."""
+        held = held.lstrip()
+        while not held and (more := text.read(_CHUNK)):
+            held = more.lstrip()
+        return held
+
+    rest = begun(begun("")[1:])
+    is_open = not rest.startswith("]")
+    while is_open:
         place = f"record {number + 1}"
         try:
             record, end = decoder.raw_decode(rest)
-            rest = rest[end:].lstrip()
-            while not rest and (more := text.read(_CHUNK)):
-                rest = more.lstrip()
-            if not rest.startswith((",", "]")):
-                yield place, _Unusable("it is not followed by a comma or the array's end")
-                return
         except RecursionError:
             yield place, _Unusable("no JSON (its brackets are nested too deep)")
             return
         except ValueError as error:
             # as much again as is held, so that a long record is read in linear time
             more = text.read(max(_CHUNK, len(rest)))
-            if not more:
-                yield place, _Unusable(f"no JSON ({error})")
-                return
-            rest = (rest + more).lstrip()
-            continue
+            if more:
+                rest += more
+                continue
+            yield place, _Unusable(f"no JSON ({error})")
+            return
+        rest = begun(rest[end:])
+        if not rest.startswith((",", "]")):
+            yield place, _Unusable("it is not followed by a comma or the array's end")
+            return
         number += 1
-        rest = rest[1:].lstrip() if rest[0] == "," else rest
         yield place, record
+        is_open = rest.startswith(",")
+        rest = begun(rest[1:]) if is_open else rest
+    if begun(rest[1:]):
+        yield f"after record {number}", _Unusable("more follows the array's end")
 
 
 def _example(record: Any, tokenizer: Any, goal: str) -> dict[str, Any]:

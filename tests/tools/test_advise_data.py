@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import tracemalloc
 
 import peft
@@ -161,14 +162,30 @@ def test_an_array_is_read_bit_by_bit(indent, chunk, tokenizer, tmp_path, monkeyp
     for mark in ("", "\ufeff \n"):
         path.write_text(mark + json.dumps(records, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
         assert list(data.examples(path, tokenizer)) == records
-    for broken, said in (
-        ("[1, 2]", "record 1: a int"),
-        ('[{"text": "a"} 3]', "record 1: it is not"),
-        ("[{", "no JSON"),
-    ):
-        path.write_text(broken)
-        with pytest.raises(ValueError, match=said.replace("(", ".")):
-            advise.count_file(path, tokenizer)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="it is empty"):
+        advise.count_file(path, tokenizer)
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 16])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[1, 2]", "record 1: a int, not an object; record 2: a int"),
+        ('[{"text": "a"} 3]', "record 1: it is not followed by a comma"),
+        ('[{"text": "a"},]', "record 2: no JSON"),
+        ('[{"text": "a"}', "record 1: it is not followed by a comma"),
+        ('[{"text": "a"}] {"text": "b"}', "after record 1: more follows the array's end"),
+        ("[{", "record 1: no JSON"),
+        ("[" * 9999, "brackets are nested too deep"),
+    ],
+)
+def test_a_broken_array_is_refused(content, said, chunk, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_CHUNK", chunk)
+    path = tmp_path / "data.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        advise.count_file(path, tokenizer)
 
 
 def test_a_file_is_read_as_datasets_reads_it(tokenizer, tmp_path):
