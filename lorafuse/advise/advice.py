@@ -185,7 +185,10 @@ def plan_adapter(
     used = rank or ranks.advised
     usual = max(schedule.BATCH_CLOSE * rollouts, micro_batch * devices)
     accumulation = schedule.accumulation(usual if batch is None else batch, micro_batch, devices)
-    settings = fit(shapes, used, length, micro_batch, device)
+    is_paired = bool(count and count.is_paired)
+    # tokens of an example: both answers of a pair are trained on
+    each = length * (2 if is_paired else 1)
+    settings = fit(shapes, used, each, micro_batch, device)
     # what a smaller micro-batch lacks, accumulation makes up for
     accumulation = accumulation * micro_batch // settings.micro_batch
     used_batch = accumulation * settings.micro_batch * devices
@@ -196,20 +199,42 @@ def plan_adapter(
     sequences = episodes or (count.examples if count else -(-(tokens or 0) // length))
     steps = schedule.optimizer_steps(sequences, used_batch, 1 if goal == "rl" else epochs)
     rate = schedule.learning_rate(shapes.hidden, shapes.model_type, steps)
-    patterns = rank_pattern or {}, alpha_pattern or {}
     request = Request(
-        goal, tokens, episodes, count, sequences, loss, length, micro_batch, devices, used_batch, rollouts, epochs,
-        rank, device.name if device else None,
-    )  # fmt: skip
-    taken = weights_of_linears(shapes)
+        goal=goal,
+        tokens=tokens,
+        episodes=episodes,
+        count=count,
+        sequences=sequences,
+        loss=loss,
+        length=length,
+        micro_batch=micro_batch,
+        devices=devices,
+        batch=used_batch,
+        rollouts=rollouts,
+        epochs=epochs,
+        rank_asked=rank,
+        gpu=device.name if device else None,
+    )
     prompt = min(count.longest, length // 2) if count else length // 2
-    trainer = "GRPO" if goal == "rl" else "DPO" if count and count.is_paired else "SFT"
     written = Settings(
-        used, rate.lora, settings.micro_batch, accumulation, epochs, *patterns, trainer,
-        _name_of(model),
-        str(data or "data.jsonl"), length - prompt if goal == "rl" else length, count is None, rollouts,
-        settings.checkpointing, settings.method == "qlora", "float16" if device and device.arch < 80 else "bfloat16",
-    )  # fmt: skip
+        rank=used,
+        learning_rate=rate.lora,
+        micro_batch=settings.micro_batch,
+        accumulation=accumulation,
+        epochs=epochs,
+        rank_pattern=rank_pattern or {},
+        alpha_pattern=alpha_pattern or {},
+        trainer="GRPO" if goal == "rl" else "DPO" if is_paired else "SFT",
+        model=_name_of(model),
+        data=str(data or "data.jsonl"),
+        length=length - prompt if goal == "rl" else length,
+        packing=count is None,
+        rollouts=rollouts,
+        checkpointing=settings.checkpointing,
+        quantized=settings.method == "qlora",
+        half="float16" if device and device.arch < 80 else "bfloat16",
+    )
+    taken = weights_of_linears(shapes)
     return Advice(
         shapes=shapes,
         request=request,
@@ -222,14 +247,14 @@ def plan_adapter(
         learning_rate=rate,
         accumulation=accumulation,
         memory={
-            (method, saved): memory(shapes, method, used, micro_batch * length, checkpointing=saved)
+            (method, saved): memory(shapes, method, used, micro_batch * each, checkpointing=saved)
             for method in METHODS
             for saved in (False, True)
         },
         fit=settings,
-        step_seconds=_step_seconds(shapes, used, length, settings, accumulation, device) if device else {},
-        rank_pattern=patterns[0],
-        alpha_pattern=patterns[1],
+        step_seconds=_step_seconds(shapes, used, each, length, settings, accumulation, device) if device else {},
+        rank_pattern=written.rank_pattern,
+        alpha_pattern=written.alpha_pattern,
         to_peft=sum(x.name.rpartition(".")[2] in taken for x in shapes.adapted if not x.parameter),
         snippet=snippet(shapes, written),
     )
@@ -244,13 +269,13 @@ def _name_of(model: Any) -> str:
 
 
 def _step_seconds(
-    shapes: ModelShapes, rank: int, length: int, settings: Fit, accumulation: int, device: DeviceSpec
+    shapes: ModelShapes, rank: int, each: int, length: int, settings: Fit, accumulation: int, device: DeviceSpec
 ) -> dict[str, float]:
     """Seconds of an optimizer step, accumulation included, of each of `WAYS` that fits with the same settings."""
     if settings.fits is False or settings.method == "qlora":
         return {}
-    tokens = settings.micro_batch * length
-    each = micro_step_seconds(shapes, rank, tokens, length, device, checkpointing=settings.checkpointing)
+    tokens = settings.micro_batch * each
+    micro = micro_step_seconds(shapes, rank, tokens, length, device, checkpointing=settings.checkpointing)
     full = memory(shapes, "full", rank, tokens, checkpointing=settings.checkpointing).total
     fitting = [way for way in WAYS if way != "full fine-tuning" or full <= usable_bytes(device)]
-    return {way: each[way] * accumulation + update_seconds(shapes, way, rank, device) for way in fitting}
+    return {way: micro[way] * accumulation + update_seconds(shapes, way, rank, device) for way in fitting}

@@ -259,3 +259,7 @@ def test_of_pairs_no_finding_speaks(tokenizer, tmp_path):
     assert found["the data teaches"][0] == found["learning rate"][0] == "assumption"
     assert "pairs a step" in found["batch size"][1]
     assert "DPOTrainer" in advice.snippet
+    # both answers of a pair are in a micro-batch
+    asked = advice.request
+    whole = advise.memory(advice.shapes, "lora", advice.rank, 2 * asked.micro_batch * asked.length, checkpointing=False)
+    assert advice.memory["lora", False] == whole
