@@ -5,10 +5,13 @@ import os
 import secrets
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-__all__ = ["parse", "read_json", "read_text", "why_no_file", "why_no_folder", "write_text"]
+__all__ = ["open_regular", "parse", "read_json", "read_text", "why_no_file", "why_no_folder", "write_text"]
 
 
 def parse(text: str) -> Any:
@@ -19,15 +22,22 @@ def parse(text: str) -> Any:
         raise ValueError("its brackets are nested too deep") from error
 
 
+@contextmanager
+def open_regular(path: Path) -> Iterator[BufferedReader]:
+    """A regular file, for reading bytes. Raises OSError for one that cannot be read, ValueError for what is no file."""
+    # the open of a FIFO waits for a writer, and devices may never end
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no regular file")
+        yield file
+
+
 def read_text(path: Path, at_most: int | None = None) -> str:
     """The text of a regular file, `at_most` so many bytes.
 
     Raises OSError for a file that cannot be read, ValueError for what is no file, is longer, or is not UTF-8.
     """
-    # the open of a FIFO waits for a writer, and devices may never end
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("it is no regular file")
+    with open_regular(path) as file:
         content = file.read(-1 if at_most is None else at_most + 1)
     if at_most is not None and len(content) > at_most:
         raise ValueError(f"it is longer than {at_most} bytes")

@@ -20,6 +20,7 @@ from lorafuse.advise.capacity import (
     trainable,
 )
 from lorafuse.advise.data import Count, count_file
+from lorafuse.advise.fit import Fit, fit
 from lorafuse.advise.lines import Line
 from lorafuse.advise.memory import Memory, memory
 from lorafuse.advise.probe import Probe, probe_ranks
@@ -32,12 +33,13 @@ from lorafuse.advise.schedule import (
     optimizer_steps,
 )
 from lorafuse.advise.shapes import Linear, ModelShapes, shapes_of
-from lorafuse.advise.step_time import step_seconds
+from lorafuse.advise.step_time import micro_step_seconds, update_seconds
 
 __all__ = [
     "BATCH_CEILING",
     "Advice",
     "Count",
+    "Fit",
     "LearningRate",
     "Line",
     "Linear",
@@ -52,10 +54,12 @@ __all__ = [
     "count_file",
     "data_bits",
     "expert_rank",
+    "fit",
     "flops_ratio",
     "full_learning_rate",
     "learning_rate",
     "memory",
+    "micro_step_seconds",
     "optimizer_steps",
     "per_rank",
     "plan_adapter",
@@ -64,8 +68,8 @@ __all__ = [
     "shapes_of",
     "smallest_rank",
     "square_flops_ratio",
-    "step_seconds",
     "trainable",
+    "update_seconds",
 ]
 
 

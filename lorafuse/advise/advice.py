@@ -7,14 +7,15 @@ from typing import Any
 from lorafuse.advise import capacity as cap
 from lorafuse.advise import schedule
 from lorafuse.advise.data import Count, count_file, load_tokenizer
+from lorafuse.advise.fit import Fit, fit, usable_bytes
 from lorafuse.advise.lines import Line, lines_of
 from lorafuse.advise.memory import METHODS, Memory, memory
 from lorafuse.advise.page import page
 from lorafuse.advise.shapes import ModelShapes, shapes_of
-from lorafuse.advise.snippet import Settings, snippet
+from lorafuse.advise.snippet import Settings, snippet, weights_of_linears
 from lorafuse.advise.sources import cite
-from lorafuse.advise.step_time import step_seconds
-from lorafuse.plan import find
+from lorafuse.advise.step_time import WAYS, micro_step_seconds, update_seconds
+from lorafuse.plan import DeviceSpec, find
 
 __all__ = ["Advice", "Request", "plan_adapter"]
 
@@ -23,17 +24,22 @@ GOALS = ("sft", "rl")
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked: `length` tokens a sequence, `micro_batch` sequences a device, `batch` sequences a step."""
+    """What was asked: `length` tokens a sequence, `micro_batch` sequences a device, `batch` sequences a step.
+
+    `sequences` are those of one epoch: as counted, else of tokens packed to `length`; `loss` nats for each token.
+    """
 
     goal: str
     tokens: int | None
     episodes: int | None
     count: Count | None
+    sequences: int
+    loss: float | None
     length: int
     micro_batch: int
     devices: int
     batch: int
-    batch_asked: int | None
+    rollouts: int
     epochs: float
     rank_asked: int | None
     gpu: str | None
@@ -44,7 +50,9 @@ class Advice:
     """The advice: every number by itself, and `lines` that say of each how sure it is and where it comes from.
 
     `rank` is the rank to train with, `tokens` the supervised tokens of an epoch (None for rl), `memory` bytes by
-    `(method, checkpointing)`, `step_seconds` modelled seconds of one optimizer step for each way, empty without a GPU.
+    `(method, checkpointing)` at the micro-batch asked for; `fit` are the settings that fit on the GPU, with which
+    `step_seconds` models one optimizer step of each way that fits: empty without a GPU, and where nothing does.
+    `to_peft` are the adapted linear layers that lorafuse leaves to PEFT.
     `str()` is the page, `as_dict()` what `--json` prints.
     """
 
@@ -59,9 +67,11 @@ class Advice:
     learning_rate: schedule.LearningRate
     accumulation: int
     memory: dict[tuple[str, bool], Memory]
+    fit: Fit
     step_seconds: dict[str, float]
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, int]
+    to_peft: int
     snippet: str
 
     @property
@@ -98,6 +108,7 @@ class Advice:
                 f"{method}{', checkpointing' if saved else ''}": asdict(m) | {"total": m.total}
                 for (method, saved), m in self.memory.items()
             },
+            "fit": asdict(self.fit),
             "step_seconds_model": self.step_seconds,
             "rank_pattern": self.rank_pattern,
             "alpha_pattern": self.alpha_pattern,
@@ -112,6 +123,7 @@ def plan_adapter(
     tokens: int | None = None,
     episodes: int | None = None,
     data: str | Path | None = None,
+    loss: float | None = None,
     goal: str | None = None,
     rank: int | None = None,
     gpu: str | None = None,
@@ -121,73 +133,108 @@ def plan_adapter(
     devices: int = 1,
     batch: int | None = None,
     epochs: float = 1,
-    rollouts: int = 1,
+    rollouts: int | None = None,
     active_experts: int | None = None,
     rank_pattern: dict[str, int] | None = None,
     alpha_pattern: dict[str, int] | None = None,
 ) -> Advice:
     """Advice for a loaded model, a model's directory or its `config.json`, and data of one of three kinds.
 
-    `tokens` are supervised tokens of one epoch, `episodes` policy-gradient episodes of the run, `data` a JSON-lines
-    file that is counted with `tokenizer`, or the directory's own; under goal "rl" each of its lines is a prompt with
-    `rollouts` episodes an epoch. Without `goal`, episodes mean "rl" and the others "sft". `batch` is cut to 512.
-    `rank` overrides the advised one; patterns are those of a probe; `gpu` is a name that `lorafuse.plan.find` knows.
+    `tokens` are supervised tokens of one epoch, `episodes` policy-gradient episodes of the run, `data` a file that is
+    counted with `tokenizer`, or the directory's own; under goal "rl" each of its records is a prompt with `rollouts`
+    episodes (16) an epoch. Without `goal`, episodes mean "rl" and the others "sft". `loss` is the mean of a first epoch
+    in nats a token. `batch` is 32 sequences, or 32 prompts' episodes. `rank` overrides the advised one; patterns are
+    those of a probe; `gpu` is a name that `lorafuse.plan.find` knows.
 
     Raises ValueError and FileNotFoundError, with the option, its value and the fix.
     """
     shapes = shapes_of(model, active_experts=active_experts)
     device = find(gpu) if gpu is not None else None
+    if sum(given is not None for given in (tokens, episodes, data)) != 1:
+        raise ValueError("give the data in one way: --tokens N, --episodes N or --data FILE")
+    goal = goal or ("sft" if episodes is None else "rl")
+    rollouts = rollouts if rollouts is not None else schedule.ROLLOUTS if goal == "rl" else 1
     numbers = {"length": length, "micro-batch": micro_batch, "devices": devices, "rollouts": rollouts}
-    for name, value in numbers.items():
+    for name, value in (numbers | ({} if batch is None else {"batch": batch})).items():
         if value < 1:
             raise ValueError(f"--{name} {value}: it must be at least 1")
     if epochs <= 0:
         raise ValueError(f"--epochs {epochs}: it must be above 0")
-    if batch is not None and batch < 1:
-        raise ValueError(f"--batch {batch}: it must be at least 1")
-    if sum(given is not None for given in (tokens, episodes, data)) != 1:
-        raise ValueError("give the data in one way: --tokens N, --episodes N or --data FILE")
-    goal = goal or ("sft" if episodes is None else "rl")
     if goal not in GOALS:
         raise ValueError(f"--goal {goal}: it must be one of {', '.join(GOALS)}")
     if (goal == "rl" and tokens is not None) or (goal == "sft" and episodes is not None):
         want = "--episodes N" if goal == "rl" else "--tokens N"
         raise ValueError(f"--goal {goal} counts its data by {want}, or from --data FILE")
+    if goal == "rl" and loss is not None:
+        raise ValueError(f"--loss {loss}: it measures supervised tokens; of --goal rl each episode counts")
     count = None
     if data is not None:
         if tokenizer is None:
             if not isinstance(model, (str, Path)):
                 raise ValueError("a loaded model has no tokenizer; pass tokenizer= to count the data with")
             tokenizer = load_tokenizer(Path(model))
-        count = count_file(Path(data), tokenizer)
+        count = count_file(Path(data), tokenizer, length=length, goal=goal)
         if goal == "rl":
             episodes = round(count.examples * rollouts * epochs)
         else:
             tokens = count.supervised
-    bits = cap.data_bits(tokens=tokens) if goal == "sft" else cap.data_bits(episodes=episodes)
+    bits = cap.data_bits(tokens=tokens, episodes=episodes, loss=loss)
     ranks = cap.rank_for(shapes, bits, goal)
     if rank is not None:
         cap.check_rank(shapes, rank)
     used = rank or ranks.advised
-    least = micro_batch * devices
-    used_batch = min(max(schedule.BATCH_CLOSE, least) if batch is None else batch, schedule.BATCH_CEILING)
-    accumulation = schedule.accumulation(used_batch, micro_batch, devices)
-    used_batch = accumulation * least
-    if goal == "rl":
-        assert episodes is not None
-        steps = schedule.optimizer_steps(episodes, used_batch)
-    else:
-        assert tokens is not None
-        sequences = count.examples if count else -(-tokens // length)
-        steps = schedule.optimizer_steps(sequences, used_batch, epochs)
+    usual = max(schedule.BATCH_CLOSE * rollouts, micro_batch * devices)
+    accumulation = schedule.accumulation(usual if batch is None else batch, micro_batch, devices)
+    is_paired = bool(count and count.is_paired)
+    # tokens of an example: both answers of a pair are trained on
+    each = length * (2 if is_paired else 1)
+    settings = fit(shapes, used, each, micro_batch, device)
+    # what a smaller micro-batch lacks, accumulation makes up for
+    accumulation = accumulation * micro_batch // settings.micro_batch
+    used_batch = accumulation * settings.micro_batch * devices
+    if used_batch % rollouts:
+        raise ValueError(
+            f"--batch {used_batch}: it must be a multiple of --rollouts {rollouts}, so that a step has all answers"
+        )
+    sequences = episodes or (count.examples if count else -(-(tokens or 0) // length))
+    steps = schedule.optimizer_steps(sequences, used_batch, 1 if goal == "rl" else epochs)
     rate = schedule.learning_rate(shapes.hidden, shapes.model_type, steps)
-    micro_tokens = micro_batch * length
-    seconds = step_seconds(shapes, used, micro_tokens, device) if device else {}
-    patterns = rank_pattern or {}, alpha_pattern or {}
     request = Request(
-        goal, tokens, episodes, count, length, micro_batch, devices, used_batch, batch, epochs, rank,
-        device.name if device else None,
-    )  # fmt: skip
+        goal=goal,
+        tokens=tokens,
+        episodes=episodes,
+        count=count,
+        sequences=sequences,
+        loss=loss,
+        length=length,
+        micro_batch=micro_batch,
+        devices=devices,
+        batch=used_batch,
+        rollouts=rollouts,
+        epochs=epochs,
+        rank_asked=rank,
+        gpu=device.name if device else None,
+    )
+    prompt = min(count.longest, length // 2) if count else length // 2
+    written = Settings(
+        rank=used,
+        learning_rate=rate.lora,
+        micro_batch=settings.micro_batch,
+        accumulation=accumulation,
+        epochs=epochs,
+        rank_pattern=rank_pattern or {},
+        alpha_pattern=alpha_pattern or {},
+        trainer="GRPO" if goal == "rl" else "DPO" if is_paired else "SFT",
+        model=_name_of(model),
+        data=str(data or "data.jsonl"),
+        length=length - prompt if goal == "rl" else length,
+        packing=count is None,
+        rollouts=rollouts,
+        checkpointing=settings.checkpointing,
+        quantized=settings.method == "qlora",
+        half="float16" if device and device.arch < 80 else "bfloat16",
+    )
+    taken = weights_of_linears(shapes)
     return Advice(
         shapes=shapes,
         request=request,
@@ -200,12 +247,35 @@ def plan_adapter(
         learning_rate=rate,
         accumulation=accumulation,
         memory={
-            (method, saved): memory(shapes, method, used, micro_tokens, checkpointing=saved)
+            (method, saved): memory(shapes, method, used, micro_batch * each, checkpointing=saved)
             for method in METHODS
             for saved in (False, True)
         },
-        step_seconds={way: value * accumulation for way, value in seconds.items()},
-        rank_pattern=patterns[0],
-        alpha_pattern=patterns[1],
-        snippet=snippet(shapes, Settings(used, rate.lora, micro_batch, accumulation, epochs, *patterns)),
+        fit=settings,
+        step_seconds=_step_seconds(shapes, used, each, length, settings, accumulation, device) if device else {},
+        rank_pattern=written.rank_pattern,
+        alpha_pattern=written.alpha_pattern,
+        to_peft=sum(x.name.rpartition(".")[2] in taken for x in shapes.adapted if not x.parameter),
+        snippet=snippet(shapes, written),
     )
+
+
+def _name_of(model: Any) -> str:
+    """What `from_pretrained` takes: the directory of a path, or the name that a loaded model has."""
+    if not isinstance(model, (str, Path)):
+        return getattr(getattr(model, "config", None), "_name_or_path", "") or "MODEL"
+    path = Path(model)
+    return str(path.parent if path.is_file() else path)
+
+
+def _step_seconds(
+    shapes: ModelShapes, rank: int, each: int, length: int, settings: Fit, accumulation: int, device: DeviceSpec
+) -> dict[str, float]:
+    """Seconds of an optimizer step, accumulation included, of each of `WAYS` that fits with the same settings."""
+    if settings.fits is False or settings.method == "qlora":
+        return {}
+    tokens = settings.micro_batch * each
+    micro = micro_step_seconds(shapes, rank, tokens, length, device, checkpointing=settings.checkpointing)
+    full = memory(shapes, "full", rank, tokens, checkpointing=settings.checkpointing).total
+    fitting = [way for way in WAYS if way != "full fine-tuning" or full <= usable_bytes(device)]
+    return {way: micro[way] * accumulation + update_seconds(shapes, way, rank, device) for way in fitting}

@@ -11,7 +11,7 @@ __all__ = [
     "BITS_PER_TOKEN",
     "COMFORT",
     "HIGHEST_RANK",
-    "SHOWN_RANK",
+    "LEAST_RANK",
     "Rank",
     "capacity_bits",
     "check_rank",
@@ -27,13 +27,14 @@ __all__ = [
     "trainable",
 ]
 
-# finding F2, upper bounds of what a token or an episode teaches
+# finding F2, about what a token or an episode teaches; a measured loss says it of tokens
 BITS_PER_PARAMETER, BITS_PER_TOKEN, BITS_PER_EPISODE = 2.0, 1.0, 1.0
 # capacity over data where training is comfortable: as many parameters as supervised tokens (finding F2b), 2 bits to 1
 COMFORT = 2.0
-# the highest rank for which the findings hold learning curves, and the lowest at which they show equality (F1, F5)
+# the highest rank for which the findings hold learning curves, and the lowest to advise: of a digest for sft (NOTE), of
+# the finding for rl (F5)
 HIGHEST_RANK = 512
-SHOWN_RANK = {"sft": 8, "rl": 4}
+LEAST_RANK = {"sft": 8, "rl": 1}
 
 
 def expert_rank(rank: int, active_experts: int) -> int:
@@ -67,16 +68,18 @@ def capacity_bits(parameters: int) -> float:
     return BITS_PER_PARAMETER * parameters
 
 
-def data_bits(*, tokens: int | None = None, episodes: int | None = None) -> float:
-    """Bits that data can teach, at most: 1 per supervised token or per policy-gradient episode (finding F2).
+def data_bits(*, tokens: int | None = None, episodes: int | None = None, loss: float | None = None) -> float:
+    """Bits that data teaches: about 1 for each supervised token or policy-gradient episode (finding F2), or for each
+    token what its measured mean `loss` in nats says.
 
-    Raises ValueError unless exactly one of the two is given, and for a number below 1.
+    Raises ValueError unless exactly one of the two is given, for a number below 1 and a loss of 0 or less.
     """
     if (tokens is None) == (episodes is None):
         raise ValueError("give the data as tokens or as episodes, one of the two")
-    number, bits, name = (
-        (tokens, BITS_PER_TOKEN, "tokens") if episodes is None else (episodes, BITS_PER_EPISODE, "episodes")
-    )
+    if loss is not None and not 0 < loss < math.inf:
+        raise ValueError(f"--loss {loss}: it must be above 0, the mean loss in nats of a first epoch")
+    per_token = BITS_PER_TOKEN if loss is None else loss / math.log(2)
+    number, bits, name = (tokens, per_token, "tokens") if episodes is None else (episodes, BITS_PER_EPISODE, "episodes")
     assert number is not None
     if number < 1:
         raise ValueError(f"--{name} {number}: it must be at least 1")
@@ -143,7 +146,7 @@ class Rank:
     """The rank advised. `verdict`: "lora" (comfortable), "tight" (the data fits, without room) or "full" (it does not).
 
     `fits` and `comfortable` are the least ranks that hold the data once and twice, None above `highest`. `advised` is
-    the rank to train with, under "full" that of a QLoRA adapter.
+    the rank to train with, under "full" the highest.
     """
 
     verdict: str
@@ -154,12 +157,12 @@ class Rank:
 
 
 def rank_for(shapes: ModelShapes, bits: float, goal: str) -> Rank:
-    """The rank for so many bits: the smallest comfortable one, up to the next power of two, not below the ranks where
-    the findings show equality with full fine-tuning (8 for sft, F1; 4 for rl, F5); above the highest, full fine-tuning.
+    """The rank for so many bits: the smallest comfortable one, up to the next power of two, not below 8 for sft (NOTE)
+    and 1 for rl (F5); above the highest, full fine-tuning.
     """
     highest = highest_rank(shapes)
     fits, comfortable = smallest_rank(shapes, bits), smallest_rank(shapes, bits, COMFORT)
     if comfortable is None:
         return Rank("full" if fits is None else "tight", fits, None, highest, highest)
-    wanted = max(comfortable, SHOWN_RANK[goal])
+    wanted = max(comfortable, LEAST_RANK[goal])
     return Rank("lora", fits, comfortable, highest, min(highest, 1 << (wanted - 1).bit_length()))

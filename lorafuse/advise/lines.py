@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from lorafuse.advise import capacity as cap
 from lorafuse.advise import schedule
+from lorafuse.advise.fit import usable_bytes
+from lorafuse.plan import find
 
 if TYPE_CHECKING:
     from lorafuse.advise.advice import Advice
@@ -47,29 +49,40 @@ def _capacity(a: Advice) -> list[Line]:
     dense = not a.shapes.experts
     if dense and "unembedding" in kinds:
         every = cap.trainable(a.shapes, 1, unembedding=True)
-        value = f'{every:,} with the unembedding, {cap.trainable(a.shapes, 1):,} as "all-linear" adapts'
+        value = f"{every:,} with the unembedding, {cap.trainable(a.shapes, 1):,} as adapted"
         lines.append(Line(section, "all, per rank", value, "formula", "MODULES"))
     what = f"{a.trainable:,} parameters at rank {a.rank}" + ("" if dense else f", {a.expert_rank} for each expert")
     lines.append(
         Line(section, "trainable", f"{what}, {a.trainable / a.shapes.parameters:.2%} of all", "formula", "MODULES")
     )
     held = cap.capacity_bits(a.trainable)
-    lines.append(Line(section, "the adapter holds", f"{_big(held)}bit", "published figure", "F2"))
-    numbers = {"sft": (request.tokens, "supervised tokens"), "rl": (request.episodes, "episodes")}[request.goal]
-    given = f"{numbers[0]:,} {numbers[1]}"
-    lines.append(
-        Line(
-            section,
-            "the data teaches",
-            f"at most {_big(a.bits)}bit ({given}), {a.bits / held:.0%} of that",
-            "published figure",
-            "F2, GIVEN",
-        )
-    )
-    if request.count:
-        c = request.count
-        value = f"{c.examples:,} examples, {c.tokens:,} tokens, {c.supervised:,} supervised, longest {c.longest:,}"
-        lines.append(Line(section, "counted in the file", value, "measured here", "GIVEN"))
+    lines.append(Line(section, "the adapter holds", f"about {_big(held)}bit", "published figure", "F2"))
+    if request.goal == "rl":
+        given = f"{request.episodes:,} episodes"
+    else:
+        each = "about 1 bit each; --loss measures it" if request.loss is None else f"{request.loss:g} nats each"
+        given = f"{request.tokens:,} supervised tokens, {each}"
+    about, sure = ("about", "published figure") if request.loss is None else ("at most", "formula")
+    if request.count and request.count.is_paired:
+        # no finding speaks of pairs
+        sure = "assumption"
+    value = f"{about} {_big(a.bits)}bit ({given}), {a.bits / held:.2g} of that"
+    return [*lines, Line(section, "the data teaches", value, sure, "F2, GIVEN"), *_counted(a)]
+
+
+def _counted(a: Advice) -> list[Line]:
+    c, length = a.request.count, a.request.length
+    if c is None:
+        return []
+    what = "pairs of answers" if c.is_paired else "prompts" if a.request.goal == "rl" else "examples"
+    value = f"{c.examples:,} {what}, {c.tokens:,} tokens, {c.supervised:,} supervised, longest {c.longest:,}"
+    lines = [Line("capacity", "counted in the file", value, "measured here", "TRL")]
+    if c.cut:
+        value = f"{c.cut:,} longer than --length {length}: their ends, {c.lost:,} supervised tokens, are not trained on"
+        lines.append(Line("capacity", "cut", value, "measured here", "TRL"))
+    if c.unsupervised:
+        value = f"{c.unsupervised:,} without a supervised token within --length {length}"
+        lines.append(Line("capacity", "left out", value, "measured here", "TRL"))
     return lines
 
 
@@ -78,13 +91,19 @@ def _rank(a: Advice) -> list[Line]:
     lines = []
     if r.comfortable is not None:
         lines.append(Line(section, "smallest comfortable rank", f"{r.comfortable}", "rule of thumb", "F2, F2b"))
-        value = f"{r.advised}: up to a power of two, from {cap.SHOWN_RANK[goal]} on, where equality was shown"
-        lines.append(Line(section, "train with rank", value, "published figure", "F1" if goal == "sft" else "F5"))
+        low = cap.LEAST_RANK[goal]
+        if r.comfortable < low:
+            value, sure, source = f"{r.advised}: the least that is named for such data", "secondary digest", "NOTE"
+        elif r.comfortable == low == 1:
+            value, sure, source = "1, which is enough", "published figure", "F5"
+        else:
+            value, sure, source = f"{r.advised}: that, up to a power of two", "rule of thumb", "F2, F2b"
+        lines.append(Line(section, "train with rank", value, sure, source))
     elif r.fits is not None:
         value = f"{r.highest}, the highest worth it: the data fits from rank {r.fits} on, but without room"
         lines.append(Line(section, "train with rank", value, "rule of thumb", "F2, F2b"))
     else:
-        value = f"use full fine-tuning; or QLoRA at rank {r.highest}, and expect 2 to 5 times the steps"
+        value = f"use full fine-tuning: LoRA at rank {r.highest} learns less efficiently, and QLoRA holds no more"
         lines.append(Line(section, "more data than LoRA holds", value, "published figure", "F2"))
     limit = f"{r.highest}: 512, min(N, K) and the FLOPs of full fine-tuning bound it"
     lines.append(Line(section, "highest rank worth it", limit, "formula", "FLOPS, LR, MODULES"))
@@ -97,6 +116,13 @@ def _rank(a: Advice) -> list[Line]:
         lines.append(Line(section, "rank of each expert", value, "published figure", "MOE"))
     layers = "all linear layers" + (" and all experts" if a.shapes.experts else "") + ", not the unembedding"
     lines.append(Line(section, "adapt", layers, "published figure", "F4"))
+    towers = sum(x.kind == "tower" for x in a.shapes.linears)
+    if towers:
+        value = f"the {towers} linear layers of other modalities: text gives them no gradient"
+        lines.append(Line(section, "do not adapt", value, "formula", "MODULES"))
+    if a.to_peft:
+        value = f"{a.to_peft} linear layers, by their weights: PEFT keeps their names for experts, and builds W + BA"
+        lines.append(Line(section, "not fused", value, "measured here", "MODULES"))
     lines.append(Line(section, "alpha", "32 for every layer, scale alpha / r", "published figure", "FORM"))
     if a.rank_pattern:
         low, high = min(a.rank_pattern.values()), max(a.rank_pattern.values())
@@ -109,43 +135,91 @@ def _rank(a: Advice) -> list[Line]:
 
 def _schedule(a: Advice) -> list[Line]:
     section, request, rate = "schedule", a.request, a.learning_rate
-    sure = "formula" if rate.published else "assumption"
-    family = (
-        ""
-        if rate.published
-        else f" (no exponent published for {a.shapes.model_type or 'this family'}: the lower of two)"
-    )
-    unit = "episodes" if request.goal == "rl" else "sequences"
-    ceiling = f"{schedule.BATCH_CEILING} {unit} a step, at every rank"
-    each = f"{request.micro_batch} x {request.devices} x {a.accumulation} = {request.batch} {unit} a step"
-    if request.batch_asked and request.batch_asked > schedule.BATCH_CEILING:
-        each += f" (cut from {request.batch_asked})"
-    assumed = "" if request.count or request.goal == "rl" else f", sequences packed to {request.length} tokens"
-    return [
+    is_paired = bool(request.count and request.count.is_paired)
+    sure = "formula" if rate.published and not is_paired else "assumption"
+    known = schedule.learning_rate(2000, a.shapes.model_type).published
+    family = "" if rate.published else f" (no exponent published for {a.shapes.model_type or 'this family'})"
+    if not rate.published and known:
+        family = f" (hidden {a.shapes.hidden} is below what the formula was fitted on)"
+    if is_paired:
+        family += " (fitted on supervised training, not on pairs)"
+    is_rl = request.goal == "rl"
+    unit = "episodes" if is_rl else "pairs" if is_paired else "sequences"
+    each = f"{a.fit.micro_batch} x {request.devices} x {a.accumulation} = {request.batch} {unit} a step"
+    assumed = "" if request.count or is_rl else f", sequences packed to {request.length} tokens"
+    lines = [
         Line(section, "learning rate", f"{rate.lora:.3e}, {rate.multiple:g} times full's{family}", sure, "LR"),
         Line(section, "for full fine-tuning", f"{rate.full:.3e}", sure, "LR"),
         Line(section, "optimizer steps", f"{a.steps:,}{assumed}", "assumption" if assumed else "formula", "GIVEN"),
-        # the finding is of supervised runs
-        Line(section, "batch ceiling", ceiling, "published figure" if request.goal == "sft" else "assumption", "F3"),
+        *_few_steps(a),
         Line(section, "micro-batch, devices, accumulation", each, "formula", "F3, GIVEN"),
     ]
+    if is_rl:
+        prompts = request.batch / request.rollouts
+        value = f"{request.rollouts} answers for each of {prompts:g} prompts"
+        usual = (request.rollouts, prompts) == (schedule.ROLLOUTS, schedule.BATCH_CLOSE)
+        sure, source = ("published figure", "R1") if usual else ("assumption", "GIVEN")
+        return [*lines, Line(section, "a step", value, sure, source)]
+    value = f"at most about {schedule.BATCH_CLOSE} {unit} a step, at every rank"
+    if request.batch > schedule.BATCH_CEILING:
+        large = f"{request.batch} is above {schedule.BATCH_CEILING}, where losses get worse"
+        lines.append(Line(section, "large batch", large, "secondary digest", "NOTE"))
+    return [*lines, Line(section, "batch size", value, "rule of thumb", "F3")]
+
+
+def _few_steps(a: Advice) -> list[Line]:
+    """What to mind in a short run: no noise in the gradient, too few steps, the border between two learning rates."""
+    section, request, short = "schedule", a.request, schedule.SHORT_STEPS
+    lines = []
+    if a.steps < short:
+        epoch = "an epoch is one step, without gradient noise; " if request.batch >= request.sequences else ""
+        lower = max(1, round(request.batch * a.steps / short))
+        steps = schedule.optimizer_steps(request.sequences, lower, 1 if request.goal == "rl" else request.epochs)
+        size = f"--batch {lower}" + (" --micro-batch 1" if lower < request.micro_batch * request.devices else "")
+        more = f"{size} makes {steps}" if lower < request.batch else "more epochs or more data make more"
+        lines.append(Line(section, "few steps", f"{epoch}{more}", "rule of thumb", "F3"))
+    if short / 2 <= a.steps < 2 * short:
+        value = f"10 times from {short} steps on, 15 below: no sharp border, either may be better here"
+        lines.append(Line(section, "multiple of the learning rate", value, "rule of thumb", "LR"))
+    return lines
+
+
+_METHODS = {
+    "full": ("memory, full, bf16 AdamW", "ADAM, SAVED"),
+    "master": ("memory, full, fp32 master", "ADAM, SAVED"),
+    "lora": ("memory, LoRA, fp32 adapters", "ADAM, SAVED"),
+    "qlora": ("memory, QLoRA", "ADAM, SAVED, NF4"),
+}
 
 
 def _cost(a: Advice) -> list[Line]:
     section, request = "cost", a.request
     ratio = cap.flops_ratio(a.shapes, a.rank)
     lines = [Line(section, "FLOPs of full fine-tuning", f"{ratio:.4f} of a step", "formula", "FLOPS")]
-    for method in ("full", "lora", "qlora"):
+    for method, (name, source) in _METHODS.items():
         without, saved = (a.memory[method, checkpointing].total / 2**30 for checkpointing in (False, True))
         value = f"{without:.1f} GiB (model), {saved:.1f} GiB with checkpointing (model)"
-        source = {"full": "ZERO", "lora": "ZERO", "qlora": "ZERO, NF4"}[method]
-        name = {"full": "memory, full", "lora": "memory, LoRA", "qlora": "memory, QLoRA"}[method]
-        lines.append(Line(section, f"{name}", value, "model", source))
-    if not a.step_seconds:
-        return [*lines, Line(section, "step time", "name a GPU: --gpu H200", "model", "PLAN")]
+        if method == "qlora" and any(x.parameter for x in a.shapes.adapted):
+            value += "; stacks of experts stay bf16"
+        lines.append(Line(section, name, value, "model", source))
+    if request.gpu is None:
+        return [*lines, Line(section, "does it fit, how long", "name a GPU: --gpu H200", "model", "CARD, PLAN")]
+    lines.append(_fits(a, request.gpu))
     for way, seconds in a.step_seconds.items():
-        value = (
-            f"{seconds:.3g} s (model), {seconds / a.step_seconds['full fine-tuning']:.2f} of full fine-tuning (model)"
-        )
+        full = a.step_seconds.get("full fine-tuning")
+        value = f"{seconds:.3g} s (model)"
+        value += f", {seconds / full:.2f} of full fine-tuning (model)" if full else ", full fine-tuning does not fit"
         lines.append(Line(section, f"step on {request.gpu}, {way}", value, "model", "PLAN"))
     return lines
+
+
+def _fits(a: Advice, gpu: str) -> Line:
+    f, held = a.fit, usable_bytes(find(gpu)) / 2**30
+    method = {"lora": "LoRA", "qlora": "QLoRA"}[f.method]
+    settings = f"{method}{' with checkpointing' if f.checkpointing else ''} at micro-batch {f.micro_batch}"
+    of = f"{f.total / 2**30:.1f} of {held:.1f} GiB (model)"
+    if f.fits:
+        more = "" if f.method == "lora" else "; lorafuse leaves quantized layers to PEFT, whose step is not modelled"
+        return Line("cost", f"fits on {gpu}", f"{settings}, {of}{more}", "model", "CARD, SAVED")
+    value = f"{settings} is {of}; {f.elsewhere}"
+    return Line("cost", f"does not fit on {gpu}", value, "model", "CARD, SAVED")

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 __all__ = ["page"]
 
 _NOTES = (
-    "memory is of one device and nothing sharded; attention, activation functions and allocators are left out",
-    "step time is one optimizer step of a device: linear layers and experts, bf16, no attention, loss or optimizer",
+    "memory is of one device and nothing sharded; scores of attention that keeps them and allocators are left out",
+    "step time is one optimizer step of a device, accumulation and fused AdamW included; generation and data are not",
 )
 
 

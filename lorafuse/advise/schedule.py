@@ -6,6 +6,8 @@ from dataclasses import dataclass
 __all__ = [
     "BATCH_CEILING",
     "BATCH_CLOSE",
+    "ROLLOUTS",
+    "SHORT_STEPS",
     "LearningRate",
     "accumulation",
     "full_learning_rate",
@@ -13,17 +15,20 @@ __all__ = [
     "optimizer_steps",
 ]
 
-# finding F3: the penalty of large batches is sharp past about 512 sequences; the source's curves are close at 32
+# the source's curves are close at 32 sequences (finding F3); 512 is a digest's, and a rule of thumb (NOTE)
 BATCH_CEILING, BATCH_CLOSE = 512, 32
-# finding LR: learning rate over that of full fine-tuning; the longer runs end the short ones' at some 100 steps
-_MULTIPLE, _SHORT_MULTIPLE, _SHORT_STEPS = 10.0, 15.0, 100
+# answers of a prompt in reinforcement learning, of 32 prompts a step (R1)
+ROLLOUTS = 16
+# finding LR: learning rate over that of full fine-tuning; the source's "some 100 steps" is no sharp border
+_MULTIPLE, _SHORT_MULTIPLE, SHORT_STEPS = 10.0, 15.0, 100
 _BASE_RATE, _BASE_HIDDEN = 5e-5, 2000
-_EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
+_EXPONENTS = {"llama": 0.781, **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), 0.0775)}
 
 
 @dataclass(frozen=True)
 class LearningRate:
-    """`lora` and `full` rates, the multiple between them, the exponent P, and whether P is published for the family."""
+    """`lora` and `full` rates, the multiple between them, the exponent P, and whether P is published for the family and
+    the size."""
 
     lora: float
     full: float
@@ -40,17 +45,18 @@ def full_learning_rate(hidden: int, exponent: float) -> float:
 def learning_rate(hidden: int, model_type: str, steps: int | None = None) -> LearningRate:
     """The rate of an adapter: 10 times that of full fine-tuning, 15 times for runs under 100 steps (finding LR).
 
-    P is 0.781 for Llama and 0.0775 for Qwen; any other family gets the exponent of the two that gives the lower rate,
-    which is an assumption. Llama-3.1-8B: 2.856e-4; Qwen3-8B: 4.730e-4. Raises ValueError for a hidden size below 1.
+    P is 0.781 for Llama and 0.0775 for Qwen; any other family, and any hidden size below the formula's base of 2000,
+    gets the exponent of the two that gives the lower rate, which is an assumption. Llama-3.1-8B: 2.856e-4; Qwen3-8B:
+    4.730e-4. Raises ValueError for a hidden size below 1.
     """
     if hidden < 1:
         raise ValueError(f"hidden size {hidden}: it must be at least 1")
-    known = next((value for family, value in _EXPONENTS.items() if model_type.startswith(family)), None)
+    known = _EXPONENTS.get(model_type) if hidden >= _BASE_HIDDEN else None
     exponent = known
     if exponent is None:
         exponent = min(_EXPONENTS.values(), key=lambda value: full_learning_rate(hidden, value))
     full = full_learning_rate(hidden, exponent)
-    multiple = _SHORT_MULTIPLE if steps is not None and steps < _SHORT_STEPS else _MULTIPLE
+    multiple = _SHORT_MULTIPLE if steps is not None and steps < SHORT_STEPS else _MULTIPLE
     return LearningRate(multiple * full, full, multiple, exponent, known is not None)
 
 

@@ -13,9 +13,10 @@ from lorafuse.advise.configuration import load_config, on_meta
 
 __all__ = ["KINDS", "Linear", "ModelShapes", "shapes_of"]
 
-KINDS = ("mlp", "attention", "experts", "other", "router", "unembedding")
-# neither is adapted: PEFT's "all-linear" leaves the unembedding out, and no finding speaks of routers
-_NOT_ADAPTED = ("router", "unembedding")
+KINDS = ("mlp", "attention", "experts", "other", "router", "tower", "unembedding")
+# none is adapted: PEFT's "all-linear" leaves the unembedding out, no finding speaks of routers, and text gives the
+# tower of another modality no gradient
+_NOT_ADAPTED = ("router", "tower", "unembedding")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _MLP = re.compile(r"mlp|feed_?forward|ffn|intermediate|shared_expert|dense|\bfc\d|\bwi_?\d?\b|\bwo\b", re.IGNORECASE)
 # an expert of a list of experts, with linear layers of its own
@@ -60,7 +61,7 @@ class Linear:
 @dataclass(frozen=True)
 class ModelShapes:
     """What the advisor knows of a model. `parameters` counts all of the base, a tied embedding once; `experts` and
-    `active_experts` are 0 for a dense model."""
+    `active_experts` are 0 for a dense model; `normed` is the number of features of a token that go through norms."""
 
     name: str
     model_type: str
@@ -71,6 +72,7 @@ class ModelShapes:
     linears: tuple[Linear, ...]
     experts: int = 0
     active_experts: int = 0
+    normed: int = 0
 
     @property
     def adapted(self) -> tuple[Linear, ...]:
@@ -116,9 +118,11 @@ def _of_modules(model: nn.Module, name: str, active_experts: int | None) -> Mode
     experts = max([stack.experts for stack in stacks] + list(counts.values()), default=0)
     active = _active(config, modules, active_experts, experts) if experts else 0
     linears = []
+    towers = _towers(model, config)
     for at, module, N, K in layers:
         match = _LISTED_EXPERT.match(at)
         kind = _kind(at, module is head, bool(match), bool(experts) and experts >= N)
+        kind = "tower" if at.startswith(towers) else kind
         linears.append(Linear(at, kind, N, K, active=active / counts[match[1]] if match else 1.0))
     linears += [Linear(s.name, s.kind, s.N, s.K, s.experts, float(active), True) for s in stacks]
     if not any(linear.adapted for linear in linears):
@@ -129,9 +133,34 @@ def _of_modules(model: nn.Module, name: str, active_experts: int | None) -> Mode
     vocabulary = next((linear.N for linear in linears if linear.kind == "unembedding"), 0)
     depth = getattr(config, "num_hidden_layers", None) or _depth([at for at, *_ in layers])
     model_type = getattr(config, "model_type", "")
+    normed = _normed(modules, {at: N for at, _, N, _ in layers}, int(hidden), towers)
     return ModelShapes(
-        name, model_type, int(hidden), vocabulary, int(depth), parameters, tuple(linears), experts, active
+        name, model_type, int(hidden), vocabulary, int(depth), parameters, tuple(linears), experts, active, normed
     )
+
+
+def _towers(model: nn.Module, config: Any) -> tuple[str, ...]:
+    """Beginnings of the names of modules that no text goes through: the siblings of a language model among others."""
+    whole = getattr(model, "config", None)
+    if not any(getattr(whole, f"{other}_config", None) for other in ("vision", "audio")) or config is whole:
+        return ()
+    decoder = model.get_decoder()
+    at = next((name for name, module in model.named_modules() if module is decoder), "")
+    parent, _, own = at.rpartition(".")
+    beside = [name for name, _ in model.get_submodule(parent).named_children() if name not in (own, "lm_head")]
+    within = _plain(f"{parent}." if parent else "")
+    return tuple(f"{within}{name}." for name in beside) if at else ()
+
+
+def _normed(modules: list[tuple[str, nn.Module]], sizes: dict[str, int], hidden: int, towers: tuple[str, ...]) -> int:
+    """Features of a token through all norms: those of q and k are as wide as all heads together."""
+    found = 0
+    for at, module in modules:
+        weight = getattr(module, "weight", None)
+        if "norm" in type(module).__name__.lower() and weight is not None and not at.startswith(towers):
+            projection = at.replace("_layernorm", "_proj").replace("_norm", "_proj")
+            found += hidden if weight.numel() == hidden else sizes.get(projection, weight.numel())
+    return found
 
 
 def _unembedding(model: nn.Module) -> nn.Module | None:

@@ -1,93 +1,104 @@
-"""Step time of a model's linear layers on a GPU, by the cost model of `lorafuse.plan`. A model, not a measurement."""
+"""Step time of a model on a GPU, by the cost model of `lorafuse.plan` and a calibration. A model, not a measurement."""
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 
-from lorafuse.advise.capacity import rank_of
+from lorafuse.advise.capacity import rank_of, trainable
+from lorafuse.advise.memory import activation_bytes, expert_blocks
 from lorafuse.advise.shapes import Linear, ModelShapes
 from lorafuse.plan import DeviceSpec, Problem, cost, select
 
-__all__ = ["WAYS", "step_seconds"]
+__all__ = ["WAYS", "micro_step_seconds", "update_seconds"]
 
 WAYS = ("frozen", "full fine-tuning", "lorafuse")
 _GRADIENTS = ("dx", "da", "db")
 # where nvcc is: without it, lorafuse has Triton and eager
 _AVAILABLE = (("eager", ""), ("triton", ""), ("cuda", ""))
+# bytes that transformers' loss moves for each logit, forward and backward: to fp32, log-softmax, gradients, to bf16
+_LOSS_BYTES = 36
+# of what cuBLAS sustains: FlashAttention-2 reaches 35% of an H100's peak (FlashAttention-3, Shah et al. 2024)
+_ATTENTION_SHARE = 0.42
+# norms, rotary embedding, activations, residuals and what the host leaves idle, in passes over the activations that are
+# saved: chosen so that lorafuse's step is the 95.1 ms of bench/results/h200-2026-11-26-model.json (8 layers of
+# Llama-3.1-8B, 4096 tokens); full fine-tuning of the same run, which was not fitted, comes out 7% low
+_PASSES = 20.0
+# what projects an attention's heads back
+_LAST = ("o_proj", "out_proj", "c_proj", "dense", "wo")
+# fused AdamW reads weight, gradient and both moments, and writes all but the gradient
+_FUSED_PASSES = 7
 
 
-def step_seconds(shapes: ModelShapes, rank: int, tokens: int, device: DeviceSpec) -> dict[str, float]:
-    """Modelled seconds, forward and backward, of `tokens` through all linear layers and experts, for each of `WAYS`.
-
-    bf16 base; attention, norms, loss and optimizer are left out of all alike. Raises ValueError for tokens below 1.
+def micro_step_seconds(
+    shapes: ModelShapes, rank: int, tokens: int, length: int, device: DeviceSpec, *, checkpointing: bool = False
+) -> dict[str, float]:
+    """Modelled seconds of one micro-batch of `tokens`, in sequences of `length`, forward and backward, for each of
+    `WAYS`; half precision. Checkpointing runs forward twice. Raises ValueError for tokens below 1.
     """
     if tokens < 1:
         raise ValueError(f"tokens {tokens}: it must be at least 1")
     found = dict.fromkeys(WAYS, 0.0)
-    blocks, rest = _blocks(shapes.linears)
+    blocks, rest = expert_blocks(shapes.linears)
+    again = 2 if checkpointing else 1
+    dtype = "bfloat16" if device.arch >= 80 else "float16"
     sizes = Counter(
-        (x.N, x.K, x.adapted, rank_of(x, rank, shapes.active_experts), x.active / x.experts, x.experts) for x in rest
+        (x.N, x.K, x.adapted, rank_of(x, rank, shapes.active_experts), x.active / x.experts, x.experts)
+        for x in rest
+        if x.kind != "tower"
     )
     for (N, K, adapted, R, share, copies), count in sizes.items():
-        problem = Problem(math.ceil(tokens * share), N, K, R, "bfloat16", "float32")
-        for way, seconds in _linear(problem, device, adapted).items():
+        problem = Problem(math.ceil(tokens * share), N, K, R, dtype, "float32")
+        for way, seconds in _linear(problem, device, adapted, again).items():
             found[way] += seconds * count * copies
     for (up, down), count in Counter((_sizes(up), _sizes(down)) for up, down in blocks).items():
         R = rank_of(blocks[0][0], rank, shapes.active_experts)
-        for way, seconds in _experts(up, down, shapes.active_experts, R, tokens, device).items():
+        base = Problem(tokens * shapes.active_experts, up[1], up[2], R, dtype, "float32", groups=up[0], is_ragged=True)
+        base = replace(base, choices=shapes.active_experts)
+        for way, seconds in _experts(base, down[2], device, again).items():
             found[way] += seconds * count
+    # causal: half of two products forward, two and a half times that backward
+    width = sum(x.K for x in rest if x.kind == "attention" and shapes.hidden == x.N and x.name.endswith(_LAST))
+    attention = (2 * again + 5) * tokens * length * width / (device.sustained_flops * _ATTENTION_SHARE)
+    loss = shapes.vocabulary * tokens * _LOSS_BYTES
+    for way in WAYS:
+        saved = activation_bytes(shapes, 0 if way == "full fine-tuning" else rank, tokens) * (again + 2) / 3
+        found[way] += attention + (loss + _PASSES * saved) / device.sustained_bandwidth
     return found
+
+
+def update_seconds(
+    shapes: ModelShapes, way: str, rank: int, device: DeviceSpec, *, passes: int = _FUSED_PASSES
+) -> float:
+    """Modelled seconds of one AdamW step: bf16 for full fine-tuning, fp32 adapters for lorafuse."""
+    moved = {"full fine-tuning": 2 * shapes.parameters, "lorafuse": 4 * trainable(shapes, rank)}.get(way, 0)
+    return passes * moved / device.sustained_bandwidth
 
 
 def _sizes(linear: Linear) -> tuple[int, int, int]:
     return linear.experts, linear.N, linear.K
 
 
-def _blocks(linears: Sequence[Linear]) -> tuple[list[tuple[Linear, Linear]], list[Linear]]:
-    """Pairs of stacks that make the experts of a block, gate_up and down, and all that is no such pair."""
-    modules: dict[str, list[Linear]] = {}
-    rest = [linear for linear in linears if not linear.parameter]
-    for linear in linears:
-        if linear.parameter:
-            modules.setdefault(linear.name.rpartition(".")[0], []).append(linear)
-    pairs = []
-    for stacks in modules.values():
-        by_order = [(up, down) for up in stacks for down in stacks if up is not down and _pair(up, down)]
-        if len(stacks) == 2 and by_order:
-            # where H is I without gate both orders fit; the first parameter is then the first projection
-            pairs.append(by_order[0])
-        else:
-            rest += stacks
-    return pairs, rest
-
-
-def _pair(up: Linear, down: Linear) -> bool:
-    return up.K == down.N and up.N in (down.K, 2 * down.K) and up.experts == down.experts
-
-
-def _linear(problem: Problem, device: DeviceSpec, adapted: bool) -> dict[str, float]:
-    found = _both((problem,), (replace(problem, gradients=_GRADIENTS),), device)
+def _linear(problem: Problem, device: DeviceSpec, adapted: bool, again: int) -> dict[str, float]:
+    found = _both((problem,), (replace(problem, gradients=_GRADIENTS),), device, again)
     return found if adapted else found | {"lorafuse": found["frozen"]}
 
 
-def _both(forward: tuple[Problem, ...], backward: tuple[Problem, ...], device: DeviceSpec) -> dict[str, float]:
-    """Seconds of forward and backward, a problem for each projection."""
+def _both(
+    forward: tuple[Problem, ...], backward: tuple[Problem, ...], device: DeviceSpec, again: int
+) -> dict[str, float]:
+    """Seconds of `again` times forward and of backward, a problem for each projection."""
     frozen = ours = 0.0
-    for problems in (forward, backward):
-        frozen += cost.frozen(problems, device).seconds
-        ours += select(problems, device, _AVAILABLE).chosen.seconds
+    for problems, times in ((forward, again), (backward, 1)):
+        frozen += times * cost.frozen(problems, device).seconds
+        ours += times * select(problems, device, _AVAILABLE).chosen.seconds
     # dw = dyᵀ x has as many products as y
     dw = sum(cost.frozen((p,), device).seconds for p in forward)
     return {"frozen": frozen, "full fine-tuning": frozen + dw, "lorafuse": ours}
 
 
-def _experts(
-    up: tuple[int, int, int], down: tuple[int, int, int], active: int, R: int, tokens: int, device: DeviceSpec
-) -> dict[str, float]:
-    (E, U, H), I = up, down[2]  # noqa: E741
-    epilogue = "gated" if U == 2 * I else "activation"
-    base = Problem(tokens * active, U, H, R, "bfloat16", "float32", groups=E, is_ragged=True, choices=active)
-    forward = replace(base, epilogue=epilogue), replace(base, N=H, K=I)
-    backward = replace(base, gradients=_GRADIENTS), replace(base, N=H, K=I, gradients=_GRADIENTS, epilogue=epilogue)
-    return _both(forward, backward, device)
+def _experts(base: Problem, I: int, device: DeviceSpec, again: int) -> dict[str, float]:  # noqa: E741
+    epilogue = "gated" if base.N == 2 * I else "activation"
+    forward = replace(base, epilogue=epilogue), replace(base, N=base.K, K=I)
+    up, down = (replace(problem, gradients=_GRADIENTS, epilogue="") for problem in forward)
+    backward = up, replace(down, epilogue=epilogue)
+    return _both(forward, backward, device, again)

@@ -6,6 +6,7 @@ only by --probe.
 
 import argparse
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--tokens", type=_number, metavar="N", help="supervised tokens of one epoch: 250k, 10M")
     data.add_argument("--episodes", type=_number, metavar="N", help="policy-gradient episodes of the run")
-    data.add_argument("--data", type=Path, metavar="FILE", help="JSON lines: messages, prompt and completion, or text")
+    data.add_argument(
+        "--data", type=Path, metavar="FILE", help="JSON lines or an array: messages, prompts, pairs, text"
+    )
     parser.add_argument("--goal", choices=("sft", "rl"), help="(rl with --episodes, else sft)")
     parser.add_argument("--rank", type=int, help="use this rank instead of the advised one")
-    parser.add_argument("--gpu", help="model the step time on it: H200, A100, …")
+    parser.add_argument("--gpu", help="whether it fits there, and the step time: H200, A100, …")
+    parser.add_argument("--loss", type=float, help="mean loss of a first epoch, nats a token: what the data teaches")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence (2048)")
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences of a device at a time (4)")
     parser.add_argument("--devices", type=int, default=1, help="devices that train together (1)")
-    parser.add_argument("--batch", type=int, help="sequences of an optimizer step (32)")
+    parser.add_argument("--batch", type=int, help="sequences of an optimizer step (32, or 32 prompts)")
     parser.add_argument("--epochs", type=float, default=1, help="passes over the data (1)")
-    parser.add_argument("--rollouts", type=int, default=1, help="episodes for each line of --data with --goal rl (1)")
+    parser.add_argument("--rollouts", type=int, help="episodes of a prompt with --goal rl (16)")
     parser.add_argument("--active-experts", type=int, metavar="N", help="of a token, where the model does not say it")
     parser.add_argument(
         "--probe", type=int, metavar="N", help="ranks by layer, from the gradients of N lines of --data"
@@ -64,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < args.epochs <= _MOST_EPOCHS:
         raise ValueError(f"--epochs {args.epochs}: it must be above 0 and at most {_MOST_EPOCHS}")
     names = "tokens", "episodes", "data", "goal", "rank", "gpu", "length", "micro_batch", "devices", "batch", "epochs"
-    given = {name: getattr(args, name) for name in (*names, "rollouts", "active_experts")}
+    given = {name: getattr(args, name) for name in (*names, "loss", "rollouts", "active_experts")}
     advice = plan_adapter(args.model, **given)
     if args.probe is not None:
         patterns = _probe(args, advice.rank)
@@ -76,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 def _probe(args: argparse.Namespace, rank: int) -> dict[str, Any]:
     if args.data is None or not args.model.is_dir():
         raise ValueError("--probe needs --data FILE and --model DIRECTORY with weights")
-    rows = read_rows(args.data, load_tokenizer(args.model))[: args.probe]
+    rows = islice(read_rows(args.data, load_tokenizer(args.model)), args.probe)
     model = load_model(args.model)
     batches = []
     for row in rows:

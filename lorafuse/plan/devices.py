@@ -33,6 +33,7 @@ _BLACKWELL = {"has_warpgroup_mma": True, "has_tensor_memory": True}
 # by compute capability times ten; shared memory of the CUDA programming guide's table of technical specifications
 _ARCHITECTURES = {
     70: _Architecture(1024, 128),
+    75: _Architecture(1024, 128, 65536),
     80: _Architecture(2048, 128, 166912),
     86: _Architecture(512, 256, 101376),
     87: _Architecture(512, 256),
@@ -57,7 +58,7 @@ class DeviceSpec:
 
     `bf16_flops`, `fp32_flops` (CUDA cores) and `hbm_bandwidth` are the datasheet's, dense. The sustained ones are what
     a large product in full waves and a large copy reach; `source` says how they are known. `model` is the name under
-    which measurements of such GPUs are kept.
+    which measurements of such GPUs are kept. `memory_bytes` is the datasheet's GB, 0 where none is known.
     """
 
     name: str
@@ -72,6 +73,7 @@ class DeviceSpec:
     sustained_flops: float
     sustained_bandwidth: float
     source: str
+    memory_bytes: float = 0.0
 
     def __post_init__(self) -> None:
         # every call of a layer looks its plan up by it
@@ -95,24 +97,37 @@ _SHARES = f"datasheet x {_FLOPS_SHARE:.2f} and {_BANDWIDTH_SHARE:.2f}, the share
 
 
 def _datasheet(
-    name: str, arch: int, sms: int, l2_mb: int, bandwidth: float, flops: float, fp32: float, source: str = _SHARES
+    name: str,
+    arch: int,
+    sms: int,
+    l2_mb: int,
+    memory_gb: int,
+    bandwidth: float,
+    flops: float,
+    fp32: float,
+    source: str = _SHARES,
 ) -> DeviceSpec:
     sustained = flops * _FLOPS_SHARE, bandwidth * _BANDWIDTH_SHARE
     rates = bandwidth, flops, fp32, *sustained
-    return DeviceSpec(name, name, arch, sms, _ARCHITECTURES[arch].smem, l2_mb * 2**20, *rates, source)
+    return DeviceSpec(name, name, arch, sms, _ARCHITECTURES[arch].smem, l2_mb * 2**20, *rates, source, memory_gb * 1e9)
 
 
-# datasheets: SMs, L2 in MB, bandwidth, dense bf16 with fp32 accumulation, fp32
+# datasheets: SMs, L2 in MB, memory in GB, bandwidth, dense bf16 with fp32 accumulation (T4: fp16), fp32
 DEVICES: dict[str, DeviceSpec] = {
     device.name: device
     for device in (
-        _datasheet("A100", 80, 108, 40, 2039e9, 312e12, 19.5e12),
-        _datasheet("L40S", 89, 142, 96, 864e9, 362e12, 91.6e12),
-        _datasheet("RTX 4090", 89, 128, 72, 1008e9, 165.2e12, 82.6e12),
-        _datasheet("H100", 90, 132, 50, 3350e9, 989e12, 67e12),
-        _datasheet("H200", 90, 132, 60, 4800e9, 989e12, 67e12, _MEASURED),
-        _datasheet("B200", 100, 148, 126, 8000e9, 2250e12, 75e12),
-        _datasheet("RTX 5090", 120, 170, 96, 1792e9, 209.5e12, 104.8e12),
+        _datasheet("A100", 80, 108, 40, 80, 2039e9, 312e12, 19.5e12),
+        _datasheet("L40S", 89, 142, 96, 48, 864e9, 362e12, 91.6e12),
+        _datasheet("RTX 4090", 89, 128, 72, 24, 1008e9, 165.2e12, 82.6e12),
+        _datasheet("H100", 90, 132, 50, 80, 3350e9, 989e12, 67e12),
+        _datasheet("H200", 90, 132, 60, 141, 4800e9, 989e12, 67e12, _MEASURED),
+        _datasheet("B200", 100, 148, 126, 180, 8000e9, 2250e12, 75e12),
+        _datasheet("RTX 5090", 120, 170, 96, 32, 1792e9, 209.5e12, 104.8e12),
+        _datasheet("T4", 75, 40, 4, 16, 320e9, 65e12, 8.1e12),
+        _datasheet("A10G", 86, 80, 6, 24, 600e9, 70e12, 35e12),
+        _datasheet("RTX A6000", 86, 84, 6, 48, 768e9, 154.8e12, 38.7e12),
+        _datasheet("RTX 3090", 86, 82, 6, 24, 936e9, 71e12, 35.6e12),
+        _datasheet("L4", 89, 58, 48, 24, 300e9, 121e12, 30.3e12),
     )
 }
 

@@ -18,15 +18,19 @@ from lorafuse.plan.configs_triton import candidates, illegal, shared_memory
 
 pytestmark = pytest.mark.no_poison
 
+# Triton's kernels need sm_80
+WITH_KERNELS = [device for device in DEVICES.values() if device.arch >= 80]
+
 
 class TestDevice:
     def test_the_table(self):
-        assert list(DEVICES) == ["A100", "L40S", "RTX 4090", "H100", "H200", "B200", "RTX 5090"]
+        large = ["A100", "L40S", "RTX 4090", "H100", "H200", "B200", "RTX 5090"]
+        assert list(DEVICES) == [*large, "T4", "A10G", "RTX A6000", "RTX 3090", "L4"]
         for name, device in DEVICES.items():
             assert device.name == name
             assert 0 < device.sustained_flops < device.bf16_flops
             assert 0 < device.sustained_bandwidth < device.hbm_bandwidth
-            assert device.smem_per_block in (101376, 166912, 232448)
+            assert device.smem_per_block in (65536, 101376, 166912, 232448)
             assert device.source.startswith("measured") == (name == "H200")
 
     @pytest.mark.parametrize("name", ["H200", "h200", "NVIDIA H200", "rtx4090", "GeForce RTX 4090", "RTX-4090"])
@@ -91,7 +95,7 @@ class TestLegal:
     CONFIG = KernelConfig("matmul", "tma", 128, 256, 64, 16, 3, 8)
 
     def test_every_kernel_of_every_problem_has_a_legal_configuration(self):
-        for problem, device in itertools.product(problems(), DEVICES.values()):
+        for problem, device in itertools.product(problems(), WITH_KERNELS):
             for kernel in KERNELS:
                 found = candidates(kernel, problem, device)
                 assert found, (kernel, problem, device.name)
@@ -131,7 +135,7 @@ class TestLegal:
 
 class TestSelect:
     def test_only_legal_configurations_of_the_kernels_it_needs(self):
-        for problem, device in itertools.product(problems(), DEVICES.values()):
+        for problem, device in itertools.product(problems(), WITH_KERNELS):
             plan = select(problem, device, (("triton", ""),))
             kernels = [config.kernel for config in plan.configs]
             if problem.gradients:

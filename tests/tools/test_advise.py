@@ -1,6 +1,7 @@
 """The advisor (T1): the published figures come out exactly, counts are PEFT's, the snippet runs, bad input is clear."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from advised import configured
 from tiny_models import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -85,6 +87,12 @@ def test_short_runs_take_fifteen_times_and_others_ten():
     assert long.full == advise.full_learning_rate(4096, 0.781)
 
 
+@pytest.mark.parametrize(("family", "hidden"), [("llama", 576), ("qwen2", 896), ("llama4", 5120), ("mistral", 4096)])
+def test_what_the_formula_was_not_fitted_on_is_an_assumption(family, hidden):
+    assert not advise.learning_rate(hidden, family).published
+    assert advise.learning_rate(2048, "llama").published
+
+
 @pytest.mark.parametrize(("hidden", "exponent"), [(4096, 0.781), (576, 0.0775)])
 def test_an_unknown_family_takes_the_lower_rate_and_says_so(hidden, exponent):
     rate = advise.learning_rate(hidden, "gemma3")
@@ -111,18 +119,11 @@ def test_experts_share_the_total_rank(tmp_path):
     assert advise.trainable(shapes, 32) == 32 * attention + 4 * advise.per_rank(shapes)["experts"]
 
 
-def run_snippet(source, folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    found = {}
-    exec(source, found)
-    return found["config"], found["args"]
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen3", "moe"])
-def test_the_snippet_runs_and_trains_as_many_parameters_as_said(family, tmp_path, monkeypatch):
+def test_the_snippet_runs_and_trains_as_many_parameters_as_said(family):
     model = tiny_moe() if family == "moe" else tiny(family)
     advice = advise.plan_adapter(model, tokens=1000, rank=4)
-    config, args = run_snippet(advice.snippet, tmp_path, monkeypatch)
+    config, args = configured(advice.snippet)
     assert args.gradient_accumulation_steps * args.per_device_train_batch_size == advice.request.batch
     assert args.learning_rate == pytest.approx(advice.learning_rate.lora, rel=1e-3)
     adapted = peft.get_peft_model(model, config)
@@ -152,7 +153,19 @@ def test_more_data_than_the_adapter_holds_is_full_fine_tuning(llama_shapes):
 def test_reinforcement_learning_needs_little(llama_shapes):
     # MATH: 10,000 problems with 32 episodes each
     rank = advise.rank_for(llama_shapes, advise.data_bits(episodes=320_000), "rl")
-    assert (rank.comfortable, rank.advised) == (1, 4)
+    assert (rank.comfortable, rank.advised) == (1, 1)
+
+
+def test_a_measured_loss_says_what_the_data_teaches(llama, llama_shapes):
+    assert advise.data_bits(tokens=1000, loss=math.log(2)) == pytest.approx(1000)
+    assert advise.data_bits(tokens=1000, loss=2.0) == pytest.approx(2000 / math.log(2))
+    plain, lossy = (advise.plan_adapter(llama, tokens=4 * 10**7, loss=loss) for loss in (None, 4 * math.log(2)))
+    assert lossy.ranks.comfortable == pytest.approx(4 * plain.ranks.comfortable, abs=4)
+    assert "2.77259 nats each" in str(lossy)
+    with pytest.raises(ValueError, match=r"--loss 0\.0: it must be above 0"):
+        advise.plan_adapter(llama, tokens=1000, loss=0.0)
+    with pytest.raises(ValueError, match="--loss 1: it measures supervised tokens"):
+        advise.plan_adapter(llama, episodes=1000, loss=1)
 
 
 def test_no_rank_is_advised_that_costs_more_than_full_fine_tuning():
@@ -171,35 +184,37 @@ def test_accumulation_keeps_the_batch():
     assert schedule.optimizer_steps(65, 32, 2) == 6
 
 
-def test_a_batch_above_the_ceiling_is_cut(llama):
-    advice = advise.plan_adapter(llama, tokens=10**7, batch=2048)
-    assert advice.request.batch == 512
-    assert "cut from 2048" in str(advice)
+def test_a_batch_above_the_ceiling_is_kept_and_said(llama):
+    advice = advise.plan_adapter(llama, tokens=10**9, batch=2048)
+    assert advice.request.batch == 2048
+    (line,) = [line for line in advice.lines if line.name == "large batch"]
+    assert (line.sure, line.source) == ("secondary digest", "NOTE")
+    assert named(advise.plan_adapter(llama, tokens=10**9, batch=512), "large batch") == []
 
 
-def test_memory_adds_up(llama_shapes):
-    full = advise.memory(llama_shapes, "full", 16, 8192, checkpointing=True)
-    lora, qlora = (advise.memory(llama_shapes, way, 16, 8192, checkpointing=True) for way in ("lora", "qlora"))
-    assert full.trained == 16 * llama_shapes.parameters
-    assert lora.frozen == 2 * llama_shapes.parameters
-    assert lora.trained == 16 * advise.trainable(llama_shapes, 16)
-    packed = sum(x.weights for x in llama_shapes.adapted)
-    assert qlora.frozen == round(2 * (llama_shapes.parameters - packed) + packed * 4.127 / 8)
-    without = advise.memory(llama_shapes, "lora", 16, 8192, checkpointing=False)
-    assert without.activations > 5 * lora.activations
-    with pytest.raises(ValueError, match="'dora' is not one of full, lora, qlora"):
-        advise.memory(llama_shapes, "dora", 16, 8192, checkpointing=False)
+def named(advice, name):
+    return [line.value for line in advice.lines if line.name == name]
 
 
-@pytest.mark.parametrize("model", [tiny, tiny_moe])
-def test_step_time_is_the_plans(model):
-    advice = advise.plan_adapter(model(), tokens=1000, gpu="h200")
-    ways = advice.step_seconds
-    assert list(ways) == ["frozen", "full fine-tuning", "lorafuse"]
-    assert all(ways.values())
-    assert ways["full fine-tuning"] > ways["frozen"]
-    twice = advise.plan_adapter(model(), tokens=1000, gpu="H200", batch=64).step_seconds
-    assert twice == pytest.approx({way: 2 * seconds for way, seconds in ways.items()})
+def test_a_short_run_is_said_with_the_batch_that_makes_it_longer(llama):
+    one = advise.plan_adapter(llama, tokens=50_000)
+    assert one.steps == 1
+    assert named(one, "few steps") == [
+        "an epoch is one step, without gradient noise; --batch 1 --micro-batch 1 makes 25"
+    ]
+    assert advise.plan_adapter(llama, tokens=50_000, batch=1, micro_batch=1).steps == 25
+    few = advise.plan_adapter(llama, tokens=10**6)
+    assert (few.steps, named(few, "few steps")) == (16, ["--batch 5 makes 98"])
+    assert advise.plan_adapter(llama, tokens=10**6, batch=5, micro_batch=1).steps == 98
+    assert named(advise.plan_adapter(llama, tokens=10**7), "few steps") == []
+
+
+@pytest.mark.parametrize(("steps", "said"), [(49, 0), (50, 1), (99, 1), (100, 1), (199, 1), (200, 0)])
+def test_the_border_between_two_learning_rates_is_said(steps, said, llama):
+    advice = advise.plan_adapter(llama, tokens=2048 * 32 * steps)
+    assert advice.steps == steps
+    assert advice.learning_rate.multiple == (15 if steps < 100 else 10)
+    assert len(named(advice, "multiple of the learning rate")) == said
 
 
 @pytest.fixture
@@ -250,11 +265,12 @@ def test_of_a_pair_the_completion_is_counted_and_of_a_text_everything(tokenizer,
 
 
 def test_bad_lines_are_numbered(tokenizer, tmp_path):
-    path = jsonl(tmp_path, {"text": "how"}, "", "{", "[1]", {"question": "x"}, {"messages": TURNS}, {"text": ""})
-    with pytest.raises(ValueError, match="A line must be") as found:
+    bad = ["{", "[1]", {"question": "x"}, {"messages": TURNS}, {"text": 3}, "7"]
+    path = jsonl(tmp_path, {"text": "how"}, "", *bad)
+    with pytest.raises(ValueError, match="A record must be") as found:
         advise.count_file(path, tokenizer)
     said = str(found.value)
-    for part in ("line 2: it is empty", "line 3: no JSON", "line 4: a list", "line 5: it holds 'question'"):
+    for part in ("line 3: no JSON", "line 4: a list", "line 5: it holds 'question'", "line 7: it holds 'text'"):
         assert part in said
     assert "line 6: messages, but the tokenizer has no chat template" in said
     assert "and 1 more" in said
@@ -288,13 +304,13 @@ def test_the_readme_quotes_the_page(llama):
     assert [line for line in quoted if line not in lines] == [], "\n".join(lines)
 
 
-def test_too_much_data_says_full_fine_tuning_or_qlora(llama, capsys):
+def test_too_much_data_says_full_fine_tuning(llama, capsys):
     assert cli.main(["advise", "--model", str(llama), "--tokens", "5G"]) == 0
-    said = "use full fine-tuning; or QLoRA at rank 512, and expect 2 to 5 times the steps"
+    said = "use full fine-tuning: LoRA at rank 512 learns less efficiently, and QLoRA holds no more"
     assert said in capsys.readouterr().out
 
 
-def test_a_probe_from_the_command_line_ends_in_the_snippet(tokenizer, tmp_path, capsys, monkeypatch):
+def test_a_probe_from_the_command_line_ends_in_the_snippet(tokenizer, tmp_path, capsys):
     model = tiny()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -302,7 +318,7 @@ def test_a_probe_from_the_command_line_ends_in_the_snippet(tokenizer, tmp_path, 
     argv = ["advise", "--model", str(tmp_path), "--data", str(path), "--probe", "2", "--rank", "4", "--json"]
     assert cli.main(argv) == 0
     found = json.loads(capsys.readouterr().out)
-    config, _ = run_snippet(found["snippet"], tmp_path, monkeypatch)
+    config, _ = configured(found["snippet"])
     assert config.rank_pattern == found["rank_pattern"] != {}
     assert found["request"]["tokens"] == 6
     adapted = peft.get_peft_model(model, config)
@@ -320,6 +336,8 @@ def test_a_probe_from_the_command_line_ends_in_the_snippet(tokenizer, tmp_path, 
         (["--tokens", "5", "--rank", "0"], "--rank 0: it must be at least 1"),
         (["--tokens", "5", "--gpu", "H20"], "did you mean H200"),
         (["--tokens", "5", "--batch", "2"], "--micro-batch 4 on 1 devices"),
+        (["--tokens", "5", "--loss", "nan"], "--loss nan: it must be above 0"),
+        (["--episodes", "500", "--batch", "8"], "--batch 8: it must be a multiple of --rollouts 16"),
         (["--tokens", "5", "--epochs", "0"], "--epochs 0.0: it must be above 0"),
         (["--data", "absent.jsonl"], "no tokenizer there"),
         (["--tokens", "5", "--probe", "2"], "--probe needs --data FILE"),

@@ -6,15 +6,16 @@ import moe_models
 import peft
 import pytest
 import torch
+from advised import configured
 
 from lorafuse import advise
 
 
 def adapted_ranks(model, advice):
     """Adapt the model by the snippet: the rank of each adapter by the name of the layer or parameter that it adapts."""
-    found, snippet = {}, {}
-    exec(advice.snippet.partition("args = ")[0], snippet)
-    for name, module in peft.get_peft_model(model, snippet["config"]).base_model.model.named_modules():
+    found = {}
+    config, _ = configured(advice.snippet)
+    for name, module in peft.get_peft_model(model, config).base_model.model.named_modules():
         if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
             plain = re.sub(r"\.base_layer\b", "", name)
             parameter = getattr(module, "parameter_name", "weight")
