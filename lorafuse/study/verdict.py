@@ -9,8 +9,7 @@ fails fails the study. For a study to hold every claim has to, which needs no co
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from lorafuse.study import student
 
@@ -42,9 +41,6 @@ class Claim:
     bar: str
     source: str
     values: list[float]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     @property
     def shown(self) -> str:

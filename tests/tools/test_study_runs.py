@@ -10,7 +10,7 @@ import torch
 
 import lorafuse
 from lorafuse.nn import LoRAExperts, LoRALinear
-from lorafuse.study import language, layers, policy, pretrain, tasks, train
+from lorafuse.study import language, layers, policy, pretrain, runner, tasks, train
 from lorafuse.study.model import ALPHA, LAYERS, Size, Transformer, adapter_parameters, trained
 from lorafuse.study.train import Spec
 
@@ -39,6 +39,13 @@ def test_data_is_seeded():
     for make in (lambda seed: tasks.strings(20, 6, seed), lambda seed: tasks.lessons("arithmetic", 20, seed)):
         assert torch.equal(make(1).tokens, make(1).tokens)
         assert not torch.equal(make(1).tokens, make(2).tokens)
+
+
+@pytest.mark.parametrize("seed", [0, 1, runner.SELECTION, runner.SELECTION + 1])
+def test_no_base_knows_the_strings_of_a_study(seed):
+    known = {tuple(row) for row in tasks.lessons("facts", 4000, 0).tokens.tolist()}
+    assert len(known) > 500
+    assert not known & {tuple(row) for row in tasks.strings(192, 8, seed).tokens.tolist()}
 
 
 def test_strings_have_keys_of_their_own_and_labels_on_their_letters_only():
