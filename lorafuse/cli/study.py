@@ -95,16 +95,16 @@ def _study(
     file = args.out / f"{name}.json"
     head: dict[str, Any] = {"study": name, "quick": args.quick, "conditions": found}
     start = time.perf_counter()
-
-    written, took = 0.0, 0.0
+    written, took, unsaved = 0.0, 0.0, False
 
     def on_done(spec: Spec, finished: int, total: int) -> None:
-        nonlocal written, took
+        nonlocal written, took, unsaved
         shown = f"{spec.task} {spec.side} rate {spec.lr:.3g} seed {spec.seed}"
         bar.update(task, completed=finished, total=total, shown=shown)
         # the file is written whole: of short runs not after each, so that it takes a twentieth of the time at most
         began = time.perf_counter()
-        if began - written >= 20 * took or finished == total:
+        unsaved = began - written < 20 * took and finished < total
+        if not unsaved:
             record.write(file, head, lab)
             written = time.perf_counter()
             took = written - began
@@ -117,7 +117,8 @@ def _study(
             try:
                 finding = module.conduct(lab, args.quick)
             except KeyboardInterrupt:
-                record.write(file, head, lab)
+                if unsaved:
+                    record.write(file, head, lab)
                 return None
     head |= {"seconds": round(time.perf_counter() - start, 1), "finding": finding.as_dict()}
     record.write(file, head, lab)

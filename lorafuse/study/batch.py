@@ -31,7 +31,7 @@ __all__ = ["SEEDS", "SOURCE", "SUMMARY", "conduct"]
 
 
 def conduct(lab: Lab, quick: bool) -> Finding:
-    batches, examples, ranks = ((16, 64, 256), 4096, (8,)) if quick else ((16, 64, 256, 1024), 8192, (1, 8, 32))
+    batches, examples, ranks = ((16, 256), 2048, (8,)) if quick else ((16, 64, 256, 1024), 8192, (1, 8, 32))
     basis = Spec("smaller", examples, 0, 0.0, 0, 0, size=Size().wide(128))
     specs = [
         # a larger batch wants a larger rate, about as its square root

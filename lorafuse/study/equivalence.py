@@ -32,7 +32,7 @@ def sft(lab: Lab, rank: int, quick: bool) -> Spec:
     32 rows of 128 tokens a step on a GPU, four of 64 for a night of two cores.
     """
     gpu = lab.device.startswith("cuda")
-    steps, batch, length, test = (6, 2, 64, 8) if quick else (200, 32, 128, 128) if gpu else (128, 4, 64, 32)
+    steps, batch, length, test = (5, 2, 64, 8) if quick else (200, 32, 128, 128) if gpu else (128, 4, 64, 32)
     return Spec(
         "problems", steps * batch, rank, RATES[min(rank, 1)], steps, 0, batch, length=length, test=test,
         evaluations=1 if quick else 8,

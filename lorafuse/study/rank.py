@@ -3,8 +3,8 @@
 Source: learning curves of different ranks coincide at the start at one learning rate; the best rate moves by less than
 a factor of two from rank 4 to 512 (LoRA Without Regret).
 
-Done here: SmolLM2-135M as in `equivalence`, with other ranks. The start is the first fifth of the run, but six steps at
-least, at the rate that is best for rank 16.
+Done here: SmolLM2-135M as in `equivalence`, with other ranks. The start is the first fifth of the run, at least five
+steps, at the rate that is best for rank 16.
 
 Held, for the start, when the mean training loss of each rank less that of rank 16, over how far it fell, lies within
 10% of zero; for the rate, when the binary logarithm of each rank's best rate over that of rank 16 lies within 1 of
@@ -35,7 +35,7 @@ def conduct(lab: Lab, quick: bool) -> Finding:
     specs = [sft(lab, rank, quick) for rank in ranks]
     swept = lab.sweep(specs)
     common = swept[0].best
-    steps = max(6, specs[0].steps // 5)
+    steps = max(5, specs[0].steps // 5)
     starts = [
         [run["early"][:steps] for run in lab.run([replace(spec, lr=common, seed=seed) for seed in lab.seeds])]
         for spec in specs

@@ -36,7 +36,7 @@ __all__ = ["SEEDS", "SOURCE", "SUMMARY", "best_rates", "conduct", "slope", "smal
 def small(width: int, rank: int, quick: bool) -> Spec:
     """Fine-tuning of a small model on the task that the others of `lorafuse.study` use."""
     rate = (1e-3 if rank else 6e-4) * math.sqrt(64 / width)
-    return Spec("smaller", 2000, rank, rate, 100 if quick else 400, 0, size=Size().wide(width))
+    return Spec("smaller", 2000, rank, rate, 60 if quick else 400, 0, size=Size().wide(width))
 
 
 def vertex(rates: Sequence[float], losses: Sequence[float]) -> float:

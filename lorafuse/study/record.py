@@ -55,12 +55,13 @@ def finished_runs(folder: Path, device: str) -> dict[str, dict[str, Any]]:
 
 
 def write(file: Path, head: dict[str, Any], lab: Lab) -> None:
-    """Write the file whole or not at all: the head, then every finished run of the study on a line of its own."""
+    """Write the file whole or not at all: the head, then finished runs, each on a line of its own.
+
+    They are those of the study once its finding is in the head, and before that all that are known: a study that goes
+    on comes to some of its runs late.
+    """
     head = {"version": VERSION, "code": code(), "device": lab.device, "seeds": lab.seeds, **head}
-    runs = [
-        json.dumps({"spec": spec.as_dict(), "result": lab.done[key]})
-        for key, spec in lab.asked.items()
-        if key in lab.done
-    ]
+    keys = lab.asked if "finding" in head else sorted(lab.done)
+    runs = [f'{{"spec": {key}, "result": {json.dumps(lab.done[key])}}}' for key in keys]
     text = json.dumps(head, indent=1)[:-2] + ',\n "runs": [\n' + ",\n".join(runs) + "\n ]\n}\n"
     write_text(file, text)

@@ -101,6 +101,10 @@ def test_interrupted_runs_are_kept_and_not_run_again(set_run, tmp_path, capsys):
     assert 0 < len(made) - count < len(read(tmp_path, "rank")["runs"])
 
 
+def keys(folder, name):
+    return {json.dumps(run["spec"], sort_keys=True) for run in read(folder, name)["runs"]}
+
+
 KILLED = """
 import sys, time
 from lorafuse import cli
@@ -133,13 +137,65 @@ def test_a_study_that_was_killed_goes_on_from_its_last_finished_run(set_run, tmp
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    kept = {json.dumps(run["spec"]) for run in read(tmp_path, "rl")["runs"]}
+    kept = keys(tmp_path, "rl")
     assert 3 <= len(kept) < 30
     made = []
-    set_run(lambda spec, base, device: made.append(json.dumps(spec.as_dict())) or planted(spec))
+    set_run(lambda spec, base, device: made.append(runner.key(spec)) or planted(spec))
     assert study(tmp_path, "rl") == 0
     assert not kept & set(made)
-    assert kept | set(made) == {json.dumps(run["spec"]) for run in read(tmp_path, "rl")["runs"]}
+    assert kept | set(made) == keys(tmp_path, "rl")
+
+
+WORKERS = """
+import time
+from lorafuse.study.runner import Lab
+
+if __name__ == "__main__":
+    with Lab([0, 1], workers=2) as lab:
+        # both workers are up after this, and in the middle of something long after that
+        list(lab._map(time.sleep, [0.5, 0.5]))
+        lab._pool.map_async(time.sleep, [600, 600], chunksize=1)
+        time.sleep(1)
+        print(*(process.pid for process in lab._pool._pool), flush=True)
+        time.sleep(600)
+"""
+
+
+def test_workers_end_with_a_study_that_was_killed(tmp_path):
+    (tmp_path / "main.py").write_text(WORKERS)
+    process = subprocess.Popen([sys.executable, str(tmp_path / "main.py")], stdout=subprocess.PIPE, text=True)
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    process.kill()
+    process.wait()
+    assert len(workers) == 2
+    for _ in range(300):
+        if not any(_runs(pid) for pid in workers):
+            return
+        time.sleep(0.1)
+    raise AssertionError("workers of a killed study still run")
+
+
+def _runs(pid):
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_going_on_loses_no_run_that_comes_late(set_run, tmp_path):
+    """Interrupted again before it comes to them, a study still has the runs of its later parts."""
+    assert study(tmp_path, "rate", "--seeds", "3") == 0
+    late = {key for key in keys(tmp_path, "rate") if json.loads(key)["seed"] < runner.SELECTION}
+
+    def run(spec, base, device):
+        if spec.seed < runner.SELECTION:
+            raise KeyboardInterrupt
+        return planted(spec)
+
+    set_run(run)
+    # another base's seed: the small models' sweeps run anew
+    assert study(tmp_path, "rate", "--seeds", "3", "--seed", "1") == 130
+    assert late <= keys(tmp_path, "rate")
 
 
 def test_runs_of_other_code_are_run_again(set_run, tmp_path, monkeypatch):
