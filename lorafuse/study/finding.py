@@ -56,12 +56,12 @@ def line(name: str, x: Sequence[float], values: Sequence[Sequence[float]]) -> Li
     )
 
 
-def curve(swept: Swept, name: str = "", first: int = 0, shown: Callable[[float], float] = lambda value: value) -> Line:
-    """`shown` of what was evaluated over the steps at the best rate, from the evaluation `first` on; named as the side.
+def curve(swept: Swept, name: str = "", shown: Callable[[float], float] = lambda value: value) -> Line:
+    """`shown` of what was evaluated over the steps at the best rate; named as the side.
 
     It ends where the first of its runs did: one that diverged is shorter.
     """
-    points = list(zip(*(run["curve"] for run in swept.runs), strict=False))[first:]
+    points = list(zip(*(run["curve"] for run in swept.runs), strict=False))
     steps = [at[0][0] for at in points]
     return line(name or swept.spec.side, steps, [[shown(value) for _, value in at] for at in points])
 

@@ -1,14 +1,17 @@
 """The studies' verdicts (T1): Student's t, power, what is held, not held and not decidable, planted findings."""
 
+import importlib
 import json
 import math
 
 import pytest
 import torch
-from planted_studies import planted, planted_lab
+from planted_studies import plant, planted, planted_lab
 
 from lorafuse.study import STUDIES, student, verdict
+from lorafuse.study.equivalence import sft
 from lorafuse.study.rate import slope, vertex
+from lorafuse.study.runner import Lab
 from lorafuse.study.verdict import EDGE, FAILED, HELD, UNDECIDED
 
 # quantiles of Student's t as printed tables have them
@@ -197,3 +200,24 @@ def test_a_best_rate_that_never_comes_is_not_decidable(run_study, name):
     barred = [claim for claim in finding["claims"] if "the first" not in claim["claim"]]
     assert barred
     assert all((claim["outcome"], claim["bar"]) == (UNDECIDED, EDGE) or "not equal" in claim["bar"] for claim in barred)
+
+
+@pytest.mark.parametrize(
+    ("name", "claims"),
+    [("equivalence", 2), ("capacity", 4), ("batch", 3), ("layers", 4), ("rl", 3), ("rate", 2), ("rank", 4)],
+)
+def test_the_full_size_makes_its_claims_with_the_seeds_that_were_fixed(monkeypatch, name, claims):
+    plant(monkeypatch, lambda spec, base, device: planted(spec))
+    module = importlib.import_module(f"lorafuse.study.{name}")
+    finding = module.conduct(Lab(list(range(module.SEEDS[1]))), False)
+    assert [len(claim.values) for claim in finding.claims] == [16 if name == "rl" else 8] * claims
+
+
+def test_smollm2_trains_what_the_page_says():
+    tokens = {}
+    for size, (device, quick) in {"quick": ("cpu", True), "cpu": ("cpu", False), "gpu": ("cuda", False)}.items():
+        spec = sft(Lab([0, 1], device), 16, quick)
+        # one epoch: no row is seen twice
+        assert spec.count == spec.steps * spec.batch
+        tokens[size] = (spec.steps, spec.batch * spec.length)
+    assert tokens == {"quick": (5, 128), "cpu": (128, 256), "gpu": (200, 4096)}
