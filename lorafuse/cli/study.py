@@ -1,7 +1,8 @@
-"""Try the findings about LoRA and full fine-tuning that this project stands on: small experiments on its own layers.
+"""Try the findings about LoRA and full fine-tuning that this project stands on: experiments on its own layers.
 
-Each trains a small transformer, pretrained here, in full and by adapters, learning rates swept for both, several seeds,
-and says of each claim: held, did not hold or inconclusive. Finished runs are kept and used again, after Ctrl-C too.
+Each trains a model, SmolLM2-135M or a small one pretrained here, in full and by adapters, learning rates swept for both
+over the same grid, and says of each claim: held, did not hold or not decidable, by a test with its power. Finished runs
+are kept as they finish; the same command goes on where an interrupted one stopped.
 """
 
 import argparse
@@ -22,9 +23,6 @@ SUMMARY = "small experiments that test the findings about LoRA and full fine-tun
 
 __all__ = ["SUMMARY", "add_arguments", "run"]
 
-_SEEDS, _QUICK_SEEDS = 5, 3
-# the models' usual width, and the features of a head, of which there are whole ones
-_WIDTH, _HEAD = 64, 16
 # of a GPU: small models leave it idle
 _GPU_WORKERS = 4
 
@@ -33,16 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "names", nargs="+", choices=(*STUDIES, "all"), metavar="NAME", help=f"{', '.join(STUDIES)}, or all"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="smaller data and fewer steps: all in 15 minutes on 2 cores"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="the first seed, also the base's (0)")
-    parser.add_argument("--seeds", type=int, help=f"how many ({_SEEDS}; {_QUICK_SEEDS} with --quick)")
+    parser.add_argument("--quick", action="store_true", help="smaller data, fewer steps and seeds: less power")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed, also the small bases' (0)")
+    parser.add_argument("--seeds", type=int, help="how many, 2 or more (each study's own number)")
     parser.add_argument("--device", default="", help="cuda, cpu, … (cuda where there is one)")
     parser.add_argument("--workers", type=int, help=f"processes (one a core; {_GPU_WORKERS} on a GPU)")
-    parser.add_argument(
-        "--width", type=int, default=_WIDTH, metavar="N", help=f"of the model, a multiple of {_HEAD} ({_WIDTH})"
-    )
     parser.add_argument("--base-steps", type=int, metavar="N", help="of the bases' pretraining (1500 and 2500)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/study"), help="where NAME.json and NAME.png go (runs/study)"
@@ -51,15 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when the studies ran, whatever they found; 130 when interrupted."""
-    if args.seeds is None:
-        args.seeds = _QUICK_SEEDS if args.quick else _SEEDS
     device = _common.device(args.device)
     if args.workers is None:
         args.workers = _GPU_WORKERS if device.type == "cuda" else len(os.sched_getaffinity(0))
-    _common.check_numbers(args, "seeds", "workers", "base_steps")
+    _common.check_numbers(args, "workers", "base_steps")
+    # one value has no spread, and no test
+    _common.check_numbers(args, "seeds", least=2)
     _common.check_numbers(args, "seed", least=0)
-    if not 1 <= args.width <= _common.MOST or args.width % _HEAD:
-        raise ValueError(f"--width {args.width}: it must be a multiple of {_HEAD}, such as {_WIDTH} or {2 * _WIDTH}")
     try:
         import matplotlib  # noqa: F401
 
@@ -102,26 +93,36 @@ def _study(
     module = importlib.import_module(f"lorafuse.study.{name}")
     console.rule(f"{name}: {module.SUMMARY}")
     file = args.out / f"{name}.json"
-    head: dict[str, Any] = {"study": name, "quick": args.quick, "width": args.width, "conditions": found}
+    head: dict[str, Any] = {"study": name, "quick": args.quick, "conditions": found}
     start = time.perf_counter()
+    written, took, unsaved = 0.0, 0.0, False
 
     def on_done(spec: Spec, finished: int, total: int) -> None:
+        nonlocal written, took, unsaved
         shown = f"{spec.task} {spec.side} rate {spec.lr:.3g} seed {spec.seed}"
         bar.update(task, completed=finished, total=total, shown=shown)
-        record.write(file, head, lab)
+        # the file is written whole: of short runs not after each, so that it takes a twentieth of the time at most
+        began = time.perf_counter()
+        unsaved = began - written < 20 * took and finished < total
+        if not unsaved:
+            record.write(file, head, lab)
+            written = time.perf_counter()
+            took = written - began
 
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[shown]}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=None, shown="pretraining the base, where it is not in the cache")
-        seeds = list(range(args.seed, args.seed + args.seeds))
-        with Lab(seeds, device, args.workers, args.base_steps, args.width, done, on_done) as lab:
+        seeds = list(range(args.seed, args.seed + (args.seeds or module.SEEDS[0 if args.quick else 1])))
+        with Lab(seeds, device, args.workers, args.base_steps, done, on_done) as lab:
             try:
                 finding = module.conduct(lab, args.quick)
             except KeyboardInterrupt:
+                if unsaved:
+                    record.write(file, head, lab)
                 return None
     head |= {"seconds": round(time.perf_counter() - start, 1), "finding": finding.as_dict()}
     record.write(file, head, lab)
-    size = f"{'--quick' if args.quick else 'full size'}, width {args.width}, {len(seeds)} seeds"
+    size = f"{'--quick' if args.quick else 'full size'}, {len(seeds)} seeds"
     plots.draw(args.out / f"{name}.png", name, finding, f"{size}; {found['device']}, {found['date']}")
     _print(console, finding)
     text = f"{head['seconds']:.0f} s; wrote {name}.json and {name}.png to {args.out}"
@@ -132,15 +133,11 @@ def _study(
 def _print(console: Any, finding: Any) -> None:
     from rich.table import Table
 
-    shown = {"best rate": "{:.3g}", "loss": "{:.4f}", "low": "{:.4f}", "high": "{:.4f}", "bits": "{:.0f}"}
+    shown = {"best rate": "{:.3g}", "loss": "{:.4f}", "low": "{:.4f}", "high": "{:.4f}", "bits per parameter": "{:.2f}"}
     table = Table(*finding.conditions[0], title="at the best rate of each, mean and spread over seeds")
     for row in finding.conditions:
         table.add_row(*(shown.get(name, "{}").format(value) for name, value in row.items()))
     console.print(table)
     for one in finding.claims:
-        console.print(
-            f"{one.outcome}: {one.claim}: {one.value:.3g} ({one.low:.3g} to {one.high:.3g}); margin: {one.margin}; "
-            f"source: {one.source}",
-            highlight=False,
-        )
+        console.print(f"{one.outcome}: {one.claim}: {one.shown}; source: {one.source}", highlight=False, markup=False)
     console.print(f"verdict: {finding.outcome}", style="bold", highlight=False)

@@ -1,64 +1,60 @@
-"""F3: LoRA tolerates large batches less than full fine-tuning, at every rank.
+"""F3: LoRA tolerates large batches less than full fine-tuning.
 
-Source: on 10,000 examples the gap between LoRA and full fine-tuning grows with the batch, independent of rank (LoRA
-Without Regret).
+Source: in some settings, shown on 10,000 examples, the gap between LoRA and full fine-tuning grows with the batch, and
+not less at higher ranks; both sides do best at smaller batches; no threshold is given (LoRA Without Regret).
 
-Done here: the same number of examples in batches of growing size, so that the steps become fewer; both sides at the
-best rate of each batch size.
+Done here: one epoch of the same examples in batches of growing size, so that the steps become fewer, in a small
+transformer of width 128; both sides at the best rate of each batch size.
 
-Held when at each rank the gap of LoRA's test loss over full's is larger at the largest batch than at the smallest,
-with spreads that do not overlap; it did not hold when it is smaller in the same sense. That the growth is the same
-at every rank is held when the ranks' growths differ by at most half of their mean with every seed.
+A rank is compared only where LoRA equals full fine-tuning at the smallest batch, by the test of `equivalence` with its
+margin of 5% of what full learned; otherwise nothing is said of it. Held when the gap of its test loss over full's grows
+from the smallest batch to the largest one, seed by seed.
 """
 
 import math
+from dataclasses import replace
 
+from lorafuse.study.equivalence import MARGIN, gap
 from lorafuse.study.finding import Finding, Panel, line, row
+from lorafuse.study.model import Size
 from lorafuse.study.runner import Lab
 from lorafuse.study.train import Spec
-from lorafuse.study.verdict import above, at_most, claim
+from lorafuse.study.verdict import EDGE, HELD, claim
 
 SUMMARY = "the gap between LoRA and full fine-tuning as the batch grows"
-SOURCE = "the penalty grows with the batch, independent of rank"
-ALIKE = 0.5
-# nats; a growth below is none
-_NOTHING = 1e-3
+SOURCE = "in some settings the penalty grows with the batch, at every rank"
+# nats; the power is stated for a growth of this size
+GROWTH = 0.02
+SEEDS = 4, 8
 
-__all__ = ["SOURCE", "SUMMARY", "conduct"]
+__all__ = ["SEEDS", "SOURCE", "SUMMARY", "conduct"]
 
 
 def conduct(lab: Lab, quick: bool) -> Finding:
-    batches, examples, ranks = ((16, 64, 256), 4096, (1, 8)) if quick else ((16, 64, 256, 1024), 16384, (1, 8, 32))
+    batches, examples, ranks = ((16, 256), 2048, (8,)) if quick else ((16, 64, 256, 1024), 8192, (1, 8, 32))
+    basis = Spec("smaller", examples, 0, 0.0, 0, 0, size=Size().wide(128))
     specs = [
         # a larger batch wants a larger rate, about as its square root
-        Spec("smaller", 2000, rank, (2e-3 if rank else 4e-4) * math.sqrt(batch / 64), examples // batch, 0, batch)
+        replace(basis, rank=rank, lr=(2e-3 if rank else 4e-4) * math.sqrt(batch / 64), steps=examples // batch,
+                batch=batch)
         for batch in batches for rank in (0, *ranks)
     ]  # fmt: skip
     found = {(one.spec.batch, one.spec.rank): one for one in lab.sweep(specs)}
-    gaps = {
-        (batch, rank): [a - b for a, b in zip(found[batch, rank].losses, found[batch, 0].losses, strict=True)]
-        for batch in batches for rank in ranks
-    }  # fmt: skip
+    gaps = {(batch, rank): found[batch, rank].above(found[batch, 0]) for batch in batches for rank in ranks}
     first, last = batches[0], batches[-1]
-    growths = {rank: [b - a for a, b in zip(gaps[first, rank], gaps[last, rank], strict=True)] for rank in ranks}
-    edges = {rank: any(found[batch, side].at_edge for batch in (first, last) for side in (0, rank)) for rank in ranks}
-    claims = [
-        claim(
-            f"LoRA r {rank}: the gap over full grows from batch {first} to {last}, nats",
-            above(gaps[last, rank], gaps[first, rank]), growths[rank],
-            margin="spreads apart", source=SOURCE, at_edge=edges[rank],
-        )
-        for rank in ranks
-    ]  # fmt: skip
-    means = [sum(seeds) / len(seeds) for seeds in zip(*growths.values(), strict=True)]
-    apart = [
-        (max(seeds) - min(seeds)) / max(abs(mean), _NOTHING)
-        for seeds, mean in zip(zip(*growths.values(), strict=True), means, strict=True)
-    ]
-    claims.append(
-        claim("the growth is the same at every rank: largest difference over the mean", at_most(apart, ALIKE), apart,
-              margin=f"at most {ALIKE:.0%}", source=SOURCE, at_edge=any(edges.values()))
-    )  # fmt: skip
+    claims = []
+    for rank in ranks:
+        equal = gap(found[first, rank], found[first, 0], "", MARGIN, SOURCE, 1)
+        bar = "" if equal.outcome == HELD else f"not equal at batch {first}: {equal.shown}"
+        ends = [found[batch, side] for batch in (first, last) for side in (0, rank)]
+        claims.append(
+            claim(
+                f"LoRA r {rank}: how much its gap over full grows from batch {first} to {last}, nats",
+                [b - a for a, b in zip(gaps[first, rank], gaps[last, rank], strict=True)], 0.0, math.inf,
+                expected=GROWTH, margin="above zero", source=SOURCE, claims=len(ranks),
+                bar=bar or (EDGE if any(one.at_edge for one in ends) else ""),
+            )
+        )  # fmt: skip
     losses = [
         line("full" if rank == 0 else f"LoRA r {rank}", batches, [found[batch, rank].losses for batch in batches])
         for rank in (0, *ranks)

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorafuse.study.runner import Swept
+from lorafuse.study.train import DIVERGED
 from lorafuse.study.verdict import Claim, overall
 
 __all__ = ["Finding", "Line", "Panel", "curve", "line", "panel_of_rates", "row"]
@@ -55,12 +56,12 @@ def line(name: str, x: Sequence[float], values: Sequence[Sequence[float]]) -> Li
     )
 
 
-def curve(swept: Swept, name: str = "", first: int = 0, shown: Callable[[float], float] = lambda value: value) -> Line:
-    """`shown` of what was evaluated over the steps at the best rate, from the evaluation `first` on; named as the side.
+def curve(swept: Swept, name: str = "", shown: Callable[[float], float] = lambda value: value) -> Line:
+    """`shown` of what was evaluated over the steps at the best rate; named as the side.
 
     It ends where the first of its runs did: one that diverged is shorter.
     """
-    points = list(zip(*(run["curve"] for run in swept.runs), strict=False))[first:]
+    points = list(zip(*(run["curve"] for run in swept.runs), strict=False))
     steps = [at[0][0] for at in points]
     return line(name or swept.spec.side, steps, [[shown(value) for _, value in at] for at in points])
 
@@ -79,7 +80,10 @@ def row(swept: Swept, **more: Any) -> dict[str, Any]:
     }
 
 
-def panel_of_rates(swept: Sequence[Swept], y: str = "loss, nats") -> Panel:
-    """The sweeps themselves."""
-    lines = [line(one.spec.side, one.rates, one.by_rate) for one in swept]
+def panel_of_rates(swept: Sequence[Swept], names: Sequence[str] = (), y: str = "validation loss, nats") -> Panel:
+    """The sweeps themselves, without rates at which the run diverged."""
+    lines = []
+    for one, name in zip(swept, names or [one.spec.side for one in swept], strict=True):
+        kept = [(rate, [loss]) for rate, loss in zip(one.rates, one.validation, strict=True) if loss < DIVERGED]
+        lines.append(line(name, *(list(column) for column in zip(*kept, strict=True))) if kept else line(name, [], []))
     return Panel("learning rates", "learning rate", y, lines, log_x=True)

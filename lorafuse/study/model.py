@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lorafuse.nn import LoRAExperts, LoRALinear
 from lorafuse.study.tasks import ALPHABET
 
-__all__ = ["ALPHA", "LAYERS", "Size", "Transformer", "adapt", "adapter_parameters", "train_rest", "trained"]
+__all__ = ["ALPHA", "LAYERS", "Size", "Transformer", "adapter_parameters", "trained"]
 
 # of the source: paths scaled by 32 / r at every rank
 ALPHA = 32.0
@@ -125,41 +125,31 @@ class Transformer(nn.Module):
             x = block(x)
         return self.unembedding(self.norm(x))
 
+    def adapt(self, rank: int, layers: str = "all", alpha: float = ALPHA) -> None:
+        """Freeze the model and put an adapter of that rank on each layer of `layers`, drawn from torch's generator.
 
-def adapt(model: Transformer, rank: int, layers: str = "all") -> Transformer:
-    """Freeze the model and put an adapter of that rank on each layer of `layers`, in place; returns it.
-
-    Experts get rank / active experts each, rounded up. A is drawn from torch's default generator.
-    """
-    model.requires_grad_(False)
-    size = model.size
-    for block in model.blocks:
-        assert isinstance(block, Block)
-        if "attention" in LAYERS[layers]:
-            _adapt_linears(block.attention, _ATTENTION, rank)
-        if "mlp" in LAYERS[layers]:
-            if isinstance(block.mlp, MoE):
-                block.mlp.experts = _adapted_experts(block.mlp.experts, size, rank)
-            else:
-                _adapt_linears(block.mlp, _MLP, rank)
-    return model
+        Experts get rank / active experts each, rounded up.
+        """
+        self.requires_grad_(False)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            if "attention" in LAYERS[layers]:
+                _adapt_linears(block.attention, _ATTENTION, rank, alpha)
+            if "mlp" in LAYERS[layers]:
+                if isinstance(block.mlp, MoE):
+                    block.mlp.experts = _adapted_experts(block.mlp.experts, self.size, rank, alpha)
+                else:
+                    _adapt_linears(block.mlp, _MLP, rank, alpha)
 
 
-def train_rest(model: Transformer, wanted: bool) -> None:
-    """Whether what no adapter goes to is trained: embeddings, positions, norms and unembedding."""
-    for name, parameter in model.named_parameters():
-        if ".attention." not in name and ".mlp." not in name:
-            parameter.requires_grad_(wanted)
-
-
-def _adapt_linears(module: nn.Module, names: tuple[str, ...], rank: int) -> None:
+def _adapt_linears(module: nn.Module, names: tuple[str, ...], rank: int, alpha: float) -> None:
     for name in names:
-        setattr(module, name, LoRALinear.from_linear(getattr(module, name), rank, alpha=ALPHA))
+        setattr(module, name, LoRALinear.from_linear(getattr(module, name), rank, alpha=alpha))
 
 
-def _adapted_experts(experts: nn.Module, size: Size, rank: int) -> LoRAExperts:
+def _adapted_experts(experts: nn.Module, size: Size, rank: int, alpha: float) -> LoRAExperts:
     own = math.ceil(rank / size.active)
-    adapted = LoRAExperts(size.experts, size.width, size.inner, own, alpha=ALPHA)
+    adapted = LoRAExperts(size.experts, size.width, size.inner, own, alpha=alpha)
     adapted.load_state_dict(experts.state_dict(), strict=False)
     return adapted
 
@@ -170,7 +160,7 @@ def trained(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def adapter_parameters(size: Size, rank: int, layers: str = "all") -> int:
-    """How many parameters `adapt` adds."""
+    """How many parameters `Transformer.adapt` adds."""
     square = 4 * rank * 2 * size.width if "attention" in LAYERS[layers] else 0
     if "mlp" not in LAYERS[layers]:
         return size.depth * square

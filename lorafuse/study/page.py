@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafuse.study import STUDIES
+from lorafuse.study.verdict import Claim
 
 __all__ = ["rewrite", "section"]
 
@@ -17,31 +18,33 @@ _BEGIN, _END = "<!-- results -->\n", "<!-- /results -->"
 
 
 def section(folder: Path) -> str:
-    """A table of all studies, then the claims of each, from the files of one run of all of them in the folder."""
-    contents = {name: json.loads((folder / f"{name}.json").read_text()) for name in STUDIES}
+    """A table of all studies, then the claims of each that has a file in the folder; the others are not measured."""
+    files = {name: folder / f"{name}.json" for name in STUDIES}
+    contents = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     lines = ["| study | finding | in the source | outcome here |", "|---|---|---|---|"]
-    for name, content in contents.items():
+    for name in STUDIES:
         module = importlib.import_module(f"lorafuse.study.{name}")
         finding = str(module.__doc__).split("\n\n")[0].replace("\n", " ")
-        lines.append(f"| `{name}` | {finding} | {module.SOURCE} | {content['finding']['outcome']} |")
+        found = contents.get(name)
+        outcome = f"{found['finding']['outcome']} ({_size(found)})" if found else "not measured"
+        lines.append(f"| `{name}` | {finding} | {module.SOURCE} | {outcome} |")
     for name, content in contents.items():
         conditions = content["conditions"]
         where = ", ".join(f"{key} {conditions[key]}" for key in ("threads", "torch", "commit") if key in conditions)
         lines += [
-            "", f"### {name}", "", f"**{content['finding']['outcome'].capitalize()}.** {len(content['seeds'])} seeds, "
-            f"{content['seconds']:.0f} s, {conditions['device']}, {where}, {conditions['date']}: "
-            f"[every run](/docs/studies/{name}.json)", "",
-            f"![{name}](/docs/studies/{name}.png)", "", *_claims(content["finding"]["claims"]),
+            "", f"### {name}", "", f"**{content['finding']['outcome'].capitalize()}.** {_size(content)}, "
+            f"{len(content['seeds'])} seeds, {content['seconds']:.0f} s, {conditions['device']}, {where}, "
+            f"{conditions['date']}: [every run](/docs/studies/{name}.json)", "",
+            f"![{name}](/docs/studies/{name}.png)", "",
+            "| claim | found: mean (90% interval, seeds); margin; power | outcome |", "|---|---|---|",
+            *(f"| {one.claim} | {one.shown} | {one.outcome} |" for one in
+              (Claim(**each) for each in content["finding"]["claims"])),
         ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def _claims(claims: list[dict[str, Any]]) -> list[str]:
-    lines = ["| claim | found, mean (spread over seeds) | margin | outcome |", "|---|---:|---|---|"]
-    for one in claims:
-        value = f"{one['value']:.3g} ({one['low']:.3g} to {one['high']:.3g})"
-        lines.append(f"| {one['claim']} | {value} | {one['margin']} | {one['outcome']} |")
-    return lines
+def _size(content: dict[str, Any]) -> str:
+    return "`--quick`" if content["quick"] else "full size"
 
 
 def rewrite(page: Path) -> str:

@@ -3,29 +3,27 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorafuse.study import tasks
-from lorafuse.study.model import Transformer, trained
 from lorafuse.study.tasks import Data
-from lorafuse.study.train import Spec, batches, due, optimizer, prepared, result, rounded
+from lorafuse.study.train import Spec, fit, prepared
 
-__all__ = ["GROUP", "reward", "run", "sample"]
+__all__ = ["GROUP", "chances", "reward", "run", "sample", "split"]
 
 # answers to each problem of a batch
 GROUP = 8
 
 
-def sample(model: Transformer, prompts: Tensor, length: int, generator: torch.Generator | None) -> Tensor:
-    """Answers `[B, length]` to `prompts [B, P]`, drawn at temperature 1; without a generator the likeliest ones."""
+def sample(model: nn.Module, prompts: Tensor, length: int, generator: torch.Generator) -> Tensor | None:
+    """Answers `[B, length]` to `prompts [B, P]`, drawn at temperature 1; None where the model gives no numbers."""
     tokens = prompts
     with torch.no_grad():
         for _ in range(length):
             logits = model(tokens)[:, -1].cpu()
-            if generator is None:
-                following = logits.argmax(-1, keepdim=True)
-            else:
-                following = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            if not torch.isfinite(logits).all():
+                return None
+            following = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             tokens = torch.cat([tokens, following.to(tokens.device)], 1)
     return tokens[:, prompts.shape[1] :]
 
@@ -35,49 +33,42 @@ def reward(answers: Tensor, right: Tensor) -> Tensor:
     return (answers == right).all(-1).float()
 
 
-def split(data: Data) -> tuple[Tensor, Tensor]:
-    """Prompts and right answers of problems that are all of one shape."""
-    supervised = data.labels[0] >= 0
-    first = int(supervised.nonzero()[0])
-    return data.tokens[:, : first + 1], data.labels[:, first:]
+def chances(model: nn.Module, prompts: Tensor, answers: Tensor) -> Tensor:
+    """Log-probability `[B]` of each whole answer."""
+    logits = model(torch.cat([prompts, answers[:, :-1]], 1))[:, -answers.shape[1] :]
+    return logits.log_softmax(-1).gather(-1, answers[..., None])[..., 0].sum(-1)
 
 
-def run(spec: Spec, base: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
-    """A `result` of which the losses are the share of other problems answered wrongly, drawn at temperature 1.
+def split(data: Data) -> Data:
+    """Problems that are all of one shape, as whole prompts `[N, P]` and whole right answers `[N, length]`."""
+    first = int((data.labels[0] >= 0).nonzero()[0])
+    return Data(data.tokens[:, : first + 1], data.labels[:, first:])
 
-    A step takes `batch` episodes: batch / GROUP problems, GROUP answers to each. One gradient step for each batch, so
-    that the policy is the one that drew. The advantage is the reward less the group's mean.
+
+def run(spec: Spec, base: nn.Module, device: torch.device) -> dict[str, Any]:
+    """`fit`'s result, of which the losses are the expected share of wrong answers, at temperature 1.
+
+    It is exact: 1 less the mean probability of the right answer, which is a product of two softmaxes. A step takes
+    `batch` episodes: batch / GROUP problems, GROUP answers to each. One gradient step for each batch, so that the
+    policy is the one that drew. The advantage is the reward less the group's mean.
     """
     model = prepared(spec, base, device)
-    train, test = (split(data.to(device)) for data in tasks.arithmetic(spec.task, spec.count, spec.test, spec.seed))
-    length = train[1].shape[1]
-    adam, schedule = optimizer(model, spec.lr)
+    parts = tasks.arithmetic(spec.task, spec.count, spec.test, spec.seed)
+    train, validation, test = (split(data.to(device)) for data in parts)
     generator = torch.Generator().manual_seed(spec.seed)
 
-    def evaluate() -> float:
-        same = torch.Generator().manual_seed(spec.seed)
-        return rounded(1 - float(reward(sample(model, test[0], length, same), test[1]).mean()))
-
-    curve = [[0, evaluate()]]
-    rewards = []
-    broken = None
-    for step, chosen in enumerate(batches(len(train[0]), spec.batch // GROUP, spec.steps, spec.seed), 1):
-        prompts = train[0][chosen].repeat_interleave(GROUP, 0)
-        answers = sample(model, prompts, length, generator)
-        gained = reward(answers, train[1][chosen].repeat_interleave(GROUP, 0))
+    def objective(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        prompts, right = (part[chosen].repeat_interleave(GROUP, 0) for part in (train.tokens, train.labels))
+        answers = sample(model, prompts, right.shape[1], generator)
+        if answers is None:
+            return torch.tensor(torch.nan), torch.tensor(0.0)
+        gained = reward(answers, right)
         groups = gained.view(-1, GROUP)
         advantage = (groups - groups.mean(1, keepdim=True)).flatten()
-        logits = model(torch.cat([prompts, answers[:, :-1]], 1))[:, -length:]
-        chances = logits.log_softmax(-1).gather(-1, answers[..., None])[..., 0].sum(-1)
-        adam.zero_grad()
-        (-(advantage * chances).mean()).backward()
-        adam.step()
-        schedule.step()
-        rewards.append(float(gained.mean()))
-        if not all(torch.isfinite(parameter).all() for parameter in trained(model)):
-            broken = 1.0
-            curve.append([step, broken])
-            break
-        if due(step, spec.steps):
-            curve.append([step, evaluate()])
-    return result(model, curve, rewards, broken)
+        return -(advantage * chances(model, prompts, answers)).mean(), gained.mean()
+
+    def measure(problems: Data) -> float:
+        with torch.no_grad():
+            return 1 - float(chances(model, problems.tokens, problems.labels).exp().mean())
+
+    return fit(spec, model, (train, validation, test), spec.batch // GROUP, objective, measure, 1.0)

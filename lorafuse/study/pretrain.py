@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lorafuse import env
 from lorafuse.study import model as _model
@@ -44,15 +43,17 @@ def _is_text(line: ast.AST) -> bool:
     return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)
 
 
-def base(kind: str, size: Size, steps: int, seed: int) -> dict[str, Tensor]:
-    """The weights, on the CPU; from the cache, or trained now (the same bits each time) and put there.
+def base(kind: str, size: Size, steps: int, seed: int) -> Transformer:
+    """The model, on the CPU; from the cache, or trained now (the same bits each time) and put there.
 
     Raises ValueError for a file of the cache that cannot be read.
     """
     file = path(kind, size, steps, seed)
+    model = Transformer(size)
     if file.exists():
         try:
-            return torch.load(file, weights_only=True)
+            model.load_state_dict(torch.load(file, weights_only=True))
+            return model
         except Exception as error:
             # whatever torch raises for bytes that are not its own
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -60,15 +61,15 @@ def base(kind: str, size: Size, steps: int, seed: int) -> dict[str, Tensor]:
                 f"{file}: it is no base of a study ({reason}); delete it, and it is trained anew"
             ) from error
     with single_thread():
-        weights = _pretrain(kind, size, steps, seed)
+        model = _pretrain(kind, size, steps, seed)
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    torch.save(weights, unfinished)
+    torch.save(model.state_dict(), unfinished)
     os.replace(unfinished, file)
-    return weights
+    return model
 
 
-def _pretrain(kind: str, size: Size, steps: int, seed: int) -> dict[str, Tensor]:
+def _pretrain(kind: str, size: Size, steps: int, seed: int) -> Transformer:
     torch.manual_seed(seed)
     model = Transformer(size)
     data = tasks.lessons(kind, _BATCH * steps, seed)
@@ -79,4 +80,4 @@ def _pretrain(kind: str, size: Size, steps: int, seed: int) -> dict[str, Tensor]
         loss_of(model, Data(tokens, labels)).backward()
         adam.step()
         schedule.step()
-    return model.state_dict()
+    return model

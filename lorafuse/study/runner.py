@@ -2,27 +2,31 @@
 
 import functools
 import json
+import math
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from lorafuse.study import policy, pretrain, train
 from lorafuse.study.model import Size
 from lorafuse.study.train import Spec
 
-__all__ = ["Lab", "Swept", "key"]
+__all__ = ["Lab", "Swept", "grid", "key"]
 
 Result = dict[str, Any]
 
-# a sweep that finds its best rate at an end goes on there, up to so many rates
-MOST_RATES = 8
-FACTOR = 2.0
+# rates in factors of sqrt(2), so many to each side of the one that a study names: two decades and a little more
+FACTOR, REACH = math.sqrt(2), 7
+# seeds by which rates are chosen, and which no claim and no base (`tasks`) uses
+SELECTION = 10**5
 
 
 def key(spec: Spec) -> str:
@@ -30,12 +34,20 @@ def key(spec: Spec) -> str:
 
 
 @functools.cache
-def _base(lessons: str, size: Size, steps: int, seed: int) -> dict[str, Tensor]:
+def _base(lessons: str, size: Size, steps: int, seed: int) -> nn.Module:
+    if lessons == "language":
+        # transformers and the weights' package are loaded only where they are used
+        from lorafuse.study import language
+
+        return language.load()
     return pretrain.base(lessons, size, steps, seed)
 
 
 def _work(job: tuple[Spec, str]) -> tuple[Spec, Result]:
     spec, device = job
+    if device.startswith("cuda"):
+        # TF32 for SmolLM2; some CPUs would follow too
+        torch.set_float32_matmul_precision("high")
     method = policy.run if spec.episodes else train.run
     with train.single_thread():
         return spec, method(spec, _base(spec.lessons, spec.size, spec.base_steps, spec.base_seed), torch.device(device))
@@ -48,19 +60,26 @@ def _make_base(spec: Spec) -> None:
 def _start_worker() -> None:
     # Ctrl-C is the parent's to handle; it ends the workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # a parent that is killed cannot, and its workers would go on with their runs
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @dataclass(frozen=True)
 class Swept:
-    """A condition at its best rate: `losses` of each seed there, `means` of every rate that was tried."""
+    """A condition at its best rate: `runs` of each seed there, and what every rate of the grid gave in `validation`."""
 
     spec: Spec
     rates: list[float]
-    means: list[float]
+    validation: list[float]
     best: float
     runs: list[Result]
-    # rate by rate, the loss of each seed that the sweep ran
-    by_rate: list[list[float]]
 
     @property
     def at_edge(self) -> bool:
@@ -68,17 +87,31 @@ class Swept:
 
     @property
     def losses(self) -> list[float]:
+        """Of the test split, seed by seed."""
         return [float(run["loss"]) for run in self.runs]
+
+    @property
+    def learned(self) -> list[float]:
+        """How far the test loss fell from the base's, seed by seed."""
+        return [float(run["start"]) - float(run["loss"]) for run in self.runs]
+
+    def above(self, other: "Swept") -> list[float]:
+        """Differences of the test losses, seed by seed: the same data, in the same order, for both."""
+        return [a - b for a, b in zip(self.losses, other.losses, strict=True)]
+
+
+def grid(rate: float) -> list[float]:
+    """Rates around one, two decades and a little more."""
+    return [rate * FACTOR**step for step in range(-REACH, REACH + 1)]
 
 
 class Lab:
     """Where a study's runs are made.
 
     Args:
-        seeds: of the data, its order and the adapters; the base has the first one.
+        seeds: of the data, its order and the adapters; the small base has the first one.
         device, workers: one worker is this process, more are processes of their own.
         base_steps: of its pretraining, instead of `pretrain.STEPS`.
-        width: of the model, instead of that of the study's specs.
         done: finished runs by `key`, from an earlier time; new ones are added.
         on_done: called after each run with its spec, the number of finished runs of this call and of all of them.
     """
@@ -89,11 +122,10 @@ class Lab:
         device: str = "cpu",
         workers: int = 1,
         base_steps: int | None = None,
-        width: int | None = None,
         done: dict[str, Result] | None = None,
         on_done: Callable[[Spec, int, int], None] = lambda spec, finished, total: None,
     ) -> None:
-        self.seeds, self.device, self.workers, self.base_steps, self.width = seeds, device, workers, base_steps, width
+        self.seeds, self.device, self.workers, self.base_steps = seeds, device, workers, base_steps
         self.done: dict[str, Result] = {} if done is None else done
         self.on_done = on_done
         # what the study has asked for, in its order
@@ -121,8 +153,8 @@ class Lab:
         specs = [self._complete(spec) for spec in specs]
         self.asked |= {key(spec): spec for spec in specs}
         missing = list({key(spec): spec for spec in specs if key(spec) not in self.done}.values())
-        # each base once, before workers ask for it at the same time
-        bases = {(spec.lessons, spec.size): spec for spec in missing}
+        # each base is trained once, before workers ask for it at the same time
+        bases = {(spec.lessons, spec.size): spec for spec in missing if spec.lessons in pretrain.STEPS}
         list(self._map(_make_base, bases.values()))
         # long runs first, so that the workers end together
         jobs = sorted(missing, key=lambda spec: -spec.steps * spec.batch)
@@ -132,44 +164,28 @@ class Lab:
         return [self.done[key(spec)] for spec in specs]
 
     def _complete(self, spec: Spec) -> Spec:
-        size = spec.size if self.width is None else spec.size.wide(self.width)
-        steps = self.base_steps or pretrain.STEPS[spec.lessons]
-        return replace(spec, size=size, base_seed=self.seeds[0], base_steps=steps)
+        if spec.lessons not in pretrain.STEPS:
+            return spec
+        return replace(spec, base_seed=self.seeds[0], base_steps=self.base_steps or pretrain.STEPS[spec.lessons])
 
-    def sweep(self, conditions: list[Spec], every_seed: bool = False) -> list[Swept]:
+    def sweep(self, conditions: list[Spec], selections: int = 1) -> list[Swept]:
         """Each condition at its best learning rate, with every seed.
 
-        The sweep begins around the rate of the condition, in factors of 2, and goes on while the best one is at an end.
-        It runs with the first seed, or with every seed, which takes longer and gives the best rate of each.
+        The rate is the one of the `grid` around the condition's that is best on the validation split, on the average of
+        `selections` seeds that no claim uses.
         """
-        tried = self.seeds if every_seed else self.seeds[:1]
-        rates = [[c.lr / FACTOR, c.lr, c.lr * FACTOR] for c in conditions]
-        while True:
-            losses = self._losses(conditions, rates, tried)
-            means = [[sum(seeds) / len(seeds) for seeds in each] for each in losses]
-            best = [row[values.index(min(values))] for row, values in zip(rates, means, strict=True)]
-            grown = [self._grown(row, value) for row, value in zip(rates, best, strict=True)]
-            if grown == rates:
-                break
-            rates = grown
-        jobs = [[replace(c, lr=b, seed=s) for s in self.seeds] for c, b in zip(conditions, best, strict=True)]
-        results = self.run([spec for row in jobs for spec in row])
-        n = len(self.seeds)
-        return [
-            Swept(c, rates[i], means[i], best[i], results[i * n : (i + 1) * n], losses[i])
-            for i, c in enumerate(conditions)
-        ]
-
-    def _losses(self, conditions: list[Spec], rates: list[list[float]], seeds: list[int]) -> list[list[list[float]]]:
+        rates = [grid(condition.lr) for condition in conditions]
+        seeds = range(SELECTION, SELECTION + selections)
         specs = [
             replace(condition, lr=rate, seed=seed)
             for condition, row in zip(conditions, rates, strict=True) for rate in row for seed in seeds
         ]  # fmt: skip
-        found = iter([float(result["loss"]) for result in self.run(specs)])
-        return [[[next(found) for _ in seeds] for _ in row] for row in rates]
-
-    @staticmethod
-    def _grown(row: list[float], best: float) -> list[float]:
-        if len(row) >= MOST_RATES or best not in (row[0], row[-1]):
-            return row
-        return [row[0] / FACTOR, *row] if best == row[0] else [*row, row[-1] * FACTOR]
+        found = iter([float(result["validation"]) for result in self.run(specs)])
+        means = [[sum(next(found) for _ in seeds) / selections for _ in row] for row in rates]
+        best = [row[values.index(min(values))] for row, values in zip(rates, means, strict=True)]
+        jobs = [replace(c, lr=rate, seed=seed) for c, rate in zip(conditions, best, strict=True) for seed in self.seeds]
+        results, n = self.run(jobs), len(self.seeds)
+        return [
+            Swept(condition, rates[i], means[i], best[i], results[i * n : (i + 1) * n])
+            for i, condition in enumerate(conditions)
+        ]

@@ -18,10 +18,8 @@ _NUMBERS = 100
 # the operations: symbol, function of two numbers below 100; answers have two digits
 ARITHMETIC: dict[str, tuple[str, Callable[[int, int], int]]] = {
     "add": ("+", lambda a, b: (a + b) % _NUMBERS),
-    "subtract": ("-", lambda a, b: (a - b) % _NUMBERS),
     "larger": (">", max),
     "smaller": ("<", min),
-    "mirrored": ("*", lambda a, b: 10 * ((a + b) % 10) + (a + b) // 10 % 10),
 }
 # of the base's lessons in "smaller" this share is right, so that a policy has something to find
 RIGHT = 0.3
@@ -73,11 +71,10 @@ def _pairs(seed: int) -> list[tuple[int, int]]:
     return [divmod(index, _NUMBERS) for index in order]
 
 
-def arithmetic(operation: str, count: int, test: int, seed: int) -> tuple[Data, Data]:
-    """`count` problems to train on and `test` others, of the 10,000 that there are."""
-    pairs = _pairs(seed)
-    rows = [_problem(operation, a, b) for a, b in pairs[: count + test]]
-    return _data(rows[:count]), _data(rows[count:])
+def arithmetic(operation: str, count: int, test: int, seed: int) -> tuple[Data, Data, Data]:
+    """`count` problems to train on, and `test` others each to choose a rate by and to test, of the 10,000 there are."""
+    rows = [_problem(operation, a, b) for a, b in _pairs(seed)[: count + 2 * test]]
+    return _data(rows[:count]), _data(rows[count : count + test]), _data(rows[count + test :])
 
 
 def strings(count: int, length: int, seed: int) -> Data:

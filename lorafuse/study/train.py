@@ -1,7 +1,8 @@
-"""One run: a base fine-tuned on one task, in full or by adapters; the same spec gives the same bits."""
+"""One run: a base fine-tuned on one task, in full or by adapters; the same spec gives the same bits on a CPU."""
 
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,28 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from lorafuse.study import tasks
-from lorafuse.study.model import Size, Transformer, adapt, train_rest, trained
+from lorafuse.study.model import ALPHA, Size, trained
 from lorafuse.study.tasks import Data
 
-__all__ = ["Spec", "batches", "due", "loss_of", "optimizer", "prepared", "result", "rounded", "run", "single_thread"]
+__all__ = ["Spec", "batches", "fit", "loss_of", "prepared", "rounded", "run", "single_thread"]
 
-# of the learning rate, then constant as in the source
-_WARMUP = 10
-# a run is evaluated this often; its loss is the mean of the last of them, so that one step's noise counts less
-_EVALUATIONS, _LAST = 20, 4
 # training losses that are kept
 _EARLY = 100
 # what a run that diverged counts as
 DIVERGED = 1e3
+# of an evaluation's parts, so that SmolLM2's logits stay below half a gigabyte
+_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class Spec:
     """All that a run depends on.
 
-    task: "strings", evaluated on the strings themselves; an operation of `tasks.ARITHMETIC`, evaluated on `test` other
-    problems; with `episodes`, the same by policy gradient. rank 0 is full fine-tuning. `rest`, where it is not None,
-    says whether embeddings, norms and unembedding are trained, as they are in full fine-tuning and not beside adapters.
+    task: "problems", word problems for SmolLM2, `length` tokens a row; "strings", evaluated on the strings themselves;
+    an operation of `tasks.ARITHMETIC`; with `episodes`, the same by policy gradient. `test` others each are evaluated
+    to choose the rate and for the claim, the former `evaluations` times. rank 0 is full fine-tuning.
     """
 
     task: str
@@ -45,20 +44,19 @@ class Spec:
     length: int = 8
     test: int = 512
     episodes: int = 0
+    evaluations: int = 20
     size: Size = field(default_factory=Size)
     base_steps: int = 0
     base_seed: int = 0
-    rest: bool | None = None
 
     @property
     def lessons(self) -> str:
         """What the base of this task has learned."""
-        return "facts" if self.task == "strings" else "arithmetic"
+        return {"problems": "language", "strings": "facts"}.get(self.task, "arithmetic")
 
     @property
     def side(self) -> str:
-        side = f"LoRA r {self.rank}" if self.rank else "full"
-        return side if self.rest is None else f"{side} and the rest" if self.rest else f"{side}, adapted layers only"
+        return f"LoRA r {self.rank}" if self.rank else "full"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,26 +78,17 @@ def single_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def prepared(spec: Spec, base: dict[str, Tensor], device: torch.device) -> Transformer:
-    """The base with its weights and, unless it is trained in full, its adapters."""
+def prepared(spec: Spec, base: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of the base with, unless it is trained in full, its adapters."""
     torch.manual_seed(spec.seed)
-    model = Transformer(spec.size)
-    model.load_state_dict(base)
+    model: Any = copy.deepcopy(base)
     if spec.rank:
-        adapt(model, spec.rank, spec.layers)
-    if spec.rest is not None:
-        train_rest(model, spec.rest)
+        model.adapt(spec.rank, spec.layers, ALPHA)
     return model.to(device)
 
 
-def optimizer(model: nn.Module, lr: float) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW without decay, constant rate after a short warm-up; one rate for A and B."""
-    adam = torch.optim.AdamW(trained(model), lr=lr, weight_decay=0.0, fused=True)
-    return adam, torch.optim.lr_scheduler.LambdaLR(adam, lambda step: min(1.0, (step + 1) / _WARMUP))
-
-
 def loss_of(model: nn.Module, data: Data) -> Tensor:
-    """Mean cross-entropy of the answers' characters in nats."""
+    """Mean cross-entropy of the labels in nats."""
     return nn.functional.cross_entropy(model(data.tokens).flatten(0, 1), data.labels.flatten())
 
 
@@ -114,61 +103,79 @@ def batches(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
         yield chosen
 
 
-def due(step: int, steps: int) -> bool:
-    """Whether the run is evaluated after this step."""
-    return step % max(1, steps // _EVALUATIONS) == 0 or step == steps
-
-
-def result(
-    model: nn.Module, curve: list[list[float]], early: list[float], broken: float | None = None
+def fit(
+    spec: Spec,
+    model: nn.Module,
+    splits: tuple[Data, Data, Data],
+    batch: int,
+    objective: Callable[[Tensor], tuple[Tensor, Tensor]],
+    measure: Callable[[Data], float],
+    worst: float,
 ) -> dict[str, Any]:
-    """What a run returns; `broken` is the loss of one that ended before its time.
+    """Train by AdamW without decay, at a constant rate from the first step on, as in the source; one rate for A and B.
 
-    `loss` (mean of the last evaluations), `start` (the base's), `curve` [[step, loss]], `early` values of training and
-    `trained`, the number of parameters.
+    `objective` gives a batch's loss and what of it is kept, `measure` the figure of a split; a run that diverges counts
+    as `worst`. Returns `validation` and `loss` (of the test split) at the end, `start` (the base's), `curve`
+    [[step, validation]], `early` kept values and `trained`, the number of parameters.
     """
-    last = [value for _, value in curve[1:]][-_LAST:]
+    training, validation, test = splits
+    adam = torch.optim.AdamW(trained(model), lr=spec.lr, weight_decay=0.0, fused=True)
+    every = max(1, spec.steps // spec.evaluations)
+    start, curve, kept = rounded(measure(test)), [], []
+    broken = False
+    for step, chosen in enumerate(batches(len(training), batch, spec.steps, spec.seed), 1):
+        loss, value = objective(chosen)
+        broken = not math.isfinite(loss.item())
+        if not broken:
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            kept.append(rounded(float(value)))
+        if broken or step % every == 0 or step == spec.steps:
+            found = worst if broken else measure(validation)
+            # NaN compares as false
+            broken = not found < worst
+            curve.append([step, worst if broken else rounded(found)])
+        if broken:
+            break
     return {
-        "loss": sum(last) / len(last) if broken is None else broken,
-        "start": curve[0][1],
+        "validation": curve[-1][1],
+        "loss": worst if broken else rounded(measure(test)),
+        "start": start,
         "curve": curve,
-        "early": early[:_EARLY],
+        "early": kept[:_EARLY],
         "trained": sum(parameter.numel() for parameter in trained(model)),
     }
 
 
-def _examples(spec: Spec) -> tuple[Data, Data]:
+def _splits(spec: Spec) -> tuple[Data, Data, Data]:
+    if spec.task == "problems":
+        # what needs transformers and the weights' package is loaded where it is used
+        from lorafuse.study import language
+
+        counts = spec.count, spec.test, spec.test
+        train, validation, test = (language.problems(n, spec.length, 3 * spec.seed + i) for i, n in enumerate(counts))
+        return train, validation, test
     if spec.task == "strings":
         data = tasks.strings(spec.count, spec.length, spec.seed)
-        return data, data
+        return data, data, data
     return tasks.arithmetic(spec.task, spec.count, spec.test, spec.seed)
 
 
-def run(spec: Spec, base: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
-    """Train as the spec says; returns a `result`, a mean cross-entropy in nats as its losses."""
+def run(spec: Spec, base: nn.Module, device: torch.device) -> dict[str, Any]:
+    """Train as the spec says, by cross-entropy; returns `fit`'s result, in nats."""
     model = prepared(spec, base, device)
-    train, test = (data.to(device) for data in _examples(spec))
-    adam, schedule = optimizer(model, spec.lr)
+    train, validation, test = (data.to(device) for data in _splits(spec))
 
-    def evaluate() -> float:
+    def objective(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        loss = loss_of(model, Data(train.tokens[chosen], train.labels[chosen]))
+        return loss, loss.detach()
+
+    def measure(data: Data) -> float:
+        rows = max(1, _TOKENS // data.tokens.shape[1])
         with torch.no_grad():
             parts = [loss_of(model, Data(*pair)) * len(pair[0]) for pair in
-                     zip(test.tokens.split(512), test.labels.split(512), strict=True)]  # fmt: skip
-            value = rounded(float(sum(parts)) / len(test))
-        return value if math.isfinite(value) and value < DIVERGED else DIVERGED
+                     zip(data.tokens.split(rows), data.labels.split(rows), strict=True)]  # fmt: skip
+        return float(sum(parts)) / len(data)
 
-    curve = [[0, evaluate()]]
-    losses: list[Tensor] = []
-    for step, chosen in enumerate(batches(len(train), spec.batch, spec.steps, spec.seed), 1):
-        loss = loss_of(model, Data(train.tokens[chosen], train.labels[chosen]))
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        schedule.step()
-        losses.append(loss.detach())
-        if due(step, spec.steps):
-            curve.append([step, evaluate()])
-            if curve[-1][1] == DIVERGED:
-                break
-    early = [rounded(float(value)) for value in losses[:_EARLY]]
-    return result(model, curve, early, DIVERGED if curve[-1][1] == DIVERGED else None)
+    return fit(spec, model, (train, validation, test), spec.batch, objective, measure, DIVERGED)

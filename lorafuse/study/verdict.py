@@ -1,19 +1,33 @@
-"""What a study may say: held, did not hold, or inconclusive, from the values of every seed; margins are set first."""
+"""What a study may say: held, did not hold or not decidable, by a test of paired differences against a margin.
+
+A claim is that a mean over seeds lies between two bounds, fixed in advance. It held when the interval that each end
+misses with probability 5% lies between them: two one-sided t-tests (TOST) where both bounds are finite, one where one
+is. It did not hold when the interval lies wholly outside, at 5% over all claims of the study together, since one that
+fails fails the study. For a study to hold every claim has to, which needs no correction.
+"""
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-__all__ = ["EDGE", "FAILED", "HELD", "INCONCLUSIVE", "Claim", "above", "at_most", "both", "inside", "overall"]
+from lorafuse.study import student
 
-HELD, FAILED, INCONCLUSIVE = "held", "did not hold", "inconclusive"
-EDGE = "the best learning rate is at an edge of the sweep"
+__all__ = ["ALPHA", "EDGE", "FAILED", "HELD", "UNDECIDED", "Claim", "claim", "overall"]
+
+HELD, FAILED, UNDECIDED = "held", "did not hold", "not decidable"
+EDGE = "a best learning rate is at an end of its grid"
+ALPHA = 0.05
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One thing that was claimed and what was found. `value` is the mean over seeds, `low` to `high` the spread."""
+    """One thing that was claimed and what was found.
+
+    value, low, high: mean over seeds and its interval. power: the probability with which this test holds if the truth
+    is `expected`, at the spread that was seen; needed: how many seeds would make it 80%, None above 1,000. bar: why
+    nothing can be decided whatever the values are, "" where it can.
+    """
 
     claim: str
     outcome: str
@@ -21,51 +35,52 @@ class Claim:
     low: float
     high: float
     margin: str
+    expected: float
+    power: float
+    needed: int | None
+    bar: str
     source: str
+    values: list[float]
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def at_most(values: Sequence[float], margin: float) -> str:
-    """Held when every seed is within the margin, did not hold when every seed is beyond it."""
-    return inside(values, -math.inf, margin)
-
-
-def inside(values: Sequence[float], low: float, high: float) -> str:
-    """Held when every seed is inside, did not hold when every seed is outside on the same side."""
-    if any(math.isnan(value) for value in values):
-        return INCONCLUSIVE
-    if low <= min(values) and max(values) <= high:
-        return HELD
-    return FAILED if max(values) < low or min(values) > high else INCONCLUSIVE
-
-
-def above(high: Sequence[float], low: Sequence[float]) -> str:
-    """Held when the spread of `high` lies wholly above that of `low`, did not hold when wholly below."""
-    if any(math.isnan(value) for value in (*high, *low)):
-        return INCONCLUSIVE
-    if min(high) > max(low):
-        return HELD
-    return FAILED if max(high) < min(low) else INCONCLUSIVE
-
-
-def both(outcomes: Iterable[str]) -> str:
-    """Held when all are; did not hold when one did not."""
-    found = list(outcomes)
-    if FAILED in found:
-        return FAILED
-    return HELD if found and all(outcome == HELD for outcome in found) else INCONCLUSIVE
+    @property
+    def shown(self) -> str:
+        """The test in words: mean, interval, margin, power."""
+        text = f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g}, n = {len(self.values)}); {self.margin}"
+        more = "" if self.power >= 0.8 else f", 80% with {self.needed or 'more than 1,000'} seeds"
+        text += f"; power {self.power:.0%} if it is {self.expected:g}{more}"
+        return text + (f"; {self.bar}" if self.bar else "")
 
 
 def claim(
-    text: str, outcome: str, values: Sequence[float], *, margin: str, source: str, at_edge: bool = False
+    text: str,
+    values: Sequence[float],
+    low: float,
+    high: float,
+    *,
+    expected: float,
+    margin: str,
+    source: str,
+    claims: int = 1,
+    bar: str = "",
 ) -> Claim:
-    """A claim with the spread of its values; one whose sweep ended at an edge is inconclusive, and says so."""
-    if at_edge:
-        outcome, margin = INCONCLUSIVE, f"{margin}; {EDGE}"
-    return Claim(text, outcome, sum(values) / len(values), min(values), max(values), margin, source)
+    """Test the values of the seeds, one of `claims` of a study, against the bounds."""
+    lower, upper = student.interval(values, ALPHA)
+    least, most = student.interval(values, ALPHA / claims)
+    outcome = HELD if low < lower and upper < high else FAILED if most < low or least > high else UNDECIDED
+    strength, count = 0.0, None
+    if math.isfinite(lower):
+        spread = statistics.stdev(values)
+        strength = student.power(spread, len(values), low, high, expected, ALPHA)
+        count = student.needed(spread, low, high, expected, ALPHA)
+    return Claim(
+        text, UNDECIDED if bar else outcome, statistics.fmean(values), lower, upper, margin, expected, strength, count,
+        bar, source, list(values),
+    )  # fmt: skip
 
 
 def overall(claims: Iterable[Claim]) -> str:
-    return both(one.outcome for one in claims)
+    """Held when all are; did not hold when one did not."""
+    found = [one.outcome for one in claims]
+    if FAILED in found:
+        return FAILED
+    return HELD if found and all(outcome == HELD for outcome in found) else UNDECIDED

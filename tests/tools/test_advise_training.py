@@ -1,12 +1,8 @@
-"""The advisor in training (T1): the monitor warns and is silent, the probe's ranks are PEFT's, Adam's invariances."""
-
-import math
-import warnings
+"""The advisor in training (T1): the probe's ranks are PEFT's, Adam's invariances."""
 
 import peft
 import pytest
 import torch
-import transformers
 from tiny_models import tiny
 from torch import nn
 
@@ -15,92 +11,6 @@ from lorafuse.advise import probe
 from lorafuse.functional import lora_linear
 
 TOKENS = torch.arange(8 * 12).reshape(8, 12) % 60 + 3
-
-
-def trained(tmp_path, monitor, *, steps=12, batch=2, spoil=None, loss=None, lr=1e-2, **settings):
-    """Train a tiny adapted model by transformers' Trainer with the monitor, and give what it warned of."""
-    model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(r=4, lora_alpha=32, target_modules="all-linear"))
-    if spoil:
-        spoil(model)
-    args = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        learning_rate=lr,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        **settings,
-    )
-    rows = [{"input_ids": row, "labels": row} for row in TOKENS]
-    more = {"compute_loss_func": loss} if loss else {}
-    trainer = transformers.Trainer(model=model, args=args, train_dataset=rows, callbacks=[monitor], **more)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer.train()
-    said = [str(w.message) for w in caught if issubclass(w.category, advise.LoRAWarning)]
-    assert said == monitor.messages
-    return said
-
-
-def test_a_healthy_run_is_silent(tmp_path):
-    monitor = advise.LoRAMonitor(tokens=TOKENS.numel())
-    assert trained(tmp_path, monitor) == []
-    assert monitor.watches_capacity
-
-
-def test_a_large_batch_is_warned_of(tmp_path):
-    said = trained(tmp_path, advise.LoRAMonitor(ceiling=7), steps=1, gradient_accumulation_steps=4)
-    assert len(said) == 1
-    assert "a step sees 8 sequences, more than 7" in said[0]
-    assert trained(tmp_path, advise.LoRAMonitor(ceiling=8), steps=1, gradient_accumulation_steps=4) == []
-
-
-def test_zero_gradients_are_warned_of_by_name(tmp_path):
-    def detach(model):
-        layer = model.base_model.model.model.layers[1].mlp.down_proj
-        layer.lora_B["default"].register_forward_hook(lambda module, inputs, y: y.detach())
-
-    said = trained(tmp_path, advise.LoRAMonitor(), spoil=detach, steps=4)
-    assert len(said) == 1
-    assert "layers.1.mlp.down_proj.lora_A" in said[0]
-    assert "layers.0" not in said[0]
-
-
-def test_vanishing_gradients_are_warned_of(tmp_path):
-    calls = 0
-
-    def loss(outputs, labels, num_items_in_batch=None):
-        nonlocal calls
-        calls += 1
-        return outputs.logits.float().square().mean() * (1.0 if calls <= 10 else 1e-7)
-
-    said = trained(tmp_path, advise.LoRAMonitor(), loss=loss)
-    assert len(said) == 1
-    assert "vanished" in said[0]
-
-
-def test_exhaustion_is_warned_of_when_the_loss_stalls_beyond_capacity(tmp_path):
-    def stalled(outputs, labels, num_items_in_batch=None):
-        return outputs.logits.float().mean() * 1e-3 + 5.0
-
-    capacity = 2 * advise.trainable(advise.shapes_of(tiny("llama")), 4)
-    enough = math.ceil(1.1 * capacity / (5 / math.log(2)))
-    settings = {"loss": stalled, "steps": 12, "batch": 1, "num_train_epochs": 1}
-    said = trained(tmp_path, advise.LoRAMonitor(tokens=2 * enough), **settings)
-    assert len(said) == 1
-    assert "capacity is used up" in said[0]
-    # the same loss, with less data than the adapter holds
-    assert trained(tmp_path, advise.LoRAMonitor(tokens=enough // 4), **settings) == []
-
-
-@pytest.mark.parametrize("name", ["tokens", "ceiling"])
-def test_the_monitor_refuses_numbers_below_one(name):
-    with pytest.raises(ValueError, match=f"{name} is 0"):
-        advise.LoRAMonitor(**{name: 0})
 
 
 def batches():

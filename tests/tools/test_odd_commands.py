@@ -123,7 +123,7 @@ OPTIONS = (
     (PLAN, ("m", "rank"), ()),
     (TUNE, ("m", "rank", "rounds"), ()),
     (TUNE, ("dropout",), ("0",)),
-    (STUDY, ("seeds", "workers", "width", "base-steps"), ()),
+    (STUDY, ("seeds", "workers", "base-steps"), ()),
     (STUDY, ("seed",), ("0",)),
     (["advise", "--model", "{tiny}"], ("tokens", "episodes"), ()),
     (ADVISE, ("rank", "length", "micro-batch", "devices", "batch", "epochs", "rollouts"), ()),
