@@ -8,7 +8,13 @@ from types import SimpleNamespace
 from lorafuse.bench.layers import peft_linear
 from lorafuse.bench.problem import numbered
 
-LABEL = "Axolotl"
+# of one projection it has a function for o_proj only: q, k and v, and the MLP's three, run as groups
+LABEL = {
+    "linear": "Axolotl, o_proj's apply_lora_o",
+    "group": "Axolotl, apply_lora_qkv",
+    "mlp": "Axolotl, apply_lora_mlp",
+    "model": "Axolotl",
+}
 REQUIRES = ("axolotl",)
 # its imports register operators and bring bitsandbytes
 ISOLATED = True

@@ -6,7 +6,13 @@ projection, which it never runs apart, go through `LoRA_W` one by one.
 
 from lorafuse.bench.problem import SCALE, numbered
 
-LABEL = "Unsloth"
+# of one projection it has a function for o_proj only: q, k and v, and the MLP's three, run as groups
+LABEL = {
+    "linear": "Unsloth, o_proj's LoRA_W",
+    "group": "Unsloth, LoRA_QKV",
+    "mlp": "Unsloth, LoRA_MLP",
+    "model": "Unsloth",
+}
 REQUIRES = ("unsloth",)
 # its import replaces parts of torch, transformers and PEFT
 ISOLATED = True

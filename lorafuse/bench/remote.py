@@ -76,9 +76,9 @@ class RemoteRunner:
             self.close()
             raise
 
-    def once(self) -> tuple[float, float]:
+    def once(self, warm: bool = False) -> tuple[float, float]:
         """Seconds of one forward and of one backward, measured in that process."""
-        forward, backward = self._request("once")
+        forward, backward = self._request("once", warm=warm)
         return forward, backward
 
     def memory(self) -> Held:

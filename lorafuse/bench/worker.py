@@ -51,8 +51,8 @@ class _Worker:
     def launched(self) -> str:
         return self.runner.launched
 
-    def once(self) -> tuple[float, float]:
-        return self.runner.once()
+    def once(self, warm: bool) -> tuple[float, float]:
+        return self.runner.once(warm)
 
     def memory(self) -> dict[str, int]:
         return asdict(self.runner.memory())
