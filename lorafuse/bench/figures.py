@@ -18,6 +18,8 @@ __all__ = ["LEAST_ROUNDS", "bootstrap", "derive", "interval", "is_noise", "merge
 
 # no figure of fewer rounds is published
 LEAST_ROUNDS = 10
+# two processes say next to nothing of how far a third may lie
+_LEAST_PROCESSES = 3
 _PARTS = ("forward", "backward")
 _DRAWS, _LEVEL = 1000, 0.95
 # seconds are kept to the nanosecond, below the resolution of every clock here
@@ -118,7 +120,7 @@ def _ratio(figure: str, own: Processes, base: Processes, less: float = 0.0) -> d
     ratios = [[a / b - less for a, b in zip(*pair, strict=True)] for pair in zip(own, base, strict=True)]
     found = _summary(ratios)
     figures = {figure: found["median"], f"{figure}_p20": found["p20"], f"{figure}_p80": found["p80"]}
-    if len(ratios) > 1:
+    if len(ratios) >= _LEAST_PROCESSES:
         figures[f"{figure}_low"], figures[f"{figure}_high"] = bootstrap(ratios)
     return figures
 

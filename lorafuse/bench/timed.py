@@ -176,7 +176,7 @@ def table(result: dict[str, Any]) -> Any:
 
     rows = Table(title=f"{title(result)}, {result['rounds']} rounds", box=SIMPLE_HEAD)
     is_warm = "warm_floor" in result
-    spread = "\\[95 %]" if result["processes"] > 1 else "\\[20-80 %]"
+    spread = "\\[95 %]" if "tax_low" in result["variants"]["frozen"] else "\\[20-80 %]"
     columns = ("", "forward\nms", "backward\nms", "total ms\n\\[20-80 %]", f"LoRA tax\n{spread}", "of\nfull")
     for column in (*columns, *(["tax,\nx warm"] if is_warm else []), "TFLOP/s", "of\npeak", "of\ncopy", "memory\nMiB"):
         rows.add_column(column, justify="left" if not column else "right", no_wrap=True)

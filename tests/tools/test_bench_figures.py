@@ -74,6 +74,10 @@ def test_the_interval_is_over_processes():
     low, high = figures.bootstrap(processes)
     assert (low, high) == figures.bootstrap(processes)
     assert 1.0 <= low < 1.1 < 1.2 < 1.3 < high <= 1.401
+    # two processes have no interval of their own: they say next to nothing of a third
+    two = [one[:2] for one in ([[0.5] * 3] * 3, [[1.0, 2.0, 1.5]] * 3)]
+    made = figures.derive(layer(frozen=(two[0], two[0]), own=(two[1], two[1])))
+    assert "tax_low" not in made["variants"]["own"]
     # of one process twice there is next to nothing between processes
     narrow = figures.bootstrap([processes[2]] * 2)
     assert 1.199 <= narrow[0] <= narrow[1] <= 1.201
@@ -169,11 +173,11 @@ def test_every_figure_of_a_file_follows_from_its_raw_rounds(tmp_path, peaks, cap
 
 def test_several_processes_measure_a_case(tmp_path, capsys):
     file = tmp_path / "r.json"
-    assert main([*TINY, "--rounds", "10", "--processes", "2", "--json", str(file)]) == 0
+    assert main([*TINY, "--rounds", "10", "--processes", "3", "--json", str(file)]) == 0
     (one,) = result.read(file)["results"]
-    assert (one["processes"], one["rounds"]) == (2, 20)
+    assert (one["processes"], one["rounds"]) == (3, 30)
     for variant in one["variants"].values():
-        assert [len(process) for process in variant["seconds"]["backward"]] == [10, 10]
+        assert [len(process) for process in variant["seconds"]["backward"]] == [10, 10, 10]
         assert variant["tax_low"] <= variant["tax_high"]
     assert figures.derive(stripped(one)) == one
     assert json.loads(json.dumps(one)) == one
