@@ -7,7 +7,7 @@ from result_tables import Result, label_of, milliseconds, table
 
 from lorafuse.bench.result import with_adapters
 
-__all__ = ["behind", "factors", "headline", "losers", "slower_than_full"]
+__all__ = ["behind", "factors", "headline", "losers", "slower_than_full", "unmeasured"]
 
 # a case above this share of a peer's time is behind it
 _BEHIND = 1.02
@@ -57,6 +57,17 @@ def _named(result: Result) -> str:
     if result["kind"] == "moe":
         return f"{result['case']}, the experts of a block, {result['M']} tokens, {result['routing']}"
     return f"{result['case']}, one layer, {result['M']} tokens"
+
+
+def unmeasured(results: list[Result]) -> str:
+    """The settings of PEFT against which some of the cases were not measured, by the sort of case."""
+    settings = {"peft-half": "bf16 adapters", "peft-autocast": "autocast", "peft": "its default"}
+    missing: dict[str, list[str]] = {}
+    for result in results:
+        named = missing.setdefault({"model": "steps", "moe": "experts"}.get(result["kind"], "layers"), [])
+        named += [text for one, text in settings.items() if one not in factors(result) and text not in named]
+    lines = [f"{sort} against PEFT with {' or '.join(named)}" for sort, named in missing.items() if named]
+    return "; ".join(lines) or "nothing"
 
 
 def behind(result: Result) -> Iterator[tuple[str, float]]:

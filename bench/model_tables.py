@@ -78,7 +78,7 @@ def _beside(rows: dict[str, list[float]], measured: dict[str, tuple[float, float
         return f"{own / base - 1:.1%}".replace("%", " %")
 
     base, measured_base = sum(rows["frozen"]), sum(measured.get("frozen", (0.0,)))
-    head = ["way", "forward", "backward", "tax", "forward, measured", "backward, measured", "tax, measured"]
+    head = ["candidate", "forward", "backward", "tax", "forward, measured", "backward, measured", "tax, measured"]
     lines = []
     for name, times in rows.items():
         cells = [*(f"{1e6 * t:.0f}" for t in times), tax(sum(times), base)]

@@ -163,7 +163,7 @@ def load(path: Path) -> dict:
     if content.get("version", 0) >= VERSION:
         for result in content["results"]:
             if (
-                "seconds" in next(iter(result["variants"].values()), {})
+                "seconds" in next(iter(result.get("variants", {}).values()), {})
                 and figures.derive(copy.deepcopy(result)) != result
             ):
                 raise ValueError(f"{path}: figures of {result['case']} do not follow from its raw rounds")
@@ -191,6 +191,8 @@ def readme(root: Path) -> list[str]:
                 f"{name}_file": _named(root, file),
             }
     values |= _headline(root)
+    if (file := found(root, GPU_MODEL)) is not None:
+        values["losses"] = tables.evidence(load(file))
     values["demo"] = _demo(root)
     values["graph"] = _graph(root)
     return [_wrapped(Template(part).substitute(values)) for part in template.split("\n---\n")]
@@ -219,24 +221,20 @@ def _headline(root: Path) -> dict[str, str]:
             ahead.append(
                 f"{content['conditions']['device']}: {len(lost)} of {len(content['results'])} cases (`{name}`)"
             )
-    every = [*on_gpu, *(result for content, _ in on_cpu for result in content["results"])]
-    slower = headline.slower_than_full(every)
-    model = next((result for result in rows if result["kind"] == "model"), None)
+    slower = headline.slower_than_full(on_gpu)
+    for content, _ in on_cpu:
+        if lost := headline.slower_than_full(content["results"]):
+            slower.append(f"{content['conditions']['device']}: {'; '.join(lost)}")
     return {
         "headline": headline.headline(rows, ABSENT),
         "headline_conditions": tables.conditions(load(files[0])),
         "headline_files": ", ".join(f"`{_named(root, file)}`" for file in files),
         "losers": "; ".join(ahead) or "none",
         "slower": "; ".join(slower) or "none",
-        "step_peft": _against(model, "peft"),
+        "unmeasured": headline.unmeasured(rows),
         "layer_half": _between(rows, "peft-half"),
         "layer_full": _between(rows, "full"),
     }
-
-
-def _against(result: dict | None, name: str) -> str:
-    times = headline.factors(result) if result is not None else {}
-    return f"{times[name]:.2f}" if name in times else ABSENT
 
 
 def _between(results: list[dict], name: str) -> str:

@@ -117,17 +117,6 @@ def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def layers(content: Content, cases: tuple[str, ...] = ()) -> str:
-    """LoRA tax of the named cases, or of all, a column for each variant with adapters."""
-    results = [result for result in content["results"] if not cases or result["case"] in cases]
-    names = _variants(results, _with("tax"))
-    rows = [
-        [_own(result, results), *(_cell(result, name, lambda one, _: tax_text(one)) for name in names)]
-        for result in results
-    ]
-    return table(["layer", *(_label(results, name) for name in names)], rows)
-
-
 def experts(content: Content) -> str:
     """Time of each result, and how many times lorafuse's that is."""
     results = content["results"]
@@ -161,6 +150,40 @@ def training_steps(content: Content) -> str:
         for name, one in result["variants"].items():
             rows.append([label_of(result, name), *(cell(one, result) for cell in columns.values())])
     return table(["", *columns], rows)
+
+
+def evidence(content: Content) -> str:
+    """What the losses of a file's models say: curves of real weights on real data, or a check on random ones."""
+    curves = [(result, result.get("curves", {}).get("lorafuse", {})) for result in content["results"]]
+    lines = [
+        f"{result['model']}, {len(one['losses'])} steps on {result['data']}: the loss fell by {one['learned']:.3f}; "
+        f"lorafuse's is {_apart(one)} from PEFT's."
+        for result, one in curves
+        if "from_peft" in one
+    ]
+    if lines:
+        return " ".join(lines)
+    fused = all("optimizer" in result for result in content["results"])
+    said = "The losses agreed with PEFT's, which is a check and no evidence: weights and tokens were random."
+    return said + ("" if fused else " AdamW was torch's default, not the fused one.")
+
+
+def _apart(one: dict[str, Any]) -> str:
+    return "{median:+.1e} ({low:+.1e} to {high:+.1e})".format(**one["from_peft"])
+
+
+def _curves(results: list[Result]) -> str:
+    """A row for each loss curve; "" where there is none."""
+    rows = []
+    for result in results:
+        for name, one in result.get("curves", {}).items():
+            held = f"{one['held_out']:.4f}" if "held_out" in one else ""
+            label = label_of(result, name) if name in result["variants"] else name
+            ends = (f"{one['losses'][at]:.4f}" for at in (0, -1))
+            cells = [f"{len(one['losses'])}", *ends, held, _apart(one) if "from_peft" in one else ""]
+            rows.append([f"{_own(result, results)}, {label}", *cells])
+    head = ["losses from PEFT's initialization", "steps", "first", "last", "held out", "from PEFT's, by step"]
+    return table(head, rows) if rows else ""
 
 
 def _over_ours(one: dict[str, Any], result: Result) -> str:
@@ -217,6 +240,8 @@ def everything(content: Content, file: str) -> str:
             rows.append([_own(result, results), *least, *(_cell(result, name, cell) for name in names)])
         columns = [head, *(["floor"] if with_floor else []), *(_label(results, name) for name in names)]
         parts.append(table(columns, rows))
+    if curves := _curves(results):
+        parts.append(curves)
     notes = dict.fromkeys(
         f"{name}: {reason}"
         for result in results

@@ -21,7 +21,7 @@ FORMS = {
     "triton-single": {"backend": "triton", "kernel": "fused_xa"},
     "cuda": {"backend": "cuda"},
     "cuda-single": {"backend": "cuda", "kernel": "cuda fused_xa"},
-    "cuda-beside": {"backend": "cuda", "kernel": "cuda concurrent_backward"},
+    "cuda-concurrent": {"backend": "cuda", "kernel": "cuda concurrent_backward"},
 }
 
 

@@ -18,6 +18,7 @@ import torch
 
 from lorafuse.bench import figures
 from lorafuse.bench.model_run import Case, chosen, run_case
+from lorafuse.bench.result import shown
 from lorafuse.bench.transformer import MODELS, Model, find, free_bytes
 from lorafuse.bench.transformer_cost import Sizes, Training, fitting, training_bytes
 from lorafuse.testing.timing import WARM
@@ -119,31 +120,21 @@ def timing(device: torch.device) -> str:
 
 def table(result: dict[str, Any]) -> Any:
     """The figures of a result as rich's table; below it the model, the comparison with PEFT and failures."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    title = f"{result['case']}: {result['batch']} × {result['tokens']} tokens a micro-batch, rank {result['R']}"
-    rows = Table(title=f"{title}, {result['dtype']}", box=SIMPLE_HEAD)
-    columns = ("", "step s\n\\[20-80 %]", "LoRA\ntax", "of\nfull", "tokens/s", "MFU", "peak\nMiB", "weights\nMiB")
-    for column in (*columns, "optimizer\nMiB", "step\nMiB", "of which\ngradients"):
-        rows.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    columns = ["", "step s\n\\[20-80 %]", "LoRA\ntax", "of\nfull", "tokens/s", "MFU", "peak\nMiB", "weights\nMiB"]
+    columns += ["optimizer\nMiB", "step\nMiB", "of which\ngradients"]
+    memory = ("peak_bytes", "weights_bytes", "optimizer_bytes", "step_peak_bytes", "gradient_bytes")
+    rows = []
     for name, figure in result["variants"].items():
-        step = figure["step"]
-        memory = ("peak_bytes", "weights_bytes", "optimizer_bytes", "step_peak_bytes", "gradient_bytes")
-        tax = ""
+        step, tax = figure["step"], ""
         if "tax" in figure:
             tax = "noise" if figures.is_noise(figure) else f"{figure['tax']:.1%}"
-        rows.add_row(
-            name,
-            f"{step['median']:.3f} \\[{step['p20']:.3f}-{step['p80']:.3f}]",
-            tax,
-            f"{figure['ratio_to_full']:.2f}" if "ratio_to_full" in figure else "",
-            f"{figure['tokens_per_s']:.0f}",
-            f"{figure['mfu']:.1%}",
-            *(f"{figure[key] / 2**20:.0f}" for key in memory),
-        )
-    rows.caption = "\n".join(_notes(result))
-    return rows
+        rows.append([
+            name, f"{step['median']:.3f} \\[{step['p20']:.3f}-{step['p80']:.3f}]", tax,
+            f"{figure['ratio_to_full']:.2f}" if "ratio_to_full" in figure else "", f"{figure['tokens_per_s']:.0f}",
+            f"{figure['mfu']:.1%}", *(f"{figure[key] / 2**20:.0f}" for key in memory),
+        ])  # fmt: skip
+    title = f"{result['case']}: {result['batch']} × {result['tokens']} tokens a micro-batch, rank {result['R']}"
+    return shown(f"{title}, {result['dtype']}", columns, rows, _notes(result))
 
 
 def _notes(result: dict[str, Any]) -> list[str]:

@@ -4,13 +4,13 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lorafuse.files import read_json, write_text
 
-__all__ = ["VERSION", "Failed", "Wrong", "read", "rows", "with_adapters", "write_csv", "write_json"]
+__all__ = ["VERSION", "Failed", "Wrong", "read", "rows", "shown", "with_adapters", "write_csv", "write_json"]
 
 # of what is written; files of version 2 have no raw rounds, and taxes that are ratios of medians
 VERSION = 3
@@ -73,6 +73,21 @@ def with_adapters(result: dict[str, Any], figure: str) -> list[str]:
         for name, one in result["variants"].items()
         if figure in one and one.get("trains", "adapters") == "adapters" and name not in ("frozen", "full")
     ]
+
+
+def shown(
+    title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], notes: list[str], wrap: bool = True
+) -> Any:
+    """rich's table; columns with a head are numbers, and stand right."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, caption="\n".join(notes), box=SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left", no_wrap=not wrap)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _flat(figures: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lorafuse.bench.limits import first_line, is_out_of_memory, out_of_memory
 from lorafuse.bench.plugins import Baseline
 from lorafuse.bench.problem import Problem, title, wrong
 from lorafuse.bench.remote import RemoteRunner
-from lorafuse.bench.result import Failed, Wrong
+from lorafuse.bench.result import Failed, Wrong, shown
 from lorafuse.bench.runner import Runner
 from lorafuse.testing.memory import Held
 from lorafuse.testing.timing import Clock, Samples, Timed, measure, timing
@@ -171,49 +171,35 @@ def built(problem: Problem, args: argparse.Namespace, device: torch.device, prog
 
 def table(result: dict[str, Any]) -> Any:
     """The figures of a result as rich's table, below it the baselines that are not in it and why."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    rows = Table(title=f"{title(result)}, {result['rounds']} rounds", box=SIMPLE_HEAD)
-    is_warm = "warm_floor" in result
-    spread = "\\[95 %]" if "tax_low" in result["variants"]["frozen"] else "\\[20-80 %]"
-    columns = ("", "forward\nms", "backward\nms", "total ms\n\\[20-80 %]", f"LoRA tax\n{spread}", "of\nfull")
-    for column in (*columns, *(["tax,\nx warm"] if is_warm else []), "TFLOP/s", "of\npeak", "of\ncopy", "memory\nMiB"):
-        rows.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    base = result["variants"]["frozen"]["peak_bytes"]
-    for name, figure in result["variants"].items():
+    is_warm, variants = "warm_floor" in result, result["variants"]
+    spread = "\\[95 %]" if "tax_low" in variants["frozen"] else "\\[20-80 %]"
+    columns = ["", "forward\nms", "backward\nms", "total ms\n\\[20-80 %]", f"LoRA tax\n{spread}", "of\nfull"]
+    columns += [*(["tax,\nx warm"] if is_warm else []), "TFLOP/s", "of\npeak", "of\ncopy", "memory\nMiB"]
+    base, rows = variants["frozen"]["peak_bytes"], []
+    for name, figure in variants.items():
         digits = 2 if figure["total"]["median"] < 0.1 else 0
         ms = {part: f"{figure[part]['median'] * 1e3:.{digits}f}" for part in ("forward", "backward", "total")}
-        spread = "-".join(f"{figure['total'][end] * 1e3:.{digits}f}" for end in ("p20", "p80"))
+        ends = "-".join(f"{figure['total'][end] * 1e3:.{digits}f}" for end in ("p20", "p80"))
         low, high = figures.interval(figure) or (0.0, 0.0)
         tax = "within noise" if figures.is_noise(figure) else f"{figure['tax']:.1%}"
         adapted = figure["trains"] == "adapters"
-        rows.add_row(
-            name + ("*" if figure.get("launched") else ""),
-            ms["forward"],
-            ms["backward"],
-            f"{ms['total']} \\[{spread}]",
+        rows.append([
+            name + ("*" if figure.get("launched") else ""), ms["forward"], ms["backward"], f"{ms['total']} \\[{ends}]",
             f"{tax} \\[{low * 100:.0f}-{high * 100:.0f}]" if adapted else "",
             f"{figure['ratio_to_full']:.2f}" if "ratio_to_full" in figure else "",
             *([f"{figure['warm_x']['tax']:.1%}" if adapted else ""] if is_warm else []),
-            f"{figure['flops_per_s'] / 1e12:.2f}",
-            f"{figure['of_peak']:.0%}",
-            f"{figure['of_copy']:.0%}",
+            f"{figure['flops_per_s'] / 1e12:.2f}", f"{figure['of_peak']:.0%}", f"{figure['of_copy']:.0%}",
             f"{(figure['peak_bytes'] - base) / 2**20:+.1f}",
-        )
+        ])  # fmt: skip
     floors = result["floors"]
     notes = [
         "LoRA tax over the fastest frozen: " + ", ".join(f"{name} {part}" for part, name in result["floor"].items()),
         f"arithmetic floors: LoRA tax {floors['tax']:.1%}, of full fine-tuning {floors['ratio_to_full']:.2f}",
     ]
     notes += [f"{name} failed and is not counted: {reason}" for name, reason in result["failed"].items()]
-    notes += [
-        f"* {name} is not in a CUDA graph: {figure['launched']}"
-        for name, figure in result["variants"].items()
-        if figure.get("launched")
-    ]
-    rows.caption = "\n".join(notes)
-    return rows
+    launched = {name: one["launched"] for name, one in variants.items() if one.get("launched")}
+    notes += [f"* {name} is not in a CUDA graph: {reason}" for name, reason in launched.items()]
+    return shown(f"{title(result)}, {result['rounds']} rounds", columns, rows, notes, wrap=False)
 
 
 def closing(results: list[dict[str, Any]]) -> list[str]:

@@ -1,6 +1,6 @@
 """Measure what LoRA costs on this machine: layers, blocks, whole models; against the frozen layer, PEFT and others.
 
-LoRA tax = time(adapted) / time(frozen) - 1, forward and backward. No number is printed for a wrong result.
+LoRA tax = time(adapted) / time(fastest frozen) - 1, forward and backward. No number is printed for a wrong result.
 With --base REF the same cases run in this checkout and in that commit's, in turns; slower passes are reported.
 """
 

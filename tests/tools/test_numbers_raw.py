@@ -156,3 +156,24 @@ def test_a_row_of_a_peer_says_which_projection_it_is():
     (result,) = publish.load(ROOT / "bench/results/h200-2026-11-26-peers.json")["results"]
     assert result["variants"]["unsloth"]["label"] == "Unsloth, o_proj's LoRA_W"
     assert result["variants"]["axolotl"]["label"] == "Axolotl, o_proj's apply_lora_o"
+
+
+def test_loss_curves_are_the_evidence_where_there_are_some(tree):
+    """Without them random losses are called a check."""
+    file = "bench/results/h200-2026-12-01-model.json"
+    old = json.loads((ROOT / "bench/results/h200-2026-11-26-model.json").read_text())
+    put(tree, file, old)
+    assert publish.main([], tree) == 0
+    details = " ".join(block(tree, "README.md", "details").split())
+    assert "a check and no evidence: weights and tokens were random. AdamW was torch's default" in details
+    apart = {"median": 1e-4, "low": -2e-4, "high": 3e-4, "largest": 1e-3}
+    curve = {"rate": 5e-4, "losses": [2.5, 2.0, 1.5], "learned": 1.0, "held_out": 1.75}
+    curves = {"peft": curve, "lorafuse": curve | {"from_peft": apart}}
+    for result in old["results"]:
+        result |= {"data": "gsm_symbolic", "optimizer": "AdamW, fused", "curves": curves}
+    put(tree, file, old)
+    assert publish.main([], tree) == 0
+    details = " ".join(block(tree, "README.md", "details").split())
+    assert "3 steps on gsm_symbolic: the loss fell by 1.000; lorafuse's is +1.0e-04 (-2.0e-04 to +3.0e-04)" in details
+    page = block(tree, "bench/README.md", "results")
+    assert ", lorafuse | 3 | 2.5000 | 1.5000 | 1.7500 | +1.0e-04 (-2.0e-04 to +3.0e-04) |" in page
