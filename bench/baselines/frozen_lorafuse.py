@@ -7,6 +7,7 @@ import torch
 
 from lorafuse import functional
 from lorafuse.backends import base
+from lorafuse.bench.result import Failed
 from lorafuse.plan import Problem, select
 
 LABEL = "frozen, by lorafuse"
@@ -27,41 +28,49 @@ def unavailable(kind, device, backend):
 class CudaProduct(torch.autograd.Function):
     """`x · wᵀ` and `dy · w` in the main loop of the CUDA kernels at rank 0, by the tiles of the adapted layer's plan.
 
-    `run` is a `lorafuse.backends.cuda_linear.Runner`.
+    `native` is the module of the kernels, `spec` the planner's GPU.
     """
 
     @staticmethod
-    def forward(ctx, x, w, run):
+    def forward(ctx, x, w, native, spec):
         ctx.save_for_backward(w)
-        ctx.run = run
-        return _cuda(run, x, w, ())
+        ctx.kernels = native, spec
+        return _cuda(native, spec, x, w, ())
 
     @staticmethod
     def backward(ctx, dy):
-        return _cuda(ctx.run, dy, ctx.saved_tensors[0], ("dx", "da", "db")), None, None
+        return _cuda(*ctx.kernels, dy, ctx.saved_tensors[0], ("dx", "da", "db")), None, None, None
 
 
-def _cuda(run, x, w, gradients):
+def _problem(M, w, gradients):
+    return Problem(M, *w.shape, _RANK, str(w.dtype).removeprefix("torch."), "float32", gradients=gradients)
+
+
+def _cuda(native, spec, x, w, gradients):
     from lorafuse.backends.cuda_linear import TYPES
 
     N, K = w.shape
-    problem = Problem(x.shape[0], N, K, _RANK, str(x.dtype).removeprefix("torch."), "float32", gradients=gradients)
-    tile = select(problem, run.spec(x.device), (("cuda", ""),)).config("matmul")
+    tile = select(_problem(x.shape[0], w, gradients), spec, (("cuda", ""),)).config("matmul")
     out, inner = (K, N) if gradients else (N, K)
     y = x.new_empty(x.shape[0], out)
-    run.native.linear(
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    native.linear(
         type=TYPES[x.dtype], M=x.shape[0], N=out, K=inner, R=0, transposed=bool(gradients), x=x.data_ptr(),
         stride_x=x.stride(0), w=w.data_ptr(), stride_w=w.stride(0), y=y.data_ptr(), stride_y=out,
-        tiling=(tile.block_n, tile.stages, tile.cluster, tile.group_m, 0), stream=run.stream(x.device),
+        tiling=(tile.block_n, tile.stages, tile.cluster, tile.group_m, 0), stream=stream,
     )  # fmt: skip
     return y
 
 
 def linear(given, backend):
     if backend == "cuda":
-        from lorafuse.backends import cuda
+        from lorafuse.backends import cuda_native, probe
+        from lorafuse.plan import configs_cuda
 
-        return (lambda x: CudaProduct.apply(x, given.w, cuda._RUN)), {}
+        native, spec = cuda_native.native("_cuda"), probe.device_spec(given.x.device)
+        if reason := configs_cuda.refusal(_problem(given.x.shape[0], given.w, ()), spec):
+            raise Failed(reason)
+        return (lambda x: CudaProduct.apply(x, given.w, native, spec)), {}
     ends = torch.tensor([given.x.shape[0]], dtype=torch.int32, device=given.x.device)
     return (lambda x: functional.lora_grouped_linear(x, ends, given.w[None], backend=backend)), {}
 
@@ -75,7 +84,6 @@ def experts(given, backend):
 
 def model(given, backend):
     """Frozen experts by lorafuse; a model without experts has nothing else than `frozen`."""
-    from lorafuse.bench.result import Failed
     from lorafuse.integrations import register_experts
 
     if not given.has_experts:

@@ -105,10 +105,10 @@ class Built:
         """Drop a baseline, with its error as the reason.
 
         Raises the error again for "frozen", from which all others are measured, and for this project's own baselines
-        unless memory ran out.
+        unless memory ran out or the layer is one that they do not take.
         """
         name, no_memory = name.removesuffix(_WARM), is_out_of_memory(error)
-        if name == "frozen" or not (self.baselines[name].peer or no_memory):
+        if name == "frozen" or not (self.baselines[name].peer or no_memory or isinstance(error, Failed)):
             raise error
         reason = out_of_memory(error) if no_memory else f"{type(error).__name__}: {first_line(error)}"
         # the first error is the reason: a process that has ended raises at its warm turn too

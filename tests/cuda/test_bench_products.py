@@ -8,6 +8,7 @@ import torch
 
 from lorafuse.bench import linear, plugins
 from lorafuse.bench.problem import Variant, wrong
+from lorafuse.plan import find
 from lorafuse.testing.numerics import relative_l2, tolerance
 
 ROOT = Path(__file__).parents[2]
@@ -20,13 +21,14 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("sizes", [(130, 264, 72), (7, 96, 64)])
-def test_the_frozen_layer_by_our_own_product(backend, emu, sizes):
+def test_the_frozen_layer_by_our_own_product(emu, sizes):
     problem = linear.Linear("tiny", "bfloat16", *sizes, 16)
     given = problem.inputs(CPU)
     (one,) = [b for b in plugins.load("linear", CPU) if b.name == "frozen-lorafuse-cuda"]
     x = given.x.detach().requires_grad_()
     product = one.module.CudaProduct
-    variant = Variant("frozen", lambda: (product.apply(x, given.w, backend._RUN),), ("y",), (given.dy,), {"dx": x})
+    call = lambda: (product.apply(x, given.w, emu, find("H200")),)  # noqa: E731
+    variant = Variant("frozen", call, ("y",), (given.dy,), {"dx": x})
     assert one.trains == "nothing"
     assert wrong(variant, problem.references(given)["nothing"], problem.shaped) == ""
 

@@ -174,16 +174,16 @@ def test_a_real_model_is_trained_on_text(monkeypatch):
 
 
 def test_the_real_weights_know_the_text():
-    texts, sizes = transformer.Texts(2, (1, 1, 24), CPU), Sizes.of(transformer.MODELS["smollm2-135m"].config())
-    assert texts(0).shape == (1, 1, 24)
+    texts, sizes = transformer.Texts(2, (1, 1, 96), CPU), Sizes.of(transformer.MODELS["smollm2-135m"].config())
+    assert texts(0).shape == (1, 1, 96)
     assert torch.equal(texts(2), texts(0))
     assert not torch.equal(texts(1), texts(0))
-    assert texts.held_out.shape == (4, 24)
+    assert texts.held_out.shape == (4, 96)
     assert not any(torch.equal(texts(step)[0, 0], block) for step in (0, 1) for block in texts.held_out)
-    given = Given(transformer.MODELS["smollm2-135m"], sizes, torch.float32, CPU, 4, 24, False)
+    given = Given(transformer.MODELS["smollm2-135m"], sizes, torch.float32, CPU, 4, 96, False)
     # of random tokens a trained model knows nothing: ln of its 49,152 words is 10.8
     one = Trainee("frozen", given.base, "nothing")
-    assert one.evaluate(texts(0)[0]) < 8 < one.evaluate(training.batches(49152, (1, 1, 24), 0, CPU)[0])
+    assert one.evaluate(texts(0)[0]) < 8 < one.evaluate(training.batches(49152, (1, 1, 96), 0, CPU)[0])
 
 
 def test_steps_of_curves_are_those_of_a_real_models_first_case():
