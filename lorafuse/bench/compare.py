@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lorafuse.bench import plugins
+from lorafuse.bench import figures, plugins
 from lorafuse.bench.problem import Problem
 from lorafuse.bench.remote import RemoteRunner
 from lorafuse.bench.result import VERSION, shown, write_json
@@ -104,7 +104,8 @@ def _compare(
                 total[side].forward += one.forward
                 total[side].backward += one.backward
     result["pairs"] = pairs
-    result["here"], result["base"] = total["here"].summary(), total["base"].summary()
+    for side, one in total.items():
+        result[side] = {part: figures.summary([getattr(one, part)]) for part in pairs}
     result["ratios"] = {part: statistics.median(one["median"] for one in made) for part, made in pairs.items()}
     result["verdicts"] = {part: agreed([one["verdict"] for one in made]) for part, made in pairs.items()}
     return result

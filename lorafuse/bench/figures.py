@@ -14,7 +14,7 @@ from typing import Any
 
 from lorafuse.testing.timing import percentile
 
-__all__ = ["LEAST_ROUNDS", "bootstrap", "derive", "interval", "is_noise", "merge", "raw"]
+__all__ = ["LEAST_ROUNDS", "bootstrap", "derive", "interval", "is_noise", "merge", "raw", "summary"]
 
 # no figure of fewer rounds is published
 LEAST_ROUNDS = 10
@@ -106,7 +106,8 @@ def _pooled(processes: Processes) -> list[float]:
     return [one for process in processes for one in process]
 
 
-def _summary(processes: Processes) -> dict[str, float]:
+def summary(processes: Processes) -> dict[str, float]:
+    """Median, 20th and 80th percentile of all rounds."""
     values = _pooled(processes)
     return {"median": statistics.median(values), "p20": percentile(values, 0.2), "p80": percentile(values, 0.8)}
 
@@ -118,7 +119,7 @@ def _sum(first: Processes, second: Processes) -> list[list[float]]:
 def _ratio(figure: str, own: Processes, base: Processes, less: float = 0.0) -> dict[str, float]:
     """The median of the rounds' ratios minus `less`, with its spread, and its interval over several processes."""
     ratios = [[a / b - less for a, b in zip(*pair, strict=True)] for pair in zip(own, base, strict=True)]
-    found = _summary(ratios)
+    found = summary(ratios)
     figures = {figure: found["median"], f"{figure}_p20": found["p20"], f"{figure}_p80": found["p80"]}
     if len(ratios) >= _LEAST_PROCESSES:
         figures[f"{figure}_low"], figures[f"{figure}_high"] = bootstrap(ratios)
@@ -138,7 +139,7 @@ def _layers(timed: dict[str, Any], described: dict[str, Any], result: Result) ->
     for name, one in timed.items():
         total = _sum(*(one["seconds"][part] for part in _PARTS))
         for part, seconds in (*one["seconds"].items(), ("total", total)):
-            one[part] = _summary(seconds)
+            one[part] = summary(seconds)
         one |= _ratio("tax", total, least, 1.0)
         if full is not None:
             one |= _ratio("ratio_to_full", total, full)
@@ -173,7 +174,7 @@ def _steps(result: Result) -> None:
         return {figure: medians[0] / medians[1] - less}
 
     for name, one in variants.items():
-        one["step"] = _summary(seconds[name])
+        one["step"] = summary(seconds[name])
         one["rounds"] = len(_pooled(seconds[name]))
         median = one["step"]["median"]
         one["tokens_per_s"] = result["tokens_per_step"] / median

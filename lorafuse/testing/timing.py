@@ -1,7 +1,6 @@
 """Timing that survives a noisy machine: variants interleaved, medians with the spread of the middle 60 %."""
 
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,17 +38,6 @@ class Samples:
     @property
     def total(self) -> list[float]:
         return [f + b for f, b in zip(self.forward, self.backward, strict=True)]
-
-    def summary(self) -> dict[str, dict[str, float]]:
-        """Median, 20th and 80th percentile of forward, backward and their sum, in seconds."""
-        return {
-            name: {
-                "median": statistics.median(values),
-                "p20": percentile(values, 0.2),
-                "p80": percentile(values, 0.8),
-            }
-            for name, values in (("forward", self.forward), ("backward", self.backward), ("total", self.total))
-        }
 
 
 class Clock:
