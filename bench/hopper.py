@@ -3,7 +3,7 @@
     python bench/hopper.py [--json FILE] [--rank 16] [--rounds 50] [--shape 8192,4096,4096]
 
 Needs lorafuse._cuda (`make cuda`). Every result is compared with fp64 first, and none is timed that is wrong. Times are
-medians of interleaved calls with L2 overwritten before each, on normal random data.
+medians of interleaved calls with L2 filled by a read before each, on normal random data.
 """
 
 import argparse
@@ -31,33 +31,36 @@ Call = Callable[[], Tensor]
 
 
 class Layer:
-    """Operands of one shape, bf16, and every way to compute parts of the layer, by name."""
+    """Operands of one shape, bf16, and the launches of the layer's parts, by name."""
 
-    def __init__(self, native: Any, M: int, N: int, K: int, R: int) -> None:
-        self.native, self.sizes, self.R = native, {"M": M, "N": N, "K": K}, R
-        generator = torch.Generator("cuda").manual_seed(0)
+    def __init__(self, native: Any, M: int, N: int, K: int, R: int, device: torch.device) -> None:
+        self.native, self.M, self.N, self.K, self.R = native, M, N, K, R
+        self.stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        generator = torch.Generator(device).manual_seed(0)
 
         def normal(rows: int, columns: int, size: float = 1.0) -> Tensor:
-            return (torch.randn(rows, columns, generator=generator, device="cuda") * size).bfloat16()
+            return (torch.randn(rows, columns, generator=generator, device=device) * size).bfloat16()
 
         self.x, self.w, self.dy = normal(M, K), normal(N, K, K**-0.5), normal(M, N)
         self.a, self.b = normal(R, K, K**-0.5), normal(N, R, R**-0.5)
         self.y, self.dx = torch.empty_like(self.dy), torch.empty_like(self.x)
         self.xa = self.x.new_empty(M, R)
         self.dyb = (self.dy.float() @ self.b.float()).bfloat16()
-        self.flags = torch.zeros(native.fused_xa_workspace(M=M), dtype=torch.int32, device="cuda")
+        words = native.fused_xa_workspace(M=M)
+        self.flags = torch.zeros(words, dtype=torch.int32, device=device)
 
-    def gemm(self, tile: tuple[int, int, int]) -> Tensor:
-        return self._forward(tile, {})
-
-    def _forward(self, tile: tuple[int, int, int], low: dict[str, Any]) -> Tensor:
-        x, w, y = self.x, self.w, self.y
+    def _linear(self, x: Tensor, y: Tensor, tile: tuple[int, int, int], transposed: bool = False, **low: Any) -> Tensor:
+        """y by the main loop, with the low-rank part that `low` names."""
+        K, N = (self.N, self.K) if transposed else (self.K, self.N)
         self.native.linear(
-            type=BF16, **self.sizes, R=self.R if low else 0, x=x.data_ptr(), stride_x=x.stride(0), w=w.data_ptr(),
-            stride_w=w.stride(0), y=y.data_ptr(), stride_y=y.stride(0), tiling=(*tile, GROUP_M, 0), stream=_stream(),
-            **low,
+            type=BF16, M=self.M, N=N, K=K, R=self.R if low else 0, transposed=transposed, x=x.data_ptr(),
+            stride_x=x.stride(0), w=self.w.data_ptr(), stride_w=self.w.stride(0), y=y.data_ptr(), stride_y=y.stride(0),
+            tiling=(*tile, GROUP_M, 0), stream=self.stream, **low,
         )  # fmt: skip
         return y
+
+    def gemm(self, tile: tuple[int, int, int]) -> Tensor:
+        return self._linear(self.x, self.y, tile)
 
     def _low(self) -> dict[str, Any]:
         return {"xa": self.xa.data_ptr(), "stride_xa": self.R, "b": self.b.data_ptr(), "stride_b": self.R}
@@ -65,25 +68,18 @@ class Layer:
     def two_kernels(self, tile: tuple[int, int, int], overlap: bool) -> Tensor:
         x, a = self.x, self.a
         self.native.project_x(
-            type=BF16, a_type=BF16, M=self.sizes["M"], K=self.sizes["K"], R=self.R, x=x.data_ptr(),
-            stride_x=x.stride(0), a=a.data_ptr(), stride_a=a.stride(0), xa=self.xa.data_ptr(), stride_xa=self.R,
-            stream=_stream(),
+            type=BF16, a_type=BF16, M=self.M, K=self.K, R=self.R, x=x.data_ptr(), stride_x=x.stride(0), a=a.data_ptr(),
+            stride_a=a.stride(0), xa=self.xa.data_ptr(), stride_xa=self.R, stream=self.stream,
         )  # fmt: skip
-        return self._forward(tile, self._low() | {"overlap_previous": overlap})
+        return self._linear(x, self.y, tile, overlap_previous=overlap, **self._low())
 
     def one_kernel(self, tile: tuple[int, int, int]) -> Tensor:
         whole = {"a": self.a.data_ptr(), "stride_a": self.a.stride(0), "workspace": self.flags.data_ptr()}
-        return self._forward(tile, self._low() | whole)
+        return self._linear(self.x, self.y, tile, **self._low(), **whole)
 
     def input_gradient(self, tile: tuple[int, int, int], adapted: bool) -> Tensor:
-        dy, w, dx, M, N, K = self.dy, self.w, self.dx, *self.sizes.values()
         low = {"xa": self.dyb.data_ptr(), "stride_xa": self.R, "b": self.a.data_ptr(), "stride_b": self.a.stride(0)}
-        self.native.linear(
-            type=BF16, M=M, N=K, K=N, R=self.R if adapted else 0, transposed=True, x=dy.data_ptr(),
-            stride_x=dy.stride(0), w=w.data_ptr(), stride_w=w.stride(0), y=dx.data_ptr(), stride_y=dx.stride(0),
-            tiling=(*tile, GROUP_M, 0), stream=_stream(), **(low if adapted else {}),
-        )  # fmt: skip
-        return dx
+        return self._linear(self.dy, self.dx, tile, transposed=True, **(low if adapted else {}))
 
     def calls(self) -> dict[str, tuple[Call, str]]:
         """`{name: (call, which reference)}`."""
@@ -111,14 +107,10 @@ class Layer:
         return {"y": y, "adapted y": y + (x @ a.t()) @ b.t(), "dx": dx, "adapted dx": dx + dyb @ a}
 
 
-def _stream() -> int:
-    return torch.cuda.current_stream().cuda_stream
-
-
 def run_shape(native: Any, shape: tuple[int, int, int], rank: int, rounds: int) -> dict[str, Any] | str:
     """The figures of one shape, or what is wrong."""
     M, N, K = shape
-    layer = Layer(native, M, N, K, rank)
+    layer = Layer(native, M, N, K, rank, torch.device("cuda"))
     calls, expected = layer.calls(), layer.references()
     for name, (call, key) in calls.items():
         layer.y.fill_(float("nan"))

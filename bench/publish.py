@@ -8,8 +8,8 @@ What is not in `bench/results/` is "not yet measured". The sentences around READ
 """
 
 import argparse
+import copy
 import difflib
-import functools
 import hashlib
 import json
 import re
@@ -23,11 +23,13 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 import goals  # noqa: E402
+import headline  # noqa: E402
 import measured  # noqa: E402
+import model_tables  # noqa: E402
 import result_tables as tables  # noqa: E402
 
-from lorafuse.bench import plots  # noqa: E402
-from lorafuse.bench.result import read  # noqa: E402
+from lorafuse.bench import figures, plots  # noqa: E402
+from lorafuse.bench.result import VERSION, read  # noqa: E402
 from lorafuse.plan import tuned  # noqa: E402
 
 
@@ -52,7 +54,6 @@ CACHE = Published("Experts, a larger cache of oneDNN's kernels", "cpu-xeon-amx-2
 # a CPU without instructions for bfloat16, in float32
 NEWER_LAYERS = Published("One linear layer by M and rank, float32", "cpu-epyc-*-linear.json")
 ALL_LAYERS = Published("Named linear layers, float32", "cpu-epyc-*-linear-all.json")
-NEWER_EXPERTS = Published("Experts, float32", "cpu-epyc-*-moe.json")
 CPU_MODEL = Published("A training step, float32", "cpu-epyc-*-model.json")
 REPEATED = (
     Published("The same command twice: first", "cpu-epyc-*-repeated-1.json"),
@@ -64,23 +65,16 @@ DEMO = {
 }
 # in the order of bench/README.md; other files of version 2 with CUDA in their conditions follow
 GPUS = (GPU_MODEL, GPU_LAYERS, GPU_PEERS, GPU_ROWS, GPU_EXPERTS)
-PUBLISHED = (*GPUS, GPU_STEPS, LAYERS, EXPERTS, CACHE, NEWER_LAYERS, ALL_LAYERS, NEWER_EXPERTS, CPU_MODEL, *REPEATED)
-# README's rows: a model's attention and MLP, and the layers where lorafuse is furthest behind
-README_CASES = (
-    *(f"llama-3.1-8b.{layer}" for layer in ("q", "k", "gate", "down")),
-    "smollm2-135m.q",
-    "smollm2-135m.k",
-)
-# README's tables by placeholder
-README = {
-    "gpu_model": (GPU_MODEL, tables.training_steps),
-    "gpu_layers": (GPU_LAYERS, tables.layers),
-    "gpu_peers": (GPU_PEERS, tables.layers),
-    "gpu_rows": (GPU_ROWS, tables.layers),
-    "gpu_experts": (GPU_EXPERTS, tables.experts),
-    "layers": (LAYERS, functools.partial(tables.layers, cases=README_CASES)),
-    "experts": (EXPERTS, tables.experts),
+PUBLISHED = (*GPUS, GPU_STEPS, LAYERS, EXPERTS, CACHE, NEWER_LAYERS, ALL_LAYERS, CPU_MODEL, *REPEATED)
+# README's rows: one layer by its rows and the layers of other shapes, by file, and the first block of experts
+HEADLINE = {
+    GPU_ROWS: ("llama-3.1-8b.q",),
+    GPU_LAYERS: ("llama-3.1-8b.q", "llama-3.1-8b.k", "llama-3.1-8b.down"),
+    GPU_EXPERTS: ("qwen3-30b-a3b",),
+    GPU_MODEL: None,
 }
+# README's tables by placeholder
+README = {"gpu_model": (GPU_MODEL, tables.training_steps), "gpu_experts": (GPU_EXPERTS, tables.experts)}
 # README's graph: the first of these for which a file has the data
 GRAPHS = ("tax-by-rank", "tax-by-m", "tax-by-case")
 ABSENT = "not yet measured"
@@ -122,15 +116,15 @@ def generate(root: Path) -> dict[Path, str]:
     """Each document as it should be. Raises ValueError for files without their conditions and for missing markers."""
     on_gpu = [load(file) for file in on_gpus(root)]
     blocks = {
-        "README.md": {"numbers": readme(root)},
+        "README.md": dict(zip(("numbers", "details"), readme(root), strict=True)),
         "bench/README.md": {
             "goals": _wrapped(goals.goals(on_gpu, ABSENT)),
             "grid": _wrapped(goals.grid(on_gpu, ABSENT)),
             "results": results(root),
         },
         "docs/performance.md": {
-            "layers-model": tables.layers_model(on_gpu, ABSENT),
-            "experts-model": tables.experts_model(on_gpu, ABSENT),
+            "layers-model": model_tables.layers_model(on_gpu, ABSENT),
+            "experts-model": model_tables.experts_model(on_gpu, ABSENT),
         },
     }
     documents = {}
@@ -164,7 +158,16 @@ def load(path: Path) -> dict:
     missing = [key for key in ("device", "torch", "date", "commit") if not content.get("conditions", {}).get(key)]
     if missing:
         raise ValueError(f"{path}: no number without its conditions, and {', '.join(missing)} is not in the file")
-    return read(path) if "version" in content else content
+    if "version" in content:
+        content = read(path)
+    if content.get("version", 0) >= VERSION:
+        for result in content["results"]:
+            if (
+                "seconds" in next(iter(result.get("variants", {}).values()), {})
+                and figures.derive(copy.deepcopy(result)) != result
+            ):
+                raise ValueError(f"{path}: figures of {result['case']} do not follow from its raw rounds")
+    return tables.published(content)
 
 
 def on_gpus(root: Path) -> list[Path]:
@@ -173,8 +176,8 @@ def on_gpus(root: Path) -> list[Path]:
     return [path for path, one in contents.items() if "version" in one and "cuda" in one.get("conditions", {})]
 
 
-def readme(root: Path) -> str:
-    """README's block: `bench/numbers.md` with its numbers filled in, paragraphs wrapped."""
+def readme(root: Path) -> list[str]:
+    """README's blocks: the parts of `bench/numbers.md` with their numbers filled in, paragraphs wrapped."""
     template = (root / "bench" / "numbers.md").read_text()
     values = dict.fromkeys(re.findall(r"\$(\w+)", template), ABSENT)
     for name, (one, table) in README.items():
@@ -187,18 +190,62 @@ def readme(root: Path) -> str:
                 f"{name}_conditions": tables.conditions(content),
                 f"{name}_file": _named(root, file),
             }
-    if (file := found(root, CACHE)) is not None:
-        content = load(file)
-        (result,) = content["results"]
-        own = result["variants"]["lorafuse"]
-        values |= {
-            "cache_environment": content["conditions"]["environment"],
-            "cache_ms": f"{own['total']['median'] * 1e3:.0f}",
-            "cache_tax": f"{own['tax']:.0%}",
-        }
+    values |= _headline(root)
+    if (file := found(root, GPU_MODEL)) is not None:
+        values["losses"] = tables.evidence(load(file))
     values["demo"] = _demo(root)
     values["graph"] = _graph(root)
-    return _wrapped(Template(template).substitute(values))
+    return [_wrapped(Template(part).substitute(values)) for part in template.split("\n---\n")]
+
+
+def _headline(root: Path) -> dict[str, str]:
+    """README's first table, the cases where others are ahead, and the files of both."""
+    rows, files = [], []
+    for one, cases in HEADLINE.items():
+        if (file := found(root, one)) is not None:
+            results = load(file)["results"]
+            rows += [result for result in results if cases is None or result["case"] in cases]
+            files.append(file)
+    if not files:
+        return {}
+    on_gpu = [result for file in on_gpus(root) for result in load(file)["results"] if result["kind"] != "memory"]
+    on_cpu = [
+        (load(file), _named(root, file))
+        for one in (LAYERS, ALL_LAYERS, EXPERTS)
+        if (file := found(root, one)) is not None
+    ]
+    ahead = headline.losers(on_gpu)
+    for content, name in on_cpu:
+        lost = [result for result in content["results"] if list(headline.behind(result))]
+        if lost:
+            ahead.append(
+                f"{content['conditions']['device']}: {len(lost)} of {len(content['results'])} cases (`{name}`)"
+            )
+    slower = headline.slower_than_full(on_gpu)
+    for content, _ in on_cpu:
+        if lost := headline.slower_than_full(content["results"]):
+            slower.append(f"{content['conditions']['device']}: {'; '.join(lost)}")
+    return {
+        "headline": headline.headline(rows, ABSENT),
+        "headline_conditions": tables.conditions(load(files[0])),
+        "headline_files": ", ".join(f"`{_named(root, file)}`" for file in files),
+        "losers": "; ".join(ahead) or "none",
+        "slower": "; ".join(slower) or "none",
+        "unmeasured": headline.unmeasured(rows),
+        "layer_half": _between(rows, "peft-half"),
+        "layer_full": _between(rows, "full"),
+    }
+
+
+def _between(results: list[dict], name: str) -> str:
+    """The range over single layers: of times / lorafuse's for a setting of PEFT, of lorafuse's / full fine-tuning's."""
+    layers = [result for result in results if result["kind"] == "linear" and "lorafuse" in result["variants"]]
+    if name == "full":
+        values = [one["variants"]["lorafuse"].get("ratio_to_full") for one in layers]
+    else:
+        values = [headline.factors(one).get(name) for one in layers]
+    ordered = sorted(value for value in values if value is not None)
+    return f"{ordered[0]:.2f} to {ordered[-1]:.2f}" if ordered else ABSENT
 
 
 def _demo(root: Path) -> str:
@@ -216,7 +263,8 @@ def _graph(root: Path) -> str:
         return f"LoRA tax as a graph: {ABSENT}."
     name, file = graph
     shown = load(file)
-    source = f"`{_named(root, file)}`: {tables.common(shown['results'])}; {tables.conditions(shown)}"
+    over = "" if shown["version"] >= VERSION else "over the frozen layer as torch runs it; "
+    source = f"`{_named(root, file)}`: {over}{tables.common(shown['results'])}; {tables.conditions(shown)}"
     return f"![LoRA tax: {name}](docs/{name}.png)\n\nThe graph is of {source}."
 
 

@@ -1,11 +1,11 @@
-"""Tables in Markdown, every number from the content of a result file or from the planner's model."""
+"""Tables in Markdown, every number from the content of a result file."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
+from lorafuse.bench.figures import LEAST_ROUNDS, interval, is_noise
 from lorafuse.bench.result import with_adapters
-from lorafuse.plan import Problem, cost, find, select
+from lorafuse.plan import DEVICES
 
 # labels of files before version 2, which have none
 LABELS = {
@@ -17,27 +17,55 @@ LABELS = {
     "split": "split grouped GEMM",
     "lorafuse": "lorafuse",
 }
-_GRADIENTS = ("dx", "da", "db")
+# of files before version 3, where a row did not say which projection of a peer it was
+_PROJECTIONS = {"unsloth": "Unsloth, o_proj's LoRA_W", "axolotl": "Axolotl, o_proj's apply_lora_o"}
 _SIZES = ("M", "E", "k", "H", "I", "N", "K", "R", "routing", "dtype")
 _CONDITIONS = ("device", "threads", "cuda", "power limit", "torch", "peft", "date", "commit")
-# the model's GPU; its rows, by the variants that measure them
-_GPU = "H200"
-_MEASURED_AS = {
-    "frozen": "frozen",
-    "lorafuse, eager": "lorafuse-eager",
-    "lorafuse, Triton": "lorafuse-triton",
-    "lorafuse, CUDA": "lorafuse",
-}
-_KERNELS = {
-    "lorafuse, eager": ("aten_beta1", "aten_beta1"),
-    "lorafuse, Triton": ("two_kernel", "one_pass_backward"),
-    "lorafuse, CUDA": ("cuda two_kernel", "cuda one_pass_backward"),
-}
-_EXPERTS_KERNELS = {"lorafuse, eager": ("grouped_mm", "grouped_mm"), "lorafuse, Triton": ("ragged", "ragged")}
-_EXPERTS_AS = {"frozen": "frozen", "lorafuse, Triton": "lorafuse"}
-
 Content = dict[str, Any]
 Result = dict[str, Any]
+
+
+def published(content: Content) -> Content:
+    """What of a file may be published, with what is added to it: the share of the data sheet's FLOP/s.
+
+    Figures of fewer than ten rounds are left out and named as such.
+    """
+    sheet = next((d.bf16_flops for d in DEVICES.values() if d.model in content["conditions"]["device"].split()), None)
+    kept, dropped = [], {}
+    for result in content.get("results", []):
+        variants = result.get("variants", {})
+        few = {
+            n: c for n, one in variants.items() if (c := one.get("rounds", result.get("rounds"))) and c < LEAST_ROUNDS
+        }
+        result = result | {"kind": result.get("kind", content.get("kind"))}
+        reasons = {
+            name: f"{count} rounds, fewer than the {LEAST_ROUNDS} of published numbers" for name, count in few.items()
+        }
+        if few and few.keys() == variants.keys():
+            dropped[_own(result, content["results"])] = next(iter(reasons.values()))
+            continue
+        result["variants"] = {name: dict(one) for name, one in variants.items() if name not in few}
+        if few:
+            result["failed"] = result.get("failed", {}) | reasons
+        for name, one in result["variants"].items():
+            if sheet is not None and result["dtype"] == "bfloat16" and "flops_per_s" in one:
+                one["of_sheet"] = one["flops_per_s"] / sheet
+            if result["kind"] == "linear" and one.get("label") in ("Unsloth", "Axolotl"):
+                one["label"] = _PROJECTIONS[name]
+        kept.append(result)
+    return content | (
+        {"results": kept, "not_run": content.get("not_run", {}) | dropped} if "results" in content else {}
+    )
+
+
+def has_own_floor(result: Result | None) -> bool:
+    """Whether a tax is over the fastest frozen, our own products among them."""
+    return result is not None and any(name.startswith("frozen-lorafuse") for name in result["variants"])
+
+
+def label_of(result: Result, name: str) -> str:
+    """How tables name a variant of a result."""
+    return result["variants"][name].get("label") or LABELS.get(name, name)
 
 
 def conditions(content: Content) -> str:
@@ -89,34 +117,16 @@ def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def layers(content: Content, cases: tuple[str, ...] = ()) -> str:
-    """LoRA tax of the named cases, or of all, a column for each variant with adapters."""
-    results = [result for result in content["results"] if not cases or result["case"] in cases]
-    names = _variants(results, _with("tax"))
-    rows = [
-        [_own(result, results), *(_cell(result, name, lambda one, _: f"{one['tax']:.0%}") for name in names)]
-        for result in results
-    ]
-    return table(["layer", *(_label(results, name) for name in names)], rows)
-
-
 def experts(content: Content) -> str:
-    """Time, and LoRA tax over the frozen block, of each result."""
+    """Time of each result, and how many times lorafuse's that is."""
     results = content["results"]
-    names = _variants(results, lambda result: [name for name in result["variants"] if name != "frozen"])
+    names = _variants(results, lambda result: list(result["variants"]))
 
     def cell(one: dict[str, Any], result: Result) -> str:
-        ms = _ms(one["total"]["median"])
-        return f"{ms}, {one['tax']:.0%}" if one.get("trains", "adapters") == "adapters" else ms
+        own, ours = one["total"]["median"], result["variants"]["lorafuse"]["total"]["median"]
+        return milliseconds(own) + ("" if own == ours else f", {own / ours:.2f}×")
 
-    rows = []
-    for result in results:
-        frozen = _ms(result["variants"]["frozen"]["total"]["median"])
-        cells = [
-            _cell(result, name, cell if name != "full" else lambda one, _: _ms(one["total"]["median"]))
-            for name in names
-        ]
-        rows.append([f"{_own(result, results)} (frozen {frozen})", *cells])
+    rows = [[_own(result, results), *(_cell(result, name, cell) for name in names)] for result in results]
     return table(["experts", *(_label(results, name) for name in names)], rows)
 
 
@@ -124,11 +134,11 @@ def training_steps(content: Content) -> str:
     """A table of every variant of training each model; with LoRA tax where the frozen model was measured."""
     columns: dict[str, Callable[[dict[str, Any], Result], str]] = {
         "step": lambda one, _: f"{one['step']['median'] * 1e3:.0f} ms",
-        "LoRA tax": lambda one, _: f"{one['tax']:.0%}" if "tax" in one else "",
+        "LoRA tax": lambda one, _: tax_text(one) if "tax" in one else "",
         "tokens/s": lambda one, _: f"{one['tokens_per_s']:,.0f}",
         "time / full fine-tuning": lambda one, _: f"{one['ratio_to_full']:.2f}" if "ratio_to_full" in one else "",
-        "faster than PEFT": _faster_than_peft,
-        "MFU": lambda one, _: f"{one['mfu']:.0%}",
+        "time / lorafuse": _over_ours,
+        "MFU of the measured peak, of the data sheet": _utilization,
         "peak memory": lambda one, _: f"{one['peak_bytes'] / 2**30:.1f} GiB",
     }
     results = content["results"]
@@ -138,15 +148,56 @@ def training_steps(content: Content) -> str:
     for result in results:
         rows.append([f"*{_model(result)}*", *[""] * len(columns)])
         for name, one in result["variants"].items():
-            rows.append([LABELS[name], *(cell(one, result) for cell in columns.values())])
+            rows.append([label_of(result, name), *(cell(one, result) for cell in columns.values())])
     return table(["", *columns], rows)
 
 
-def _faster_than_peft(one: dict[str, Any], result: Result) -> str:
-    peft = result["variants"].get("peft")
-    if peft is None or one in (result["variants"].get("full"), result["variants"].get("frozen")):
-        return ""
-    return f"{peft['step']['median'] / one['step']['median']:.2f}×"
+def evidence(content: Content) -> str:
+    """What the losses of a file's models say: curves of real weights on real data, or a check on random ones."""
+    curves = [(result, result.get("curves", {}).get("lorafuse", {})) for result in content["results"]]
+    lines = [
+        f"{result['model']}, {len(one['losses'])} steps on {result['data']}: the loss fell by {one['learned']:.3f}; "
+        f"lorafuse's is {_apart(one)} from PEFT's."
+        for result, one in curves
+        if "from_peft" in one
+    ]
+    if lines:
+        return " ".join(lines)
+    fused = all("optimizer" in result for result in content["results"])
+    said = "The losses agreed with PEFT's, which is a check and no evidence: weights and tokens were random."
+    return said + ("" if fused else " AdamW was torch's default, not the fused one.")
+
+
+def _apart(one: dict[str, Any]) -> str:
+    return "{median:+.1e} ({low:+.1e} to {high:+.1e})".format(**one["from_peft"])
+
+
+def _curves(results: list[Result]) -> str:
+    """A row for each loss curve; "" where there is none."""
+    rows = []
+    for result in results:
+        for name, one in result.get("curves", {}).items():
+            held = f"{one['held_out']:.4f}" if "held_out" in one else ""
+            label = label_of(result, name) if name in result["variants"] else name
+            ends = (f"{one['losses'][at]:.4f}" for at in (0, -1))
+            cells = [f"{len(one['losses'])}", *ends, held, _apart(one) if "from_peft" in one else ""]
+            rows.append([f"{_own(result, results)}, {label}", *cells])
+    head = ["losses from PEFT's initialization", "steps", "first", "last", "held out", "from PEFT's, by step"]
+    return table(head, rows) if rows else ""
+
+
+def _over_ours(one: dict[str, Any], result: Result) -> str:
+    ours = result["variants"].get("lorafuse")
+    return "" if ours is None else f"{one['step']['median'] / ours['step']['median']:.2f}×"
+
+
+def _utilization(one: dict[str, Any], _: Result) -> str:
+    return f"{one['mfu']:.0%}" + (f", {one['of_sheet']:.0%}" if "of_sheet" in one else "")
+
+
+def tax_text(one: dict[str, Any]) -> str:
+    """A tax; one that is negative within its interval is no advantage."""
+    return "≈ 0" if is_noise(one) else f"{one['tax']:.0%}"
 
 
 def _model(result: Result) -> str:
@@ -174,7 +225,8 @@ def everything(content: Content, file: str) -> str:
     has_rounds = [result for result in results if "rounds" in result]
     sizes = f"{common(results)}; " if common(results) else ""
     if has_rounds:
-        parts.append(f"{sizes}medians of {rounds(has_rounds)} rounds, 20th to 80th percentile in brackets.")
+        taxed = f" {_floor(content, results)}" if _variants(results, _with("tax")) else ""
+        parts.append(f"{sizes}medians of {rounds(has_rounds)} rounds, 20th to 80th percentile in brackets.{taxed}")
     for head, named, cell in _FIGURES:
         names = _variants(results, named)
         if not names:
@@ -188,6 +240,8 @@ def everything(content: Content, file: str) -> str:
             rows.append([_own(result, results), *least, *(_cell(result, name, cell) for name in names)])
         columns = [head, *(["floor"] if with_floor else []), *(_label(results, name) for name in names)]
         parts.append(table(columns, rows))
+    if curves := _curves(results):
+        parts.append(curves)
     notes = dict.fromkeys(
         f"{name}: {reason}"
         for result in results
@@ -210,14 +264,28 @@ def _having(*figures: str) -> Callable[[Result], list[str]]:
 
 
 def _spread(one: dict[str, Any], _: Result) -> str:
-    if "tax_p20" not in one:
-        return f"{one['tax']:.0%}"
-    return f"{one['tax']:.0%} ({one['tax_p20'] * 100:.0f} to {one['tax_p80'] * 100:.0f})"
+    ends = interval(one)
+    return tax_text(one) + (f" ({ends[0] * 100:.0f} to {ends[1] * 100:.0f})" if ends else "")
+
+
+def _floor(content: Content, results: list[Result]) -> str:
+    """What the taxes of a file are over, and how they were taken."""
+    kind = "transformers' block" if results[0]["kind"] == "moe" else "frozen"
+    if content.get("version", 0) < 3:
+        return (
+            f"LoRA tax over {kind} as torch runs it, not over the fastest frozen; a ratio of medians, which can lie "
+            "outside the bracket of the rounds' ratios. Raw rounds were not kept."
+        )
+    floors = dict.fromkeys(", ".join(f"{name} {part}" for part, name in one["floor"].items()) for one in results)
+    many = max((one["processes"] for one in results if "tax_low" in one["variants"]["frozen"]), default=1)
+    return f"LoRA tax over the fastest frozen ({'; '.join(floors)}), the median of the rounds' ratios" + (
+        f"; its bracket is the 95 % interval over {many} processes." if many > 1 else "."
+    )
 
 
 def _time(taken: dict[str, float]) -> str:
-    low, high = (_ms(taken[end], taken["median"]).removesuffix(" ms") for end in ("p20", "p80"))
-    return f"{_ms(taken['median'])} ({low} to {high})"
+    low, high = (milliseconds(taken[end], taken["median"]).removesuffix(" ms") for end in ("p20", "p80"))
+    return f"{milliseconds(taken['median'])} ({low} to {high})"
 
 
 def _over_frozen(key: str) -> Callable[[dict[str, Any], Result], str]:
@@ -236,13 +304,21 @@ _FIGURES: tuple[tuple[str, Callable[[Result], list[str]], Callable[[dict[str, An
     ("time / full fine-tuning", _with("ratio_to_full"), lambda one, _: f"{one['ratio_to_full']:.2f}"),
     ("time", _having("total"), lambda one, _: _time(one["total"])),
     ("time of a step", _having("step"), lambda one, _: _time(one["step"])),
-    ("TFLOP/s, of the measured peak", _having("of_peak"),
-     lambda one, _: f"{one['flops_per_s'] / 1e12:.3g}, {one['of_peak']:.0%}"),
+    ("LoRA tax, x warm", lambda result: with_adapters({"variants": _warm(result)}, "tax"),
+     lambda one, result: _spread(one["warm_x"], result)),
+    ("TFLOP/s, of the measured peak, of the data sheet", _having("of_peak"),
+     lambda one, _: f"{one['flops_per_s'] / 1e12:.3g}, {one['of_peak']:.0%}"
+     + (f", {one['of_sheet']:.0%}" if "of_sheet" in one else "")),
     ("peak MiB", _having("peak_bytes", "step"), lambda one, _: f"{one['peak_bytes'] / 2**20:.0f}"),
     ("peak MiB, over frozen", lambda result: _over_frozen_of(result, "peak_bytes"), _over_frozen("peak_bytes")),
     ("MiB between forward and backward, over frozen", lambda result: _over_frozen_of(result, "between_bytes"),
      _over_frozen("between_bytes")),
 )  # fmt: skip
+
+
+def _warm(result: Result) -> dict[str, Any]:
+    """What the variants were with x just written."""
+    return {n: {"trains": one["trains"], **one["warm_x"]} for n, one in result["variants"].items() if "warm_x" in one}
 
 
 def _over_frozen_of(result: Result, figure: str) -> list[str]:
@@ -260,14 +336,13 @@ def _cell(result: Result, name: str, cell: Callable[[dict[str, Any], Result], st
 
 
 def _label(results: list[Result], name: str) -> str:
-    labels = (result["variants"][name].get("label") for result in results if name in result["variants"])
-    return next(labels) or LABELS.get(name, name)
+    return next(label_of(result, name) for result in results if name in result["variants"])
 
 
-def _ms(seconds: float, like: float = 0.0) -> str:
+def milliseconds(seconds: float, like: float = 0.0) -> str:
     """Milliseconds with three significant digits of `like`, or of the value itself."""
     size = like or seconds
-    digits = 2 if size < 0.01 else 1 if size < 0.1 else 0
+    digits = 3 if size < 0.001 else 2 if size < 0.01 else 1 if size < 0.1 else 0
     return f"{seconds * 1e3:.{digits}f} ms"
 
 
@@ -290,7 +365,7 @@ def demo_steps(content: Content) -> str:
     rows = [
         [
             name,
-            _ms(one["step_seconds_median"]),
+            milliseconds(one["step_seconds_median"]),
             f"{one['tokens_per_second']:.0f}",
             f"{one['peak_bytes_of_a_step'] / 2**20:.0f}",
             f"{one['final_loss']:.4f}",
@@ -299,66 +374,3 @@ def demo_steps(content: Content) -> str:
         if isinstance(one, dict)
     ]
     return table(["", "median step", "tokens/s", "peak MiB of a step", "last loss"], rows)
-
-
-def layers_model(contents: list[Content], absent: str) -> str:
-    """What the model says of one layer on an H200, and what was measured of it on one, or `absent`."""
-    forward = Problem(8192, 4096, 4096, 16, "bfloat16", "float32")
-    rows = _modelled([(forward,), (replace(forward, gradients=_GRADIENTS),)], _KERNELS)
-    wanted = {"M": forward.M, "N": forward.N, "K": forward.K, "R": forward.R, "dtype": forward.dtype}
-    return _beside(rows, _measured(contents, "linear", wanted, _MEASURED_AS), absent)
-
-
-def experts_model(contents: list[Content], absent: str) -> str:
-    """What the model says of one block's experts on an H200, and what was measured of it on one, or `absent`."""
-    T, E, k, H, I, R = 8192, 128, 8, 2048, 768, 16  # noqa: E741
-    up = Problem(T * k, 2 * I, H, R, "bfloat16", "float32", groups=E, is_ragged=True, choices=k)
-    down = replace(up, N=H, K=I)
-    forward = replace(up, epilogue="gated"), down
-    backward = replace(up, gradients=_GRADIENTS), replace(down, gradients=_GRADIENTS, epilogue="gated")
-    rows = _modelled([forward, backward], _EXPERTS_KERNELS)
-    wanted = {"M": T, "E": E, "k": k, "H": H, "I": I, "R": R, "routing": "balanced"}
-    return _beside(rows, _measured(contents, "moe", wanted, _EXPERTS_AS), absent)
-
-
-def _modelled(operators: list[tuple[Problem, ...]], named: dict[str, tuple[str, str]]) -> dict[str, list[float]]:
-    """Modelled seconds of forward and backward: of the frozen operator, and of candidates by their kernels' names."""
-    device = find(_GPU)
-    plans = [select(problems, device, (("eager", ""), ("triton", ""), ("cuda", ""))) for problems in operators]
-    seconds = [{one.name: one.seconds for one in plan.candidates} for plan in plans]
-    rows = {"frozen": [cost.frozen(problems, device).seconds for problems in operators]}
-    return rows | {name: [of[k] for of, k in zip(seconds, kernels, strict=True)] for name, kernels in named.items()}
-
-
-def _measured(
-    contents: list[Content], kind: str, wanted: dict[str, Any], named: dict[str, str]
-) -> dict[str, tuple[float, float]]:
-    """Seconds of forward and backward by the model's names, the first that was measured on the model's GPU."""
-    found: dict[str, tuple[float, float]] = {}
-    for content in contents:
-        if _GPU in content["conditions"]["device"] and content["kind"] == kind:
-            for result in content["results"]:
-                if all(result[key] == value for key, value in wanted.items()):
-                    for name, variant in named.items():
-                        if (one := result["variants"].get(variant)) is not None:
-                            found.setdefault(name, (one["forward"]["median"], one["backward"]["median"]))
-    return found
-
-
-def _beside(rows: dict[str, list[float]], measured: dict[str, tuple[float, float]], absent: str) -> str:
-    """The model's seconds and LoRA tax, and the measured ones beside them."""
-
-    def tax(own: float, base: float) -> str:
-        return f"{own / base - 1:.1%}".replace("%", " %")
-
-    base, measured_base = sum(rows["frozen"]), sum(measured.get("frozen", (0.0,)))
-    head = ["way", "forward", "backward", "tax", "forward, measured", "backward, measured", "tax, measured"]
-    lines = []
-    for name, times in rows.items():
-        cells = [*(f"{1e6 * t:.0f}" for t in times), tax(sum(times), base)]
-        if name in measured and measured_base:
-            cells += [*(f"{1e6 * t:.0f}" for t in measured[name]), tax(sum(measured[name]), measured_base)]
-        else:
-            cells += [absent] * 3
-        lines.append([name, *cells])
-    return table(head, lines)

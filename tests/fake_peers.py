@@ -1,6 +1,7 @@
 """Stand-ins for peers that need a GPU: their functions by name and signature, computed by the formula.
 
-Signatures of unsloth 015bdef (`unsloth/kernels/fast_lora.py`) and axolotl 067b021 (`axolotl/kernels/lora.py`,
+Signatures of unsloth 015bdef (`unsloth/kernels/fast_lora.py`, `FastLanguageModel`) and axolotl 067b021
+(`axolotl/kernels/lora.py`, `axolotl/monkeypatch/lora_kernels.py`,
 `axolotl/integrations/kernels/libs/scattermoe_lora/`), both Apache-2.0. What their callers have to know is kept too: x
 of three dimensions, dx over x where `inplace` is True.
 """
@@ -93,6 +94,51 @@ def apply_lora_mlp_swiglu(self, X, inplace=True):
     return project(self.down_proj, silu(project(self.gate_proj, own)) * project(self.up_proj, own))
 """
 
+_UNSLOTH_MODEL = """
+class FastLanguageModel:
+    @staticmethod
+    def from_pretrained(model_name, max_seq_length=2048, dtype=None, load_in_4bit=True):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        assert not load_in_4bit
+        model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype)
+        return model, AutoTokenizer.from_pretrained(model_name)
+
+    @staticmethod
+    def get_peft_model(model, r=16, target_modules=(), lora_alpha=16, lora_dropout=0.0, bias="none",
+                       use_gradient_checkpointing="unsloth", random_state=3407, max_seq_length=2048):
+        from peft import LoraConfig, get_peft_model
+
+        assert (lora_dropout, bias) == (0, "none")
+        return get_peft_model(model, LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=list(target_modules)))
+"""
+
+_AXOLOTL_PATCHES = """
+import types
+
+from axolotl.kernels.lora import apply_lora_mlp_swiglu, apply_lora_o, apply_lora_qkv
+
+patched = []
+
+def patch_self_attn_lora(cfg):
+    from transformers import AutoConfig
+
+    patched.append(AutoConfig.from_pretrained(cfg["base_model"]).model_type)
+
+def apply_lora_kernel_patches(model, cfg):
+    assert patched and cfg.lora_qkv_kernel and cfg.lora_o_kernel
+    for layer in model.model.model.layers:
+        if cfg.lora_mlp_kernel:
+            layer.mlp.forward = types.MethodType(apply_lora_mlp_swiglu, layer.mlp)
+    return model
+"""
+
+_AXOLOTL_DICT = """
+class DictDefault(dict):
+    def __getattr__(self, name):
+        return self.get(name)
+"""
+
 _SCATTERMOE = """
 import torch
 
@@ -141,6 +187,9 @@ def install(place, knows_peft=True):
     files = {
         "unsloth/kernels/fast_lora.py": _UNSLOTH,
         "axolotl/kernels/lora.py": _AXOLOTL,
+        "unsloth/__init__.py": _UNSLOTH_MODEL,
+        "axolotl/monkeypatch/lora_kernels.py": _AXOLOTL_PATCHES,
+        "axolotl/utils/dict.py": _AXOLOTL_DICT,
         scattermoe: _SCATTERMOE.format(knows_peft=knows_peft),
     }
     for name, source in files.items():

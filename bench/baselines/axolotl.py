@@ -3,12 +3,20 @@
 Gate and up without the down projection, which it never runs apart, go through the kernel of a single layer one by one.
 """
 
+import tempfile
 from types import SimpleNamespace
 
 from lorafuse.bench.layers import peft_linear
 from lorafuse.bench.problem import numbered
+from lorafuse.bench.result import Failed
 
-LABEL = "Axolotl"
+# of one projection it has a function for o_proj only: q, k and v, and the MLP's three, run as groups
+LABEL = {
+    "linear": "Axolotl, o_proj's apply_lora_o",
+    "group": "Axolotl, apply_lora_qkv",
+    "mlp": "Axolotl, apply_lora_mlp",
+    "model": "Axolotl",
+}
 REQUIRES = ("axolotl",)
 # its imports register operators and bring bitsandbytes
 ISOLATED = True
@@ -57,3 +65,19 @@ def mlp(given):
 
     block, every = _block("gate_proj", "up_proj", "down_proj", given=given)
     return (lambda x: apply_lora_mlp_swiglu(block, x[None], inplace=False)[0]), numbered(every)
+
+
+def model(given):
+    """PEFT's model with its patches of attention and MLP, as its configuration turns them on, under autocast."""
+    from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches, patch_self_attn_lora
+    from axolotl.utils.dict import DictDefault
+
+    if given.has_experts:
+        raise Failed("its patches of experts are the baseline axolotl-scattermoe")
+    with tempfile.TemporaryDirectory() as folder:
+        # it reads the model's class from there
+        given.base.config.save_pretrained(folder)
+        kernels = {f"lora_{name}_kernel": True for name in ("mlp", "qkv", "o")}
+        settings = DictDefault({"base_model": folder, **kernels})
+        patch_self_attn_lora(settings)
+        return apply_lora_kernel_patches(given.adapted(), settings), {"autocast": True}

@@ -14,3 +14,7 @@ def linear(given):
 def experts(given):
     block = plain_experts(given, trainable=True)
     return block, {"d_gate_up": block.gate_up_proj, "d_down": block.down_proj}
+
+
+def model(given):
+    return given.trainable(), {}

@@ -1,4 +1,8 @@
-"""A PEFT layer patched by lorafuse: as planned, or by the backend or kernel of the suffix."""
+"""A PEFT layer patched by lorafuse: as planned with PEFT's fp32 adapters, or as the suffix says.
+
+"half": adapters in the base's dtype; "autocast": fp32 ones under torch.autocast, as the Hugging Face Trainer runs them;
+the others: a backend, or one kernel of it.
+"""
 
 import lorafuse
 from lorafuse.backends import base
@@ -9,6 +13,8 @@ LABEL = "lorafuse"
 # candidates of plans on GPUs; those with a kernel are chosen only where measured as fastest
 FORMS = {
     "": {},
+    "half": {"half": True},
+    "autocast": {"autocast": True},
     "eager": {"backend": "eager"},
     "addmm": {"backend": "eager", "kernel": "aten_addmm"},
     "triton": {"backend": "triton"},
@@ -18,7 +24,11 @@ FORMS = {
 }
 
 
-def unavailable(kind, device, backend="auto", kernel=""):
+def unavailable(kind, device, backend="auto", kernel="", half=False, autocast=False):
+    if kind == "model" and backend != "auto":
+        return "whole models run as planned"
+    if autocast and kind != "model":
+        return "its layers are the same under autocast"
     if backend == "auto":
         return ""
     if kernel and kind == "moe":
@@ -35,16 +45,22 @@ def _forced(call, kernel):
     return run if kernel else call
 
 
-def linear(given, backend="auto", kernel=""):
+def linear(given, backend="auto", kernel="", half=False):
     if backend == "eager":
         # the plan has a choice of orders; results are of this one by that name
         kernel = kernel or "aten_beta1"
-    layer, trained = peft_linear(given)
+    layer, trained = peft_linear(given, autocast_adapter_dtype=not half)
     lorafuse.patch(layer, backend=backend, strict=True)
     return _forced(layer, kernel), trained
 
 
-def experts(given, backend="auto"):
-    block, trained = peft_experts(given)
+def experts(given, backend="auto", half=False):
+    block, trained = peft_experts(given, autocast_adapter_dtype=not half)
     lorafuse.patch(block, backend=backend, strict=True)
     return block, trained
+
+
+def model(given, half=False, autocast=False):
+    whole = given.adapted(half)
+    report = lorafuse.patch(whole)
+    return whole, {"patched": len(report.patched), "skipped": len(report.skipped), "autocast": autocast}

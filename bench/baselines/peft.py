@@ -11,3 +11,7 @@ def linear(given):
 
 def experts(given):
     return peft_experts(given)
+
+
+def model(given):
+    return given.adapted(), {}

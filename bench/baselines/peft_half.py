@@ -11,3 +11,7 @@ def linear(given):
 
 def experts(given):
     return peft_experts(given, autocast_adapter_dtype=False)
+
+
+def model(given):
+    return given.adapted(half=True), {}

@@ -1,12 +1,22 @@
-"""Unsloth's own `LoRA_W`, `LoRA_QKV` and `LoRA_MLP`, called as its patched models call them.
+"""Unsloth's own `LoRA_W`, `LoRA_QKV` and `LoRA_MLP`, called as its patched models call them; and its whole model.
 
 Adapters in fp32, as it trains them; its kernels cast them to x's dtype in every call. Gate and up without the down
 projection, which it never runs apart, go through `LoRA_W` one by one.
 """
 
-from lorafuse.bench.problem import SCALE, numbered
+import tempfile
 
-LABEL = "Unsloth"
+from lorafuse.bench.problem import SCALE, numbered
+from lorafuse.bench.result import Failed
+from lorafuse.bench.transformer import set_adapters
+
+# of one projection it has a function for o_proj only: q, k and v, and the MLP's three, run as groups
+LABEL = {
+    "linear": "Unsloth, o_proj's LoRA_W",
+    "group": "Unsloth, LoRA_QKV",
+    "mlp": "Unsloth, LoRA_MLP",
+    "model": "Unsloth",
+}
 REQUIRES = ("unsloth",)
 # its import replaces parts of torch, transformers and PEFT
 ISOLATED = True
@@ -63,3 +73,23 @@ def mlp(given):
     swiglu = kernels.swiglu_fg_kernel, kernels.swiglu_DWf_DW_dfg_kernel
     # not in place, as above
     return (lambda x: kernels.LoRA_MLP.apply(x[None], *flat, *swiglu, False)[0]), _trained(projections)
+
+
+def model(given):
+    """A whole model as its users get one: loaded and adapted by its own functions, under autocast like in a Trainer."""
+    if given.has_experts:
+        raise Failed("its adapters on experts are other work: it takes none on stacked ones")
+    _kernels()
+    from unsloth import FastLanguageModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        given.save(folder)
+        whole, _ = FastLanguageModel.from_pretrained(
+            folder, max_seq_length=given.sequence, dtype=given.dtype, load_in_4bit=False
+        )
+    whole = FastLanguageModel.get_peft_model(
+        whole, r=given.rank, lora_alpha=int(SCALE * given.rank), target_modules=given.targets, lora_dropout=0,
+        bias="none", use_gradient_checkpointing=given.checkpointing, random_state=0, max_seq_length=given.sequence,
+    )  # fmt: skip
+    set_adapters(whole)
+    return whole.train(), {"autocast": True}

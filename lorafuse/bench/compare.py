@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from lorafuse.bench import plugins
+from lorafuse.bench import figures, plugins
 from lorafuse.bench.problem import Problem
 from lorafuse.bench.remote import RemoteRunner
-from lorafuse.bench.result import VERSION, write_json
+from lorafuse.bench.result import VERSION, shown, write_json
 from lorafuse.testing.conditions import conditions, describe
 from lorafuse.testing.timing import Samples, measure
 
@@ -104,7 +104,8 @@ def _compare(
                 total[side].forward += one.forward
                 total[side].backward += one.backward
     result["pairs"] = pairs
-    result["here"], result["base"] = total["here"].summary(), total["base"].summary()
+    for side, one in total.items():
+        result[side] = {part: figures.summary([getattr(one, part)]) for part in pairs}
     result["ratios"] = {part: statistics.median(one["median"] for one in made) for part, made in pairs.items()}
     result["verdicts"] = {part: agreed([one["verdict"] for one in made]) for part, made in pairs.items()}
     return result
@@ -159,19 +160,15 @@ def verdict(low: float, median: float, high: float) -> str:
 
 
 def _table(result: dict[str, Any], ref: str) -> Any:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    rows = Table(title=f"{result['case']}, {result['dtype']}", box=SIMPLE_HEAD)
-    for column in ("", "here ms", f"{ref} ms", "ratio \\[of the pairs]", ""):
-        rows.add_column(column, justify="left" if not column else "right")
+    rows = []
     for part, pairs in result.get("pairs", {}).items():
         here, base = (f"{result[side][part]['median'] * 1e3:.3f}" for side in ("here", "base"))
         medians = [one["median"] for one in pairs]
         spread = f"{result['ratios'][part]:.3f} \\[{min(medians):.3f}-{max(medians):.3f}]"
-        rows.add_row(part, here, base, spread, result["verdicts"][part])
-    rows.caption = "\n".join(f"no numbers, {side}: {reason}" for side, reason in result["wrong"].items())
-    return rows
+        rows.append([part, here, base, spread, result["verdicts"][part]])
+    notes = [f"no numbers, {side}: {reason}" for side, reason in result["wrong"].items()]
+    columns = "", "here ms", f"{ref} ms", "ratio \\[of the pairs]", ""
+    return shown(f"{result['case']}, {result['dtype']}", columns, rows, notes)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Layers that read the same x (q, k and v; gate and up; the whole MLP), forward and backward, with every baseline.
 
-LoRA tax = time(adapted) / time(frozen) - 1, forward and backward. No number is printed for a wrong result.
+LoRA tax = time(adapted) / time(fastest frozen) - 1, forward and backward. No number is printed for a wrong result.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lorafuse.bench import linear
 from lorafuse.bench.linear import Inputs
-from lorafuse.bench.problem import SCALE, Problem, Variant, Work, numbered
+from lorafuse.bench.problem import SCALE, Problem, Variant, Work, add_case_arguments, numbered
 from lorafuse.testing.cases import GROUPS, Case, find_group, sizes
 
 SUMMARY = "linear layers that read the same x"
@@ -21,12 +21,9 @@ _DEFAULT = "smollm2-135m.qkv"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--case", action="append", metavar="NAME", help=f"layers by name; may be repeated ({_DEFAULT})")
-    which.add_argument("--all", action="store_true", help="every named group")
-    which.add_argument("--shape", metavar="N,…,K", help="out features of each layer, and the in features of all")
-    parser.add_argument("--m", type=int, nargs="+", default=[1024], help="tokens (1024)")
-    parser.add_argument("--rank", type=int, nargs="+", default=[16], help="of each adapter (16)")
+    add_case_arguments(
+        parser, "layers", _DEFAULT, "N,…,K: out features of each layer, and the in features of all", 1024
+    )
 
 
 def cases(args: argparse.Namespace) -> list[Problem]:

@@ -1,6 +1,6 @@
 """One linear layer, forward and backward, with every baseline.
 
-LoRA tax = time(adapted) / time(frozen) - 1, forward and backward. No number is printed for a wrong result.
+LoRA tax = time(adapted) / time(fastest frozen) - 1, forward and backward. No number is printed for a wrong result.
 """
 
 import argparse
@@ -10,19 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lorafuse.bench.problem import SCALE, Problem, Variant, Work
+from lorafuse.bench.problem import SCALE, Problem, Variant, Work, add_case_arguments
 from lorafuse.testing.cases import CASES, Case, find, sizes
 
 SUMMARY = "one linear layer"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--case", action="append", metavar="NAME", help="a layer by name; may be repeated (square-2048)")
-    which.add_argument("--all", action="store_true", help="every named layer")
-    which.add_argument("--shape", metavar="N,K", help="out and in features of a layer")
-    parser.add_argument("--m", type=int, nargs="+", default=[1024], help="tokens (1024)")
-    parser.add_argument("--rank", type=int, nargs="+", default=[16], help="of the adapter (16)")
+    add_case_arguments(parser, "a layer", "square-2048", "N,K: out and in features of a layer", 1024)
 
 
 def cases(args: argparse.Namespace) -> list["Linear"]:

@@ -11,6 +11,7 @@ import torch
 
 from lorafuse.bench import group, linear, moe, timed
 from lorafuse.bench.problem import Problem, title
+from lorafuse.bench.result import shown
 from lorafuse.bench.timed import Progress
 from lorafuse.testing.cases import CASES, GROUPS, MOE_CASES, find_any
 
@@ -52,17 +53,11 @@ def run_case(problem: Problem, args: argparse.Namespace, device: torch.device, p
 
 def table(result: dict[str, Any]) -> Any:
     """The figures of a result as rich's table."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    rows = Table(title=title(result), box=SIMPLE_HEAD)
-    for column in ("", "peak MiB", "over frozen", "between MiB", "over frozen"):
-        rows.add_column(column, justify="left" if not column else "right")
-    floor = result["variants"]["frozen"]
+    floor, rows = result["variants"]["frozen"], []
     for name, figure in result["variants"].items():
         cells = []
         for key in ("peak_bytes", "between_bytes"):
             cells += [f"{figure[key] / 2**20:.2f}", f"{(figure[key] - floor[key]) / 2**20:+.2f}"]
-        rows.add_row(name, *cells)
-    rows.caption = "\n".join(f"{name} failed and is not counted: {why}" for name, why in result["failed"].items())
-    return rows
+        rows.append([name, *cells])
+    notes = [f"{name} failed and is not counted: {why}" for name, why in result["failed"].items()]
+    return shown(title(result), ("", "peak MiB", "over frozen", "between MiB", "over frozen"), rows, notes)

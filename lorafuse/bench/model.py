@@ -1,21 +1,26 @@
-"""One training step of a whole model with AdamW: full fine-tuning, LoRA by PEFT, and the same LoRA patched by lorafuse.
+"""Training steps of a whole model with AdamW, side by side: frozen, in full, by PEFT in all its settings, by others,
+and the same LoRA patched by lorafuse.
 
-The LoRA tax is over the frozen model: its forward, and its backward to the embedded tokens, with nothing to update.
-Tokens/s, peak memory, and model FLOPs utilization: model FLOPs over time, as a share of the rate of a large
-matrix product here. PEFT and patched start from the same adapters and take the same batches; where their
-losses part, no number is shown. Models of real sizes have random weights and as many layers as fit; SmolLM2 is real.
-After --seconds a case ends early, but not before 3 timed steps of each variant.
+The LoRA tax is over the fastest frozen model: its forward, and its backward to the embedded tokens, with nothing to
+update. Tokens/s, peak memory, and model FLOPs utilization: model FLOPs over time, as a share of the rate of a large
+matrix product here. Adapted variants start from the same adapters and take the same batches; where their losses part
+from PEFT's, no number is shown. Models of real sizes have random weights, random tokens and as many layers as fit;
+SmolLM2 has its own weights and is trained on word problems, whose loss curves are recorded. After --seconds a case ends
+early, but not before 10 timed steps of each variant.
 """
 
 import argparse
+import itertools
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from lorafuse.bench.model_run import Case, run_case
+from lorafuse.bench import figures
+from lorafuse.bench.model_run import Case, chosen, run_case
+from lorafuse.bench.result import shown
 from lorafuse.bench.transformer import MODELS, Model, find, free_bytes
-from lorafuse.bench.transformer_cost import VARIANTS, Sizes, Training, fitting, training_bytes
+from lorafuse.bench.transformer_cost import Sizes, Training, fitting, training_bytes
 from lorafuse.testing.timing import WARM
 
 __all__ = ["SUMMARY", "Case", "add_arguments", "cases", "run_case", "table", "timing"]
@@ -24,6 +29,8 @@ SUMMARY = "one training step of a whole model, with full fine-tuning, PEFT and l
 
 _USUAL = {"cuda": "llama-3.1-8b", "cpu": "smollm2-135m"}
 _COMPARED = ("logits", "gradients")
+# steps of the loss curves of a real model
+_STEPS = {"cuda": 200, "cpu": 30}
 _TOKENS = {"cuda": 2048, "cpu": 128}
 
 
@@ -42,7 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpointing", choices=("both", "on", "off"), default="both", help="of activations (both)")
     parser.add_argument("--rank", type=int, default=16, help="of every adapter (16)")
     parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help=f"to train ({' '.join(VARIANTS)})"
+        "--variants", nargs="+", metavar="NAME", help="what to train, as bench/baselines names it (all)"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="of loss curves from PEFT's initialization (30, 200 on CUDA, of a real model's first case)",
     )
 
 
@@ -51,13 +63,13 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
     Raises ValueError for unknown models, numbers that are too small, and layers a model does not have.
     """
-    for option in ("layers", "tokens", "batch", "accumulate", "rank", "rounds"):
+    for option in ("layers", "tokens", "batch", "accumulate", "rank", "rounds", "steps"):
         given = getattr(args, option)
-        least = 2 if option == "tokens" else 1
+        least = {"tokens": 2, "steps": 0}.get(option, 1)
         for value in given if isinstance(given, list) else [given]:
             if value is not None and value < least:
                 raise ValueError(f"--{option} {value}: it must be at least {least}")
-    for option, used in (("only", args.only), ("baselines", args.baselines), ("no-graphs", not args.graphs)):
+    for option, used in (("only", args.only), ("no-graphs", not args.graphs), ("warm-x", args.warm_x)):
         if used:
             raise ValueError(f"--{option}: it is for layers and blocks; choose what trains a model by --variants")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -65,12 +77,16 @@ def cases(args: argparse.Namespace) -> list[Case]:
         list(MODELS.values()) if args.all else [find(n) for n in args.case or [_USUAL.get(device.type, _USUAL["cpu"])]]
     )
     tokens = args.tokens or _TOKENS.get(device.type, _TOKENS["cpu"])
-    return [
-        Case(model, sizes, accumulate, checkpointing, args.batch, tokens)
-        for model, sizes in ((model, _sizes(model, args, device, args.batch * tokens)) for model in models)
-        for accumulate in dict.fromkeys(args.accumulate)
-        for checkpointing in _checkpointing(args)
-    ]
+    found = []
+    for model in models:
+        sizes = _sizes(model, args, device, args.batch * tokens)
+        settings = itertools.product(dict.fromkeys(args.accumulate), _checkpointing(args))
+        for index, (accumulate, checkpointing) in enumerate(settings):
+            steps = args.steps
+            if steps is None:
+                steps = _STEPS.get(device.type, _STEPS["cpu"]) if model.real and index == 0 else 0
+            found.append(Case(model, sizes, accumulate, checkpointing, args.batch, tokens, steps))
+    return found
 
 
 def _checkpointing(args: argparse.Namespace) -> list[bool]:
@@ -88,10 +104,11 @@ def _sizes(model: Model, args: argparse.Namespace, device: torch.device, tokens:
         return replace(whole, layers=args.layers)
     if model.real:
         return whole
+    names = [one.name for one in chosen(args, device) if not one.absent]
     settings = [Training(args.rank, tokens, getattr(torch, args.dtype).itemsize, on) for on in _checkpointing(args)]
     return fitting(
         whole,
-        lambda cut: max(training_bytes(cut, name, one) for name in args.variants for one in settings),
+        lambda cut: max(training_bytes(cut, name, one) for name in names for one in settings),
         free_bytes(device),
     )
 
@@ -103,28 +120,21 @@ def timing(device: torch.device) -> str:
 
 def table(result: dict[str, Any]) -> Any:
     """The figures of a result as rich's table; below it the model, the comparison with PEFT and failures."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    title = f"{result['case']}: {result['batch']} × {result['tokens']} tokens a micro-batch, rank {result['R']}"
-    rows = Table(title=f"{title}, {result['dtype']}", box=SIMPLE_HEAD)
-    columns = ("", "step s\n\\[20-80 %]", "LoRA\ntax", "of\nfull", "tokens/s", "MFU", "peak\nMiB", "weights\nMiB")
-    for column in (*columns, "optimizer\nMiB", "step\nMiB", "of which\ngradients"):
-        rows.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    columns = ["", "step s\n\\[20-80 %]", "LoRA\ntax", "of\nfull", "tokens/s", "MFU", "peak\nMiB", "weights\nMiB"]
+    columns += ["optimizer\nMiB", "step\nMiB", "of which\ngradients"]
+    memory = ("peak_bytes", "weights_bytes", "optimizer_bytes", "step_peak_bytes", "gradient_bytes")
+    rows = []
     for name, figure in result["variants"].items():
-        step = figure["step"]
-        memory = ("peak_bytes", "weights_bytes", "optimizer_bytes", "step_peak_bytes", "gradient_bytes")
-        rows.add_row(
-            name,
-            f"{step['median']:.3f} \\[{step['p20']:.3f}-{step['p80']:.3f}]",
-            f"{figure['tax']:.1%}" if "tax" in figure else "",
-            f"{figure['ratio_to_full']:.2f}" if "ratio_to_full" in figure else "",
-            f"{figure['tokens_per_s']:.0f}",
-            f"{figure['mfu']:.1%}",
-            *(f"{figure[key] / 2**20:.0f}" for key in memory),
-        )
-    rows.caption = "\n".join(_notes(result))
-    return rows
+        step, tax = figure["step"], ""
+        if "tax" in figure:
+            tax = "noise" if figures.is_noise(figure) else f"{figure['tax']:.1%}"
+        rows.append([
+            name, f"{step['median']:.3f} \\[{step['p20']:.3f}-{step['p80']:.3f}]", tax,
+            f"{figure['ratio_to_full']:.2f}" if "ratio_to_full" in figure else "", f"{figure['tokens_per_s']:.0f}",
+            f"{figure['mfu']:.1%}", *(f"{figure[key] / 2**20:.0f}" for key in memory),
+        ])  # fmt: skip
+    title = f"{result['case']}: {result['batch']} × {result['tokens']} tokens a micro-batch, rank {result['R']}"
+    return shown(f"{title}, {result['dtype']}", columns, rows, _notes(result))
 
 
 def _notes(result: dict[str, Any]) -> list[str]:
@@ -139,19 +149,26 @@ def _notes(result: dict[str, Any]) -> list[str]:
         + f"; {', '.join(str(figure['rounds']) for figure in variants.values())} steps timed; MFU of "
         f"{result['peak_flops_per_s'] / 1e12:.3f} TFLOP/s, the rate of a large product here",
     ]  # fmt: skip
-    if "patched" in variants.get("lorafuse", {}):
-        notes.append(
-            "lorafuse: {patched} adapted layers patched, {skipped} left to PEFT".format(**variants["lorafuse"])
-        )
-    if micro := parity.get("first_micro_batch"):
-        notes.append(
-            "first micro-batch, relative distance from PEFT's: "
-            + ", ".join(
-                f"{what} {micro[f'{what}_error']:.1e} (bound {micro[f'{what}_bound']:.1e})" for what in _COMPARED
+    for name in ("lorafuse", "addmm-saved"):
+        if "skipped" in variants.get(name, {}):
+            notes.append(
+                "{name}: {patched} adapted layers patched, {skipped} left to PEFT".format(name=name, **variants[name])
             )
-        )
-    if "largest_loss_difference" in parity:
-        notes.append(f"losses of {parity['steps']} steps at most {parity['largest_loss_difference']:.1e} from PEFT's")
+    for name, micro in parity.get("first_micro_batch", {}).items():
+        errors = (f"{what} {micro[f'{what}_error']:.1e} (bound {micro[f'{what}_bound']:.1e})" for what in _COMPARED)
+        notes.append(f"{name}, first micro-batch, relative distance from PEFT's: {', '.join(errors)}")
+    for name, one in parity.get("losses", {}).items():
+        notes.append(f"{name}: losses of {one['steps']} steps at most {one['largest_difference']:.1e} from PEFT's")
+    for name, one in result["curves"].items():
+        first, last = one["losses"][0], one["losses"][-1]
+        text = f"{name}: {len(one['losses'])} steps from PEFT's initialization, loss {first:.4f} to {last:.4f}"
+        if "from_peft" in one:
+            text += ", {median:+.1e} ({low:+.1e} to {high:+.1e}) from PEFT's".format(**one["from_peft"])
+        notes.append(text + (f", held out {one['held_out']:.4f}" if "held_out" in one else ""))
     if "not_compared" in parity:
-        notes.append(f"lorafuse is not compared with PEFT: {parity['not_compared']}")
+        notes.append(f"nothing is compared with PEFT: {parity['not_compared']}")
+    reasons: dict[str, list[str]] = {}
+    for name, reason in result["absent"].items():
+        reasons.setdefault(reason, []).append(name)
+    notes += [f"not run: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
     return notes + [f"{name} failed: {reason}" for name, reason in result["failed"].items()]

@@ -1,7 +1,7 @@
 """The experts of a mixture-of-experts block, forward and backward, with every baseline.
 
-LoRA tax = time(adapted) / time(frozen) - 1, forward and backward, where frozen is transformers' own grouped_mm block.
-No number is printed for a wrong result.
+LoRA tax = time(adapted) / time(fastest frozen) - 1, forward and backward; frozen is transformers' own grouped_mm block,
+or lorafuse's kernels without adapters. No number is printed for a wrong result.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafuse.bench.problem import SCALE, Problem, Variant, Work
+from lorafuse.bench.problem import SCALE, Problem, Variant, Work, add_case_arguments
 from lorafuse.testing.cases import MOE_CASES, MoECase, find_moe, sizes
 
 SUMMARY = "the experts of a mixture-of-experts block"
@@ -21,12 +21,9 @@ _FACTORS = ("gate_up_a", "gate_up_b", "down_a", "down_b")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--case", action="append", metavar="NAME", help="experts by name; may be repeated (moe-64)")
-    which.add_argument("--all", action="store_true", help="every named one")
-    which.add_argument("--shape", metavar="E,k,H,I", help="experts, of each token, hidden and intermediate size")
-    parser.add_argument("--m", type=int, nargs="+", default=[512], help="tokens (512)")
-    parser.add_argument("--rank", type=int, nargs="+", default=[16], help="of each expert's adapters (16)")
+    add_case_arguments(
+        parser, "experts", "moe-64", "E,k,H,I: experts, of each token, hidden and intermediate size", 512
+    )
     parser.add_argument(
         "--routing", nargs="+", default=["balanced"], choices=ROUTINGS, help="of tokens to experts (balanced)"
     )

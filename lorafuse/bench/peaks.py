@@ -1,12 +1,10 @@
 """This device's peak rates, measured now: percentages in tables refer to these, not to a data sheet."""
 
-import time
 from collections.abc import Callable
 from functools import cache
 
 import torch
-
-from lorafuse.testing.timing import Clock
+from torch.utils.benchmark import Timer
 
 __all__ = ["copy_bytes", "matmul_flops", "usual_dtype"]
 
@@ -36,7 +34,7 @@ def matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
 
 def _product(size: int, dtype: torch.dtype, device: torch.device, repeated: float = _REPEATED) -> float:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / _best(lambda: a @ b, device, repeated)
+    return 2 * size**3 / _best(lambda: a @ b, repeated)
 
 
 @cache
@@ -45,7 +43,7 @@ def copy_bytes(device: torch.device) -> float:
     size = 2**30 if device.type == "cuda" else 2**28
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / _best(lambda: target.copy_(source), device)
+    return 2 * size / _best(lambda: target.copy_(source))
 
 
 def usual_dtype(device: torch.device) -> str:
@@ -55,12 +53,7 @@ def usual_dtype(device: torch.device) -> str:
     return "bfloat16"
 
 
-def _best(run: Callable[[], object], device: torch.device, repeated: float = _REPEATED) -> float:
-    """Seconds of the fastest call, of at least five calls and at least `repeated` seconds."""
-    clock = Clock(device)
-    run()
-    seconds: list[float] = []
-    start = time.monotonic()
-    while len(seconds) < 5 or time.monotonic() - start < repeated:
-        seconds.append(clock.time(run)[0])
-    return min(seconds)
+def _best(run: Callable[[], object], repeated: float = _REPEATED) -> float:
+    """Seconds of a call in the fastest block of calls, of those that fit into `repeated` seconds."""
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=repeated).times)

@@ -3,18 +3,22 @@
 This process imports a baseline even when it runs in a process of its own, so it imports the package that it compares
 with inside its functions. A file may define:
 
-    LABEL       its name in tables
+    LABEL       its name in tables, or one for each kind
     TRAINS      "adapters" (the default), "base" or "nothing": selects the reference and the counted work
     REQUIRES    top-level modules that must be importable. Without it the baseline is this project's own: a wrong result
                 stops the run, while a peer's is reported and not counted
     ISOLATED    True: run it in a process of its own, because of its licence, imports or patches, or because it writes
                 into its inputs, which all variants of a process share
     FORMS       {suffix: options}: several variants of one file; the options go to its functions ({"": {}})
+    DTYPES      of bases that it can run on (all)
     unavailable(kind, device, **options) -> str   why it cannot run there, "" when it can
     linear(given, **options), group(given, **options), mlp(given, **options), experts(given, **options)
                 build it for the inputs of `lorafuse.bench.linear`, `group` or `moe`: the call, and the trained tensors
                 by the names of their gradients. A file without the function of a kind is no baseline of that kind;
                 without `group` or `mlp`, its `linear` runs once per layer.
+    model(given, **options)
+                the whole model of `lorafuse.bench.transformer.Given` in training mode, and what else is to be said of
+                it in results; {"autocast": True} runs its steps under autocast.
 """
 
 import importlib.util
@@ -28,9 +32,15 @@ import torch
 
 __all__ = ["Baseline", "folder", "load", "load_file"]
 
-_FUNCTIONS = {"linear": ("linear",), "group": ("group", "linear"), "mlp": ("mlp", "linear"), "moe": ("experts",)}
+_FUNCTIONS = {
+    "linear": ("linear",),
+    "group": ("group", "linear"),
+    "mlp": ("mlp", "linear"),
+    "moe": ("experts",),
+    "model": ("model",),
+}
 # the order of tables: first the references, last this project's own
-_FIRST, _LAST = ("frozen", "full"), "lorafuse"
+_FIRST, _LAST = ("frozen", "full", "frozen-lorafuse"), "lorafuse"
 
 
 @dataclass(frozen=True)
@@ -60,22 +70,22 @@ def folder() -> Path:
     raise FileNotFoundError(f"there are no baselines next to {package}: run from a checkout, or install lorafuse again")
 
 
-def load(kind: str, device: torch.device, place: Path | None = None) -> list[Baseline]:
-    """The baselines of a kind ("linear", "group", "mlp", "moe"), including those that cannot run here.
+def load(kind: str, device: torch.device, place: Path | None = None, dtype: str = "") -> list[Baseline]:
+    """The baselines of a kind ("linear", "group", "mlp", "moe", "model"), including those that cannot run here, or not
+    on a base of that dtype.
 
     Raises ValueError for a folder without frozen.py, and for a file that does not load.
     """
     place = folder() if place is None else place
     if not (place / "frozen.py").is_file():
         raise ValueError(f"--baselines {place}: it holds no frozen.py, from which the others are measured")
-    baselines = [one for file in place.glob("*.py") for one in load_file(file, kind, device)]
+    baselines = [one for file in place.glob("*.py") for one in load_file(file, kind, device, dtype)]
     return sorted(baselines, key=_rank)
 
 
 def _rank(one: Baseline) -> tuple[int, str]:
-    if one.name in _FIRST:
-        return _FIRST.index(one.name), one.name
-    return len(_FIRST) + one.name.startswith(_LAST), one.name
+    rank = next((i for i, name in enumerate(_FIRST) if one.name in (name, f"{name}-cuda", f"{name}-triton")), None)
+    return len(_FIRST) + one.name.startswith(_LAST) if rank is None else rank, one.name
 
 
 @cache
@@ -93,22 +103,26 @@ def _module(file: Path, changed: int) -> ModuleType:
     return module
 
 
-def load_file(file: Path, kind: str, device: torch.device) -> list[Baseline]:
+def load_file(file: Path, kind: str, device: torch.device, dtype: str = "") -> list[Baseline]:
     """The variants of one file for a kind; none when it has no function for it."""
     module = _module(file, file.stat().st_mtime_ns)
     if not any(hasattr(module, name) for name in _FUNCTIONS[kind]):
         return []
     requires = getattr(module, "REQUIRES", ())
     missing = [name for name in requires if importlib.util.find_spec(name) is None]
+    label = module.LABEL if isinstance(module.LABEL, str) else module.LABEL[kind]
+    dtypes = getattr(module, "DTYPES", (dtype,))
     found = []
     for suffix, options in getattr(module, "FORMS", {"": {}}).items():
         absent = f"{', '.join(missing)} not installed" if missing else ""
         if not absent and hasattr(module, "unavailable"):
             absent = module.unavailable(kind, device, **options)
+        if not absent and dtype and dtype not in dtypes:
+            absent = f"needs a base in {' or '.join(dtypes)}"
         found.append(
             Baseline(
                 name=file.stem.replace("_", "-") + (f"-{suffix}" if suffix else ""),
-                label=module.LABEL + (f", {suffix}" if suffix else ""),
+                label=label + (f", {suffix}" if suffix else ""),
                 trains=getattr(module, "TRAINS", "adapters"),
                 file=file,
                 module=module,

@@ -3,6 +3,7 @@
 `lorafuse bench linear`, `group` and `moe` differ in their problems only.
 """
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -12,12 +13,23 @@ from torch import Tensor
 
 from lorafuse.testing.numerics import relative_l2, tolerance
 
-__all__ = ["SCALE", "Problem", "Variant", "Work", "numbered", "title", "wrong"]
+__all__ = ["SCALE", "Problem", "Variant", "Work", "add_case_arguments", "numbered", "title", "wrong"]
 
 # alpha / r of every adapter in the benchmarks
 SCALE = 2.0
 # the fields of results in the order of titles
 _SIZES = ("M", "E", "k", "H", "I", "N", "K", "R", "routing")
+
+
+def add_case_arguments(parser: argparse.ArgumentParser, what: str, usual: str, shape: str, m: int) -> None:
+    """Options of a kind's cases: by name, all, or one by its shape, said as `shape` "METAVAR: meaning"; M and rank."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--case", action="append", metavar="NAME", help=f"{what} by name; may be repeated ({usual})")
+    which.add_argument("--all", action="store_true", help="every named one")
+    metavar, _, meaning = shape.partition(": ")
+    which.add_argument("--shape", metavar=metavar, help=meaning)
+    parser.add_argument("--m", type=int, nargs="+", default=[m], help=f"tokens ({m})")
+    parser.add_argument("--rank", type=int, nargs="+", default=[16], help="of every adapter (16)")
 
 
 def title(result: dict[str, Any]) -> str:

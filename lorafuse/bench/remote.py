@@ -1,4 +1,4 @@
-"""A variant in another process, with the interface of one in this process."""
+"""A variant in a process of its own, a layer or a whole model, with the methods of one in this process."""
 
 import json
 import os
@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lorafuse.bench.plugins import Baseline
 from lorafuse.bench.problem import Problem
 from lorafuse.bench.result import Failed
 from lorafuse.testing.memory import Held
 
-__all__ = ["TIMEOUT", "RemoteRunner"]
+__all__ = ["TIMEOUT", "RemoteRunner", "RemoteTrainee"]
 
 # seconds for one answer: before the first, peers import large packages, compile and tune their kernels
 TIMEOUT = 600.0
@@ -27,26 +28,16 @@ TIMEOUT = 600.0
 _LAST_WORDS = 10.0
 
 
-class RemoteRunner:
-    """The methods of `Runner`; `wrong` is the result of the gate in that process.
+class _Process:
+    """A worker process for one variant, which answers requests.
 
-    `tree` is the checkout whose lorafuse runs, by default this one. Raises Failed with the reason when the process
-    ends, its code raises, or an answer takes more than `timeout` seconds; MemoryError when it runs out of memory. The
-    process ends with this one in any case; `close` also ends the processes that it started.
+    `tree` is the checkout whose lorafuse runs, by default this one. A request raises Failed with the reason when the
+    process ends, its code raises, or an answer takes more than `timeout` seconds; MemoryError when it runs out of
+    memory. The process ends with this one in any case; `close` also ends the processes that it started.
     """
 
-    def __init__(
-        self,
-        name: str,
-        problem: Problem,
-        baseline: Baseline,
-        device: torch.device,
-        graphs: bool = True,
-        tree: Path | None = None,
-        timeout: float = TIMEOUT,
-    ) -> None:
+    def __init__(self, name: str, timeout: float = TIMEOUT, tree: Path | None = None) -> None:
         self.name, self._timeout = name, timeout
-        tree = tree or Path(__file__).parents[2]
         # `close` closes it
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
@@ -56,34 +47,16 @@ class RemoteRunner:
             stderr=self._errors,
             text=True,
             # first on -m's path
-            cwd=tree,
+            cwd=tree or Path(__file__).parents[2],
             # a group of its own, so that `close` reaches a peer's compilers and workers
             start_new_session=True,
         )
-        try:
-            self.wrong = self._request(
-                "build",
-                kind=problem.kind,
-                problem=asdict(problem),
-                file=str(baseline.file.resolve()),
-                name=baseline.name,
-                device=str(device),
-                threads=torch.get_num_threads(),
-                graphs=graphs,
-            )
-            self.launched = "" if self.wrong else self._request("launched")
-        except BaseException:
-            self.close()
-            raise
 
-    def once(self) -> tuple[float, float]:
-        """Seconds of one forward and of one backward, measured in that process."""
-        forward, backward = self._request("once")
-        return forward, backward
+    def __enter__(self) -> "_Process":
+        return self
 
-    def memory(self) -> Held:
-        """Bytes of one forward and backward beyond those alive before."""
-        return Held(**self._request("memory"))
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the process and those it started; idempotent."""
@@ -137,3 +110,80 @@ class RemoteRunner:
         """The last line of the process's standard error."""
         self._errors.seek(0)
         return self._errors.read().strip().rpartition("\n")[2]
+
+
+class RemoteRunner(_Process):
+    """The methods of `Runner`; `wrong` is the result of the gate in that process."""
+
+    def __init__(
+        self,
+        name: str,
+        problem: Problem,
+        baseline: Baseline,
+        device: torch.device,
+        graphs: bool = True,
+        tree: Path | None = None,
+        timeout: float = TIMEOUT,
+    ) -> None:
+        super().__init__(name, timeout, tree)
+        try:
+            self.wrong = self._request(
+                "build", kind=problem.kind, problem=asdict(problem), graphs=graphs, **_described(baseline, device)
+            )
+            self.launched = "" if self.wrong else self._request("launched")
+        except BaseException:
+            self.close()
+            raise
+
+    def once(self, warm: bool = False) -> tuple[float, float]:
+        """Seconds of one forward and of one backward, measured in that process."""
+        # an older checkout's worker knows no warm calls
+        forward, backward = self._request("once", **({"warm": True} if warm else {}))
+        return forward, backward
+
+    def memory(self) -> Held:
+        """Bytes of one forward and backward beyond those alive before."""
+        return Held(**self._request("memory"))
+
+
+class RemoteTrainee(_Process):
+    """The methods of `Trainee` for a model in that process; `facts` is what its baseline says of it.
+
+    `model` holds the arguments of `lorafuse.bench.transformer.Given`, model and sizes as mappings, dtype as text.
+    """
+
+    trains, optimizer = "adapters", None
+
+    def __init__(self, baseline: Baseline, model: dict[str, Any], device: torch.device, timeout: float) -> None:
+        super().__init__(baseline.name, timeout)
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        try:
+            self.facts: dict[str, Any] = self._request("train", model=model, **_described(baseline, device))
+        except BaseException:
+            self.close()
+            raise
+
+    def loss(self, micro: Tensor) -> float:
+        """The loss of one micro-batch `[batch, tokens]`, without a step."""
+        loss: float = self._request("loss", ids=micro.tolist())
+        return loss
+
+    def step(self, ids: Tensor) -> None:
+        """One optimizer step, timed in that process."""
+        seconds, loss = self._request("step", ids=ids.tolist())
+        self.seconds.append(seconds)
+        self.losses.append(loss)
+
+    def memory(self, ids: Tensor) -> dict[str, int]:
+        """As `Trainee.memory`."""
+        found: dict[str, int] = self._request("step_memory", ids=ids.tolist())
+        return found
+
+
+def _described(baseline: Baseline, device: torch.device) -> dict[str, Any]:
+    """What a process needs to load a baseline."""
+    return {
+        "file": str(baseline.file.resolve()), "name": baseline.name, "device": str(device),
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip

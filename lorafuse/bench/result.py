@@ -3,15 +3,18 @@
 import csv
 import io
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lorafuse.files import read_json, write_text
 
-__all__ = ["VERSION", "Failed", "Wrong", "read", "rows", "with_adapters", "write_csv", "write_json"]
+__all__ = ["VERSION", "Failed", "Wrong", "read", "rows", "shown", "with_adapters", "write_csv", "write_json"]
 
-VERSION = 2
+# of what is written; files of version 2 have no raw rounds, and taxes that are ratios of medians
+VERSION = 3
+_READABLE = (2, 3)
 
 
 class Wrong(Exception):
@@ -24,7 +27,10 @@ class Failed(Exception):
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write the file atomically: an interrupted run leaves the former one."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    text = json.dumps(content, indent=1)
+    # the raw rounds of a process on one line
+    text = re.sub(r"\[[\d.,\seE+-]+\]", lambda found: " ".join(found[0].split()), text)
+    write_text(path, text + "\n")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -33,8 +39,9 @@ def read(path: Path) -> dict[str, Any]:
         content = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path}: it is not JSON ({error}); write it again with lorafuse bench --json") from error
-    if not isinstance(content, dict) or content.get("version") != VERSION or "results" not in content:
-        raise ValueError(f"{path}: it is not of version {VERSION}; write it again with lorafuse bench --json")
+    if not isinstance(content, dict) or content.get("version") not in _READABLE or "results" not in content:
+        versions = " or ".join(map(str, _READABLE))
+        raise ValueError(f"{path}: it is not of version {versions}; write it again with lorafuse bench --json")
     return content
 
 
@@ -68,8 +75,26 @@ def with_adapters(result: dict[str, Any], figure: str) -> list[str]:
     ]
 
 
+def shown(
+    title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], notes: list[str], wrap: bool = True
+) -> Any:
+    """rich's table; columns with a head are numbers, and stand right."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, caption="\n".join(notes), box=SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left", no_wrap=not wrap)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def _flat(figures: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in figures.items():
+        if name == "seconds":
+            # raw rounds are in the JSON alone
+            continue
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

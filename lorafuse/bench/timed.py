@@ -3,23 +3,26 @@
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import geometric_mean
 from typing import Any
 
 import torch
 
-from lorafuse.bench import peaks, plugins
+from lorafuse.bench import figures, peaks, plugins
 from lorafuse.bench.limits import first_line, is_out_of_memory, out_of_memory
 from lorafuse.bench.plugins import Baseline
 from lorafuse.bench.problem import Problem, title, wrong
 from lorafuse.bench.remote import RemoteRunner
-from lorafuse.bench.result import Failed, Wrong
+from lorafuse.bench.result import Failed, Wrong, shown
 from lorafuse.bench.runner import Runner
 from lorafuse.testing.memory import Held
-from lorafuse.testing.timing import Clock, Samples, measure, percentile, timing
+from lorafuse.testing.timing import Clock, Samples, Timed, measure, timing
 
 __all__ = ["Built", "Progress", "built", "closing", "run_case", "select", "table", "timing"]
+
+# a turn of a runner whose x is warm
+_WARM = ", x warm"
 
 # (done, total, text)
 Progress = Callable[[int, int, str], None]
@@ -27,7 +30,7 @@ Progress = Callable[[int, int, str], None]
 
 def select(kind: str, args: argparse.Namespace, device: torch.device) -> list[Baseline]:
     """The requested baselines, and always "frozen". Raises ValueError that lists the known ones."""
-    baselines = plugins.load(kind, device, args.baselines)
+    baselines = plugins.load(kind, device, args.baselines, args.dtype)
     known = [one.name for one in baselines]
     for name in args.only or ():
         if name not in known:
@@ -35,25 +38,56 @@ def select(kind: str, args: argparse.Namespace, device: torch.device) -> list[Ba
     return [one for one in baselines if not args.only or one.name in (*args.only, "frozen")]
 
 
+@dataclass(frozen=True)
+class _WarmX:
+    """A runner whose calls find x, or the outputs' gradients, as the layer before has just written them."""
+
+    runner: Runner | RemoteRunner
+
+    @property
+    def name(self) -> str:
+        return self.runner.name + _WARM
+
+    def once(self) -> tuple[float, float]:
+        return self.runner.once(warm=True)
+
+
 def run_case(problem: Problem, args: argparse.Namespace, device: torch.device, progress: Progress) -> dict[str, Any]:
-    """Every figure of one problem. Raises Wrong for a wrong result of this project's own baselines."""
+    """Every figure of one problem. Raises Wrong for a wrong result of this project's own baselines.
+
+    On GPUs, or with `args.warm_x`, calls with a warm x take turns with those that find all caches cold.
+    """
+    is_warm = device.type == "cuda" if args.warm_x is None else args.warm_x
     with built(problem, args, device, progress) as variants:
         warm_up = max(2, args.rounds // 10)
         samples: dict[str, Samples] = {}
-        rounds = measure(list(variants.runners.values()), args.rounds, warm_up, args.seconds, variants.drop)
+        runners = list(variants.runners.values())
+        timed: list[Timed] = [*runners, *(_WarmX(one) for one in runners if is_warm)]
+        rounds = measure(timed, args.rounds, warm_up, args.seconds, variants.drop)
         for index, samples in enumerate(rounds):  # noqa: B007
             progress(index + 1, args.rounds + warm_up, "timing")
         held = variants.memory(progress)
-        figures: dict[str, Any] = {}
+        recorded: dict[str, Any] = {}
         for name, runner in variants.runners.items():
-            figures[name] = _figures(problem, variants.baselines[name], samples, device)
-            figures[name] |= {"peak_bytes": held[name].peak, "between_bytes": held[name].between}
+            one = variants.baselines[name]
+            recorded[name] = {"label": one.label, "trains": one.trains, "seconds": _raw(samples[name])}
+            if is_warm:
+                recorded[name]["warm_x"] = {"seconds": _raw(samples[name + _WARM])}
+            recorded[name] |= {"peak_bytes": held[name].peak, "between_bytes": held[name].between}
             if runner.launched:
-                figures[name]["launched"] = runner.launched
-    return problem.described() | {
-        "rounds": len(samples["frozen"].total), "floors": problem.floors(), "variants": figures,
-        "failed": variants.failed, "absent": variants.absent,
-    }  # fmt: skip
+                recorded[name]["launched"] = runner.launched
+    trained = {one["trains"] for one in recorded.values()}
+    peak, copied = peaks.matmul_flops(problem.torch_dtype, device), peaks.copy_bytes(device)
+    return figures.derive(problem.described() | {
+        "floors": problem.floors(),
+        "work": {trains: {part: asdict(work) for part, work in problem.work(trains).items()} for trains in trained},
+        "peaks": {"flops_per_s": peak, "bytes_per_s": copied},
+        "variants": recorded, "failed": variants.failed, "absent": variants.absent,
+    })  # fmt: skip
+
+
+def _raw(samples: Samples) -> dict[str, Any]:
+    return {"forward": figures.raw(samples.forward), "backward": figures.raw(samples.backward)}
 
 
 @dataclass
@@ -71,15 +105,14 @@ class Built:
         """Drop a baseline, with its error as the reason.
 
         Raises the error again for "frozen", from which all others are measured, and for this project's own baselines
-        unless memory ran out.
+        unless memory ran out or the layer is one that they do not take.
         """
-        no_memory = is_out_of_memory(error)
-        if name == "frozen" or not (self.baselines[name].peer or no_memory):
+        name, no_memory = name.removesuffix(_WARM), is_out_of_memory(error)
+        if name == "frozen" or not (self.baselines[name].peer or no_memory or isinstance(error, Failed)):
             raise error
-        if isinstance(error, Failed | Wrong):
-            self.failed[name] = str(error)
-        else:
-            self.failed[name] = out_of_memory(error) if no_memory else f"{type(error).__name__}: {first_line(error)}"
+        reason = out_of_memory(error) if no_memory else f"{type(error).__name__}: {first_line(error)}"
+        # the first error is the reason: a process that has ended raises at its warm turn too
+        self.failed.setdefault(name, str(error) if isinstance(error, Failed | Wrong) else reason)
         if isinstance(runner := self.runners.pop(name, None), RemoteRunner):
             runner.close()
 
@@ -136,65 +169,37 @@ def built(problem: Problem, args: argparse.Namespace, device: torch.device, prog
                 runner.close()
 
 
-def _figures(problem: Problem, one: Baseline, samples: dict[str, Samples], device: torch.device) -> dict[str, Any]:
-    own, frozen = samples[one.name], samples["frozen"].total
-    figures: dict[str, Any] = {"label": one.label, "trains": one.trains, **own.summary()}
-    # ratios of calls of one round, in which the machine was in one state
-    taxes = [seconds / floor - 1 for seconds, floor in zip(own.total, frozen, strict=True)]
-    median = figures["total"]["median"]
-    figures["tax"] = median / samples["frozen"].summary()["total"]["median"] - 1
-    figures["tax_p20"], figures["tax_p80"] = percentile(taxes, 0.2), percentile(taxes, 0.8)
-    if "full" in samples:
-        figures["ratio_to_full"] = median / samples["full"].summary()["total"]["median"]
-    work = problem.work(one.trains)
-    for part in ("forward", "backward"):
-        seconds = figures[part]["median"]
-        figures[part] |= {"flops_per_s": work[part].flops / seconds, "bytes_per_s": work[part].bytes / seconds}
-    both = work["forward"] + work["backward"]
-    figures["flops_per_s"], figures["bytes_per_s"] = both.flops / median, both.bytes / median
-    figures["flops_per_byte"] = both.flops / both.bytes
-    figures["of_peak"] = figures["flops_per_s"] / peaks.matmul_flops(problem.torch_dtype, device)
-    figures["of_copy"] = figures["bytes_per_s"] / peaks.copy_bytes(device)
-    return figures
-
-
 def table(result: dict[str, Any]) -> Any:
     """The figures of a result as rich's table, below it the baselines that are not in it and why."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    rows = Table(title=f"{title(result)}, {result['rounds']} rounds", box=SIMPLE_HEAD)
-    columns = ("", "forward\nms", "backward\nms", "total ms\n\\[20-80 %]", "LoRA tax\n\\[20-80 %]", "of\nfull")
-    for column in (*columns, "TFLOP/s", "of\npeak", "of\ncopy", "memory\nMiB"):
-        rows.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    base = result["variants"]["frozen"]["peak_bytes"]
-    for name, figure in result["variants"].items():
+    is_warm, variants = "warm_floor" in result, result["variants"]
+    spread = "\\[95 %]" if "tax_low" in variants["frozen"] else "\\[20-80 %]"
+    columns = ["", "forward\nms", "backward\nms", "total ms\n\\[20-80 %]", f"LoRA tax\n{spread}", "of\nfull"]
+    columns += [*(["tax,\nx warm"] if is_warm else []), "TFLOP/s", "of\npeak", "of\ncopy", "memory\nMiB"]
+    base, rows = variants["frozen"]["peak_bytes"], []
+    for name, figure in variants.items():
         digits = 2 if figure["total"]["median"] < 0.1 else 0
         ms = {part: f"{figure[part]['median'] * 1e3:.{digits}f}" for part in ("forward", "backward", "total")}
-        spread = "-".join(f"{figure['total'][end] * 1e3:.{digits}f}" for end in ("p20", "p80"))
-        tax = f"{figure['tax']:.1%} \\[{figure['tax_p20'] * 100:.0f}-{figure['tax_p80'] * 100:.0f}]"
-        rows.add_row(
-            name + ("*" if figure.get("launched") else ""),
-            ms["forward"],
-            ms["backward"],
-            f"{ms['total']} \\[{spread}]",
-            tax if figure["trains"] == "adapters" else "",
+        ends = "-".join(f"{figure['total'][end] * 1e3:.{digits}f}" for end in ("p20", "p80"))
+        low, high = figures.interval(figure) or (0.0, 0.0)
+        tax = "within noise" if figures.is_noise(figure) else f"{figure['tax']:.1%}"
+        adapted = figure["trains"] == "adapters"
+        rows.append([
+            name + ("*" if figure.get("launched") else ""), ms["forward"], ms["backward"], f"{ms['total']} \\[{ends}]",
+            f"{tax} \\[{low * 100:.0f}-{high * 100:.0f}]" if adapted else "",
             f"{figure['ratio_to_full']:.2f}" if "ratio_to_full" in figure else "",
-            f"{figure['flops_per_s'] / 1e12:.2f}",
-            f"{figure['of_peak']:.0%}",
-            f"{figure['of_copy']:.0%}",
+            *([f"{figure['warm_x']['tax']:.1%}" if adapted else ""] if is_warm else []),
+            f"{figure['flops_per_s'] / 1e12:.2f}", f"{figure['of_peak']:.0%}", f"{figure['of_copy']:.0%}",
             f"{(figure['peak_bytes'] - base) / 2**20:+.1f}",
-        )
+        ])  # fmt: skip
     floors = result["floors"]
-    notes = [f"arithmetic floors: LoRA tax {floors['tax']:.1%}, of full fine-tuning {floors['ratio_to_full']:.2f}"]
-    notes += [f"{name} failed and is not counted: {reason}" for name, reason in result["failed"].items()]
-    notes += [
-        f"* {name} is not in a CUDA graph: {figure['launched']}"
-        for name, figure in result["variants"].items()
-        if figure.get("launched")
+    notes = [
+        "LoRA tax over the fastest frozen: " + ", ".join(f"{name} {part}" for part, name in result["floor"].items()),
+        f"arithmetic floors: LoRA tax {floors['tax']:.1%}, of full fine-tuning {floors['ratio_to_full']:.2f}",
     ]
-    rows.caption = "\n".join(notes)
-    return rows
+    notes += [f"{name} failed and is not counted: {reason}" for name, reason in result["failed"].items()]
+    launched = {name: one["launched"] for name, one in variants.items() if one.get("launched")}
+    notes += [f"* {name} is not in a CUDA graph: {reason}" for name, reason in launched.items()]
+    return shown(f"{title(result)}, {result['rounds']} rounds", columns, rows, notes, wrap=False)
 
 
 def closing(results: list[dict[str, Any]]) -> list[str]:
@@ -206,16 +211,27 @@ def closing(results: list[dict[str, Any]]) -> list[str]:
     if len(results) < 2:
         return lines
     lines.append(f"geometric means over {len(results)} cases")
-    for name in results[0]["variants"]:
-        figures = [result["variants"].get(name) for result in results]
-        if name in ("frozen", "full") or not all(figures):
+    everywhere = [n for n in results[0]["variants"] if all(n in result["variants"] for result in results)]
+    for name in everywhere:
+        if name.startswith("frozen") or name == "full":
             continue
-        line = f"{name}: LoRA tax {geometric_mean([1 + figure['tax'] for figure in figures]) - 1:.1%}"
-        if all("ratio_to_full" in figure for figure in figures):
-            line += f", of full fine-tuning {geometric_mean([figure['ratio_to_full'] for figure in figures]):.2f}"
-        peft = [result["variants"].get("peft") for result in results]
-        if all(peft) and name.startswith("lorafuse"):
-            ratios = [p["total"]["median"] / f["total"]["median"] for p, f in zip(peft, figures, strict=True)]
-            line += f", {geometric_mean(ratios):.2f} times as fast as PEFT"
+        own = [result["variants"][name] for result in results]
+        line = f"{name}: LoRA tax {geometric_mean([1 + one['tax'] for one in own]) - 1:.1%}"
+        if all("ratio_to_full" in one for one in own):
+            line += f", of full fine-tuning {geometric_mean([one['ratio_to_full'] for one in own]):.2f}"
+        if name.startswith("lorafuse"):
+            line += "".join(
+                f", {ratio:.2f} times as fast as {peft}" for ratio, peft in _over_peft(name, everywhere, results)
+            )
         lines.append(line)
     return lines
+
+
+def _over_peft(name: str, everywhere: list[str], results: list[dict[str, Any]]) -> list[tuple[float, str]]:
+    """How many times as fast a variant is as each setting of PEFT, the smallest factor first."""
+
+    def ratio(peft: str) -> float:
+        totals = ([result["variants"][one]["total"]["median"] for one in (peft, name)] for result in results)
+        return geometric_mean([peft_seconds / own for peft_seconds, own in totals])
+
+    return sorted((ratio(peft), peft) for peft in everywhere if peft == "peft" or peft.startswith("peft-"))

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafuse.bench.plugins import Baseline
 from lorafuse.testing.memory import peak_bytes
 from lorafuse.testing.numerics import relative_l2, rounding, tolerance
 
 __all__ = [
-    "Seen", "Trainee", "batches", "compare", "half_adapters", "input_gradient", "loss_bound", "observe",
+    "Seen", "Trainee", "batches", "built", "compare", "half_adapters", "input_gradient", "loss_bound", "observe",
     "without_adapters",
 ]  # fmt: skip
 
 # large enough that losses move, small enough that they stay finite
-_LEARNING_RATE = {"full": 1e-5, "adapters": 1e-4}
+_LEARNING_RATE = {"base": 1e-5, "adapters": 1e-4}
 # relative L2 of logits and gradients in float32, and of every loss: as in Hugging Face's own tests of two
 # implementations
 _FP32_BOUND = 1e-3
@@ -34,20 +35,35 @@ def batches(vocabulary: int, size: tuple[int, int, int], step: int, device: torc
 
 @dataclass
 class Trainee:
-    """A model in training, with the mean loss and the seconds of each step.
+    """A model in training, with the mean loss and the seconds of each step; `trains`: "nothing", "base" or "adapters".
 
-    A step of a frozen model is forward, and backward to its embedded tokens.
+    A step of a frozen model is forward, and backward to its embedded tokens. Every other one has fused AdamW, with
+    moments in each parameter's dtype. `rate` is 0 for the usual one, at which timed steps change losses a little.
     """
 
     name: str
     model: Any
+    trains: str = "adapters"
+    rate: float = 0.0
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        rate = _LEARNING_RATE.get(self.name, _LEARNING_RATE["adapters"])
-        self.optimizer = torch.optim.AdamW(self.trained, lr=rate, weight_decay=0.0) if self.trained else None
+        rate = self.rate or _LEARNING_RATE.get(self.trains, 0.0)
+        self.optimizer = (
+            torch.optim.AdamW(self.trained, lr=rate, weight_decay=0.0, fused=True) if self.trained else None
+        )
+
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = next(self.model.parameters()).device
+        return found
+
+    def evaluate(self, ids: Tensor) -> float:
+        """Loss of token ids `[batch, tokens]`; parameters keep no gradient."""
+        loss: float = self.model(input_ids=ids, labels=ids).loss.item()
+        return loss
 
     def backward(self, ids: Tensor) -> Tensor:
         """Mean loss of the micro-batches `[accumulate, batch, tokens]`; its gradients accumulate."""
@@ -91,6 +107,18 @@ class Trainee:
             "step_peak_bytes": step,
             "peak_bytes": weights + state + step,
         }
+
+
+def built(baseline: Baseline, given: Any) -> tuple[Trainee, dict[str, Any]]:
+    """The model of a baseline in training, and what is said of it.
+
+    Autocast is put around forward alone, as accelerate does for `bf16=True`; accelerate's copy of the logits to fp32
+    after the loss is left out, in favour of what runs so.
+    """
+    model, facts = baseline.module.model(given, **baseline.options)
+    if facts.get("autocast"):
+        model.forward = torch.autocast(given.device.type, dtype=given.dtype)(model.forward)
+    return Trainee(baseline.name, model, baseline.trains), facts
 
 
 def _bytes(tensors: list[Tensor]) -> int:

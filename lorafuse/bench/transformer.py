@@ -1,6 +1,7 @@
 """The models that `lorafuse bench model` trains: real, or of real sizes with random weights; their adapters."""
 
 import copy
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,15 @@ from torch import nn
 from lorafuse.bench.limits import available_bytes
 from lorafuse.bench.transformer_cost import Sizes
 
-__all__ = ["MODELS", "Model", "adapted", "build", "find", "free_bytes", "frozen", "twin"]
+__all__ = [
+    "MODELS", "Given", "Model", "Texts", "adapted", "build", "find", "free_bytes", "frozen", "set_adapters", "twin",
+]  # fmt: skip
 
 # standard deviation of B, transformers' own for weights: with scale 2 and rank 16 the delta of a layer is about a tenth
 # of its output, so a missing or wrongly scaled adapter changes the loss
 _B_STD = 0.02
+# blocks of tokens that no variant is trained on
+_HELD_OUT = 4
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,49 @@ def build(model: Model, sizes: Sizes, dtype: torch.dtype, device: torch.device, 
     return built.train()
 
 
+class Given:
+    """What the `model` function of a baseline builds from: one frozen base, whose weights all but full share.
+
+    `alone`: nothing else is built from the base, so that full fine-tuning may train it in place.
+    """
+
+    def __init__(
+        self, model: Model, sizes: Sizes, dtype: torch.dtype, device: torch.device, rank: int, sequence: int,
+        checkpointing: bool, alone: bool = False,
+    ) -> None:  # fmt: skip
+        self.dtype, self.device, self.rank, self.sequence = dtype, device, rank, sequence
+        self.checkpointing, self.alone = checkpointing, alone
+        self.base = build(model, sizes, dtype, device).requires_grad_(False)
+        self.has_experts = bool(sizes.E)
+        if checkpointing:
+            # non-reentrant: inputs need no gradient for it
+            self.base.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def frozen(self) -> Any:
+        """The model without adapters, whose backward reaches the embedded tokens."""
+        return frozen(self.base)
+
+    def trainable(self) -> Any:
+        """The model with every parameter trained."""
+        return (self.base if self.alone else copy.deepcopy(self.base)).requires_grad_(True)
+
+    def adapted(self, half: bool = False) -> Any:
+        """The model with PEFT's adapters: in fp32 as shipped, or in the base's dtype."""
+        return adapted(twin(self.base), self.rank, half=half)
+
+    def save(self, folder: str) -> None:
+        """The base as a directory for loaders of others, with SmolLM2's tokenizer, which they expect there."""
+        from lorafuse.demo.model import load_tokenizer
+
+        self.base.save_pretrained(folder)
+        load_tokenizer(None).save_pretrained(folder)
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the linear layers that get adapters."""
+        return _linear_names(self.base)
+
+
 def frozen(base: Any) -> Any:
     """The model without adapters, its weights frozen and shared, as one whose backward reaches the embedded tokens."""
     copied = twin(base.requires_grad_(False))
@@ -143,10 +191,10 @@ def frozen(base: Any) -> Any:
     return copied
 
 
-def adapted(base: Any, rank: int, seed: int = 0) -> Any:
-    """The model with PEFT's adapters as it ships them, in place: on all linear layers, and on stacked experts.
+def adapted(base: Any, rank: int, seed: int = 0, half: bool = False) -> Any:
+    """The model with PEFT's adapters, in place: on all linear layers, and on stacked experts; alpha is 2 · rank.
 
-    alpha is 2 · rank; B is normal of a size that counts, and not zero.
+    As PEFT ships them in fp32, or with `autocast_adapter_dtype=False` in the base's dtype (`half`).
     """
     from peft import LoraConfig, get_peft_model
 
@@ -154,24 +202,65 @@ def adapted(base: Any, rank: int, seed: int = 0) -> Any:
     if getattr(base.config, "num_experts", 0):
         # by name, because PEFT expands "all-linear" of such a model as in transformers 4: with the router,
         # and with twice the rank on gate_up_proj
-        head = base.get_output_embeddings()
-        linear = {n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head}
         targets = {
-            "target_modules": sorted(linear),
+            "target_modules": _linear_names(base),
             "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
         }
     config = LoraConfig(r=rank, lora_alpha=2 * rank, **targets)
-    torch.manual_seed(seed)
-    model = get_peft_model(base, config)
-    generator = torch.Generator(base.device).manual_seed(seed)
+    model = get_peft_model(base, config, autocast_adapter_dtype=not half)
+    if half:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(base.dtype)
+    set_adapters(model, seed)
+    return model.train()
+
+
+def set_adapters(model: Any, seed: int = 0, b_std: float = _B_STD) -> None:
+    """Values of all adapters: A uniform in ±1/sqrt(in) like PEFT's, B normal; the same in every process.
+
+    `b_std` 0 is how training begins; the default is a size that counts, since a zero B hides the adapter.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=_B_STD, generator=generator)
-    return model.train()
+            if "lora_" not in name:
+                continue
+            generator = torch.Generator().manual_seed(seed + zlib.crc32(name.partition("layers.")[2].encode()))
+            value = torch.empty(parameter.shape)
+            if "lora_A" in name:
+                value.uniform_(-(parameter.shape[-1] ** -0.5), parameter.shape[-1] ** -0.5, generator=generator)
+            else:
+                value.normal_(std=b_std, generator=generator)
+            parameter.copy_(value)
+
+
+def _linear_names(base: Any) -> list[str]:
+    head = base.get_output_embeddings()
+    return sorted({n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head})
 
 
 def twin(model: Any) -> Any:
     """A copy that shares all frozen parameters and has trainable ones of its own: two variants hold one base."""
     shared = [p for p in model.parameters() if not p.requires_grad]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+class Texts:
+    """Token ids of word problems (reasoning-gym's gsm_symbolic) for a real model: of each step, and held out."""
+
+    def __init__(self, steps: int, size: tuple[int, int, int], device: torch.device) -> None:
+        from lorafuse.demo.data import blocks, generate
+        from lorafuse.demo.model import load_tokenizer
+
+        tokenizer = load_tokenizer(None)
+        accumulate, batch, tokens = size
+        count = steps * accumulate * batch
+        # a problem has about 150 tokens; those of the held-out blocks come first, and are not trained on
+        held = generate(-(-_HELD_OUT * tokens // 100), seed=1)
+        self.held_out = blocks(tokenizer, held, _HELD_OUT, tokens).to(device)
+        examples = generate(-(-count * tokens // 100), seed=0)
+        self._ids = blocks(tokenizer, examples, count, tokens).view(steps, *size).to(device)
+
+    def __call__(self, step: int) -> torch.Tensor:
+        """`[accumulate, batch, tokens]` of a step, beginning anew after the last one."""
+        return self._ids[step % len(self._ids)]

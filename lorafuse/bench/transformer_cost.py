@@ -5,21 +5,22 @@ HFU): recomputation by checkpointing and overhead of an implementation are not c
 count these too and needs a model that is built and run; the tests hold the formulas against it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["VARIANTS", "Sizes", "Training", "fits", "fitting", "step_flops", "together_bytes", "training_bytes"]
+__all__ = [
+    "VARIANTS", "Sizes", "Training", "fits", "fitting", "kept_bytes", "step_flops", "together_bytes", "training_bytes",
+]  # fmt: skip
 
+# what a comparison cannot do without
 VARIANTS = ("frozen", "full", "peft", "lorafuse")
-# these share one set of frozen weights
-_ONE_BASE = {"frozen", "peft", "lorafuse"}
 # share of the free memory to use: the rest is for fragments, the libraries' workspaces and the estimate's error
 _SHARE = 0.8
 # a vocabulary is not cut below it
 _LEAST_VOCABULARY = 1024
-# bytes of an adapter's parameter, its gradient and AdamW's two moments: PEFT keeps adapters in float32
-_ADAPTER_BYTES = 4 * 4
+# bytes of an adapter's parameter, of its gradient and of each of AdamW's two moments: PEFT keeps adapters in float32
+_ADAPTER_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def step_flops(sizes: Sizes, variant: str, rank: int, tokens: int, sequence: int
     attention = 12 * sizes.layers * sizes.D * sequence * tokens
     if variant == "full":
         return 6 * sizes.active_weights() * tokens + attention
-    adapters = 0 if variant == "frozen" else sizes.adapter_weights(rank, sizes.k)
+    adapters = 0 if _is_frozen(variant) else sizes.adapter_weights(rank, sizes.k)
     return (4 * sizes.active_weights() + 6 * adapters) * tokens + attention
 
 
@@ -92,32 +93,44 @@ class Training:
     checkpointing: bool
 
 
+def _is_frozen(variant: str) -> bool:
+    return variant.startswith("frozen")
+
+
+def kept_bytes(sizes: Sizes, variant: str, training: Training) -> int:
+    """Bytes of a variant between its steps: weights, and AdamW's two moments of each trained parameter in its dtype."""
+    weights = training.itemsize * sizes.weights()
+    if variant == "full":
+        return 3 * weights
+    return weights + (0 if _is_frozen(variant) else 3 * _ADAPTER_BYTES * sizes.adapter_weights(training.rank, sizes.E))
+
+
 def training_bytes(sizes: Sizes, variant: str, training: Training) -> int:
     """An upper estimate of the peak bytes of a step of one variant, its weights included.
 
-    Weights; a gradient and AdamW's two moments of each trained parameter, in the parameter's dtype; the tensors that
-    autograd saves per layer and token (inputs of products, norms in float32, q and k before and after rotation,
-    four tensors of inner size; PEFT's float32 copies of inputs where the base is not float32), of one layer with
-    checkpointing; logits, three times more in float32. PEFT builds W + ΔW of the experts and keeps it for backward.
-    On GPUs AdamW takes one more tensor for each parameter while it updates them all at once.
+    What is kept; a gradient of each trained parameter, in its dtype; the tensors that autograd saves per layer and
+    token (inputs of products, norms in float32, q and k before and after rotation, four tensors of inner size; PEFT's
+    float32 copies of inputs where the base is not float32), of one layer with checkpointing; logits, three times more
+    in float32. PEFT builds W + ΔW of the experts and keeps it for backward. Fused AdamW needs no more.
     """
     size, L = training.itemsize, sizes.layers
+    is_peft = variant.startswith("peft") or variant.startswith("addmm")
     inner = sizes.I * max(sizes.k, 1)
-    kept = size * (6 * sizes.H + 3 * sizes.D + 4 * sizes.KV + 4 * inner + 3 * sizes.k * sizes.H) + 16 * sizes.H
-    if variant == "peft" and size < 4:
-        kept += 4 * (5 * sizes.H + sizes.D + inner)
-    per_layer = training.tokens * kept
-    stacks = size * sizes.layer_weights(sizes.E) if variant == "peft" and sizes.E else 0
+    saved = size * (6 * sizes.H + 3 * sizes.D + 4 * sizes.KV + 4 * inner + 3 * sizes.k * sizes.H) + 16 * sizes.H
+    if is_peft and size < 4:
+        saved += 4 * (5 * sizes.H + sizes.D + inner)
+    per_layer = training.tokens * saved
+    stacks = size * sizes.layer_weights(sizes.E) if is_peft and sizes.E else 0
     alive = 1 if training.checkpointing else L
-    total = size * sizes.weights() + alive * (per_layer + stacks) + 3 * stacks
+    total = kept_bytes(sizes, variant, training) + alive * (per_layer + stacks) + 3 * stacks
     if training.checkpointing:
         total += L * training.tokens * sizes.H * size
     total += training.tokens * sizes.vocabulary * (size + 3 * 4)
     if variant == "full":
         # a tied embedding has a gradient from the head and one from the look-up before they are added
         tied = size * sizes.vocabulary * sizes.H if sizes.tied else 0
-        return max(total + 3 * size * sizes.weights() + tied, 5 * size * sizes.weights())
-    return total + (0 if variant == "frozen" else _ADAPTER_BYTES * sizes.adapter_weights(training.rank, sizes.E))
+        return total + size * sizes.weights() + tied
+    return total + (0 if _is_frozen(variant) else _ADAPTER_BYTES * sizes.adapter_weights(training.rank, sizes.E))
 
 
 def fitting(sizes: Sizes, needed: Callable[[Sizes], int], free: int) -> Sizes:
@@ -135,10 +148,16 @@ def fitting(sizes: Sizes, needed: Callable[[Sizes], int], free: int) -> Sizes:
         cut = replace(cut, vocabulary=cut.vocabulary // 2)
 
 
-def together_bytes(sizes: Sizes, variants: list[str], training: Training) -> int:
-    """An upper estimate of the bytes of several variants in one process; all but full share one base."""
-    shared = training.itemsize * sizes.weights() * max(0, len(_ONE_BASE.intersection(variants)) - 1)
-    return sum(training_bytes(sizes, variant, training) for variant in variants) - shared
+def together_bytes(sizes: Sizes, variants: Sequence[str], training: Training, apart: Collection[str] = ()) -> int:
+    """An upper estimate of the bytes of several variants in turns: what each keeps, and the largest step beyond that.
+
+    All but full and those of `apart`, which have processes of their own, share one base.
+    """
+    sharing = [variant for variant in variants if variant != "full" and variant not in apart]
+    shared = training.itemsize * sizes.weights() * max(0, len(sharing) - 1)
+    kept = {variant: kept_bytes(sizes, variant, training) for variant in variants}
+    step = max((training_bytes(sizes, variant, training) - kept[variant] for variant in variants), default=0)
+    return sum(kept.values()) - shared + step
 
 
 def fits(needed: int, free: int) -> bool:

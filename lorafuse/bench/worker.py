@@ -32,6 +32,7 @@ class _Worker:
     """The requests by name; each returns a JSON value."""
 
     runner: Runner
+    trainee: Any
 
     def build(
         self, kind: str, problem: dict[str, Any], file: str, name: str, device: str, threads: int, graphs: bool
@@ -51,11 +52,35 @@ class _Worker:
     def launched(self) -> str:
         return self.runner.launched
 
-    def once(self) -> tuple[float, float]:
-        return self.runner.once()
+    def once(self, warm: bool = False) -> tuple[float, float]:
+        return self.runner.once(warm)
 
     def memory(self) -> dict[str, int]:
         return asdict(self.runner.memory())
+
+    def train(self, model: dict[str, Any], file: str, name: str, device: str, threads: int) -> dict[str, Any]:
+        """Build a whole model for training; what its baseline says of it."""
+        # these import transformers, which layers do not need
+        from lorafuse.bench import training, transformer
+        from lorafuse.bench.transformer_cost import Sizes
+
+        torch.set_num_threads(threads)
+        where = torch.device(device)
+        (baseline,) = (one for one in plugins.load_file(Path(file), "model", where) if one.name == name)
+        known, sizes = transformer.Model(**model.pop("model")), Sizes(**model.pop("sizes"))
+        given = transformer.Given(known, sizes, getattr(torch, model.pop("dtype")), where, **model)
+        self.trainee, facts = training.built(baseline, given)
+        return facts | {"trained": sum(p.numel() for p in self.trainee.trained)}
+
+    def loss(self, ids: list[Any]) -> float:
+        return self.trainee.evaluate(torch.tensor(ids, device=self.trainee.device))
+
+    def step(self, ids: list[Any]) -> tuple[float, float]:
+        self.trainee.step(torch.tensor(ids, device=self.trainee.device))
+        return self.trainee.seconds[-1], self.trainee.losses[-1]
+
+    def step_memory(self, ids: list[Any]) -> dict[str, int]:
+        return self.trainee.memory(torch.tensor(ids, device=self.trainee.device))
 
 
 def _end_with(parent: int) -> None:

@@ -1,19 +1,22 @@
 """Measure what LoRA costs on this machine: layers, blocks, whole models; against the frozen layer, PEFT and others.
 
-LoRA tax = time(adapted) / time(frozen) - 1, forward and backward. No number is printed for a wrong result.
+LoRA tax = time(adapted) / time(fastest frozen) - 1, forward and backward. No number is printed for a wrong result.
 With --base REF the same cases run in this checkout and in that commit's, in turns; slower passes are reported.
 """
 
 import argparse
 import importlib
 import importlib.util
+import multiprocessing
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lorafuse.bench import figures
 from lorafuse.bench.limits import is_out_of_memory, out_of_memory, within_memory
 from lorafuse.bench.remote import TIMEOUT
 from lorafuse.bench.result import VERSION, Wrong, write_csv, write_json
@@ -56,8 +59,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--dtype", choices=DTYPES, help="of the base (bfloat16; float32 on CPUs that are faster in it)")
     how.add_argument("--device", default="", help="cuda, cpu, … (cuda where there is one)")
     how.add_argument("--rounds", type=int, default=40, help="timed calls of each variant (40)")
+    how.add_argument("--seconds", type=float, default=120.0, help="of one case, then fewer rounds, ten at least (120)")
+    how.add_argument("--processes", type=int, default=1, help="that measure each case, for an interval over them (1)")
     how.add_argument(
-        "--seconds", type=float, default=120.0, help="of one case, then fewer rounds, a fifth at least (120)"
+        "--warm-x",
+        action=argparse.BooleanOptionalAction,
+        help="of layers and blocks: also with x and dy just written, as in training (on GPUs)",
     )
     how.add_argument(
         "--timeout",
@@ -70,7 +77,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--no-graphs", dest="graphs", action="store_false", help="on GPUs: launch, without CUDA graphs")
     how.add_argument("--base", metavar="REF", default=argparse.SUPPRESS, help="compare lorafuse with that commit's")
     out = parser.add_argument_group("what is written")
-    out.add_argument("--json", type=Path, metavar="FILE", help="every median and spread, after each case")
+    out.add_argument("--json", type=Path, metavar="FILE", help="every figure and the raw rounds, after each case")
     out.add_argument("--csv", type=Path, metavar="FILE", help="the same as a table, one line for each variant")
     out.add_argument("--plot", type=Path, metavar="DIR", help="tax by M and by rank, ratio to full, roofline as PNG")
 
@@ -108,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
 def prepared(args: argparse.Namespace) -> tuple[list[Any], torch.device]:
     """The cases and the device. Raises ValueError for every mistake in the options."""
-    numbers = "m", "rank", "rounds", "seconds", "timeout", "layers", "tokens", "batch", "accumulate"
+    numbers = "m", "rank", "rounds", "seconds", "timeout", "processes", "layers", "tokens", "batch", "accumulate"
     _common.check_numbers(args, *(name for name in numbers if hasattr(args, name)))
     device = _common.device(args.device)
     for name, why_not in (("json", why_no_file), ("csv", why_no_file), ("plot", why_no_folder)):
@@ -134,7 +141,7 @@ def _run_cases(
             for case in cases:
                 try:
                     with _progress(console, case.name) as progress:
-                        result = kind.run_case(case, args, device, progress)
+                        result = _run_case(kind, case, args, device, progress)
                 except Wrong as error:
                     console.print(
                         f"{case.title}: no numbers, the run stops: {error}", style="red", markup=False, highlight=False
@@ -157,6 +164,26 @@ def _run_cases(
     finally:
         _write(args, content)
     return status or int(not content["results"])
+
+
+def _run_case(kind: Any, case: Any, args: argparse.Namespace, device: torch.device, progress: Any) -> dict[str, Any]:
+    """The result of a case: of this process, or of as many fresh ones as asked for, one after the other."""
+    if args.processes == 1:
+        result: dict[str, Any] = kind.run_case(case, args, device, progress)
+        return result
+    own = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in ("run", "again")})
+    results = []
+    for index in range(args.processes):
+        progress(index, args.processes, f"process {index + 1} of {args.processes}")
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            results.append(pool.submit(_in_process, kind.__name__, case, own, device).result())
+    return figures.merge(results)
+
+
+def _in_process(kind: str, case: Any, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    with within_memory() if device.type == "cpu" else nullcontext():
+        result: dict[str, Any] = importlib.import_module(kind).run_case(case, args, device, lambda *_: None)
+        return result
 
 
 def _write(args: argparse.Namespace, content: dict[str, Any]) -> None:

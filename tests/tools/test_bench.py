@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from lorafuse.bench import model, peaks, plugins, result, timed
 from lorafuse.bench.group import Group
@@ -31,6 +32,13 @@ HOW = ["--rounds", "3", "--device", "cpu", "--dtype", "float32", "--only", *OWN]
 SMALL = ["bench", "linear", "--shape", "24,40", "--m", "16", "--rank", "3", *HOW]
 
 BASELINES = {kind: {one.name: one for one in plugins.load(kind, CPU) if not one.absent} for kind in ("linear", "group")}
+EVERY = [
+    (kind, one.name, dtype)
+    for kind in BASELINES
+    for dtype in ("float32", "bfloat16")
+    for one in plugins.load(kind, CPU, dtype=dtype)
+    if not one.absent
+]
 PROBLEMS = {"linear": TINY, "group": Group("tiny.qkv", "float32", 16, (24, 8, 8), 40, 3)}
 
 
@@ -56,8 +64,7 @@ def variant(name, problem, dtype="float32"):
     return problem.variant(name, one.module, given, **one.options), problem.references(given)[one.trains], problem
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, found in BASELINES.items() for name in found])
+@pytest.mark.parametrize(("kind", "name", "dtype"), EVERY)
 def test_every_variant_computes_the_formula(kind, name, dtype):
     built, expected, problem = variant(name, PROBLEMS[kind], dtype)
     assert wrong(built, expected, problem.shaped) == ""
@@ -65,8 +72,37 @@ def test_every_variant_computes_the_formula(kind, name, dtype):
 
 def test_the_own_baselines_are_all_there():
     assert {"frozen", "full", "peft", "peft-half", "peft-compiled", "addmm", "lorafuse"} <= BASELINES["linear"].keys()
+    assert {"peft-autocast", "addmm-saved", "addmm-saved-fp32", "lorafuse-half"} <= BASELINES["linear"].keys()
     assert [one.name for one in plugins.load("linear", CPU)][:2] == ["frozen", "full"]
     assert "split" in {one.name for one in plugins.load("moe", CPU)}
+    # autocast on a float32 base computes in bfloat16, which is other work
+    absent = {one.name: one.absent for one in plugins.load("linear", CPU, dtype="float32")}
+    assert absent["peft-autocast"] == "needs a base in bfloat16 or float16"
+
+
+def test_both_sides_are_measured_with_both_adapter_dtypes():
+    def dtypes(name):
+        built, *_ = variant(name, TINY, "bfloat16")
+        return {tensor.dtype for key, tensor in built.leaves.items() if key != "dx"}
+
+    for fp32 in ("peft", "peft-autocast", "addmm-saved-fp32", "lorafuse"):
+        assert dtypes(fp32) == {torch.float32}, fp32
+    for half in ("peft-half", "addmm", "addmm-saved", "lorafuse-half"):
+        assert dtypes(half) == {torch.bfloat16}, half
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("peft", torch.float32), ("peft-autocast", torch.bfloat16)])
+def test_autocast_runs_the_adapters_in_the_bases_dtype(name, dtype):
+    built, *_ = variant(name, TINY, "bfloat16")
+    a, seen = built.leaves["da"], []
+    hook = register_module_forward_hook(
+        lambda module, args, out: seen.append(out.dtype) if getattr(module, "weight", None) is a else None
+    )
+    try:
+        built.forward()
+    finally:
+        hook.remove()
+    assert seen == [dtype]
 
 
 @pytest.mark.parametrize("broken", ["da", "db", "dx", "y"])
@@ -139,7 +175,7 @@ def test_the_conditions_say_how_each_kind_is_timed(tmp_path):
     assert main([*SMALL, "--json", str(file)]) == 0
     assert result.read(file)["conditions"]["timing"] == timed.timing(CPU) == model.timing(CPU)
     # steps of a model are timed by the wall clock, on what the step before left
-    assert timed.timing(gpu) == "interleaved, L2 overwritten before every call"
+    assert timed.timing(gpu) == "interleaved, L2 filled by a read before every call"
     assert model.timing(gpu) == model.timing(CPU)
     how = ["--device", "cpu", "--dtype", "float32", "--only", "lorafuse"]
     assert main(["bench", "memory", "--case", "smollm2-135m.k", "--m", "8", *how, "--json", str(file)]) == 0
@@ -214,9 +250,11 @@ def test_rounds_are_interleaved_in_changing_order():
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
     assert len(set(rounds)) > 1
     assert samples["a"].total == [3.0] * 8
-    # out of time at once, a fifth of the rounds is left
-    *_, samples = timing.measure([Fake("a")], 10, 2, seconds=0)
-    assert len(samples["a"].total) == 2
+    # out of time at once, the fewest rounds that are published are left
+    *_, samples = timing.measure([Fake("a")], 40, 2, seconds=0)
+    assert len(samples["a"].total) == 10
+    *_, samples = timing.measure([Fake("a")], 3, 2, seconds=0)
+    assert len(samples["a"].total) == 3
 
 
 def test_a_runner_times_its_own_variant():
@@ -243,10 +281,14 @@ def test_geometric_means():
     lines = timed.closing(
         [one(frozen=1.0, full=2.0, peft=2.0, lorafuse=1.1), one(frozen=1.0, full=2.0, peft=8.0, lorafuse=1.1)]
     )
+    # the setting of PEFT against which the factor is smallest comes first
+    sides = {"frozen": 1.0, "peft": 2.0, "peft-half": 1.5, "peft-autocast": 1.8, "lorafuse": 1.0}
+    factors = "1.50 times as fast as peft-half, 1.80 times as fast as peft-autocast, 2.00 times as fast as peft"
+    assert f"lorafuse: LoRA tax 0.0%, of full fine-tuning 0.50, {factors}" in timed.closing([one(**sides)] * 2)
     absent = ["not run: a: not installed", "not run: b, c: needs a GPU"]
     assert lines[:3] == [*absent, "geometric means over 2 cases"]
     assert "peft: LoRA tax 300.0%, of full fine-tuning 2.00" in lines
-    assert "lorafuse: LoRA tax 10.0%, of full fine-tuning 0.55, 3.64 times as fast as PEFT" in lines
+    assert "lorafuse: LoRA tax 10.0%, of full fine-tuning 0.55, 3.64 times as fast as peft" in lines
     assert timed.closing([one(frozen=1.0)]) == absent
     assert timed.closing([]) == []
 

@@ -14,7 +14,11 @@ from lorafuse.testing.cases import MOE_CASES, MoECase
 from lorafuse.testing.memory import peak_bytes
 
 CPU = torch.device("cpu")
-BASELINES = {one.name: one for one in plugins.load("moe", CPU) if not one.absent}
+BASELINES = {one.name: one for one in plugins.load("moe", CPU, dtype="bfloat16") if not one.absent}
+IN_FLOAT32 = {one.name for one in plugins.load("moe", CPU, dtype="float32") if not one.absent}
+EVERY = [
+    (name, dtype) for name in BASELINES for dtype in ("float32", "bfloat16") if dtype != "float32" or name in IN_FLOAT32
+]
 
 
 @pytest.fixture
@@ -36,9 +40,8 @@ def problem(dtype="float32", routing="balanced"):
     return Experts("tiny", dtype, 16, 6, 2, 32, 16, 8, routing)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("routing", moe.ROUTINGS)
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize(("name", "dtype"), EVERY)
 def test_every_variant_computes_the_formula(name, routing, dtype):
     given = problem(dtype, routing)
     assert wrong(*build(name, given), given.shaped) == ""
@@ -46,6 +49,8 @@ def test_every_variant_computes_the_formula(name, routing, dtype):
 
 def test_the_own_baselines_are_all_there():
     assert {"frozen", "full", "peft", "peft-half", "split", "lorafuse"} <= BASELINES.keys()
+    assert {"frozen-lorafuse", "peft-autocast", "lorafuse-half"} <= BASELINES.keys()
+    assert BASELINES.keys() - IN_FLOAT32 == {"peft-autocast"}
 
 
 COMMON = ["out", "dx", "dweight"]
@@ -88,7 +93,10 @@ def test_json_holds_every_variant_and_the_routings(tmp_path, capsys, tiny):
     written = json.loads((tmp_path / "r.json").read_text())
     assert [one["routing"] for one in written["results"]] == ["zipf", "one-hot"]
     for one in written["results"]:
-        assert one["variants"].keys() == BASELINES.keys()
+        assert one["variants"].keys() == IN_FLOAT32
+        # of the two frozen blocks the faster one
+        assert one["floor"].keys() == {"forward", "backward"}
+        assert set(one["floor"].values()) <= {"frozen", "frozen-lorafuse"}
         assert (one["E"], one["k"]) == (6, 2)
         for figure in one["variants"].values():
             assert 0 < figure["total"]["p20"] <= figure["total"]["median"] <= figure["total"]["p80"]

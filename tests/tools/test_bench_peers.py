@@ -318,3 +318,10 @@ def test_mlp_is_a_case_of_group():
     # 3 products each way, and two thin ones for each layer forward
     assert problem.work("adapters")["forward"].flops == 2 * 64 * (3 * 576 * 1536 + 3 * 4 * (576 + 1536))
     assert problem.floors()["tax"] == pytest.approx(3 * 4 * (576 + 1536) / (2 * 576 * 1536))
+
+
+def test_an_own_baseline_says_what_layers_it_does_not_take(folder):
+    refuses = "from lorafuse.bench.result import Failed; raise Failed('N is 24, it must be a multiple of 32')"
+    write(folder, "own", before=refuses, requires="")
+    status, result = bench(folder)
+    assert (status, result["failed"]) == (0, {"own": "N is 24, it must be a multiple of 32"})

@@ -1,0 +1,96 @@
+"""README's first table, and where others are ahead: how many times lorafuse's time each of them takes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from result_tables import Result, label_of, milliseconds, table
+
+from lorafuse.bench.result import with_adapters
+
+__all__ = ["behind", "factors", "headline", "losers", "slower_than_full", "unmeasured"]
+
+# a case above this share of a peer's time is behind it
+_BEHIND = 1.02
+# settings of PEFT by variant, as the table's columns name them
+_PEFT = {
+    "peft-half": "PEFT, bf16 adapters",
+    "peft-autocast": "PEFT, autocast",
+    "peft-compiled": "PEFT, torch.compile",
+    "peft": "PEFT's default: fp32 adapters, no autocast",
+}
+
+
+def factors(result: Result) -> dict[str, float]:
+    """Time of each other variant that trains adapters / lorafuse's, the smallest first; below 1 it is ahead."""
+    variants = result["variants"]
+    if "lorafuse" not in variants:
+        return {}
+    own = _seconds(variants["lorafuse"])
+    adapted = with_adapters(result, "step" if result["kind"] == "model" else "total")
+    found = {name: _seconds(variants[name]) / own for name in adapted if not name.startswith("lorafuse")}
+    return dict(sorted(found.items(), key=lambda one: one[1]))
+
+
+def _seconds(one: dict[str, Any]) -> float:
+    median: float = (one["step"] if "step" in one else one["total"])["median"]
+    return median
+
+
+def headline(results: list[Result], absent: str) -> str:
+    """A row for each case, the one where lorafuse gains least first; what was not measured is `absent`."""
+    found = [(result, factors(result)) for result in results]
+    found = sorted(((r, f) for r, f in found if f), key=lambda one: min(one[1].values()))
+    shown = [name for name in _PEFT if name in ("peft-half", "peft") or any(name in f for _, f in found)]
+    rows = []
+    for result, times in found:
+        first = next(iter(times))
+        cells = [f"{times[name]:.2f}×" if name in times else absent for name in shown]
+        own = milliseconds(_seconds(result["variants"]["lorafuse"]))
+        rows.append([_named(result), own, f"{times[first]:.2f}× {label_of(result, first)}", *cells])
+    return table(["forward and backward", "lorafuse", "fastest of the others", *(_PEFT[name] for name in shown)], rows)
+
+
+def _named(result: Result) -> str:
+    if result["kind"] == "model":
+        layers = f"{result['layers']} of {result['layers_of_model']} layers"
+        return f"{result['model']}, a training step, {layers}, {result['tokens_per_step']} tokens"
+    if result["kind"] == "moe":
+        return f"{result['case']}, the experts of a block, {result['M']} tokens, {result['routing']}"
+    return f"{result['case']}, one layer, {result['M']} tokens"
+
+
+def unmeasured(results: list[Result]) -> str:
+    """The settings of PEFT against which some of the cases were not measured, by the sort of case."""
+    settings = {"peft-half": "bf16 adapters", "peft-autocast": "autocast", "peft": "its default"}
+    missing: dict[str, list[str]] = {}
+    for result in results:
+        named = missing.setdefault({"model": "steps", "moe": "experts"}.get(result["kind"], "layers"), [])
+        named += [text for one, text in settings.items() if one not in factors(result) and text not in named]
+    lines = [f"{sort} against PEFT with {' or '.join(named)}" for sort, named in missing.items() if named]
+    return "; ".join(lines) or "nothing"
+
+
+def behind(result: Result) -> Iterator[tuple[str, float]]:
+    """The variants more than 2 % ahead of lorafuse, and lorafuse's time / theirs, the fastest first."""
+    yield from ((name, 1 / ratio) for name, ratio in factors(result).items() if 1 / ratio > _BEHIND)
+
+
+def losers(results: list[Result]) -> list[str]:
+    """Each case where lorafuse is behind, and whom, by how much of their time."""
+    lines = []
+    for result in results:
+        ahead = [f"{ratio - 1:.0%} behind {label_of(result, name)}" for name, ratio in behind(result)]
+        if ahead:
+            lines.append(f"{_sized(result)}: {', '.join(ahead)}")
+    return lines
+
+
+def slower_than_full(results: list[Result]) -> list[str]:
+    """Each case where lorafuse takes longer than full fine-tuning, and how many times its time."""
+    ratios = [(one, one["variants"].get("lorafuse", {}).get("ratio_to_full", 0.0)) for one in results]
+    return [f"{_sized(result)}: {ratio:.2f}" for result, ratio in ratios if ratio > 1]
+
+
+def _sized(result: Result) -> str:
+    sizes = [f"{key} {result[key]}" for key in ("M", "R") if key in result]
+    return ", ".join([result["case"], *([result["routing"]] if "routing" in result else []), *sizes])
