@@ -47,7 +47,7 @@ def _problem(M, w, gradients):
 
 
 def _cuda(native, spec, x, w, gradients):
-    from lorafuse.backends.cuda_linear import TYPES
+    from lorafuse.backends.cuda import TYPES
 
     N, K = w.shape
     tile = select(_problem(x.shape[0], w, gradients), spec, (("cuda", ""),)).config("matmul")
@@ -64,10 +64,11 @@ def _cuda(native, spec, x, w, gradients):
 
 def linear(given, backend):
     if backend == "cuda":
-        from lorafuse.backends import cuda_native, probe
+        from lorafuse.backends import native as built
+        from lorafuse.backends import probe
         from lorafuse.plan import configs_cuda
 
-        native, spec = cuda_native.native("_cuda"), probe.device_spec(given.x.device)
+        native, spec = built.load("_cuda"), probe.device_spec(given.x.device)
         if reason := configs_cuda.refusal(_problem(given.x.shape[0], given.w, ()), spec):
             raise Failed(reason)
         return (lambda x: CudaProduct.apply(x, given.w, native, spec)), {}

@@ -31,10 +31,10 @@ from lorafuse.backends.rows import contiguous_rows
 from lorafuse.operands import Dropout, Rows, Weight
 from lorafuse.plan import DeviceSpec, KernelConfig, Plan, configs_cuda, select
 
-__all__ = ["Cuda", "backend"]
+__all__ = ["TYPES", "Cuda", "backend"]
 
 # the numbers of Type in api.hpp
-_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 # elements of 16 bits in 16 bytes
 _ALIGN = 8
 _INSTEAD = "use 'triton', 'eager' or 'auto'"
@@ -86,7 +86,7 @@ class Cuda(Aten):
             fused_xa = {"a": a.data_ptr(), "stride_a": a.stride(0), "workspace": flags.data_ptr()}
         else:
             self.native.project_x(
-                type=_TYPES[dtype], a_type=a_type, M=M, K=K, R=R, x=x.data_ptr(), stride_x=x.stride(0),
+                type=TYPES[dtype], a_type=a_type, M=M, K=K, R=R, x=x.data_ptr(), stride_x=x.stride(0),
                 a=given_a.data_ptr(), stride_a=K, xa=xa.data_ptr(), stride_xa=xa.shape[1], **_mask(dropout),
                 rounded=round_b, stream=stream,
             )  # fmt: skip
@@ -127,13 +127,13 @@ class Cuda(Aten):
             assert round_b is not None
             self.native.round_adapter(**round_b, stream=stream)
             self.native.project_x(
-                type=_TYPES[dtype], a_type=_TYPES[dtype], M=M, K=N, R=R, x=dy.data_ptr(), stride_x=dy.stride(0),
+                type=TYPES[dtype], a_type=TYPES[dtype], M=M, K=N, R=R, x=dy.data_ptr(), stride_x=dy.stride(0),
                 a=transposed.data_ptr(), stride_a=transposed.shape[1], xa=dyb.data_ptr(), stride_xa=dyb.shape[1],
                 rounded=round_a, stream=stream,
             )  # fmt: skip
         else:
             reduced = {
-                "type": _TYPES[dtype], "b_type": b_type, "M": M, "N": N, "R": R, "dy": dy.data_ptr(),
+                "type": TYPES[dtype], "b_type": b_type, "M": M, "N": N, "R": R, "dy": dy.data_ptr(),
                 "stride_dy": dy.stride(0), "b": given_b.data_ptr(), "stride_b": R, "xa": _at(xa) if need_db else 0,
                 "stride_xa": _padded(R), "scale": scale, "dyb": _at(dyb), "stride_dyb": _padded(R), "db": _at(db),
                 "dbias": _at(dbias),
@@ -157,7 +157,7 @@ class Cuda(Aten):
             assert x is not None
             assert dyb is not None
             reduced = {
-                "type": _TYPES[dtype], "a_type": a_type, "M": M, "K": K, "R": R, "x": x.data_ptr(),
+                "type": TYPES[dtype], "a_type": a_type, "M": M, "K": K, "R": R, "x": x.data_ptr(),
                 "stride_x": x.stride(0), "dyb": dyb.data_ptr(), "stride_dyb": dyb.shape[1], "da": _at(da),
                 **_mask(dropout),
             }  # fmt: skip
@@ -174,7 +174,7 @@ class Cuda(Aten):
         N, K = reversed(data.shape) if is_transposed else data.shape
         y = x.new_empty((x.shape[0], N))
         self.native.linear(
-            type=_TYPES[x.dtype], M=x.shape[0], N=N, K=K, transposed=is_transposed, x=x.data_ptr(),
+            type=TYPES[x.dtype], M=x.shape[0], N=N, K=K, transposed=is_transposed, x=x.data_ptr(),
             stride_x=x.stride(0), w=data.data_ptr(), stride_w=data.stride(0), xa=xa.data_ptr(), stride_xa=xa.shape[1],
             b=b.data_ptr(), stride_b=b.stride(0), y=y.data_ptr(), stride_y=N, tiling=_tiling(config), stream=stream,
             **more,
@@ -213,7 +213,7 @@ class _GroupedLinear(GroupedMM):
         # both with columns and rows exchanged, or neither
         b, y = b.contiguous() if is_transposed else b.mT.contiguous(), x.new_empty((x.shape[0], N))
         run.native.grouped_linear(
-            type=_TYPES[x.dtype], rows=x.shape[0], groups=G, N=N, K=K, R=xa.shape[1], transposed=is_transposed,
+            type=TYPES[x.dtype], rows=x.shape[0], groups=G, N=N, K=K, R=xa.shape[1], transposed=is_transposed,
             offsets=rows.cache["int64"].data_ptr(), x=x.data_ptr(), stride_x=x.stride(0), w=w.data_ptr(),
             xa=xa.data_ptr(), stride_xa=xa.stride(0), b=b.data_ptr(), y=y.data_ptr(), stride_y=N,
             tiling=_tiling(configs_cuda.RAGGED), stream=run.stream(x.device),
@@ -253,7 +253,7 @@ def _aligned(t: Tensor) -> Tensor:
 
 def _adapter(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     """An adapter as the memory-bound kernels read it, of x's dtype or fp32, and its type."""
-    return (t := _aligned(t if t.dtype in (dtype, torch.float32) else t.float())), _TYPES[t.dtype]
+    return (t := _aligned(t if t.dtype in (dtype, torch.float32) else t.float())), TYPES[t.dtype]
 
 
 def _rounding(
@@ -269,7 +269,7 @@ def _rounding(
         return t, None
     out = t.new_empty((rows, _padded(columns)), dtype=dtype)
     return out, {
-        "in_type": _TYPES[t.dtype], "type": _TYPES[dtype], "transposed": transposed, "rows": rows, "columns": columns,
+        "in_type": TYPES[t.dtype], "type": TYPES[dtype], "transposed": transposed, "rows": rows, "columns": columns,
         "in": t.data_ptr(), "stride_in": t.shape[1], "scale": scale, "out": out.data_ptr(), "stride_out": out.shape[1],
     }  # fmt: skip
 
