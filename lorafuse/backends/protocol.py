@@ -13,7 +13,8 @@ adapters may be of another dtype and any strides, and are rounded to x's dtype i
 gradient of w.
 
 A backend may offer composites, several primitives in one launch, under the names below; an operator asks for them first
-and composes otherwise. They are None where a backend has none.
+and composes otherwise. They are None where a backend has none. The plan of a backend with composites of a linear layer
+refuses problems whose xa is fp32 over 16-bit operands: these do not learn of it.
 """
 
 import contextlib
