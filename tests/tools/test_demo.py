@@ -90,7 +90,8 @@ def test_interruption_writes_what_is_done(model_directory, data_file, tmp_path, 
 
     monkeypatch.setattr(train.Leg, "step", third_interrupts)
     assert main(arguments(model_directory, data_file, tmp_path)) == 130
-    assert not (tmp_path / "bfloat16").exists()
+    # where bfloat16 is fast it is asked for too, and its folder was made to see that files can be written
+    assert [path for path in (tmp_path / "bfloat16").rglob("*") if path.is_file()] == []
     assert "interrupted after 2 of 4 steps" in capsys.readouterr().out
     written = json.loads((tmp_path / "float32" / "report.json").read_text())
     assert all(len(steps["losses"]) == 2 for steps in written["steps"].values())
