@@ -7,16 +7,15 @@ from torch import Tensor
 
 from lorafuse.activation import GateLayout, lookup
 from lorafuse.backends import base
-from lorafuse.backends.probe import experts_problems, linear_problem
-from lorafuse.backends.rows import matrix
-from lorafuse.operands import Weight
+from lorafuse.backends.problems import experts_problems, linear_problem
+from lorafuse.operands import Weight, matrix
 from lorafuse.ops import experts as _experts
 from lorafuse.ops import flops  # noqa: F401 (registers the formulas)
 from lorafuse.ops import grouped as _grouped
 from lorafuse.ops import linear as _linear
 from lorafuse.ops.autocast import autocast_is_on
+from lorafuse.ops.checks import check_projection, check_scale, check_tensors
 from lorafuse.ops.choose import plan_for
-from lorafuse.ops.experts_rules import check_projection, check_scale, check_tensors
 from lorafuse.ops.transforms import is_transformed
 from lorafuse.philox import draw_seed
 from lorafuse.plan import Plan

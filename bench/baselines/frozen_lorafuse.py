@@ -65,10 +65,10 @@ def _cuda(native, spec, x, w, gradients):
 def linear(given, backend):
     if backend == "cuda":
         from lorafuse.backends import native as built
-        from lorafuse.backends import probe
+        from lorafuse.backends import problems
         from lorafuse.plan import configs_cuda
 
-        native, spec = built.load("_cuda"), probe.device_spec(given.x.device)
+        native, spec = built.load("_cuda"), problems.device_spec(given.x.device)
         if reason := configs_cuda.refusal(_problem(given.x.shape[0], given.w, ()), spec):
             raise Failed(reason)
         return (lambda x: CudaProduct.apply(x, given.w, native, spec)), {}

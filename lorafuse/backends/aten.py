@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafuse.backends import aten_loop, base, probe
+from lorafuse.backends import aten_loop, base, problems
 from lorafuse.backends.aten_grouped import GroupedMM
 from lorafuse.backends.protocol import Backend, Problems, finish
 from lorafuse.operands import Dropout, Epilogue, LowRank, Rows, Weight
@@ -32,18 +32,18 @@ class Aten(Backend):
     name = "eager"
     grouped_mm = GroupedMM()
 
-    def plan(self, problems: Problems, device: torch.device) -> Plan | None:
+    def plan(self, operator: Problems, device: torch.device) -> Plan | None:
         if device.type != "cuda":
             return None
-        found = problems()
+        found = operator()
         if base.availability("triton").ok:
-            return select(found, probe.device_spec(device), (("eager", ""),))
+            return select(found, problems.device_spec(device), (("eager", ""),))
         # without Triton nothing is known of the GPU but its architecture
-        operator = found if isinstance(found, tuple) else (found,)
-        if not operator[0].is_ragged:
+        projections = found if isinstance(found, tuple) else (found,)
+        if not projections[0].is_ragged:
             return Plan("eager", "aten_beta1")
-        arch = probe.arch(device)
-        return Plan("eager", "loop" if any(no_grouped_mm(p, arch) for p in operator) else "grouped_mm")
+        arch = problems.arch(device)
+        return Plan("eager", "loop" if any(no_grouped_mm(p, arch) for p in projections) else "grouped_mm")
 
     def project(
         self, x: Tensor, a: Tensor, rows: Rows | None, plan: Plan | None, *, is_transposed: bool = False,

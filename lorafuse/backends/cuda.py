@@ -23,12 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafuse.backends import native, probe
+from lorafuse.backends import native, problems
 from lorafuse.backends.aten import Aten
 from lorafuse.backends.aten_grouped import GroupedMM
 from lorafuse.backends.protocol import Problems, device_guard
-from lorafuse.backends.rows import contiguous_rows
-from lorafuse.operands import Dropout, Rows, Weight
+from lorafuse.operands import Dropout, Rows, Weight, contiguous_rows
 from lorafuse.plan import DeviceSpec, KernelConfig, Plan, configs_cuda, select
 
 __all__ = ["TYPES", "Cuda", "backend"]
@@ -52,8 +51,8 @@ class Cuda(Aten):
         self.flags: dict[tuple[torch.device, int], Tensor] = {}
         self.grouped_mm = _GroupedLinear(self)
 
-    def plan(self, problems: Problems, device: torch.device) -> Plan:
-        spec, found = self.spec(device), problems()
+    def plan(self, operator: Problems, device: torch.device) -> Plan:
+        spec, found = self.spec(device), operator()
         for problem in found if isinstance(found, tuple) else (found,):
             reason = f"runs on CUDA devices, x is on {device}" if spec is None else configs_cuda.refusal(problem, spec)
             if reason:
@@ -297,4 +296,4 @@ def _stream(device: torch.device) -> int:
 @cache
 def backend() -> Cuda:
     """The one instance. Raises ImportError where `lorafuse._cuda` was not built."""
-    return Cuda("cuda", native.load("_cuda"), probe.device_spec, _stream, torch.cuda.is_current_stream_capturing)
+    return Cuda("cuda", native.load("_cuda"), problems.device_spec, _stream, torch.cuda.is_current_stream_capturing)

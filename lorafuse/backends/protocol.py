@@ -54,7 +54,7 @@ class Backend:
     # (dy, w.t, plan, low, x, like) → (dx, da) of a dense layer with dropout, from one draw of its mask
     matmul_outer: Callable[..., tuple[Tensor, Tensor]] | None = None
 
-    def plan(self, problems: Problems, device: torch.device) -> Plan | None:
+    def plan(self, operator: Problems, device: torch.device) -> Plan | None:
         """The plan of an operator among this backend's own kernels; None where there is nothing to choose.
 
         Raises ValueError or TypeError, with the way out, where none can run.

@@ -15,12 +15,11 @@ import triton
 from torch import Tensor
 
 from lorafuse.activation import Activation, Recomputed
-from lorafuse.backends import probe
+from lorafuse.backends import problems
 from lorafuse.backends.protocol import Backend, Problems, device_guard, finish
-from lorafuse.backends.rows import contiguous_rows
 from lorafuse.kernels import combine, epilogues, lowrank, matmul
 from lorafuse.kernels.rows import Tiles
-from lorafuse.operands import Activate, Dropout, Epilogue, LowRank, Rows, Weight
+from lorafuse.operands import Activate, Dropout, Epilogue, LowRank, Rows, Weight, contiguous_rows
 from lorafuse.plan import DeviceSpec, Plan, interpreted_as, select
 
 __all__ = ["Triton", "backend"]
@@ -33,8 +32,8 @@ class Triton(Backend):
 
     name = "triton"
 
-    def plan(self, problems: Problems, device: torch.device) -> Plan:
-        return select(problems(), _spec(device), (("triton", ""),))
+    def plan(self, operator: Problems, device: torch.device) -> Plan:
+        return select(operator(), _spec(device), (("triton", ""),))
 
     def guard(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         return device_guard(device)
@@ -157,7 +156,7 @@ def _mask(dropout: Dropout | None) -> dict[str, Any]:
 
 
 def _spec(device: torch.device) -> DeviceSpec:
-    return probe.device_spec(device) or interpreted_as()
+    return problems.device_spec(device) or interpreted_as()
 
 
 def _is_fused(act: Activation | Recomputed) -> bool:

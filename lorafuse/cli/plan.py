@@ -72,7 +72,7 @@ def _device(name: str | None) -> DeviceSpec:
 
     if not torch.cuda.is_available():
         raise ValueError("torch sees no CUDA device here; name the GPU to plan for: --gpu H200")
-    from lorafuse.backends.probe import device_spec
+    from lorafuse.backends.problems import device_spec
 
     found = device_spec(torch.device("cuda", torch.cuda.current_device()))
     assert found is not None

@@ -13,7 +13,7 @@ import torch
 
 from lorafuse import env, files
 from lorafuse.backends import base
-from lorafuse.backends.probe import device_spec
+from lorafuse.backends.problems import device_spec
 from lorafuse.cli import _common
 from lorafuse.cli._common import DTYPES
 from lorafuse.errors import MissingDependency

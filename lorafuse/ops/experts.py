@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lorafuse.activation import Activation, GateLayout, Recomputed, lookup
-from lorafuse.backends import base, probe
+from lorafuse.backends import base, problems
 from lorafuse.backends.protocol import Backend
 from lorafuse.operands import Activate, ActivateBackward, LowRank, Rows, Weight, route
 from lorafuse.ops import plain
@@ -67,7 +67,7 @@ def _choose(backend, x, k, up, down, up_a, down_a, act, backward):
     # gated is None for an activation that no epilogue computes
     gated = act.gated if isinstance(act, Activation) else None
     return choose(
-        backend, x, lambda: probe.experts_problems(x, k, up, down, up_a, down_a, gated, backward),
+        backend, x, lambda: problems.experts_problems(x, k, up, down, up_a, down_a, gated, backward),
         x.shape[0] * k == 0 or up.data.numel() == 0 or down.data.numel() == 0,
     )  # fmt: skip
 

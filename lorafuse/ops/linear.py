@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lorafuse.backends.probe import linear_problem
+from lorafuse.backends.problems import linear_problem
 from lorafuse.backends.protocol import Backend
-from lorafuse.backends.rows import matrix, shaped_like
-from lorafuse.operands import Dropout, LowRank, Weight
+from lorafuse.operands import Dropout, LowRank, Weight, matrix, shaped_like
 from lorafuse.ops._define import LIBRARY
 from lorafuse.ops.autocast import outside_autocast
 from lorafuse.ops.choose import choose

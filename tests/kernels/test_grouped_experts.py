@@ -10,7 +10,7 @@ from experts_reference import block, check, differentiated, fused
 from torch.nn import functional as F
 
 from lorafuse.activation import GateLayout, lookup
-from lorafuse.backends import aten, aten_grouped, aten_loop, base, probe
+from lorafuse.backends import aten, aten_grouped, aten_loop, base, problems
 from lorafuse.functional import lora_grouped_linear
 from lorafuse.operands import Rows, Weight, route
 from lorafuse.ops import experts
@@ -233,16 +233,16 @@ class TestWhere:
         monkeypatch.setitem(base._AVAILABILITY, "triton", base.Availability(request.param, "Triton is not installed"))
 
         def ask(arch, *weights, dtype=torch.bfloat16):
-            monkeypatch.setattr(probe, "arch", lambda device: arch)
-            monkeypatch.setattr(probe, "device_spec", lambda device: replace(find("H200"), arch=arch))
+            monkeypatch.setattr(problems, "arch", lambda device: arch)
+            monkeypatch.setattr(problems, "device_spec", lambda device: replace(find("H200"), arch=arch))
             x = torch.zeros(4, 16, dtype=dtype)
 
-            def problems():
+            def operator():
                 if len(weights) == 1:
-                    return probe.grouped_problem(x, Weight(*weights), None, False)
-                return probe.experts_problems(x, 1, *map(Weight, weights), None, None, True, False)
+                    return problems.grouped_problem(x, Weight(*weights), None, False)
+                return problems.experts_problems(x, 1, *map(Weight, weights), None, None, True, False)
 
-            return aten.BACKEND.plan(problems, torch.device("cuda")).kernel == "grouped_mm"
+            return aten.BACKEND.plan(operator, torch.device("cuda")).kernel == "grouped_mm"
 
         return ask
 
@@ -277,7 +277,7 @@ class TestWhere:
         assert on(90, half(w.shape[0], 16, 8), w) is runs
 
     def test_not_on_a_cpu(self):
-        problem = probe.grouped_problem(half(4, 16), Weight(half(3, 8, 16)), None, False)
+        problem = problems.grouped_problem(half(4, 16), Weight(half(3, 8, 16)), None, False)
         assert aten.BACKEND.plan(lambda: problem, torch.device("cpu")) is None
         assert "the input is not on one" in no_grouped_mm(problem, None)
 

@@ -10,7 +10,7 @@ from experts_reference import block, check, differentiated, fused, plain
 from test_triton_mutations import mutated
 
 from lorafuse.activation import ACTIVATIONS, GATES
-from lorafuse.backends import probe
+from lorafuse.backends import problems
 from lorafuse.backends import triton as backend
 from lorafuse.functional import lora_grouped_linear
 from lorafuse.kernels import combine, epilogues, lowrank, matmul, rows
@@ -131,7 +131,7 @@ def test_weights_that_no_descriptor_describes(change):
     view = {"offset": wide[:, :, 1:33], "columns apart": wide[:, :, :64:2], "odd gate": wide[:, :, :24]}[change]
     view.copy_(o["gate_up"])
     weights = Weight(view, odd), Weight(o["down"], odd)
-    assert not probe.experts_problems(o["x"], 1, *weights, None, None, True, False)[0].aligned
+    assert not problems.experts_problems(o["x"], 1, *weights, None, None, True, False)[0].aligned
     for name, tensor in differentiated(lambda o, s: fused(o | {"gate_up": view}, s, "triton"), o, settings).items():
         assert relative_l2(tensor, expected[name]) <= tolerance(torch.float16), name
 

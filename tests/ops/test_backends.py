@@ -11,7 +11,7 @@ import torch
 from operators import Linear
 
 import lorafuse
-from lorafuse.backends import aten, base, probe
+from lorafuse.backends import aten, base, problems
 from lorafuse.backends.protocol import Backend
 from lorafuse.errors import BackendUnavailable
 from lorafuse.functional import lora_linear, plan_linear
@@ -175,7 +175,7 @@ def test_eager_runs_the_planned_order_on_gpus(kernel, accumulated, monkeypatch):
 
     # CPU tensors that pass for a GPU's
     monkeypatch.setitem(base._AVAILABILITY, "triton", base.Availability(True))
-    monkeypatch.setattr(probe, "device_spec", lambda device: find("H200"))
+    monkeypatch.setattr(problems, "device_spec", lambda device: find("H200"))
     monkeypatch.setattr(aten.Aten, "plan", lambda self, problems, device: plan(self, problems, torch.device("cuda")))
     monkeypatch.setattr(torch.Tensor, "is_cpu", False)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)

@@ -10,7 +10,7 @@ from experts_reference import block, differentiated, fused
 from plan_problems import BACKWARD, experts, grouped
 
 from lorafuse import cli
-from lorafuse.backends import probe
+from lorafuse.backends import problems
 from lorafuse.functional import lora_grouped_linear, plan_experts
 from lorafuse.operands import Weight
 from lorafuse.ops import choose
@@ -223,7 +223,7 @@ class TestWhatItIsTold:
     def test_one_matrix_for_all_groups_has_no_descriptor(self):
         x, w = torch.zeros(3, 16).bfloat16(), torch.zeros(1, 8, 16).bfloat16()
         for weights, aligned in ((w, True), (w.repeat(4, 1, 1), True), (w.expand(4, 8, 16), False)):
-            assert probe.grouped_problem(x, Weight(weights), None, False).aligned is aligned
+            assert problems.grouped_problem(x, Weight(weights), None, False).aligned is aligned
 
     def test_a_cpu(self):
         o, _ = block()

@@ -13,7 +13,7 @@ import transformers
 
 from lorafuse import cli
 from lorafuse.backends import base
-from lorafuse.backends.probe import linear_problem
+from lorafuse.backends.problems import linear_problem
 from lorafuse.cli import tune
 from lorafuse.operands import Weight
 from lorafuse.plan import Problem, clear_cache, find, select, tuned

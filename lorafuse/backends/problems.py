@@ -126,7 +126,7 @@ def _fit_descriptors(*weights: Weight) -> bool:
 
 def _rows_are_aligned(t: Tensor) -> bool:
     """Whether every row of the matrix `t` starts on a 16-byte boundary, or is copied to where it does before kernels
-    read it (`lorafuse.backends.rows.contiguous_rows`).
+    read it (`lorafuse.operands.contiguous_rows`).
     """
     if t.stride(1) != 1 or (t.stride(0) < t.shape[1] and t.shape[0] > 1):
         return True
