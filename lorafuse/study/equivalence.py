@@ -10,7 +10,7 @@ Held when LoRA's test loss less full fine-tuning's, over what full fine-tuning l
 lies within 5% of zero. Rank 1 is shown, and nothing is claimed of it.
 """
 
-from lorafuse.study.finding import Finding, Panel, curve, panel_of_rates, row
+from lorafuse.study.finding import Finding, Panel, curve, line, panel_of_rates, row
 from lorafuse.study.runner import Lab, Swept
 from lorafuse.study.train import Spec
 from lorafuse.study.verdict import EDGE, Claim, claim
@@ -57,4 +57,9 @@ def conduct(lab: Lab, quick: bool) -> Finding:
         claims.append(gap(one, full, text, MARGIN, SOURCE, len(ranks)))
     swept = [full, *adapted]
     panel = Panel("validation loss at the best rates", "step", "loss, nats", [curve(one) for one in swept])
+    if quick:
+        # too short to be evaluated on the way
+        starts = [(one, list(zip(*(run["early"] for run in one.runs), strict=False))) for one in swept]
+        lines = [line(one.spec.side, range(1, len(losses) + 1), losses) for one, losses in starts]
+        panel = Panel("training loss at the best rates", "step", "loss, nats", lines)
     return Finding(claims, [panel, panel_of_rates(swept)], [row(one) for one in swept])

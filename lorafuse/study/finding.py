@@ -86,4 +86,4 @@ def panel_of_rates(swept: Sequence[Swept], names: Sequence[str] = (), y: str = "
     for one, name in zip(swept, names or [one.spec.side for one in swept], strict=True):
         kept = [(rate, [loss]) for rate, loss in zip(one.rates, one.validation, strict=True) if loss < DIVERGED]
         lines.append(line(name, *(list(column) for column in zip(*kept, strict=True))) if kept else line(name, [], []))
-    return Panel("learning rates", "learning rate", y, lines, log_x=True)
+    return Panel("learning rates", "learning rate", y, lines, log_x=True, log_y=True)
