@@ -1,6 +1,7 @@
 """Which backend runs a call, and its plan: asked once, for each direction, when the operator runs."""
 
 import torch
+from torch import Tensor
 
 from lorafuse.backends import aten, base, problems
 from lorafuse.backends.protocol import Backend, Problems
@@ -19,21 +20,23 @@ def plan_for(problem: Problem | tuple[Problem, ...], device: torch.device) -> Pl
     return select(problem, problems.device_spec(device) if ("triton", "") in available else None, available)
 
 
-def choose(backend: str, x: torch.Tensor, operator: Problems, is_empty: bool = False) -> tuple[Backend, Plan | None]:
-    """The backend that runs a call on x and the plan of the operator; `operator()` is what is planned.
+def choose(backend: str, x: Tensor, operator: Problems, *weights: Tensor) -> tuple[Backend, Plan | None]:
+    """The backend that runs a call on x, and the plan of the operator; `operator()` is what is planned.
 
-    `is_empty` is a call with nothing to launch over, which plain torch runs after the backend has checked x.
+    Where x or a weight is empty there is nothing to launch over: plain torch runs it, after the backend that was asked
+    for has checked x.
     """
     name = base.resolve(backend)
     if name == "auto":
         name = _ONLY.get(x.device.type) or "auto"
-    if name == "eager":
-        return ATEN, None if is_empty or x.is_cpu else ATEN.plan(operator, x.device)
-    if name != "auto":
-        run = base.load(name)
-        run.check(x)
-        return (ATEN, None) if is_empty else (run, run.plan(operator, x.device))
-    if is_empty:
+    if name == "eager" and x.is_cpu:
         return ATEN, None
-    plan = plan_for(operator(), x.device)
-    return (ATEN if plan.backend == "eager" else base.load(plan.backend)), plan
+    is_empty = not x.numel() or not all(w.numel() for w in weights)
+    if name == "auto" and not is_empty:
+        plan = plan_for(operator(), x.device)
+        return (ATEN if plan.backend == "eager" else base.load(plan.backend)), plan
+    if name in ("auto", "eager"):
+        return ATEN, None if is_empty else ATEN.plan(operator, x.device)
+    run = base.load(name)
+    run.check(x)
+    return (ATEN, None) if is_empty else (run, run.plan(operator, x.device))

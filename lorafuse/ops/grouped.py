@@ -66,13 +66,9 @@ def rank_gradients(
     return da, db
 
 
-def _is_empty(x: Tensor, w: Tensor) -> bool:
-    return x.numel() == 0 or w.numel() == 0
-
-
 def _forward(x, offsets, w, bias, a, b, scale, transposed, backend, format="dense", statistics=None):
     weight, rows = Weight(w, transposed, tuple(statistics or ()), format), Rows(x.shape[0], offsets)
-    run, plan = choose(backend, x, lambda: problems.grouped_problem(x, weight, a, False), _is_empty(x, w))
+    run, plan = choose(backend, x, lambda: problems.grouped_problem(x, weight, a, False), w)
     if x.is_cpu:
         _check_offsets(offsets, x.shape[0])
     with outside_autocast(x), run.guard(x.device):
@@ -97,7 +93,7 @@ def _fake_forward(x, offsets, w, bias, a, b, scale, transposed, backend, format=
 def _backward(dy, x, xa, offsets, w, a, b, scale, transposed, needs, backend, format="dense", statistics=None):
     weight, rows = Weight(w, transposed, tuple(statistics or ()), format), Rows(dy.shape[0], offsets)
     need_dx, need_da, need_db = needs
-    run, plan = choose(backend, dy, lambda: problems.grouped_problem(dy, weight, a, True), _is_empty(dy, w))
+    run, plan = choose(backend, dy, lambda: problems.grouped_problem(dy, weight, a, True), w)
     with outside_autocast(dy), run.guard(dy.device):
         dy, dx = run.matrix(dy), None
         dyb = run.project(dy, b, rows, plan, is_transposed=True) if b is not None and (need_dx or need_da) else None

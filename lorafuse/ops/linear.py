@@ -109,13 +109,16 @@ def backward(
     return dx, da, db, dbias
 
 
+def _weight(weight, format, statistics):
+    return Weight(weight) if format == "dense" else Weight(weight, False, tuple(statistics or ()), format)
+
+
 def _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False, format="dense", statistics=None):
-    w = Weight(weight, False, tuple(statistics or ()), format)
+    w = _weight(weight, format, statistics)
     check_shapes(x, w, bias, a, b)
     flat = matrix(x)
     run, plan = choose(
-        backend, x, lambda: linear_problem(flat, w, a, bias is not None, seed is not None, wide=wide),
-        x.numel() == 0 or weight.numel() == 0,
+        backend, x, lambda: linear_problem(flat, w, a, bias is not None, seed is not None, wide=wide), weight
     )  # fmt: skip
     dropout = None
     if seed is not None:
@@ -128,7 +131,7 @@ def _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False,
 
 
 def _fake_forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False, format="dense", statistics=None):
-    w = Weight(weight, False, tuple(statistics or ()), format)
+    w = _weight(weight, format, statistics)
     check_shapes(x, w, bias, a, b)
     xa = x.new_empty((math.prod(x.shape[:-1]), a.shape[0]), dtype=torch.float32 if wide else x.dtype)
     return x.new_empty((*x.shape[:-1], w.sizes[0])), xa
@@ -138,14 +141,16 @@ def _gradients(
     dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backend, wide=False, format="dense", statistics=None
 ):
     """`(dx, da, db, dbias)`, None where not needed."""
-    w = Weight(weight, False, tuple(statistics or ()), format)
+    w = _weight(weight, format, statistics)
     flat = matrix(dy)
 
     def problem():
         needed = tuple(name for name, need in zip(_GRADIENTS, needs, strict=True) if need)
         return linear_problem(flat, w, a, False, seed is not None, needed, wide)
 
-    run, plan = choose(backend, dy, problem, dy.numel() == 0 or weight.numel() == 0 or not any(needs))
+    run, plan = choose(backend, dy, problem, weight)
+    if not any(needs):
+        return None, None, None, None
     dropout = None
     if seed is not None:
         scale, dropout = rescaled(scale, dropout_p), Dropout(seed, dropout_p)
@@ -165,7 +170,7 @@ def _backward(dy, *rest):
 def _fake_backward(
     dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backend, wide=False, format="dense", statistics=None
 ):
-    N, K = Weight(weight, False, tuple(statistics or ()), format).sizes
+    N, K = _weight(weight, format, statistics).sizes
     shapes = ((*dy.shape[:-1], K), a.shape, b.shape, (N,))
     dtypes = (dy.dtype, a.dtype, b.dtype, dy.dtype)
     return tuple(
@@ -258,7 +263,7 @@ def _run_backward(ctx, dy, dxa, leading):
     with outside_autocast(given):
         if dxa is not None or needs_plain_backward(given):
             dtype = next(t.dtype for t in (dy, x, dxa) if t is not None)
-            plain = Weight(weight, False, tuple(statistics), format).decoded(dtype).data
+            plain = _weight(weight, format, statistics).decoded(dtype).data
             grads = _plain_gradients(leading, dy, dxa, x, xa, plain, a, b, seed, scale, dropout_p, needs, wide)
         else:
             run = _gradients if can_bypass_dispatcher(dy, x, weight, a, b) else _op_backward
@@ -315,7 +320,7 @@ torch.library.register_fake("lorafuse::lora_linear_backward", _fake_backward, li
 
 def plain_lora_linear(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format="dense", statistics=None):
     """`lora_linear` for a call that `is_transformed`: in plain torch, whatever the backend."""
-    w = Weight(weight, False, tuple(statistics or ()), format)
+    w = _weight(weight, format, statistics)
     if not x.is_nested:
         check_shapes(x, w, bias, a, b)
     elif seed is not None:
