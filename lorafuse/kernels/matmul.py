@@ -82,12 +82,14 @@ def _load_weight(d_w, group, i_n, i_k, ROWS: tl.constexpr, PAIRED: tl.constexpr,
 
 @triton.jit
 def _add_low_rank(
-    acc, p_xa, p_b, o_s, o_n, rows, columns, i_r, R, stride_b, scale, BLOCK_R: tl.constexpr,
+    acc, p_xa, p_b, o_m, o_n, rows, columns, i_r, R, stride_b, scale, BLOCK_R: tl.constexpr,
     RANKS_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`acc + xa (scale · b)ᵀ` for BLOCK_R ranks from `i_r`; RANKS_LAST where they are b's contiguous dimension."""
     o_r = i_r + tl.arange(0, BLOCK_R)
-    b_xa = tl.load(p_xa + o_s * R + o_r[None, :], mask=rows & (o_r < R)[None, :], other=0.0)
+    # expanded here and not once for all: layouts of the loads are free then, and take fewer registers
+    p_xar = p_xa + o_m.to(tl.int64)[:, None] * R + o_r[None, :]
+    b_xa = tl.load(p_xar, mask=rows[:, None] & (o_r < R)[None, :], other=0.0)
     if RANKS_LAST:
         p_br = p_b + o_n.to(tl.int64)[:, None] * stride_b + o_r[None, :]
         b_b = tl.load(p_br, mask=columns[:, None] & (o_r < R)[None, :], other=0.0)
@@ -197,21 +199,21 @@ def _lora_matmul_kernel(
                 p_wk += step_w
             acc = tl.dot(b_x, b_w, acc, input_precision=PRECISION)
 
-        o_s, rows = o_m.to(tl.int64)[:, None], (o_m < end)[:, None]
+        rows = o_m < end
         if p_xa is not None:
             # with dropout the low-rank product is masked on its way, in an accumulator of its own
             low = acc if p_seed is None else tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             p_bg = p_b + group_w * stride_b[0]
             if RANK_STEPS == 1:
                 low = _add_low_rank(
-                    low, p_xa, p_bg, o_s, o_n, rows, inside, 0, R, stride_b[1], scale,
+                    low, p_xa, p_bg, o_m, o_n, rows, inside, 0, R, stride_b[1], scale,
                     BLOCK_R, RANKS_LAST, LOW_PRECISION,
                 )  # fmt: skip
             else:
                 # a loop and not unrolled, or the tiles of all ranks are in registers at once
                 for i_r in tl.range(0, R, BLOCK_R, num_stages=1):
                     low = _add_low_rank(
-                        low, p_xa, p_bg, o_s, o_n, rows, inside, i_r, R, stride_b[1], scale,
+                        low, p_xa, p_bg, o_m, o_n, rows, inside, i_r, R, stride_b[1], scale,
                         BLOCK_R, RANKS_LAST, LOW_PRECISION,
                     )  # fmt: skip
             if p_seed is None:
@@ -222,13 +224,14 @@ def _lora_matmul_kernel(
             acc += tl.load(p_bias + group_w * N + o_n, mask=inside, other=0.0).to(tl.float32)[None, :]
 
         if EPILOGUE[0] == "activate":
-            activate(acc, i_n * COLUMNS, o_s, rows, p_y, operands, N, EPILOGUE)
+            activate(acc, i_n * COLUMNS, o_m.to(tl.int64)[:, None], rows[:, None], p_y, operands, N, EPILOGUE)
         elif EPILOGUE[0] == "activate_backward":
             activate_backward(acc, i_n, o_m, end, p_y, operands, M, N, EPILOGUE)
         elif TMA_Y:
             store_halves(d_y, row, i_n * BLOCK_N, acc, dtype)
         else:
-            tl.store(p_y + o_s * N + o_n[None, :], acc.to(dtype), mask=rows & inside[None, :])
+            p_yn = p_y + o_m.to(tl.int64)[:, None] * N + o_n[None, :]
+            tl.store(p_yn, acc.to(dtype), mask=rows[:, None] & inside[None, :])
 
 
 def _launch(
