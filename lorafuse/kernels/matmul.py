@@ -87,15 +87,16 @@ def _add_low_rank(
 ):  # fmt: skip
     """`acc + xa (scale · b)ᵀ` for BLOCK_R ranks from `i_r`; RANKS_LAST where they are b's contiguous dimension."""
     o_r = i_r + tl.arange(0, BLOCK_R)
-    # expanded here and not once for all: layouts of the loads are free then, and take fewer registers
-    p_xar = p_xa + o_m.to(tl.int64)[:, None] * R + o_r[None, :]
-    b_xa = tl.load(p_xar, mask=rows[:, None] & (o_r < R)[None, :], other=0.0)
+    # each load expands its own rows and columns, mask first: the layouts of two loads are not tied to each other then,
+    # which takes up to 20 registers less (Triton 3.6, 2026-11-29)
+    mask = rows[:, None] & (o_r < R)[None, :]
+    b_xa = tl.load(p_xa + o_m.to(tl.int64)[:, None] * R + o_r[None, :], mask=mask, other=0.0)
     if RANKS_LAST:
-        p_br = p_b + o_n.to(tl.int64)[:, None] * stride_b + o_r[None, :]
-        b_b = tl.load(p_br, mask=columns[:, None] & (o_r < R)[None, :], other=0.0)
+        mask = columns[:, None] & (o_r < R)[None, :]
+        b_b = tl.load(p_b + o_n.to(tl.int64)[:, None] * stride_b + o_r[None, :], mask=mask, other=0.0)
     else:
-        p_br = p_b + o_r.to(tl.int64)[:, None] * stride_b + o_n[None, :]
-        b_b = tl.load(p_br, mask=(o_r < R)[:, None] & columns[None, :], other=0.0)
+        mask = (o_r < R)[:, None] & columns[None, :]
+        b_b = tl.load(p_b + o_n[None, :] + o_r.to(tl.int64)[:, None] * stride_b, mask=mask, other=0.0)
     if scale is not None:
         b_b = b_b.to(tl.float32) * scale
     b_b = b_b.to(p_xa.dtype.element_ty)
@@ -183,7 +184,7 @@ def _lora_matmul_kernel(
             if ROWS == "nk":
                 p_wk = p_wg + tl.where(inside, o_n, 0).to(tl.int64)[None, :] * stride_w[1] + o_k[:, None]
             else:
-                p_wk = p_wg + o_k.to(tl.int64)[:, None] * stride_w[2] + o_n.to(tl.int64)[None, :] * stride_w[1]
+                p_wk = p_wg + o_n.to(tl.int64)[None, :] * stride_w[1] + o_k.to(tl.int64)[:, None] * stride_w[2]
             step_w = tl.cast(stride_w[2], tl.int64) * BLOCK_K
         for i_k in range(0, K, BLOCK_K):
             if TMA_X:
@@ -230,8 +231,8 @@ def _lora_matmul_kernel(
         elif TMA_Y:
             store_halves(d_y, row, i_n * BLOCK_N, acc, dtype)
         else:
-            p_yn = p_y + o_m.to(tl.int64)[:, None] * N + o_n[None, :]
-            tl.store(p_yn, acc.to(dtype), mask=rows[:, None] & inside[None, :])
+            mask = rows[:, None] & inside[None, :]
+            tl.store(p_y + o_m.to(tl.int64)[:, None] * N + o_n[None, :], acc.to(dtype), mask=mask)
 
 
 def _launch(
