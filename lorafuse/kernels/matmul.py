@@ -51,7 +51,10 @@ _PART = 16
 def _weight_descriptor(
     p_w, G, N, K, stride_w, ROWS: tl.constexpr, PAIRED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """Boxes of BLOCK_N rows and BLOCK_K columns of one group; PAIRED: half of the rows from gate, half from up."""
+    """Boxes of BLOCK_N rows and BLOCK_K columns of one group; PAIRED: half of the rows from gate, half from up.
+
+    G is None for dense rows.
+    """
     HALF: tl.constexpr = BLOCK_N // 2
     if PAIRED:
         half = (N // 2).to(tl.int64)
@@ -63,6 +66,11 @@ def _weight_descriptor(
             return tl.make_tensor_descriptor(
                 p_w, [G, K, 2, N // 2], [stride_w[0], stride_w[2], half, 1], [1, BLOCK_K, 2, HALF]
             )
+    elif G is None:
+        if ROWS == "nk":
+            return tl.make_tensor_descriptor(p_w, [N, K], [stride_w[1], 1], [BLOCK_N, BLOCK_K])
+        else:
+            return tl.make_tensor_descriptor(p_w, [K, N], [stride_w[2], 1], [BLOCK_K, BLOCK_N])
     elif ROWS == "nk":
         return tl.make_tensor_descriptor(p_w, [G, N, K], [stride_w[0], stride_w[1], 1], [1, BLOCK_N, BLOCK_K])
     else:
@@ -72,7 +80,9 @@ def _weight_descriptor(
 @triton.jit
 def _load_weight(d_w, group, i_n, i_k, ROWS: tl.constexpr, PAIRED: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
     """`wᵀ [K, N]` of one box, `i_n` its first row of w, or of gate and of up."""
-    if ROWS == "nk":
+    if len(d_w.shape) == 2:
+        return d_w.load([i_n, i_k]).T if ROWS == "nk" else d_w.load([i_k, i_n])
+    elif ROWS == "nk":
         box = d_w.load([group, 0, i_n, i_k]) if PAIRED else d_w.load([group, i_n, i_k])
         return box.reshape((N, K)).T
     else:
@@ -96,7 +106,7 @@ def _add_low_rank(
         b_b = tl.load(p_b + o_n.to(tl.int64)[:, None] * stride_b + o_r[None, :], mask=mask, other=0.0)
     else:
         mask = (o_r < R)[:, None] & columns[None, :]
-        b_b = tl.load(p_b + o_n[None, :] + o_r.to(tl.int64)[:, None] * stride_b, mask=mask, other=0.0)
+        b_b = tl.load(p_b + o_r.to(tl.int64)[:, None] * stride_b + o_n[None, :], mask=mask, other=0.0)
     if scale is not None:
         b_b = b_b.to(tl.float32) * scale
     b_b = b_b.to(p_xa.dtype.element_ty)
@@ -164,9 +174,7 @@ def _lora_matmul_kernel(
         group, row, end = tile_rows(p_tiles, i_m, M, BLOCK_M)
         o_m = row + tl.arange(0, BLOCK_M)
         # columns of y, and which exist; those of up are `limit` behind those of gate
-        o_n = i_n * COLUMNS + tl.arange(0, BLOCK_N)
-        if PAIRED:
-            o_n = i_n * COLUMNS + tl.arange(0, BLOCK_N) % COLUMNS
+        o_n = i_n * COLUMNS + tl.arange(0, BLOCK_N) % COLUMNS
         inside = o_n < limit
         if PAIRED:
             o_n += tl.arange(0, BLOCK_N) // COLUMNS * limit
@@ -184,7 +192,7 @@ def _lora_matmul_kernel(
             if ROWS == "nk":
                 p_wk = p_wg + tl.where(inside, o_n, 0).to(tl.int64)[None, :] * stride_w[1] + o_k[:, None]
             else:
-                p_wk = p_wg + o_n.to(tl.int64)[None, :] * stride_w[1] + o_k.to(tl.int64)[:, None] * stride_w[2]
+                p_wk = p_wg + o_k.to(tl.int64)[:, None] * stride_w[2] + o_n.to(tl.int64)[None, :] * stride_w[1]
             step_w = tl.cast(stride_w[2], tl.int64) * BLOCK_K
         for i_k in range(0, K, BLOCK_K):
             if TMA_X:
@@ -281,7 +289,7 @@ def _launch(
             N,
             K,
             0 if xa is None else xa.shape[1],
-            1 if tiles is None else tiles.groups,
+            None if tiles is None else tiles.groups,
             x.stride(0),
             w.stride() if w.dim() == 3 else (max(w.stride()), *w.stride()),
             stride_b,
