@@ -244,22 +244,10 @@ def _lora_matmul_kernel(
 
 
 def _launch(
-    epilogue: tuple[str, str, str],
-    operands: tuple[Tensor | None, ...],
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    xa: Tensor | None,
-    b: Tensor | None,
-    scale: float | None,
-    y: Tensor,
-    programs: int,
-    config: KernelConfig,
-    tiles: Tiles | None,
-    source: Tensor | None,
-    seed: Tensor | None = None,
-    p: float = 0.0,
-) -> None:
+    epilogue: tuple[str, str, str], operands: tuple[Tensor | None, ...], x: Tensor, w: Tensor, bias: Tensor | None,
+    xa: Tensor | None, b: Tensor | None, scale: float | None, y: Tensor, programs: int, config: KernelConfig,
+    tiles: Tiles | None, source: Tensor | None, seed: Tensor | None = None, p: float = 0.0,
+) -> None:  # fmt: skip
     c, M, (N, K) = config, y.shape[0], w.shape[-2:]
     table = None if tiles is None else tiles.of(c.block_m)
     paired = 2 if epilogue[0] == "activate" and epilogue[2] == "concatenated" else 1
