@@ -48,8 +48,8 @@ _MAX_ACCUMULATORS = 128
 # the same with an activation's backward; with an activation too on sm_100, where accumulators come from tensor memory
 # all at once, and after a loop over several rank tiles (Triton 3.6, 2026-11-25)
 _MAX_ACTIVATED = 64
-# left alone, ptxas 12.9 stops at 64, 80 or 128 registers and spills one or two (Triton 3.6): ragged kernels, and all
-# where accumulators come from tensor memory
+# left alone, ptxas 12.9 stops at 64, 80 or 128 registers and spills one or two (Triton 3.6): ragged kernels, matmuls in
+# fp32, and all where accumulators come from tensor memory
 _MAX_REGISTERS = 255
 
 
@@ -113,7 +113,8 @@ def candidates(kernel: str, problem: Problem, device: DeviceSpec) -> tuple[Kerne
         found = list(_matmuls(problem, device))
     else:
         found = list((_ragged_skinny if problem.is_ragged else _skinny)(kernel, problem, device))
-    if kernel != "reduce" and (problem.is_ragged or device.features.has_tensor_memory):
+    is_limited = problem.is_ragged or device.features.has_tensor_memory
+    if kernel != "reduce" and (is_limited or (kernel == "matmul" and problem.itemsize == 4)):
         found = [replace(config, max_registers=_MAX_REGISTERS) for config in found]
     return tuple(config for config in found if not illegal(config, problem, device))
 
