@@ -138,7 +138,8 @@ def variants(target: str, everything: bool) -> list[Variant]:
                 # one rank tile is a kernel of its own, more of them are a loop
                 tiles = min(2, R // config.block_r) if kernel in ("y", "dx") else 1
                 adapters = ("float32", dtype) if everything and kernel not in ("outer", "reduce") else ("float32",)
-                config = replace(config, splits=1)
+                # a limit of registers is ptxas's
+                config = replace(config, splits=1, max_registers=0 if target == "gfx942" else config.max_registers)
                 found |= {
                     Variant(kernel, config, dtype, adapter, masked, tiles, aligned, wide=wide) for adapter in adapters
                 }
