@@ -48,9 +48,9 @@ _MAX_ACCUMULATORS = 128
 # the same with an activation's backward; with an activation too on sm_100, where accumulators come from tensor memory
 # all at once, and after a loop over several rank tiles (Triton 3.6, 2026-11-25)
 _MAX_ACTIVATED = 64
-# left alone, ptxas 12.9 stops at 64, 80 or 128 registers and spills one or two (Triton 3.6): ragged kernels, matmuls in
-# fp32, and all where accumulators come from tensor memory
-_MAX_REGISTERS = 255
+# left alone, ptxas 12.9 stops at 64, 80 or 128 registers and spills one or two (Triton 3.6): ragged kernels, and all
+# where accumulators come from tensor memory; and aligned dx in fp32, where two blocks of 8 warps have 128 each
+_MAX_REGISTERS, _MAX_REGISTERS_DX = 255, 128
 
 
 def shared_memory(config: KernelConfig, problem: Problem) -> int:
@@ -113,9 +113,11 @@ def candidates(kernel: str, problem: Problem, device: DeviceSpec) -> tuple[Kerne
         found = list(_matmuls(problem, device))
     else:
         found = list((_ragged_skinny if problem.is_ragged else _skinny)(kernel, problem, device))
-    is_limited = problem.is_ragged or device.features.has_tensor_memory
-    if kernel != "reduce" and (is_limited or (kernel == "matmul" and problem.itemsize == 4)):
+    is_dx = kernel == "matmul" and bool(problem.gradients)
+    if kernel != "reduce" and (problem.is_ragged or device.features.has_tensor_memory):
         found = [replace(config, max_registers=_MAX_REGISTERS) for config in found]
+    elif is_dx and problem.itemsize == 4 and not problem.dropout and not problem.is_misaligned:
+        found = [replace(config, max_registers=_MAX_REGISTERS_DX) for config in found]
     return tuple(config for config in found if not illegal(config, problem, device))
 
 
