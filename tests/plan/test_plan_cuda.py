@@ -162,8 +162,6 @@ class TestSelect:
             plan = select(HEADLINE, device, EVERY)
             assert (plan.backend, plan.kernel) == ("cuda", "fused_xa")
             assert plan.config("matmul").fused_xa
-        with override(force_kernel="fused_xa"):
-            assert select(HEADLINE, device, EVERY).backend == "cuda"
             assert select(HEADLINE, device, (("cuda", ""),)).kernel == "fused_xa"
 
     def test_a_measurement_chooses_them(self):

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.no_poison
 
 H200 = find("H200")
 ENTRY = tuned.Tuned(
-    N=4096, K=4096, R=(16, 16), M=(1024, 16384), dtype="bfloat16", dropout=False, gradients=(), kernel="aten_beta1",
+    N=4096, K=4096, R=(16, 16), M=(1024, 16384), dtype="bfloat16", dropout=False, gradients=(), kernel="aten_addmm",
     seconds=0.00061, commit="abc", date="2026-11-25", points=((1024, 16, 0.00005), (16384, 16, 0.00061)),
     conditions={"torch": "2.13.0"},
 )  # fmt: skip
@@ -108,7 +108,7 @@ class TestFile:
     def test_version_1_is_read_and_kept_by_writing(self, folders):
         old = {
             "N": 4096, "K": 4096, "R": [1, 16], "M": [1024, 16384], "dtype": "bfloat16", "dropout": False,
-            "gradients": [], "kernel": "aten_beta1", "seconds": 0.00035, "commit": "abc", "date": "2026-11-24",
+            "gradients": [], "kernel": "aten_addmm", "seconds": 0.00035, "commit": "abc", "date": "2026-11-24",
         }  # fmt: skip
         path = folders / "h200.json"
         path.write_text(json.dumps({"version": 1, "entries": [old]}))
@@ -121,7 +121,6 @@ class TestFile:
     @pytest.mark.parametrize(
         ("former", "name"),
         [
-            ("single_kernel", "fused_xa"),
             ("cuda single_kernel", "cuda fused_xa"),
             ("cuda one_launch_backward", "cuda concurrent_backward"),
         ],
@@ -135,6 +134,12 @@ class TestFile:
         entry["kernel"] = former
         path.write_text(json.dumps(content | {"version": 2}))
         assert tuned.read(path) == (replace(ENTRY, kernel=name),)
+
+    @pytest.mark.parametrize("kernel", ["single_kernel", "fused_xa"])
+    def test_what_was_measured_of_a_removed_kernel_is_left_out(self, folders, kernel):
+        path = folders / "h200.json"
+        tuned.write(path, (replace(ENTRY, kernel=kernel), ENTRY))
+        assert tuned.read(path) == (ENTRY,)
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -172,14 +177,14 @@ class TestPrecedence:
         assert reason().startswith("triton: two_kernel, model")
         tuned.write(folders / "package" / "h200.json", (ENTRY,))
         clear_cache()
-        assert select(HEADLINE, H200, ALL).kernel == "aten_beta1"
+        assert select(HEADLINE, H200, ALL).kernel == "aten_addmm"
         assert reason().endswith("(2026-11-25, commit abc, shipped)")
         tuned.write(tuned.own_file("H200"), (replace(ENTRY, kernel="aten_beta1", M=(8192, 8192)),))
         clear_cache()
         assert select(HEADLINE, H200, ALL).backend == "eager"
         assert reason().endswith("(2026-11-25, commit abc, by lorafuse tune)")
         # where the user's says nothing, what ships still does
-        assert select(replace(HEADLINE, M=4096), H200, ALL).kernel == "aten_beta1"
+        assert select(replace(HEADLINE, M=4096), H200, ALL).kernel == "aten_addmm"
 
     def test_the_reason_gives_the_time_at_the_nearest_measured_point(self):
         tuned.write(tuned.own_file("H200"), (ENTRY,))
@@ -189,7 +194,7 @@ class TestPrecedence:
     def test_an_entry_whose_kernel_cannot_run_leaves_the_word_to_the_next(self, folders):
         tuned.write(folders / "package" / "h200.json", (ENTRY,))
         tuned.write(tuned.own_file("H200"), (replace(ENTRY, kernel="cuda two_kernel"),))
-        assert select(HEADLINE, H200, ALL).kernel == "aten_beta1"
+        assert select(HEADLINE, H200, ALL).kernel == "aten_addmm"
 
     def test_the_model_alone_takes_no_single_kernel(self):
         plan = select(HEADLINE, H200, (*ALL[:2], ("cuda", "")))
