@@ -16,7 +16,7 @@ from torch import nn
 
 import lorafuse
 from lorafuse.integrations import hf_experts, hf_peft
-from lorafuse.testing.numerics import assert_three_way, relative_l2, tolerance
+from lorafuse.testing.numerics import assert_three_way, relative_l2, rounding, tolerance
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning:peft", "ignore::RuntimeWarning:peft", "ignore:lorafuse.patch patched nothing:UserWarning"
@@ -106,8 +106,16 @@ def test_a_family(family):
         # the one implementation of experts that takes fp64
         reference.get_base_model().set_experts_implementation("eager")
         exact = tiny_families.step(reference)
+        # of a gradient that is 0 but for rounding, two roundings would be compared; of a scalar, whole units
+        nothing = rounding(torch.float32) * max(float(tensor.norm()) for tensor in exact.values())
         for name, tensor in actual.items():
-            assert_three_way(name, tensor, expected[name], exact[name])
+            if exact[name].norm() <= nothing:
+                assert tensor.norm() <= nothing, name
+            elif tensor.dim() == 0:
+                neighbours = (torch.nextafter(expected[name], torch.tensor(end)) for end in (-torch.inf, torch.inf))
+                assert tensor in (expected[name], *neighbours), name
+            else:
+                assert_three_way(name, tensor, expected[name], exact[name])
     else:
         errors = {name: relative_l2(actual[name], tensor) for name, tensor in expected.items()}
         assert {name: error for name, error in errors.items() if error > tolerance(torch.float32)} == {}
