@@ -107,8 +107,12 @@ def run_linear(
             raise ValueError("lora_linear got a transposed weight; it reads [N, K], as nn.Linear stores it")
         format, statistics, weight = weight.format, list(weight.statistics) or None, weight.data
     autocast, is_dense = autocast_is_on(x), format == "dense"
-    is_castable = x.is_floating_point() and (weight.is_floating_point() or not is_dense)
-    if autocast and x.dtype is not torch.float64 and is_castable:
+    if (
+        autocast
+        and x.dtype is not torch.float64
+        and x.is_floating_point()
+        and (weight.is_floating_point() or not is_dense)
+    ):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias, weight = (
             x.to(dtype),

@@ -27,18 +27,18 @@ from torch import Tensor
 from lorafuse.operands import ActivateBackward, Dropout, Epilogue, LowRank, Rows, Weight
 from lorafuse.plan import Plan, Problem
 
-__all__ = ["Backend", "Problems", "device_guard", "finish"]
+__all__ = ["NO_GUARD", "Backend", "Problems", "device_guard", "finish"]
 
 # of an operator, made only where somebody plans
 Problems = Callable[[], Problem | tuple[Problem, ...]]
-_NO_GUARD = contextlib.nullcontext()
+NO_GUARD = contextlib.nullcontext()
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Makes a CUDA device current; nothing for any other."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
-    return _NO_GUARD
+    return NO_GUARD
 
 
 class Backend:
@@ -66,7 +66,7 @@ class Backend:
 
     def guard(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         """Makes the device current for launches."""
-        return _NO_GUARD
+        return NO_GUARD
 
     def matrix(self, t: Tensor) -> Tensor:
         """`t [rows, K]` with the strides that the primitives read; copies only where they cannot read t's."""

@@ -28,7 +28,7 @@ def choose(backend: str, x: Tensor, operator: Problems, *weights: Tensor) -> tup
     """
     name = base.resolve(backend)
     if name == "auto":
-        name = _ONLY.get(x.device.type) or "auto"
+        name = _ONLY.get("cpu" if x.is_cpu else x.device.type, name)
     if name == "eager" and x.is_cpu:
         return ATEN, None
     is_empty = not x.numel() or not all(w.numel() for w in weights)

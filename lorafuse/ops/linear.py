@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lorafuse.backends.problems import linear_problem
-from lorafuse.backends.protocol import Backend
+from lorafuse.backends.protocol import NO_GUARD, Backend
 from lorafuse.operands import Dropout, LowRank, Weight, matrix, shaped_like
 from lorafuse.ops._define import LIBRARY
 from lorafuse.ops.autocast import outside_autocast
@@ -45,7 +45,8 @@ LIBRARY.define(
 
 def check_shapes(x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor) -> None:
     """The one statement of which shapes fit, for real and fake kernels. Raises ValueError with shapes and rule."""
-    w_shape, a_shape, b_shape = weight.stored, a.shape, b.shape
+    w_shape = weight.data.shape if weight.format == "dense" else weight.stored
+    a_shape, b_shape = a.shape, b.shape
     if (
         len(w_shape) == len(a_shape) == len(b_shape) == 2
         and 1 <= x.dim() <= 4
@@ -125,7 +126,7 @@ def _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False,
         scale, dropout = rescaled(scale, dropout_p), Dropout(seed, dropout_p)
     if format != "dense":
         w = run.readable(w, x.dtype)
-    with run.guard(x.device):
+    with NO_GUARD if x.is_cpu else run.guard(x.device):
         y, xa = forward(run, plan, run.matrix(flat), w, bias, a, b, scale, dropout, wide)
     return shaped_like(y, x), xa
 
@@ -149,14 +150,14 @@ def _gradients(
         return linear_problem(flat, w, a, False, seed is not None, needed, wide)
 
     run, plan = choose(backend, dy, problem, weight)
-    if not any(needs):
+    if not (needs[0] or needs[1] or needs[2] or needs[3]):
         return None, None, None, None
     dropout = None
     if seed is not None:
         scale, dropout = rescaled(scale, dropout_p), Dropout(seed, dropout_p)
     if format != "dense":
         w = run.readable(w, dy.dtype)
-    with run.guard(dy.device):
+    with NO_GUARD if dy.is_cpu else run.guard(dy.device):
         flat_x = None if x is None else run.matrix(matrix(x))
         dx, da, db, dbias = backward(run, plan, run.matrix(flat), flat_x, xa, w, a, b, scale, dropout, needs, wide)
     return None if dx is None else shaped_like(dx, dy), da, db, dbias
