@@ -1,1 +1,3 @@
-"""The ways to run an operator. `base` is the registry; each other file is one backend."""
+"""How operators run. `protocol` states the primitives, `base` is the registry, `problems` makes what is planned; `aten`,
+`triton`, `cuda` and `emulator` are the backends, each one class.
+"""

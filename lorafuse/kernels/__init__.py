@@ -1,1 +1,1 @@
-"""Triton kernels, one file per direction of an operator. Nothing here is imported before a backend needs it."""
+"""The Triton kernels: `matmul` is the main loop, `lowrank` everything with R columns. Imported when a backend needs them."""

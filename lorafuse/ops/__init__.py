@@ -1,1 +1,1 @@
-"""The operators as torch sees them: one schema, one shape rule and one autograd.Function each."""
+"""The operators, one file each: schema, fake kernel, autograd, and the forward and backward over primitives."""
