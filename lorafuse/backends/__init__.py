@@ -1,3 +1,4 @@
-"""How operators run. `protocol` states the primitives, `base` is the registry, `problems` makes what is planned; `aten`,
-`triton`, `cuda` and `emulator` are the backends, each one class.
+"""How operators run: `aten`, `triton`, `cuda` and `emulator` are the backends, one class each.
+
+`protocol` states their primitives, `base` is the registry, `problems` makes what is planned.
 """

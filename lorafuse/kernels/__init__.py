@@ -1,1 +1,1 @@
-"""The Triton kernels: `matmul` is the main loop, `lowrank` everything with R columns. Imported when a backend needs them."""
+"""The Triton kernels: the main loop in `matmul`, low-rank products in `lowrank`. Imported when a backend needs them."""
