@@ -40,7 +40,7 @@ def test_da_and_db_concurrent_with_dx(M, R, sums, launched):
 
 @pytest.mark.parametrize("config", [config for config in TILINGS if config[2] == 1])
 @pytest.mark.parametrize("blocks", [1, 2, 3, 50])
-def test_any_number_of_blocks_concurrent_with_dx(blocks, config, tiles, sums, launched, monkeypatch):
+def test_any_number_of_blocks_concurrent_with_dx(blocks, config, sums, tiles, launched, monkeypatch):
     """More and fewer than there are columns to sum, and than there are multiprocessors."""
     monkeypatch.setattr(configs_cuda, "sum_blocks", lambda problem, device: [blocks])
     tiles(config)
@@ -57,7 +57,7 @@ def test_where_da_and_db_cannot_be_concurrent_with_dx(sums, launched):
     assert all(not arguments.get("sum_blocks") for _, arguments in launched)
 
 
-def test_many_schedules_concurrent_with_dx(emu, operator, tiles, sums, launched, request):
+def test_many_schedules_concurrent_with_dx(emu, operator, sums, tiles, launched, request):
     o = make_operands(LinearCase(leading=(200,), N=136, K=264, R=24, dtype=torch.bfloat16))
     _, xa = operator.forward(o.x, o.w, None, o.a, o.b, None, 1.7, 0.0)
     alone = [config for config in TILINGS if config[2] == 1]
