@@ -30,11 +30,6 @@ class Weight:
         return Weight(self.data, not self.is_transposed, self.statistics, self.format)
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All that it is stored in."""
-        return self.data, *self.statistics
-
-    @property
     def stored(self) -> tuple[int, ...]:
         """The sizes of the matrices as stored: `[N, K]` or `[G, N, K]`, the last two exchanged when transposed."""
         if self.format == "dense":

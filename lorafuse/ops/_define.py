@@ -1,13 +1,20 @@
 """The `lorafuse` operator namespace, and what a formula registered with torch must return."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch.library import Library
 
-__all__ = ["LIBRARY", "no_gradients"]
+__all__ = ["LIBRARY", "implement", "no_gradients"]
 
 LIBRARY = Library("lorafuse", "DEF")
+
+
+def implement(name: str, real: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Give the operator `name` its implementation on every device, and the one that knows shapes alone."""
+    LIBRARY.impl(name, real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lorafuse::{name}", fake, lib=LIBRARY)
 
 
 def no_gradients(inputs: Sequence[Any], defaults: Sequence[Any]) -> list[Any]:

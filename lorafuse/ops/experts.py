@@ -24,7 +24,7 @@ from lorafuse.backends import base, problems
 from lorafuse.backends.protocol import Backend
 from lorafuse.operands import Activate, ActivateBackward, LowRank, Rows, Weight, route
 from lorafuse.ops import plain
-from lorafuse.ops._define import LIBRARY, no_gradients
+from lorafuse.ops._define import LIBRARY, implement, no_gradients
 from lorafuse.ops.autocast import outside_autocast
 from lorafuse.ops.choose import choose
 from lorafuse.ops.grouped import kept, low_rank, rank, rank_gradients
@@ -237,12 +237,8 @@ def _differentiate(ctx, dout, *_):
     return tuple(grads)
 
 
-for _name, _real, _fake in (
-    ("lora_experts", _forward, _fake_forward),
-    ("lora_experts_backward", _backward, _fake_backward),
-):
-    LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lorafuse::{_name}", _fake, lib=LIBRARY)
+implement("lora_experts", _forward, _fake_forward)
+implement("lora_experts_backward", _backward, _fake_backward)
 torch.library.register_autograd("lorafuse::lora_experts", _differentiate, setup_context=_save, lib=LIBRARY)
 
 

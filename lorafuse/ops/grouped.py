@@ -17,7 +17,7 @@ from lorafuse.backends import problems
 from lorafuse.backends.protocol import Backend
 from lorafuse.operands import LowRank, Rows, Weight
 from lorafuse.ops import plain
-from lorafuse.ops._define import LIBRARY, no_gradients
+from lorafuse.ops._define import LIBRARY, implement, no_gradients
 from lorafuse.ops.autocast import outside_autocast
 from lorafuse.ops.choose import choose
 from lorafuse.ops.transforms import is_transformed, needs_plain_backward
@@ -144,12 +144,8 @@ def _differentiate(ctx, dy, _):
     return tuple(grads)
 
 
-for _name, _real, _fake in (
-    ("lora_grouped_linear", _forward, _fake_forward),
-    ("lora_grouped_linear_backward", _backward, _fake_backward),
-):
-    LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lorafuse::{_name}", _fake, lib=LIBRARY)
+implement("lora_grouped_linear", _forward, _fake_forward)
+implement("lora_grouped_linear_backward", _backward, _fake_backward)
 torch.library.register_autograd("lorafuse::lora_grouped_linear", _differentiate, setup_context=_save, lib=LIBRARY)
 
 

@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from lorafuse.backends.problems import linear_problem
 from lorafuse.backends.protocol import NO_GUARD, Backend
 from lorafuse.operands import Dropout, LowRank, Weight, matrix, shaped_like
-from lorafuse.ops._define import LIBRARY
+from lorafuse.ops._define import LIBRARY, implement
 from lorafuse.ops.autocast import outside_autocast
 from lorafuse.ops.choose import choose
 from lorafuse.ops.transforms import needs_plain_backward
@@ -312,11 +312,9 @@ def _autograd(
     return _LoRALinearWithXa.apply(*args)
 
 
-LIBRARY.impl("lora_linear", _forward, "CompositeExplicitAutograd")
+implement("lora_linear", _forward, _fake_forward)
+implement("lora_linear_backward", _backward, _fake_backward)
 LIBRARY.impl("lora_linear", _autograd, "Autograd")
-LIBRARY.impl("lora_linear_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("lorafuse::lora_linear", _fake_forward, lib=LIBRARY)
-torch.library.register_fake("lorafuse::lora_linear_backward", _fake_backward, lib=LIBRARY)
 
 
 def plain_lora_linear(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format="dense", statistics=None):
