@@ -8,6 +8,7 @@ from torch import Tensor
 from lorafuse.activation import GateLayout, lookup
 from lorafuse.backends import base
 from lorafuse.backends.problems import experts_problems, linear_problem
+from lorafuse.functional.group import Projection, lora_gated_mlp, lora_linears, lora_qkv
 from lorafuse.operands import Weight, matrix
 from lorafuse.ops import experts as _experts
 from lorafuse.ops import flops  # noqa: F401 (registers the formulas)
@@ -19,7 +20,18 @@ from lorafuse.ops.choose import current_backend, plan_for, requested_backend
 from lorafuse.ops.transforms import is_transformed
 from lorafuse.plan import Plan
 
-__all__ = ["lora_experts", "lora_grouped_linear", "lora_linear", "plan_experts", "plan_linear", "run_linear"]
+__all__ = [
+    "Projection",
+    "lora_experts",
+    "lora_gated_mlp",
+    "lora_grouped_linear",
+    "lora_linear",
+    "lora_linears",
+    "lora_qkv",
+    "plan_experts",
+    "plan_linear",
+    "run_linear",
+]
 
 
 def lora_linear(
