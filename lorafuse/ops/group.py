@@ -79,7 +79,7 @@ def backward(
     """`[dx [M, K], *da, *db, *dbias]` for dy_i `[M, N_i]`, None where not needed; nothing is of a dy that is None."""
     G, need_dx = len(layers), needs[0]
     dx, da, db, dbias = None, *([None] * G for _ in range(3))
-    need = list(zip(*(needs[first : first + G] for first in range(1, 3 * G, G)), strict=True))
+    need = list(zip(*(needs[first : first + G] for first in range(1, 1 + 3 * G, G)), strict=True))
     every = enumerate(zip(dys, layers, columns(xa, layers), strict=True))
     given = [(i, dy, layer, mine) for i, (dy, layer, mine) in every if dy is not None]
     if run.linear_backward is not None:
@@ -229,6 +229,9 @@ class _LoRALinears(torch.autograd.Function):
         G, (need_dx, _, _, _, *of_tensors) = len(ys), ctx.needs_input_grad
         needs = [need_dx, *settings.needs(of_tensors)]
         ctx.set_materialize_grads(False)
+        if not need_dx:
+            # as if layers were apart: a y of nothing but frozen tensors requires no gradient
+            ctx.mark_non_differentiable(*(y for i, y in enumerate(ys) if not any(needs[1 + i :: G])))
         ctx.settings, ctx.needs, ctx.backend, ctx.wide = settings, needs, backend, wide
         ctx.shape, ctx.dtype = x.shape, x.dtype
         kept = x if any(needs[1 : 1 + G]) else None, xa if any(needs[1 + G : 1 + 2 * G]) else None
@@ -246,7 +249,8 @@ class _LoRALinears(torch.autograd.Function):
         with outside_autocast(given):
             if dxa is not None or needs_plain_backward(given):
                 if x is None:
-                    x = given.new_zeros(ctx.shape, dtype=ctx.dtype).requires_grad_()
+                    # of a saved tensor, which no vmap over dys batches
+                    x = tensors[0].new_zeros(ctx.shape, dtype=ctx.dtype).requires_grad_()
                 else:
                     xa = None
                 grads = _plain_gradients(dys, dxa, x, xa, layers_of(*arguments), ctx.needs, wide)
