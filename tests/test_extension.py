@@ -65,8 +65,8 @@ def test_a_second_place_is_seen(tmp_path, monkeypatch):
 def toy_format(monkeypatch):
     """One module, one row: weights stored negated."""
     module = ModuleType("toy_format")
-    module.shape = lambda data, statistics: tuple(data.shape)
-    module.decode = lambda data, statistics, dtype: data.to(dtype).neg()
+    module.shape = lambda data, statistics, parameters: tuple(data.shape)
+    module.decode = lambda data, statistics, parameters, dtype, out: data.to(dtype).neg()
     module.adopt = lambda storage: None
     monkeypatch.setitem(sys.modules, "toy_format", module)
     monkeypatch.setitem(formats.FORMATS, "toy", "toy_format")

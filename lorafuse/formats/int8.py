@@ -10,21 +10,24 @@ of rounding (torchao 0.18, bitsandbytes 0.50, bit for bit):
 import torch
 from torch import Tensor
 
+from lorafuse.formats.codec import row_chunks, target
 from lorafuse.formats.weight import Weight
 
-__all__ = ["adopt", "decode", "shape"]
+__all__ = ["adopt", "decode", "select", "shape"]
 
 # of 1 / 127 in fp32, as bitsandbytes writes it
 _STEP = 7.874015718698502e-3
 
 
-def shape(data: Tensor, statistics: tuple[Tensor, ...]) -> tuple[int, ...]:
+def shape(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tuple[int, ...]:
     """`(N, K)` or `(G, N, K)`."""
     return tuple(data.shape)
 
 
-def decode(data: Tensor, statistics: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    """The dense weight in `dtype`. Raises ValueError for a scale that is not one per output row."""
+def decode(
+    data: Tensor, statistics: tuple[Tensor, ...], parameters: str, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """The dense weight in `dtype`, in chunks of rows. Raises ValueError for a scale that is not one per output row."""
     (scale,) = statistics
     is_absmax = scale.dim() < data.dim()
     per_row = scale.unsqueeze(-1) if is_absmax else scale
@@ -33,8 +36,19 @@ def decode(data: Tensor, statistics: tuple[Tensor, ...], dtype: torch.dtype) -> 
             f"the scale of an int8 weight {list(data.shape)} is {list(scale.shape)}; it must be "
             f"{[*data.shape[:-1], 1]} (torchao) or {list(data.shape[:-1])} (bitsandbytes)"
         )
-    wide = data.float().mul_(per_row)
-    return (wide.mul_(_STEP) if is_absmax else wide).to(dtype)
+    out = target(out, tuple(data.shape), dtype, data.device)
+    rows, per_row, to = data.flatten(0, -2), per_row.reshape(-1, 1), out.flatten(0, -2)
+    for start, stop in row_chunks(data):
+        wide = rows[start:stop].float().mul_(per_row[start:stop])
+        to[start:stop] = wide.mul_(_STEP) if is_absmax else wide
+    return out
+
+
+def select(
+    data: Tensor, statistics: tuple[Tensor, ...], parameters: str, start: int, stop: int
+) -> tuple[Tensor, tuple[Tensor, ...], str]:
+    """The matrices start … stop - 1 of a stack: views."""
+    return data[start:stop], tuple(t[start:stop] for t in statistics), parameters
 
 
 def adopt(storage: object) -> Weight | None:

@@ -1,0 +1,173 @@
+"""bitsandbytes' NF4 and FP4: 4 bits an element and one scale a block of consecutive elements.
+
+data is uint8 `[⌈N·K / 2⌉]` of the matrix or stack in row-major order, the even element in the high nibble; a
+`quant_storage` of another dtype is viewed as bytes. Blocks run over that order, so they cross rows (and matrices) whose
+sizes are no multiple of the block; the last one may be short. Statistics are
+
+    absmax   fp32 `[blocks]`, or uint8 when it is quantized itself (nested, "double quantization")
+    code     fp32 `[16]`
+    and of a nested absmax: absmax₂ fp32 `[⌈blocks / 256⌉]`, code₂ fp32 `[256]`, offset fp32 `[]`
+
+and a weight is `code[nibble] · absmax`, a nested absmax `code₂[byte] · absmax₂ + offset`, both in fp32 and in this
+order; the product is rounded to `dtype`, the one the weight had (bitsandbytes 0.50, bit for bit; its AVX512 kernel is
+left out where K is no multiple of the block, since it reads other blocks' scales there, unlike all its others).
+
+Parameters: sizes; `block`; `dtype`; `first`, the flat index of the first element where that is not 0 (`select` moves
+it, so that any matrices of a stack are read where they lie).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.parametrize import ParametrizationList
+
+from lorafuse.formats.codec import chunks, parse, spell, target
+from lorafuse.formats.weight import Weight
+
+__all__ = ["adopt", "decode", "parameters_of", "select", "shape"]
+
+_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+# of nested statistics; bitsandbytes has no other
+_NESTED_BLOCK = 256
+_TYPES = ("nf4", "fp4")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class _Parameters(NamedTuple):
+    sizes: tuple[int, ...]
+    block: int
+    dtype: torch.dtype
+    first: int
+
+
+@lru_cache(maxsize=4096)
+def parameters_of(parameters: str) -> _Parameters:
+    """`(sizes, block, dtype, first)` of a weight's parameters."""
+    sizes, fields = parse(parameters)
+    return _Parameters(sizes, int(fields["block"]), getattr(torch, fields["dtype"]), int(fields.get("first", 0)))
+
+
+def shape(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tuple[int, ...]:
+    """`(N, K)` or `(G, N, K)`."""
+    return parameters_of(parameters).sizes
+
+
+def decode(
+    data: Tensor, statistics: tuple[Tensor, ...], parameters: str, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """The dense weight in `dtype`, in chunks: temporaries are those of one chunk."""
+    sizes, block, rounded, first = parameters_of(parameters)
+    out = target(out, sizes, dtype, data.device)
+    flat, stop = out.view(-1), first + out.numel()
+    code = statistics[1]
+    pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=-1)
+    for begin, end in chunks(first // block * block, stop, block, data.device):
+        values = pairs.index_select(0, data[begin // 2 : (end + 1) // 2].int()).view(-1)[: end - begin]
+        absmax = _absmax(statistics, begin // block, -(-end // block))
+        whole = (end - begin) // block
+        values[: whole * block].view(whole, block).mul_(absmax[:whole, None])
+        values[whole * block :].mul_(absmax[whole:])
+        # the first block may begin before the first element
+        skipped = max(first - begin, 0)
+        flat[begin + skipped - first : end - first] = values[skipped:].to(rounded)
+    return out
+
+
+def _absmax(statistics: tuple[Tensor, ...], start: int, stop: int) -> Tensor:
+    """fp32 `[stop - start]`: the scales of these blocks."""
+    absmax = statistics[0][start:stop]
+    if len(statistics) == 2:
+        return absmax.float()
+    _, _, outer, code, offset = statistics
+    first = start // _NESTED_BLOCK
+    outer = outer[first : -(-stop // _NESTED_BLOCK)].repeat_interleave(_NESTED_BLOCK)
+    return code.index_select(0, absmax.int()).mul_(outer[start - first * _NESTED_BLOCK :][: stop - start]).add_(offset)
+
+
+def select(
+    data: Tensor, statistics: tuple[Tensor, ...], parameters: str, start: int, stop: int
+) -> tuple[Tensor, tuple[Tensor, ...], str]:
+    """The matrices start … stop - 1 of a stack: the same tensors, read from another element on."""
+    (_, rows, columns), block, dtype, first = parameters_of(parameters)
+    first += start * rows * columns
+    return data, statistics, spell((stop - start, rows, columns), block=block, dtype=dtype, first=first or None)
+
+
+def adopt(storage: object) -> Weight | None:
+    """The weight of a `Params4bit`, of the layer that holds one, or of a stack that
+    `bitsandbytes.nn.parametrize.replace_parameter_4bit` quantized (its `module.parametrizations.NAME`).
+
+    A layer's own quant_state is read where the parameter has lost it (FSDP). Raises ValueError for what is not
+    quantized yet, is repacked for inference on a CPU, is a shard, or has statistics that bitsandbytes cannot decode.
+    """
+    if isinstance(storage, ParametrizationList):
+        if not len(storage) or not _is(storage[0], "Bnb4bitParametrization"):
+            return None
+        if len(storage) > 1:
+            raise ValueError(
+                f"a 4-bit stack is parametrized by {', '.join(type(p).__name__ for p in storage)}; only the first is "
+                "bitsandbytes': remove the others with torch.nn.utils.parametrize.remove_parametrizations"
+            )
+        return _weight(storage.original, storage[0].quant_state, "Bnb4bitParametrization")
+    if _is(storage, "Params4bit"):
+        return _weight(storage, storage.quant_state, "Params4bit")  # type: ignore[attr-defined]
+    if not _is(storage, "Linear4bit"):
+        return None
+    state = getattr(storage.weight, "quant_state", None)  # type: ignore[attr-defined]
+    state = storage.quant_state if state is None else state  # type: ignore[attr-defined]
+    weight = _weight(storage.weight, state, type(storage).__name__)  # type: ignore[attr-defined]
+    expected = storage.out_features, storage.in_features  # type: ignore[attr-defined]
+    if weight.stored != expected:
+        raise ValueError(
+            f"{type(storage).__name__} holds a weight quantized as {list(weight.stored)}; [N, K] is {list(expected)}: "
+            "quantize it anew, as nn.Linear stores it"
+        )
+    return weight
+
+
+def _is(value: object, name: str) -> bool:
+    """Whether a value is of bitsandbytes' class `name`, or one derived from it."""
+    return any(c.__name__ == name and c.__module__.startswith("bitsandbytes.") for c in type(value).__mro__)
+
+
+def _weight(stored: Tensor, state: object, owner: str) -> Weight:
+    data = stored.data
+    if state is None:
+        raise ValueError(
+            f"{owner} {data.dtype} {list(data.shape)} on {data.device} is not quantized yet: move the model to its "
+            "device first, with .to(), which quantizes it, or load its quantized checkpoint"
+        )
+    sizes, block, dtype, absmax, code = (getattr(state, k) for k in ("shape", "blocksize", "dtype", "absmax", "code"))
+    kind = state.quant_type  # type: ignore[attr-defined]
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError(
+            f"{owner} {list(sizes)} was repacked by bitsandbytes for inference on this CPU, its absmax rounded to "
+            "bfloat16: load the model anew and patch it before its first forward in eval mode"
+        )
+    rules = {
+        f"quant_type {kind!r}": (kind in _TYPES, f"one of {', '.join(_TYPES)}"),
+        f"blocksize {block}": (block in _BLOCKS, f"one of {', '.join(map(str, _BLOCKS))}"),
+        f"dtype {dtype}": (dtype in _DTYPES, "bfloat16, float16 or float32"),
+        f"shape {list(sizes)}": (len(sizes) in (2, 3), "a matrix [N, K] or a stack [G, N, K]"),
+    }
+    statistics: tuple[Tensor, ...] = absmax, code
+    nested = getattr(state, "state2", None)
+    if nested is not None:
+        statistics += nested.absmax, nested.code, state.offset  # type: ignore[attr-defined]
+        rules[f"nested blocksize {nested.blocksize}"] = nested.blocksize == _NESTED_BLOCK, str(_NESTED_BLOCK)
+    for given, (is_held, rule) in rules.items():
+        if not is_held:
+            raise ValueError(f"{owner} has {given}; bitsandbytes decodes {rule}: quantize the weight anew")
+    needed = -(-math.prod(sizes) // 2)
+    if data.numel() * data.element_size() != needed or not data.is_contiguous():
+        raise ValueError(
+            f"{owner} {list(sizes)} holds {data.numel() * data.element_size()} bytes with strides "
+            f"{list(data.stride())}; it must be {needed} contiguous ones: gather a shard, and make a view contiguous"
+        )
+    packed = (data if data.dtype is torch.uint8 else data.view(torch.uint8)).view(-1)
+    return Weight(packed, statistics=statistics, format=f"{kind}:{spell(tuple(sizes), block=block, dtype=dtype)}")
