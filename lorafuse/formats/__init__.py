@@ -14,11 +14,14 @@ stored tensor, statistics are the plain tensors that scale it. A format is a mod
     adopt(storage)                                 the `lorafuse.operands.Weight` of a library's layer, tensor or
                                                    parametrized stack, by reference; None for what is not this format's.
                                                    Raises ValueError for what is, and cannot be held.
+    kernel(data, statistics, parameters)           optional: the name of a kernel of `lorafuse.kernels.decode` that
+                                                   gives the same bits, and its operands; None where none does
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -40,7 +43,8 @@ def load(format: str) -> ModuleType:
     name = format.partition(":")[0]
     if name not in FORMATS:
         raise ValueError(f"weight format {name!r} is not one of {', '.join(('dense', *FORMATS))}")
-    return importlib.import_module(FORMATS[name])
+    # a compiler that traces this can look a module up, not import one
+    return sys.modules.get(FORMATS[name]) or importlib.import_module(FORMATS[name])
 
 
 def adopt(storage: object) -> Weight | None:
