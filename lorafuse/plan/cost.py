@@ -9,8 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lorafuse.plan.candidate import Candidate, Part, in_a_row
-from lorafuse.plan.config import KernelConfig, padded_rank
+from lorafuse.plan.candidate import Candidate, KernelConfig, Part, in_a_row, padded_rank
 from lorafuse.plan.devices import DeviceSpec
 from lorafuse.plan.problem import Problem
 
