@@ -21,7 +21,7 @@ _NAMED = 5
 # what a chat template holds around the tokens that are trained on
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # of a JSON array so many characters are read at a time
-_CHUNK = 1 << 16
+CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _encoded(path: Path, tokenizer: Any, goal: str) -> Iterator[tuple[dict[str, 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """Records of JSON lines or of an array, each with its place; what is no JSON as an `_Unusable`."""
     with open_regular(path) as file:
-        if file.peek(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+        if file.peek(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
             yield from _array(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
             return
         # not by str.splitlines, which also cuts at a U+2028 within a string
@@ -178,7 +178,7 @@ def _array(text: io.TextIOWrapper) -> Iterator[tuple[str, Any]]:
     def begun(held: str) -> str:
         """What is held and not blank, with more of the file if it is nothing; "" at its end."""
         held = held.lstrip()
-        while not held and (more := text.read(_CHUNK)):
+        while not held and (more := text.read(CHUNK)):
             held = more.lstrip()
         return held
 
@@ -193,7 +193,7 @@ def _array(text: io.TextIOWrapper) -> Iterator[tuple[str, Any]]:
             return
         except ValueError as error:
             # as much again as is held, so that a long record is read in linear time
-            more = text.read(max(_CHUNK, len(rest)))
+            more = text.read(max(CHUNK, len(rest)))
             if more:
                 rest += more
                 continue

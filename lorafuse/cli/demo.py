@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _default_dtypes(console: Any, device: torch.device) -> list[str]:
     """Both, or float32 alone where bfloat16 would take hours; says so."""
-    slower = _bfloat16_over_float32() if device.type == "cpu" else 1.0
+    slower = bfloat16_over_float32() if device.type == "cpu" else 1.0
     if slower <= _MOST_SLOWER:
         return ["float32", "bfloat16"]
     console.print(
@@ -82,7 +82,7 @@ def _default_dtypes(console: Any, device: torch.device) -> list[str]:
     return ["float32"]
 
 
-def _bfloat16_over_float32() -> float:
+def bfloat16_over_float32() -> float:
     """How much longer a product of the model's size takes on this CPU in bfloat16."""
     seconds = []
     for dtype in (torch.float32, torch.bfloat16):

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """0; 1 when a candidate was wrong; 130 when interrupted. Raises ValueError for bad options, MissingDependency."""
     _check(args)
     layers, experts = _named(args), 0
-    target = _planned(args.gpu) if args.gpu is not None else _target(args.device)
+    target = _planned(args.gpu) if args.gpu is not None else live_target(args.device)
     if args.model is not None:
         layers, experts = _of_model(args.model)
     path = tuned.own_file(target.spec.model) if args.out is None else args.out
@@ -97,7 +97,7 @@ def _planned(name: str) -> Target:
     return Target(torch.device("meta"), find(name), tuple((backend, "") for backend in base.BACKENDS))
 
 
-def _target(name: str) -> Target:
+def live_target(name: str) -> Target:
     """The GPU of that name here. Raises ValueError where plans have nothing to choose from."""
     device = _common.device(name)
     available = tuple((backend, base.availability(backend).reason) for backend in base.BACKENDS)

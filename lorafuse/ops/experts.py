@@ -49,11 +49,11 @@ LIBRARY.define(
 )
 
 # activations that are functions, which no schema holds: by the name that the operator gets instead
-_functions: WeakValueDictionary[str, Recomputed] = WeakValueDictionary()
+functions: WeakValueDictionary[str, Recomputed] = WeakValueDictionary()
 
 
 def _activation(name: str, layout: str) -> Activation | Recomputed:
-    return _functions[name] if name in _functions else lookup(name, GateLayout(layout))
+    return functions[name] if name in functions else lookup(name, GateLayout(layout))
 
 
 def _weights(up, down, transposed, format, up_statistics, down_statistics):
@@ -269,5 +269,5 @@ def _recomputed(args, activation, backend, stored):
         up, down = _weights(up, down, transposed, *(stored or ("dense", (), ())))
         backend = _choose("auto", x, index.shape[1], up, down, up_a, down_a, act, False)[0].name
     name = f"function {id(act)}"
-    _functions[name] = act
+    functions[name] = act
     return lora_experts(*args, name, GateLayout.CONCATENATED.value, backend, *stored)

@@ -223,7 +223,7 @@ def _plain_gradients(leading, dy, dxa, x, xa, weight, a, b, seed, scale, dropout
     return dx, da, db, dbias
 
 
-_op = torch.ops.lorafuse.lora_linear.default
+op = torch.ops.lorafuse.lora_linear.default
 _op_backward = torch.ops.lorafuse.lora_linear_backward.default
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -245,7 +245,7 @@ def _run_forward(ctx, x, weight, bias, a, b, seed, scale, dropout_p, backend, wi
         y, xa = _forward(*args)
     else:
         with _BelowAutograd():
-            y, xa = _op(*args)
+            y, xa = op(*args)
     needs = ctx.needs_input_grad
     ctx.save_for_backward(x if needs[3] else None, xa if needs[4] else None, weight, a, b, seed, *(statistics or ()))
     ctx.settings = scale, dropout_p, backend, wide, format
@@ -331,7 +331,7 @@ def lora_linear(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, fo
     """y of the operator; see `lorafuse.functional.lora_linear` for the meaning."""
     args = x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics
     if torch.compiler.is_compiling():
-        return _op(*args)[0]
+        return op(*args)[0]
     # x is not kept for a frozen a, so that the gradient of b depends on x through xa only
     if x.requires_grad and b.requires_grad and not a.requires_grad:
         return _apply_with_xa(*args)[0]

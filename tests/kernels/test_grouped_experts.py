@@ -228,9 +228,9 @@ class TestWhere:
     """Where torch has a fast kernel: what eager plans, with Triton and without."""
 
     @pytest.fixture(params=[True, False], ids=["Triton", "no Triton"])
-    def on(self, request, monkeypatch):
+    def on(self, request, assume, monkeypatch):
         """Weights as if they were on a GPU of a compute capability."""
-        monkeypatch.setitem(base._AVAILABILITY, "triton", base.Availability(request.param, "Triton is not installed"))
+        assume("triton", base.Availability(request.param, "Triton is not installed"))
 
         def ask(arch, *weights, dtype=torch.bfloat16):
             monkeypatch.setattr(problems, "arch", lambda device: arch)
