@@ -139,9 +139,9 @@ def _encoded(path: Path, tokenizer: Any, goal: str) -> Iterator[tuple[dict[str, 
             except Exception as error:
                 # of a chat template, or of a tokenizer that gets other types than text
                 own = isinstance(error, _Unusable)
-                said = str(error) if own else f"the tokenizer cannot read it ({type(error).__name__}: {error})"
+                reason = str(error) if own else f"the tokenizer cannot read it ({type(error).__name__}: {error})"
                 wrong += 1
-                bad += [f"{place}: {one_line(said)}"] if wrong <= _NAMED else []
+                bad += [f"{place}: {one_line(reason)}"] if wrong <= _NAMED else []
             else:
                 yield example, rows
     except (OSError, UnicodeDecodeError) as error:
@@ -217,12 +217,12 @@ def _example(record: Any, tokenizer: Any, goal: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise _Unusable(f"a {type(record).__name__}, not an object")
     chat = getattr(tokenizer, "chat_template", None) is not None
-    found = as_example(record, chat=chat, goal=goal)
-    if isinstance(found, str):
-        raise _Unusable(found)
-    if not chat and any(isinstance(found.get(key), list) for key in ("messages", "prompt", "chosen")):
+    example = as_example(record, chat=chat, goal=goal)
+    if isinstance(example, str):
+        raise _Unusable(example)
+    if not chat and any(isinstance(example.get(key), list) for key in ("messages", "prompt", "chosen")):
         raise _Unusable("messages, but the tokenizer has no chat template")
-    return found
+    return example
 
 
 def _rows(example: dict[str, Any], tokenizer: Any, goal: str) -> list[Row]:
@@ -260,10 +260,10 @@ def _shared(before: list[int], whole: list[int]) -> int:
 def _chat(messages: list[dict[str, Any]], tokenizer: Any, tools: Any, tokens: Callable[..., list[int]]) -> Row:
     template = tokenizer.chat_template
     if not isinstance(template, str) or _MARK.search(template):
-        found = tokenizer.apply_chat_template(
+        encoded = tokenizer.apply_chat_template(
             messages, return_dict=True, return_assistant_tokens_mask=True, tools=tools
         )
-        return Row(tuple(found["input_ids"]), tuple(bool(mask) for mask in found["assistant_masks"]))
+        return Row(tuple(encoded["input_ids"]), tuple(bool(mask) for mask in encoded["assistant_masks"]))
     whole = tokens(messages)
     mask = [False] * len(whole)
     for index, message in enumerate(messages):

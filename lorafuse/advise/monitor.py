@@ -128,8 +128,8 @@ class LoRAMonitor(TrainerCallback):
         """Looks at the adapters' gradients; reads one tensor of norms from the device."""
         named = _adapters(model)
         gradients = [p.grad for _, p in named if p.grad is not None]
-        found = iter(torch.stack(torch._foreach_norm(gradients)).tolist() if gradients else [])
-        norms = {name: 0.0 if parameter.grad is None else next(found) for name, parameter in named}
+        values = iter(torch.stack(torch._foreach_norm(gradients)).tolist() if gradients else [])
+        norms = {name: 0.0 if parameter.grad is None else next(values) for name, parameter in named}
         self._zero = {name: 0 if norm else self._zero.get(name, 0) + 1 for name, norm in norms.items()}
         zero = [name for name, steps in self._zero.items() if steps == _STEPS]
         if zero:

@@ -68,12 +68,12 @@ def _segments(rows: Rows) -> tuple[list[tuple[int, slice]], int]:
     """Every group that has rows, and where the last one's end."""
     if "segments" not in rows.cache:
         bounds = [0, *rows.offsets.tolist()]
-        found = [
+        segments = [
             (e, slice(first, last))
             for e, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
             if last > first
         ]
-        rows.cache["segments"] = found, found[-1][1].stop if found else 0
+        rows.cache["segments"] = segments, segments[-1][1].stop if segments else 0
     return rows.cache["segments"]
 
 

@@ -88,9 +88,10 @@ def _cuda() -> Availability:
         return Availability(False, "torch sees no CUDA device", f"run on a Hopper GPU, or {_EAGER_INSTEAD}")
     # which device a call is on, the plan looks at
     here = {"sm_{}{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())}
-    found = [name for name in native.info("_cuda")["architectures"] if name.endswith("a")]
-    if not here & {name.removesuffix("a") for name in found}:
-        reason = f"its kernels were built for {', '.join(found)}, the devices here are {', '.join(sorted(here))}"
+    architectures = [name for name in native.info("_cuda")["architectures"] if name.endswith("a")]
+    if not here & {name.removesuffix("a") for name in architectures}:
+        built = ", ".join(architectures)
+        reason = f"its kernels were built for {built}, the devices here are {', '.join(sorted(here))}"
         return Availability(False, reason, "use backend='triton' or 'auto'")
     return Availability(True)
 

@@ -38,8 +38,8 @@ def info(name: str) -> dict[str, Any]:
     spec = importlib.util.find_spec(f"lorafuse.{name}")
     assert spec is not None
     assert spec.origin is not None
-    found = re.search(rb'\{"compiler": [^}]*\}', Path(spec.origin).read_bytes())
-    return json.loads(found[0]) if found else {"compiler": "?", "architectures": [], "sources": "?"}
+    match = re.search(rb'\{"compiler": [^}]*\}', Path(spec.origin).read_bytes())
+    return json.loads(match[0]) if match else {"compiler": "?", "architectures": [], "sources": "?"}
 
 
 def how_to_build(name: str) -> str:
@@ -65,9 +65,9 @@ def stale(name: str) -> str:
 
 def describe(name: str) -> str:
     """A built module in one line."""
-    found = info(name)
-    architectures = f" for {', '.join(found['architectures'])}" if found["architectures"] else ""
-    return f"built by {found['compiler']}{architectures} from sources {found['sources']}"
+    build = info(name)
+    architectures = f" for {', '.join(build['architectures'])}" if build["architectures"] else ""
+    return f"built by {build['compiler']}{architectures} from sources {build['sources']}"
 
 
 def why_not_built() -> str:

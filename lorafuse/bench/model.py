@@ -77,7 +77,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
         list(MODELS.values()) if args.all else [find(n) for n in args.case or [_USUAL.get(device.type, _USUAL["cpu"])]]
     )
     tokens = args.tokens or _TOKENS.get(device.type, _TOKENS["cpu"])
-    found = []
+    cases = []
     for model in models:
         sizes = sizes_of(model, args, device, args.batch * tokens)
         settings = itertools.product(dict.fromkeys(args.accumulate), _checkpointing(args))
@@ -85,8 +85,8 @@ def cases(args: argparse.Namespace) -> list[Case]:
             steps = args.steps
             if steps is None:
                 steps = _STEPS.get(device.type, _STEPS["cpu"]) if model.real and index == 0 else 0
-            found.append(Case(model, sizes, accumulate, checkpointing, args.batch, tokens, steps))
-    return found
+            cases.append(Case(model, sizes, accumulate, checkpointing, args.batch, tokens, steps))
+    return cases
 
 
 def _checkpointing(args: argparse.Namespace) -> list[bool]:

@@ -120,12 +120,12 @@ def _compare(args: argparse.Namespace, console: Any, device: torch.device, dtype
         return 130
 
     out = args.out / dtype
-    found = conditions(device)
+    setting = conditions(device)
     result = report.figures(legs, args.batch_size * args.seq_len)
-    report.plot(out / "loss.png", legs, f"{title}\n{found['device']}, torch {found['torch']}, {found['date']}")
+    report.plot(out / "loss.png", legs, f"{title}\n{setting['device']}, torch {setting['torch']}, {setting['date']}")
     settings = {key: getattr(args, key) for key in ("steps", "batch_size", "seq_len", "rank", "lr", "seed")}
-    report.write_json(out / "report.json", found | {"model": name, "dtype": dtype} | settings, legs, result)
-    _print_table(console, legs, result, describe(found))
+    report.write_json(out / "report.json", setting | {"model": name, "dtype": dtype} | settings, legs, result)
+    _print_table(console, legs, result, describe(setting))
     good = _judge_losses(console, result["largest_loss_difference"], dtype)
     with torch.no_grad():
         good &= _check_saved(console, patched, args.model, DTYPES[dtype], blocks[:1], out)

@@ -63,12 +63,12 @@ def run(args: argparse.Namespace) -> int:
     """Print the findings; 1 if any of them is a failure, else 0."""
     if not args.json:
         _require_rich()
-    found = list(findings())
-    healthy = all(finding.status != "fail" for finding in found)
+    listed = list(findings())
+    healthy = all(finding.status != "fail" for finding in listed)
     if args.json:
-        print(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in found]}, indent=2))
+        print(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in listed]}, indent=2))
     else:
-        render(found, healthy)
+        render(listed, healthy)
     return 0 if healthy else 1
 
 
@@ -137,8 +137,8 @@ def device_findings() -> Iterator[Finding]:
 def _compilers() -> Iterator[Finding]:
     for name, purpose in (("nvcc", "builds lorafuse._cuda"), ("g++", "builds lorafuse._emu")):
         version = re.search(r"\d+\.\d+(\.\d+)?", program_output(name, "--version"))
-        found = f"{version[0]} ({shutil.which(name)})" if version else f"not found on PATH; it {purpose}"
-        yield Finding("compilers", name, found)
+        value = f"{version[0]} ({shutil.which(name)})" if version else f"not found on PATH; it {purpose}"
+        yield Finding("compilers", name, value)
     yield _module("_cuda", "optional: the CUDA kernels for Hopper")
     yield _module("_emu", "optional: the same on a CPU, for tests")
 
@@ -241,7 +241,7 @@ def _require_rich() -> None:
         raise MissingDependency("the table needs rich: pip install rich, or use --json")
 
 
-def render(found: list[Finding], healthy: bool) -> None:
+def render(listed: list[Finding], healthy: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -249,7 +249,7 @@ def render(found: list[Finding], healthy: bool) -> None:
     for title in ("", "what", "found"):
         table.add_column(title, overflow="fold")
     section = ""
-    for finding in found:
+    for finding in listed:
         if finding.section != section:
             section = finding.section
             table.add_section()
@@ -259,5 +259,5 @@ def render(found: list[Finding], healthy: bool) -> None:
         table.add_row(mark, finding.name, escape(finding.value) + fix)
     console = _common.console()
     console.print(table)
-    failed = [finding.name for finding in found if finding.status == "fail"]
+    failed = [finding.name for finding in listed if finding.status == "fail"]
     console.print("\nhealthy" if healthy else f"\nnot healthy: {', '.join(failed)}")

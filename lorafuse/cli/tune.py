@@ -74,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
         return 0
     _check_writable(path, own=args.out is None)
-    found = conditions(target.device) | {"timing": timing(target.device)}
-    console.print(f"{describe(found)}, {args.rounds} rounds", highlight=False)
-    return _measure_all(console, args, target, {case: (layers[case], work[case]) for case in work}, path, found)
+    setting = conditions(target.device) | {"timing": timing(target.device)}
+    console.print(f"{describe(setting)}, {args.rounds} rounds", highlight=False)
+    return _measure_all(console, args, target, {case: (layers[case], work[case]) for case in work}, path, setting)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -195,7 +195,7 @@ def _measure_all(
     target: Target,
     work: dict[Case, tuple[int, list[_Group]]],
     path: Path,
-    found: dict[str, str],
+    setting: dict[str, str],
 ) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -216,7 +216,7 @@ def _measure_all(
                 console.print("interrupted; what is done is kept")
                 status = 130
             finally:
-                entries = _keep(path, outcomes, found, own=args.out is None)
+                entries = _keep(path, outcomes, setting, own=args.out is None)
             if outcomes:
                 report.print_layer(console, case, count, outcomes, entries, target)
                 totals.add(count, outcomes, entries)
@@ -227,14 +227,14 @@ def _measure_all(
     return status
 
 
-def _keep(path: Path, outcomes: list[Outcome], found: dict[str, str], own: bool) -> tuple[tuned.Tuned, ...]:
+def _keep(path: Path, outcomes: list[Outcome], setting: dict[str, str], own: bool) -> tuple[tuned.Tuned, ...]:
     """Record outcomes in the file, read anew so that entries of a run beside this one stay; the entries that it holds.
 
     Plans made after this, in this process too, follow them.
     """
     entries = tuned.read(path, own)
     if outcomes:
-        entries = record(entries, outcomes, found)
+        entries = record(entries, outcomes, setting)
         tuned.write(path, entries)
         clear_cache()
     return entries

@@ -182,8 +182,8 @@ class Lab:
             replace(condition, lr=rate, seed=seed)
             for condition, row in zip(conditions, rates, strict=True) for rate in row for seed in seeds
         ]  # fmt: skip
-        found = iter([float(result["validation"]) for result in self.run(specs)])
-        means = [[sum(next(found) for _ in seeds) / selections for _ in row] for row in rates]
+        losses = iter([float(result["validation"]) for result in self.run(specs)])
+        means = [[sum(next(losses) for _ in seeds) / selections for _ in row] for row in rates]
         best = [row[values.index(min(values))] for row, values in zip(rates, means, strict=True)]
         jobs = [replace(c, lr=rate, seed=seed) for c, rate in zip(conditions, best, strict=True) for seed in self.seeds]
         results, n = self.run(jobs), len(self.seeds)
