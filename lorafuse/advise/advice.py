@@ -234,7 +234,7 @@ def plan_adapter(
         quantized=settings.method == "qlora",
         half="float16" if device and device.arch < 80 else "bfloat16",
     )
-    taken = weights_of_linears(shapes)
+    skipped = weights_of_linears(shapes)
     return Advice(
         shapes=shapes,
         request=request,
@@ -255,7 +255,7 @@ def plan_adapter(
         step_seconds=_step_seconds(shapes, used, each, length, settings, accumulation, device) if device else {},
         rank_pattern=written.rank_pattern,
         alpha_pattern=written.alpha_pattern,
-        to_peft=sum(x.name.rpartition(".")[2] in taken for x in shapes.adapted if not x.parameter),
+        to_peft=sum(x.name.rpartition(".")[2] in skipped for x in shapes.adapted if not x.parameter),
         snippet=snippet(shapes, written),
     )
 
@@ -277,5 +277,5 @@ def _step_seconds(
     tokens = settings.micro_batch * each
     micro = micro_step_seconds(shapes, rank, tokens, length, device, checkpointing=settings.checkpointing)
     full = memory(shapes, "full", rank, tokens, checkpointing=settings.checkpointing).total
-    fitting = [way for way in WAYS if way != "full fine-tuning" or full <= usable_bytes(device)]
-    return {way: micro[way] * accumulation + update_seconds(shapes, way, rank, device) for way in fitting}
+    fitting = [one for one in WAYS if one != "full fine-tuning" or full <= usable_bytes(device)]
+    return {one: micro[one] * accumulation + update_seconds(shapes, one, rank, device) for one in fitting}

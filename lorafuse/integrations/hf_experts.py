@@ -65,10 +65,10 @@ FusedExperts.__name__ = ParamWrapper.__name__
 
 def wrappers(layer: ParamWrapper) -> list[ParamWrapper]:
     """The wrappers of one experts module, outermost first."""
-    found = [layer]
-    while isinstance(found[-1].base_layer, ParamWrapper):
-        found.append(found[-1].base_layer)
-    return found
+    layers = [layer]
+    while isinstance(layers[-1].base_layer, ParamWrapper):
+        layers.append(layers[-1].base_layer)
+    return layers
 
 
 def expert_parts(layer: ParamWrapper) -> tuple[dict[str, Any], int, dict[str, list[_Factors]]] | str:
@@ -112,7 +112,7 @@ def expert_parts(layer: ParamWrapper) -> tuple[dict[str, Any], int, dict[str, li
 
 def _factors(wrapper: ParamWrapper, base: nn.Module) -> list[_Factors] | str:
     """The factors of a wrapper's active adapters, as PEFT packs them."""
-    found = []
+    factors = []
     for name in wrapper.active_adapters:
         if name not in wrapper.lora_A:
             continue
@@ -123,8 +123,8 @@ def _factors(wrapper: ParamWrapper, base: nn.Module) -> list[_Factors] | str:
             return "its lora_A or lora_B is not a plain nn.Linear"
         if wrapper.num_experts == 1 and base.is_transposed:
             return "a single expert stored transposed, which PEFT adapts in another layout"
-        found.append((lora_a.weight, lora_b.weight, wrapper.scaling[name]))
-    return found
+        factors.append((lora_a.weight, lora_b.weight, wrapper.scaling[name]))
+    return factors
 
 
 def _operands(operands: dict[str, Any], experts: int, factors: dict[str, list[_Factors]]) -> dict[str, Any]:

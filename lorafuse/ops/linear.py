@@ -219,7 +219,7 @@ def _plain_gradients(leading, dy, dxa, x, xa, weight, a, b, seed, scale, dropout
     return dx, da, db, dbias
 
 
-_op = torch.ops.lorafuse.lora_linear.default
+op = torch.ops.lorafuse.lora_linear.default
 _op_backward = torch.ops.lorafuse.lora_linear_backward.default
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -247,7 +247,7 @@ def _run_forward(ctx, x, weight, bias, a, b, seed, settings, *statistics):
         y, xa = _forward(*args)
     else:
         with _BelowAutograd():
-            y, xa = _op(*args)
+            y, xa = op(*args)
     needs = ctx.needs_input_grad
     ctx.save_for_backward(x if needs[3] else None, xa if needs[4] else None, weight, a, b, seed, *statistics)
     ctx.settings = settings
@@ -333,13 +333,12 @@ def plain_lora_linear(x, weight, bias, a, b, seed, scale, dropout_p, backend, wi
 def lora_linear(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format="dense", statistics=None):
     """y of the operator; see `lorafuse.functional.lora_linear` for the meaning."""
     if torch.compiler.is_compiling():
-        return _op(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics)[0]
+        return op(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics)[0]
     if not torch.is_grad_enabled() and can_bypass_dispatcher(x, weight, bias, a, b):
         # nothing is recorded: autograd.Function.apply would take 7 us for that (torch 2.13, Xeon, 2026-11-29)
         return _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics)[0]
     # x is not kept for a frozen a, so that the gradient of b depends on x through xa only
-    with_xa = b.requires_grad and not a.requires_grad and x.requires_grad
     settings = scale, dropout_p, backend, wide, format
-    if with_xa:
+    if b.requires_grad and not a.requires_grad and x.requires_grad:
         return _apply_with_xa(x, weight, bias, a, b, seed, settings, *(statistics or ()))[0]
     return _apply(x, weight, bias, a, b, seed, settings, *(statistics or ()))
