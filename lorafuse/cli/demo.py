@@ -132,25 +132,14 @@ def _compare(args: argparse.Namespace, console: Any, device: torch.device, dtype
         console.print("stopped before the first step; nothing to report")
         return 130
 
-<<<<<<< HEAD
     out = _folder(args, dtype)
-    found = conditions(device)
-=======
-    out = args.out / dtype
     setting = conditions(device)
->>>>>>> w-house
     result = report.figures(legs, args.batch_size * args.seq_len)
     report.plot(out / "loss.png", legs, f"{title}\n{setting['device']}, torch {setting['torch']}, {setting['date']}")
     settings = {key: getattr(args, key) for key in ("steps", "batch_size", "seq_len", "rank", "lr", "seed")}
-<<<<<<< HEAD
-    report.write_json(
-        out / "report.json", found | {"model": name, "dtype": dtype, "quant": args.quant} | settings, legs, result
-    )
-    _print_table(console, legs, result, describe(found))
-=======
-    report.write_json(out / "report.json", setting | {"model": name, "dtype": dtype} | settings, legs, result)
+    written = setting | {"model": name, "dtype": dtype, "quant": args.quant} | settings
+    report.write_json(out / "report.json", written, legs, result)
     _print_table(console, legs, result, describe(setting))
->>>>>>> w-house
     good = _judge_losses(console, result["largest_loss_difference"], dtype)
     with torch.no_grad():
         good &= _check_saved(console, patched, args, DTYPES[dtype], blocks[:1], out)
