@@ -40,7 +40,7 @@ def files_that_name(*words):
         (["relu2"], "kernels/epilogues.py", {"activation.py", "integrations/hf_transformers.py"}),
         (["RTX 5090"], "plan/devices.py", set()),
         # the public function, and the formulas of FLOPs
-        (["lora_grouped_linear"], "ops/grouped.py", {"functional.py", "ops/flops.py"}),
+        (["lora_grouped_linear"], "ops/grouped.py", {"functional/__init__.py", "ops/flops.py"}),
     ],
     ids=["format", "epilogue", "gpu", "operator"],
 )
