@@ -19,6 +19,7 @@ stored tensor, statistics are the plain tensors that scale it. A format is a mod
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ def load(format: str) -> ModuleType:
     name = format.partition(":")[0]
     if name not in FORMATS:
         raise ValueError(f"weight format {name!r} is not one of {', '.join(('dense', *FORMATS))}")
-    return importlib.import_module(FORMATS[name])
+    return _module(FORMATS[name])
 
 
 def adopt(storage: object) -> Weight | None:
@@ -48,4 +49,9 @@ def adopt(storage: object) -> Weight | None:
     knows it. Raises ValueError, with the reason and the fix, for what a format knows and cannot hold.
     """
     modules = dict.fromkeys(FORMATS.values())
-    return next((w for name in modules if (w := importlib.import_module(name).adopt(storage)) is not None), None)
+    return next((w for name in modules if (w := _module(name).adopt(storage)) is not None), None)
+
+
+def _module(name: str) -> ModuleType:
+    # Dynamo reads a dictionary, but traces no import; so does a call of every layer, which costs less
+    return sys.modules.get(name) or importlib.import_module(name)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["chunks", "parse", "row_chunks", "spell", "target"]
+__all__ = ["chunks", "parse", "remembered", "row_chunks", "spell", "target"]
+
+_T = TypeVar("_T")
 
 # elements that are decoded at once, for temporaries of some bytes an element: what the caches of a CPU core hold
 # (2 ** 18 fp32 values are 1 MiB), and on a GPU few launches (64 MiB of fp32)
@@ -16,7 +18,19 @@ _CHUNK = {"cpu": 2**18}
 _CHUNK_ELSEWHERE = 2**24
 
 
-@lru_cache(maxsize=4096)
+def remembered(function: Callable[[str], _T]) -> Callable[[str], _T]:
+    """`function`, computed once for each of the few texts there are; Dynamo warns of `functools.lru_cache`."""
+    results: dict[str, _T] = {}
+
+    def look_up(parameters: str) -> _T:
+        if parameters not in results:
+            results[parameters] = function(parameters)
+        return results[parameters]
+
+    return look_up
+
+
+@remembered
 def parse(parameters: str) -> tuple[tuple[int, ...], dict[str, str]]:
     """Sizes and fields of `"4096,14336;block=64"`: `((4096, 14336), {"block": "64"})`."""
     sizes: tuple[int, ...] = ()

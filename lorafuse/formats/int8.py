@@ -9,6 +9,7 @@ of rounding (torchao 0.18, bitsandbytes 0.50, bit for bit):
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lorafuse.formats.codec import row_chunks, target
 from lorafuse.formats.weight import Weight
@@ -76,6 +77,19 @@ def _torchao(weight: object) -> Weight | None:
     if not (isinstance(data, Tensor) and isinstance(scale, Tensor)):
         return None
     plain = all(getattr(weight, key, None) is None for key in ("act_quant_kwargs", "act_pre_scale"))
-    if not plain or scale.shape != (*data.shape[:-1], 1) or (zero is not None and bool((zero != 0).any())):
+    if not plain or scale.shape != (*data.shape[:-1], 1) or not _is_zero(zero):
         return None
     return Weight(data, statistics=(scale,), format="int8")
+
+
+# of the zero points of tensors that were adopted: a look at the values waits for a GPU
+_zeros = WeakIdKeyDictionary()
+
+
+def _is_zero(zero: Tensor | None) -> bool:
+    """Whether there are no zero points but 0. Looked at once; a compiler, which cannot, relies on an earlier call."""
+    if zero is None or torch.compiler.is_compiling():
+        return True
+    if zero not in _zeros:
+        _zeros[zero] = not bool(zero.any())
+    return _zeros[zero]

@@ -24,7 +24,7 @@ from lorafuse.integrations.hf_common import (
     original,
     warn_once,
 )
-from lorafuse.integrations.hf_transformers import block_operands, first_projection, is_dispatched
+from lorafuse.integrations.hf_transformers import base_stacks, block_operands, first_projection, is_dispatched
 
 __all__ = ["NOTHING_ACTIVE", "FusedExperts", "expert_parts", "wrappers"]
 
@@ -92,7 +92,7 @@ def expert_parts(layer: ParamWrapper) -> tuple[dict[str, Any], int, dict[str, li
     # PEFT registers a parametrization in every forward
     if _hooks._global_module_registration_hooks or _hooks._global_parameter_registration_hooks:
         return "global registration hooks are registered"
-    operands = block_operands(base, base._parameters)
+    operands = block_operands(base, base_stacks(base))
     if isinstance(operands, str):
         return operands
     if not is_dispatched(type(base)):
