@@ -68,8 +68,11 @@ class Aten(Backend):
         bias: Tensor | None = None, epilogue: Epilogue | None = None,
     ) -> Any:  # fmt: skip
         if rows is not None:
-            return finish(self._ragged(plan).matmul(x, w, rows, low, bias), epilogue)
-        return finish(_matmul(x, w, plan, low, bias), epilogue)
+            return finish(self._ragged(plan).matmul(self, x, w, rows, low, bias), epilogue)
+        if w.format == "dense":
+            return _matmul(x, w, plan, low, bias)
+        with self.dense(w, x.dtype) as dense:
+            return _matmul(x, dense, plan, low, bias)
 
     def outer(
         self, narrow: Tensor, wide: Tensor, rows: Rows | None, plan: Plan | None, *, like: Tensor,
@@ -98,7 +101,8 @@ class Aten(Backend):
         self, dy: Tensor, w: Weight, plan: Plan | None, low: LowRank, x: Tensor, like: Tensor
     ) -> tuple[Tensor, Tensor]:
         da = torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-        return _masked_matmul(dy, w, low, x, da), da.to(like.dtype)
+        with self.dense(w, dy.dtype) as dense:
+            return _masked_matmul(dy, dense, low, x, da), da.to(like.dtype)
 
     def combine(self, y: Tensor, rows: Rows, weight: Tensor | None) -> Tensor:
         assert rows.order is not None

@@ -14,6 +14,8 @@ stored tensor, statistics are the plain tensors that scale it. A format is a mod
     adopt(storage)                                 the `lorafuse.operands.Weight` of a library's layer, tensor or
                                                    parametrized stack, by reference; None for what is not this format's.
                                                    Raises ValueError for what is, and cannot be held.
+    kernel(data, statistics, parameters)           optional: the name of a kernel of `lorafuse.kernels.decode` that
+                                                   gives the same bits, and its operands; None where none does
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from lorafuse.formats.codec import chunks, parse, remembered, spell, target
 from lorafuse.formats.weight import Weight
 
-__all__ = ["adopt", "decode", "parameters_of", "select", "shape"]
+__all__ = ["adopt", "decode", "kernel", "parameters_of", "select", "shape"]
 
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # of nested statistics; bitsandbytes has no other
@@ -95,6 +95,14 @@ def select(
     (_, rows, columns), block, dtype, first = parameters_of(parameters)
     first += start * rows * columns
     return data, statistics, spell((stop - start, rows, columns), block=block, dtype=dtype, first=first or None)
+
+
+def kernel(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tuple[str, dict[str, Any]]:
+    """The decode kernel, and what it reads."""
+    _, block, dtype, first = parameters_of(parameters)
+    scale, table, *outer = statistics
+    given = {"code": data, "table": table, "scale": scale, "block": block, "first": first, "rounded": dtype}
+    return "codebook", given | {"outer": tuple(outer) or None}
 
 
 def adopt(storage: object) -> Weight | None:

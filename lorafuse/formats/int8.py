@@ -7,6 +7,8 @@ of rounding (torchao 0.18, bitsandbytes 0.50, bit for bit):
     bitsandbytes   absmax `[…, N]`, what 127 is worth             `((data · absmax) · fp32(1 / 127))`, then rounded
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -14,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lorafuse.formats.codec import row_chunks, target
 from lorafuse.formats.weight import Weight
 
-__all__ = ["adopt", "decode", "select", "shape"]
+__all__ = ["adopt", "decode", "kernel", "select", "shape"]
 
 # of 1 / 127 in fp32, as bitsandbytes writes it
 _STEP = 7.874015718698502e-3
@@ -29,6 +31,17 @@ def decode(
     data: Tensor, statistics: tuple[Tensor, ...], parameters: str, dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
     """The dense weight in `dtype`, in chunks of rows. Raises ValueError for a scale that is not one per output row."""
+    per_row, step = _scale(data, statistics)
+    out = target(out, tuple(data.shape), dtype, data.device)
+    rows, to = data.flatten(0, -2), out.flatten(0, -2)
+    for start, stop in row_chunks(data):
+        wide = rows[start:stop].float().mul_(per_row[start:stop])
+        to[start:stop] = wide if step is None else wide.mul_(step)
+    return out
+
+
+def _scale(data: Tensor, statistics: tuple[Tensor, ...]) -> tuple[Tensor, float | None]:
+    """`([rows, 1], what follows it)`: the factor of each row, and the one of all."""
     (scale,) = statistics
     is_absmax = scale.dim() < data.dim()
     per_row = scale.unsqueeze(-1) if is_absmax else scale
@@ -37,12 +50,13 @@ def decode(
             f"the scale of an int8 weight {list(data.shape)} is {list(scale.shape)}; it must be "
             f"{[*data.shape[:-1], 1]} (torchao) or {list(data.shape[:-1])} (bitsandbytes)"
         )
-    out = target(out, tuple(data.shape), dtype, data.device)
-    rows, per_row, to = data.flatten(0, -2), per_row.reshape(-1, 1), out.flatten(0, -2)
-    for start, stop in row_chunks(data):
-        wide = rows[start:stop].float().mul_(per_row[start:stop])
-        to[start:stop] = wide.mul_(_STEP) if is_absmax else wide
-    return out
+    return per_row.reshape(-1, 1), _STEP if is_absmax else None
+
+
+def kernel(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tuple[str, dict[str, Any]] | None:
+    """The decode kernel, and what it reads; None for strided data."""
+    scale, step = _scale(data, statistics)
+    return ("grid", {"code": data, "scale": scale, "step": step}) if data.is_contiguous() else None
 
 
 def select(

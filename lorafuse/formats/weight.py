@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,12 @@ class Weight:
             return self
         data = load(self.format).decode(self.data, self.statistics, self.parameters, dtype, out)
         return Weight(data, self.is_transposed)
+
+    @property
+    def kernel(self) -> tuple[str, dict[str, Any]] | None:
+        """The decode kernel that gives the same bits, with its operands, where the format names one."""
+        find = getattr(load(self.format), "kernel", None)
+        return None if find is None else find(self.data, self.statistics, self.parameters)
 
     def select(self, start: int, stop: int) -> Weight:
         """The matrices start … stop - 1 of a stack, by reference. Raises ValueError for bounds outside of it."""

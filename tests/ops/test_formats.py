@@ -93,7 +93,7 @@ def test_grouped(backend, dtype, library, is_transposed):
     same(run, [w], [x, a, b], dtype)
 
 
-@by_library
+@by_layer_library
 @by_dtype
 @by_backend
 @pytest.mark.parametrize("activation", ["silu", torch.sin], ids=["silu", "function"])
@@ -187,14 +187,15 @@ class TestOpcheck:
             *stored,
         )  # fmt: skip
 
-    def test_experts(self):
+    @by_layer_library
+    def test_experts(self, library):
         x, weight = torch.randn(6, K, requires_grad=True), torch.rand(6, 2, requires_grad=True)
         # rows of no group hold anything, so that every row has one
         index = torch.randint(0, E, (6, 2))
-        up, down = quantized(E, 32, K), quantized(E, K, 16)
+        up, down = quantized(E, 32, K, library=library), quantized(E, K, 16, library=library)
         low = adapters((E, R, K), (E, 32, R), (E, R, 16), (E, K, R))
         settings = 0.7, 1.3, False, "silu", "concatenated"
-        stored = "eager", "int8", [*up.statistics], [*down.statistics]
+        stored = "eager", up.format, down.format, [*up.statistics], [*down.statistics]
         stacks = up.data, down.data
         self.check("lora_experts", x, index, weight, *stacks, None, None, *low, *settings, *stored)
         given = [t.detach() for t in (torch.randn(6, K), x, weight)]
@@ -223,15 +224,17 @@ class TestOpcheck:
     ],
     ids=["unknown", "scale", "transposed", "device"],
 )
-def test_bad_weights(make, message):
+@by_backend
+def test_bad_weights(make, message, backend):
     a, b = adapters((R, K), (8, R))
     with pytest.raises(ValueError, match=message):
-        LF.lora_linear(torch.randn(3, K), make(), a, b)
+        LF.lora_linear(torch.randn(3, K), make(), a, b, backend=backend)
 
 
 def test_stacks_stored_apart():
-    up, down = quantized(E, 16, K), torch.randn(E, K, 8)
-    with pytest.raises(ValueError, match="gate_up is int8, down dense; both stacks must be stored alike"):
+    up, down = quantized(E, 16, K), quantized(E, 8, K, is_transposed=True)
+    message = "gate_up is_transposed=False, down is_transposed=True; both stacks must be stored alike"
+    with pytest.raises(ValueError, match=message):
         LF.lora_experts(torch.randn(2, K), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), up, down)
 
 
