@@ -21,8 +21,8 @@ def adapt_experts(
 
     The stacks are shared, not copied, and frozen: dense parameters, and those that
     `bitsandbytes.nn.parametrize.replace_parameter_4bit` quantized. The model starts as it was (B is zero). Call it
-    before `peft.get_peft_model`, which then adapts the linear layers and leaves the new factors trainable. They are
-    yours: `model.state_dict()` holds them by `…experts.gate_up_lora_A` and so on, PEFT's adapter files do not.
+    after `peft.get_peft_model`, which freezes whatever is no adapter of its own. The factors are yours:
+    `model.state_dict()` holds them by `…experts.gate_up_lora_A` and so on, PEFT's adapter files do not.
 
     Args:
         model: any module that holds experts modules of transformers >= 5.7.

@@ -152,6 +152,6 @@ def notes(model: nn.Module) -> list[str]:
     if bare:
         found.append(
             f"{len(bare)} quantized experts modules have no adapter, the first is {bare[0]}: PEFT adapts no "
-            "parametrized stack; lorafuse.integrations.adapt_experts does, before get_peft_model"
+            "parametrized stack; lorafuse.integrations.adapt_experts does, after get_peft_model"
         )
     return found
