@@ -67,7 +67,7 @@ def toy_format(monkeypatch):
     module = ModuleType("toy_format")
     module.shape = lambda data, statistics, parameters: tuple(data.shape)
     module.decode = lambda data, statistics, parameters, dtype, out: data.to(dtype).neg()
-    module.adopt = lambda storage: None
+    module.adopt = lambda storage, name: None
     monkeypatch.setitem(sys.modules, "toy_format", module)
     monkeypatch.setitem(formats.FORMATS, "toy", "toy_format")
 
