@@ -15,8 +15,8 @@ FORMATS = {
     "nf4": "NF4, block 64, nested",
     "nf4 plain": "NF4, block 64",
     "fp4": "FP4, block 64, nested",
-    "int8": "int8",
-    "torchao int8": "int8",
+    "int8": "INT8",
+    "torchao int8": "INT8",
 }
 # K of every layer is a multiple of the block: otherwise bitsandbytes 0.50 decodes on CPUs with AVX512 with the scales
 # of other blocks

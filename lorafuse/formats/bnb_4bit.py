@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lorafuse.formats.codec import chunks, parse, remembered, spell, target
+from lorafuse.formats.codec import decode_flat, held, is_of, parse, remembered, spell, target
 from lorafuse.formats.weight import Weight
 
 __all__ = ["adopt", "decode", "kernel", "parameters_of", "select", "shape"]
@@ -62,19 +62,7 @@ def decode(
     """The dense weight in `dtype`, in chunks: temporaries are those of one chunk."""
     sizes, block, rounded, first = parameters_of(parameters)
     out = target(out, sizes, dtype, data.device)
-    flat, stop = out.view(-1), first + out.numel()
-    code = statistics[1]
-    pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=-1)
-    for begin, end in chunks(first // block * block, stop, block, data.device):
-        values = pairs.index_select(0, data[begin // 2 : (end + 1) // 2].int()).view(-1)[: end - begin]
-        absmax = _absmax(statistics, begin // block, -(-end // block))
-        whole = (end - begin) // block
-        values[: whole * block].view(whole, block).mul_(absmax[:whole, None])
-        values[whole * block :].mul_(absmax[whole:])
-        # the first block may begin before the first element
-        skipped = max(first - begin, 0)
-        flat[begin + skipped - first : end - first] = values[skipped:].to(rounded)
-    return out
+    return decode_flat(data, statistics[1], lambda *blocks: _absmax(statistics, *blocks), block, rounded, first, out)
 
 
 def _absmax(statistics: tuple[Tensor, ...], start: int, stop: int) -> Tensor:
@@ -105,15 +93,18 @@ def kernel(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tup
     return "codebook", given | {"outer": tuple(outer) or None}
 
 
-def adopt(storage: object) -> Weight | None:
+def adopt(storage: object, name: str = "weight") -> Weight | None:
     """The weight of a `Params4bit`, of the layer that holds one, or of a stack that
-    `bitsandbytes.nn.parametrize.replace_parameter_4bit` quantized (its `module.parametrizations.NAME`).
+    `bitsandbytes.nn.parametrize.replace_parameter_4bit` quantized: parameter `name` of its module, or the
+    `module.parametrizations[name]`.
 
     A layer's own quant_state is read where the parameter has lost it (FSDP). Raises ValueError for what is not
     quantized yet, is repacked for inference on a CPU, is a shard, or has statistics that bitsandbytes cannot decode.
     """
+    if isinstance(storage, torch.nn.Module) and torch.nn.utils.parametrize.is_parametrized(storage, name):
+        storage = storage.parametrizations[name]  # type: ignore[index]
     if isinstance(storage, ParametrizationList):
-        if not len(storage) or not _is(storage[0], "Bnb4bitParametrization"):
+        if not len(storage) or not is_of(storage[0], "bitsandbytes", "Bnb4bitParametrization"):
             return None
         if len(storage) > 1:
             raise ValueError(
@@ -121,25 +112,21 @@ def adopt(storage: object) -> Weight | None:
                 "bitsandbytes': remove the others with torch.nn.utils.parametrize.remove_parametrizations"
             )
         return _weight(storage.original, storage[0].quant_state, "Bnb4bitParametrization")
-    if _is(storage, "Params4bit"):
-        return _weight(storage, storage.quant_state, "Params4bit")  # type: ignore[attr-defined]
-    if not _is(storage, "Linear4bit"):
-        return None
-    state = getattr(storage.weight, "quant_state", None)  # type: ignore[attr-defined]
-    state = storage.quant_state if state is None else state  # type: ignore[attr-defined]
-    weight = _weight(storage.weight, state, type(storage).__name__)  # type: ignore[attr-defined]
-    expected = storage.out_features, storage.in_features  # type: ignore[attr-defined]
+    if not is_of(storage, "bitsandbytes", "Linear4bit"):
+        stored = held(storage, name)
+        is_params = is_of(stored, "bitsandbytes", "Params4bit")
+        return _weight(stored, stored.quant_state, "Params4bit") if is_params else None  # type: ignore
+    layer: Any = storage
+    state = getattr(layer.weight, "quant_state", None)
+    state = layer.quant_state if state is None else state
+    weight = _weight(layer.weight, state, type(layer).__name__)
+    expected = layer.out_features, layer.in_features
     if tuple(state.shape) != expected:
         raise ValueError(
-            f"{type(storage).__name__} holds a weight quantized as {list(state.shape)}; [N, K] is {list(expected)}: "
+            f"{type(layer).__name__} holds a weight quantized as {list(state.shape)}; [N, K] is {list(expected)}: "
             "quantize it anew, as nn.Linear stores it"
         )
     return weight
-
-
-def _is(value: object, name: str) -> bool:
-    """Whether a value is of bitsandbytes' class `name`, or one derived from it."""
-    return any(c.__name__ == name and c.__module__.startswith("bitsandbytes.") for c in type(value).__mro__)
 
 
 def _weight(stored: Tensor, state: Any, owner: str) -> Weight:

@@ -4,7 +4,7 @@ from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 
 from lorafuse.integrations.hf_peft import fused
 
-__all__ = ["FUSED", "FusedLinear4bit", "FusedLinear8bitLt"]
+__all__ = ["SHIPPED", "FusedLinear4bit", "FusedLinear8bitLt"]
 
 
 class FusedLinear4bit(Linear4bit):
@@ -19,8 +19,8 @@ class FusedLinear8bitLt(Linear8bitLt):
     forward = fused(Linear8bitLt)
 
 
-# PEFT's class: ours
-FUSED: dict[type, type] = {Linear4bit: FusedLinear4bit, Linear8bitLt: FusedLinear8bitLt}
-for _kind, _fused in FUSED.items():
+# our class: PEFT's
+SHIPPED: dict[type, type] = {FusedLinear4bit: Linear4bit, FusedLinear8bitLt: Linear8bitLt}
+for _ours, _shipped in SHIPPED.items():
     # PEFT knows a layer by this name; pickle goes by __module__ and __qualname__
-    _fused.__name__ = _kind.__name__
+    _ours.__name__ = _shipped.__name__

@@ -31,12 +31,12 @@ from lorafuse.integrations.hf_common import (
     warn_once,
     watched,
 )
-from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, wrappers
+from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, why_not_wrapped, wrappers
 from lorafuse.integrations.hf_quantized import described_format, is_quantized, notes, run_quantized, stored
 from lorafuse.integrations.report import Patched, PatchReport, Skipped
 from lorafuse.operands import Weight
 
-__all__ = ["FusedLinear", "FusedTorchaoLinear", "adopt", "fused", "release", "survey"]
+__all__ = ["FusedLinear", "FusedTorchaoLinear", "FusedWeight", "adopt", "fused", "release", "survey"]
 
 
 # weight, a, b, scale, bias, dropout_p
@@ -107,9 +107,20 @@ class FusedTorchaoLinear(TorchaoLoraLinear):
     forward = fused(TorchaoLoraLinear)
 
 
+class FusedWeight(ParamWrapper):
+    """`ParamWrapper` over the weight of an `nn.Linear`, run as `FusedLinear` runs: PEFT builds W + BA there.
+
+    PEFT adapts the linear layers of a model with experts by their weights where they are named as experts' projections
+    were in transformers 4: DeepSeek's dense MLP and shared experts.
+    """
+
+    forward = fused(ParamWrapper)
+
+
 # PEFT's reports, and PEFT itself, know a layer by this name; pickle goes by __module__ and __qualname__
 FusedLinear.__name__ = PeftLinear.__name__
 FusedTorchaoLinear.__name__ = TorchaoLoraLinear.__name__
+FusedWeight.__name__ = ParamWrapper.__name__
 
 
 def _parts(layer: Any) -> _Operands | _Unfolded | str | None:
@@ -118,6 +129,12 @@ def _parts(layer: Any) -> _Operands | _Unfolded | str | None:
     None when no adapter is active in this layer, so that there is nothing to fuse; a str, the reason, when there is
     but it cannot be fused. The one statement of which layers lorafuse takes: the report and every forward ask here.
     """
+    is_wrapper = isinstance(layer, ParamWrapper)
+    if is_wrapper:
+        if reason := why_not_wrapped():
+            return reason
+        if layer.parameter_name != "weight":
+            return f"it adapts {layer.parameter_name} of an nn.Linear, not its weight"
     modules = layer._modules
     lora_a, lora_b = modules["lora_A"]._modules, modules["lora_B"]._modules
     active = layer._active_adapter
@@ -129,7 +146,8 @@ def _parts(layer: Any) -> _Operands | _Unfolded | str | None:
     base = modules["base_layer"]
     kind = type(base)
     is_linear = kind.forward is _LINEAR_FORWARD
-    if not (is_linear or is_quantized(kind)) or kind.__call__ is not CALL or kind._call_impl is not CALL_IMPL:
+    is_known = is_linear or (is_quantized(kind) and not is_wrapper)
+    if not is_known or kind.__call__ is not CALL or kind._call_impl is not CALL_IMPL:
         return _why_not_linear(base)
     if layer.fan_in_fan_out:
         return "fan_in_fan_out: its base stores the weight transposed"
@@ -137,7 +155,7 @@ def _parts(layer: Any) -> _Operands | _Unfolded | str | None:
     if weight is not None and weight.requires_grad:
         return trainable(base, "weight")
     if not is_linear or (type(weight) is not nn.Parameter and type(weight) is not Tensor):
-        weight = stored(base)
+        weight = None if is_wrapper else stored(base)
         if type(weight) is not Weight:
             return weight or f"its base weight {described(base, 'weight')}"
     if "bias" not in base._parameters:
@@ -214,24 +232,31 @@ def _folded(weight: Tensor | Weight, bias: Tensor | None, factors: list[_Factors
     return weight, a, b, 1.0, bias, dropout_p
 
 
-_FUSED: dict[type, type] = {PeftLinear: FusedLinear, TorchaoLoraLinear: FusedTorchaoLinear, ParamWrapper: FusedExperts}
+# our class: PEFT's
+_SHIPPED: dict[type, type] = {
+    FusedLinear: PeftLinear,
+    FusedTorchaoLinear: TorchaoLoraLinear,
+    FusedWeight: ParamWrapper,
+    FusedExperts: ParamWrapper,
+}
 # PEFT's files of layers over weights in formats that lorafuse does not read
 _FOREIGN = ("aqlm", "awq", "eetq", "gptq", "hqq", "inc")
 
 
-def _classes() -> dict[type, type]:
-    """PEFT's class: ours. Those over bitsandbytes' layers are there where PEFT has imported its own."""
+def _shipped() -> dict[type, type]:
+    """Our class: PEFT's. Those over bitsandbytes' layers are there where PEFT has imported its own."""
     if "peft.tuners.lora.bnb" not in sys.modules:
-        return _FUSED
+        return _SHIPPED
     from lorafuse.integrations import hf_bnb
 
-    return _FUSED | hf_bnb.FUSED
+    return _SHIPPED | hf_bnb.SHIPPED
 
 
 def _kind(layer: BaseTunerLayer) -> str:
     if isinstance(layer, ParamWrapper):
-        return "experts"
-    return "linear" if isinstance(layer, tuple(_classes())) else type(layer).__name__.lower()
+        # of a weight as of a layer: "linear"
+        return "linear" if isinstance(layer.get_base_layer(), nn.Linear) else "experts"
+    return "linear" if isinstance(layer, tuple(_shipped().values())) else type(layer).__name__.lower()
 
 
 def _full_name(layer: BaseTunerLayer) -> str:
@@ -242,20 +267,21 @@ def _reason(layer: BaseTunerLayer) -> str:
     """Why a layer is left to PEFT, or "" if lorafuse takes it."""
     if not isinstance(layer, LoraLayer):
         return f"{_full_name(layer)} is not a LoRA layer"
-    classes = _classes()
     # fully_shard changes the class of a layer passed to it to a subclass of its own, which still runs fused
-    if type(layer) not in classes and not isinstance(layer, tuple(classes.values())):
+    classes = _shipped()
+    # fully_shard changes the class of a layer passed to it to a subclass of its own, which still runs fused
+    if type(layer) not in classes.values() and not isinstance(layer, tuple(classes)):
         reason = f"{_full_name(layer)} is not a LoRA layer over nn.Linear"
         package, _, file = type(layer).__module__.rpartition(".")
         if package == "peft.tuners.lora" and file in _FOREIGN:
             reason += f"; its base is quantized by {file.upper()}, which lorafuse does not read"
         return reason
-    if type(layer) in classes and "forward" in layer.__dict__:
+    if type(layer) in classes.values() and "forward" in layer.__dict__:
         return _replaced_forward(layer)
     if reason := watched():
         return reason
-    shipped: Any = next(kind for kind in type(layer).__mro__ if kind in classes)
-    if shipped is ParamWrapper:
+    shipped: Any = next(kind for kind in type(layer).__mro__ if kind in classes.values())
+    if _kind(layer) == "experts":
         parts: Any = expert_parts(layer)
     else:
         parts = _parts(layer) if _forwards[shipped] is shipped.forward else _replaced(shipped)
@@ -316,23 +342,27 @@ def _shown_backend(layer: LoraLayer, backend: str) -> str:
 
 
 def adopt(layer: Any, backend: str) -> None:
-    """Make a layer that `survey` listed a `FusedLinear` or `FusedExperts`."""
-    layer.__class__ = _classes().get(type(layer), type(layer))
+    """Make a layer that `survey` listed one of our classes."""
+    if type(layer) is ParamWrapper:
+        layer.__class__ = FusedWeight if _kind(layer) == "linear" else FusedExperts
+    else:
+        ours = {shipped: kind for kind, shipped in _shipped().items()}
+        layer.__class__ = ours.get(type(layer), type(layer))
     # None follows lorafuse.use_backend at every call
     layer._lorafuse_backend = None if backend == "auto" else backend
 
 
 def release(model: nn.Module) -> int:
     """Make every patched layer of the model PEFT's class again; returns how many."""
-    originals = {ours: shipped for shipped, ours in _classes().items()}
-    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, tuple(originals))]
+    classes = _shipped()
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, tuple(classes))]
     for layer in layers:
-        if type(layer) not in originals:
+        if type(layer) not in classes:
             raise RuntimeError(
                 f"cannot unpatch a {type(layer).__name__}: its class was changed after lorafuse.patch (fully_shard "
                 "does that to a layer passed to it); unpatch before it, or shard whole blocks"
             )
     for layer in layers:
-        layer.__class__ = originals[type(layer)]
+        layer.__class__ = classes[type(layer)]
         del layer._lorafuse_backend
     return len(layers)

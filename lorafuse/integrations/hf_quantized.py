@@ -111,13 +111,12 @@ def run_quantized(base: nn.Module, x: Tensor, operands: tuple[Any, ...], backend
 
 def described_format(weight: Weight) -> str:
     """How a report names a format: "NF4, block 64, nested"."""
-    name = weight.format_name
-    parts = [name.upper() if name[-1].isdigit() and name != "int8" else name]
     fields = dict(item.split("=") for item in weight.parameters.split(";") if "=" in item)
+    parts = [weight.format_name.replace("_", " ").upper()]
     if "block" in fields:
         parts.append(f"block {fields['block']}")
-    # scales of 4 bits that are themselves quantized come with three more tensors
-    if name in ("nf4", "fp4") and len(weight.statistics) > 2:
+    # scales that are themselves quantized come with theirs
+    if len(weight.statistics) > 2:
         parts.append("nested")
     return ", ".join(parts)
 

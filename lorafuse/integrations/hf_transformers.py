@@ -102,26 +102,32 @@ def _weights_and_adapters(experts: nn.Module) -> tuple[dict[str, Any], dict[str,
             adapters |= {f"{argument}_a": a, f"{argument}_b": b, f"{argument}_scale": over[0].scaling}
             continue
         # bitsandbytes parametrizes experts too, without PEFT
-        stack = _adopted(over)
+        stack = _adopted(experts, parameter)
         if stack is None:
             return weights, None
         weights[parameter] = stack
     return weights, adapters
 
 
-def _adopted(over: ParametrizationList) -> Weight | str | None:
-    """The quantized stack that is read through a parametrization; a str, the reason, for one that cannot be held."""
+def _adopted(base: nn.Module, parameter: str) -> Weight | str | None:
+    """The quantized stack of a module; a str, the reason, for one that cannot be held; None for a dense one."""
     try:
-        return formats.adopt(over)
+        return formats.adopt(base, parameter)
     except ValueError as error:
         return f"cannot be adopted: {error}"
 
 
 def base_stacks(base: nn.Module) -> dict[str, Any]:
     """The two stacks of an experts module by their names: parameters, or what quantizes them."""
-    parametrized = getattr(base, "parametrizations", {})
     stacks: dict[str, Any] = dict(base._parameters)
-    return stacks | {name: stack for name in parametrized if (stack := _adopted(parametrized[name])) is not None}
+    if not hasattr(base, "has_gate"):
+        return stacks
+    for parameter in (first_projection(base), "down_proj"):
+        dense = stacks.get(parameter)
+        # the dtype first, since this runs in every forward
+        if (dense is None or dense.dtype not in _DTYPES) and (stack := _adopted(base, parameter)) is not None:
+            stacks[parameter] = stack
+    return stacks
 
 
 def first_projection(base: nn.Module) -> str:
