@@ -357,7 +357,8 @@ def demo(full: Content, half: Content) -> str:
         f"{setting['batch_size']} × {setting['seq_len']} tokens a step, "
         f"PEFT as shipped → patched: **bf16 step {steps} ms ({figures['speedup']:.2f}×), "
         f"peak memory {peaks} MiB**; "
-        f"fp32 step {full['figures']['speedup']:.2f}×, loss curves equal within {full['figures']['largest_loss_difference']:.0e}; {conditions(half)}"
+        f"fp32 step {full['figures']['speedup']:.2f}×, "
+        f"loss curves equal within {full['figures']['largest_loss_difference']:.0e}; {conditions(half)}"
     )
 
 

@@ -45,6 +45,12 @@ class Aten(Backend):
         arch = problems.arch(device)
         return Plan("eager", "loop" if any(no_grouped_mm(p, arch) for p in projections) else "grouped_mm")
 
+    def decode(self, w: Weight, dtype: torch.dtype, out: Tensor) -> Tensor:
+        # the codecs of the formats pass over the weight several times
+        if out.is_cuda and base.availability("triton").ok:
+            return base.load("triton").decode(w, dtype, out)
+        return super().decode(w, dtype, out)
+
     def project(
         self, x: Tensor, a: Tensor, rows: Rows | None, plan: Plan | None, *, is_transposed: bool = False,
         scale: float = 1.0, dropout: Dropout | None = None, dtype: torch.dtype | None = None,

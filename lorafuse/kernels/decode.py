@@ -2,7 +2,8 @@
 
     codebook   4 bits an element in the order of memory, one scale a block of it: value = table[code]. A nested scale
                is `table₂[byte] · scale₂ + offset`
-    grid       rows of int8, one scale a row
+    grid       int8, float8 or e2m1 (FP4) in rows, one scale a row or a block of rows and columns: value = code, and
+               a scale may be an exponent, or float8 over one divisor
 
 Shapes: out `[(G,) N, K]`, contiguous. Products are in fp32 and rounded in the library's order, to the dtype that the
 weight had and then to out's; no product and sum are contracted.
@@ -50,15 +51,75 @@ def _decode_codebook_kernel(
 
 
 @triton.jit
-def _decode_grid_kernel(p_code, p_scale, p_out, K, STEP: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK columns of one row, whose scale is `p_scale[row]`, times STEP afterwards."""
+def _float8(code, MANTISSA: tl.constexpr):
+    """fp32 of float8_e4m3fn (3 bits of mantissa) or float8_e5m2 (2), by fp16, which holds all of both."""
+    code = code.to(tl.int32)
+    half = ((code & 128) << 8) | ((code & 127) << (10 - MANTISSA))
+    value = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    if MANTISSA == 3:
+        # of exponents with a bias of 7, not 15; it has no infinities
+        value = tl.where((code & 127) == 127, float("nan"), value * 256.0)
+    return value
+
+
+@triton.jit
+def _float4(code):
+    """fp32 of e2m1, by fp16, whose bias is 15, not 1."""
+    return (((code & 8) << 12) | ((code & 7) << 9)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
+
+
+@triton.jit
+def _exponent(code):
+    """fp32 of 2 ** (code - 127), infinity of 255."""
+    code = code.to(tl.int32)
+    # 2 ** -127 is subnormal
+    return tl.where(code == 0, 1 << 22, code << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _grid_scale(scale, p_divisor, SCALE: tl.constexpr, ROUNDED: tl.constexpr):
+    """fp32 of scales as they are stored."""
+    if SCALE == "float8":
+        scale = _float8(scale, 3)
+    elif SCALE == "exponent":
+        scale = _exponent(scale)
+    elif SCALE == "e8m0":
+        scale = tl.where(scale == 255, float("nan"), _exponent(scale))
+    else:
+        scale = scale.to(tl.float32)
+    if p_divisor is not None:
+        scale = tl.div_rn(scale, tl.load(p_divisor))
+    return scale.to(ROUNDED).to(tl.float32)
+
+
+@triton.jit
+def _decode_grid_kernel(
+    p_code, p_scale, p_divisor, p_out, N, K, stride_group, stride_row, CODE: tl.constexpr, SCALE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROUNDED: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK columns of one row. One scale holds for ROWS rows of a matrix and COLUMNS columns, or for whole rows.
+
+    The scale is ROUNDED before the product, and STEP is a factor after it.
+    """
     row = tl.program_id(0).to(tl.int64)
-    o_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    code = tl.load(p_code + row * K + o_k, mask=o_k < K, other=0, eviction_policy="evict_first")
-    value = code.to(tl.float32) * tl.load(p_scale + row).to(tl.float32)
+    first = tl.program_id(1) * BLOCK
+    o_k = first + tl.arange(0, BLOCK)
+    inside = o_k < K
+    if CODE == "e2m1":
+        # two a byte, the low nibble first; K is even
+        o_byte = first // 2 + tl.arange(0, BLOCK // 2)
+        code = tl.load(p_code + row * (K // 2) + o_byte, mask=o_byte < K // 2, other=0, eviction_policy="evict_first")
+        code = code.to(tl.int32)
+        value = tl.interleave(_float4(code & 15), _float4(code >> 4))
+    else:
+        code = tl.load(p_code + row * K + o_k, mask=inside, other=0, eviction_policy="evict_first")
+        value = code.to(tl.float32) if CODE == "int8" else _float8(code, 3 if CODE == "e4m3" else 2)
+    p_row = p_scale + row // N * stride_group + row % N // ROWS * stride_row
+    scale = tl.load(p_row) if COLUMNS is None else tl.load(p_row + o_k // COLUMNS, mask=inside, other=0)
+    value *= _grid_scale(scale, p_divisor, SCALE, ROUNDED)
     if STEP is not None:
         value *= STEP
-    tl.store(p_out + row * K + o_k, value.to(p_out.dtype.element_ty), mask=o_k < K)
+    tl.store(p_out + row * K + o_k, value.to(p_out.dtype.element_ty), mask=inside)
 
 
 def codebook(
@@ -78,13 +139,28 @@ def codebook(
     )  # fmt: skip
 
 
-def grid(code: Tensor, out: Tensor, *, scale: Tensor, step: float | None = None) -> None:
-    """Write `code · scale`, and that times `step`, into out: code int8 `[…, K]`, a scale for each row."""
-    K = code.shape[-1]
-    block = min(_BYTES, triton.next_power_of_2(K))
-    _decode_grid_kernel[(code.numel() // K, triton.cdiv(K, block))](
-        code, scale, out, K, STEP=step, BLOCK=block, num_warps=_WARPS, enable_fp_fusion=False
-    )
+def grid(
+    code: Tensor, out: Tensor, *, scale: Tensor, kind: str = "int8", block: tuple[int, int] | None = None,
+    exponents: str = "", divisor: Tensor | None = None, is_scale_rounded: bool = False, step: float | None = None,
+) -> None:  # fmt: skip
+    """Write `code · (scale / divisor) · step` into out: codes of a `kind`, one scale for a block of rows and columns.
+
+    code is `[…, N, K]` int8 of kind "int8", uint8 of "e4m3" and "e5m2", or `[…, N, K / 2]` of "e2m1"; scale is
+    `[…, ⌈N / rows⌉, ⌈K / columns⌉]`, of one number, or for a `block` of None `[…, N]`. It holds numbers, or as uint8
+    e8m0 by the name of its `exponents`: "e8m0", or "exponent" for an infinity where e8m0 has a NaN, or "float8".
+    `is_scale_rounded` to out's dtype first.
+    """
+    *_, N, K = out.shape
+    rows, columns = block or (1, K)
+    stride_row = -(-K // columns)
+    strides = (0, 0) if scale.numel() == 1 else (-(-N // rows) * stride_row, stride_row)
+    size = min(_BYTES, triton.next_power_of_2(K))
+    _decode_grid_kernel[(out.numel() // K, triton.cdiv(K, size))](
+        code, scale, divisor, out, N, K, *strides, CODE=kind, SCALE=exponents, ROWS=rows,
+        COLUMNS=None if columns >= K or scale.numel() == 1 else columns,
+        ROUNDED=_TYPES[out.dtype if is_scale_rounded else torch.float32], STEP=step, BLOCK=max(2, size),
+        num_warps=_WARPS, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 # by the names that formats give

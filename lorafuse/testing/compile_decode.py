@@ -1,6 +1,7 @@
 """The launches of decode kernels that `compile_only` compiles, on meta tensors: one for each way to read a weight."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,16 +30,24 @@ def _codebook(out: Tensor, nested: bool = False, first: int = 0) -> None:
     )  # fmt: skip
 
 
-def _int8(out: Tensor, step: float | None) -> None:
-    decode.grid(_meta(*out.shape, of=torch.int8), out, scale=_meta(out.shape[0]), step=step)
+def _grid(out: Tensor, kind: str, block: tuple[int, int] | None = None, **more: Any) -> None:
+    N, K = out.shape
+    of = torch.int8 if kind == "int8" else torch.uint8
+    scale = _meta(N * K // 32, of=torch.uint8 if more.get("exponents") else torch.float32)
+    decode.grid(_meta(N, K // 2 if kind == "e2m1" else K, of=of), out, scale=scale, kind=kind, block=block, **more)
 
 
 CASES: dict[str, tuple[tuple[int, int], Callable[[Tensor], None]]] = {
     "codebook": (_ALIGNED, _codebook),
     "codebook nested": (_ALIGNED, lambda out: _codebook(out, nested=True)),
     "codebook nested odd": (_ODD, lambda out: _codebook(out, nested=True, first=5)),
-    "int8": (_ALIGNED, lambda out: _int8(out, 0.5)),
-    "int8 odd": (_ODD, lambda out: _int8(out, None)),
+    "int8": (_ALIGNED, lambda out: _grid(out, "int8", step=0.5)),
+    "int8 odd": (_ODD, lambda out: _grid(out, "int8")),
+    "e4m3 blocks": (_ALIGNED, lambda out: _grid(out, "e4m3", (128, 128), is_scale_rounded=True)),
+    "e4m3 blocks odd": (_ODD, lambda out: _grid(out, "e4m3", (128, 128), exponents="e8m0")),
+    "e5m2 rows": (_ALIGNED, lambda out: _grid(out, "e5m2")),
+    "mxfp4": (_ALIGNED, lambda out: _grid(out, "e2m1", (1, 32), exponents="exponent")),
+    "nvfp4": (_ALIGNED, lambda out: _grid(out, "e2m1", (1, 16), exponents="float8", divisor=_meta(1))),
 }
 
 

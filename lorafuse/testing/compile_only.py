@@ -143,9 +143,8 @@ def variants(target: str, everything: bool) -> list[Variant]:
                 }
         if not dropout and not wide and target != "gfx942":
             chosen |= set(_ragged_variants(problem, device, everything))
-    chosen |= {
-        Variant("decode", compile_decode.CONFIG, of, epilogue=case) for of in dtypes for case in compile_decode.CASES
-    }
+    cases = itertools.product(dtypes, compile_decode.CASES)
+    chosen |= {Variant("decode", compile_decode.CONFIG, dtype, epilogue=case) for dtype, case in cases}
     return sorted(chosen, key=lambda v: v.name)
 
 

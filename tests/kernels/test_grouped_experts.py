@@ -296,8 +296,10 @@ MUTATIONS = {
     "gradients of experts without rows": (GROUPED, "outer", ".masked_fill_(empty.view(-1, 1, 1), 0)", "", "gate_up_a"),
     "no router weight in a gradient": (ATEN, "outer", " * row_scale.to(narrow.dtype).unsqueeze(1)", "", "down_a"),
     "no router weight in du": (aten, "finish", ".mul_(epilogue.row_scale.to(product.dtype).unsqueeze(1))", "", "x"),
-    "the router's gradient without the bias": (BLOCK, "backward", "router_grad = router_grad + of_bias", "pass", "topk_weight"),
-    "the router's gradient of sentinels": (BLOCK, "backward", "rows.zero_rest(router_grad)", "router_grad", "topk_weight"),
+    "the router's gradient without the bias":
+        (BLOCK, "backward", "router_grad = router_grad + of_bias", "pass", "topk_weight"),
+    "the router's gradient of sentinels":
+        (BLOCK, "backward", "rows.zero_rest(router_grad)", "router_grad", "topk_weight"),
 }  # fmt: skip
 
 
