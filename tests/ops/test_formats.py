@@ -253,9 +253,25 @@ class TestTorchao:
         assert torch.equal(w.decoded(torch.bfloat16).data, linear.weight.dequantize())
         assert torch.equal(formats.adopt(linear.weight).data, w.data)
 
-    def test_zero_points_are_left_alone(self, linear):
+    def test_zero_points_are_left_to_another_format(self, linear, monkeypatch):
         linear.weight.zero_point[3] = 1
-        assert formats.adopt(linear) is None
+        monkeypatch.setattr(int8, "_are_shifted", False)
+        assert int8.adopt(linear) is None
+        assert formats.adopt(linear).format_name == "intx"
+
+    def test_zero_points_in_a_compiled_graph(self, linear, monkeypatch):
+        """A compiler cannot look at them; that others had some is enough for the format that subtracts them."""
+        monkeypatch.setattr(int8, "_are_shifted", False)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert formats.adopt(linear).format_name == "int8"
+        with monkeypatch.context() as eager:
+            eager.setattr(torch.compiler, "is_compiling", lambda: False)
+            assert int8.adopt(linear) is not None
+            linear.weight.zero_point = torch.ones_like(linear.weight.zero_point)
+            assert int8.adopt(linear) is None
+        assert formats.adopt(linear).format_name == "intx"
+        linear.weight.zero_point.zero_()
+        assert torch.equal(formats.adopt(linear).decoded(torch.bfloat16).data, linear.weight.dequantize())
 
     def test_other_tensors_are_left_alone(self):
         assert formats.adopt(torch.nn.Linear(4, 4)) is None
@@ -283,6 +299,7 @@ class TestBitsandbytes:
         assert after.data.data_ptr() == before.data.data_ptr()
         assert after.statistics[0].data_ptr() == before.statistics[0].data_ptr()
 
-    def test_what_is_not_quantized_yet_is_left_alone(self):
+    def test_what_is_not_quantized_yet(self):
         bnb = pytest.importorskip("bitsandbytes")
-        assert formats.adopt(bnb.nn.Linear8bitLt(K, 24, has_fp16_weights=False)) is None
+        with pytest.raises(ValueError, match=r"Int8Params torch.float32 \[24, 32\] on cpu is not quantized yet: build"):
+            formats.adopt(bnb.nn.Linear8bitLt(K, 24, has_fp16_weights=False))
