@@ -201,34 +201,3 @@ class TestLeftToPeft:
             after = patched(x_of())
         assert relative_l2(after, before) <= tolerance(torch.bfloat16)
         assert "was repacked" in str(lorafuse.patch(patched))
-
-
-class Footprint(TorchDispatchMode):
-    """Live and peak bytes of the storages that operators make while it is active."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.known = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        results = func(*args, **(kwargs or {}))
-        for t in tree_leaves(results):
-            if isinstance(t, torch.Tensor) and t.device.type == "cpu":
-                self.add(t.untyped_storage(), given)
-        return results
-
-    def add(self, storage, given):
-        key = storage._cdata
-        if key in self.known or key in given:
-            return
-        size = storage.nbytes()
-        self.known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self.freed, key, size)
-
-    def freed(self, key, size):
-        self.known.discard(key)
-        self.live -= size
