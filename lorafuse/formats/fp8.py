@@ -19,7 +19,7 @@ from torch import Tensor
 from lorafuse.formats.codec import expanded_rows, held, is_of, parse, row_chunks, scale_blocks, spell, target
 from lorafuse.formats.weight import Weight
 
-__all__ = ["adopt", "decode", "select", "shape"]
+__all__ = ["adopt", "decode", "kernel", "select", "shape"]
 
 _DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -59,6 +59,23 @@ def select(
     """The matrices start … stop - 1 of a stack: views."""
     (scale,) = statistics
     return data[start:stop], (scale if scale.numel() == 1 else scale[start:stop],), parameters
+
+
+def kernel(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tuple[str, dict[str, Any]] | None:
+    """The decode kernel, and what it reads; None for strided tensors."""
+    (scale,), (_, fields) = statistics, parse(parameters)
+    if not (data.is_contiguous() and scale.is_contiguous()):
+        return None
+    rows, columns = map(int, fields["block"].split("x"))
+    is_exponent = scale.dtype is torch.float8_e8m0fnu
+    return "grid", {
+        "code": data.view(torch.uint8),
+        "kind": "e4m3" if data.dtype is torch.float8_e4m3fn else "e5m2",
+        "scale": scale.view(torch.uint8) if is_exponent else scale,
+        "scale_kind": "e8m0" if is_exponent else "",
+        "block": (rows, columns),
+        "is_scale_rounded": fields.get("scale") == "rounded",
+    }
 
 
 def adopt(storage: object, name: str = "weight") -> Weight | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lorafuse.formats.codec import e2m1, is_of, row_chunks, target, unpacked
 from lorafuse.formats.weight import Weight
 
-__all__ = ["adopt", "decode", "select", "shape", "weight"]
+__all__ = ["adopt", "decode", "kernel", "select", "shape", "weight"]
 
 _BLOCK = 32
 _BIAS = 127
@@ -48,6 +48,15 @@ def select(
 ) -> tuple[Tensor, tuple[Tensor, ...], str]:
     """The matrices start … stop - 1 of a stack: views."""
     return data[start:stop], (statistics[0][start:stop],), parameters
+
+
+def kernel(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tuple[str, dict[str, Any]] | None:
+    """The decode kernel, and what it reads; None for strided tensors."""
+    (scale,) = statistics
+    if not (data.is_contiguous() and scale.is_contiguous()):
+        return None
+    kind = "" if scale.is_floating_point() else "exponent"
+    return "grid", {"code": data, "kind": "e2m1", "scale": scale, "scale_kind": kind, "block": (1, _BLOCK)}
 
 
 def weight(blocks: Tensor, scales: Tensor) -> Weight:

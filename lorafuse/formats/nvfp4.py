@@ -20,7 +20,7 @@ from torch import Tensor
 from lorafuse.formats.codec import e2m1, is_of, row_chunks, scale_blocks, target, unpacked
 from lorafuse.formats.weight import Weight
 
-__all__ = ["adopt", "decode", "select", "shape"]
+__all__ = ["adopt", "decode", "kernel", "select", "shape"]
 
 _BLOCK = 16
 
@@ -40,6 +40,15 @@ def decode(
         values = unpacked(data[start:stop], code, low_first=True).view(stop - start, out.shape[-1])
         out[start:stop] = scale_blocks(values, scale[start:stop].float() / divisor, _BLOCK)
     return out
+
+
+def kernel(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tuple[str, dict[str, Any]] | None:
+    """The decode kernel, and what it reads; None for strided tensors."""
+    scale, divisor = statistics
+    if not (data.is_contiguous() and scale.is_contiguous()):
+        return None
+    given = {"scale": scale.view(torch.uint8), "scale_kind": "float8", "divisor": divisor, "block": (1, _BLOCK)}
+    return "grid", {"code": data, "kind": "e2m1", **given}
 
 
 def select(
