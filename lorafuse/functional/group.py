@@ -137,7 +137,7 @@ def _arguments(
     inner = None
     for name, one in named.items():
         _check(operator, x, name, one)
-        features = inner if name == "down" and inner is not None else x.shape[-1] if x.dim() else 0
+        features = inner if name == "down" and inner is not None else x.size(-1) if x.dim() else 0
         _check_shapes(operator, x, name, one, features)
         if name in ("gate", "up"):
             N = _stored(one)[0]
