@@ -54,7 +54,7 @@ def test_every_test_draws_the_same(again):
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("def test_a():\n    pass\n", "nothing was skipped"),
         (
@@ -63,13 +63,13 @@ def test_every_test_draws_the_same(again):
         ),
     ],
 )
-def test_a_run_ends_with_what_was_skipped(tmp_path, source, said):
+def test_a_run_ends_with_what_was_skipped(tmp_path, source, message):
     shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
     (tmp_path / "test_a.py").write_text(source)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     before, closing = done.stdout.rstrip().rsplit("\n", 1)
-    assert said in before.partition("what was skipped and why")[2]
+    assert message in before.partition("what was skipped and why")[2]
     assert "passed" in closing or "skipped" in closing
 
 
