@@ -120,9 +120,6 @@ def _rank(a: Advice) -> list[Line]:
     if towers:
         value = f"the {towers} linear layers of other modalities: text gives them no gradient"
         lines.append(Line(section, "do not adapt", value, "formula", "MODULES"))
-    if a.to_peft:
-        value = f"{a.to_peft} linear layers, by their weights: PEFT keeps their names for experts, and builds W + BA"
-        lines.append(Line(section, "not fused", value, "measured here", "MODULES"))
     lines.append(Line(section, "alpha", "32 for every layer, scale alpha / r", "published figure", "FORM"))
     if a.rank_pattern:
         low, high = min(a.rank_pattern.values()), max(a.rank_pattern.values())

@@ -26,7 +26,7 @@ from lorafuse.integrations.hf_common import (
 )
 from lorafuse.integrations.hf_transformers import block_operands, first_projection, is_dispatched
 
-__all__ = ["NOTHING_ACTIVE", "FusedExperts", "expert_parts", "wrappers"]
+__all__ = ["NOTHING_ACTIVE", "FusedExperts", "expert_parts", "why_not_wrapped", "wrappers"]
 
 NOTHING_ACTIVE = "no adapter is active"
 
@@ -71,6 +71,17 @@ def wrappers(layer: ParamWrapper) -> list[ParamWrapper]:
     return layers
 
 
+def why_not_wrapped() -> str:
+    """Why no `ParamWrapper` of this process runs fused at present, or ""."""
+    for kind, forward in _FORWARDS.items():
+        if kind.forward is not forward:
+            return f"the forward of {kind.__name__} was replaced"
+    # PEFT registers a parametrization in every forward
+    if _hooks._global_module_registration_hooks or _hooks._global_parameter_registration_hooks:
+        return "global registration hooks are registered"
+    return ""
+
+
 def expert_parts(layer: ParamWrapper) -> tuple[dict[str, Any], int, dict[str, list[_Factors]]] | str:
     """The present state of an outermost wrapper, or why it does not run fused; nothing is computed.
 
@@ -78,9 +89,8 @@ def expert_parts(layer: ParamWrapper) -> tuple[dict[str, Any], int, dict[str, li
     adapters of "gate_up" and "down" as PEFT packs them. "" means that adapters are disabled or merged, PEFT's own
     paths. The one statement of which experts lorafuse takes: the report and every forward ask here.
     """
-    for kind, forward in _FORWARDS.items():
-        if kind.forward is not forward:
-            return f"the forward of {kind.__name__} was replaced"
+    if reason := why_not_wrapped():
+        return reason
     chain = wrappers(layer)
     if any(wrapper.disable_adapters or wrapper.merged for wrapper in chain):
         return ""
@@ -89,9 +99,6 @@ def expert_parts(layer: ParamWrapper) -> tuple[dict[str, Any], int, dict[str, li
         return "an inner wrapper or its base has hooks or a replaced forward"
     if is_called_otherwise(ParamWrapper) or is_called_otherwise(type(base)):
         return "the call of nn.Module was replaced"
-    # PEFT registers a parametrization in every forward
-    if _hooks._global_module_registration_hooks or _hooks._global_parameter_registration_hooks:
-        return "global registration hooks are registered"
     operands = block_operands(base, base._parameters)
     if isinstance(operands, str):
         return operands
