@@ -44,7 +44,7 @@ def linear_problem(
     N, K = w.sizes
     aligned = _rows_are_aligned(x) and (w.format != "dense" or _rows_are_aligned(w.data))
     return _problem(
-        x.shape[0], N, K, a.shape[0], x.dtype, a.dtype, bias, dropout, gradients, aligned, wide, format=w.format
+        x.shape[0], N, K, a.shape[0], x.dtype, a.dtype, bias, dropout, gradients, aligned, wide, format=w.format_name
     )
 
 
@@ -112,7 +112,7 @@ def _ragged(
     rank, adapter = (1, x.dtype) if a is None else (a.shape[1], a.dtype)
     return _problem(
         rows, N, K, rank, x.dtype, adapter, bias=False, dropout=False, gradients=_GRADIENTS if backward else (),
-        aligned=aligned, wide=False, groups=E, is_ragged=True, choices=choices, format=w.format, epilogue=epilogue,
+        aligned=aligned, wide=False, groups=E, is_ragged=True, choices=choices, format=w.format_name, epilogue=epilogue,
     )  # fmt: skip
 
 

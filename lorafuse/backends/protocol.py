@@ -11,7 +11,8 @@ Operands are values (`lorafuse.operands`). `x` is a matrix `[rows, K]` as `Backe
 adapters may be of another dtype and any strides, and are rounded to x's dtype inside. `rows` is None for a dense layer.
 `plan` is the plan of the projection (`lorafuse.plan`), asked once by the operator, which runs the primitives within
 `guard`. A primitive writes into no operand, does not wait for the device where offsets lie on one, and computes no
-gradient of w.
+gradient of w. `matmul` reads a w of any format: a quantized one is decoded into the workspace (`workspace`), right
+before the product that reads it, and never kept; a backend may override `decode`.
 
 A backend may offer composites, several primitives in one launch, under the names below; an operator asks for them first
 and composes otherwise. They are None where a backend has none. The plan of a backend with composites of a linear layer
@@ -19,12 +20,14 @@ refuses problems whose xa is fp32 over 16-bit operands: these do not learn of it
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorafuse.backends import workspace
 from lorafuse.operands import ActivateBackward, Dropout, Epilogue, LowRank, Rows, Weight
 from lorafuse.plan import Plan, Problem
 
@@ -77,9 +80,36 @@ class Backend:
         """x `[T, …]` and the rows by which the primitives read it: gathered here unless the kernels do that."""
         return x.index_select(0, rows.token), rows
 
-    def readable(self, w: Weight, dtype: torch.dtype) -> Weight:
-        """w in a format that `matmul` reads."""
-        return w.decoded(dtype)
+    def decode(self, w: Weight, dtype: torch.dtype, out: Tensor) -> Tensor:
+        """The matrices of a quantized w, as stored, in `dtype`: written into `out`, contiguous, of sizes `w.stored`.
+
+        Bit for bit what the codec of its format gives.
+        """
+        return w.decoded(dtype, out).data
+
+    def dense(self, w: Weight, dtype: torch.dtype) -> contextlib.AbstractContextManager[Weight]:
+        """w in the dense format, for the products within the block: no result may alias it."""
+        return contextlib.nullcontext(w) if w.format == "dense" else self._decoded(w, dtype)
+
+    @contextlib.contextmanager
+    def _decoded(self, w: Weight, dtype: torch.dtype) -> Iterator[Weight]:
+        with workspace.buffer(w.stored, dtype, w.data.device) as out:
+            yield Weight(self.decode(w, dtype, out), w.is_transposed)
+
+    def parts(self, w: Weight, dtype: torch.dtype, is_whole: bool = False) -> Iterator[tuple[slice, Weight]]:
+        """Which groups of a stack, and their matrices in the dense format: all of a dense one, of a quantized one as
+        many at a time as the workspace's budget holds, unless `is_whole`. Each part is overwritten by the next.
+        """
+        G, *sizes = w.stored
+        if w.format == "dense":
+            yield slice(0, G), w
+            return
+        step = G if is_whole else min(G, max(1, workspace.budget() // max(1, math.prod(sizes) * dtype.itemsize)))
+        with workspace.buffer((step, *sizes), dtype, w.data.device) as out:
+            for start in range(0, G, step):
+                stop = min(G, start + step)
+                some = w if step == G else w.select(start, stop)
+                yield slice(start, stop), Weight(self.decode(some, dtype, out[: stop - start]), w.is_transposed)
 
     def project(
         self, x: Tensor, a: Tensor, rows: Rows | None, plan: Plan | None, *, is_transposed: bool = False,

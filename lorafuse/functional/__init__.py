@@ -247,7 +247,7 @@ def lora_experts(
             device-side assertion says "topk_index holds a negative expert".
         topk_weight: `[T, k]`, any floating dtype; its gradient is computed, 0 at a sentinel.
         gate_up: `[E, 2I, H]`, or `[E, I, H]` without a gate, or with the last two exchanged when `is_transposed`;
-            frozen, of x's dtype, any strides. Or a quantized `Weight`, then down is of the same format.
+            frozen, of x's dtype, any strides. Or a quantized `Weight`.
         down: `[E, H, I]`, or `[E, I, H]` when `is_transposed`; likewise.
         gate_up_a, gate_up_b: `[E, R, H]` and `[E, 2I, R]`; down_a, down_b: `[E, R', I]` and `[E, H, R']`. A 2-D one is
             shared by all experts; both of a pair None is no adapter. PEFT's packed `lora_A.weight [E·R, in]` is
@@ -278,10 +278,10 @@ def lora_experts(
     )  # fmt: skip
     for w in (up, down_w):
         check_statistics("lora_experts", x, w)
-    if (up.format, up.is_transposed) != (down_w.format, down_w.is_transposed):
+    if up.is_transposed is not down_w.is_transposed:
         raise ValueError(
-            f"gate_up is {up.format}{' transposed' * up.is_transposed}, down {down_w.format}"
-            f"{' transposed' * down_w.is_transposed}; both stacks must be stored alike"
+            f"gate_up is_transposed={up.is_transposed}, down is_transposed={down_w.is_transposed}; both stacks must be "
+            "stored alike, as [E, out, in] or transposed"
         )
     check_scale("gate_up_scale", gate_up_scale)
     check_scale("down_scale", down_scale)
@@ -310,7 +310,7 @@ def lora_experts(
         x, topk_index, topk_weight, up.data, down_w.data, gate_up_bias, down_bias, gate_up_a, gate_up_b, down_a, down_b,
         gate_up_scale, down_scale, up.is_transposed,
     )  # fmt: skip
-    stored = up.format, list(up.statistics) or None, list(down_w.statistics) or None
+    stored = up.format, down_w.format, list(up.statistics) or None, list(down_w.statistics) or None
     backend = requested_backend(backend)
     if not callable(activation):
         layout = GateLayout.of(has_gate, is_concatenated)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ import lorafuse.ops.gated_mlp
 import lorafuse.ops.group
 import lorafuse.ops.grouped
 import lorafuse.ops.linear  # noqa: F401
+from lorafuse.operands import Weight
 
 __all__ = [
     "experts",
@@ -38,6 +40,14 @@ __all__ = [
 
 _Shape = Sequence[int]
 _COUNTER = "torch.utils.flop_counter"
+
+
+def _stored(w: _Shape, format: str = "dense", statistics: Sequence[_Shape] | None = None) -> _Shape:
+    """The sizes of the matrices of a weight in any format."""
+    if format == "dense":
+        return w
+    data, *scales = (torch.empty(sizes, device="meta") for sizes in (w, *(statistics or ())))
+    return Weight(data, statistics=tuple(scales), format=format).stored
 
 
 def _forward(rows: int, w: _Shape, a: _Shape | None) -> int:
@@ -58,28 +68,32 @@ def _rank(a: _Shape | None) -> int:
     return 0 if a is None else a[-2]
 
 
-def linear(x: _Shape, weight: _Shape, bias: _Shape | None, a: _Shape, *_: object, **__: object) -> int:
-    return _forward(math.prod(x[:-1]), weight, a)
+def linear(
+    x: _Shape, weight: _Shape, bias: _Shape | None, a: _Shape, b: object, seed: object, scale: float, dropout_p: float,
+    backend: str, wide: bool = False, *stored: Any, **_: object,
+) -> int:  # fmt: skip
+    return _forward(math.prod(x[:-1]), _stored(weight, *stored), a)
 
 
 def linear_backward(
     dy: _Shape, x: object, xa: object, weight: _Shape, a: _Shape, b: object, seed: object, scale: float,
-    dropout_p: float, needs: Sequence[bool], *_: object, **__: object,
+    dropout_p: float, needs: Sequence[bool], backend: str, wide: bool = False, *stored: Any, **_: object,
 ) -> int:  # fmt: skip
-    return _backward(math.prod(dy[:-1]), weight, a, False, needs[0], needs[1], needs[2])
+    return _backward(math.prod(dy[:-1]), _stored(weight, *stored), a, False, needs[0], needs[1], needs[2])
 
 
 def grouped(
-    x: _Shape, ends: object, w: _Shape, bias: object, a: _Shape | None, *_: object, **__: object
+    x: _Shape, ends: object, w: _Shape, bias: object, a: _Shape | None, b: object, scale: float, transposed: bool,
+    backend: str, *stored: Any, **_: object,
 ) -> int:  # fmt: skip
-    return _forward(x[0], w, a)
+    return _forward(x[0], _stored(w, *stored), a)
 
 
 def grouped_backward(
     dy: _Shape, x: object, xa: object, ends: object, w: _Shape, a: _Shape | None, b: object, scale: float,
-    transposed: bool, needs: Sequence[bool], *_: object, **__: object,
+    transposed: bool, needs: Sequence[bool], backend: str, *stored: Any, **_: object,
 ) -> int:  # fmt: skip
-    return _backward(dy[0], w, a, transposed, needs[0], needs[1], needs[2])
+    return _backward(dy[0], _stored(w, *stored), a, transposed, needs[0], needs[1], needs[2])
 
 
 def linears(
@@ -120,18 +134,27 @@ def gated_mlp_backward(
 
 def experts(
     x: _Shape, index: _Shape, weight: object, up: _Shape, down: _Shape, up_bias: object, down_bias: object,
-    up_a: _Shape | None, up_b: object, down_a: _Shape | None, *_: object, **__: object,
+    up_a: _Shape | None, up_b: object, down_a: _Shape | None, down_b: object, up_scale: float, down_scale: float,
+    transposed: bool, activation: str, gate_layout: str, backend: str, *stored: Any, **_: object,
 ) -> int:  # fmt: skip
-    rows = math.prod(index)
+    rows, (up, down) = math.prod(index), _both(up, down, *stored)
     return _forward(rows, up, up_a) + _forward(rows, down, down_a)
+
+
+def _both(
+    up: _Shape, down: _Shape, up_format: str = "dense", down_format: str = "dense", up_statistics: Any = None,
+    down_statistics: Any = None,
+) -> tuple[_Shape, _Shape]:  # fmt: skip
+    return _stored(up, up_format, up_statistics), _stored(down, down_format, down_statistics)
 
 
 def experts_backward(
     dout: object, x: object, weight: _Shape, up: _Shape, down: _Shape, down_bias: object, up_a: _Shape | None,
     up_b: object, down_a: _Shape | None, down_b: object, up_scale: float, down_scale: float, transposed: bool,
     activation: str, gate_layout: str, u: object, xa: object, ha: object, order: object, ends: object,
-    needs: Sequence[bool], *_: object, **__: object,
+    needs: Sequence[bool], backend: str, *stored: Any, **_: object,
 ) -> int:  # fmt: skip
+    up, down = _both(up, down, *stored)
     rows, (dx, dweight, d_up_a, d_up_b, d_down_a, d_down_b) = math.prod(weight), needs
     # of the hidden rows; the gradient of a router weight is taken from it
     dh = dx or dweight or d_up_a or d_up_b

@@ -97,7 +97,7 @@ def _up(run: Backend, x: Tensor, xa: Tensor | None, siblings: Sequence[Layer], w
         return layer_forward(run, x, layer, wide)[0]
     plan = run.plan(lambda: problem_of(x, [layer], wide), x.device)
     low = None if mine is None or layer.b is None else LowRank(mine, layer.b, layer.factor)
-    return run.matmul(x, run.readable(layer.weight, x.dtype), None, plan, low=low, bias=layer.bias)
+    return run.matmul(x, layer.weight, None, plan, low=low, bias=layer.bias)
 
 
 def _forward(x, *arguments):

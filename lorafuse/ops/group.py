@@ -68,7 +68,7 @@ def forward(
     xa, ys = _side_by_side(each, x, low), []
     for layer, mine in zip(layers, columns(xa, layers), strict=True):
         added = None if mine is None or layer.b is None else LowRank(mine, layer.b, layer.factor)
-        ys.append(run.matmul(x, run.readable(layer.weight, x.dtype), None, plan, low=added, bias=layer.bias))
+        ys.append(run.matmul(x, layer.weight, None, plan, low=added, bias=layer.bias))
     return xa, ys
 
 
@@ -109,7 +109,7 @@ def backward(
     summed = [j for j, part in enumerate(members) if any(need[i][0] for i in part)]
     sums: list[Tensor] = []
     if need_dx:
-        terms = ((dy, run.readable(layer.weight, dy.dtype).t) for _, dy, layer, _ in given)
+        terms = ((dy, layer.weight.t) for _, dy, layer, _ in given)
         # the mask of a layer is drawn once for dx and da
         likes = [low.b for low in lows] if len(summed) == len(lows) else []
         dx, sums = run.matmul_sum(terms, lows, plan, wide=x, likes=likes)

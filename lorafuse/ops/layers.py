@@ -152,7 +152,7 @@ def columns(xa: Tensor | None, layers: Sequence[Layer]) -> list[Tensor | None]:
 
 def layer_forward(run: Backend, x: Tensor, layer: Layer, wide: bool) -> tuple[Tensor, Tensor | None]:
     """`(y [M, N], xa [M, R])` of one layer and x `[M, K]`; no xa without an adapter."""
-    plan, w = run.plan(lambda: problem_of(x, [layer], wide), x.device), run.readable(layer.weight, x.dtype)
+    plan, w = run.plan(lambda: problem_of(x, [layer], wide), x.device), layer.weight
     if layer.a is None or layer.b is None:
         return run.matmul(x, w, None, plan, bias=layer.bias), None
     return of_one.forward(run, plan, x, w, layer.bias, layer.a, layer.b, layer.factor, layer.dropout, wide)
@@ -165,8 +165,7 @@ def layer_backward(
     if not any(needs):
         return None, None, None, None
     gradients = tuple(name for name, need in zip(_GRADIENTS, needs, strict=True) if need)
-    plan = run.plan(lambda: problem_of(dy, [layer], wide, gradients), dy.device)
-    w = run.readable(layer.weight, dy.dtype) if needs[0] else layer.weight
+    plan, w = run.plan(lambda: problem_of(dy, [layer], wide, gradients), dy.device), layer.weight
     if layer.a is None or layer.b is None:
         return run.matmul(dy, w.t, None, plan) if needs[0] else None, None, None, dy.sum(0) if needs[3] else None
     xa = None if xa is None else xa.contiguous()
