@@ -75,22 +75,22 @@ def backward(
     of_siblings = [need_dx, *of_da[:2], *of_db[:2], *of_dbias[:2]]
     h, act, need_dh = None, None, any(of_siblings)
     if up is None and (need_dh or of_da[2]):
-        up = _up(run, x, xa, siblings, wide)
+        up = recomputed_up(run, x, xa, siblings, wide)
     if of_da[2]:
         h, act = gate_forward_parts(activation, gate, up)
     dh, *of_down = layer_backward(run, dy, h, ha, down, (need_dh, of_da[2], of_db[2], of_dbias[2]), wide)
     del h
-    found: list[Tensor | None] = [None] * 7
+    of_inputs: list[Tensor | None] = [None] * 7
     if need_dh:
         du = [run.matrix(part) for part in gate_backward(activation, dh, gate, up, act)]
         del dh, act
-        found = group.backward(run, plan, du, x, xa, siblings, of_siblings, wide)
-    dx, *rest = found
+        of_inputs = group.backward(run, plan, du, x, xa, siblings, of_siblings, wide)
+    dx, *rest = of_inputs
     da, db, dbias = ([*rest[2 * i : 2 * i + 2], of_down[i]] for i in range(3))
     return [dx, *da, *db, *dbias]
 
 
-def _up(run: Backend, x: Tensor, xa: Tensor | None, siblings: Sequence[Layer], wide: bool) -> Tensor:
+def recomputed_up(run: Backend, x: Tensor, xa: Tensor | None, siblings: Sequence[Layer], wide: bool) -> Tensor:
     """up of x and its xa, as forward computed it."""
     layer, mine = siblings[1], columns(xa, siblings)[1]
     if run.linear_forward is not None:
@@ -212,13 +212,20 @@ def _plain_gradients(dy, x, layers, needs, others):
         return _plain(x, given, activation, wide)
 
     needed = [i for i, need in enumerate(needs) if need]
-    found = dict(zip(needed, plain.gradients(formula, inputs, needed, dy), strict=True))
-    return [found.get(i) for i in range(len(needs))]
+    by_place = dict(zip(needed, plain.gradients(formula, inputs, needed, dy), strict=True))
+    return [by_place.get(i) for i in range(len(needs))]
+
+
+# without what only functorch needs, as `ops.linear` calls autograd
+_apply = super(torch.autograd.Function, _LoRAGatedMLP).apply
 
 
 def _autograd(x, *arguments):
     settings, tensors = Settings.of(arguments[:10])
-    return _LoRAGatedMLP.apply(x, settings, arguments[10:], *tensors)
+    if not torch.is_grad_enabled() and can_bypass_dispatcher(x, *tensors):
+        # nothing is recorded
+        return _forward(x, *arguments)
+    return _apply(x, settings, arguments[10:], *tensors)
 
 
 implement("lora_gated_mlp", _forward, _fake_forward)
