@@ -89,7 +89,30 @@ def experts(
     return Call(run, weights, x=leaf(T, H), topk_weight=torch.rand(T, 2), **factors)
 
 
-CALLS = {"linear": linear, "grouped": grouped, "experts": experts}
+def siblings(K=40, R=3, N=24, backend="eager"):
+    """Layers of one x: quantized with and without an adapter, dense, and quantized otherwise."""
+
+    def run(weights, x, a, b, **others):
+        adapters = (a, b), (None, None), (others["a2"], others["b2"])
+        projections = [LF.Projection(w, *pair, scale=1.5) for w, pair in zip(weights, adapters, strict=True)]
+        return torch.cat(LF.lora_linears(x, projections, backend=backend), -1)
+
+    weights = [nf4(N, K), int8(16, K), nf4(8, K)]
+    return Call(run, weights, x=leaf(6, K), a=leaf(R, K), b=leaf(N, R), a2=leaf(2, K), b2=leaf(8, 2))
+
+
+def gated_mlp(H=24, I=40, R=3, backend="eager"):
+    def run(weights, x, **factors):
+        pairs = [(factors[f"{name}_a"], factors[f"{name}_b"]) for name in ("gate", "up", "down")]
+        layers = [LF.Projection(w, *pair, scale=1.5) for w, pair in zip(weights, pairs, strict=True)]
+        return LF.lora_gated_mlp(x, *layers, backend=backend)
+
+    factors = {"gate_a": leaf(R, H), "gate_b": leaf(I, R), "up_a": leaf(R, H), "up_b": leaf(I, R)}
+    factors |= {"down_a": leaf(R, I), "down_b": leaf(H, R)}
+    return Call(run, [nf4(I, H), int8(I, H), nf4(H, I)], x=leaf(6, H), **factors)
+
+
+CALLS = {"linear": linear, "grouped": grouped, "experts": experts, "siblings": siblings, "gated_mlp": gated_mlp}
 
 
 def check_same(call):

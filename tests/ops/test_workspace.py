@@ -6,6 +6,7 @@ import pytest
 import torch
 from quantized_calls import CALLS, Call, check_same, experts, grouped, int8, linear, nf4, two_at_a_time
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import lorafuse
 from lorafuse.backends import aten, workspace
@@ -24,7 +25,10 @@ class TestMemory:
     @pytest.mark.no_poison
     @by_call
     def test_nothing_of_a_weights_size_is_allocated_but_the_workspace(self, call):
-        sizes = {"N": 1024, "K": 1024} if call != "experts" else {"H": 1024, "I": 512}
+        # gate_up of experts has two matrices
+        sizes = {"experts": {"H": 1024, "I": 512}, "gated_mlp": {"H": 1024, "I": 1024}}.get(
+            call, {"N": 1024, "K": 1024}
+        )
         made = CALLS[call](**sizes)
         of_matrix = 4 * 1024 * 1024
         first, later = changes(made.results), changes(made.results)
@@ -80,6 +84,17 @@ class TestMemory:
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             backend.matmul(torch.randn(2, 7), nf4(8, 64), None, None)
         assert len(workspace.FREE) == 1
+
+
+@by_backend
+@by_call
+def test_flops_are_those_of_dense_weights(call, backend):
+    made, counted = CALLS[call](backend=backend), []
+    for weights in (made.weights, made.dense()):
+        with FlopCounterMode(display=False) as counter:
+            made.results(weights)
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
 
 
 class TestUsers:
