@@ -45,8 +45,16 @@ class Call:
             for name, t in self.tensors.items()
         }
         y = self.run(self.weights if weights is None else weights, **given)
-        y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape))
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape))
         return {"y": y.detach()} | {name: t.grad for name, t in given.items() if t.requires_grad}
+
+    def to(self, device, dtype):
+        """The same call on a device and in a dtype."""
+        weights = [
+            Weight(w.data.to(device), w.is_transposed, tuple(t.to(device) for t in w.statistics), w.format)
+            for w in self.weights
+        ]
+        return Call(self.run, weights, **{name: t.detach().to(device, dtype) for name, t in self.tensors.items()})
 
     def dense(self, dtype=torch.float32):
         return [w.decoded(dtype) for w in self.weights]
@@ -64,7 +72,7 @@ def grouped(E=5, N=24, K=40, R=3, backend="eager", is_transposed=False, ends=(4,
     bias = torch.randn(E, N)
 
     def run(weights, x, a, b):
-        return LF.lora_grouped_linear(x, ends, *weights, a, b, scale=1.5, bias=bias, backend=backend)
+        return LF.lora_grouped_linear(x, ends.to(x.device), *weights, a, b, scale=1.5, bias=bias.to(x), backend=backend)
 
     sizes = (K, N) if is_transposed else (N, K)
     weights = [nf4(E, *sizes, is_transposed=is_transposed)]
@@ -80,7 +88,7 @@ def experts(
 
     def run(weights, x, topk_weight, **factors):
         low = {"gate_up_scale": 1.5, "down_scale": 0.7, "activation": activation, "backend": backend}
-        return LF.lora_experts(x, index, topk_weight, *weights, **factors, **low)
+        return LF.lora_experts(x, index.to(x.device), topk_weight, *weights, **factors, **low)
 
     factors = {
         "gate_up_a": leaf(E, R, H), "gate_up_b": leaf(E, 2 * I, R), "down_a": leaf(E, R, I), "down_b": leaf(E, H, R)
