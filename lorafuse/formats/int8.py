@@ -78,7 +78,8 @@ def adopt(storage: object, name: str = "weight") -> Weight | None:
         if not plain or scale.shape != (*data.shape[:-1], 1) or not _is_zero(zero):
             return None
         return Weight(data, statistics=(scale,), format="int8")
-    if not is_of(weight, "bitsandbytes", "Int8Params"):
+    # torch.save and FSDP make a plain parameter of an `Int8Params`
+    if not (is_of(weight, "bitsandbytes", "Int8Params") or is_of(storage, "bitsandbytes", "Linear8bitLt")):
         return None
     # the first forward moves both from the parameter to the layer's state
     state = getattr(storage, "state", None)
