@@ -47,19 +47,30 @@ def _planned(rows, plan, *tensors):
 
 
 @pytest.fixture
+def assume(monkeypatch):
+    """`assume(name, state)`: in this test a backend is as available as `state` says."""
+
+    def one(name, state):
+        availability = base.availability
+        monkeypatch.setattr(base, "availability", lambda other: state if other == name else availability(other))
+
+    return one
+
+
+@pytest.fixture
 def no_choice_yet(monkeypatch):
-    monkeypatch.setattr(base, "_current", None)
+    monkeypatch.setattr(base, "process_choice", None)
     monkeypatch.delenv("LORAFUSE_BACKEND", raising=False)
 
 
 @pytest.fixture
-def spy(monkeypatch):
+def spy(monkeypatch, assume):
     """A backend "triton" that exists, computes as eager does, and records which of its functions ran."""
     found = Spy()
     module = ModuleType("lorafuse.backends.triton")
     module.backend = lambda: found
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(base._AVAILABILITY, "triton", base.Availability(True))
+    assume("triton", base.Availability(True))
     return found
 
 

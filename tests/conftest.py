@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import fcntl
 import gc
+import importlib.util
 import random
 import tempfile
 from collections import defaultdict
@@ -29,6 +30,10 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{_cache.name}/inductor"
 # Before any kernel is defined: without a GPU, kernels run in Triton's interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        import fast_interpreter
+
+        fast_interpreter.install()
 
 # Remembered at its first call: under a patched torch.empty it would remember that one, and `with torch.device("meta")`
 # would then allocate whole models.

@@ -117,4 +117,4 @@ def two_at_a_time():
         with aten.BACKEND.dense(one, torch.float32) as first, aten.BACKEND.dense(two, torch.float32) as second:
             assert torch.equal(first.data, one.decoded(torch.float32).data)
             assert torch.equal(second.data, two.decoded(torch.float32).data)
-    assert len(workspace._free) == 2
+    assert len(workspace.FREE) == 2

@@ -35,11 +35,11 @@ class Aten(Backend):
     def plan(self, operator: Problems, device: torch.device) -> Plan | None:
         if device.type != "cuda":
             return None
-        found = operator()
+        planned = operator()
         if base.availability("triton").ok:
-            return select(found, problems.device_spec(device), (("eager", ""),))
+            return select(planned, problems.device_spec(device), (("eager", ""),))
         # without Triton nothing is known of the GPU but its architecture
-        projections = found if isinstance(found, tuple) else (found,)
+        projections = planned if isinstance(planned, tuple) else (planned,)
         if not projections[0].is_ragged:
             return Plan("eager", "aten_beta1")
         arch = problems.arch(device)
@@ -90,18 +90,18 @@ class Aten(Backend):
         if rows is not None:
             return self._ragged(plan).outer(narrow, wide, rows, like, is_transposed, scale)
         if dropout is not None or narrow.dtype is not wide.dtype:
-            found = _chunked_outer(narrow, wide, dropout, like).mul_(scale)
-            return (found.t() if is_transposed else found).to(like.dtype)
+            product = _chunked_outer(narrow, wide, dropout, like).mul_(scale)
+            return (product.t() if is_transposed else product).to(like.dtype)
         if not is_transposed:
-            found = torch.mm(_transposed(narrow), wide)
+            product = torch.mm(_transposed(narrow), wide)
         elif not wide.is_cuda and _takes_transposed(wide):
-            found = torch.mm(wide.t(), narrow)
+            product = torch.mm(wide.t(), narrow)
         else:
             # (narrowᵀ wide)ᵀ: with the long side last it took 0.26 ms where wideᵀ narrow took 0.34 ms (M 1024,
             # N 2048, R 16, bf16, Xeon with AMX, 2 threads, 2026-11-24)
-            found = torch.mm(_transposed(narrow), wide)
-            return like.new_empty(like.shape).copy_(_scaled(found, scale).t())
-        return _scaled(found, scale).to(like.dtype)
+            product = torch.mm(_transposed(narrow), wide)
+            return like.new_empty(like.shape).copy_(_scaled(product, scale).t())
+        return _scaled(product, scale).to(like.dtype)
 
     def matmul_outer(  # type: ignore[override]
         self, dy: Tensor, w: Weight, plan: Plan | None, low: LowRank, x: Tensor, like: Tensor
@@ -179,10 +179,10 @@ def _masked_matmul(x: Tensor, w: Weight, low: LowRank, wide: Tensor | None, oute
 def _chunked_outer(narrow: Tensor, wide: Tensor, dropout: Dropout | None, like: Tensor) -> Tensor:
     """`narrowᵀ drop(wide)`, `[R, C]` in fp32 at least."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    found = torch.zeros((narrow.shape[1], wide.shape[1]), dtype=dtype, device=like.device)
+    total = torch.zeros((narrow.shape[1], wide.shape[1]), dtype=dtype, device=like.device)
     for chunk in row_chunks(wide.shape[0], wide.shape[1], wide.device):
-        found += torch.mm(narrow[chunk].t(), _masked(wide[chunk].to(narrow.dtype), dropout, chunk))
-    return found
+        total += torch.mm(narrow[chunk].t(), _masked(wide[chunk].to(narrow.dtype), dropout, chunk))
+    return total
 
 
 def _masked(x: Tensor, dropout: Dropout | None, rows: slice) -> Tensor:

@@ -95,9 +95,9 @@ class GroupedMM:
         R, wide = narrow.shape[1], _aligned(wide)
         narrow = _aligned(F.pad(narrow, (0, _padded(R, narrow.dtype) - R)))
         of_rows = (wide.t(), narrow) if is_transposed else (narrow.t(), wide)
-        found = _product(*of_rows, rows)
-        found = found[..., :R] if is_transposed else found[:, :R]
-        out = torch.empty_like(like).copy_(found)
+        product = _product(*of_rows, rows)
+        product = product[..., :R] if is_transposed else product[:, :R]
+        out = torch.empty_like(like).copy_(product)
         if scale != 1.0:
             out *= scale
         empty = rows.offsets.diff(prepend=rows.offsets.new_zeros(1)) == 0

@@ -19,7 +19,7 @@ from lorafuse.operands import LowRank, Rows, Weight
 __all__ = ["matmul", "outer", "project"]
 
 # rows of a product are rounded up to these: oneDNN, which multiplies 16 bits, compiles a kernel for each size it meets
-_STEP = {torch.bfloat16: 32, torch.float16: 32}
+ROW_MULTIPLE = {torch.bfloat16: 32, torch.float16: 32}
 
 
 def project(x: Tensor, a: Tensor, rows: Rows, is_transposed: bool, scale: float) -> Tensor:
@@ -75,12 +75,12 @@ def _segments(rows: Rows) -> tuple[list[tuple[int, slice]], int]:
     """Every group that has rows, and where the last one's end."""
     if "segments" not in rows.cache:
         bounds = [0, *rows.offsets.tolist()]
-        found = [
+        segments = [
             (e, slice(first, last))
             for e, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
             if last > first
         ]
-        rows.cache["segments"] = found, found[-1][1].stop if found else 0
+        rows.cache["segments"] = segments, segments[-1][1].stop if segments else 0
     return rows.cache["segments"]
 
 
@@ -108,7 +108,7 @@ def _matrices(run: Backend, w: Weight, dtype: torch.dtype) -> Callable[[int], Ab
 
 def _rounded_up(rows: slice, last: int, dtype: torch.dtype) -> slice:
     """A group's rows and some of the next ones', which are computed with theirs later, so that sizes are few."""
-    step = _STEP.get(dtype, 1)
+    step = ROW_MULTIPLE.get(dtype, 1)
     return slice(rows.start, min(rows.start + -(-(rows.stop - rows.start) // step) * step, last))
 
 
@@ -119,7 +119,7 @@ def _over_rows(left: Tensor, right: Tensor) -> Tensor:
     """
     if left.dtype is torch.float16:
         left, right = left.float(), right.float()
-    step, wide = _STEP.get(left.dtype, 1), torch.promote_types(left.dtype, torch.float32)
+    step, wide = ROW_MULTIPLE.get(left.dtype, 1), torch.promote_types(left.dtype, torch.float32)
     whole = left.shape[0] // step * step
     if whole in (0, left.shape[0]):
         return torch.mm(left.t(), right)

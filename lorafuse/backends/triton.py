@@ -139,9 +139,9 @@ class Triton(Backend):
         if row_scale is not None:
             narrow = narrow * row_scale.to(narrow.dtype).unsqueeze(1)
         parts = lowrank.outer_partials(wide, narrow, config, **_mask(dropout))
-        found = out.t().contiguous() if is_transposed else out
-        lowrank.sum_partials([(parts, found, scale)], plan.config("reduce"))
-        return out.copy_(found.t()) if is_transposed else out
+        total = out.t().contiguous() if is_transposed else out
+        lowrank.sum_partials([(parts, total, scale)], plan.config("reduce"))
+        return out.copy_(total.t()) if is_transposed else out
 
     def project_outer(
         self, dy: Tensor, b: Tensor, xa: Tensor | None, plan: Plan | None, *, scale: float, need_dyb: bool,

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from lorafuse import env
 
-__all__ = ["budget", "buffer", "clear_workspace"]
+__all__ = ["FREE", "budget", "buffer", "clear_workspace"]
 
-# those of the CPU that nobody uses; append and pop are atomic
-_free: list[Tensor] = []
+# buffers of the CPU that nobody uses; append and pop are atomic
+FREE: list[Tensor] = []
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def buffer(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return
     needed = math.prod(sizes) * dtype.itemsize
     try:
-        memory = _free.pop()
+        memory = FREE.pop()
     except IndexError:
         memory = None
     if memory is None or memory.numel() < needed:
@@ -44,7 +44,7 @@ def buffer(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     try:
         yield memory[:needed].view(dtype).view(sizes)
     finally:
-        _free.append(memory)
+        FREE.append(memory)
 
 
 def budget() -> int:
@@ -64,4 +64,4 @@ def clear_workspace() -> None:
 
     On GPUs torch's caching allocator holds it: `torch.cuda.empty_cache()` frees it there.
     """
-    _free.clear()
+    FREE.clear()

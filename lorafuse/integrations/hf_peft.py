@@ -28,10 +28,10 @@ from lorafuse.integrations.hf_common import (
     warn_once,
     watched,
 )
-from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, wrappers
+from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, why_not_wrapped, wrappers
 from lorafuse.integrations.report import Patched, PatchReport, Skipped
 
-__all__ = ["FusedLinear", "adopt", "release", "survey"]
+__all__ = ["FusedLinear", "FusedWeight", "adopt", "release", "survey"]
 
 
 # weight, a, b, scale, bias, dropout_p
@@ -62,7 +62,7 @@ class FusedLinear(PeftLinear):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         # per-sample adapters (kwargs), disabled and merged adapters are PEFT's own paths and cost no more there;
         # who kept this method (accelerate's hooks) calls it after unpatch too
-        if not (args or kwargs or self._disable_adapters or self.merged_adapters or type(self) is PeftLinear):
+        if not (args or kwargs or self._disable_adapters or self.merged_adapters or type(self) in _PEFT):
             parts: Any = interception(x)
             if parts is None:
                 parts = _parts(self)
@@ -75,20 +75,40 @@ class FusedLinear(PeftLinear):
                 return run_linear(x, *parts, None, self._lorafuse_backend)  # type: ignore[call-arg]
             if parts and not torch.compiler.is_compiling():
                 warn_once("a patched linear layer runs as PEFT ships it", parts)
-        return PeftLinear.forward(self, x, *args, **kwargs)
+        shipped = ParamWrapper if isinstance(self, ParamWrapper) else PeftLinear
+        return shipped.forward(self, x, *args, **kwargs)
+
+
+class FusedWeight(ParamWrapper):
+    """`ParamWrapper` over the weight of an `nn.Linear`, run as `FusedLinear` runs: PEFT builds W + BA there.
+
+    PEFT adapts the linear layers of a model with experts by their weights where they are named as experts' projections
+    were in transformers 4: DeepSeek's dense MLP and shared experts.
+    """
+
+    forward = FusedLinear.forward  # type: ignore[assignment]
 
 
 # PEFT's reports, and PEFT itself, know a layer by this name; pickle goes by __module__ and __qualname__
 FusedLinear.__name__ = PeftLinear.__name__
+FusedWeight.__name__ = ParamWrapper.__name__
+
+# the classes of unpatched layers
+_PEFT = (PeftLinear, ParamWrapper)
 
 
-def _parts(layer: PeftLinear) -> _Operands | _Unfolded | str | None:
+def _parts(layer: PeftLinear | ParamWrapper) -> _Operands | _Unfolded | str | None:
     """The operands of the layer's present state, or what they are to be computed from: nothing is computed here.
 
     None when no adapter is active in this layer, so that there is nothing to fuse; a str, the reason, when there is
     but it cannot be fused. The one statement of which layers lorafuse takes: the report and every forward ask here.
     """
-    if PeftLinear.forward is not _FORWARD:
+    if isinstance(layer, ParamWrapper):
+        if reason := why_not_wrapped():
+            return reason
+        if layer.parameter_name != "weight":
+            return f"it adapts {layer.parameter_name} of an nn.Linear, not its weight"
+    elif PeftLinear.forward is not _FORWARD:
         return "peft.tuners.lora.Linear.forward was replaced"
     modules = layer._modules
     lora_a, lora_b = modules["lora_A"]._modules, modules["lora_B"]._modules
@@ -181,13 +201,14 @@ def _folded(weight: Tensor, bias: Tensor | None, factors: list[_Factors], dropou
     return weight, a, b, 1.0, bias, dropout_p
 
 
-# PEFT's class: ours
-_FUSED = {PeftLinear: FusedLinear, ParamWrapper: FusedExperts}
+# our class: PEFT's
+_SHIPPED = {FusedLinear: PeftLinear, FusedWeight: ParamWrapper, FusedExperts: ParamWrapper}
 
 
 def _kind(layer: BaseTunerLayer) -> str:
     if isinstance(layer, ParamWrapper):
-        return "experts"
+        # of a weight as of a layer: "linear"
+        return "linear" if isinstance(layer.get_base_layer(), nn.Linear) else "experts"
     return "linear" if isinstance(layer, PeftLinear) else type(layer).__name__.lower()
 
 
@@ -200,13 +221,13 @@ def _reason(layer: BaseTunerLayer) -> str:
     if not isinstance(layer, LoraLayer):
         return f"{_full_name(layer)} is not a LoRA layer"
     # fully_shard changes the class of a layer passed to it to a subclass of its own, which still runs fused
-    if type(layer) not in _FUSED and not isinstance(layer, tuple(_FUSED.values())):
+    if type(layer) not in _PEFT and not isinstance(layer, tuple(_SHIPPED)):
         return f"{_full_name(layer)} is not a LoRA layer over nn.Linear"
-    if type(layer) in _FUSED and "forward" in layer.__dict__:
+    if type(layer) in _PEFT and "forward" in layer.__dict__:
         return _replaced_forward(layer)
     if reason := watched():
         return reason
-    parts = expert_parts(layer) if isinstance(layer, ParamWrapper) else _parts(layer)
+    parts = expert_parts(layer) if _kind(layer) == "experts" else _parts(layer)
     # experts whose adapters are merely off, merged or elsewhere run fused when they are on again
     return parts if isinstance(parts, str) and parts != NOTHING_ACTIVE else ""
 
@@ -260,24 +281,25 @@ def _shown_backend(layer: LoraLayer, backend: str) -> str:
 
 
 def adopt(layer: Any, backend: str) -> None:
-    """Make a layer that `survey` listed a `FusedLinear` or `FusedExperts`."""
-    if type(layer) in _FUSED:
-        layer.__class__ = _FUSED[type(layer)]
+    """Make a layer that `survey` listed a `FusedLinear`, `FusedWeight` or `FusedExperts`."""
+    if type(layer) is PeftLinear:
+        layer.__class__ = FusedLinear
+    elif type(layer) is ParamWrapper:
+        layer.__class__ = FusedWeight if _kind(layer) == "linear" else FusedExperts
     # None follows lorafuse.use_backend at every call
     layer._lorafuse_backend = None if backend == "auto" else backend
 
 
 def release(model: nn.Module) -> int:
     """Make every patched layer of the model PEFT's class again; returns how many."""
-    originals = {fused: peft for peft, fused in _FUSED.items()}
-    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, tuple(originals))]
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, tuple(_SHIPPED))]
     for layer in layers:
-        if type(layer) not in originals:
+        if type(layer) not in _SHIPPED:
             raise RuntimeError(
                 f"cannot unpatch a {type(layer).__name__}: its class was changed after lorafuse.patch (fully_shard "
                 "does that to a layer passed to it); unpatch before it, or shard whole blocks"
             )
     for layer in layers:
-        layer.__class__ = originals[type(layer)]
+        layer.__class__ = _SHIPPED[type(layer)]
         del layer._lorafuse_backend
     return len(layers)

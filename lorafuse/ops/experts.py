@@ -49,11 +49,11 @@ LIBRARY.define(
 )
 
 # activations that are functions, which no schema holds: by the name that the operator gets instead
-_functions: WeakValueDictionary[str, Recomputed] = WeakValueDictionary()
+functions: WeakValueDictionary[str, Recomputed] = WeakValueDictionary()
 
 
 def _activation(name: str, layout: str) -> Activation | Recomputed:
-    return _functions[name] if name in _functions else lookup(name, GateLayout(layout))
+    return functions[name] if name in functions else lookup(name, GateLayout(layout))
 
 
 def _weights(
@@ -110,14 +110,14 @@ def backward(
     if need_dx or need_dweight or need_up:
         low = None if gb is None else LowRank(gb, down_a, down_scale, is_transposed=True)
         epilogue = ActivateBackward(act, u, row_scale, need_dweight)
-        du, h, share = run.matmul(g, down.t, gathered, second, low=low, epilogue=epilogue)
+        du, h, router_grad = run.matmul(g, down.t, gathered, second, low=low, epilogue=epilogue)
         if need_dweight:
             if down_bias is not None:
                 of_bias = run.project(g, down_bias.unsqueeze(1), gathered, second).squeeze(1)
-                share = share + of_bias
+                router_grad = router_grad + of_bias
             # an activation may make of a row of no group what is no number
-            share = rows.zero_rest(share).to(weight.dtype)
-            dweight = weight.new_empty(weight.numel()).scatter_(0, rows.order, share).view(weight.shape)
+            router_grad = rows.zero_rest(router_grad).to(weight.dtype)
+            dweight = weight.new_empty(weight.numel()).scatter_(0, rows.order, router_grad).view(weight.shape)
     else:
         h = act.forward(u)
     if need_down:
@@ -225,15 +225,15 @@ def _differentiate(ctx, dout, *_):
         x, index, weight, up, down, *others = inputs
         up, down = (w.decoded(x.dtype).data for w in _weights(up, down, ctx.settings[2], *stored))
         given = x, index, weight, up, down, *others, *ctx.settings[:3], ctx.activation
-        found = plain.gradients(plain.experts, given, needed, dout)
+        computed = plain.gradients(plain.experts, given, needed, dout)
     else:
         x, _, weight, up, down, _, down_bias, *adapters = inputs
         needs = [i in needed for i in _DIFFERENTIABLE]
         operands = x, weight, up, down, down_bias, *adapters
         op = torch.ops.lorafuse.lora_experts_backward
         every = op(dout, *operands, *ctx.settings, *saved, needs, ctx.backend, *(one or None for one in stored))
-        found = [grad for grad, need in zip(every, needs, strict=True) if need]
-    for i, grad in zip(needed, found, strict=True):
+        computed = [grad for grad, need in zip(every, needs, strict=True) if need]
+    for i, grad in zip(needed, computed, strict=True):
         grads[i] = grad
     return tuple(grads)
 
@@ -270,5 +270,5 @@ def _recomputed(args, activation, backend, stored):
         up, down = _weights(up, down, transposed, *stored)
         backend = _choose("auto", x, index.shape[1], up, down, up_a, down_a, act, False)[0].name
     name = f"function {id(act)}"
-    _functions[name] = act
+    functions[name] = act
     return lora_experts(*args, name, GateLayout.CONCATENATED.value, backend, *stored)

@@ -133,13 +133,13 @@ def _differentiate(ctx, dy, _):
         if x is None:
             x = dy.new_zeros((dy.shape[0], weight.sizes[1])).requires_grad_()
         given = x, offsets, weight.data, bias, a, b, scale, transposed
-        found = plain.gradients(plain.grouped, given, needed, dy)
+        computed = plain.gradients(plain.grouped, given, needed, dy)
     else:
         needs = [i in needed for i in (0, 4, 5)]
         op = torch.ops.lorafuse.lora_grouped_linear_backward
         every = op(dy, x, xa, offsets, w, a, b, scale, transposed, needs, backend, ctx.format, statistics or None)
-        found = [grad for grad, need in zip(every, needs, strict=True) if need]
-    for i, grad in zip(needed, found, strict=True):
+        computed = [grad for grad, need in zip(every, needs, strict=True) if need]
+    for i, grad in zip(needed, computed, strict=True):
         grads[i] = grad
     return tuple(grads)
 

@@ -86,8 +86,8 @@ def gradients(
             # an alias, so that the hooks of an input do not run here
             given[i] = given[i].view_as(given[i])
         out = formula(*given)
-        wanted = [given[i] for i in needed]
-        return list(torch.autograd.grad(out, wanted, dout, create_graph=create_graph, materialize_grads=True))
+        leaves = [given[i] for i in needed]
+        return list(torch.autograd.grad(out, leaves, dout, create_graph=create_graph, materialize_grads=True))
 
 
 def _refuse_batched(operator: str, name: str, t: Tensor) -> None:

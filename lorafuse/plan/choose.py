@@ -7,8 +7,7 @@ from functools import lru_cache
 
 from lorafuse import formats
 from lorafuse.plan import configs_cuda, configs_triton, cost, tuned
-from lorafuse.plan.candidate import Candidate
-from lorafuse.plan.config import KernelConfig
+from lorafuse.plan.candidate import Candidate, KernelConfig
 from lorafuse.plan.devices import DeviceSpec, features, find
 from lorafuse.plan.problem import Problem
 

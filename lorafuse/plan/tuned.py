@@ -37,16 +37,16 @@ from lorafuse.plan.problem import Problem
 __all__ = ["KERNELS", "Tuned", "file_name", "load", "match", "own_file", "read", "text_of", "write"]
 
 _TRITON = ("two_kernel", "one_pass_backward", "ragged")
-# name: backend; the CUDA kernels do the same steps as Triton's, or xa in y's launch, or da and db in dx's
-KERNELS = dict.fromkeys(("aten_beta1", "aten_addmm", "grouped_mm", "loop"), "eager") | dict.fromkeys(_TRITON, "triton")
-KERNELS |= {f"cuda {name}": "cuda" for name in (*_TRITON, "fused_xa", "concurrent_backward")}
-# names in older files
+# the CUDA kernels do the same steps as Triton's, or xa in y's launch, or da and db in dx's
+_CUDA = tuple(f"cuda {name}" for name in (*_TRITON, "fused_xa", "concurrent_backward"))
+KERNELS = ("aten_beta1", "aten_addmm", "grouped_mm", "loop", *_TRITON, *_CUDA)
+# names in older files; entries of "", kernels that no longer exist, are left out
 _FORMER_NAMES = {
     "cuda single_kernel": "cuda fused_xa",
     "cuda one_launch_backward": "cuda concurrent_backward",
+    "single_kernel": "",
+    "fused_xa": "",
 }
-# kernels in older files that no longer exist; their entries are left out
-_REMOVED = ("single_kernel", "fused_xa")
 FOLDER = Path(__file__).parent / "measured"
 _VERSION = 3
 # an entry takes some 500 bytes: thousands of layers
@@ -96,7 +96,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dtype": _TEXT,
     "dropout": (lambda value: isinstance(value, bool), "true or false"),
     "gradients": (_are(_is_text), "a list of names"),
-    "kernel": (lambda value: isinstance(value, str) and value in (*KERNELS, *_REMOVED), f"one of {', '.join(KERNELS)}"),
+    "kernel": (lambda value: value in (*KERNELS, *_FORMER_NAMES), f"one of {', '.join(KERNELS)}"),
     "seconds": (_is_time, "a number above 0"),
     "commit": _TEXT,
     "date": _TEXT,
@@ -171,20 +171,18 @@ def load(model: str) -> tuple[Tuned, ...]:
     """The entries for a GPU model, the user's first, none when there is no file. Warns of a file that `read` refuses,
     whose entries are left out.
     """
-    return _known(own_file(model), own=True) + _known(FOLDER / file_name(model), own=False)
-
-
-def _known(path: Path, own: bool) -> tuple[Tuned, ...]:
-    try:
-        return read(path, own)
-    except ValueError as error:
-        message = f"plans follow the model instead of measurements: {error}"
+    entries: tuple[Tuned, ...] = ()
+    for path, own in ((own_file(model), True), (FOLDER / file_name(model), False)):
         try:
-            warnings.warn(message, stacklevel=3)
-        except UserWarning:
-            # -W error: no step may fail for it
-            logging.getLogger(__name__).warning(message)
-        return ()
+            entries += read(path, own)
+        except ValueError as error:
+            message = f"plans follow the model instead of measurements: {error}"
+            try:
+                warnings.warn(message, stacklevel=2)
+            except UserWarning:
+                # -W error: no step may fail for it
+                logging.getLogger(__name__).warning(message)
+    return entries
 
 
 def read(path: Path, own: bool = False) -> tuple[Tuned, ...]:
@@ -200,7 +198,7 @@ def read(path: Path, own: bool = False) -> tuple[Tuned, ...]:
         if type(version) is not int or version not in _FIELDS_OF or not isinstance(content.get("entries"), list):
             raise ValueError(f'it must hold {{"version": {_VERSION}, "entries": […]}}')
         entries = (_entry(entry, version, own, f"entry {i}") for i, entry in enumerate(content["entries"]))
-        return tuple(entry for entry in entries if entry.kernel not in _REMOVED)
+        return tuple(entry for entry in entries if entry.kernel)
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         fix = "; delete it, and measure again with lorafuse tune" if own else ""
@@ -213,12 +211,12 @@ def _entry(entry: Any, version: int, own: bool, where: str) -> Tuned:
         raise ValueError(f"{where}: it is {_shown(entry)}; it must be an object")
     if entry.keys() != fields.keys():
         raise ValueError(f"{where}: it has the fields {_shown(sorted(entry))}; they must be {sorted(fields)}")
-    entry = entry | {"kernel": _FORMER_NAMES.get(str(entry["kernel"]), entry["kernel"])}
     for name, (is_right, rule) in fields.items():
         if not is_right(entry[name]):
             raise ValueError(f"{where}: {name} is {_shown(entry[name])}; it must be {rule}")
     values = entry | {name: tuple(entry[name]) for name in ("M", "R", "gradients")}
-    return Tuned(**values | {"points": tuple(map(tuple, entry.get("points", ()))), "own": own})
+    values |= {"kernel": _FORMER_NAMES.get(entry["kernel"], entry["kernel"]), "own": own}
+    return Tuned(**values | {"points": tuple(map(tuple, entry.get("points", ())))})
 
 
 def _shown(value: Any) -> str:
@@ -244,7 +242,7 @@ def text_of(entries: Iterable[Tuned]) -> str:
 def match(
     problem: Problem,
     device: DeviceSpec,
-    kernels: Container[str] = KERNELS,
+    kernels: Container[str],
     own: bool = True,
     entries: Iterable[Tuned] | None = None,
 ) -> Tuned | None:

@@ -122,7 +122,7 @@ def variants(target: str, everything: bool) -> list[Variant]:
     """
     arch = TARGETS[target][1]
     device = next(spec for spec in DEVICES.values() if spec.arch == arch)
-    found = set()
+    chosen = set()
     dtypes = ("bfloat16", "float16", "float32") if everything else ("bfloat16", "float32")
     alignments = (True,) if target == "gfx942" else (True, False)
     # fp32 xa and dyb over fp16
@@ -138,15 +138,14 @@ def variants(target: str, everything: bool) -> list[Variant]:
                 adapters = ("float32", dtype) if everything and kernel not in ("outer", "reduce") else ("float32",)
                 # a limit of registers is ptxas's
                 config = replace(config, splits=1, max_registers=0 if target == "gfx942" else config.max_registers)
-                found |= {
+                chosen |= {
                     Variant(kernel, config, dtype, adapter, masked, tiles, aligned, wide=wide) for adapter in adapters
                 }
         if not dropout and not wide and target != "gfx942":
-            found |= set(_ragged_variants(problem, device, everything))
-    found |= {
-        Variant("decode", compile_decode.CONFIG, of, epilogue=case) for of in dtypes for case in compile_decode.CASES
-    }
-    return sorted(found, key=lambda v: v.name)
+            chosen |= set(_ragged_variants(problem, device, everything))
+    cases = itertools.product(dtypes, compile_decode.CASES)
+    chosen |= {Variant("decode", compile_decode.CONFIG, dtype, epilogue=case) for dtype, case in cases}
+    return sorted(chosen, key=lambda v: v.name)
 
 
 def _problem(kernel: str, problem: Problem) -> Problem:
@@ -387,8 +386,8 @@ def _main() -> int:
     earlier = json.loads(args.record.read_text()).get(args.target, {}) if args.record else {}
     record = {entry["digest"]: Resources(**entry) for entry in earlier.values()}
     sampled = sample(chosen)
-    found = compile_variants(chosen, args.target, lambda v, digest: None if v.name in sampled else record.get(digest))
-    table = {variant.name: asdict(resources) for variant, resources in zip(chosen, found, strict=True)}
+    needs = compile_variants(chosen, args.target, lambda v, digest: None if v.name in sampled else record.get(digest))
+    table = {variant.name: asdict(resources) for variant, resources in zip(chosen, needs, strict=True)}
     if args.json:
         args.json.write_text(json.dumps(table, indent=1) + "\n")
     else:

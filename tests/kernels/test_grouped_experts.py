@@ -228,9 +228,9 @@ class TestWhere:
     """Where torch has a fast kernel: what eager plans, with Triton and without."""
 
     @pytest.fixture(params=[True, False], ids=["Triton", "no Triton"])
-    def on(self, request, monkeypatch):
+    def on(self, request, assume, monkeypatch):
         """Weights as if they were on a GPU of a compute capability."""
-        monkeypatch.setitem(base._AVAILABILITY, "triton", base.Availability(request.param, "Triton is not installed"))
+        assume("triton", base.Availability(request.param, "Triton is not installed"))
 
         def ask(arch, *weights, dtype=torch.bfloat16):
             monkeypatch.setattr(problems, "arch", lambda device: arch)
@@ -296,8 +296,10 @@ MUTATIONS = {
     "gradients of experts without rows": (GROUPED, "outer", ".masked_fill_(empty.view(-1, 1, 1), 0)", "", "gate_up_a"),
     "no router weight in a gradient": (ATEN, "outer", " * row_scale.to(narrow.dtype).unsqueeze(1)", "", "down_a"),
     "no router weight in du": (aten, "finish", ".mul_(epilogue.row_scale.to(product.dtype).unsqueeze(1))", "", "x"),
-    "the router's gradient without the bias": (BLOCK, "backward", "share = share + of_bias", "pass", "topk_weight"),
-    "the router's gradient of sentinels": (BLOCK, "backward", "rows.zero_rest(share)", "share", "topk_weight"),
+    "the router's gradient without the bias":
+        (BLOCK, "backward", "router_grad = router_grad + of_bias", "pass", "topk_weight"),
+    "the router's gradient of sentinels":
+        (BLOCK, "backward", "rows.zero_rest(router_grad)", "router_grad", "topk_weight"),
 }  # fmt: skip
 
 

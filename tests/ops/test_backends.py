@@ -28,9 +28,9 @@ def operands():
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 class TestUnavailable:
-    def test_the_reason_and_the_fix_are_said(self, name, monkeypatch):
+    def test_the_reason_and_the_fix_are_said(self, name, assume):
         if name == "triton":
-            monkeypatch.setitem(base._AVAILABILITY, "triton", base.Availability(False, "no compiler", "install one"))
+            assume("triton", base.Availability(False, "no compiler", "install one"))
         state = base.availability(name)
         assert state.reason
         assert state.fix
@@ -147,7 +147,7 @@ class TestPlan:
             return Plan("triton" if problem.gradients else "eager", "")
 
         monkeypatch.setattr(choose, "plan_for", plan)
-        monkeypatch.setattr(choose, "_ONLY", {})
+        monkeypatch.setattr(choose, "SOLE_BACKEND", {})
         x, w, a, b = operands()
         lora_linear(x, w, a, b).sum().backward()
         assert told == [(), ("da", "db")]
@@ -163,7 +163,7 @@ def test_a_backend_implements_every_primitive(name):
 
 
 @pytest.mark.parametrize(("kernel", "accumulated"), [("aten_addmm", [4, 4]), ("aten_beta1", [8, 6])])
-def test_eager_runs_the_planned_order_on_gpus(kernel, accumulated, monkeypatch):
+def test_eager_runs_the_planned_order_on_gpus(kernel, accumulated, assume, monkeypatch):
     """What is accumulated onto the other product, by the features it sums over: ranks, or those of x and dy."""
     x, w, a, b, dy = (torch.randn(shape) for shape in ((3, 8), (6, 8), (4, 8), (6, 4), (3, 6)))
     summed = []
@@ -174,7 +174,7 @@ def test_eager_runs_the_planned_order_on_gpus(kernel, accumulated, monkeypatch):
         return accumulate(self, left, right, **more)
 
     # CPU tensors that pass for a GPU's
-    monkeypatch.setitem(base._AVAILABILITY, "triton", base.Availability(True))
+    assume("triton", base.Availability(True))
     monkeypatch.setattr(problems, "device_spec", lambda device: find("H200"))
     monkeypatch.setattr(aten.Aten, "plan", lambda self, problems, device: plan(self, problems, torch.device("cuda")))
     monkeypatch.setattr(torch.Tensor, "is_cpu", False)
@@ -203,7 +203,7 @@ class TestTriton:
 
     def test_it_is_missing(self, found):
         del found["triton"]
-        state = base._triton()
+        state = base.probe("triton")
         assert not state.ok
         assert "not installed" in state.reason
         assert "pip install" in state.fix
@@ -211,7 +211,7 @@ class TestTriton:
     @pytest.mark.parametrize("version", ["2.3.1", "3.5.1"])
     def test_it_is_too_old(self, found, version):
         found["triton"] = version
-        state = base._triton()
+        state = base.probe("triton")
         assert not state.ok
         assert version in state.reason
         assert "triton>=3.6" in state.fix
@@ -222,7 +222,7 @@ class TestTriton:
     def test_its_interpreter_and_numpy(self, found, monkeypatch, triton, numpy, ok):
         found |= {"triton": triton, "numpy": numpy}
         monkeypatch.setattr("triton.knobs.runtime.interpret", True)
-        state = base._triton()
+        state = base.probe("triton")
         assert state.ok is ok
         if not ok:
             assert "numpy 2.4.0" in state.reason
@@ -231,12 +231,12 @@ class TestTriton:
     def test_no_gpu_and_no_interpreter(self, found, monkeypatch):
         monkeypatch.setattr("triton.knobs.runtime.interpret", False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        state = base._triton()
+        state = base.probe("triton")
         assert not state.ok
         assert "no CUDA device" in state.reason
         assert "TRITON_INTERPRET=1" in state.fix
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        assert base._triton().ok
+        assert base.probe("triton").ok
 
 
 class TestCuda:
@@ -258,9 +258,9 @@ class TestCuda:
         return found
 
     def test_it_can(self, module):
-        assert base._cuda() == base.Availability(True)
+        assert base.probe("cuda") == base.Availability(True)
         module["capability"].insert(0, (8, 0))
-        assert base._cuda().ok
+        assert base.probe("cuda").ok
 
     @pytest.mark.parametrize(
         ("change", "reason", "fix"),
@@ -274,7 +274,7 @@ class TestCuda:
     )
     def test_why_not(self, module, change, reason, fix):
         module |= change
-        state = base._cuda()
+        state = base.probe("cuda")
         assert not state.ok
         assert re.search(reason, state.reason)
         assert re.search(fix, state.fix)
@@ -284,7 +284,7 @@ class TestCuda:
             raise ImportError("undefined symbol: x")
 
         monkeypatch.setattr("lorafuse.backends.native.load", load)
-        state = base._cuda()
+        state = base.probe("cuda")
         assert "does not load: undefined symbol: x" in state.reason
         assert "make cuda" in state.fix
 
@@ -292,7 +292,7 @@ class TestCuda:
         from lorafuse.backends import native, native_sources
 
         (tmp_path / "build.py").write_text("1")
-        monkeypatch.setattr(native, "_CSRC", tmp_path)
+        monkeypatch.setattr(native, "CSRC", tmp_path)
         here = native_sources.source_hash(tmp_path, emulated=False)
         for sources, said in ((here, ""), ("0123", "built from other sources (0123) than those of csrc here")):
             monkeypatch.setattr(native, "info", lambda name, sources=sources: {"sources": sources})

@@ -87,7 +87,7 @@ def test_shared_factors(shared):
 # rows are rounded up in 16-bit dtypes, whose tolerance hides more
 @pytest.mark.parametrize("step", [1, 2, 3, 32])
 def test_routings(index, activation, step, monkeypatch):
-    monkeypatch.setitem(aten_loop._STEP, torch.float64, step)
+    monkeypatch.setitem(aten_loop.ROW_MULTIPLE, torch.float64, step)
     check(T=7, index=index, activation=activation)
 
 

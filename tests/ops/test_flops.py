@@ -181,15 +181,15 @@ def test_the_profiler_shows_operators_and_shapes(activation):
 
 def test_a_function_is_no_longer_held_than_its_graph():
     """An activation of one's own is found by a name while its operator runs, and until backward."""
-    from lorafuse.ops.experts import _functions
+    from lorafuse.ops.experts import functions
 
     o, settings = block(T=7, E=3, dtype=torch.float32, activation=own)
     gc.collect()
-    before = set(_functions)
+    before = set(functions)
     y = lora_experts(
         o["x"].requires_grad_(), o["topk_index"], o["topk_weight"], o["gate_up"], o["down"], activation=own
     )
-    assert len(set(_functions) - before) == 1
+    assert len(set(functions) - before) == 1
     y.sum().backward()
     del y
-    assert set(_functions) <= before
+    assert set(functions) <= before

@@ -37,9 +37,9 @@ class TestMemory:
         small, large = linear(), linear(N=64)
         for call, dtype, size in ((small, torch.float32, 3840), (large, torch.float64, 20480), (small, None, 20480)):
             call.results(dtype=dtype)
-            assert [t.numel() for t in workspace._free] == [size]
+            assert [t.numel() for t in workspace.FREE] == [size]
         lorafuse.clear_workspace()
-        assert not workspace._free
+        assert not workspace.FREE
         check_same(small)
 
     @by_backend
@@ -49,12 +49,12 @@ class TestMemory:
         expected = made.results(made.dense())
 
         def overwrite():
-            for t in workspace._free:
+            for t in workspace.FREE:
                 t.fill_(255)
 
         leaves = {name: t.detach().clone().requires_grad_() for name, t in made.tensors.items()}
         y = made.run(made.weights, **leaves)
-        assert workspace._free
+        assert workspace.FREE
         overwrite()
         y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape))
         overwrite()
@@ -79,7 +79,7 @@ class TestMemory:
         backend = aten.BACKEND
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             backend.matmul(torch.randn(2, 7), nf4(8, 64), None, None)
-        assert len(workspace._free) == 1
+        assert len(workspace.FREE) == 1
 
 
 class TestUsers:
@@ -105,7 +105,7 @@ class TestUsers:
             thread.join()
         for i, right in enumerate(expected):
             assert all(torch.equal(found[i][name], right[name]) for name in right)
-        assert len(workspace._free) == 3
+        assert len(workspace.FREE) == 3
 
     @by_backend
     def test_a_layer_within_an_activation(self, backend):

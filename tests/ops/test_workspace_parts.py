@@ -63,7 +63,7 @@ class TestBudget:
         monkeypatch.setattr(workspace, "budget", lambda: 1)
         check_same(grouped(backend="triton"))
         assert set(decoded) == {(1, 24, 40)}
-        assert [t.numel() for t in workspace._free] == [24 * 40 * 4]
+        assert [t.numel() for t in workspace.FREE] == [24 * 40 * 4]
 
     def test_all_at_once_within_it(self, decoded):
         check_same(grouped(backend="triton"))
@@ -79,8 +79,8 @@ def in_parts(**given):
 
 # (where the function is, its name, what is changed, into what, the check that turns red)
 MUTATIONS = {
-    "two users of one buffer": (workspace, "buffer", "memory = _free.pop()", "memory = _free[-1]", two_at_a_time),
-    "a buffer is lost": (workspace, "buffer", "_free.append(memory)", "pass", two_at_a_time),
+    "two users of one buffer": (workspace, "buffer", "memory = FREE.pop()", "memory = FREE[-1]", two_at_a_time),
+    "a buffer is lost": (workspace, "buffer", "FREE.append(memory)", "pass", two_at_a_time),
     "nobody gives it back": (
         workspace, "buffer", "    finally:", "    except KeyError:", two_at_a_time
     ),

@@ -13,7 +13,7 @@ from plan_problems import ALL, BACKWARD, HEADLINE, problems
 
 from lorafuse import formats
 from lorafuse.plan import DEVICES, clear_cache, find, override, recognize, select, tuned
-from lorafuse.plan.config import KERNELS, KernelConfig, padded_rank
+from lorafuse.plan.candidate import KernelConfig, padded_rank
 from lorafuse.plan.configs_triton import candidates, illegal, shared_memory
 
 pytestmark = pytest.mark.no_poison
@@ -96,7 +96,7 @@ class TestLegal:
 
     def test_every_kernel_of_every_problem_has_a_legal_configuration(self):
         for problem, device in itertools.product(problems(), WITH_KERNELS):
-            for kernel in KERNELS:
+            for kernel in ("project", "matmul", "project_outer", "outer", "reduce"):
                 found = candidates(kernel, problem, device)
                 assert found, (kernel, problem, device.name)
                 for config in found:

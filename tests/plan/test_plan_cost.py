@@ -10,7 +10,7 @@ import pytest
 from plan_problems import ALL, BACKWARD, HEADLINE, problems
 
 from lorafuse.plan import DEVICES, cost, find, select
-from lorafuse.plan.config import KernelConfig
+from lorafuse.plan.candidate import KernelConfig
 
 pytestmark = pytest.mark.no_poison
 

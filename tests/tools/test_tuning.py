@@ -186,13 +186,13 @@ class TestTarget:
     def test_it_is_the_gpu_here_with_the_backends_that_run(self, gpu):
         gpu["cuda"] = "lorafuse._cuda is not built"
         available = (("eager", ""), ("triton", ""), ("cuda", "lorafuse._cuda is not built"))
-        assert tune._target("") == Target(torch.device("cuda:1"), H200, available)
-        assert tune._target("cuda:0").device == torch.device("cuda:0")
+        assert tune.live_target("") == Target(torch.device("cuda:1"), H200, available)
+        assert tune.live_target("cuda:0").device == torch.device("cuda:0")
 
     def test_without_triton_there_is_nothing_to_tune(self, gpu):
         gpu["triton"] = "Triton is not installed"
         with pytest.raises(ValueError, match=r"nothing to tune.*cuda \(Triton is not installed\)"):
-            tune._target("cuda")
+            tune.live_target("cuda")
 
 
 class TestWithoutGpu:
