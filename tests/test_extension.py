@@ -68,7 +68,7 @@ def toy_format(monkeypatch):
     module.shape = lambda data, statistics, parameters: tuple(data.shape)
     module.decode = lambda data, statistics, parameters, dtype, out: data.to(dtype).neg()
     module.select = lambda data, statistics, parameters, start, stop: (data[start:stop], statistics, parameters)
-    module.adopt = lambda storage: None
+    module.adopt = lambda storage, name: None
     monkeypatch.setitem(sys.modules, "toy_format", module)
     monkeypatch.setitem(formats.FORMATS, "toy", "toy_format")
 

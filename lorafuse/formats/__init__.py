@@ -11,9 +11,10 @@ stored tensor, statistics are the plain tensors that scale it. A format is a mod
     select(data, statistics, parameters, start, stop)
                                                    the same three of the matrices start … stop - 1 of a stack, by
                                                    reference
-    adopt(storage)                                 the `lorafuse.operands.Weight` of a library's layer, tensor or
-                                                   parametrized stack, by reference; None for what is not this format's.
-                                                   Raises ValueError for what is, and cannot be held.
+    adopt(storage, name="weight")                  the `lorafuse.operands.Weight` of a library's tensor, or of the
+                                                   parameter or stack `name` of its module, by reference; None for what
+                                                   is not this format's. Raises ValueError for what is, and cannot be
+                                                   held.
     kernel(data, statistics, parameters)           optional: the name of a kernel of `lorafuse.kernels.decode` that
                                                    gives the same bits, and its operands; None where none does
 """
@@ -21,7 +22,6 @@ stored tensor, statistics are the plain tensors that scale it. A format is a mod
 from __future__ import annotations
 
 import importlib
-import sys
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -33,9 +33,16 @@ __all__ = ["FORMATS", "adopt", "load"]
 # name: module; dense weights are no row
 FORMATS: dict[str, str] = {
     "int8": "lorafuse.formats.int8",
+    "intx": "lorafuse.formats.intx",
     "nf4": "lorafuse.formats.bnb_4bit",
     "fp4": "lorafuse.formats.bnb_4bit",
+    "nf4_torchao": "lorafuse.formats.nf4_torchao",
+    "fp8": "lorafuse.formats.fp8",
+    "mxfp4": "lorafuse.formats.mxfp4",
+    "nvfp4": "lorafuse.formats.nvfp4",
 }
+
+_LOADED: dict[str, ModuleType] = {}
 
 
 def load(format: str) -> ModuleType:
@@ -43,13 +50,23 @@ def load(format: str) -> ModuleType:
     name = format.partition(":")[0]
     if name not in FORMATS:
         raise ValueError(f"weight format {name!r} is not one of {', '.join(('dense', *FORMATS))}")
-    # a compiler that traces this can look a module up, not import one
-    return sys.modules.get(FORMATS[name]) or importlib.import_module(FORMATS[name])
+    path = FORMATS[name]
+    # Dynamo traces a look-up, and no import
+    if path not in _LOADED:
+        _LOADED[path] = importlib.import_module(path)
+    return _LOADED[path]
 
 
-def adopt(storage: object) -> Weight | None:
-    """The `Weight` of a library's quantized layer, tensor or parametrized stack, by reference; None where no format
-    knows it. Raises ValueError, with the reason and the fix, for what a format knows and cannot hold.
+def adopt(storage: object, name: str = "weight") -> Weight | None:
+    """The `Weight` of a library's quantized tensor, or of the parameter or stack `name` of its module, by reference;
+    None where no format knows it. Raises ValueError, with the reason and the fix, for what a library is known to store
+    so and no format can hold.
     """
-    modules = dict.fromkeys(FORMATS.values())
-    return next((w for name in modules if (w := importlib.import_module(name).adopt(storage)) is not None), None)
+    from lorafuse.formats.refused import refuse
+
+    for module in dict.fromkeys(map(load, FORMATS)):
+        weight = module.adopt(storage, name)
+        if weight is not None:
+            return weight
+    refuse(storage, name)
+    return None

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lorafuse.formats.codec import chunks, parse, spell, target
+from lorafuse.formats.codec import decode_flat, held, is_of, parse, spell, target
 from lorafuse.formats.weight import Weight
 
 __all__ = ["adopt", "decode", "kernel", "parameters_of", "select", "shape"]
@@ -63,19 +63,7 @@ def decode(
     """The dense weight in `dtype`, in chunks: temporaries are those of one chunk."""
     sizes, block, rounded, first = parameters_of(parameters)
     out = target(out, sizes, dtype, data.device)
-    flat, stop = out.view(-1), first + out.numel()
-    code = statistics[1]
-    pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=-1)
-    for begin, end in chunks(first // block * block, stop, block, data.device):
-        values = pairs.index_select(0, data[begin // 2 : (end + 1) // 2].int()).view(-1)[: end - begin]
-        absmax = _absmax(statistics, begin // block, -(-end // block))
-        whole = (end - begin) // block
-        values[: whole * block].view(whole, block).mul_(absmax[:whole, None])
-        values[whole * block :].mul_(absmax[whole:])
-        # the first block may begin before the first element
-        skipped = max(first - begin, 0)
-        flat[begin + skipped - first : end - first] = values[skipped:].to(rounded)
-    return out
+    return decode_flat(data, statistics[1], lambda *blocks: _absmax(statistics, *blocks), block, rounded, first, out)
 
 
 def _absmax(statistics: tuple[Tensor, ...], start: int, stop: int) -> Tensor:
@@ -106,15 +94,18 @@ def kernel(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tup
     return "codebook", given | {"outer": tuple(outer) or None}
 
 
-def adopt(storage: object) -> Weight | None:
+def adopt(storage: object, name: str = "weight") -> Weight | None:
     """The weight of a `Params4bit`, of the layer that holds one, or of a stack that
-    `bitsandbytes.nn.parametrize.replace_parameter_4bit` quantized (its `module.parametrizations.NAME`).
+    `bitsandbytes.nn.parametrize.replace_parameter_4bit` quantized: parameter `name` of its module, or the
+    `module.parametrizations[name]`.
 
     A layer's own quant_state is read where the parameter has lost it (FSDP). Raises ValueError for what is not
     quantized yet, is repacked for inference on a CPU, is a shard, or has statistics that bitsandbytes cannot decode.
     """
+    if isinstance(storage, torch.nn.Module) and torch.nn.utils.parametrize.is_parametrized(storage, name):
+        storage = storage.parametrizations[name]  # type: ignore[index]
     if isinstance(storage, ParametrizationList):
-        if not len(storage) or not _is(storage[0], "Bnb4bitParametrization"):
+        if not len(storage) or not is_of(storage[0], "bitsandbytes", "Bnb4bitParametrization"):
             return None
         if len(storage) > 1:
             raise ValueError(
@@ -122,28 +113,23 @@ def adopt(storage: object) -> Weight | None:
                 "bitsandbytes': remove the others with torch.nn.utils.parametrize.remove_parametrizations"
             )
         return _weight(storage.original, storage[0].quant_state, "Bnb4bitParametrization")
-    if _is(storage, "Params4bit"):
-        return _weight(storage, storage.quant_state, "Params4bit")  # type: ignore[attr-defined]
-    if not _is(storage, "Linear4bit"):
-        return None
-    state = getattr(storage.weight, "quant_state", None)  # type: ignore[attr-defined]
-    state = storage.quant_state if state is None else state  # type: ignore[attr-defined]
-    weight = _weight(storage.weight, state, type(storage).__name__)  # type: ignore[attr-defined]
-    expected = storage.out_features, storage.in_features  # type: ignore[attr-defined]
+    if not is_of(storage, "bitsandbytes", "Linear4bit"):
+        stored = held(storage, name)
+        is_params = is_of(stored, "bitsandbytes", "Params4bit")
+        return _weight(stored, stored.quant_state, "Params4bit") if is_params else None  # type: ignore
+    layer: Any = storage
+    state = getattr(layer.weight, "quant_state", None)
+    weight = _weight(layer.weight, layer.quant_state if state is None else state, type(layer).__name__)
+    expected = layer.out_features, layer.in_features
     if weight.stored != expected:
         raise ValueError(
-            f"{type(storage).__name__} holds a weight quantized as {list(weight.stored)}; [N, K] is {list(expected)}: "
+            f"{type(layer).__name__} holds a weight quantized as {list(weight.stored)}; [N, K] is {list(expected)}: "
             "quantize it anew, as nn.Linear stores it"
         )
     return weight
 
 
-def _is(value: object, name: str) -> bool:
-    """Whether a value is of bitsandbytes' class `name`, or one derived from it."""
-    return any(c.__name__ == name and c.__module__.startswith("bitsandbytes.") for c in type(value).__mro__)
-
-
-def _weight(stored: Tensor, state: object, owner: str) -> Weight:
+def _weight(stored: Tensor, state: Any, owner: str) -> Weight:
     data = stored.data
     if state is None:
         raise ValueError(
@@ -151,7 +137,7 @@ def _weight(stored: Tensor, state: object, owner: str) -> Weight:
             "device first, with .to(), which quantizes it, or load its quantized checkpoint"
         )
     sizes, block, dtype, absmax, code = (getattr(state, k) for k in ("shape", "blocksize", "dtype", "absmax", "code"))
-    kind = state.quant_type  # type: ignore[attr-defined]
+    kind = state.quant_type
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError(
             f"{owner} {list(sizes)} was repacked by bitsandbytes for inference on this CPU, its absmax rounded to "
@@ -166,7 +152,7 @@ def _weight(stored: Tensor, state: object, owner: str) -> Weight:
     statistics: tuple[Tensor, ...] = absmax, code
     nested = getattr(state, "state2", None)
     if nested is not None:
-        statistics += nested.absmax, nested.code, state.offset  # type: ignore[attr-defined]
+        statistics += nested.absmax, nested.code, state.offset
         rules[f"nested blocksize {nested.blocksize}"] = nested.blocksize == _NESTED_BLOCK, str(_NESTED_BLOCK)
     for given, (is_held, rule) in rules.items():
         if not is_held:

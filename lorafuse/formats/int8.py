@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafuse.formats.codec import row_chunks, target
+from lorafuse.formats.codec import held, is_of, row_chunks, target
 from lorafuse.formats.weight import Weight
 
 __all__ = ["adopt", "decode", "kernel", "select", "shape"]
@@ -33,7 +33,7 @@ def decode(
     per_row, step = _scale(data, statistics)
     out = target(out, tuple(data.shape), dtype, data.device)
     rows, to = data.flatten(0, -2), out.flatten(0, -2)
-    for start, stop in row_chunks(data):
+    for start, stop in row_chunks(out):
         wide = rows[start:stop].float().mul_(per_row[start:stop])
         to[start:stop] = wide if step is None else wide.mul_(step)
     return out
@@ -65,31 +65,29 @@ def select(
     return data[start:stop], tuple(t[start:stop] for t in statistics), parameters
 
 
-def adopt(storage: object) -> Weight | None:
-    """The weight of a torchao int8 tensor, of bitsandbytes' `Int8Params`, or of a linear layer that holds one, by
-    reference; None for anything else, and for what has activations quantized too, zero points or other blocks.
+def adopt(storage: object, name: str = "weight") -> Weight | None:
+    """The weight of a torchao int8 tensor with one scale a row and no zero points, of bitsandbytes' `Int8Params`, or of
+    a layer that holds one as parameter `name`, by reference; None for anything else. Raises ValueError for an
+    `Int8Params` that is not quantized yet.
     """
-    weight = getattr(storage, "weight", storage) if isinstance(storage, torch.nn.Module) else storage
-    library, name = type(weight).__module__.partition(".")[0], type(weight).__name__
-    if library == "torchao" and name == "Int8Tensor":
-        return _torchao(weight)
-    if library == "bitsandbytes" and name == "Int8Params":
-        # the first forward moves both from the parameter to the layer's state
-        state = getattr(storage, "state", None)
-        data, absmax = (
-            next((t for t in (getattr(weight, key, None), getattr(state, key, None)) if t is not None), None)
-            for key in ("CB", "SCB")
+    weight: Any = held(storage, name)
+    if is_of(weight, "torchao", "Int8Tensor"):
+        data, scale, zero = weight.qdata, weight.scale, weight.zero_point
+        plain = all(getattr(weight, key) is None for key in ("act_quant_kwargs", "act_pre_scale"))
+        if not plain or scale.shape != (*data.shape[:-1], 1) or (zero is not None and bool((zero != 0).any())):
+            return None
+        return Weight(data, statistics=(scale,), format="int8")
+    if not is_of(weight, "bitsandbytes", "Int8Params"):
+        return None
+    # the first forward moves both from the parameter to the layer's state
+    state = getattr(storage, "state", None)
+    data, absmax = (
+        next((t for t in (getattr(weight, key, None), getattr(state, key, None)) if t is not None), None)
+        for key in ("CB", "SCB")
+    )
+    if data is None or absmax is None:
+        raise ValueError(
+            f"Int8Params {weight.dtype} {list(weight.shape)} on {weight.device} is not quantized yet: build its layer "
+            "with has_fp16_weights=False and move it to its device, with .to(), which quantizes it"
         )
-        if data is not None and absmax is not None:
-            return Weight(data, statistics=(absmax,), format="int8")
-    return None
-
-
-def _torchao(weight: object) -> Weight | None:
-    data, scale, zero = (getattr(weight, key, None) for key in ("qdata", "scale", "zero_point"))
-    if not (isinstance(data, Tensor) and isinstance(scale, Tensor)):
-        return None
-    plain = all(getattr(weight, key, None) is None for key in ("act_quant_kwargs", "act_pre_scale"))
-    if not plain or scale.shape != (*data.shape[:-1], 1) or (zero is not None and bool((zero != 0).any())):
-        return None
-    return Weight(data, statistics=(scale,), format="int8")
+    return Weight(data, statistics=(absmax,), format="int8")

@@ -69,11 +69,11 @@ def _float4(code):
 
 
 @triton.jit
-def _exponent(code):
-    """fp32 of 2 ** (code - 127), infinity of 255."""
-    code = code.to(tl.int32)
-    # 2 ** -127 is subnormal
-    return tl.where(code == 0, 1 << 22, code << 23).to(tl.float32, bitcast=True)
+def _exponent(code, BIAS: tl.constexpr):
+    """fp32 of 2 ** (code - BIAS), for a bias of 127 or 128."""
+    code = code.to(tl.int32) - (BIAS - 127)
+    # 2 ** -127 and 2 ** -128 are subnormal
+    return tl.where(code > 0, code << 23, 1 << (22 + code)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -82,9 +82,10 @@ def _grid_scale(scale, p_divisor, SCALE: tl.constexpr, ROUNDED: tl.constexpr):
     if SCALE == "float8":
         scale = _float8(scale, 3)
     elif SCALE == "exponent":
-        scale = _exponent(scale)
+        # 2 ** 128 is none that fp32 holds: half of it, and the product twice
+        scale = _exponent(scale, 128)
     elif SCALE == "e8m0":
-        scale = tl.where(scale == 255, float("nan"), _exponent(scale))
+        scale = tl.where(scale == 255, float("nan"), _exponent(scale, 127))
     else:
         scale = scale.to(tl.float32)
     if p_divisor is not None:
@@ -117,6 +118,8 @@ def _decode_grid_kernel(
     p_row = p_scale + row // N * stride_group + row % N // ROWS * stride_row
     scale = tl.load(p_row) if COLUMNS is None else tl.load(p_row + o_k // COLUMNS, mask=inside, other=0)
     value *= _grid_scale(scale, p_divisor, SCALE, ROUNDED)
+    if SCALE == "exponent":
+        value *= 2.0
     if STEP is not None:
         value *= STEP
     tl.store(p_out + row * K + o_k, value.to(p_out.dtype.element_ty), mask=inside)
@@ -141,13 +144,13 @@ def codebook(
 
 def grid(
     code: Tensor, out: Tensor, *, scale: Tensor, kind: str = "int8", block: tuple[int, int] | None = None,
-    exponents: str = "", divisor: Tensor | None = None, is_scale_rounded: bool = False, step: float | None = None,
+    scale_kind: str = "", divisor: Tensor | None = None, is_scale_rounded: bool = False, step: float | None = None,
 ) -> None:  # fmt: skip
     """Write `code · (scale / divisor) · step` into out: codes of a `kind`, one scale for a block of rows and columns.
 
     code is `[…, N, K]` int8 of kind "int8", uint8 of "e4m3" and "e5m2", or `[…, N, K / 2]` of "e2m1"; scale is
-    `[…, ⌈N / rows⌉, ⌈K / columns⌉]`, of one number, or for a `block` of None `[…, N]`. It holds numbers, or as uint8
-    e8m0 by the name of its `exponents`: "e8m0", or "exponent" for an infinity where e8m0 has a NaN, or "float8".
+    `[…, ⌈N / rows⌉, ⌈K / columns⌉]`, of one number, or for a `block` of None `[…, N]`. It holds numbers, or uint8 of a
+    `scale_kind`: "e8m0", "exponent", whose 255 is 2 ** 128 where e8m0's is NaN, or "float8" (e4m3).
     `is_scale_rounded` to out's dtype first.
     """
     *_, N, K = out.shape
@@ -156,7 +159,7 @@ def grid(
     strides = (0, 0) if scale.numel() == 1 else (-(-N // rows) * stride_row, stride_row)
     size = min(_BYTES, triton.next_power_of_2(K))
     _decode_grid_kernel[(out.numel() // K, triton.cdiv(K, size))](
-        code, scale, divisor, out, N, K, *strides, CODE=kind, SCALE=exponents, ROWS=rows,
+        code, scale, divisor, out, N, K, *strides, CODE=kind, SCALE=scale_kind, ROWS=rows,
         COLUMNS=None if columns >= K or scale.numel() == 1 else columns,
         ROUNDED=_TYPES[out.dtype if is_scale_rounded else torch.float32], STEP=step, BLOCK=max(2, size),
         num_warps=_WARPS, enable_fp_fusion=False,

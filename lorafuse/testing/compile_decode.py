@@ -33,7 +33,7 @@ def _codebook(out: Tensor, nested: bool = False, first: int = 0) -> None:
 def _grid(out: Tensor, kind: str, block: tuple[int, int] | None = None, **more: Any) -> None:
     N, K = out.shape
     of = torch.int8 if kind == "int8" else torch.uint8
-    scale = _meta(N * K // 32, of=torch.uint8 if more.get("exponents") else torch.float32)
+    scale = _meta(N * K // 32, of=torch.uint8 if more.get("scale_kind") else torch.float32)
     decode.grid(_meta(N, K // 2 if kind == "e2m1" else K, of=of), out, scale=scale, kind=kind, block=block, **more)
 
 
@@ -44,10 +44,10 @@ CASES: dict[str, tuple[tuple[int, int], Callable[[Tensor], None]]] = {
     "int8": (_ALIGNED, lambda out: _grid(out, "int8", step=0.5)),
     "int8 odd": (_ODD, lambda out: _grid(out, "int8")),
     "e4m3 blocks": (_ALIGNED, lambda out: _grid(out, "e4m3", (128, 128), is_scale_rounded=True)),
-    "e4m3 blocks odd": (_ODD, lambda out: _grid(out, "e4m3", (128, 128), exponents="e8m0")),
+    "e4m3 blocks odd": (_ODD, lambda out: _grid(out, "e4m3", (128, 128), scale_kind="e8m0")),
     "e5m2 rows": (_ALIGNED, lambda out: _grid(out, "e5m2")),
-    "mxfp4": (_ALIGNED, lambda out: _grid(out, "e2m1", (1, 32), exponents="exponent")),
-    "nvfp4": (_ALIGNED, lambda out: _grid(out, "e2m1", (1, 16), exponents="float8", divisor=_meta(1))),
+    "mxfp4": (_ALIGNED, lambda out: _grid(out, "e2m1", (1, 32), scale_kind="exponent")),
+    "nvfp4": (_ALIGNED, lambda out: _grid(out, "e2m1", (1, 16), scale_kind="float8", divisor=_meta(1))),
 }
 
 

@@ -253,9 +253,10 @@ class TestTorchao:
         assert torch.equal(w.decoded(torch.bfloat16).data, linear.weight.dequantize())
         assert torch.equal(formats.adopt(linear.weight).data, w.data)
 
-    def test_zero_points_are_left_alone(self, linear):
+    def test_zero_points_are_left_to_another_format(self, linear):
         linear.weight.zero_point[3] = 1
-        assert formats.adopt(linear) is None
+        assert int8.adopt(linear) is None
+        assert formats.adopt(linear).format_name == "intx"
 
     def test_other_tensors_are_left_alone(self):
         assert formats.adopt(torch.nn.Linear(4, 4)) is None
@@ -283,6 +284,7 @@ class TestBitsandbytes:
         assert after.data.data_ptr() == before.data.data_ptr()
         assert after.statistics[0].data_ptr() == before.statistics[0].data_ptr()
 
-    def test_what_is_not_quantized_yet_is_left_alone(self):
+    def test_what_is_not_quantized_yet(self):
         bnb = pytest.importorskip("bitsandbytes")
-        assert formats.adopt(bnb.nn.Linear8bitLt(K, 24, has_fp16_weights=False)) is None
+        with pytest.raises(ValueError, match=r"Int8Params torch.float32 \[24, 32\] on cpu is not quantized yet: build"):
+            formats.adopt(bnb.nn.Linear8bitLt(K, 24, has_fp16_weights=False))
