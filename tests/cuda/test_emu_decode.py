@@ -4,13 +4,12 @@ Every result is bit for bit that of the format's codec in torch. Every buffer is
 extent, so that a byte read or written outside is an error.
 """
 
-import math
-
 import planted
 import pytest
 import torch
 from native_build import EMULATOR as emu
 from native_build import emulator
+from quantized_weights import FP4, four_bits, fp8, fp8_operands
 
 from lorafuse import functional as LF
 from lorafuse.backends import base
@@ -19,13 +18,6 @@ from lorafuse.operands import Weight
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TYPES = {BF16: 0, FP16: 1, FP32: 2}
 BITS = {BF16: torch.int16, FP16: torch.int16, FP32: torch.int32}
-NF4 = torch.tensor(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334]
-    + [-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
-    + [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
-)  # fmt: skip
-FP4 = torch.tensor([0, 0.0052083333, 0.6666667, 1, 0.3333333, 0.5, 0.1666667, 0.25])
-FP4 = torch.cat((FP4, -FP4))
 
 
 @pytest.fixture(autouse=True)
@@ -54,22 +46,15 @@ def decoded(w, dtype):
 
 def check(w, dtype):
     expected = w.decoded(dtype).data
-    assert torch.equal(decoded(w, dtype).view(BITS[dtype]), expected.view(BITS[dtype]))
+    assert_same(decoded(w, dtype), expected)
     return expected
 
 
-def four_bits(*sizes, block=64, rounded="bfloat16", nested=False, scale=1.0, code=NF4, kind="nf4"):
-    """Random codes; every block has a scale of its own, one is zero and one negative."""
-    count = math.prod(sizes)
-    blocks = -(-count // block)
-    data = torch.randint(0, 256, (-(-count // 2),), dtype=torch.uint8)
-    absmax = torch.rand(blocks) * scale
-    absmax[blocks // 2], absmax[-1] = 0.0, -absmax[-1]
-    statistics = absmax, code
-    if nested:
-        outer = torch.rand(-(-blocks // 256)) * scale, torch.randn(256), torch.tensor(0.37) * scale
-        statistics = torch.randint(0, 256, (blocks,), dtype=torch.uint8), code, *outer
-    return Weight(data, False, statistics, f"{kind}:{','.join(map(str, sizes))};block={block};dtype={rounded}")
+def assert_same(found, expected):
+    """Bit for bit, but for which of the NaNs."""
+    nan, bits = expected.isnan(), BITS[expected.dtype]
+    assert torch.equal(found.isnan(), nan)
+    assert torch.equal(found.view(bits)[~nan], expected.view(bits)[~nan])
 
 
 # a last chunk of 1 … 31 values, blocks that cross rows, a short last block, fewer values than a chunk
@@ -112,6 +97,38 @@ def test_matrices_of_a_stack(sizes, start, stop, nested):
     """Blocks cross matrices; one may begin within a chunk, or within a byte."""
     w = four_bits(*sizes, nested=nested)
     assert torch.equal(check(w.select(start, stop), BF16), w.decoded(BF16).data[start:stop])
+
+
+@pytest.mark.parametrize("dtype", BITS, ids=str)
+@pytest.mark.parametrize("rounded", [False, True], ids=["torchao", "transformers"])
+@pytest.mark.parametrize(
+    ("sizes", "blocks", "scale_dtype"),
+    [
+        ((130, 208), (128, 128), FP32),
+        ((3, 130, 208), (128, 128), torch.float8_e8m0fnu),
+        ((33, 80), (1, 80), BF16),
+        ((2, 9, 77), (9, 77), FP32),
+        # one number for all matrices
+        ((3, 9, 80), None, FP32),
+    ],
+    ids=str,
+)
+def test_fp8(sizes, blocks, scale_dtype, rounded, dtype):
+    check(fp8(*sizes, blocks=blocks, scale_dtype=scale_dtype, rounded=rounded), dtype)
+
+
+def test_fp8_matrices_of_a_stack():
+    w = fp8(5, 130, 208)
+    assert torch.equal(check(w.select(1, 4), BF16).nan_to_num(), w.decoded(BF16).data[1:4].nan_to_num())
+
+
+def test_what_the_kernel_does_not_read_is_decoded_by_the_codec():
+    w = fp8(16, 64)
+    w = Weight(w.data.view(torch.uint8).view(torch.float8_e5m2), False, w.statistics, w.format)
+    emulator()
+    before, out = emu.statistics()["launches"], torch.empty(16, 64, dtype=BF16)
+    assert torch.equal(base.load("emu").decode(w, BF16, out).nan_to_num(), w.decoded(BF16).data.nan_to_num())
+    assert emu.statistics()["launches"] == before
 
 
 def test_unaligned_data_is_copied():
@@ -171,7 +188,7 @@ def test_a_codebook_is_refused_with_the_value(change, message):
         emu.decode_codebook(**given | change)
 
 
-def fp8(data, scale, blocks, dtype, rounded_scale=FP32, rounded=FP32):
+def decoded_fp8(data, scale, blocks, dtype, rounded_scale=FP32, rounded=FP32):
     """What the kernel writes: data e4m3 `[G, N, K]`, a scale `[G, …]` for each block of rows and columns."""
     emu.forget_memory()
     out = torch.full(data.shape, -7.0, dtype=dtype)
@@ -186,29 +203,13 @@ def fp8(data, scale, blocks, dtype, rounded_scale=FP32, rounded=FP32):
     return out
 
 
-def fp8_operands(G, N, K, blocks, scale_dtype=FP32):
-    """Every byte is there, NaN and subnormal numbers too; every block has a scale of its own."""
-    data = torch.randint(0, 256, (G, N, K), dtype=torch.uint8)
-    data.view(-1)[:256] = torch.arange(256, dtype=torch.uint8)[: data.numel()]
-    sizes = G, -(-N // blocks[0]), -(-K // blocks[1])
-    if scale_dtype is torch.float8_e8m0fnu:
-        scale = torch.randint(100, 140, sizes, dtype=torch.uint8)
-        # 2^-127, a subnormal number, and NaN
-        scale.view(-1)[0], scale.view(-1)[-1] = 0, 255 if scale.numel() > 1 else 0
-        return data.view(torch.float8_e4m3fn), scale.view(scale_dtype)
-    return data.view(torch.float8_e4m3fn), (torch.rand(sizes) * 0.02).to(scale_dtype)
-
-
 def check_fp8(data, scale, blocks, dtype, rounded_scale=FP32, rounded=FP32):
     _, N, K = data.shape
     every = scale.float().to(rounded_scale).float()
     every = every.repeat_interleave(blocks[0], 1)[:, :N].repeat_interleave(blocks[1], 2)[..., :K]
     expected = (data.float() * every).to(rounded).to(dtype)
-    found = fp8(data, scale, blocks, dtype, rounded_scale, rounded)
-    nan = expected.isnan()
-    assert nan.any()
-    assert torch.equal(found.isnan(), nan)
-    assert torch.equal(found.view(BITS[dtype])[~nan], expected.view(BITS[dtype])[~nan])
+    assert expected.isnan().any()
+    assert_same(decoded_fp8(data, scale, blocks, dtype, rounded_scale, rounded), expected)
 
 
 @pytest.mark.parametrize("dtype", BITS, ids=str)
@@ -228,7 +229,7 @@ def check_fp8(data, scale, blocks, dtype, rounded_scale=FP32, rounded=FP32):
     ],
     ids=str,
 )
-def test_fp8(sizes, blocks, scale_dtype, dtype):
+def test_fp8_scales(sizes, blocks, scale_dtype, dtype):
     check_fp8(*fp8_operands(*sizes, blocks, scale_dtype), blocks, dtype)
 
 
@@ -261,7 +262,7 @@ def test_fp8_is_refused_with_the_value(change, message):
 SCENARIOS = {
     "decode_codebook": lambda: decoded(four_bits(67, 515, nested=True, rounded="float16"), BF16),
     "decode_codebook, fp32": lambda: decoded(four_bits(67, 515, nested=True, rounded="float32"), FP32),
-    "decode_fp8": lambda: fp8(*fp8_operands(2, 130, 272, (128, 128)), (128, 128), BF16, rounded_scale=BF16),
+    "decode_fp8": lambda: decoded_fp8(*fp8_operands(2, 130, 272, (128, 128)), (128, 128), BF16, rounded_scale=BF16),
 }
 
 

@@ -38,10 +38,10 @@ for transposed in (False, True):
 print("launches:", module.statistics()["launches"])
 """
 DECODE = """
-sys.path[:0] = ["tests", "tests/cuda"]
-from test_emu_decode import four_bits
+sys.path[:0] = ["tests"]
+from quantized_weights import four_bits, fp8
 weights = [four_bits(33, 65, nested=True), four_bits(5, 33, 24, block=256).select(1, 4), four_bits(40, 96)]
-for w in weights:
+for w in (*weights, fp8(2, 130, 208), fp8(9, 77, blocks=None)):
     out = torch.empty(w.stored, dtype=torch.bfloat16)
     base.load("emu").decode(w, torch.bfloat16, out)
     assert torch.equal(out.isfinite(), w.decoded(torch.bfloat16).data.isfinite())
