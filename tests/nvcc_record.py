@@ -35,6 +35,7 @@ INSTRUCTIONS = {
     "lorafuse::sm90::grouped_kernel": ("HGMMA", "UTMALDG", "USETMAXREG"),
     "lorafuse::skinny::project_kernel": ("HMMA", "LDGSTS"),
     "lorafuse::skinny::reduce_kernel": ("HMMA", "LDGSTS"),
+    "lorafuse::decode::decode_kernel": ("LDG.E.EF.128", "STG.E.128"),
 }
 
 
@@ -74,18 +75,21 @@ def warnings(report):
 
 
 def instructions(file):
-    """`{architecture: {kernel: {name of an instruction that INSTRUCTIONS has: how often it stands in the SASS}}}`."""
+    """`{architecture: {kernel: {an instruction that INSTRUCTIONS has for its namespace: count in the SASS}}}`."""
     # Triton's wheel brings one too
     beside = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     tool = shutil.which("cuobjdump") or str(beside)
     text = subprocess.run([tool, "-sass", file], capture_output=True, text=True, check=True).stdout
-    names = sorted({name for wanted in INSTRUCTIONS.values() for name in wanted})
+    names = {}
+    for start, wanted in INSTRUCTIONS.items():
+        names.setdefault(start.rpartition("::")[0], set()).update(wanted)
     found = {}
     for arch, code in zip(*[iter(re.split(r"arch = (\w+)", text)[1:])] * 2, strict=True):
         parts = re.split(r"Function : (.*)", code)[1:]
         kernels = map(short, demangled("\n".join(parts[::2])).splitlines())
         for kernel, sass in zip(kernels, parts[1::2], strict=True):
-            counts = {name: len(re.findall(rf"\b{re.escape(name)}", sass)) for name in names}
+            looked_for = sorted(names[kernel.partition("<")[0].rpartition("::")[0]])
+            counts = {name: len(re.findall(rf"\b{re.escape(name)}", sass)) for name in looked_for}
             found.setdefault(arch, {})[kernel] = {name: count for name, count in counts.items() if count}
     return found
 

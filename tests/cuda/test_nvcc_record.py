@@ -44,6 +44,7 @@ def test_comments_change_nothing(csrc):
     [
         ("kernels/linear_dx_sm90.cu", {"linear_dx_sm90.cu"}),
         ("kernels/reduce_sm80.cuh", {"skinny_sm80.cu"}),
+        ("kernels/decode_sm80.cuh", {"decode_sm80.cu"}),
         ("kernels/grouped_sm90.cuh", {name for name in NAMES if name.startswith("grouped")}),
         ("kernels/pipeline_sm90.cuh", {name for name in NAMES if name.endswith("sm90.cu")}),
         ("include/lorafuse/common.cuh", set(NAMES)),
