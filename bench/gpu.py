@@ -259,9 +259,9 @@ def main() -> int:
     from lorafuse.backends import native
     from lorafuse.testing.conditions import conditions
 
-    end, found = time.monotonic() + args.minutes * 60, conditions(torch.device("cuda"))
+    end, setting = time.monotonic() + args.minutes * 60, conditions(torch.device("cuda"))
     if args.grid:
-        plan = [Step("cuda-build", _BUILD, 150), *grid(args.out, measured(found["device"]))]
+        plan = [Step("cuda-build", _BUILD, 150), *grid(args.out, measured(setting["device"]))]
     else:
         plan = steps(args.out)
     if native.built("_cuda") and not native.stale("_cuda"):
@@ -270,7 +270,7 @@ def main() -> int:
         with ThreadPoolExecutor(len(group)) as pool:
             list(pool.map(lambda step: run(step, args.out, end - time.monotonic()), group))
         done = [{k: v for k, v in asdict(s).items() if k != "command"} for s in plan]
-        (args.out / "gpu.json").write_text(json.dumps({"conditions": found, "steps": done}, indent=1) + "\n")
+        (args.out / "gpu.json").write_text(json.dumps({"conditions": setting, "steps": done}, indent=1) + "\n")
     print("\n" + "\n".join(table(args.out)))
     print("\n".join(f"{step.name:<20} {step.took:5.0f} s  {step.outcome}" for step in plan))
     return int(any(step.outcome.startswith("failed") for step in plan))

@@ -39,7 +39,7 @@ def tables(contents: list[dict[str, Any]]) -> dict[str, tuple[tuned.Tuned, ...]]
         device = _device(content["conditions"]["device"])
         if content["kind"] == "linear" and device is not None:
             points.setdefault(device.model, []).extend(_points(content, device))
-    return {model: tuple(_merged(found)) for model, found in sorted(points.items())}
+    return {model: tuple(_merged(entries)) for model, entries in sorted(points.items())}
 
 
 def _device(name: str) -> DeviceSpec | None:
@@ -68,10 +68,10 @@ def _points(content: dict[str, Any], device: DeviceSpec) -> Iterator[tuned.Tuned
 
 def _times(variants: Mapping[str, Any], i: int, name: str, commit: str) -> dict[str, dict[str, float]]:
     """The spread of each candidate's time, by kernel."""
-    found = {kernels[i]: variants[variant][name] for variant, kernels in _KERNELS.items() if variant in variants}
+    times = {kernels[i]: variants[variant][name] for variant, kernels in _KERNELS.items() if variant in variants}
     if commit in _AUTO_WAS_CUDA and "lorafuse" in variants:
-        found[_KERNELS["lorafuse-cuda"][i]] = variants["lorafuse"][name]
-    return found
+        times[_KERNELS["lorafuse-cuda"][i]] = variants["lorafuse"][name]
+    return times
 
 
 def _winner(times: dict[str, dict[str, float]], problem: Problem, device: DeviceSpec) -> str:

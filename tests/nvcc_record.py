@@ -98,7 +98,7 @@ def defines(file):
     return sorted(re.findall(r"^\w+ [TW] (?:void )?(lorafuse::(?:\w+::)?\w+(?:<[^<>,]*>)?\(.*)$", text, re.MULTILINE))
 
 
-_READERS = (short, resources, warnings, instructions, defines)
+READERS = (short, resources, warnings, instructions, defines)
 
 
 def without_comments(source):
@@ -133,7 +133,7 @@ def digest(name, csrc=CSRC, nvcc=None, flags=None, targets=None):
     parts = [nvcc or build_py["find_nvcc"]()[1], flags or build_py["NVCC_FLAGS"]]
     parts += targets or build_py["TARGETS"][ending]
     parts += [f"{key}={os.environ.get(key, '')}" for key in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")]
-    parts += [inspect.getsource(reader) for reader in _READERS] + [repr(INSTRUCTIONS)]
+    parts += [inspect.getsource(reader) for reader in READERS] + [repr(INSTRUCTIONS)]
     for path in reached(csrc / "kernels" / name, csrc.resolve()):
         parts += [path.relative_to(csrc.resolve()).as_posix(), without_comments(path.read_text())]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]

@@ -12,7 +12,7 @@ from lorafuse.advise.lines import Line, lines_of
 from lorafuse.advise.memory import METHODS, Memory, memory
 from lorafuse.advise.page import page
 from lorafuse.advise.shapes import ModelShapes, shapes_of
-from lorafuse.advise.snippet import Settings, snippet, weights_of_linears
+from lorafuse.advise.snippet import Settings, snippet
 from lorafuse.advise.sources import cite
 from lorafuse.advise.step_time import WAYS, micro_step_seconds, update_seconds
 from lorafuse.plan import DeviceSpec, find
@@ -52,7 +52,6 @@ class Advice:
     `rank` is the rank to train with, `tokens` the supervised tokens of an epoch (None for rl), `memory` bytes by
     `(method, checkpointing)` at the micro-batch asked for; `fit` are the settings that fit on the GPU, with which
     `step_seconds` models one optimizer step of each way that fits: empty without a GPU, and where nothing does.
-    `to_peft` are the adapted linear layers that lorafuse leaves to PEFT.
     `str()` is the page, `as_dict()` what `--json` prints.
     """
 
@@ -71,7 +70,6 @@ class Advice:
     step_seconds: dict[str, float]
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, int]
-    to_peft: int
     snippet: str
 
     @property
@@ -234,7 +232,6 @@ def plan_adapter(
         quantized=settings.method == "qlora",
         half="float16" if device and device.arch < 80 else "bfloat16",
     )
-    taken = weights_of_linears(shapes)
     return Advice(
         shapes=shapes,
         request=request,
@@ -255,7 +252,6 @@ def plan_adapter(
         step_seconds=_step_seconds(shapes, used, each, length, settings, accumulation, device) if device else {},
         rank_pattern=written.rank_pattern,
         alpha_pattern=written.alpha_pattern,
-        to_peft=sum(x.name.rpartition(".")[2] in taken for x in shapes.adapted if not x.parameter),
         snippet=snippet(shapes, written),
     )
 
@@ -277,5 +273,5 @@ def _step_seconds(
     tokens = settings.micro_batch * each
     micro = micro_step_seconds(shapes, rank, tokens, length, device, checkpointing=settings.checkpointing)
     full = memory(shapes, "full", rank, tokens, checkpointing=settings.checkpointing).total
-    fitting = [way for way in WAYS if way != "full fine-tuning" or full <= usable_bytes(device)]
-    return {way: micro[way] * accumulation + update_seconds(shapes, way, rank, device) for way in fitting}
+    fitting = [one for one in WAYS if one != "full fine-tuning" or full <= usable_bytes(device)]
+    return {one: micro[one] * accumulation + update_seconds(shapes, one, rank, device) for one in fitting}

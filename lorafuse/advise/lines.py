@@ -120,9 +120,6 @@ def _rank(a: Advice) -> list[Line]:
     if towers:
         value = f"the {towers} linear layers of other modalities: text gives them no gradient"
         lines.append(Line(section, "do not adapt", value, "formula", "MODULES"))
-    if a.to_peft:
-        value = f"{a.to_peft} linear layers, by their weights: PEFT keeps their names for experts, and builds W + BA"
-        lines.append(Line(section, "not fused", value, "measured here", "MODULES"))
     lines.append(Line(section, "alpha", "32 for every layer, scale alpha / r", "published figure", "FORM"))
     if a.rank_pattern:
         low, high = min(a.rank_pattern.values()), max(a.rank_pattern.values())
@@ -205,11 +202,11 @@ def _cost(a: Advice) -> list[Line]:
     if request.gpu is None:
         return [*lines, Line(section, "does it fit, how long", "name a GPU: --gpu H200", "model", "CARD, PLAN")]
     lines.append(_fits(a, request.gpu))
-    for way, seconds in a.step_seconds.items():
+    for training, seconds in a.step_seconds.items():
         full = a.step_seconds.get("full fine-tuning")
         value = f"{seconds:.3g} s (model)"
         value += f", {seconds / full:.2f} of full fine-tuning (model)" if full else ", full fine-tuning does not fit"
-        lines.append(Line(section, f"step on {request.gpu}, {way}", value, "model", "PLAN"))
+        lines.append(Line(section, f"step on {request.gpu}, {training}", value, "model", "PLAN"))
     return lines
 
 

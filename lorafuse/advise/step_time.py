@@ -37,7 +37,7 @@ def micro_step_seconds(
     """
     if tokens < 1:
         raise ValueError(f"tokens {tokens}: it must be at least 1")
-    found = dict.fromkeys(WAYS, 0.0)
+    total = dict.fromkeys(WAYS, 0.0)
     blocks, rest = expert_blocks(shapes.linears)
     again = 2 if checkpointing else 1
     dtype = "bfloat16" if device.arch >= 80 else "float16"
@@ -46,31 +46,31 @@ def micro_step_seconds(
         for x in rest
         if x.kind != "tower"
     )
-    for (N, K, adapted, R, share, copies), count in sizes.items():
-        problem = Problem(math.ceil(tokens * share), N, K, R, dtype, "float32")
-        for way, seconds in _linear(problem, device, adapted, again).items():
-            found[way] += seconds * count * copies
+    for (N, K, adapted, R, active, copies), count in sizes.items():
+        problem = Problem(math.ceil(tokens * active), N, K, R, dtype, "float32")
+        for training, seconds in _linear(problem, device, adapted, again).items():
+            total[training] += seconds * count * copies
     for (up, down), count in Counter((_sizes(up), _sizes(down)) for up, down in blocks).items():
         R = rank_of(blocks[0][0], rank, shapes.active_experts)
         base = Problem(tokens * shapes.active_experts, up[1], up[2], R, dtype, "float32", groups=up[0], is_ragged=True)
         base = replace(base, choices=shapes.active_experts)
-        for way, seconds in _experts(base, down[2], device, again).items():
-            found[way] += seconds * count
+        for training, seconds in _experts(base, down[2], device, again).items():
+            total[training] += seconds * count
     # causal: half of two products forward, two and a half times that backward
     width = sum(x.K for x in rest if x.kind == "attention" and shapes.hidden == x.N and x.name.endswith(_LAST))
     attention = (2 * again + 5) * tokens * length * width / (device.sustained_flops * _ATTENTION_SHARE)
     loss = shapes.vocabulary * tokens * _LOSS_BYTES
-    for way in WAYS:
-        saved = activation_bytes(shapes, 0 if way == "full fine-tuning" else rank, tokens) * (again + 2) / 3
-        found[way] += attention + (loss + _PASSES * saved) / device.sustained_bandwidth
-    return found
+    for training in WAYS:
+        saved = activation_bytes(shapes, 0 if training == "full fine-tuning" else rank, tokens) * (again + 2) / 3
+        total[training] += attention + (loss + _PASSES * saved) / device.sustained_bandwidth
+    return total
 
 
 def update_seconds(
-    shapes: ModelShapes, way: str, rank: int, device: DeviceSpec, *, passes: int = _FUSED_PASSES
+    shapes: ModelShapes, training: str, rank: int, device: DeviceSpec, *, passes: int = _FUSED_PASSES
 ) -> float:
     """Modelled seconds of one AdamW step: bf16 for full fine-tuning, fp32 adapters for lorafuse."""
-    moved = {"full fine-tuning": 2 * shapes.parameters, "lorafuse": 4 * trainable(shapes, rank)}.get(way, 0)
+    moved = {"full fine-tuning": 2 * shapes.parameters, "lorafuse": 4 * trainable(shapes, rank)}.get(training, 0)
     return passes * moved / device.sustained_bandwidth
 
 
@@ -79,8 +79,8 @@ def _sizes(linear: Linear) -> tuple[int, int, int]:
 
 
 def _linear(problem: Problem, device: DeviceSpec, adapted: bool, again: int) -> dict[str, float]:
-    found = _both((problem,), (replace(problem, gradients=_GRADIENTS),), device, again)
-    return found if adapted else found | {"lorafuse": found["frozen"]}
+    modelled = _both((problem,), (replace(problem, gradients=_GRADIENTS),), device, again)
+    return modelled if adapted else modelled | {"lorafuse": modelled["frozen"]}
 
 
 def _both(

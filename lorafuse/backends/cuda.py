@@ -52,13 +52,13 @@ class Cuda(Aten):
         self.grouped_mm = _GroupedLinear(self)
 
     def plan(self, operator: Problems, device: torch.device) -> Plan:
-        spec, found = self.spec(device), operator()
-        for problem in found if isinstance(found, tuple) else (found,):
+        spec, planned = self.spec(device), operator()
+        for problem in planned if isinstance(planned, tuple) else (planned,):
             reason = f"runs on CUDA devices, x is on {device}" if spec is None else configs_cuda.refusal(problem, spec)
             if reason:
                 error = TypeError if problem.dtype not in ("bfloat16", "float16") else ValueError
                 raise error(f"backend={self.name!r}: {reason}; {_INSTEAD}")
-        return select(found, spec, (("cuda", ""),))
+        return select(planned, spec, (("cuda", ""),))
 
     def guard(self, device: torch.device) -> AbstractContextManager[object]:
         return device_guard(device)
@@ -186,10 +186,10 @@ class Cuda(Aten):
         if self.is_capturing():
             # a graph has flags of its own, which it zeroes at every replay: the stream's may be in use by then
             return torch.zeros(words, dtype=torch.int32, device=device)
-        found = self.flags.get((device, stream))
-        if found is None or found.numel() < words:
-            found = self.flags[device, stream] = torch.zeros(words, dtype=torch.int32, device=device)
-        return found
+        flags = self.flags.get((device, stream))
+        if flags is None or flags.numel() < words:
+            flags = self.flags[device, stream] = torch.zeros(words, dtype=torch.int32, device=device)
+        return flags
 
 
 class _GroupedLinear(GroupedMM):

@@ -11,7 +11,7 @@ __all__ = ["RATES", "copy_bytes", "matmul_flops", "usual_dtype"]
 RATES: dict[tuple[torch.dtype | str, torch.device], float] = {}
 
 # the longest product in seconds; CPUs without bfloat16 instructions need minutes for large ones
-_PATIENCE = 0.6
+PATIENCE = 0.6
 # seconds of repeating, while clocks rise and neighbours on the machine pause: five calls once measured half of the
 # CPU's rate (AMD EPYC, 2 threads, 2026-11-26)
 _REPEATED = 1.5
@@ -33,7 +33,7 @@ def _matmul_flops(dtype: torch.dtype, device: torch.device) -> float:
     # smaller sizes only predict the time of the next
     size = 256
     rate = _product(size, dtype, device, repeated=0)
-    while size < 2048 and 2 * (2 * size) ** 3 / rate < _PATIENCE:
+    while size < 2048 and 2 * (2 * size) ** 3 / rate < PATIENCE:
         size *= 2
         rate = _product(size, dtype, device, repeated=0)
     return max(rate, _product(size, dtype, device))

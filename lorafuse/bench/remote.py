@@ -187,8 +187,8 @@ class RemoteTrainee(_Process):
 
     def memory(self, ids: Tensor) -> dict[str, int]:
         """As `Trainee.memory`."""
-        found: dict[str, int] = self._request("step_memory", ids=ids.tolist())
-        return found
+        measured: dict[str, int] = self._request("step_memory", ids=ids.tolist())
+        return measured
 
 
 def _described(baseline: Baseline, device: torch.device) -> dict[str, Any]:

@@ -97,11 +97,12 @@ def run(args: argparse.Namespace) -> int:
         return compare.run(runs, console, prepared)
     cases, device = prepared(args)
     kind = _engine(args.kind)
-    found = conditions(device)
+    setting = conditions(device)
     if hasattr(kind, "timing"):
-        found["timing"] = kind.timing(device)
-    console.print(describe(found), highlight=False)
-    content: dict[str, Any] = {"version": VERSION, "kind": args.kind, "conditions": found, "results": [], "not_run": {}}
+        setting["timing"] = kind.timing(device)
+    console.print(describe(setting), highlight=False)
+    content: dict[str, Any] = {"version": VERSION, "kind": args.kind, "conditions": setting}
+    content |= {"results": [], "not_run": {}}
     status = _run_cases(kind, cases, args, device, console, content)
     for line in getattr(kind, "closing", lambda results: [])(content["results"]):
         console.print(line, highlight=False)

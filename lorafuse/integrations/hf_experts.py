@@ -24,9 +24,9 @@ from lorafuse.integrations.hf_common import (
     original,
     warn_once,
 )
-from lorafuse.integrations.hf_transformers import block_operands, first_projection, is_dispatched
+from lorafuse.integrations.hf_transformers import base_stacks, block_operands, first_projection, is_dispatched
 
-__all__ = ["NOTHING_ACTIVE", "FusedExperts", "expert_parts", "wrappers"]
+__all__ = ["NOTHING_ACTIVE", "FusedExperts", "expert_parts", "why_not_wrapped", "wrappers"]
 
 NOTHING_ACTIVE = "no adapter is active"
 
@@ -65,10 +65,21 @@ FusedExperts.__name__ = ParamWrapper.__name__
 
 def wrappers(layer: ParamWrapper) -> list[ParamWrapper]:
     """The wrappers of one experts module, outermost first."""
-    found = [layer]
-    while isinstance(found[-1].base_layer, ParamWrapper):
-        found.append(found[-1].base_layer)
-    return found
+    layers = [layer]
+    while isinstance(layers[-1].base_layer, ParamWrapper):
+        layers.append(layers[-1].base_layer)
+    return layers
+
+
+def why_not_wrapped() -> str:
+    """Why no `ParamWrapper` of this process runs fused at present, or ""."""
+    for kind, forward in _FORWARDS.items():
+        if kind.forward is not forward:
+            return f"the forward of {kind.__name__} was replaced"
+    # PEFT registers a parametrization in every forward
+    if _hooks._global_module_registration_hooks or _hooks._global_parameter_registration_hooks:
+        return "global registration hooks are registered"
+    return ""
 
 
 def expert_parts(layer: ParamWrapper) -> tuple[dict[str, Any], int, dict[str, list[_Factors]]] | str:
@@ -78,9 +89,8 @@ def expert_parts(layer: ParamWrapper) -> tuple[dict[str, Any], int, dict[str, li
     adapters of "gate_up" and "down" as PEFT packs them. "" means that adapters are disabled or merged, PEFT's own
     paths. The one statement of which experts lorafuse takes: the report and every forward ask here.
     """
-    for kind, forward in _FORWARDS.items():
-        if kind.forward is not forward:
-            return f"the forward of {kind.__name__} was replaced"
+    if reason := why_not_wrapped():
+        return reason
     chain = wrappers(layer)
     if any(wrapper.disable_adapters or wrapper.merged for wrapper in chain):
         return ""
@@ -89,10 +99,7 @@ def expert_parts(layer: ParamWrapper) -> tuple[dict[str, Any], int, dict[str, li
         return "an inner wrapper or its base has hooks or a replaced forward"
     if is_called_otherwise(ParamWrapper) or is_called_otherwise(type(base)):
         return "the call of nn.Module was replaced"
-    # PEFT registers a parametrization in every forward
-    if _hooks._global_module_registration_hooks or _hooks._global_parameter_registration_hooks:
-        return "global registration hooks are registered"
-    operands = block_operands(base, base._parameters)
+    operands = block_operands(base, base_stacks(base))
     if isinstance(operands, str):
         return operands
     if not is_dispatched(type(base)):
@@ -112,7 +119,7 @@ def expert_parts(layer: ParamWrapper) -> tuple[dict[str, Any], int, dict[str, li
 
 def _factors(wrapper: ParamWrapper, base: nn.Module) -> list[_Factors] | str:
     """The factors of a wrapper's active adapters, as PEFT packs them."""
-    found = []
+    factors = []
     for name in wrapper.active_adapters:
         if name not in wrapper.lora_A:
             continue
@@ -123,8 +130,8 @@ def _factors(wrapper: ParamWrapper, base: nn.Module) -> list[_Factors] | str:
             return "its lora_A or lora_B is not a plain nn.Linear"
         if wrapper.num_experts == 1 and base.is_transposed:
             return "a single expert stored transposed, which PEFT adapts in another layout"
-        found.append((lora_a.weight, lora_b.weight, wrapper.scaling[name]))
-    return found
+        factors.append((lora_a.weight, lora_b.weight, wrapper.scaling[name]))
+    return factors
 
 
 def _operands(operands: dict[str, Any], experts: int, factors: dict[str, list[_Factors]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ spec = importlib.util.spec_from_file_location("lorafuse._emu", {str(MODULE)!r})
 module = sys.modules["lorafuse._emu"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from lorafuse.backends import base
-base._AVAILABILITY["emu"] = base.Availability(True)
+base.availability = lambda name: base.Availability(True)
 """
 CHECK = """
 from lorafuse.plan import override
