@@ -5,6 +5,8 @@ import os
 # Before torch is imported: processes of pytest-xdist share the cores, and one thread for each is the fastest.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
+    # Inductor otherwise starts processes of its own, which import torch and compile nothing for a CPU
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 # Before transformers is imported: tests build their models from configurations and never download.
 os.environ["HF_HUB_OFFLINE"] = "1"
