@@ -123,7 +123,8 @@ def decode_flat(
         scale_blocks(values[None], scale[None], block)
         # the first block may begin before the first element
         skipped = max(first - begin, 0)
-        flat[begin + skipped - first : end - first] = values[skipped:].to(rounded)
+        values = values[skipped:]
+        flat[begin + skipped - first : end - first] = values if rounded is out.dtype else values.to(rounded)
     return out
 
 
