@@ -164,11 +164,11 @@ def check(run, reference, o, names=None, used=None, draws=None):
     The errors of two right results of a few numbers are within a factor of two by luck alone: several draws are judged
     together where there are few.
     """
-    actual, draws = [], draws or (1 if o.x.dtype.itemsize == 2 else 3)
+    drawn, draws = [], draws or (1 if o.x.dtype.itemsize == 2 else 3)
     for given in _drawn(o, draws):
         exact = results(reference, given.fresh(dtype=torch.float64), names, used)
-        actual.append([results(run, given, names, used), results(reference, given, names, used), exact])
-    by_name = {key: [[one[i][key] for one in actual] for i in range(3)] for key in actual[0][2]}
+        drawn.append([results(run, given, names, used), results(reference, given, names, used), exact])
+    by_name = {key: [[one[i][key] for one in drawn] for i in range(3)] for key in drawn[0][2]}
     for name, (actual, same, exact) in by_name.items():
         assert [t is None for t in actual] == [t is None for t in exact], name
         if name == "differentiable":
@@ -177,5 +177,5 @@ def check(run, reference, o, names=None, used=None, draws=None):
             assert actual[0].dtype is same[0].dtype, name
             assert_three_way(name, *(torch.stack(some) for some in (actual, same, exact)))
             assert actual[0].any() or not o.x.numel(), f"{name}: all zero"
-    assert all(one[0].keys() == one[2].keys() for one in actual)
-    return actual[0][0]
+    assert all(one[0].keys() == one[2].keys() for one in drawn)
+    return drawn[0][0]
