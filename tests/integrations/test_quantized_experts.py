@@ -9,6 +9,7 @@ import peft
 import pytest
 import tiny_families
 import torch
+import transformers
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -175,6 +176,67 @@ class TestAdapted:
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         assert len([n for n in trained if "gate_up_lora" in n or "down_lora" in n]) == 8
         assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+    def test_fp8_experts(self):
+        """Over transformers' FP8Experts, whose own forward needs a GPU: what PEFT gives over the decoded stacks."""
+        fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+        dense = moe_models.base("qwen3_moe", **SIZES).requires_grad_(False)
+        model = copy.deepcopy(dense)
+        settings = transformers.FineGrainedFP8Config(weight_block_size=(32, 64))
+        skipped = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        model = fp8.replace_with_fp8_linear(model, skipped, settings)
+        for quantized, experts in zip(experts_of(model), experts_of(dense), strict=True):
+            assert type(quantized) is fp8.FP8Experts
+            quantized.to_empty(device="cpu").requires_grad_(False)
+            for name in ("gate_up_proj", "down_proj"):
+                stack, scale = getattr(quantized, name), getattr(quantized, f"{name}_scale_inv")
+                stack.data = getattr(experts, name).data.mul(64).to(torch.float8_e4m3fn)
+                scale.data = torch.rand(scale.shape) / 64
+                decoded = fp8._dequantize_fp8_weight(stack.data, scale.data, (32, 64), torch.float32)
+                setattr(experts, name, nn.Parameter(decoded, requires_grad=False))
+        ours, theirs = adapted(model), adapted(dense)
+        for one in (ours, theirs):
+            one.get_input_embeddings().weight.requires_grad_()
+        # both layers, which repr folds
+        assert repr(ours).count("gate_up_proj=fp8, down_proj=fp8") == 1
+        factors = [{n: p for n, p in one.named_parameters() if "lora_" in n} for one in (ours, theirs)]
+        for name, p in factors[0].items():
+            p.data.copy_(factors[1][name].data)
+        actual, expected = step(ours), step(theirs)
+        errors = {name: relative_l2(actual[name], tensor) for name, tensor in expected.items()}
+        assert {name: error for name, error in errors.items() if error > tolerance(torch.float32)} == {}
+
+    def test_mxfp4_from_blocks_and_scales(self):
+        """gpt-oss as its checkpoint stores it, against its experts over transformers' decoded stacks."""
+        mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+        model = moe_models.base("gpt_oss", **SIZES).requires_grad_(False)
+        experts = experts_of(model)[0]
+        stacks = {}
+        for name in ("gate_up_proj", "down_proj"):
+            E, K, N = getattr(experts, name).shape
+            blocks = torch.randint(256, (E, N, K // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(119, 123, (E, N, K // 32), dtype=torch.uint8)
+            decoded = mxfp4.convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+            setattr(experts, name, nn.Parameter(decoded.contiguous(), requires_grad=False))
+            stacks[name] = formats.load("mxfp4").weight(blocks, scales)
+        layer = LoRAExperts.from_stacks(
+            stacks["gate_up_proj"], stacks["down_proj"], R, activation="clamped_swiglu", is_concatenated=False,
+            gate_up_bias=experts.gate_up_proj_bias, down_bias=experts.down_proj_bias,
+        )  # fmt: skip
+        x, index, weight = torch.randn(9, 64), torch.rand(9, 4).topk(2).indices, torch.rand(9, 2)
+        assert relative_l2(layer(x, index, weight), experts(x, index, weight)) <= tolerance(torch.float32)
+        nn.init.normal_(layer.gate_up_lora_B)
+        assert relative_l2(layer(x, index, weight), experts(x, index, weight)) > 0.1
+
+    def test_stacks_in_the_order_of_a_librarys_kernels(self):
+        mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+        model = moe_models.base("gpt_oss", **SIZES)
+        loaded = mxfp4.Mxfp4GptOssExperts(model.config)
+        model.model.layers[1].mlp.experts = loaded
+        with pytest.raises(ValueError, match=r"layers.1.mlp.experts: its down_proj cannot be adopted.*dequantize=True"):
+            adapt_experts(model, R)
+        assert model.model.layers[1].mlp.experts is loaded
+        assert not any(isinstance(m, LoRAExperts) for m in model.modules())
 
     def test_bad_input(self):
         with pytest.raises(ValueError, match=r"got a Linear without experts modules of transformers >= 5\.7"):
