@@ -130,8 +130,9 @@ def notes(model: nn.Module) -> list[str]:
     found, dense, bare = [], defaultdict[torch.dtype, list[Tensor]](list), []
     for name, module in modules.items():
         if hasattr(module, "num_experts"):
-            for p in module._parameters.values():
-                if p is not None and p.dim() == 3 and p.is_floating_point() and p.element_size() > 1:
+            for key, p in module._parameters.items():
+                is_stack = p is not None and p.dim() == 3 and "lora_" not in key
+                if is_stack and p.is_floating_point() and p.element_size() > 1:
                     dense[p.dtype].append(p)
             parts = [part for over in getattr(module, "parametrizations", {}).values() for part in over]
             if any(type(part).__name__ == "Bnb4bitParametrization" for part in parts):

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import warnings
 from unittest import mock
 
 import moe_models
@@ -10,6 +11,7 @@ import pytest
 import tiny_families
 import torch
 import transformers
+from quantized_models import quantize
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -288,3 +290,56 @@ def test_a_stack_that_cannot_be_held_runs_as_transformers_ships_it(registered):
             formats.adopt(experts.parametrizations.down_proj)
     actual = step(model)
     assert {n: e for n, t in expected.items() if (e := relative_l2(actual[n], t)) > tolerance(torch.float32)} == {}
+
+
+class TestNotes:
+    """What `lorafuse.patch` finds in a model that was loaded in 4 bits."""
+
+    def model(self, dtype=torch.bfloat16):
+        base = moe_models.base("qwen3_moe", **SIZES).to(dtype)
+        return quantize(base, skip=("lm_head", "gate"))
+
+    def adapted(self, model):
+        return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "o_proj"]))
+
+    def notes(self, model, match):
+        with pytest.warns(UserWarning, match=f"lorafuse.patch: {match}"):
+            report = lorafuse.patch(model)
+        assert len(report.patched) == 4
+        assert f"  note     {report.notes[-1]}" in str(report).splitlines()
+        return report.notes
+
+    def test_experts_that_are_left_in_bf16(self):
+        (note,) = self.notes(
+            self.adapted(self.model()), "4 stacks of experts are bfloat16, 0.00 GiB: loading in 4 or 8"
+        )
+        assert "replace_parameter_4bit" in note
+        assert "prepare_model" not in note
+
+    def test_experts_that_became_fp32(self):
+        model = self.model()
+        model.is_loaded_in_4bit = True
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        (note,) = self.notes(
+            self.adapted(model), "4 stacks of experts are float32.*prepare_model_for_kbit_training casts"
+        )
+        assert "parameter.data = parameter.data.to(torch.bfloat16)" in note
+
+    def test_experts_without_adapters(self):
+        model = self.model()
+        for experts in experts_of(model):
+            for parameter in ("gate_up_proj", "down_proj"):
+                quantization.replace_parameter_4bit(experts, parameter)
+        model = self.adapted(model)
+        (note,) = self.notes(
+            model, "2 quantized experts modules have no adapter, the first is .*layers.0.mlp.experts: PEFT"
+        )
+        assert "adapt_experts does, after get_peft_model" in note
+        adapt_experts(model, R)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert lorafuse.patch(model).notes == []
+
+    def test_a_model_that_is_not_quantized(self):
+        model = self.adapted(moe_models.base("qwen3_moe", **SIZES).to(torch.bfloat16))
+        assert lorafuse.patch(model).notes == []
