@@ -28,7 +28,7 @@ SIZES = {
 }  # fmt: skip
 
 
-def quantize(model, how="nf4", compute_dtype=None, skip=("lm_head", "embed_out")):
+def quantize(model, how="nf4", compute_dtype=None, skip=("lm_head", "embed_out"), storage=torch.uint8):
     """The model with every `nn.Linear` quantized, as loading it would do, except those named in `skip`."""
     if how.startswith("torchao"):
         quantization = pytest.importorskip("torchao.quantization")
@@ -53,7 +53,7 @@ def quantize(model, how="nf4", compute_dtype=None, skip=("lm_head", "embed_out")
             quantized = bnb.nn.Linear8bitLt(*sizes, bias, has_fp16_weights=False)
         else:
             nested = not how.endswith("plain")
-            quantized = bnb.nn.Linear4bit(*sizes, bias, compute_dtype, nested, how.split()[0])
+            quantized = bnb.nn.Linear4bit(*sizes, bias, compute_dtype, nested, how.split()[0], storage)
         quantized.load_state_dict(layer.state_dict())
         # this quantizes the weight
         quantized = quantized.to("cpu").requires_grad_(False)
