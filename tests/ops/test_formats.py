@@ -136,8 +136,8 @@ def test_second_order_and_transforms(library):
     def loss(x, w):
         return LF.lora_linear(x, w, a, b).square().sum()
 
-    found = torch.func.grad(loss)(x.detach(), w)
-    torch.testing.assert_close(found, torch.func.grad(loss)(x.detach(), w.decoded(torch.float64)))
+    actual = torch.func.grad(loss)(x.detach(), w)
+    torch.testing.assert_close(actual, torch.func.grad(loss)(x.detach(), w.decoded(torch.float64)))
 
 
 @by_layer_library
@@ -154,8 +154,8 @@ def test_compile_and_autocast(library):
     y = compiled(x)
     assert y.dtype is torch.bfloat16
     assert torch.equal(y, step(x))
-    (found,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(found, torch.autograd.grad(step(x).sum(), x)[0])
+    (actual,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(actual, torch.autograd.grad(step(x).sum(), x)[0])
 
 
 class TestOpcheck:
