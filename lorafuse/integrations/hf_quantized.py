@@ -127,7 +127,7 @@ def notes(model: nn.Module) -> list[str]:
     modules = dict(model.named_modules())
     if not any(is_quantized(type(module)) for module in modules.values()):
         return []
-    found, dense, bare = [], defaultdict[torch.dtype, list[Tensor]](list), []
+    lines, dense, bare = [], defaultdict[torch.dtype, list[Tensor]](list), []
     for name, module in modules.items():
         if hasattr(module, "num_experts"):
             for key, p in module._parameters.items():
@@ -146,13 +146,13 @@ def notes(model: nn.Module) -> list[str]:
                 ", and peft.prepare_model_for_kbit_training casts the rest to float32 (cast the stacks back: "
                 "parameter.data = parameter.data.to(torch.bfloat16))"
             )
-        found.append(
+        lines.append(
             f"{text}; quantize them with bitsandbytes.nn.parametrize.replace_parameter_4bit and adapt them with "
             "lorafuse.integrations.adapt_experts"
         )
     if bare:
-        found.append(
+        lines.append(
             f"{len(bare)} quantized experts modules have no adapter, the first is {bare[0]}: PEFT adapts no "
             "parametrized stack; lorafuse.integrations.adapt_experts does, after get_peft_model"
         )
-    return found
+    return lines

@@ -93,17 +93,17 @@ def step(model):
     model.zero_grad()
     logits = model(moe_models.token_ids()).logits
     logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits.dtype))
-    found = {"logits": logits.detach(), "embeddings": model.get_input_embeddings().weight.grad}
+    results = {"logits": logits.detach(), "embeddings": model.get_input_embeddings().weight.grad}
     for i, layer in enumerate(m for m in model.modules() if isinstance(m, LoRAExperts)):
-        found |= {f"{i} {name}": p.grad for name, p in layer.named_parameters() if "lora_" in name}
+        results |= {f"{i} {name}": p.grad for name, p in layer.named_parameters() if "lora_" in name}
     for i, layer in enumerate(outermost(model)):
         for wrapper in hf_experts.wrappers(layer):
             kind = "down" if wrapper.parameter_name == "down_proj" else "gate_up"
             a, b = (of["default"].weight.grad for of in (wrapper.lora_A, wrapper.lora_B))
             experts = wrapper.num_experts
-            found[f"{i} {kind}_lora_A"] = a.unflatten(0, (experts, R))
-            found[f"{i} {kind}_lora_B"] = b.unflatten(1, (R, experts)).permute(2, 0, 1)
-    return found
+            results[f"{i} {kind}_lora_A"] = a.unflatten(0, (experts, R))
+            results[f"{i} {kind}_lora_B"] = b.unflatten(1, (R, experts)).permute(2, 0, 1)
+    return results
 
 
 class TestAdapted:
