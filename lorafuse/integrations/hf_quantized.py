@@ -3,7 +3,8 @@
 | base | the product is computed in | y has |
 | --- | --- | --- |
 | bitsandbytes `Linear4bit` | its compute_dtype, under autocast too | x's dtype |
-| torchao's weight-only tensors in `nn.Linear` | x's dtype, under autocast too | x's dtype |
+| torchao's `Int8Tensor` in `nn.Linear` | x's dtype, under autocast too | x's dtype |
+| its other weight-only tensors | autocast's dtype, else x's | the same |
 | bitsandbytes `Linear8bitLt`, transformers' `FP8Linear` | autocast's dtype, else x's | x's dtype |
 
 Those of the last row quantize x too. lorafuse does not: it decodes the weight, which is nearer to the exact product,
@@ -93,10 +94,10 @@ def run_quantized(base: nn.Module, x: Tensor, operands: tuple[Any, ...], backend
             base.set_compute_type(x)  # type: ignore[operator]
             base.compute_type_is_set = True
         dtype = base.compute_dtype or dtype  # type: ignore[assignment]
-    elif kind is not None and is_autocast:
+    elif is_autocast and (kind is not None or type(base._parameters["weight"]).__name__ != "Int8Tensor"):
         dtype = torch.get_autocast_dtype(x.device.type)
-        # training on a CPU, bitsandbytes too decodes, by functions that autocast knows
-        if kind == "Linear8bitLt" and x.is_cpu and base.training:
+        # torchao decodes, as bitsandbytes does in training on a CPU, and multiplies by a function that autocast knows
+        if kind is None or (kind == "Linear8bitLt" and x.is_cpu and base.training):
             returned = dtype
     if bias is not None:
         bias = bias.to(dtype)
@@ -129,8 +130,9 @@ def notes(model: nn.Module) -> list[str]:
     lines, dense, bare = [], defaultdict[torch.dtype, list[Tensor]](list), []
     for name, module in modules.items():
         if hasattr(module, "num_experts"):
-            for p in module._parameters.values():
-                if p is not None and p.dim() == 3 and p.is_floating_point() and p.element_size() > 1:
+            for key, p in module._parameters.items():
+                is_stack = p is not None and p.dim() == 3 and "lora_" not in key
+                if is_stack and p.is_floating_point() and p.element_size() > 1:
                     dense[p.dtype].append(p)
             parts = [part for over in getattr(module, "parametrizations", {}).values() for part in over]
             if any(type(part).__name__ == "Bnb4bitParametrization" for part in parts):
