@@ -66,20 +66,20 @@ def no_choice_yet(monkeypatch):
 @pytest.fixture
 def spy(monkeypatch, assume):
     """A backend "triton" that exists, computes as eager does, and records which of its functions ran."""
-    found = Spy()
+    actual = Spy()
     module = ModuleType("lorafuse.backends.triton")
-    module.backend = lambda: found
+    module.backend = lambda: actual
     monkeypatch.setitem(sys.modules, module.__name__, module)
     assume("triton", base.Availability(True))
-    return found
+    return actual
 
 
 @pytest.fixture
 def by_grouped_mm(monkeypatch):
     """Eager multiplies ragged rows by grouped_mm."""
-    found = ByGroupedMM()
-    monkeypatch.setattr("lorafuse.ops.choose.ATEN", found)
-    return found
+    actual = ByGroupedMM()
+    monkeypatch.setattr("lorafuse.ops.choose.ATEN", actual)
+    return actual
 
 
 @pytest.fixture

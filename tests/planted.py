@@ -141,9 +141,9 @@ def _both(text: str, bugs: list[Bug]) -> str:
 
 
 def _place(bug: Bug, source: str) -> tuple[int, int]:
-    found = [m.span() for m in re.finditer(r"\s+".join(map(re.escape, bug.text.split())), source)]
-    assert len(found) == 1, f"planted bug {bug.name!r}: {bug.file} holds its text {len(found)} times: {bug.text}"
-    return found[0]
+    actual = [m.span() for m in re.finditer(r"\s+".join(map(re.escape, bug.text.split())), source)]
+    assert len(actual) == 1, f"planted bug {bug.name!r}: {bug.file} holds its text {len(actual)} times: {bug.text}"
+    return actual[0]
 
 
 def weave(kernels: Path, out: Path, bugs: tuple[Bug, ...] = BUGS) -> None:

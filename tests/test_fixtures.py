@@ -67,7 +67,7 @@ def run_alone(folder, *options):
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("def test_a():\n    pass\n", "nothing was skipped"),
         (
@@ -76,10 +76,10 @@ def run_alone(folder, *options):
         ),
     ],
 )
-def test_a_run_ends_with_what_was_skipped(tmp_path, source, said):
+def test_a_run_ends_with_what_was_skipped(tmp_path, source, message):
     (tmp_path / "test_a.py").write_text(source)
     before, closing = run_alone(tmp_path).rstrip().rsplit("\n", 1)
-    assert said in before.partition("what was skipped and why")[2]
+    assert message in before.partition("what was skipped and why")[2]
     assert "passed" in closing or "skipped" in closing
 
 
@@ -108,7 +108,7 @@ class TestFastInterpreter:
     def test_it_computes_the_same(self, fast, gpu):
         """Every bit, of pointers and of descriptors."""
         case = LinearCase(leading=(40,), N=72, K=64, R=6, dtype=torch.float16, dropout_p=0.1)
-        found = []
+        runs = []
         for functions in (fast.ORIGINALS, fast.REPLACEMENTS):
             fast.install(functions)
             torch.manual_seed(0)
@@ -116,8 +116,8 @@ class TestFastInterpreter:
             with override(interpreted_as=find(gpu)):
                 y, xa = operator.forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.1)
                 grads = operator.backward(o.dy, o.x, xa, o.w, o.a, o.b, seed, 1.7, 0.1, True, True, True, True)
-            found.append((y, xa, *grads))
-        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+            runs.append((y, xa, *grads))
+        assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
     def test_types_and_shapes_are_the_same(self, fast):
         core = fast.core

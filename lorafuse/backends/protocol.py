@@ -1,9 +1,10 @@
-"""The five primitives: what a backend implements once, and what every operator of `lorafuse.ops` is made of.
+"""The six primitives: what a backend implements once, and what every operator of `lorafuse.ops` is made of.
 
     project         xa = scale · drop(x) aᵀ                         to the rank: xa, and dyb = dy b
     matmul          y = epilogue(x wᵀ + bias + scale · xa bᵀ)        the one main loop: y, dx, (u, h), (du, h)
     outer           scale · Σ_s narrow[s]ᵀ (row_scale[s] · wide[s])  sums over rows in a fixed order: da, db
     project_outer   dyb, db and dbias from one read of dy           default: project and outer
+    matmul_sum      Σ_i x_i w_iᵀ + Σ_j scale_j · xa_j b_jᵀ          dx of layers of one x; default: matmul and sums
     combine         out[t] = Σ_j weight[t, j] · y of choice j       the weighted sum over a token's choices
 
 Operands are values (`lorafuse.operands`). `x` is a matrix `[rows, K]` as `Backend.matrix` gives it, of float dtype;
@@ -20,7 +21,7 @@ refuses problems whose xa is fp32 over 16-bit operands: these do not learn of it
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -129,6 +130,28 @@ class Backend:
         Rows of no group hold anything.
         """
         raise NotImplementedError
+
+    def matmul_sum(
+        self, terms: Iterable[tuple[Tensor, Weight]], lows: Sequence[LowRank], plan: Plan | None, *,
+        wide: Tensor | None = None, likes: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """`(Σ_i x_i w_iᵀ + Σ_j low_j, [xa_jᵀ drop_j(wide)])`: dx `[S, K]` of layers that read one x, and each da.
+
+        Rows are dense. Terms are at least as many as lows, and read one after the other: the weight of one may be gone
+        when the next is read. `likes` are the parameters whose gradients the second are, those of the lows, or none.
+        """
+        rest, total = list(lows), None
+        for x, w in terms:
+            product = self.matmul(x, w, None, plan, low=rest.pop(0) if rest else None)
+            total = product if total is None else total.add_(product)
+        assert total is not None
+        if not likes:
+            return total, []
+        assert wide is not None
+        return total, [
+            self.outer(low.xa, wide, None, plan, like=like, dropout=low.dropout)
+            for low, like in zip(lows, likes, strict=True)
+        ]
 
     def outer(
         self, narrow: Tensor, wide: Tensor, rows: Rows | None, plan: Plan | None, *, like: Tensor,

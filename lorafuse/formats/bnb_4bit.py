@@ -19,14 +19,13 @@ it, so that any matrices of a stack are read where they lie).
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lorafuse.formats.codec import decode_flat, held, is_of, parse, spell, target
+from lorafuse.formats.codec import decode_flat, held, is_of, parse, remembered, spell, target
 from lorafuse.formats.weight import Weight
 
 __all__ = ["adopt", "decode", "kernel", "parameters_of", "select", "shape"]
@@ -45,7 +44,7 @@ class _Parameters(NamedTuple):
     first: int
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def parameters_of(parameters: str) -> _Parameters:
     """`(sizes, block, dtype, first)` of a weight's parameters."""
     sizes, fields = parse(parameters)
@@ -119,11 +118,12 @@ def adopt(storage: object, name: str = "weight") -> Weight | None:
         return _weight(stored, stored.quant_state, "Params4bit") if is_params else None  # type: ignore
     layer: Any = storage
     state = getattr(layer.weight, "quant_state", None)
-    weight = _weight(layer.weight, layer.quant_state if state is None else state, type(layer).__name__)
+    state = layer.quant_state if state is None else state
+    weight = _weight(layer.weight, state, type(layer).__name__)
     expected = layer.out_features, layer.in_features
-    if weight.stored != expected:
+    if tuple(state.shape) != expected:
         raise ValueError(
-            f"{type(layer).__name__} holds a weight quantized as {list(weight.stored)}; [N, K] is {list(expected)}: "
+            f"{type(layer).__name__} holds a weight quantized as {list(state.shape)}; [N, K] is {list(expected)}: "
             "quantize it anew, as nn.Linear stores it"
         )
     return weight
@@ -136,32 +136,44 @@ def _weight(stored: Tensor, state: Any, owner: str) -> Weight:
             f"{owner} {data.dtype} {list(data.shape)} on {data.device} is not quantized yet: move the model to its "
             "device first, with .to(), which quantizes it, or load its quantized checkpoint"
         )
-    sizes, block, dtype, absmax, code = (getattr(state, k) for k in ("shape", "blocksize", "dtype", "absmax", "code"))
+    sizes, block, dtype, nested = tuple(state.shape), state.blocksize, state.dtype, getattr(state, "state2", None)
     kind = state.quant_type
+    statistics: tuple[Tensor, ...] = state.absmax, state.code
+    if nested is not None:
+        statistics += nested.absmax, nested.code, state.offset
+    # every forward of every layer comes here, so that texts are made for what is refused alone
+    if not (
+        kind in _TYPES and block in _BLOCKS and dtype in _DTYPES and len(sizes) in (2, 3)
+        and (nested is None or nested.blocksize == _NESTED_BLOCK)
+        and not getattr(state, "packing_format_for_cpu", False)
+        and data.numel() * data.element_size() == -(-math.prod(sizes) // 2) and data.is_contiguous()
+    ):  # fmt: skip
+        raise ValueError(_problem(data, state, owner))
+    packed = (data if data.dtype is torch.uint8 else data.view(torch.uint8)).view(-1)
+    return Weight(packed, statistics=statistics, format=f"{kind}:{spell(sizes, block=block, dtype=dtype)}")
+
+
+def _problem(data: Tensor, state: Any, owner: str) -> str:
+    """Why bitsandbytes' storage cannot be held, and the fix."""
+    sizes, block, dtype, kind = list(state.shape), state.blocksize, state.dtype, state.quant_type
     if getattr(state, "packing_format_for_cpu", False):
-        raise ValueError(
-            f"{owner} {list(sizes)} was repacked by bitsandbytes for inference on this CPU, its absmax rounded to "
-            "bfloat16: load the model anew and patch it before its first forward in eval mode"
+        return (
+            f"{owner} {sizes} was repacked by bitsandbytes for inference on this CPU, its absmax rounded to bfloat16: "
+            "load the model anew and patch it before its first forward in eval mode"
         )
+    nested = getattr(state, "state2", None)
+    nested_block = _NESTED_BLOCK if nested is None else nested.blocksize
     rules = {
         f"quant_type {kind!r}": (kind in _TYPES, f"one of {', '.join(_TYPES)}"),
         f"blocksize {block}": (block in _BLOCKS, f"one of {', '.join(map(str, _BLOCKS))}"),
         f"dtype {dtype}": (dtype in _DTYPES, "bfloat16, float16 or float32"),
-        f"shape {list(sizes)}": (len(sizes) in (2, 3), "a matrix [N, K] or a stack [G, N, K]"),
+        f"shape {sizes}": (len(sizes) in (2, 3), "a matrix [N, K] or a stack [G, N, K]"),
+        f"nested blocksize {nested_block}": (nested_block == _NESTED_BLOCK, str(_NESTED_BLOCK)),
     }
-    statistics: tuple[Tensor, ...] = absmax, code
-    nested = getattr(state, "state2", None)
-    if nested is not None:
-        statistics += nested.absmax, nested.code, state.offset
-        rules[f"nested blocksize {nested.blocksize}"] = nested.blocksize == _NESTED_BLOCK, str(_NESTED_BLOCK)
     for given, (is_held, rule) in rules.items():
         if not is_held:
-            raise ValueError(f"{owner} has {given}; bitsandbytes decodes {rule}: quantize the weight anew")
-    needed = -(-math.prod(sizes) // 2)
-    if data.numel() * data.element_size() != needed or not data.is_contiguous():
-        raise ValueError(
-            f"{owner} {list(sizes)} holds {data.numel() * data.element_size()} bytes with strides "
-            f"{list(data.stride())}; it must be {needed} contiguous ones: gather a shard, and make a view contiguous"
-        )
-    packed = (data if data.dtype is torch.uint8 else data.view(torch.uint8)).view(-1)
-    return Weight(packed, statistics=statistics, format=f"{kind}:{spell(tuple(sizes), block=block, dtype=dtype)}")
+            return f"{owner} has {given}; bitsandbytes decodes {rule}: quantize the weight anew"
+    return (
+        f"{owner} {sizes} holds {data.numel() * data.element_size()} bytes with strides {list(data.stride())}; it must "
+        f"be {-(-math.prod(sizes) // 2)} contiguous ones: gather a shard, and make a view contiguous"
+    )

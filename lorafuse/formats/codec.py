@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,12 +16,15 @@ __all__ = [
     "held",
     "is_of",
     "parse",
+    "remembered",
     "row_chunks",
     "scale_blocks",
     "spell",
     "target",
     "unpacked",
 ]
+
+_T = TypeVar("_T")
 
 # elements that are decoded at once, for temporaries of some bytes an element: what the caches of a CPU core hold
 # (2 ** 18 fp32 values are 1 MiB), and on a GPU few launches (64 MiB of fp32)
@@ -31,7 +34,19 @@ _CHUNK_ELSEWHERE = 2**24
 _TWICE = {2: torch.int32, 4: torch.int64}
 
 
-@lru_cache(maxsize=4096)
+def remembered(function: Callable[[str], _T]) -> Callable[[str], _T]:
+    """`function`, computed once for each of the few texts there are; Dynamo warns of `functools.lru_cache`."""
+    results: dict[str, _T] = {}
+
+    def look_up(parameters: str) -> _T:
+        if parameters not in results:
+            results[parameters] = function(parameters)
+        return results[parameters]
+
+    return look_up
+
+
+@remembered
 def parse(parameters: str) -> tuple[tuple[int, ...], dict[str, str]]:
     """Sizes and fields of `"4096,14336;block=64"`: `((4096, 14336), {"block": "64"})`."""
     sizes: tuple[int, ...] = ()

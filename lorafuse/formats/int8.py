@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lorafuse.formats.codec import held, is_of, row_chunks, target
 from lorafuse.formats.weight import Weight
@@ -74,10 +75,11 @@ def adopt(storage: object, name: str = "weight") -> Weight | None:
     if is_of(weight, "torchao", "Int8Tensor"):
         data, scale, zero = weight.qdata, weight.scale, weight.zero_point
         plain = all(getattr(weight, key) is None for key in ("act_quant_kwargs", "act_pre_scale"))
-        if not plain or scale.shape != (*data.shape[:-1], 1) or (zero is not None and bool((zero != 0).any())):
+        if not plain or scale.shape != (*data.shape[:-1], 1) or not _is_zero(zero):
             return None
         return Weight(data, statistics=(scale,), format="int8")
-    if not is_of(weight, "bitsandbytes", "Int8Params"):
+    # torch.save and FSDP make a plain parameter of an `Int8Params`
+    if not (is_of(weight, "bitsandbytes", "Int8Params") or is_of(storage, "bitsandbytes", "Linear8bitLt")):
         return None
     # the first forward moves both from the parameter to the layer's state
     state = getattr(storage, "state", None)
@@ -91,3 +93,24 @@ def adopt(storage: object, name: str = "weight") -> Weight | None:
             "with has_fp16_weights=False and move it to its device, with .to(), which quantizes it"
         )
     return Weight(data, statistics=(absmax,), format="int8")
+
+
+# of the zero points of tensors that were adopted: a look at the values waits for a GPU
+_zeros = WeakIdKeyDictionary()
+# whether any were not zero
+_are_shifted = False
+
+
+def _is_zero(zero: Tensor | None) -> bool:
+    """Whether there are no zero points but 0. Looked at once.
+
+    A compiler cannot look: there all count as zeros only as long as none that was adopted before had others; then all
+    tensors are left to `intx`, which is right for both.
+    """
+    global _are_shifted
+    if zero is None or torch.compiler.is_compiling():
+        return zero is None or not _are_shifted
+    if zero not in _zeros:
+        _zeros[zero] = not bool(zero.any())
+        _are_shifted |= not _zeros[zero]
+    return _zeros[zero]

@@ -22,7 +22,7 @@ from torch import Tensor
 from lorafuse.formats.codec import decode_flat, held, is_of, parse, spell, target
 from lorafuse.formats.weight import Weight
 
-__all__ = ["adopt", "decode", "select", "shape"]
+__all__ = ["adopt", "decode", "kernel", "select", "shape"]
 
 
 def shape(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tuple[int, ...]:
@@ -35,15 +35,26 @@ def decode(
 ) -> Tensor:
     """The dense weight in `dtype`, in chunks."""
     sizes, fields = parse(parameters)
+    block, code = int(fields["block"]), statistics[3]
+    out = target(out, sizes, dtype, data.device)
+    return decode_flat(data, code, lambda *blocks: _scales(statistics, parameters, *blocks), block, code.dtype, 0, out)
+
+
+def _scales(statistics: tuple[Tensor, ...], parameters: str, start: int, stop: int) -> Tensor:
+    """`[stop - start]`, of the weight's dtype: the scales of these blocks."""
     scalers, factor, mean, code = statistics
-    outer = int(fields["outer"])
+    outer = int(parse(parameters)[1]["outer"])
+    first = start // outer
+    factors = factor[first : -(-stop // outer)].repeat_interleave(outer)[start - first * outer :][: stop - start]
+    return (scalers[start:stop] / factors).to(code.dtype) + mean
 
-    def scales(start: int, stop: int) -> Tensor:
-        first = start // outer
-        factors = factor[first : -(-stop // outer)].repeat_interleave(outer)[start - first * outer :][: stop - start]
-        return (scalers[start:stop] / factors).to(code.dtype) + mean
 
-    return decode_flat(data, code, scales, int(fields["block"]), code.dtype, 0, target(out, sizes, dtype, data.device))
+def kernel(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tuple[str, dict[str, Any]]:
+    """The decode kernel, and what it reads: scales are decoded before, for one element of a block."""
+    scalers, _, _, code = statistics
+    scale, block = _scales(statistics, parameters, 0, scalers.numel()), int(parse(parameters)[1]["block"])
+    # products of two numbers of 16 bits are exact in fp32
+    return "codebook", {"code": data, "table": code, "scale": scale, "block": block, "first": 0, "rounded": code.dtype}
 
 
 def select(

@@ -19,11 +19,24 @@ import torch
 
 # they define the operators
 import lorafuse.ops.experts
+import lorafuse.ops.gated_mlp
+import lorafuse.ops.group
 import lorafuse.ops.grouped
 import lorafuse.ops.linear  # noqa: F401
 from lorafuse.operands import Weight
 
-__all__ = ["experts", "experts_backward", "grouped", "grouped_backward", "linear", "linear_backward"]
+__all__ = [
+    "experts",
+    "experts_backward",
+    "gated_mlp",
+    "gated_mlp_backward",
+    "grouped",
+    "grouped_backward",
+    "linear",
+    "linear_backward",
+    "linears",
+    "linears_backward",
+]
 
 _Shape = Sequence[int]
 _COUNTER = "torch.utils.flop_counter"
@@ -83,6 +96,42 @@ def grouped_backward(
     return _backward(dy[0], _stored(w, *stored), a, transposed, needs[0], needs[1], needs[2])
 
 
+def linears(
+    x: _Shape, weights: Sequence[_Shape], biases: object, a: Sequence[_Shape | None], *_: object, **__: object
+) -> int:  # fmt: skip
+    """Of siblings, and of a gated MLP, whose every row passes three layers."""
+    return sum(_forward(math.prod(x[:-1]), w, one) for w, one in zip(weights, a, strict=True))
+
+
+gated_mlp = linears
+
+
+def linears_backward(
+    dys: Sequence[_Shape | None], x: object, xa: object, weights: Sequence[_Shape], biases: object,
+    a: Sequence[_Shape | None], b: object, seeds: object, statistics: object, scales: object, dropout_ps: object,
+    formats: object, counts: object, needs: Sequence[bool], *_: object, **__: object,
+) -> int:  # fmt: skip
+    G, total = len(weights), 0
+    for i, (dy, w, one) in enumerate(zip(dys, weights, a, strict=True)):
+        if dy is not None:
+            total += _backward(math.prod(dy[:-1]), w, one, False, needs[0], needs[1 + i], needs[1 + G + i])
+    return total
+
+
+def gated_mlp_backward(
+    dy: _Shape, x: object, gate: object, up: object, xa: object, ha: object, weights: Sequence[_Shape], biases: object,
+    a: Sequence[_Shape | None], b: object, seeds: object, statistics: object, scales: object, dropout_ps: object,
+    formats: object, counts: object, needs: Sequence[bool], *_: object, **__: object,
+) -> int:  # fmt: skip
+    """What `recompute_up` computes again is not counted."""
+    rows = math.prod(dy[:-1])
+    # of the hidden rows
+    dh = any(need for i, need in enumerate(needs) if i == 0 or i % 3)
+    of_inputs = needs[0], needs[0], dh
+    layers = zip(weights, a, of_inputs, needs[1:4], needs[4:7], strict=True)
+    return sum(_backward(rows, w, one, False, dx, da, db) for w, one, dx, da, db in layers)
+
+
 def experts(
     x: _Shape, index: _Shape, weight: object, up: _Shape, down: _Shape, up_bias: object, down_bias: object,
     up_a: _Shape | None, up_b: object, down_a: _Shape | None, down_b: object, up_scale: float, down_scale: float,
@@ -116,6 +165,10 @@ def experts_backward(
 _FORMULAS = {
     "lora_linear": linear,
     "lora_linear_backward": linear_backward,
+    "lora_linears": linears,
+    "lora_linears_backward": linears_backward,
+    "lora_gated_mlp": gated_mlp,
+    "lora_gated_mlp_backward": gated_mlp_backward,
     "lora_grouped_linear": grouped,
     "lora_grouped_linear_backward": grouped_backward,
     "lora_experts": experts,

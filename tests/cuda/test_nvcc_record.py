@@ -61,8 +61,8 @@ def test_a_line_changes_every_unit_that_it_is_part_of(csrc, file, units):
 def test_every_file_is_part_of_a_unit():
     """None is found by a way that nvcc has and `reached` does not."""
     csrc = ROOT / "csrc"
-    found = {path for name in NAMES for path in nvcc_record.reached(csrc / "kernels" / name, csrc)}
-    assert found == {
+    actual = {path for name in NAMES for path in nvcc_record.reached(csrc / "kernels" / name, csrc)}
+    assert actual == {
         p.resolve() for folder in ("include", "kernels") for p in (csrc / folder).rglob("*") if p.is_file()
     }
 

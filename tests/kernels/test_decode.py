@@ -126,6 +126,16 @@ def test_mxfp4(scale, dtype):
 
 
 @by_dtype
+@pytest.mark.parametrize("rounded", DTYPES, ids=str)
+def test_nf4_of_torchao(rounded, dtype):
+    """Table, scales and product are of the weight's dtype."""
+    data, scalers = every_code(96, 32).view(-1), torch.randint(-128, 128, (96,), dtype=torch.int8)
+    statistics = scalers, torch.tensor([31.0, 17.3]), torch.tensor(4.7), NF4
+    statistics = scalers, *(t.to(rounded) for t in statistics[1:])
+    check(Weight(data, statistics=statistics, format="nf4_torchao:96,64;block=64;outer=48"), dtype)
+
+
+@by_dtype
 def test_nvfp4(dtype):
     """Every scale; their quotients round."""
     scale = every_code(32, 8, of=torch.float8_e4m3fn)

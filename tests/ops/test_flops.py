@@ -157,9 +157,9 @@ def test_selective_checkpoints_save_outputs(activation, monkeypatch):
     calls.clear()
     contexts = partial(create_selective_checkpoint_contexts, policy)
     y = checkpoint(layer, leaves[0], use_reentrant=False, context_fn=contexts)
-    found = torch.autograd.grad(y.sum(), leaves)
+    actual = torch.autograd.grad(y.sum(), leaves)
     assert sorted(calls) == ["lorafuse.ops.experts", "lorafuse.ops.linear"]
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("activation", ["silu", own])

@@ -136,8 +136,8 @@ def test_second_order_and_transforms(library):
     def loss(x, w):
         return LF.lora_linear(x, w, a, b).square().sum()
 
-    found = torch.func.grad(loss)(x.detach(), w)
-    torch.testing.assert_close(found, torch.func.grad(loss)(x.detach(), w.decoded(torch.float64)))
+    actual = torch.func.grad(loss)(x.detach(), w)
+    torch.testing.assert_close(actual, torch.func.grad(loss)(x.detach(), w.decoded(torch.float64)))
 
 
 @by_layer_library
@@ -154,8 +154,8 @@ def test_compile_and_autocast(library):
     y = compiled(x)
     assert y.dtype is torch.bfloat16
     assert torch.equal(y, step(x))
-    (found,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(found, torch.autograd.grad(step(x).sum(), x)[0])
+    (actual,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(actual, torch.autograd.grad(step(x).sum(), x)[0])
 
 
 class TestOpcheck:
@@ -253,10 +253,25 @@ class TestTorchao:
         assert torch.equal(w.decoded(torch.bfloat16).data, linear.weight.dequantize())
         assert torch.equal(formats.adopt(linear.weight).data, w.data)
 
-    def test_zero_points_are_left_to_another_format(self, linear):
+    def test_zero_points_are_left_to_another_format(self, linear, monkeypatch):
         linear.weight.zero_point[3] = 1
+        monkeypatch.setattr(int8, "_are_shifted", False)
         assert int8.adopt(linear) is None
         assert formats.adopt(linear).format_name == "intx"
+
+    def test_zero_points_in_a_compiled_graph(self, linear, monkeypatch):
+        """A compiler cannot look at them; that others had some is enough for the format that subtracts them."""
+        monkeypatch.setattr(int8, "_are_shifted", False)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert formats.adopt(linear).format_name == "int8"
+        with monkeypatch.context() as eager:
+            eager.setattr(torch.compiler, "is_compiling", lambda: False)
+            assert int8.adopt(linear) is not None
+            linear.weight.zero_point = torch.ones_like(linear.weight.zero_point)
+            assert int8.adopt(linear) is None
+        assert formats.adopt(linear).format_name == "intx"
+        linear.weight.zero_point.zero_()
+        assert torch.equal(formats.adopt(linear).decoded(torch.bfloat16).data, linear.weight.dequantize())
 
     def test_other_tensors_are_left_alone(self):
         assert formats.adopt(torch.nn.Linear(4, 4)) is None

@@ -113,9 +113,9 @@ class TestTuned:
         path = tuned.own_file("H200") if own else cache / "package" / "h200.json"
         path.parent.mkdir(parents=True)
         make(path, BAD[kind])
-        with pytest.warns(UserWarning, match="plans follow the model") as found:
+        with pytest.warns(UserWarning, match="plans follow the model") as caught:
             plans = [plan(), plan(4096), plan()]
-        (warning,) = map(str, (one.message for one in found))
+        (warning,) = map(str, (one.message for one in caught))
         assert str(path) in warning
         assert warning.isprintable()
         assert len(warning) < 1500

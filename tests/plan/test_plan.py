@@ -58,11 +58,11 @@ class TestDevice:
         ],
     )
     def test_a_known_gpu_keeps_its_rates_and_its_own_sizes(self, name, capability, sms, bandwidth, known):
-        found = self.probe(name, capability, sms, bandwidth)
-        assert (found.name, found.sms, found.smem_per_block, found.l2_bytes) == (name, sms, 1000, 2000)
-        assert found.sustained_flops == DEVICES[known].sustained_flops
+        actual = self.probe(name, capability, sms, bandwidth)
+        assert (actual.name, actual.sms, actual.smem_per_block, actual.l2_bytes) == (name, sms, 1000, 2000)
+        assert actual.sustained_flops == DEVICES[known].sustained_flops
         # measurements are found under one name, live and with --gpu
-        assert found.model == find(known).model == known
+        assert actual.model == find(known).model == known
 
     @pytest.mark.parametrize(
         ("name", "capability", "sms", "bandwidth", "per_clock"),
@@ -78,12 +78,12 @@ class TestDevice:
         ],
     )
     def test_an_unknown_gpu_is_accepted(self, name, capability, sms, bandwidth, per_clock):
-        found = self.probe(name, capability, sms, bandwidth)
-        assert found.source == "estimated from clocks and architecture"
-        assert found.model == name
-        assert found.bf16_flops == per_clock * sms * 1.7e9
-        assert found.hbm_bandwidth == bandwidth
-        assert 0.8 * bandwidth < found.sustained_bandwidth < bandwidth
+        actual = self.probe(name, capability, sms, bandwidth)
+        assert actual.source == "estimated from clocks and architecture"
+        assert actual.model == name
+        assert actual.bf16_flops == per_clock * sms * 1.7e9
+        assert actual.hbm_bandwidth == bandwidth
+        assert 0.8 * bandwidth < actual.sustained_bandwidth < bandwidth
 
     def test_an_old_gpu_runs_eager_and_says_why(self):
         plan = select(HEADLINE, self.probe("Tesla V100", (7, 0), 80, 900e9), ALL)
@@ -97,9 +97,9 @@ class TestLegal:
     def test_every_kernel_of_every_problem_has_a_legal_configuration(self):
         for problem, device in itertools.product(problems(), WITH_KERNELS):
             for kernel in ("project", "matmul", "project_outer", "outer", "reduce"):
-                found = candidates(kernel, problem, device)
-                assert found, (kernel, problem, device.name)
-                for config in found:
+                actual = candidates(kernel, problem, device)
+                assert actual, (kernel, problem, device.name)
+                for config in actual:
                     assert illegal(config, problem, device) == ""
                     assert config.splits <= max(1, math.ceil(problem.M / max(1, config.block_m)))
 

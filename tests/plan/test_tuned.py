@@ -39,10 +39,10 @@ def reason(problem=HEADLINE):
 
 def warned():
     """The one warning of a plan that then follows the model, as do all after it."""
-    with pytest.warns(UserWarning, match="plans follow the model instead of measurements: ") as found:
+    with pytest.warns(UserWarning, match="plans follow the model instead of measurements: ") as actual:
         reasons = [reason(replace(HEADLINE, M=M)) for M in (8192, 4096)]
     assert all(one.startswith("triton: two_kernel, model") for one in reasons)
-    (warning,) = found
+    (warning,) = actual
     assert str(warning.message).isprintable()
     return str(warning.message)
 
@@ -286,8 +286,8 @@ def test_doctor_lists_the_users_file(capsys, monkeypatch):
           "status": "ok", "fix": ""}],
     )  # fmt: skip
     tuned.write(path, (replace(ENTRY, conditions={"torch": "2.12.0"}),))
-    _, (found,) = measurements(capsys)
-    assert (found["status"], found["fix"]) == ("warn", "run lorafuse tune --again")
+    _, (actual,) = measurements(capsys)
+    assert (actual["status"], actual["fix"]) == ("warn", "run lorafuse tune --again")
     path.write_text("{")
-    status, (found,) = measurements(capsys)
-    assert (status, found["status"], found["fix"]) == (0, "warn", f"rm {path}")
+    status, (actual,) = measurements(capsys)
+    assert (status, actual["status"], actual["fix"]) == (0, "warn", f"rm {path}")

@@ -35,11 +35,11 @@ def layer(**variants):
 def test_a_tax_is_the_median_of_the_rounds_ratios():
     """A ratio of the two medians, which are of different rounds, would be a tax of 1."""
     own, frozen = [4.0, 2.0, 12.0], [1.0, 2.0, 8.0]
-    found = figures.derive(layer(frozen=(frozen, frozen), own=(own, own)))["variants"]["own"]
-    assert found["tax"] == statistics.median([3.0, 0.0, 0.5]) == 0.5
+    actual = figures.derive(layer(frozen=(frozen, frozen), own=(own, own)))["variants"]["own"]
+    assert actual["tax"] == statistics.median([3.0, 0.0, 0.5]) == 0.5
     assert statistics.median(own) / statistics.median(frozen) - 1 == 1.0
-    assert (found["tax_p20"], found["tax_p80"]) == pytest.approx((0.2, 2.0))
-    assert "tax_low" not in found
+    assert (actual["tax_p20"], actual["tax_p80"]) == pytest.approx((0.2, 2.0))
+    assert "tax_low" not in actual
 
 
 def test_the_floor_is_the_fastest_frozen_of_each_pass():

@@ -133,18 +133,18 @@ def test_adapters_are_the_same_whatever_the_variant_and_begin_as_pefts():
 
 def test_loss_curves_begin_at_the_base_and_are_compared_step_by_step():
     result = run(steps=6, accumulate=[2])
-    found = result["curves"]
-    assert found.keys() == {"full", "peft", "lorafuse"}
-    starts = {name: one["losses"][0] for name, one in found.items()}
+    actual = result["curves"]
+    assert actual.keys() == {"full", "peft", "lorafuse"}
+    starts = {name: one["losses"][0] for name, one in actual.items()}
     # B is 0, and the trained base is the frozen one again
     assert max(starts.values()) - min(starts.values()) < 1e-5
-    assert found["peft"]["losses"] != [starts["peft"]] * 6
-    assert [len(one["losses"]) for one in found.values()] == [6] * 3
-    ours = found["lorafuse"]["from_peft"]
+    assert actual["peft"]["losses"] != [starts["peft"]] * 6
+    assert [len(one["losses"]) for one in actual.values()] == [6] * 3
+    ours = actual["lorafuse"]["from_peft"]
     assert ours["low"] <= ours["median"] <= ours["high"]
     assert ours["largest"] < 1e-4
-    recorded = {name: {"rate": one["rate"], "losses": one["losses"]} for name, one in found.items()}
-    assert curves.summary(copy.deepcopy(recorded)) == found
+    recorded = {name: {"rate": one["rate"], "losses": one["losses"]} for name, one in actual.items()}
+    assert curves.summary(copy.deepcopy(recorded)) == actual
     assert run(steps=0)["curves"] == {}
 
 

@@ -56,8 +56,8 @@ def test_doctor_json(capsys):
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["healthy"] is True
-    found = {(f["section"], f["name"]): f for f in report["findings"]}
-    assert {section for section, _ in found} == {
+    actual = {(f["section"], f["name"]): f for f in report["findings"]}
+    assert {section for section, _ in actual} == {
         "versions",
         "devices",
         "compilers",
@@ -65,7 +65,7 @@ def test_doctor_json(capsys):
         "environment",
         "self-test",
     }
-    assert {name for section, name in found if section == "backends"} == set(base.BACKENDS)
+    assert {name for section, name in actual if section == "backends"} == set(base.BACKENDS)
     for finding in report["findings"]:
         assert finding["status"] == "ok" or finding["fix"], finding
 
@@ -131,9 +131,9 @@ def test_doctor_describes_each_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
     monkeypatch.setattr(doctor, "program_output", lambda *command: "580.1\n580.1")
-    found = {finding.name: finding.value for finding in doctor.device_findings()}
-    assert set(found) == {"cpu", "cuda:0", "cuda:1"}
-    assert found["cuda:1"].startswith("GPU X, compute capability 9.0, 139 GiB, driver 580.1")
+    actual = {finding.name: finding.value for finding in doctor.device_findings()}
+    assert set(actual) == {"cpu", "cuda:0", "cuda:1"}
+    assert actual["cuda:1"].startswith("GPU X, compute capability 9.0, 139 GiB, driver 580.1")
 
 
 def test_doctor_sees_a_gpu_that_torch_cannot_use(monkeypatch):
@@ -206,7 +206,7 @@ def test_interruption_while_commands_are_loaded(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (MemoryError(), "lorafuse plan: out of memory:"),
         (
@@ -220,12 +220,12 @@ def test_interruption_while_commands_are_loaded(monkeypatch, capsys):
         (ValueError("two\n  lines \x1b[31m"), "lorafuse plan: two lines \\x1b[31m\n"),
     ],
 )
-def test_what_the_machine_lacks_is_one_line(error, said, monkeypatch, capsys):
+def test_what_the_machine_lacks_is_one_line(error, message, monkeypatch, capsys):
     def fail(*args):
         raise error
 
     monkeypatch.setattr(plan, "print_plans", fail)
     assert cli.main(["plan", "--gpu", "H200", "--case", "square-2048"]) == 2
     shown = capsys.readouterr().err
-    assert said in shown
+    assert message in shown
     assert shown.count("\n") == 1

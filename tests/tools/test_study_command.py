@@ -60,19 +60,19 @@ def test_rates_are_two_decades_in_factors_of_the_root_of_two_for_every_side(set_
 
 def test_rates_are_chosen_on_other_seeds_and_another_split_than_claims(set_run):
     def run(spec, base, device):
-        found = planted(spec, best=lambda spec: 1e-3)
+        actual = planted(spec, best=lambda spec: 1e-3)
         # the test split, and the claims' seeds, would choose another rate
-        return found | {"loss": planted(spec, best=lambda spec: 1e-2)["loss"]}
+        return actual | {"loss": planted(spec, best=lambda spec: 1e-2)["loss"]}
 
     set_run(run)
     lab = Lab([0, 1])
-    (found,) = lab.sweep([Spec("add", 10, 4, lr=1e-3, steps=5, seed=0)])
-    assert found.best == 1e-3
-    assert not found.at_edge
+    (actual,) = lab.sweep([Spec("add", 10, 4, lr=1e-3, steps=5, seed=0)])
+    assert actual.best == 1e-3
+    assert not actual.at_edge
     selected = [spec for spec in lab.asked.values() if spec.seed >= runner.SELECTION]
-    assert len(selected) == len(found.rates) == 15
-    assert len(lab.asked) - len(selected) == len(found.losses) == 2
-    assert found.losses[0] == planted(found.spec, best=lambda spec: 1e-2)["loss"]
+    assert len(selected) == len(actual.rates) == 15
+    assert len(lab.asked) - len(selected) == len(actual.losses) == 2
+    assert actual.losses[0] == planted(actual.spec, best=lambda spec: 1e-2)["loss"]
 
 
 def test_interrupted_runs_are_kept_and_not_run_again(set_run, tmp_path, capsys):
@@ -225,7 +225,7 @@ def test_the_same_command_twice_gives_the_same_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["rate", "--seeds", "1"], "--seeds 1: it must be at least 2"),
         (["rate", "--workers", "-1"], "--workers -1: it must be at least 1"),
@@ -233,14 +233,14 @@ def test_the_same_command_twice_gives_the_same_file(tmp_path, monkeypatch):
         (["rate", "--out", __file__], "it is a file; name a folder"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(argv, said, capsys):
+def test_bad_input_is_one_line_and_status_2(argv, message, capsys):
     if "cuda:7" in argv and torch.cuda.is_available():
-        argv, said = ["rate", "--seeds", "-3"], "--seeds -3"
+        argv, message = ["rate", "--seeds", "-3"], "--seeds -3"
     assert cli.main(["study", *argv]) == 2
     error = capsys.readouterr().err
     assert error.startswith("lorafuse study: ")
     assert error.count("\n") == 1
-    assert said in error
+    assert message in error
 
 
 def test_absent_weights_are_one_line_with_the_fix(monkeypatch, tmp_path, capsys):

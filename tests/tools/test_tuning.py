@@ -106,18 +106,18 @@ class TestRule:
 
     def test_nothing_is_said_of_a_size_at_which_nothing_ran(self):
         fast = {"aten_beta1": 1e-6, "two_kernel": 2e-6}
-        found = record((), [self.outcome(512, fast), self.outcome(2048, {})], FOUND)
-        assert [entry.M for entry in found] == [(512, 512)]
+        actual = record((), [self.outcome(512, fast), self.outcome(2048, {})], FOUND)
+        assert [entry.M for entry in actual] == [(512, 512)]
         # a point that was measured before and does not run now goes
-        assert record(found, [self.outcome(512, {})], FOUND) == ()
+        assert record(actual, [self.outcome(512, {})], FOUND) == ()
 
     def test_an_entry_of_version_1_comes_after_what_is_measured_now(self):
         old = tuned.Tuned(
             4096, 4096, (1, 64), (1, 8192), "bfloat16", False, (), "aten_addmm", 1e-3, "abc", "2026-11-20"
         )
         assert measure.is_measured(self.PROBLEM, [old])
-        found = record([old], [self.outcome(512, {"aten_beta1": 1e-6})], FOUND)
-        assert [entry.kernel for entry in found] == ["aten_beta1", "aten_addmm"]
+        actual = record([old], [self.outcome(512, {"aten_beta1": 1e-6})], FOUND)
+        assert [entry.kernel for entry in actual] == ["aten_beta1", "aten_addmm"]
         assert record([old], [self.outcome(512, {}, wrong={"aten_addmm": "y"})], FOUND) == ()
 
 
