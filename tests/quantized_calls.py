@@ -125,10 +125,10 @@ CALLS = {"linear": linear, "grouped": grouped, "experts": experts, "siblings": s
 
 def check_same(call):
     """What a call computes is bit for bit what it computes of the decoded weights."""
-    found, expected = call.results(), call.results(call.dense())
+    actual, expected = call.results(), call.results(call.dense())
     for name, t in expected.items():
         assert t.abs().max() > 0, name
-        assert torch.equal(found[name], t), name
+        assert torch.equal(actual[name], t), name
 
 
 def changed(function, old, new):

@@ -56,9 +56,9 @@ class TestFP8Linear:
         assert w.stored == sizes
         assert w.data.data_ptr() == layer.weight.data_ptr()
         assert w.statistics[0].data_ptr() == layer.weight_scale_inv.data_ptr()
-        found = w.decoded(dtype).data
-        assert found.abs().max() > 0
-        assert torch.equal(found, expected(layer, dtype))
+        actual = w.decoded(dtype).data
+        assert actual.abs().max() > 0
+        assert torch.equal(actual, expected(layer, dtype))
 
     @needs_5_23
     @by_dtype
@@ -77,9 +77,9 @@ class TestFP8Linear:
 
     def test_exponents_as_bytes(self):
         layer = fp8_linear(block_size=(128, 128), scale_fmt="ue8m0")
-        found = formats.adopt(layer).decoded(torch.float32).data
+        actual = formats.adopt(layer).decoded(torch.float32).data
         layer.weight_scale_inv = torch.nn.Parameter(layer.weight_scale_inv.view(torch.uint8), requires_grad=False)
-        assert torch.equal(formats.adopt(layer).decoded(torch.float32).data, found)
+        assert torch.equal(formats.adopt(layer).decoded(torch.float32).data, actual)
 
     def test_refused_or_left_alone(self):
         layer = fp8_linear(block_size=(128, 128))
@@ -117,10 +117,10 @@ class TestFP8Experts:
         experts = fill(hf_fp8.FP8Experts(CONFIG))
         assert experts.gate_up_proj_scale_inv.shape == (3, 2, 1)
         scale = experts.gate_up_proj_scale_inv.repeat_interleave(192, 1)
-        found = formats.adopt(experts, "gate_up_proj").decoded(torch.float32).data
-        assert torch.equal(found, experts.gate_up_proj.float() * scale)
-        found = formats.adopt(experts, "down_proj").decoded(torch.float32).data
-        assert torch.equal(found, experts.down_proj.float() * experts.down_proj_scale_inv)
+        actual = formats.adopt(experts, "gate_up_proj").decoded(torch.float32).data
+        assert torch.equal(actual, experts.gate_up_proj.float() * scale)
+        actual = formats.adopt(experts, "down_proj").decoded(torch.float32).data
+        assert torch.equal(actual, experts.down_proj.float() * experts.down_proj_scale_inv)
 
     @needs_5_23
     @by_dtype
@@ -132,9 +132,9 @@ class TestFP8Experts:
         assert w.stored == (3, 320, 192)
         assert w.data.data_ptr() == experts.down_proj.data_ptr()
         right = hf_fp8.Fp8Dequantize(None)._dequantize_one(experts.down_proj, experts.down_proj_scale_inv, dtype)
-        found = w.decoded(dtype).data
-        assert found.abs().max() > 0
-        assert torch.equal(found, right)
+        actual = w.decoded(dtype).data
+        assert actual.abs().max() > 0
+        assert torch.equal(actual, right)
 
 
 class TestMXFP4:
@@ -158,9 +158,9 @@ class TestMXFP4:
         """Down to subnormal numbers, up to infinity and NaN."""
         blocks, scales = torch.arange(256, dtype=torch.uint8).repeat(16), torch.arange(256, dtype=torch.uint8)
         tensors = blocks.view(1, 16, 16, 16), scales.view(1, 16, 16)
-        found = mxfp4.weight(*tensors).decoded(torch.bfloat16).data.mT
+        actual = mxfp4.weight(*tensors).decoded(torch.bfloat16).data.mT
         right = hf_mxfp4.convert_moe_packed_tensors(*tensors)
-        torch.testing.assert_close(found, right, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(actual, right, rtol=0, atol=0, equal_nan=True)
 
     def test_a_module_as_a_checkpoint(self, tensors):
         experts = torch.nn.Module()

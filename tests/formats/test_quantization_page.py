@@ -37,11 +37,11 @@ def test_errors_of_int8(dtype, x_is):
     with torch.no_grad():
         theirs = linear(x).double()
     ours = (x @ adopted.decoded(dtype).data.t()).double()
-    found = []
+    actual = []
     for weight in (w.double(), adopted.decoded(torch.float64).data):
         exact = x.double() @ weight.t()
-        found += [float((y - exact).norm() / exact.norm()) for y in (theirs, ours)]
-    assert found[1] < found[0]
-    assert found[3] < found[2]
+        actual += [float((y - exact).norm() / exact.norm()) for y in (theirs, ours)]
+    assert actual[1] < actual[0]
+    assert actual[3] < actual[2]
     # sums are split otherwise on another CPU
-    assert found == pytest.approx(ROWS[{torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype], x_is], rel=0.05)
+    assert actual == pytest.approx(ROWS[{torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype], x_is], rel=0.05)

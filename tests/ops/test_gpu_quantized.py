@@ -31,10 +31,10 @@ def on_gpu(make, **given):
     return make(**given).to("cuda", torch.bfloat16)
 
 
-def check_equal(found, expected):
+def check_equal(actual, expected):
     for name, t in expected.items():
         assert t.abs().max() > 0, name
-        assert torch.equal(found[name], t), name
+        assert torch.equal(actual[name], t), name
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -48,10 +48,10 @@ def test_in_parts(make, backend, monkeypatch):
     made = on_gpu(make, **SIZES[make.__name__], backend=backend)
     expected = made.results(made.dense(torch.bfloat16))
     monkeypatch.setattr(workspace, "budget", lambda: 2 * 256 * 512 * 2)
-    found = made.results()
+    actual = made.results()
     for name, t in expected.items():
         # torch's grouped products may take other tiles for other sizes
-        assert relative_l2(found[name], t) < tolerance(torch.bfloat16), name
+        assert relative_l2(actual[name], t) < tolerance(torch.bfloat16), name
 
 
 def test_memory_of_one_decoded_weight(backend):
@@ -66,15 +66,15 @@ def test_memory_of_one_decoded_weight(backend):
 def test_two_streams_at_once(backend):
     streams = torch.cuda.Stream(), torch.cuda.Stream()
     calls = [on_gpu(linear, **SIZES["linear"], backend=backend) for _ in streams]
-    expected, found = [made.results() for made in calls], [[], []]
+    expected, actual = [made.results() for made in calls], [[], []]
     torch.cuda.synchronize()
     for _ in range(20):
         for i, stream in enumerate(streams):
             with torch.cuda.stream(stream):
-                found[i].append(calls[i].results())
+                actual[i].append(calls[i].results())
     torch.cuda.synchronize()
     for i in range(2):
-        for one in found[i]:
+        for one in actual[i]:
             check_equal(one, expected[i])
 
 
@@ -96,8 +96,8 @@ def test_a_cuda_graph_replays_with_new_data(backend):
         made.weights[0].data.bitwise_xor_(0x35)
     for _ in range(3):
         graph.replay()
-    for found, made in zip(captured, calls, strict=True):
-        check_equal(found, made.results())
+    for actual, made in zip(captured, calls, strict=True):
+        check_equal(actual, made.results())
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
@@ -107,8 +107,8 @@ def test_compiled(mode):
     expected = made.results()
     made.run = torch.compile(made.run, fullgraph=True, mode=mode)
     for _ in range(4):
-        found = {name: t.clone() for name, t in made.results().items()}
-    check_equal(found, expected)
+        actual = {name: t.clone() for name, t in made.results().items()}
+    check_equal(actual, expected)
 
 
 @pytest.mark.parametrize("make", [linear, experts])

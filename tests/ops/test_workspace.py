@@ -62,8 +62,8 @@ class TestMemory:
         overwrite()
         y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape))
         overwrite()
-        found = {"y": y.detach()} | {name: t.grad for name, t in leaves.items()}
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        actual = {"y": y.detach()} | {name: t.grad for name, t in leaves.items()}
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
     def test_it_outlives_inference_mode(self):
         made = linear()
@@ -103,7 +103,7 @@ class TestUsers:
 
     def test_threads(self, monkeypatch):
         """Each has decoded before any multiplies, in forward and in backward."""
-        calls, found = [linear(), linear(), linear()], {}
+        calls, actual = [linear(), linear(), linear()], {}
         expected = [call.results(call.dense()) for call in calls]
         barrier, decode = threading.Barrier(len(calls), timeout=60), Backend.decode
 
@@ -113,13 +113,13 @@ class TestUsers:
             return result
 
         monkeypatch.setattr(Backend, "decode", together)
-        threads = [threading.Thread(target=lambda i=i: found.update({i: calls[i].results()})) for i in range(3)]
+        threads = [threading.Thread(target=lambda i=i: actual.update({i: calls[i].results()})) for i in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         for i, right in enumerate(expected):
-            assert all(torch.equal(found[i][name], right[name]) for name in right)
+            assert all(torch.equal(actual[i][name], right[name]) for name in right)
         assert len(workspace.FREE) == 3
 
     @by_backend
@@ -135,8 +135,8 @@ class TestUsers:
         made = experts(backend=backend, activation=activation(inner.weights), index=index)
         torch.manual_seed(1)
         of_dense = experts(backend=backend, activation=activation(inner.dense()), index=index)
-        found, expected = made.results(), of_dense.results(made.dense())
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        actual, expected = made.results(), of_dense.results(made.dense())
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 class TestWhatIsDecoded:
@@ -222,16 +222,16 @@ class TestFeatures:
             given = [tensors[name] for name in names]
             return checkpoint(lambda *t: run(weights, **dict(zip(names, t))), *given, use_reentrant=reentrant)  # noqa: B905
 
-        found = Call(kept, made.weights, **made.tensors).results()
-        assert all(torch.equal(found[name], plain[name]) for name in plain)
+        actual = Call(kept, made.weights, **made.tensors).results()
+        assert all(torch.equal(actual[name], plain[name]) for name in plain)
 
     @by_call
     def test_compile(self, call):
         made = CALLS[call]()
         plain = made.results()
         compiled = torch.compile(made.run, fullgraph=True, backend="aot_eager")
-        found = Call(compiled, made.weights, **made.tensors).results()
-        assert all(torch.equal(found[name], plain[name]) for name in plain)
+        actual = Call(compiled, made.weights, **made.tensors).results()
+        assert all(torch.equal(actual[name], plain[name]) for name in plain)
 
     @by_backend
     def test_stacks_in_different_formats(self, backend):
