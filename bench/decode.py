@@ -82,18 +82,18 @@ def bitsandbytes(w: Weight) -> Call:
 
 def calls(w: Weight, out: Tensor, backends: dict[str, Backend]) -> dict[str, Call]:
     """Every decoder of a weight; those of `backends` write into `out`."""
-    found: dict[str, Call] = {
+    decoders: dict[str, Call] = {
         name: (lambda run=run: run.decode(w, out.dtype, out)) for name, run in backends.items()
     }  # fmt: skip
     if w.format_name == "nf4" and importlib.util.find_spec("bitsandbytes") is not None:
-        found["bitsandbytes"] = bitsandbytes(w)
-    return found
+        decoders["bitsandbytes"] = bitsandbytes(w)
+    return decoders
 
 
-def differing(found: dict[str, Call], w: Weight, out: Tensor) -> list[str]:
+def differing(decoders: dict[str, Call], w: Weight, out: Tensor) -> list[str]:
     """The decoders that do not give the codec's bits."""
     expected, wrong = w.decoded(out.dtype).data, []
-    for name, call in found.items():
+    for name, call in decoders.items():
         out.fill_(float("nan"))
         if not torch.equal(call().view(torch.int16), expected.view(torch.int16)):
             wrong.append(name)
@@ -107,10 +107,10 @@ def run_shape(N: int, K: int, rounds: int, backends: dict[str, Backend]) -> tupl
     copied = out.numel() * out.element_size()
     figures, problems = [], []
     for storage, w in weights(N, K, device).items():
-        found = calls(w, out, backends)
-        wrong = differing(found, w, out)
+        decoders = calls(w, out, backends)
+        wrong = differing(decoders, w, out)
         problems += [f"{name} decodes {storage} {N} x {K} differently from its codec" for name in wrong]
-        timed = {name: call for name, call in found.items() if name not in wrong}
+        timed = {name: call for name, call in decoders.items() if name not in wrong}
         seconds = measure_calls({"copy": lambda: out.copy_(source), **timed}, rounds, 10, device)
         rates = {}
         for name, values in seconds.items():
@@ -153,10 +153,10 @@ def main() -> int:
     if not backends:
         print("neither lorafuse._cuda is built from the sources here nor is Triton installed: nothing is decoded")
         return 1
-    found = conditions(torch.device("cuda"))
+    setting = conditions(torch.device("cuda"))
     if importlib.util.find_spec("bitsandbytes") is not None:
-        found["bitsandbytes"] = metadata.version("bitsandbytes")
-    print(describe(found))
+        setting["bitsandbytes"] = metadata.version("bitsandbytes")
+    print(describe(setting))
     results, problems = [], []
     for N, K in shapes:
         figures, wrong = run_shape(N, K, args.rounds, backends)
@@ -171,7 +171,7 @@ def main() -> int:
                 )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"conditions": found, "results": results}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"conditions": setting, "results": results}, indent=1) + "\n")
     print("\n".join(problems))
     return int(bool(problems))
 

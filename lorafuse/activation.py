@@ -25,6 +25,7 @@ __all__ = [
     "gate_backward",
     "gate_differentiable",
     "gate_forward",
+    "gate_forward_parts",
     "lookup",
 ]
 
@@ -84,9 +85,22 @@ def gate_differentiable(name: str, gate: Tensor, up: Tensor) -> Tensor:
     return gate_forward(name, gate, up) if name in GATES else ACTIVATIONS[name][0](gate) * up
 
 
-def gate_backward(name: str, dh: Tensor, gate: Tensor, up: Tensor) -> Iterator[Tensor]:
-    """The gradient of gate, then that of up, from that of h."""
-    return (GATES.get(name) or _product(name))[1](dh, gate, up)
+def gate_forward_parts(name: str, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`(h, act(gate))`, the second for `gate_backward`; None for a function of gate and up."""
+    if name in GATES:
+        return gate_forward(name, gate, up), None
+    act = ACTIVATIONS[name][0](gate)
+    return act * up, act
+
+
+def gate_backward(name: str, dh: Tensor, gate: Tensor, up: Tensor, act: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up from that of h; dh, and `act(gate)` where it is there already, are written into."""
+    if name in GATES:
+        dgate, dup = GATES[name][1](dh, gate, up)
+        return dgate, dup
+    forward, backward = ACTIVATIONS[name]
+    dup = (forward(gate) if act is None else act).mul_(dh)
+    return backward(dh.mul_(up), gate), dup
 
 
 class GateLayout(str, Enum):
@@ -136,8 +150,9 @@ class Activation:
         """The gradient of `u` from that of `h`."""
         if not self.gated:
             return ACTIVATIONS[self.name][1](dh, u)
+        _, backward = GATES.get(self.name) or _product(self.name)
         du = torch.empty_like(u)
-        for part, gradient in zip(self._parts(du), gate_backward(self.name, dh, *self._parts(u)), strict=True):
+        for part, gradient in zip(self._parts(du), backward(dh, *self._parts(u)), strict=True):
             part.copy_(gradient)
         return du
 

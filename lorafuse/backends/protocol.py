@@ -142,6 +142,11 @@ class Backend:
         """
         rest, total = list(lows), None
         for x, w in terms:
+            if total is not None and not rest:
+                # torch's product accumulates, where one of a backend's own would be added in a pass over dx
+                with self.dense(w, x.dtype) as dense:
+                    total.addmm_(x, dense.right())
+                continue
             product = self.matmul(x, w, None, plan, low=rest.pop(0) if rest else None)
             total = product if total is None else total.add_(product)
         assert total is not None

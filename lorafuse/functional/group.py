@@ -99,8 +99,8 @@ def lora_gated_mlp(
         x: `[..., H]`, 1-D to 4-D, any strides, any number of tokens including none.
         gate, up: I out features and H in features each.
         down: I in features.
-        activation: of the gate, a name of `lorafuse.activation.ACTIVATIONS` ("silu" is SwiGLU, "gelu" or "gelu_tanh"
-            GeGLU, "relu2" ReLU² with a gate), or of `GATES`, which are functions of gate and up.
+        activation: of the gate, a name of `lorafuse.activation.ACTIVATIONS` ("silu" is SwiGLU, "gelu" and "gelu_tanh"
+            are GeGLU), or of `GATES`, which are functions of gate and up.
         recompute_up: do not keep up either: backward multiplies x by its weight once more.
         backend: "eager", "triton", "cuda" or "auto"; None takes that of `lorafuse.use_backend`.
 

@@ -114,7 +114,7 @@ def _decode_grid_kernel(
         value = tl.interleave(_float4(code & 15), _float4(code >> 4))
     else:
         code = tl.load(p_code + row * K + o_k, mask=inside, other=0, eviction_policy="evict_first")
-        value = code.to(tl.float32) if CODE == "int8" else _float8(code, 3 if CODE == "e4m3" else 2)
+        value = code.to(tl.float32) if CODE == "integer" else _float8(code, 3 if CODE == "e4m3" else 2)
     p_row = p_scale + row // N * stride_group + row % N // ROWS * stride_row
     scale = tl.load(p_row) if COLUMNS is None else tl.load(p_row + o_k // COLUMNS, mask=inside, other=0)
     value *= _grid_scale(scale, p_divisor, SCALE, ROUNDED)
@@ -143,12 +143,12 @@ def codebook(
 
 
 def grid(
-    code: Tensor, out: Tensor, *, scale: Tensor, kind: str = "int8", block: tuple[int, int] | None = None,
+    code: Tensor, out: Tensor, *, scale: Tensor, kind: str = "integer", block: tuple[int, int] | None = None,
     scale_kind: str = "", divisor: Tensor | None = None, is_scale_rounded: bool = False, step: float | None = None,
 ) -> None:  # fmt: skip
     """Write `code · (scale / divisor) · step` into out: codes of a `kind`, one scale for a block of rows and columns.
 
-    code is `[…, N, K]` int8 of kind "int8", uint8 of "e4m3" and "e5m2", or `[…, N, K / 2]` of "e2m1"; scale is
+    code is `[…, N, K]` int8 of kind "integer", uint8 of "e4m3" and "e5m2", or `[…, N, K / 2]` of "e2m1"; scale is
     `[…, ⌈N / rows⌉, ⌈K / columns⌉]`, of one number, or for a `block` of None `[…, N]`. It holds numbers, or uint8 of a
     `scale_kind`: "e8m0", "exponent", whose 255 is 2 ** 128 where e8m0's is NaN, or "float8" (e4m3).
     `is_scale_rounded` to out's dtype first.

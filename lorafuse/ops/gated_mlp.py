@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lorafuse.activation import gate_backward, gate_differentiable, gate_forward
+from lorafuse.activation import gate_backward, gate_differentiable, gate_forward, gate_forward_parts
 from lorafuse.backends.protocol import NO_GUARD, Backend
 from lorafuse.operands import LowRank, matrix, shaped_like
 from lorafuse.ops import group, plain
@@ -73,24 +73,24 @@ def backward(
     *siblings, down = layers
     need_dx, of_da, of_db, of_dbias = needs[0], needs[1:4], needs[4:7], needs[7:]
     of_siblings = [need_dx, *of_da[:2], *of_db[:2], *of_dbias[:2]]
-    h, need_dh = None, any(of_siblings)
+    h, act, need_dh = None, None, any(of_siblings)
     if up is None and (need_dh or of_da[2]):
-        up = _up(run, x, xa, siblings, wide)
+        up = up_again(run, x, xa, siblings, wide)
     if of_da[2]:
-        h = gate_forward(activation, gate, up)
+        h, act = gate_forward_parts(activation, gate, up)
     dh, *of_down = layer_backward(run, dy, h, ha, down, (need_dh, of_da[2], of_db[2], of_dbias[2]), wide)
     del h
-    found: list[Tensor | None] = [None] * 7
+    gradients: list[Tensor | None] = [None] * 7
     if need_dh:
-        du = list(gate_backward(activation, dh, gate, up))
-        del dh
-        found = group.backward(run, plan, [run.matrix(part) for part in du], x, xa, siblings, of_siblings, wide)
-    dx, *rest = found
+        du = [run.matrix(part) for part in gate_backward(activation, dh, gate, up, act)]
+        del dh, act
+        gradients = group.backward(run, plan, du, x, xa, siblings, of_siblings, wide)
+    dx, *rest = gradients
     da, db, dbias = ([*rest[2 * i : 2 * i + 2], of_down[i]] for i in range(3))
     return [dx, *da, *db, *dbias]
 
 
-def _up(run: Backend, x: Tensor, xa: Tensor | None, siblings: Sequence[Layer], wide: bool) -> Tensor:
+def up_again(run: Backend, x: Tensor, xa: Tensor | None, siblings: Sequence[Layer], wide: bool) -> Tensor:
     """up of x and its xa, as forward computed it."""
     layer, mine = siblings[1], columns(xa, siblings)[1]
     if run.linear_forward is not None:
@@ -212,8 +212,8 @@ def _plain_gradients(dy, x, layers, needs, others):
         return _plain(x, given, activation, wide)
 
     needed = [i for i, need in enumerate(needs) if need]
-    found = dict(zip(needed, plain.gradients(formula, inputs, needed, dy), strict=True))
-    return [found.get(i) for i in range(len(needs))]
+    gradients = dict(zip(needed, plain.gradients(formula, inputs, needed, dy), strict=True))
+    return [gradients.get(i) for i in range(len(needs))]
 
 
 def _autograd(x, *arguments):

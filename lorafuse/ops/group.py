@@ -115,8 +115,8 @@ def backward(
         dx, sums = run.matmul_sum(terms, lows, plan, wide=x, likes=likes)
     if not sums:
         sums = [run.outer(lows[j].xa, x, None, plan, like=lows[j].b, dropout=lows[j].dropout) for j in summed]
-    for j, found in zip(summed, sums, strict=True):
-        for i, mine in zip(members[j], found.split([layers[i].rank for i in members[j]]), strict=True):
+    for j, gradients in zip(summed, sums, strict=True):
+        for i, mine in zip(members[j], gradients.split([layers[i].rank for i in members[j]]), strict=True):
             a = layers[i].a
             if need[i][0] and a is not None:
                 # results of an operator share no memory
@@ -209,8 +209,8 @@ def _plain_gradients(dys, dxa, x, xa, layers, needs, wide):
     reached = [True, *(has_grad[0] or here for here in has_grad[1:]), *has_grad[1:], *has_grad[1:]]
     needed = [i for i, (need, here) in enumerate(zip(needs, reached, strict=True)) if need and here]
     douts = [g for g in (dxa, *dys) if g is not None]
-    found = dict(zip(needed, plain.gradients(formula, inputs, needed, *douts), strict=True))
-    return [found.get(i) for i in range(len(needs))]
+    gradients = dict(zip(needed, plain.gradients(formula, inputs, needed, *douts), strict=True))
+    return [gradients.get(i) for i in range(len(needs))]
 
 
 _op = torch.ops.lorafuse.lora_linears.default

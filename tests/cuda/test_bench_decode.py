@@ -20,11 +20,11 @@ WEIGHTS = decode.weights(64, 256, torch.device("cpu"))
 @pytest.mark.parametrize("storage", WEIGHTS)
 def test_every_decoder_gives_the_bits_of_the_codec(storage, emu):
     w, out = WEIGHTS[storage], torch.empty(64, 256, dtype=decode.DTYPE)
-    found = decode.calls(w, out, {"csrc": base.load("emu")})
-    assert ("bitsandbytes" in found) == ("NF4" in storage and importlib.util.find_spec("bitsandbytes") is not None)
+    decoders = decode.calls(w, out, {"csrc": base.load("emu")})
+    assert ("bitsandbytes" in decoders) == ("NF4" in storage and importlib.util.find_spec("bitsandbytes") is not None)
     with torch.compiler.set_stance("force_eager"):
-        assert decode.differing(found, w, out) == []
-        assert decode.differing({**found, "wrong": out.zero_, "idle": lambda: out}, w, out) == ["wrong", "idle"]
+        assert decode.differing(decoders, w, out) == []
+        assert decode.differing({**decoders, "wrong": out.zero_, "idle": lambda: out}, w, out) == ["wrong", "idle"]
 
 
 def test_bytes_are_those_that_are_stored():

@@ -50,11 +50,11 @@ def check(w, dtype):
     return expected
 
 
-def assert_same(found, expected):
+def assert_same(actual, expected):
     """Bit for bit, but for which of the NaNs."""
     nan, bits = expected.isnan(), BITS[expected.dtype]
-    assert torch.equal(found.isnan(), nan)
-    assert torch.equal(found.view(bits)[~nan], expected.view(bits)[~nan])
+    assert torch.equal(actual.isnan(), nan)
+    assert torch.equal(actual.view(bits)[~nan], expected.view(bits)[~nan])
 
 
 # a last chunk of 1 … 31 values, blocks that cross rows, a short last block, fewer values than a chunk

@@ -48,10 +48,10 @@ def test_the_bits_of_the_codec(storage, dtype, kernels):
     memory = torch.full((w.decoded(dtype).data.numel() + 64,), float("nan"), dtype=dtype, device="cuda")
     out = memory[:-64].view(w.stored)
     assert kernels.decode(on_gpu(w), dtype, out) is out
-    found, expected = out.cpu(), w.decoded(dtype).data
+    actual, expected = out.cpu(), w.decoded(dtype).data
     bits, nan = {2: torch.int16, 4: torch.int32}[dtype.itemsize], expected.isnan()
-    assert torch.equal(found.isnan(), nan)
-    assert torch.equal(found.view(bits)[~nan], expected.view(bits)[~nan])
+    assert torch.equal(actual.isnan(), nan)
+    assert torch.equal(actual.view(bits)[~nan], expected.view(bits)[~nan])
     assert memory[-64:].isnan().all()
 
 
