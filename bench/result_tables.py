@@ -355,9 +355,10 @@ def demo(full: Content, half: Content) -> str:
     return (
         f"`make demo`: {setting['model']} fine-tuned, r {setting['rank']} on all linear layers, "
         f"{setting['batch_size']} × {setting['seq_len']} tokens a step, "
-        f"PEFT as shipped → patched: **bf16 step {steps} ms ({figures['speedup']:.2f}×), peak memory {peaks} MiB**; "
-        f"fp32 step {full['figures']['speedup']:.2f}×, loss "
-        f"curves equal within {full['figures']['largest_loss_difference']:.0e}; {conditions(half)}"
+        f"PEFT as shipped → patched: **bf16 step {steps} ms ({figures['speedup']:.2f}×), "
+        f"peak memory {peaks} MiB**; "
+        f"fp32 step {full['figures']['speedup']:.2f}×, "
+        f"loss curves equal within {full['figures']['largest_loss_difference']:.0e}; {conditions(half)}"
     )
 
 

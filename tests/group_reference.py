@@ -52,10 +52,10 @@ class Operands:
 
     def leaves(self):
         """What can have a gradient, by name."""
-        collected = {"x": self.x}
+        actual = {"x": self.x}
         for i, one in enumerate(self.projections):
-            collected |= {f"{key} {i}": t for key in ("a", "b", "bias") if (t := getattr(one, key)) is not None}
-        return collected
+            actual |= {f"{key} {i}": t for key in ("a", "b", "bias") if (t := getattr(one, key)) is not None}
+        return actual
 
     def with_leaves(self, tensors):
         """The same operands with other tensors, by name."""
@@ -138,15 +138,15 @@ def results(run, o, names=None, used=None):
     """`{"y 0": …, "dx": …, "da 0": …}` of fresh leaves; `used` are the results that have a gradient."""
     o = o.fresh(names)
     ys, used = run(o), range(len(o.dys)) if used is None else used
-    wanted = {name: t for name, t in o.leaves().items() if t.requires_grad}
+    trained = {name: t for name, t in o.leaves().items() if t.requires_grad}
     used = [i for i in used if ys[i].requires_grad]
     outputs, dys = [ys[i] for i in used], [o.dys[i].to(ys[i].dtype) for i in used]
     # a reentrant checkpoint refuses torch.autograd.grad
     torch.autograd.backward(outputs, dys)
-    collected = {f"y {i}": y.detach() for i, y in enumerate(ys)} | {
+    actual = {f"y {i}": y.detach() for i, y in enumerate(ys)} | {
         "differentiable": torch.tensor([y.requires_grad for y in ys])
     }
-    return collected | {f"d{name}": t.grad for name, t in wanted.items()}
+    return actual | {f"d{name}": t.grad for name, t in trained.items()}
 
 
 def _drawn(o, draws):
@@ -164,11 +164,11 @@ def check(run, reference, o, names=None, used=None, draws=None):
     The errors of two right results of a few numbers are within a factor of two by luck alone: several draws are judged
     together where there are few.
     """
-    collected, draws = [], draws or (1 if o.x.dtype.itemsize == 2 else 3)
+    drawn, draws = [], draws or (1 if o.x.dtype.itemsize == 2 else 3)
     for given in _drawn(o, draws):
         exact = results(reference, given.fresh(dtype=torch.float64), names, used)
-        collected.append([results(run, given, names, used), results(reference, given, names, used), exact])
-    by_name = {key: [[one[i][key] for one in collected] for i in range(3)] for key in collected[0][2]}
+        drawn.append([results(run, given, names, used), results(reference, given, names, used), exact])
+    by_name = {key: [[one[i][key] for one in drawn] for i in range(3)] for key in drawn[0][2]}
     for name, (actual, same, exact) in by_name.items():
         assert [t is None for t in actual] == [t is None for t in exact], name
         if name == "differentiable":
@@ -177,5 +177,5 @@ def check(run, reference, o, names=None, used=None, draws=None):
             assert actual[0].dtype is same[0].dtype, name
             assert_three_way(name, *(torch.stack(some) for some in (actual, same, exact)))
             assert actual[0].any() or not o.x.numel(), f"{name}: all zero"
-    assert all(one[0].keys() == one[2].keys() for one in collected)
-    return collected[0][0]
+    assert all(one[0].keys() == one[2].keys() for one in drawn)
+    return drawn[0][0]

@@ -45,8 +45,16 @@ class Call:
             for name, t in self.tensors.items()
         }
         y = self.run(self.weights if weights is None else weights, **given)
-        y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape))
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape))
         return {"y": y.detach()} | {name: t.grad for name, t in given.items() if t.requires_grad}
+
+    def to(self, device, dtype):
+        """The same call on a device and in a dtype."""
+        weights = [
+            Weight(w.data.to(device), w.is_transposed, tuple(t.to(device) for t in w.statistics), w.format)
+            for w in self.weights
+        ]
+        return Call(self.run, weights, **{name: t.detach().to(device, dtype) for name, t in self.tensors.items()})
 
     def dense(self, dtype=torch.float32):
         return [w.decoded(dtype) for w in self.weights]
@@ -64,7 +72,7 @@ def grouped(E=5, N=24, K=40, R=3, backend="eager", is_transposed=False, ends=(4,
     bias = torch.randn(E, N)
 
     def run(weights, x, a, b):
-        return LF.lora_grouped_linear(x, ends, *weights, a, b, scale=1.5, bias=bias, backend=backend)
+        return LF.lora_grouped_linear(x, ends.to(x.device), *weights, a, b, scale=1.5, bias=bias.to(x), backend=backend)
 
     sizes = (K, N) if is_transposed else (N, K)
     weights = [nf4(E, *sizes, is_transposed=is_transposed)]
@@ -80,7 +88,7 @@ def experts(
 
     def run(weights, x, topk_weight, **factors):
         low = {"gate_up_scale": 1.5, "down_scale": 0.7, "activation": activation, "backend": backend}
-        return LF.lora_experts(x, index, topk_weight, *weights, **factors, **low)
+        return LF.lora_experts(x, index.to(x.device), topk_weight, *weights, **factors, **low)
 
     factors = {
         "gate_up_a": leaf(E, R, H), "gate_up_b": leaf(E, 2 * I, R), "down_a": leaf(E, R, I), "down_b": leaf(E, H, R)
@@ -89,15 +97,38 @@ def experts(
     return Call(run, weights, x=leaf(T, H), topk_weight=torch.rand(T, 2), **factors)
 
 
-CALLS = {"linear": linear, "grouped": grouped, "experts": experts}
+def siblings(K=40, R=3, N=24, backend="eager"):
+    """Layers of one x: quantized with and without an adapter, dense, and quantized otherwise."""
+
+    def run(weights, x, a, b, **others):
+        adapters = (a, b), (None, None), (others["a2"], others["b2"])
+        projections = [LF.Projection(w, *pair, scale=1.5) for w, pair in zip(weights, adapters, strict=True)]
+        return torch.cat(LF.lora_linears(x, projections, backend=backend), -1)
+
+    weights = [nf4(N, K), int8(16, K), nf4(8, K)]
+    return Call(run, weights, x=leaf(6, K), a=leaf(R, K), b=leaf(N, R), a2=leaf(2, K), b2=leaf(8, 2))
+
+
+def gated_mlp(H=24, I=40, R=3, backend="eager"):
+    def run(weights, x, **factors):
+        pairs = [(factors[f"{name}_a"], factors[f"{name}_b"]) for name in ("gate", "up", "down")]
+        layers = [LF.Projection(w, *pair, scale=1.5) for w, pair in zip(weights, pairs, strict=True)]
+        return LF.lora_gated_mlp(x, *layers, backend=backend)
+
+    factors = {"gate_a": leaf(R, H), "gate_b": leaf(I, R), "up_a": leaf(R, H), "up_b": leaf(I, R)}
+    factors |= {"down_a": leaf(R, I), "down_b": leaf(H, R)}
+    return Call(run, [nf4(I, H), int8(I, H), nf4(H, I)], x=leaf(6, H), **factors)
+
+
+CALLS = {"linear": linear, "grouped": grouped, "experts": experts, "siblings": siblings, "gated_mlp": gated_mlp}
 
 
 def check_same(call):
     """What a call computes is bit for bit what it computes of the decoded weights."""
-    found, expected = call.results(), call.results(call.dense())
+    actual, expected = call.results(), call.results(call.dense())
     for name, t in expected.items():
         assert t.abs().max() > 0, name
-        assert torch.equal(found[name], t), name
+        assert torch.equal(actual[name], t), name
 
 
 def changed(function, old, new):

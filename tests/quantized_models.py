@@ -17,6 +17,8 @@ FORMATS = {
     "fp4": "FP4, block 64, nested",
     "int8": "INT8",
     "torchao int8": "INT8",
+    "torchao fp8": "FP8, block 1x128",
+    "torchao int4": "INTX, block 1x32",
 }
 # K of every layer is a multiple of the block: otherwise bitsandbytes 0.50 decodes on CPUs with AVX512 with the scales
 # of other blocks
@@ -26,15 +28,20 @@ SIZES = {
 }  # fmt: skip
 
 
-def quantize(model, how="nf4", compute_dtype=None, skip=("lm_head", "embed_out")):
+def quantize(model, how="nf4", compute_dtype=None, skip=("lm_head", "embed_out"), storage=torch.uint8):
     """The model with every `nn.Linear` quantized, as loading it would do, except those named in `skip`."""
-    if how == "torchao int8":
+    if how.startswith("torchao"):
         quantization = pytest.importorskip("torchao.quantization")
+        config = {
+            "torchao int8": quantization.Int8WeightOnlyConfig,
+            "torchao fp8": quantization.Float8WeightOnlyConfig,
+            "torchao int4": lambda: quantization.IntxWeightOnlyConfig(torch.int4, quantization.PerGroup(32)),
+        }[how]()
 
         def chosen(module, name):
             return type(module) is nn.Linear and not name.endswith(skip)
 
-        quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), filter_fn=chosen)
+        quantization.quantize_(model, config, filter_fn=chosen)
         return model
     bnb = pytest.importorskip("bitsandbytes")
     for name, layer in list(model.named_modules()):
@@ -46,7 +53,7 @@ def quantize(model, how="nf4", compute_dtype=None, skip=("lm_head", "embed_out")
             quantized = bnb.nn.Linear8bitLt(*sizes, bias, has_fp16_weights=False)
         else:
             nested = not how.endswith("plain")
-            quantized = bnb.nn.Linear4bit(*sizes, bias, compute_dtype, nested, how.split()[0])
+            quantized = bnb.nn.Linear4bit(*sizes, bias, compute_dtype, nested, how.split()[0], storage)
         quantized.load_state_dict(layer.state_dict())
         # this quantizes the weight
         quantized = quantized.to("cpu").requires_grad_(False)

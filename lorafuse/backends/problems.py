@@ -59,7 +59,7 @@ def siblings_problem(
     aligned = _rows_are_aligned(x) and all(
         w.sizes[0] * size % 16 == 0 and (w.format != "dense" or _rows_are_aligned(w.data)) for w in (*weights, *also)
     )
-    formats = {w.format for w in weights}
+    formats = {w.format_name for w in weights}
     return _problem(
         x.shape[0], sum(w.sizes[0] for w in weights), weights[0].sizes[1], sum(a.shape[0] for a in adapters) or 1,
         x.dtype, adapters[0].dtype if adapters else x.dtype, bias, dropout, gradients, aligned, wide,

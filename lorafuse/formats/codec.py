@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 
 # elements that are decoded at once, for temporaries of some bytes an element: what the caches of a CPU core hold
 # (2 ** 18 fp32 values are 1 MiB), and on a GPU few launches (64 MiB of fp32)
-_CHUNK = {"cpu": 2**18}
+CHUNK = {"cpu": 2**18}
 _CHUNK_ELSEWHERE = 2**24
 # integers that hold two values of a code, by the bytes of one
 _TWICE = {2: torch.int32, 4: torch.int64}
@@ -86,7 +86,7 @@ def chunks(start: int, stop: int, multiple: int, device: torch.device) -> Iterat
     """Parts of `start … stop` to decode one after another, whose bounds in between are multiples of `multiple`, as
     `start` is.
     """
-    step = max(1, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // multiple) * multiple
+    step = max(1, CHUNK.get(device.type, _CHUNK_ELSEWHERE) // multiple) * multiple
     for first in range(start, stop, step):
         yield first, min(first + step, stop)
 
@@ -123,7 +123,8 @@ def decode_flat(
         scale_blocks(values[None], scale[None], block)
         # the first block may begin before the first element
         skipped = max(first - begin, 0)
-        flat[begin + skipped - first : end - first] = values[skipped:].to(rounded)
+        values = values[skipped:]
+        flat[begin + skipped - first : end - first] = values if rounded is out.dtype else values.to(rounded)
     return out
 
 

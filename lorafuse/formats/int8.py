@@ -54,9 +54,10 @@ def _scale(data: Tensor, statistics: tuple[Tensor, ...]) -> tuple[Tensor, float 
 
 
 def kernel(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tuple[str, dict[str, Any]] | None:
-    """The decode kernel, and what it reads; None for strided data."""
+    """The decode kernel, and what it reads; None for strided tensors."""
     scale, step = _scale(data, statistics)
-    return ("grid", {"code": data, "scale": scale, "step": step}) if data.is_contiguous() else None
+    fits = data.is_contiguous() and scale.is_contiguous()
+    return ("grid", {"code": data, "scale": scale, "step": step}) if fits else None
 
 
 def select(
@@ -98,7 +99,7 @@ def adopt(storage: object, name: str = "weight") -> Weight | None:
 # of the zero points of tensors that were adopted: a look at the values waits for a GPU
 _zeros = WeakIdKeyDictionary()
 # whether any were not zero
-_are_shifted = False
+any_shifted = False
 
 
 def _is_zero(zero: Tensor | None) -> bool:
@@ -107,10 +108,10 @@ def _is_zero(zero: Tensor | None) -> bool:
     A compiler cannot look: there all count as zeros only as long as none that was adopted before had others; then all
     tensors are left to `intx`, which is right for both.
     """
-    global _are_shifted
+    global any_shifted
     if zero is None or torch.compiler.is_compiling():
-        return zero is None or not _are_shifted
+        return zero is None or not any_shifted
     if zero not in _zeros:
         _zeros[zero] = not bool(zero.any())
-        _are_shifted |= not _zeros[zero]
+        any_shifted |= not _zeros[zero]
     return _zeros[zero]

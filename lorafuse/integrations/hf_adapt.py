@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lorafuse.integrations.hf_transformers import FLAGS, base_stacks, block_operands
+from lorafuse.integrations.hf_transformers import FLAGS, adopted_stack, base_stacks, block_operands
 from lorafuse.nn import LoRAExperts
 
 __all__ = ["adapt_experts"]
@@ -19,8 +19,9 @@ def adapt_experts(
 ) -> list[str]:
     """Put a `lorafuse.nn.LoRAExperts` in the place of every experts module of a transformers' model, over its stacks.
 
-    The stacks are shared, not copied, and frozen: dense parameters, and those that
-    `bitsandbytes.nn.parametrize.replace_parameter_4bit` quantized. The model starts as it was (B is zero). Call it
+    The stacks are shared, not copied, and frozen: dense parameters, those that
+    `bitsandbytes.nn.parametrize.replace_parameter_4bit` quantized, and transformers' `FP8Experts`, whose products
+    quantize x too (a `LoRAExperts` decodes the weights). The model starts as it was (B is zero). Call it
     after `peft.get_peft_model`, which freezes whatever is no adapter of its own. The factors are yours:
     `model.state_dict()` holds them by `…experts.gate_up_lora_A` and so on, PEFT's adapter files do not.
 
@@ -38,6 +39,9 @@ def adapt_experts(
     trained: list[nn.Parameter] = []
     for name, module in model.named_modules():
         if not all(hasattr(module, flag) for flag in FLAGS) or isinstance(module, LoRAExperts):
+            # stacks in the order of a library's kernels, which no implementation of transformers runs
+            if isinstance(refusal := adopted_stack(module, "down_proj"), str):
+                problems.append(f"{name}: its down_proj {refusal}")
             continue
         trained += [parameter for parameter in module.parameters() if parameter.requires_grad]
         module.requires_grad_(False)

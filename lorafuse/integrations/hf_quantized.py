@@ -3,7 +3,8 @@
 | base | the product is computed in | y has |
 | --- | --- | --- |
 | bitsandbytes `Linear4bit` | its compute_dtype, under autocast too | x's dtype |
-| torchao's weight-only tensors in `nn.Linear` | x's dtype, under autocast too | x's dtype |
+| torchao's `Int8Tensor` in `nn.Linear` | x's dtype, under autocast too | x's dtype |
+| its other weight-only tensors | autocast's dtype, else x's | the same |
 | bitsandbytes `Linear8bitLt`, transformers' `FP8Linear` | autocast's dtype, else x's | x's dtype |
 
 Those of the last row quantize x too. lorafuse does not: it decodes the weight, which is nearer to the exact product,
@@ -93,10 +94,10 @@ def run_quantized(base: nn.Module, x: Tensor, operands: tuple[Any, ...], backend
             base.set_compute_type(x)  # type: ignore[operator]
             base.compute_type_is_set = True
         dtype = base.compute_dtype or dtype  # type: ignore[assignment]
-    elif kind is not None and is_autocast:
+    elif is_autocast and (kind is not None or type(base._parameters["weight"]).__name__ != "Int8Tensor"):
         dtype = torch.get_autocast_dtype(x.device.type)
-        # training on a CPU, bitsandbytes too decodes, by functions that autocast knows
-        if kind == "Linear8bitLt" and x.is_cpu and base.training:
+        # torchao decodes, as bitsandbytes does in training on a CPU, and multiplies by a function that autocast knows
+        if kind is None or (kind == "Linear8bitLt" and x.is_cpu and base.training):
             returned = dtype
     if bias is not None:
         bias = bias.to(dtype)
@@ -126,11 +127,12 @@ def notes(model: nn.Module) -> list[str]:
     modules = dict(model.named_modules())
     if not any(is_quantized(type(module)) for module in modules.values()):
         return []
-    found, dense, bare = [], defaultdict[torch.dtype, list[Tensor]](list), []
+    lines, dense, bare = [], defaultdict[torch.dtype, list[Tensor]](list), []
     for name, module in modules.items():
         if hasattr(module, "num_experts"):
-            for p in module._parameters.values():
-                if p is not None and p.dim() == 3 and p.is_floating_point() and p.element_size() > 1:
+            for key, p in module._parameters.items():
+                is_stack = p is not None and p.dim() == 3 and "lora_" not in key
+                if is_stack and p.is_floating_point() and p.element_size() > 1:
                     dense[p.dtype].append(p)
             parts = [part for over in getattr(module, "parametrizations", {}).values() for part in over]
             if any(type(part).__name__ == "Bnb4bitParametrization" for part in parts):
@@ -144,13 +146,13 @@ def notes(model: nn.Module) -> list[str]:
                 ", and peft.prepare_model_for_kbit_training casts the rest to float32 (cast the stacks back: "
                 "parameter.data = parameter.data.to(torch.bfloat16))"
             )
-        found.append(
+        lines.append(
             f"{text}; quantize them with bitsandbytes.nn.parametrize.replace_parameter_4bit and adapt them with "
             "lorafuse.integrations.adapt_experts"
         )
     if bare:
-        found.append(
+        lines.append(
             f"{len(bare)} quantized experts modules have no adapter, the first is {bare[0]}: PEFT adapts no "
             "parametrized stack; lorafuse.integrations.adapt_experts does, after get_peft_model"
         )
-    return found
+    return lines

@@ -28,6 +28,7 @@ from lorafuse.versions import MINIMUM, is_older
 
 __all__ = [
     "FLAGS",
+    "adopted_stack",
     "base_stacks",
     "block_operands",
     "experts_forward",
@@ -102,14 +103,14 @@ def _weights_and_adapters(experts: nn.Module) -> tuple[dict[str, Any], dict[str,
             adapters |= {f"{argument}_a": a, f"{argument}_b": b, f"{argument}_scale": over[0].scaling}
             continue
         # bitsandbytes parametrizes experts too, without PEFT
-        stack = _adopted(experts, parameter)
+        stack = adopted_stack(experts, parameter)
         if stack is None:
             return weights, None
         weights[parameter] = stack
     return weights, adapters
 
 
-def _adopted(base: nn.Module, parameter: str) -> Weight | str | None:
+def adopted_stack(base: nn.Module, parameter: str) -> Weight | str | None:
     """The quantized stack of a module; a str, the reason, for one that cannot be held; None for a dense one."""
     try:
         return formats.adopt(base, parameter)
@@ -125,7 +126,7 @@ def base_stacks(base: nn.Module) -> dict[str, Any]:
     for parameter in (first_projection(base), "down_proj"):
         dense = stacks.get(parameter)
         # the dtype first, since this runs in every forward
-        if (dense is None or dense.dtype not in _DTYPES) and (stack := _adopted(base, parameter)) is not None:
+        if (dense is None or dense.dtype not in _DTYPES) and (stack := adopted_stack(base, parameter)) is not None:
             stacks[parameter] = stack
     return stacks
 
@@ -157,6 +158,8 @@ def block_operands(base: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any
         altered(act) or is_called_otherwise(type(act)) or original(type(act), "forward") is None
     ):
         return f"its activation {type(act).__name__} has hooks or a replaced forward"
+    if getattr(base, "activation_scheme", "dynamic") != "dynamic":
+        return f"its base {name} clips x by a calibrated scale (activation_scheme={base.activation_scheme!r})"
     operands: dict[str, Any] = {"is_transposed": base.is_transposed, "has_gate": base.has_gate}
     for argument, parameter in (("gate_up", first_projection(base)), ("down", "down_proj")):
         weight = weights.get(parameter)

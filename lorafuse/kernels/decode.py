@@ -114,7 +114,7 @@ def _decode_grid_kernel(
         value = tl.interleave(_float4(code & 15), _float4(code >> 4))
     else:
         code = tl.load(p_code + row * K + o_k, mask=inside, other=0, eviction_policy="evict_first")
-        value = code.to(tl.float32) if CODE == "int8" else _float8(code, 3 if CODE == "e4m3" else 2)
+        value = code.to(tl.float32) if CODE == "integer" else _float8(code, 3 if CODE == "e4m3" else 2)
     p_row = p_scale + row // N * stride_group + row % N // ROWS * stride_row
     scale = tl.load(p_row) if COLUMNS is None else tl.load(p_row + o_k // COLUMNS, mask=inside, other=0)
     value *= _grid_scale(scale, p_divisor, SCALE, ROUNDED)
@@ -136,6 +136,8 @@ def codebook(
     outer_scale, outer_table, offset = outer or (None, None, None)
     count, skipped = out.numel(), first % 2
     size = triton.cdiv(count + skipped, 2)
+    _check("scale", scale, triton.cdiv(first + count, block))
+    _check("code", code, first // 2 + size)
     _decode_codebook_kernel[(triton.cdiv(size, _BYTES),)](
         code, table, scale, outer_table, outer_scale, offset, out, first // 2, size, count, SKIPPED=skipped,
         BLOCK=block, ROUNDED=_TYPES[rounded], BYTES=_BYTES, num_warps=_WARPS, enable_fp_fusion=False,
@@ -143,12 +145,12 @@ def codebook(
 
 
 def grid(
-    code: Tensor, out: Tensor, *, scale: Tensor, kind: str = "int8", block: tuple[int, int] | None = None,
+    code: Tensor, out: Tensor, *, scale: Tensor, kind: str = "integer", block: tuple[int, int] | None = None,
     scale_kind: str = "", divisor: Tensor | None = None, is_scale_rounded: bool = False, step: float | None = None,
 ) -> None:  # fmt: skip
     """Write `code · (scale / divisor) · step` into out: codes of a `kind`, one scale for a block of rows and columns.
 
-    code is `[…, N, K]` int8 of kind "int8", uint8 of "e4m3" and "e5m2", or `[…, N, K / 2]` of "e2m1"; scale is
+    code is `[…, N, K]` int8 of kind "integer", uint8 of "e4m3" and "e5m2", or `[…, N, K / 2]` of "e2m1"; scale is
     `[…, ⌈N / rows⌉, ⌈K / columns⌉]`, of one number, or for a `block` of None `[…, N]`. It holds numbers, or uint8 of a
     `scale_kind`: "e8m0", "exponent", whose 255 is 2 ** 128 where e8m0's is NaN, or "float8" (e4m3).
     `is_scale_rounded` to out's dtype first.
@@ -157,6 +159,9 @@ def grid(
     rows, columns = block or (1, K)
     stride_row = -(-K // columns)
     strides = (0, 0) if scale.numel() == 1 else (-(-N // rows) * stride_row, stride_row)
+    if scale.numel() != 1:
+        _check("scale", scale, out.numel() // (N * K) * -(-N // rows) * stride_row)
+    _check("code", code, out.numel() // (2 if kind == "e2m1" else 1))
     size = min(_BYTES, triton.next_power_of_2(K))
     _decode_grid_kernel[(out.numel() // K, triton.cdiv(K, size))](
         code, scale, divisor, out, N, K, *strides, CODE=kind, SCALE=scale_kind, ROWS=rows,
@@ -164,6 +169,15 @@ def grid(
         ROUNDED=_TYPES[out.dtype if is_scale_rounded else torch.float32], STEP=step, BLOCK=max(2, size),
         num_warps=_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def _check(name: str, t: Tensor, needed: int) -> None:
+    """Raises ValueError for an operand that a kernel would read beyond."""
+    if t.numel() < needed:
+        raise ValueError(
+            f"a quantized weight's {name} has {t.numel()} elements, its sizes and blocks make it {needed}: adopt it "
+            "from its library's tensor"
+        )
 
 
 # by the names that formats give

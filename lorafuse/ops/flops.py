@@ -8,6 +8,7 @@ A formula is called with the operator's arguments, shapes in the place of tensor
 
 import importlib.abc
 import importlib.util
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -97,10 +98,21 @@ def grouped_backward(
 
 
 def linears(
-    x: _Shape, weights: Sequence[_Shape], biases: object, a: Sequence[_Shape | None], *_: object, **__: object
+    x: _Shape, weights: Sequence[_Shape], biases: object, a: Sequence[_Shape | None], b: object, seeds: object,
+    statistics: Sequence[_Shape], scales: object, dropout_ps: object, formats: Sequence[str], counts: Sequence[int],
+    *_: object, **__: object,
 ) -> int:  # fmt: skip
     """Of siblings, and of a gated MLP, whose every row passes three layers."""
-    return sum(_forward(math.prod(x[:-1]), w, one) for w, one in zip(weights, a, strict=True))
+    each = zip(_each(weights, statistics, formats, counts), a, strict=True)
+    return sum(_forward(math.prod(x[:-1]), w, one) for w, one in each)
+
+
+def _each(
+    weights: Sequence[_Shape], statistics: Sequence[_Shape], formats: Sequence[str], counts: Sequence[int]
+) -> list[_Shape]:  # fmt: skip
+    rest = iter(statistics)
+    every = zip(weights, formats, counts, strict=True)
+    return [_stored(w, format, list(itertools.islice(rest, count))) for w, format, count in every]
 
 
 gated_mlp = linears
@@ -108,9 +120,10 @@ gated_mlp = linears
 
 def linears_backward(
     dys: Sequence[_Shape | None], x: object, xa: object, weights: Sequence[_Shape], biases: object,
-    a: Sequence[_Shape | None], b: object, seeds: object, statistics: object, scales: object, dropout_ps: object,
-    formats: object, counts: object, needs: Sequence[bool], *_: object, **__: object,
+    a: Sequence[_Shape | None], b: object, seeds: object, statistics: Sequence[_Shape], scales: object,
+    dropout_ps: object, formats: Sequence[str], counts: Sequence[int], needs: Sequence[bool], *_: object, **__: object,
 ) -> int:  # fmt: skip
+    weights = _each(weights, statistics, formats, counts)
     G, total = len(weights), 0
     for i, (dy, w, one) in enumerate(zip(dys, weights, a, strict=True)):
         if dy is not None:
@@ -120,10 +133,11 @@ def linears_backward(
 
 def gated_mlp_backward(
     dy: _Shape, x: object, gate: object, up: object, xa: object, ha: object, weights: Sequence[_Shape], biases: object,
-    a: Sequence[_Shape | None], b: object, seeds: object, statistics: object, scales: object, dropout_ps: object,
-    formats: object, counts: object, needs: Sequence[bool], *_: object, **__: object,
+    a: Sequence[_Shape | None], b: object, seeds: object, statistics: Sequence[_Shape], scales: object,
+    dropout_ps: object, formats: Sequence[str], counts: Sequence[int], needs: Sequence[bool], *_: object, **__: object,
 ) -> int:  # fmt: skip
     """What `recompute_up` computes again is not counted."""
+    weights = _each(weights, statistics, formats, counts)
     rows = math.prod(dy[:-1])
     # of the hidden rows
     dh = any(need for i, need in enumerate(needs) if i == 0 or i % 3)

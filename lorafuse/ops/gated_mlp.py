@@ -75,7 +75,7 @@ def backward(
     of_siblings = [need_dx, *of_da[:2], *of_db[:2], *of_dbias[:2]]
     h, act, need_dh = None, None, any(of_siblings)
     if up is None and (need_dh or of_da[2]):
-        up = recomputed_up(run, x, xa, siblings, wide)
+        up = up_again(run, x, xa, siblings, wide)
     if of_da[2]:
         h, act = gate_forward_parts(activation, gate, up)
     dh, *of_down = layer_backward(run, dy, h, ha, down, (need_dh, of_da[2], of_db[2], of_dbias[2]), wide)
@@ -90,7 +90,7 @@ def backward(
     return [dx, *da, *db, *dbias]
 
 
-def recomputed_up(run: Backend, x: Tensor, xa: Tensor | None, siblings: Sequence[Layer], wide: bool) -> Tensor:
+def up_again(run: Backend, x: Tensor, xa: Tensor | None, siblings: Sequence[Layer], wide: bool) -> Tensor:
     """up of x and its xa, as forward computed it."""
     layer, mine = siblings[1], columns(xa, siblings)[1]
     if run.linear_forward is not None:

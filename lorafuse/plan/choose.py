@@ -157,6 +157,8 @@ def _select(
             candidates += configs_triton.operator_candidates(operator, device, given.triton_config)
         elif device is not None:
             candidates += configs_cuda.operator_candidates(operator, device, given.tiles)
+    if device is not None and (decoding := cost.decoding(operator, device)):
+        candidates = [replace(one, parts=decoding + one.parts) for one in candidates]
     if not candidates:
         raise ValueError(f"no backend can run {problems}: " + "; ".join(reasons))
     chosen, why = _choose(candidates, operator, device, given)

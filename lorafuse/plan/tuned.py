@@ -251,6 +251,6 @@ def match(
     Of `entries`, or of those in files; without `own` the user's are passed over.
     """
     known = (entry for entry in (load(device.model) if entries is None else entries) if own or not entry.own)
-    found = (entry for entry in known if entry.covers(problem) and entry.kernel in kernels)
+    covering = (entry for entry in known if entry.covers(problem) and entry.kernel in kernels)
     # one of the format itself before those of dense weights; min returns the first of several
-    return min(found, key=lambda entry: entry.format != problem.format, default=None)
+    return min(covering, key=lambda entry: entry.format != problem.format, default=None)

@@ -128,7 +128,7 @@ def test_matrices_of_a_stack(sizes, nested):
 def test_chunks_give_the_same(chunk, monkeypatch):
     w = formats.adopt(params(torch.randn(3, 33, 65), nested=True))
     expected = w.decoded(torch.float32).data, w.select(1, 3).decoded(torch.float32).data
-    monkeypatch.setitem(codec._CHUNK, "cpu", chunk)
+    monkeypatch.setitem(codec.CHUNK, "cpu", chunk)
     assert torch.equal(w.decoded(torch.float32).data, expected[0])
     assert torch.equal(w.select(1, 3).decoded(torch.float32).data, expected[1])
 

@@ -12,8 +12,9 @@ from lorafuse.formats import mxfp4
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 CONFIG = PretrainedConfig(hidden_size=320, moe_intermediate_size=192, num_experts=3, hidden_act="silu")
-needs_decoder = pytest.mark.skipif(
-    not hasattr(hf_fp8, "_dequantize_fp8_weight"), reason="transformers >= 5.23 decodes FP8 for backward"
+needs_5_23 = pytest.mark.skipif(
+    not hasattr(hf_fp8, "_dequantize_fp8_weight"),
+    reason="transformers >= 5.23 decodes FP8 for backward, and has FP4 experts",
 )
 
 
@@ -44,7 +45,7 @@ def expected(layer, dtype, name="weight"):
 
 
 class TestFP8Linear:
-    @needs_decoder
+    @needs_5_23
     @by_dtype
     @pytest.mark.parametrize("sizes", [(256, 384), (200, 328), (64, 96), (129, 1)], ids=str)
     @pytest.mark.parametrize("block", [(128, 128), (64, 32), None], ids=str)
@@ -55,11 +56,11 @@ class TestFP8Linear:
         assert w.stored == sizes
         assert w.data.data_ptr() == layer.weight.data_ptr()
         assert w.statistics[0].data_ptr() == layer.weight_scale_inv.data_ptr()
-        found = w.decoded(dtype).data
-        assert found.abs().max() > 0
-        assert torch.equal(found, expected(layer, dtype))
+        actual = w.decoded(dtype).data
+        assert actual.abs().max() > 0
+        assert torch.equal(actual, expected(layer, dtype))
 
-    @needs_decoder
+    @needs_5_23
     @by_dtype
     def test_rows(self, dtype):
         layer = fp8_linear(block_size=None)
@@ -76,9 +77,9 @@ class TestFP8Linear:
 
     def test_exponents_as_bytes(self):
         layer = fp8_linear(block_size=(128, 128), scale_fmt="ue8m0")
-        found = formats.adopt(layer).decoded(torch.float32).data
+        actual = formats.adopt(layer).decoded(torch.float32).data
         layer.weight_scale_inv = torch.nn.Parameter(layer.weight_scale_inv.view(torch.uint8), requires_grad=False)
-        assert torch.equal(formats.adopt(layer).decoded(torch.float32).data, found)
+        assert torch.equal(formats.adopt(layer).decoded(torch.float32).data, actual)
 
     def test_refused_or_left_alone(self):
         layer = fp8_linear(block_size=(128, 128))
@@ -98,7 +99,7 @@ class TestFP8Linear:
 
 
 class TestFP8Experts:
-    @needs_decoder
+    @needs_5_23
     @by_dtype
     @pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
     def test_exact(self, name, dtype):
@@ -116,11 +117,12 @@ class TestFP8Experts:
         experts = fill(hf_fp8.FP8Experts(CONFIG))
         assert experts.gate_up_proj_scale_inv.shape == (3, 2, 1)
         scale = experts.gate_up_proj_scale_inv.repeat_interleave(192, 1)
-        found = formats.adopt(experts, "gate_up_proj").decoded(torch.float32).data
-        assert torch.equal(found, experts.gate_up_proj.float() * scale)
-        found = formats.adopt(experts, "down_proj").decoded(torch.float32).data
-        assert torch.equal(found, experts.down_proj.float() * experts.down_proj_scale_inv)
+        actual = formats.adopt(experts, "gate_up_proj").decoded(torch.float32).data
+        assert torch.equal(actual, experts.gate_up_proj.float() * scale)
+        actual = formats.adopt(experts, "down_proj").decoded(torch.float32).data
+        assert torch.equal(actual, experts.down_proj.float() * experts.down_proj_scale_inv)
 
+    @needs_5_23
     @by_dtype
     @pytest.mark.parametrize("scale", ["float", "ue8m0"])
     def test_of_fp4(self, scale, dtype):
@@ -130,9 +132,9 @@ class TestFP8Experts:
         assert w.stored == (3, 320, 192)
         assert w.data.data_ptr() == experts.down_proj.data_ptr()
         right = hf_fp8.Fp8Dequantize(None)._dequantize_one(experts.down_proj, experts.down_proj_scale_inv, dtype)
-        found = w.decoded(dtype).data
-        assert found.abs().max() > 0
-        assert torch.equal(found, right)
+        actual = w.decoded(dtype).data
+        assert actual.abs().max() > 0
+        assert torch.equal(actual, right)
 
 
 class TestMXFP4:
@@ -156,9 +158,9 @@ class TestMXFP4:
         """Down to subnormal numbers, up to infinity and NaN."""
         blocks, scales = torch.arange(256, dtype=torch.uint8).repeat(16), torch.arange(256, dtype=torch.uint8)
         tensors = blocks.view(1, 16, 16, 16), scales.view(1, 16, 16)
-        found = mxfp4.weight(*tensors).decoded(torch.bfloat16).data.mT
+        actual = mxfp4.weight(*tensors).decoded(torch.bfloat16).data.mT
         right = hf_mxfp4.convert_moe_packed_tensors(*tensors)
-        torch.testing.assert_close(found, right, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(actual, right, rtol=0, atol=0, equal_nan=True)
 
     def test_a_module_as_a_checkpoint(self, tensors):
         experts = torch.nn.Module()

@@ -93,17 +93,17 @@ def test_every_row_has_a_sample():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_decoded(name, dtype, monkeypatch):
     w = SAMPLES[name](N, K)
-    found = w.decoded(dtype)
-    assert w.sizes == found.sizes == (N, K)
+    actual = w.decoded(dtype)
+    assert w.sizes == actual.sizes == (N, K)
     assert w.t.sizes == (K, N)
-    assert found.format == "dense"
-    assert found.data.dtype is dtype
-    assert found.data.unique().numel() > 8
+    assert actual.format == "dense"
+    assert actual.data.dtype is dtype
+    assert actual.data.unique().numel() > 8
     out = torch.full((N, K), math.nan, dtype=dtype)
     assert w.decoded(dtype, out).data is out
-    assert torch.equal(out, found.data)
-    monkeypatch.setitem(codec._CHUNK, "cpu", 192)
-    assert torch.equal(w.decoded(dtype).data, found.data)
+    assert torch.equal(out, actual.data)
+    monkeypatch.setitem(codec.CHUNK, "cpu", 192)
+    assert torch.equal(w.decoded(dtype).data, actual.data)
     for wrong in (out[1:], out.t(), out.to(torch.complex64)):
         with pytest.raises(ValueError, match="out is torch"):
             w.decoded(dtype, wrong)
@@ -143,7 +143,7 @@ class Allocated(TorchDispatchMode):
 def test_no_temporary_is_as_large_as_the_weight(name, monkeypatch):
     """Of a chunk, 4 bytes an element at most, or the 2 KiB in which a byte's two values are looked up."""
     w, out = SAMPLES[name](N, K), torch.empty(N, K, dtype=torch.bfloat16)
-    monkeypatch.setitem(codec._CHUNK, "cpu", 256)
+    monkeypatch.setitem(codec.CHUNK, "cpu", 256)
     with Allocated() as allocated:
         w.decoded(torch.bfloat16, out)
     assert 0 < allocated.largest <= max(4 * 256, 2048) < out.nbytes / 2

@@ -3,6 +3,7 @@
 import copy
 from unittest import mock
 
+import peft
 import pytest
 import tiny_families
 import torch
@@ -84,14 +85,15 @@ def test_a_family(name):
     assert_equal_to_peft(actual, expected)
 
 
-@pytest.mark.parametrize("how", FORMATS)
-@pytest.mark.parametrize("settings", [{}, {"lora_bias": True}, {"use_rslora": True}], ids=["", "lora_bias", "rslora"])
+@pytest.mark.parametrize(
+    ("how", "settings"),
+    # PEFT has no lora_bias over torchao
+    [(how, {}) for how in FORMATS] + [("nf4", {"lora_bias": True}), ("int8", {"lora_bias": True, "use_rslora": True})],
+)
 def test_a_format_in_fp32(how, settings):
-    if how == "torchao int8" and "lora_bias" in settings:
-        pytest.skip("PEFT has no lora_bias over torchao")
     stock = mlp(how, **settings)
     patched, report = patched_copy(stock)
-    assert set(report.bases.values()) == {FORMATS[how]}
+    assert report.bases["base_model.model.up"] == FORMATS[how]
     x = torch.randn(3, 7, 128)
     with counting() as calls:
         actual = step(patched, x)
@@ -138,3 +140,59 @@ def test_compute_dtypes(compute_dtype, autocast, dtype):
             assert_three_way(name, tensor.to(torch.bfloat16), expected[name].to(torch.bfloat16), reference[name])
         else:
             assert relative_l2(tensor, expected[name]) <= tolerance(torch.float32), name
+
+
+def fp8(block_size=(32, 64), dtype=torch.float32, **settings):
+    """Adapters over transformers' FP8Linear, whose own forward needs a GPU, and over what its weights decode to."""
+    torch.manual_seed(0)
+    module = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    dense, base = Mlp().to(dtype), Mlp()
+    for name, layer in list(dense.named_children()):
+        quantized = module.FP8Linear(layer.in_features, layer.out_features, block_size, has_bias=layer.bias is not None)
+        quantized.weight.data = layer.weight.data.mul(16).to(torch.float8_e4m3fn)
+        quantized.weight_scale_inv.data = torch.rand(quantized.weight_scale_inv.shape) / 16
+        if layer.bias is not None:
+            quantized.bias = layer.bias
+        scale = quantized.weight_scale_inv
+        layer.weight.data = module._dequantize_fp8_weight(quantized.weight.data, scale.data, block_size, dtype)
+        setattr(base, name, quantized.requires_grad_(False))
+    models = [adapted(model, target_modules=["up", "down"], **settings) for model in (base, dense)]
+    # PEFT rounds the adapters of such a base to its dtype once
+    models[1].load_state_dict({k: t for k, t in models[0].state_dict().items() if "lora_" in k}, strict=False)
+    return models
+
+
+@pytest.mark.parametrize("block_size", [(32, 64), None], ids=["blocks", "one scale"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_fp8_of_transformers(block_size, dtype):
+    """y is that of the decoded weight, in x's dtype: FP8Linear itself quantizes x too."""
+    model, dense = fp8(block_size, dtype)
+    report = lorafuse.patch(model, strict=True)
+    assert report.bases["base_model.model.up"] == ("FP8, block 32x64" if block_size else "FP8, block 192x128")
+    assert lorafuse.patch(dense, strict=True).bases == {}
+    x = torch.randn(3, 7, 128).to(dtype)
+    with counting() as calls:
+        actual = step(model, x)
+    assert calls.call_count == 2
+    assert_equal_to_peft(actual, step(dense, x))
+
+
+def test_fp8_with_a_calibrated_scale_of_x():
+    model, _ = fp8()
+    for name in ("up", "down"):
+        model.base_model.model.get_submodule(name).base_layer.activation_scheme = "static"
+    with pytest.warns(UserWarning, match="patched nothing"):
+        report = lorafuse.patch(model)
+    assert "activation_scheme='static'" in report.skipped[0].reason
+
+
+@pytest.mark.parametrize("method", ["gptq", "hqq"])
+def test_a_format_that_is_not_read(method, monkeypatch):
+    model = mlp()
+    for name in ("up", "down"):
+        layer = model.base_model.model.get_submodule(name)
+        bases, module = (nn.Module, peft.tuners.lora.LoraLayer), f"peft.tuners.lora.{method}"
+        layer.__class__ = type("QuantLinear", bases, {"__module__": module})
+    with pytest.warns(UserWarning, match="patched nothing"):
+        report = lorafuse.patch(model)
+    assert f"its base is quantized by {method.upper()}, which lorafuse does not read" in report.skipped[0].reason

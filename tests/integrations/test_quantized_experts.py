@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import warnings
 from unittest import mock
 
 import moe_models
@@ -9,6 +10,8 @@ import peft
 import pytest
 import tiny_families
 import torch
+import transformers
+from quantized_models import quantize
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -90,17 +93,17 @@ def step(model):
     model.zero_grad()
     logits = model(moe_models.token_ids()).logits
     logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits.dtype))
-    found = {"logits": logits.detach(), "embeddings": model.get_input_embeddings().weight.grad}
+    results = {"logits": logits.detach(), "embeddings": model.get_input_embeddings().weight.grad}
     for i, layer in enumerate(m for m in model.modules() if isinstance(m, LoRAExperts)):
-        found |= {f"{i} {name}": p.grad for name, p in layer.named_parameters() if "lora_" in name}
+        results |= {f"{i} {name}": p.grad for name, p in layer.named_parameters() if "lora_" in name}
     for i, layer in enumerate(outermost(model)):
         for wrapper in hf_experts.wrappers(layer):
             kind = "down" if wrapper.parameter_name == "down_proj" else "gate_up"
             a, b = (of["default"].weight.grad for of in (wrapper.lora_A, wrapper.lora_B))
             experts = wrapper.num_experts
-            found[f"{i} {kind}_lora_A"] = a.unflatten(0, (experts, R))
-            found[f"{i} {kind}_lora_B"] = b.unflatten(1, (R, experts)).permute(2, 0, 1)
-    return found
+            results[f"{i} {kind}_lora_A"] = a.unflatten(0, (experts, R))
+            results[f"{i} {kind}_lora_B"] = b.unflatten(1, (R, experts)).permute(2, 0, 1)
+    return results
 
 
 class TestAdapted:
@@ -176,6 +179,67 @@ class TestAdapted:
         assert len([n for n in trained if "gate_up_lora" in n or "down_lora" in n]) == 8
         assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
 
+    def test_fp8_experts(self):
+        """Over transformers' FP8Experts, whose own forward needs a GPU: what PEFT gives over the decoded stacks."""
+        fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+        dense = moe_models.base("qwen3_moe", **SIZES).requires_grad_(False)
+        model = copy.deepcopy(dense)
+        settings = transformers.FineGrainedFP8Config(weight_block_size=(32, 64))
+        skipped = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        model = fp8.replace_with_fp8_linear(model, skipped, settings)
+        for quantized, experts in zip(experts_of(model), experts_of(dense), strict=True):
+            assert type(quantized) is fp8.FP8Experts
+            quantized.to_empty(device="cpu").requires_grad_(False)
+            for name in ("gate_up_proj", "down_proj"):
+                stack, scale = getattr(quantized, name), getattr(quantized, f"{name}_scale_inv")
+                stack.data = getattr(experts, name).data.mul(64).to(torch.float8_e4m3fn)
+                scale.data = torch.rand(scale.shape) / 64
+                decoded = fp8._dequantize_fp8_weight(stack.data, scale.data, (32, 64), torch.float32)
+                setattr(experts, name, nn.Parameter(decoded, requires_grad=False))
+        ours, theirs = adapted(model), adapted(dense)
+        for one in (ours, theirs):
+            one.get_input_embeddings().weight.requires_grad_()
+        # both layers, which repr folds
+        assert repr(ours).count("gate_up_proj=fp8, down_proj=fp8") == 1
+        factors = [{n: p for n, p in one.named_parameters() if "lora_" in n} for one in (ours, theirs)]
+        for name, p in factors[0].items():
+            p.data.copy_(factors[1][name].data)
+        actual, expected = step(ours), step(theirs)
+        errors = {name: relative_l2(actual[name], tensor) for name, tensor in expected.items()}
+        assert {name: error for name, error in errors.items() if error > tolerance(torch.float32)} == {}
+
+    def test_mxfp4_from_blocks_and_scales(self):
+        """gpt-oss as its checkpoint stores it, against its experts over transformers' decoded stacks."""
+        mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+        model = moe_models.base("gpt_oss", **SIZES).requires_grad_(False)
+        experts = experts_of(model)[0]
+        stacks = {}
+        for name in ("gate_up_proj", "down_proj"):
+            E, K, N = getattr(experts, name).shape
+            blocks = torch.randint(256, (E, N, K // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(119, 123, (E, N, K // 32), dtype=torch.uint8)
+            decoded = mxfp4.convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+            setattr(experts, name, nn.Parameter(decoded.contiguous(), requires_grad=False))
+            stacks[name] = formats.load("mxfp4").weight(blocks, scales)
+        layer = LoRAExperts.from_stacks(
+            stacks["gate_up_proj"], stacks["down_proj"], R, activation="clamped_swiglu", is_concatenated=False,
+            gate_up_bias=experts.gate_up_proj_bias, down_bias=experts.down_proj_bias,
+        )  # fmt: skip
+        x, index, weight = torch.randn(9, 64), torch.rand(9, 4).topk(2).indices, torch.rand(9, 2)
+        assert relative_l2(layer(x, index, weight), experts(x, index, weight)) <= tolerance(torch.float32)
+        nn.init.normal_(layer.gate_up_lora_B)
+        assert relative_l2(layer(x, index, weight), experts(x, index, weight)) > 0.1
+
+    def test_stacks_in_the_order_of_a_librarys_kernels(self):
+        mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+        model = moe_models.base("gpt_oss", **SIZES)
+        loaded = mxfp4.Mxfp4GptOssExperts(model.config)
+        model.model.layers[1].mlp.experts = loaded
+        with pytest.raises(ValueError, match=r"layers.1.mlp.experts: its down_proj cannot be adopted.*dequantize=True"):
+            adapt_experts(model, R)
+        assert model.model.layers[1].mlp.experts is loaded
+        assert not any(isinstance(m, LoRAExperts) for m in model.modules())
+
     def test_bad_input(self):
         with pytest.raises(ValueError, match=r"got a Linear without experts modules of transformers >= 5\.7"):
             adapt_experts(nn.Linear(3, 3), 2)
@@ -226,3 +290,56 @@ def test_a_stack_that_cannot_be_held_runs_as_transformers_ships_it(registered):
             formats.adopt(experts.parametrizations.down_proj)
     actual = step(model)
     assert {n: e for n, t in expected.items() if (e := relative_l2(actual[n], t)) > tolerance(torch.float32)} == {}
+
+
+class TestNotes:
+    """What `lorafuse.patch` finds in a model that was loaded in 4 bits."""
+
+    def model(self, dtype=torch.bfloat16):
+        base = moe_models.base("qwen3_moe", **SIZES).to(dtype)
+        return quantize(base, skip=("lm_head", "gate"))
+
+    def adapted(self, model):
+        return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "o_proj"]))
+
+    def notes(self, model, match):
+        with pytest.warns(UserWarning, match=f"lorafuse.patch: {match}"):
+            report = lorafuse.patch(model)
+        assert len(report.patched) == 4
+        assert f"  note     {report.notes[-1]}" in str(report).splitlines()
+        return report.notes
+
+    def test_experts_that_are_left_in_bf16(self):
+        (note,) = self.notes(
+            self.adapted(self.model()), "4 stacks of experts are bfloat16, 0.00 GiB: loading in 4 or 8"
+        )
+        assert "replace_parameter_4bit" in note
+        assert "prepare_model" not in note
+
+    def test_experts_that_became_fp32(self):
+        model = self.model()
+        model.is_loaded_in_4bit = True
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        (note,) = self.notes(
+            self.adapted(model), "4 stacks of experts are float32.*prepare_model_for_kbit_training casts"
+        )
+        assert "parameter.data = parameter.data.to(torch.bfloat16)" in note
+
+    def test_experts_without_adapters(self):
+        model = self.model()
+        for experts in experts_of(model):
+            for parameter in ("gate_up_proj", "down_proj"):
+                quantization.replace_parameter_4bit(experts, parameter)
+        model = self.adapted(model)
+        (note,) = self.notes(
+            model, "2 quantized experts modules have no adapter, the first is .*layers.0.mlp.experts: PEFT"
+        )
+        assert "adapt_experts does, after get_peft_model" in note
+        adapt_experts(model, R)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert lorafuse.patch(model).notes == []
+
+    def test_a_model_that_is_not_quantized(self):
+        model = self.adapted(moe_models.base("qwen3_moe", **SIZES).to(torch.bfloat16))
+        assert lorafuse.patch(model).notes == []

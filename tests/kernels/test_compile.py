@@ -155,7 +155,7 @@ def write(tables):
 def test_decoding_contracts_no_product_and_sum(table, target):
     """A fused multiply-add rounds once where the formats' codecs round twice."""
     # an IEEE division, of which NVFP4 has one, is made of them
-    decoded = {name: found for name, found in table.items() if name.startswith("decode ") and "nvfp4" not in name}
+    decoded = {name: needs for name, needs in table.items() if name.startswith("decode ") and "nvfp4" not in name}
     assert len(decoded) >= 10
     if target != "gfx942":
-        assert [name for name, found in decoded.items() if found.instructions.get("FFMA")] == []
+        assert [name for name, needs in decoded.items() if needs.instructions.get("FFMA")] == []

@@ -136,7 +136,7 @@ def test_grouped_linear(sizes, transposed, dtype):
     # x and dy off 16-byte boundaries, as views may be
     x = torch.cat([torch.zeros(S, 1, dtype=dtype), x], 1)[:, 1:]
     ends, dy = torch.tensor(sizes).cumsum(0), torch.ones(1, 1, dtype=dtype).expand(S, N)
-    result = []
+    results = []
     for wide in (False, True):
         given = [t.double() if wide else t.detach() for t in (x, w, a, b, bias, dy)]
         leaves = [given[i].requires_grad_() for i in (0, 2, 3)]
@@ -145,8 +145,8 @@ def test_grouped_linear(sizes, transposed, dtype):
             if wide:
                 patched.setattr("lorafuse.ops.choose.ATEN", aten.BACKEND)
             y = lora_grouped_linear(given[0], ends, *given[1:4], **low)
-            result.append((y.detach(), *torch.autograd.grad(y, leaves, given[5])))
-    for name, actual, expected in zip(("y", "dx", "da", "db"), *result, strict=True):
+            results.append((y.detach(), *torch.autograd.grad(y, leaves, given[5])))
+    for name, actual, expected in zip(("y", "dx", "da", "db"), *results, strict=True):
         assert relative_l2(actual, expected) <= tolerance(dtype), name
         assert not actual[sum(sizes) :].any() or name in ("da", "db"), name
         assert actual.any() or not sum(sizes), name
@@ -296,12 +296,10 @@ MUTATIONS = {
     "gradients of experts without rows": (GROUPED, "outer", ".masked_fill_(empty.view(-1, 1, 1), 0)", "", "gate_up_a"),
     "no router weight in a gradient": (ATEN, "outer", " * row_scale.to(narrow.dtype).unsqueeze(1)", "", "down_a"),
     "no router weight in du": (aten, "finish", ".mul_(epilogue.row_scale.to(product.dtype).unsqueeze(1))", "", "x"),
-    "the router's gradient without the bias": (
-        BLOCK, "backward", "router_grad = router_grad + of_bias", "pass", "topk_weight",
-    ),
-    "the router's gradient of sentinels": (
-        BLOCK, "backward", "rows.zero_rest(router_grad)", "router_grad", "topk_weight",
-    ),
+    "the router's gradient without the bias":
+        (BLOCK, "backward", "router_grad = router_grad + of_bias", "pass", "topk_weight"),
+    "the router's gradient of sentinels":
+        (BLOCK, "backward", "rows.zero_rest(router_grad)", "router_grad", "topk_weight"),
 }  # fmt: skip
 
 

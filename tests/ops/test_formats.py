@@ -255,13 +255,13 @@ class TestTorchao:
 
     def test_zero_points_are_left_to_another_format(self, linear, monkeypatch):
         linear.weight.zero_point[3] = 1
-        monkeypatch.setattr(int8, "_are_shifted", False)
+        monkeypatch.setattr(int8, "any_shifted", False)
         assert int8.adopt(linear) is None
         assert formats.adopt(linear).format_name == "intx"
 
     def test_zero_points_in_a_compiled_graph(self, linear, monkeypatch):
         """A compiler cannot look at them; that others had some is enough for the format that subtracts them."""
-        monkeypatch.setattr(int8, "_are_shifted", False)
+        monkeypatch.setattr(int8, "any_shifted", False)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert formats.adopt(linear).format_name == "int8"
         with monkeypatch.context() as eager:

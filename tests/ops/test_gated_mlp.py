@@ -172,11 +172,11 @@ def test_retain_graph_writes_no_saved_tensor():
 def test_the_result_may_be_written(backend):
     require(backend)
     o = operands()
-    collected = [
+    actual = [
         results(lambda o, run=run: (run(o)[0].mul_(2),), o) for run in (lambda o: mlp(o, backend=backend), plain_mlp)
     ]
-    for name, tensor in collected[0].items():
-        torch.testing.assert_close(tensor, collected[1][name], rtol=1e-4, atol=1e-5)
+    for name, tensor in actual[0].items():
+        torch.testing.assert_close(tensor, actual[1][name], rtol=1e-4, atol=1e-5)
     (y,) = mlp(o.fresh())
     assert y._base is None
 
@@ -269,7 +269,7 @@ def test_each_mutation_is_red(name, monkeypatch):
 
 def test_an_up_computed_again_is_the_one_of_forward(monkeypatch):
     monkeypatch.setattr(
-        gated_mlp, "recomputed_up", lambda run, x, xa, siblings, wide: run.matmul(x, siblings[1].weight, None, None)
+        gated_mlp, "up_again", lambda run, x, xa, siblings, wide: run.matmul(x, siblings[1].weight, None, None)
     )
     assert red(make(SAME, of_mlp=True), recompute_up=True) == "dx"
 
@@ -283,9 +283,9 @@ def test_of_weights_in_another_format():
         weight = LF.Weight(q, statistics=(s,), format="int8")
         quantized.append(one._replace(weight=weight))
         dense.append(one._replace(weight=weight.decoded(torch.float32).data))
-    collected = []
+    actual = []
     for layers in (quantized, dense):
         new = replace(o, projections=layers).fresh()
         ys = (*mlp(new), *LF.lora_linears(new.x, new.projections[:2]))
-        collected.append([*ys, *torch.autograd.grad(sum(y.sin().sum() for y in ys), list(new.leaves().values()))])
-    assert all(map(torch.equal, *collected))
+        actual.append([*ys, *torch.autograd.grad(sum(y.sin().sum() for y in ys), list(new.leaves().values()))])
+    assert all(map(torch.equal, *actual))

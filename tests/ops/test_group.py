@@ -103,14 +103,14 @@ LAYOUTS = {
 def test_strides_change_nothing(layout, backend):
     require(backend)
     o, strided = make(Case()), LAYOUTS[layout]
-    collected = []
+    actual = []
     for make_layout in (strided, lambda t: strided(t).contiguous()):
         new = o.fresh()
         x = make_layout(o.x).detach().requires_grad_()
         ys = linears(new.with_leaves({"x": x}), backend=backend)
         grads = torch.autograd.grad(ys, [x, *list(new.leaves().values())[1:]], [make_layout(dy) for dy in o.dys])
-        collected.append([*ys, *grads])
-    for one, other in zip(*collected, strict=True):
+        actual.append([*ys, *grads])
+    for one, other in zip(*actual, strict=True):
         torch.testing.assert_close(one, other)
 
 

@@ -146,13 +146,13 @@ def test_autocast(name, base, dtype):
 @operators
 @MASKS
 def test_autocast_of_backward_changes_nothing(name, p):
-    o, run, collected = operands(name, p=p), OPERATORS[name][0], []
+    o, run, actual = operands(name, p=p), OPERATORS[name][0], []
     for enabled in (False, True):
         new = o.fresh()
         ys = run(new)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            collected.append(torch.autograd.grad(ys, list(new.leaves().values()), o.dys))
-    assert all(map(torch.equal, *collected))
+            actual.append(torch.autograd.grad(ys, list(new.leaves().values()), o.dys))
+    assert all(map(torch.equal, *actual))
 
 
 @operators
@@ -248,29 +248,29 @@ TRANSFORMS = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_functorch(name, transform):
     o = operands(name, dtype=torch.float64, leading=(2, 3), R=(2, 0, 1))
-    collected = []
+    actual = []
     for run in OPERATORS[name][:2]:
         function, tensors = of_tensors(name, o, run)
-        collected.append(torch.utils._pytree.tree_leaves(TRANSFORMS[transform](function, len(tensors))(*tensors)))
-    for one, other in zip(*collected, strict=True):
+        actual.append(torch.utils._pytree.tree_leaves(TRANSFORMS[transform](function, len(tensors))(*tensors)))
+    for one, other in zip(*actual, strict=True):
         torch.testing.assert_close(one, other)
     # y of one sibling has no derivative by the adapter of another
-    assert sum(bool(one.any()) for one in collected[0]) >= len(collected[0]) // 2
+    assert sum(bool(one.any()) for one in actual[0]) >= len(actual[0]) // 2
 
 
 @operators
 @pytest.mark.parametrize("names", [None, ("x", "b 0", "b 1", "b 2")])
 @MASKS
 def test_a_gradient_penalty_reaches_every_operand(name, names, p):
-    o, collected = operands(name, dtype=torch.float64, p=p), []
+    o, actual = operands(name, dtype=torch.float64, p=p), []
     for run in OPERATORS[name][:2]:
         new = o.fresh(names)
         leaves = [t for t in new.leaves().values() if t.requires_grad]
         loss = sum(y.pow(3).sum() for y in run(new))
         grads = torch.autograd.grad(loss, leaves, create_graph=True)
         sum(g.pow(2).sum() for g in grads).backward()
-        collected.append([t.grad for t in leaves])
-    for one, other in zip(*collected, strict=True):
+        actual.append([t.grad for t in leaves])
+    for one, other in zip(*actual, strict=True):
         torch.testing.assert_close(one, other)
         assert one.any()
 
@@ -298,7 +298,7 @@ def test_flops(name, names, ranks):
     names = names and [one for one in names if one in o.leaves()]
     if not names and names is not None:
         pytest.skip("none of these exists without its adapter")
-    collected = []
+    actual = []
     for run in OPERATORS[name][:2]:
         new = o.fresh(names)
         with FlopCounterMode(display=False) as forward:
@@ -307,8 +307,8 @@ def test_flops(name, names, ranks):
         dys = [torch.ones_like(y) for y in used]
         with FlopCounterMode(display=False) as backward:
             torch.autograd.grad(used, [t for t in new.leaves().values() if t.requires_grad], dys)
-        collected.append((forward.get_total_flops(), backward.get_total_flops()))
-    assert collected[0] == collected[1]
+        actual.append((forward.get_total_flops(), backward.get_total_flops()))
+    assert actual[0] == actual[1]
 
 
 @operators

@@ -52,12 +52,12 @@ modules = pytest.mark.parametrize("build", [qkv, mlp])
 def test_equals_its_layers(build, targets):
     names = {qkv: ("q_proj", "v_proj"), mlp: ("up_proj", "down_proj")}[build]
     module = build(**({"targets": names} if targets == "some" else {}), alpha=7)
-    collected, x = [], torch.randn(2, 5, 12, requires_grad=True)
+    actual, x = [], torch.randn(2, 5, 12, requires_grad=True)
     leaves = [x, *(p for p in module.parameters() if p.requires_grad)]
     assert len(leaves) == 1 + 2 * (3 if targets == "all" else 2)
     for ys in (run(module, x), layer_by_layer(module, x)):
-        collected.append([*ys, *torch.autograd.grad(sum(y.sin().sum() for y in ys), leaves)])
-    for one, other in zip(*collected, strict=True):
+        actual.append([*ys, *torch.autograd.grad(sum(y.sin().sum() for y in ys), leaves)])
+    for one, other in zip(*actual, strict=True):
         assert relative_l2(one, other) < tolerance(torch.float32)
         assert one.any()
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from quantized_calls import CALLS, Call, check_same, experts, grouped, int8, linear, nf4, two_at_a_time
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import lorafuse
 from lorafuse.backends import aten, workspace
@@ -24,7 +25,10 @@ class TestMemory:
     @pytest.mark.no_poison
     @by_call
     def test_nothing_of_a_weights_size_is_allocated_but_the_workspace(self, call):
-        sizes = {"N": 1024, "K": 1024} if call != "experts" else {"H": 1024, "I": 512}
+        # gate_up of experts has two matrices
+        sizes = {"experts": {"H": 1024, "I": 512}, "gated_mlp": {"H": 1024, "I": 1024}}.get(
+            call, {"N": 1024, "K": 1024}
+        )
         made = CALLS[call](**sizes)
         of_matrix = 4 * 1024 * 1024
         first, later = changes(made.results), changes(made.results)
@@ -58,8 +62,8 @@ class TestMemory:
         overwrite()
         y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape))
         overwrite()
-        found = {"y": y.detach()} | {name: t.grad for name, t in leaves.items()}
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        actual = {"y": y.detach()} | {name: t.grad for name, t in leaves.items()}
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
     def test_it_outlives_inference_mode(self):
         made = linear()
@@ -82,13 +86,24 @@ class TestMemory:
         assert len(workspace.FREE) == 1
 
 
+@by_backend
+@by_call
+def test_flops_are_those_of_dense_weights(call, backend):
+    made, counted = CALLS[call](backend=backend), []
+    for weights in (made.weights, made.dense()):
+        with FlopCounterMode(display=False) as counter:
+            made.results(weights)
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
+
+
 class TestUsers:
     def test_two_at_a_time(self):
         two_at_a_time()
 
     def test_threads(self, monkeypatch):
         """Each has decoded before any multiplies, in forward and in backward."""
-        calls, found = [linear(), linear(), linear()], {}
+        calls, actual = [linear(), linear(), linear()], {}
         expected = [call.results(call.dense()) for call in calls]
         barrier, decode = threading.Barrier(len(calls), timeout=60), Backend.decode
 
@@ -98,13 +113,13 @@ class TestUsers:
             return result
 
         monkeypatch.setattr(Backend, "decode", together)
-        threads = [threading.Thread(target=lambda i=i: found.update({i: calls[i].results()})) for i in range(3)]
+        threads = [threading.Thread(target=lambda i=i: actual.update({i: calls[i].results()})) for i in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         for i, right in enumerate(expected):
-            assert all(torch.equal(found[i][name], right[name]) for name in right)
+            assert all(torch.equal(actual[i][name], right[name]) for name in right)
         assert len(workspace.FREE) == 3
 
     @by_backend
@@ -120,8 +135,8 @@ class TestUsers:
         made = experts(backend=backend, activation=activation(inner.weights), index=index)
         torch.manual_seed(1)
         of_dense = experts(backend=backend, activation=activation(inner.dense()), index=index)
-        found, expected = made.results(), of_dense.results(made.dense())
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        actual, expected = made.results(), of_dense.results(made.dense())
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 class TestWhatIsDecoded:
@@ -207,16 +222,16 @@ class TestFeatures:
             given = [tensors[name] for name in names]
             return checkpoint(lambda *t: run(weights, **dict(zip(names, t))), *given, use_reentrant=reentrant)  # noqa: B905
 
-        found = Call(kept, made.weights, **made.tensors).results()
-        assert all(torch.equal(found[name], plain[name]) for name in plain)
+        actual = Call(kept, made.weights, **made.tensors).results()
+        assert all(torch.equal(actual[name], plain[name]) for name in plain)
 
     @by_call
     def test_compile(self, call):
         made = CALLS[call]()
         plain = made.results()
         compiled = torch.compile(made.run, fullgraph=True, backend="aot_eager")
-        found = Call(compiled, made.weights, **made.tensors).results()
-        assert all(torch.equal(found[name], plain[name]) for name in plain)
+        actual = Call(compiled, made.weights, **made.tensors).results()
+        assert all(torch.equal(actual[name], plain[name]) for name in plain)
 
     @by_backend
     def test_stacks_in_different_formats(self, backend):

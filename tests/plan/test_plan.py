@@ -247,7 +247,7 @@ class TestTuned:
     @pytest.mark.parametrize(
         "change",
         [{"M": 512}, {"M": 20000}, {"R": 17}, {"N": 4104}, {"dtype": "float16"}, {"dropout": True},
-         {"gradients": ("dx",)}, {"aligned": False}, {"format": "nf4"}],
+         {"gradients": ("dx",)}, {"aligned": False}, {"groups": 2}],
     )  # fmt: skip
     def test_it_speaks_for_its_own_problems_only(self, file, change):
         # eager can run every one of them, and the model would take it for none
