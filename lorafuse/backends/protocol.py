@@ -104,7 +104,8 @@ class Backend:
         if w.format == "dense":
             yield slice(0, G), w
             return
-        step = G if is_whole else min(G, max(1, workspace.budget() // max(1, math.prod(sizes) * dtype.itemsize)))
+        fitting = workspace.budget() // max(1, math.prod(sizes) * dtype.itemsize)
+        step = max(1, G if is_whole else min(G, fitting))
         with workspace.buffer((step, *sizes), dtype, w.data.device) as out:
             for start in range(0, G, step):
                 stop = min(G, start + step)

@@ -122,8 +122,10 @@ def select(
     return data, statistics, spell((stop - start, rows, columns), block=block, dtype=dtype, first=first or None)
 
 
-def kernel(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tuple[str, dict[str, Any]]:
-    """The decode kernel, and what it reads."""
+def kernel(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tuple[str, dict[str, Any]] | None:
+    """The decode kernel, and what it reads; None for strided tensors."""
+    if not all(t.is_contiguous() for t in (data, *statistics)):
+        return None
     _, block, dtype, first = parameters_of(parameters)
     scale, table, *outer = statistics
     given = {"code": data, "table": table, "scale": scale, "block": block, "first": first, "rounded": dtype}

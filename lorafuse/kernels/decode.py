@@ -136,6 +136,8 @@ def codebook(
     outer_scale, outer_table, offset = outer or (None, None, None)
     count, skipped = out.numel(), first % 2
     size = triton.cdiv(count + skipped, 2)
+    _check("scale", scale, triton.cdiv(first + count, block))
+    _check("code", code, first // 2 + size)
     _decode_codebook_kernel[(triton.cdiv(size, _BYTES),)](
         code, table, scale, outer_table, outer_scale, offset, out, first // 2, size, count, SKIPPED=skipped,
         BLOCK=block, ROUNDED=_TYPES[rounded], BYTES=_BYTES, num_warps=_WARPS, enable_fp_fusion=False,
@@ -157,6 +159,9 @@ def grid(
     rows, columns = block or (1, K)
     stride_row = -(-K // columns)
     strides = (0, 0) if scale.numel() == 1 else (-(-N // rows) * stride_row, stride_row)
+    if scale.numel() != 1:
+        _check("scale", scale, out.numel() // (N * K) * -(-N // rows) * stride_row)
+    _check("code", code, out.numel() // (2 if kind == "e2m1" else 1))
     size = min(_BYTES, triton.next_power_of_2(K))
     _decode_grid_kernel[(out.numel() // K, triton.cdiv(K, size))](
         code, scale, divisor, out, N, K, *strides, CODE=kind, SCALE=scale_kind, ROWS=rows,
@@ -164,6 +169,15 @@ def grid(
         ROUNDED=_TYPES[out.dtype if is_scale_rounded else torch.float32], STEP=step, BLOCK=max(2, size),
         num_warps=_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def _check(name: str, t: Tensor, needed: int) -> None:
+    """Raises ValueError for an operand that a kernel would read beyond."""
+    if t.numel() < needed:
+        raise ValueError(
+            f"a quantized weight's {name} has {t.numel()} elements, its sizes and blocks make it {needed}: adopt it "
+            "from its library's tensor"
+        )
 
 
 # by the names that formats give
