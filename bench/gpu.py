@@ -99,6 +99,7 @@ def steps(out: Path) -> list[Step]:
     experts_smoke = [*pytest, "tests/kernels/test_triton_experts.py", "-k", "several_tiles or every_activation"]
     linear, experts_file = (f"tests/kernels/test_triton_{name}.py" for name in ("linear", "experts"))
     on_gpu = "tests/ops/test_gpu.py"
+    quantized = "tests/ops/test_gpu_quantized.py", "tests/kernels/test_decode.py"
     return [
         Step("doctor", [python, "-m", "lorafuse", "doctor"], 60, 1),
         Step("cuda-build", _BUILD, 150, 1),
@@ -106,13 +107,16 @@ def steps(out: Path) -> list[Step]:
         Step("experts-gate", [*pytest, experts_file, "-k", "layout or activation", *parallel(3)], 120, 1),
         Step("gpu-tests", [*pytest, on_gpu, "-k", "not cuda and not offsets", *parallel(3)], 120, 1),
         Step("gpu-experts-tests", [*pytest, "tests/ops/test_gpu_experts.py", *parallel(2)], 120, 1),
+        Step("gpu-quantized-tests", [*pytest, *quantized, *parallel(3)], 90, 2),
         Step("cuda-gate", [*pytest, on_gpu, "-k", "cuda and not offsets", *parallel(3)], 90, 2),
+        Step("decode-gate", [*pytest, "tests/ops/test_gpu_decode.py", *parallel(3)], 90, 2),
         layer(8192, 16, *llama),
         experts(8192, "qwen3-30b-a3b", "balanced"),
         model("llama-3.1-8b"),
         bench.group(8192, "llama-3.1-8b.qkv", "llama-3.1-8b.mlp"),
         bench.losses(),
         Step("hopper", [python, "bench/hopper.py", "--json", str(out / "hopper.json")], 60),
+        Step("decode", [python, "bench/decode.py", "--json", str(out / "decode.json")], 45),
         layer(2048, 16, *llama),
         experts(8192, "qwen3-30b-a3b", "zipf"),
         layer(8192, 64, "llama-3.1-8b.q"),

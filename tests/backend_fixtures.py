@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 
-from lorafuse.backends import aten, base
+from lorafuse.backends import aten, base, workspace
 from lorafuse.ops import linear
 from lorafuse.plan import Plan
 
@@ -80,3 +80,26 @@ def by_grouped_mm(monkeypatch):
     actual = ByGroupedMM()
     monkeypatch.setattr("lorafuse.ops.choose.ATEN", actual)
     return actual
+
+
+@pytest.fixture
+def empty_workspace():
+    """Nothing was decoded yet."""
+    workspace.clear_workspace()
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The sizes of every weight that is decoded, in order."""
+    # not at the top: tests without Triton use the others
+    from lorafuse.backends import triton
+
+    sizes = []
+    for backend in (aten.BACKEND, triton.BACKEND):
+
+        def recorded(w, dtype, out, decode=backend.decode):
+            sizes.append(w.stored)
+            return decode(w, dtype, out)
+
+        monkeypatch.setattr(backend, "decode", recorded)
+    return sizes

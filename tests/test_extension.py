@@ -40,7 +40,7 @@ def files_that_name(*words):
         (["relu2"], "kernels/epilogues.py", {"activation.py", "integrations/hf_transformers.py"}),
         (["RTX 5090"], "plan/devices.py", set()),
         # the public function, and the formulas of FLOPs
-        (["lora_grouped_linear"], "ops/grouped.py", {"functional.py", "ops/flops.py"}),
+        (["lora_grouped_linear"], "ops/grouped.py", {"functional/__init__.py", "ops/flops.py"}),
     ],
     ids=["format", "epilogue", "gpu", "operator"],
 )
@@ -65,9 +65,10 @@ def test_a_second_place_is_seen(tmp_path, monkeypatch):
 def toy_format(monkeypatch):
     """One module, one row: weights stored negated."""
     module = ModuleType("toy_format")
-    module.shape = lambda data, statistics: tuple(data.shape)
-    module.decode = lambda data, statistics, dtype: data.to(dtype).neg()
-    module.adopt = lambda storage: None
+    module.shape = lambda data, statistics, parameters: tuple(data.shape)
+    module.decode = lambda data, statistics, parameters, dtype, out: data.to(dtype).neg()
+    module.select = lambda data, statistics, parameters, start, stop: (data[start:stop], statistics, parameters)
+    module.adopt = lambda storage, name: None
     monkeypatch.setitem(sys.modules, "toy_format", module)
     monkeypatch.setitem(formats.FORMATS, "toy", "toy_format")
 
@@ -91,11 +92,12 @@ def test_a_format(backend, toy_format):
 def test_a_format_is_planned(toy_format):
     problem = Problem(8192, 4096, 4096, 16, "bfloat16", "float32", format="toy")
     available = (("eager", ""), ("triton", ""), ("cuda", ""))
+    dense = select(replace(problem, format="dense"), find("H200"), available)
     plan = select(problem, find("H200"), available)
-    assert plan.backend == "triton"
-    assert any("dense weights, not toy" in reason for reason in plan.reasons)
+    assert (plan.backend, plan.kernel) == (dense.backend, dense.kernel) != ("eager", "aten_beta1")
     unknown = select(replace(problem, format="nobody's"), find("H200"), available)
     assert unknown.backend == "eager"
+    assert sum("dense weights, not nobody's" in reason for reason in unknown.reasons) == 2
 
 
 @by_backend

@@ -1,5 +1,6 @@
 """What tests/conftest.py promises (T0)."""
 
+import gc
 import os
 import re
 import shutil
@@ -87,6 +88,11 @@ def test_what_takes_long_starts_first(tmp_path):
     (tmp_path / "test_a.py").write_text("def test_a(): pass\ndef test_b(): pass\n")
     (tmp_path / "test_b.py").write_text("import pytest\n@pytest.mark.first\ndef test_c(): pass\ndef test_d(): pass\n")
     assert re.findall(r"::(\w+) PASSED", run_alone(tmp_path, "-v")) == ["test_c", "test_a", "test_b", "test_d"]
+
+
+def test_garbage_is_collected_again_but_not_searched_for_in_imports():
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 10_000
 
 
 def test_nothing_is_built_while_tests_are_collected(monkeypatch):

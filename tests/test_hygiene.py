@@ -53,7 +53,7 @@ LAYERS = {
     "backends": (_OPERANDS | {"plan", "kernels"}, {"torch", "triton"}),
     "ops": (_OPERANDS | {"backends", "plan"}, {"torch"}),
     "functional": (_OPERATORS, {"torch"}),
-    "nn": (_BASE | {"functional"}, {"torch"}),
+    "nn": (_OPERANDS | {"functional"}, {"torch"}),
     "integrations": (_OPERATORS | {"functional", "nn"}, {"torch"} | _HUGGING_FACE),
     "advise": (_LEAVES | {"plan"}, {"torch"} | _HUGGING_FACE),
     "__init__": (_LIBRARY, set()),

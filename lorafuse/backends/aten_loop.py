@@ -7,11 +7,13 @@ Groups without rows are not touched. PEFT packs lora_B `[N, R·E]` with neighbou
 would cost more than the products.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
+from lorafuse.backends.protocol import Backend
 from lorafuse.operands import LowRank, Rows, Weight
 
 __all__ = ["matmul", "outer", "project"]
@@ -27,23 +29,28 @@ def project(x: Tensor, a: Tensor, rows: Rows, is_transposed: bool, scale: float)
     return out
 
 
-def matmul(x: Tensor, w: Weight, rows: Rows, low: LowRank | None, bias: Tensor | None) -> Tensor:
-    """`matmul` of the protocol without an epilogue."""
+def matmul(
+    run: Backend, x: Tensor, w: Weight, rows: Rows, low: LowRank | None, bias: Tensor | None
+) -> Tensor:  # fmt: skip
+    """`matmul` of the protocol without an epilogue. A quantized stack is decoded by `run`, one group with rows at a
+    time.
+    """
     segments, last = _segments(rows)
     y = x.new_empty((x.shape[0], w.sizes[0]))
     if low is not None:
         # the scale is applied before the factor is rounded to x's dtype
         _products(low.xa, _right_operands(low.b, x.dtype, not low.is_transposed, low.scale), rows, y)
-    right = w.right()
-    if low is None:
-        _products(x, right.__getitem__, rows, y)
+    right = _matrices(run, w, x.dtype)
     for e, some in segments:
-        if low is not None:
-            padded = _rounded_up(some, last, x.dtype)
-            beyond = slice(some.stop, padded.stop)
-            kept = y[beyond].clone()
-            y[padded].addmm_(x[padded], right[e])
-            y[beyond] = kept
+        padded = _rounded_up(some, last, x.dtype)
+        with right(e) as matrix:
+            if low is None:
+                torch.mm(x[padded], matrix, out=y[padded])
+            else:
+                beyond = slice(some.stop, padded.stop)
+                kept = y[beyond].clone()
+                y[padded].addmm_(x[padded], matrix)
+                y[beyond] = kept
         if bias is not None:
             y[some].add_(bias[e])
     return y
@@ -83,6 +90,20 @@ def _products(x: Tensor, right: Callable[[int], Tensor], rows: Rows, out: Tensor
     for e, some in segments:
         padded = _rounded_up(some, last, x.dtype)
         torch.mm(x[padded], right(e), out=out[padded])
+
+
+def _matrices(run: Backend, w: Weight, dtype: torch.dtype) -> Callable[[int], AbstractContextManager[Tensor]]:
+    """From a group to its right operand, for the products within the block."""
+    if w.format == "dense":
+        right = w.right()
+        return lambda e: nullcontext(right[e])
+
+    @contextmanager
+    def decoded(e: int) -> Iterator[Tensor]:
+        with run.dense(w.select(e, e + 1), dtype) as one:
+            yield one.right()[0]
+
+    return decoded
 
 
 def _rounded_up(rows: slice, last: int, dtype: torch.dtype) -> slice:

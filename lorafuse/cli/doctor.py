@@ -38,6 +38,9 @@ PURPOSES = {
     "peft": "optional: lorafuse.patch",
     "transformers": "optional: lorafuse.patch on mixture-of-experts models",
     "accelerate": "optional: Hugging Face Trainer",
+    "bitsandbytes": "optional: bases in NF4, FP4 or int8",
+    "torchao": "optional: bases in int8, float8 or intx",
+    "compressed-tensors": "optional: checkpoints in NVFP4",
 }
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 _CPU_UNITS = {"avx512f": "AVX-512", "avx512_bf16": "AVX-512 bf16", "amx_bf16": "AMX bf16", "bf16": "Arm bf16"}

@@ -24,7 +24,7 @@ from lorafuse.integrations.hf_common import (
     original,
     warn_once,
 )
-from lorafuse.integrations.hf_transformers import block_operands, first_projection, is_dispatched
+from lorafuse.integrations.hf_transformers import base_stacks, block_operands, first_projection, is_dispatched
 
 __all__ = ["NOTHING_ACTIVE", "FusedExperts", "expert_parts", "why_not_wrapped", "wrappers"]
 
@@ -99,7 +99,7 @@ def expert_parts(layer: ParamWrapper) -> tuple[dict[str, Any], int, dict[str, li
         return "an inner wrapper or its base has hooks or a replaced forward"
     if is_called_otherwise(ParamWrapper) or is_called_otherwise(type(base)):
         return "the call of nn.Module was replaced"
-    operands = block_operands(base, base._parameters)
+    operands = block_operands(base, base_stacks(base))
     if isinstance(operands, str):
         return operands
     if not is_dispatched(type(base)):

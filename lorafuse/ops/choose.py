@@ -7,7 +7,7 @@ from lorafuse.backends import aten, base, problems
 from lorafuse.backends.protocol import Backend, Problems
 from lorafuse.plan import Plan, Problem, select
 
-__all__ = ["ATEN", "SOLE_BACKEND", "choose", "plan_for"]
+__all__ = ["ATEN", "SOLE_BACKEND", "choose", "current_backend", "plan_for", "requested_backend"]
 
 ATEN = aten.BACKEND
 # the one backend of a device type, which needs no plan
@@ -40,3 +40,14 @@ def choose(backend: str, x: Tensor, operator: Problems, *weights: Tensor) -> tup
     run = base.load(name)
     run.check(x)
     return (ATEN, None) if is_empty else (run, run.plan(operator, x.device))
+
+
+def current_backend() -> str:
+    """The backend of a call that names none."""
+    # Dynamo reads no context variables: a compiled graph looks when it runs
+    return "current" if torch.compiler.is_compiling() else base.current()
+
+
+def requested_backend(backend: str | None) -> str:
+    """`backend` where it can run here, that of `use_backend` for None. Raises ValueError or BackendUnavailable."""
+    return current_backend() if backend is None else base.require(backend)

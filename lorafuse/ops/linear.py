@@ -13,6 +13,7 @@ which costs as much as a small product.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -74,7 +75,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`(y [M, N], xa [M, R])` of x `[M, K]`; `scale` is that of the masked path."""
     if run.linear_forward is not None:
-        return run.linear_forward(x, w, bias, a, b, plan, scale, dropout)
+        with run.dense(w, x.dtype) as dense:
+            return run.linear_forward(x, dense, bias, a, b, plan, scale, dropout)
     xa = run.project(x, a, None, plan, dropout=dropout, dtype=torch.float32 if wide else x.dtype)
     return run.matmul(x, w, None, plan, low=LowRank(xa, b, scale), bias=bias), xa
 
@@ -86,7 +88,8 @@ def backward(
     """`(dx [M, K], da, db, dbias)` for dy `[M, N]`, None where not needed: x serves da, and xa serves db."""
     need_dx, need_da, need_db, need_dbias = needs
     if run.linear_backward is not None:
-        return run.linear_backward(dy, x, xa, w, a, b, plan, scale, dropout, needs)
+        with run.dense(w, dy.dtype) if need_dx else nullcontext(w) as dense:
+            return run.linear_backward(dy, x, xa, dense, a, b, plan, scale, dropout, needs)
     dx = da = None
     dyb, db, dbias = run.project_outer(
         dy, b, xa if need_db else None, plan, scale=scale, need_dyb=need_dx or need_da, need_dbias=need_dbias,
@@ -120,8 +123,6 @@ def _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False,
     dropout = None
     if seed is not None:
         scale, dropout = rescaled(scale, dropout_p), Dropout(seed, dropout_p)
-    if format != "dense":
-        w = run.readable(w, x.dtype)
     with NO_GUARD if x.is_cpu else run.guard(x.device):
         y, xa = forward(run, plan, run.matrix(flat), w, bias, a, b, scale, dropout, wide)
     return shaped_like(y, x), xa
@@ -151,8 +152,6 @@ def _gradients(
     dropout = None
     if seed is not None:
         scale, dropout = rescaled(scale, dropout_p), Dropout(seed, dropout_p)
-    if format != "dense":
-        w = run.readable(w, dy.dtype)
     with NO_GUARD if dy.is_cpu else run.guard(dy.device):
         flat_x = None if x is None else run.matrix(matrix(x))
         dx, da, db, dbias = backward(run, plan, run.matrix(flat), flat_x, xa, w, a, b, scale, dropout, needs, wide)

@@ -45,8 +45,6 @@ def refusal(problem: Problem, device: DeviceSpec) -> str:
         return f"its kernels are for sm_{_ARCH}, {device.name} is sm_{device.arch}"
     if problem.dtype not in ("bfloat16", "float16"):
         return f"its kernels run bfloat16 and float16, not {problem.dtype}"
-    if problem.format != "dense":
-        return f"its kernels read dense weights, not {problem.format}"
     if problem.wide:
         return "its kernels round xa and dyb to float16, whose range is too small for adapters of another dtype"
     if problem.N % 8 or problem.K % 8:

@@ -13,7 +13,7 @@ from lorafuse.plan.candidate import Candidate, KernelConfig, Part, in_a_row, pad
 from lorafuse.plan.devices import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["aten", "frozen", "kernel_seconds", "ragged", "step", "tile_seconds"]
+__all__ = ["aten", "decoding", "frozen", "kernel_seconds", "ragged", "step", "tile_seconds"]
 
 
 # what a tile reaches of the sustained rate, by its area (assumed, after published ablations of Hopper kernels)
@@ -242,6 +242,18 @@ def _grouped(problem: Problem, of: str, device: DeviceSpec, loop: bool) -> Part:
     groups = max(problem.active, 1)
     one = replace(problem, M=-(-problem.M // groups), groups=1, is_ragged=False)
     return Part(name, max(groups * _base(one, device), _bytes(problem, device)), groups)
+
+
+def decoding(problems: Sequence[Problem], device: DeviceSpec) -> tuple[Part, ...]:
+    """What any backend does to quantized weights before it multiplies: one write in x's dtype, and one read of codes,
+    of at most a byte each. The same for all, and so without launches.
+    """
+    parts = []
+    for p, of in zip(problems, _NAMES[len(problems)], strict=True):
+        if p.format != "dense" and p.M and (not p.gradients or "dx" in p.gradients):
+            moved = p.groups * p.N * p.K * (p.itemsize + 1)
+            parts.append(Part(f"decode {p.format} of {of}", moved / device.sustained_bandwidth, 0))
+    return tuple(parts)
 
 
 def frozen(problems: Sequence[Problem], device: DeviceSpec) -> Candidate:

@@ -10,7 +10,8 @@ from bench/results/ by bench/measured.py. Both are
 
 An entry applies to problems with the same N, K, dtype, dropout, gradients (none is a forward pass), format and groups
 whose M and R lie in its ranges, ends included, whose rows are aligned and whose xa is not fp32 over fp16; adapter dtype
-and bias do not matter. `kernel` was fastest there, or as fast as any within noise. `points` are what was measured,
+and bias do not matter. One of dense weights applies to quantized ones too: whatever runs decodes them first, at the
+same cost. `kernel` was fastest there, or as fast as any within noise. `points` are what was measured,
 `[M, R, seconds]`, and `seconds` those of the last. Version 2 has neither format nor groups, which are dense and 1 then,
 version 1 neither points nor conditions. A file that cannot be read or breaks the format counts for nothing: one
 warning, and plans follow the model.
@@ -23,7 +24,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Container, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,8 @@ class Tuned:
     def covers(self, problem: Problem) -> bool:
         """Whether it applies to the problem."""
         ranges = self.M[0] <= problem.M <= self.M[1] and self.R[0] <= problem.R <= self.R[1]
-        return ranges and self.is_of(problem) and problem.aligned and not problem.wide
+        is_of = self.is_of(problem) or self.is_of(replace(problem, format="dense"))
+        return ranges and is_of and problem.aligned and not problem.wide
 
     def reason(self, problem: Problem, device: str) -> str:
         """Why its kernel is chosen, with the time at the nearest measured point."""
@@ -147,6 +149,8 @@ class Tuned:
                 self.points, key=lambda p: abs(math.log(p[0] / problem.M)) + abs(math.log(p[1] / problem.R))
             )
             where = f" at M {M}, R {R}"
+        if self.format != problem.format:
+            where += f" of {self.format} weights"
         whose = "by lorafuse tune" if self.own else "shipped"
         by = f"{self.date}, commit {self.commit}, {whose}"
         return f"fastest within noise when measured on {device}: {seconds * 1e6:.0f} us{where} ({by})"
@@ -247,4 +251,6 @@ def match(
     Of `entries`, or of those in files; without `own` the user's are passed over.
     """
     known = (entry for entry in (load(device.model) if entries is None else entries) if own or not entry.own)
-    return next((entry for entry in known if entry.covers(problem) and entry.kernel in kernels), None)
+    covering = (entry for entry in known if entry.covers(problem) and entry.kernel in kernels)
+    # one of the format itself before those of dense weights; min returns the first of several
+    return min(covering, key=lambda entry: entry.format != problem.format, default=None)

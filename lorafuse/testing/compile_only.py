@@ -34,7 +34,7 @@ from lorafuse.kernels import lowrank, matmul
 from lorafuse.kernels.rows import Tiles
 from lorafuse.plan import DEVICES, DeviceSpec, KernelConfig, Problem
 from lorafuse.plan.configs_triton import candidates
-from lorafuse.testing import compile_record
+from lorafuse.testing import compile_decode, compile_record
 from lorafuse.testing.compile_record import sample
 
 __all__ = ["TARGETS", "Resources", "Variant", "compile_variants", "sample", "variants"]
@@ -87,14 +87,12 @@ class Variant:
     def name(self) -> str:
         c = self.config
         tile = "x".join(str(size) for size in (c.block_m, c.block_n, c.block_k) if size)
+        if self.kernel == "decode":
+            return f"decode {self.epilogue} {self.dtype}"
         parts = [self.kernel, c.form, tile, f"r{c.block_r * self.rank_tiles}", f"{c.stages}stages", f"{c.warps}warps"]
         parts += [self.dtype, "" if self.adapter_dtype == "float32" else f"adapter-{self.adapter_dtype}"]
-        parts += [
-            self.epilogue,
-            "dropout" if self.dropout else "",
-            "" if self.aligned else "unaligned",
-            "wide" if self.wide else "",
-        ]
+        flags = (self.dropout, "dropout"), (not self.aligned, "unaligned"), (self.wide, "wide")
+        parts += [self.epilogue, *(word for holds, word in flags if holds)]
         return " ".join(part for part in parts if part)
 
     @property
@@ -145,6 +143,8 @@ def variants(target: str, everything: bool) -> list[Variant]:
                 }
         if not dropout and not wide and target != "gfx942":
             chosen |= set(_ragged_variants(problem, device, everything))
+    cases = itertools.product(dtypes, compile_decode.CASES)
+    chosen |= {Variant("decode", compile_decode.CONFIG, dtype, epilogue=case) for dtype, case in cases}
     return sorted(chosen, key=lambda v: v.name)
 
 
@@ -264,6 +264,8 @@ def _launch(variant: Variant) -> None:
     p, programs = (0.1 if variant.dropout else 0.0), 132
     if any(variant.kernel == name for name, *_ in _RAGGED):
         _launch_ragged(variant, m, n, k, r)
+    elif variant.kernel == "decode":
+        compile_decode.launch(variant.epilogue, dtype)
     elif variant.kernel == "project":
         lowrank.project(x, a, c, seed=seed, p=p, wide=variant.wide)
     elif variant.kernel == "y":

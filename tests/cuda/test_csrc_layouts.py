@@ -116,6 +116,12 @@ def test_a_wrong_schedule_is_seen(tmp_path, before, after, check):
     assert mismatches(build("schedule_check", tmp_path, mutated(tmp_path, "schedule.cuh", before, after)))[check] > 0
 
 
+@pytest.mark.parametrize(("before", "after"), [("< divisor) ++shift", "<= divisor) ++shift"), (" + 1;", ";")])
+def test_a_wrong_division_is_seen(tmp_path, before, after):
+    folder = mutated(tmp_path, "divisor.cuh", before, after)
+    assert mismatches(build("schedule_check", tmp_path, folder))["division: every quotient"] > 0
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1, 2**64 - 1])
 @pytest.mark.parametrize("counter", [0, 1, 2**32 - 1, 2**32, 2**61 + 12345])
 def test_philox_is_that_of_the_definition(schedule_check, seed, counter):

@@ -1,6 +1,7 @@
 """Bugs planted in the sm_90 kernels (tests/planted.py), each of which their emulation must report or show (T5).
 
-The kernels without one are right under the same schedules. Bugs of the memory-bound passes are in test_emu_skinny.py.
+The kernels without one are right under the same schedules. Bugs of the memory-bound passes are in test_emu_skinny.py,
+of the decode kernels in test_emu_decode.py.
 """
 
 import re
@@ -8,6 +9,7 @@ from functools import cache
 
 import planted
 import pytest
+import test_emu_decode
 import test_emu_skinny
 import torch
 from native_build import EMULATOR as emu
@@ -90,7 +92,8 @@ def test_it_is_seen(bug, request):
 
 def test_every_bug_is_run():
     assert len(planted.names(*SCENARIOS)) > 25
-    assert set(SEEN_BY.values()) == SCENARIOS.keys() | test_emu_skinny.SCENARIOS.keys()
+    elsewhere = test_emu_skinny.SCENARIOS.keys() | test_emu_decode.SCENARIOS.keys()
+    assert set(SEEN_BY.values()) == SCENARIOS.keys() | elsewhere
     assert all("LF_PLANTED" not in path.read_text() for path in (ROOT / "csrc" / "kernels").iterdir())
 
 

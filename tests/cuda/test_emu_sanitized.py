@@ -37,6 +37,16 @@ for transposed in (False, True):
     results(*grouped([60, 60, 190], 200, torch.bfloat16, transposed), "emu")
 print("launches:", module.statistics()["launches"])
 """
+DECODE = """
+sys.path[:0] = ["tests"]
+from quantized_weights import four_bits, fp8
+weights = [four_bits(33, 65, nested=True), four_bits(5, 33, 24, block=256).select(1, 4), four_bits(40, 96)]
+for w in (*weights, fp8(2, 130, 208), fp8(9, 77, blocks=None)):
+    out = torch.empty(w.stored, dtype=torch.bfloat16)
+    base.load("emu").decode(w, torch.bfloat16, out)
+    assert torch.equal(out.isfinite(), w.decoded(torch.bfloat16).data.isfinite())
+print("launches:", module.statistics()["launches"])
+"""
 # 8 rows more than the matrix has
 OVERRUN = """
 a, out = torch.ones(8, 16), torch.empty(8, 16, dtype=torch.bfloat16)
@@ -66,7 +76,7 @@ def sanitized():
     return run
 
 
-@pytest.mark.parametrize("code", [CHECK, EXPERTS], ids=["linear", "grouped"])
+@pytest.mark.parametrize("code", [CHECK, EXPERTS, DECODE], ids=["linear", "grouped", "decode"])
 def test_nothing_is_found(sanitized, code):
     done = sanitized(code)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -172,7 +172,7 @@ class TestSelect:
         [
             (replace(HEADLINE, M=0), "triton: there are no tokens"),
             (replace(HEADLINE, dtype="float64"), "triton: its kernels run bfloat16, float16, float32, not float64"),
-            (replace(HEADLINE, format="nf4"), "triton: its kernels read dense weights, not nf4"),
+            (replace(HEADLINE, format="nf3"), "triton: its kernels read dense weights, not nf3"),
         ],
     )
     def test_what_the_kernels_do_not_take(self, problem, reason):
@@ -181,10 +181,10 @@ class TestSelect:
         assert reason in plan.reasons
 
     def test_a_row_of_formats_is_all_that_a_format_needs(self, monkeypatch):
-        monkeypatch.setitem(formats.FORMATS, "nf4", "lorafuse.formats.nf4")
-        plan = select(replace(HEADLINE, format="nf4"), find("H200"), (*ALL[:2], ("cuda", "")))
+        monkeypatch.setitem(formats.FORMATS, "nf3", "lorafuse.formats.nf3")
+        plan = select(replace(HEADLINE, format="nf3"), find("H200"), (*ALL[:2], ("cuda", "")))
         assert plan.kernel == "two_kernel"
-        assert "cuda: its kernels read dense weights, not nf4" in plan.reasons
+        assert {one.backend for one in plan.candidates} == {"eager", "triton", "cuda"}
 
     def test_off_gpus(self):
         plan = select(HEADLINE, None, ALL)
@@ -247,7 +247,7 @@ class TestTuned:
     @pytest.mark.parametrize(
         "change",
         [{"M": 512}, {"M": 20000}, {"R": 17}, {"N": 4104}, {"dtype": "float16"}, {"dropout": True},
-         {"gradients": ("dx",)}, {"aligned": False}, {"format": "nf4"}],
+         {"gradients": ("dx",)}, {"aligned": False}, {"groups": 2}],
     )  # fmt: skip
     def test_it_speaks_for_its_own_problems_only(self, file, change):
         # eager can run every one of them, and the model would take it for none

@@ -167,6 +167,19 @@ class TestCost:
             )
             assert one - two == pytest.approx(items * item)
 
+    @pytest.mark.parametrize(
+        ("gradients", "decoded"), [((), True), (("dx", "da"), True), (("da", "db"), False)], ids=["y", "dx", "da"]
+    )
+    def test_decoding_costs_every_candidate_the_same(self, gradients, decoded):
+        device, available = find("H200"), (*ALL[:2], ("cuda", ""))
+        dense = select(replace(HEADLINE, gradients=gradients), device, available)
+        plan = select(replace(HEADLINE, gradients=gradients, format="nf4"), device, available)
+        assert (plan.backend, plan.kernel) == (dense.backend, dense.kernel)
+        seconds = 4096 * 4096 * (2 + 1) / device.sustained_bandwidth if decoded else 0.0
+        for one, other in zip(plan.candidates, dense.candidates, strict=True):
+            assert one.seconds - other.seconds == pytest.approx(seconds)
+            assert one.launch_seconds == other.launch_seconds
+
     def test_the_host_is_a_figure_of_its_own(self):
         """An ATen operator takes the host 12 us, a Triton kernel 60: at 512 rows longer than the GPU needs."""
         actual = {c.kernel: c for c in select(replace(HEADLINE, M=512), find("H200"), ALL).candidates}

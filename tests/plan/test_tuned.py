@@ -10,7 +10,7 @@ import pytest
 from plan_problems import ALL, BACKWARD, HEADLINE
 
 from lorafuse import cli, env
-from lorafuse.plan import clear_cache, find, modelled, select, tuned
+from lorafuse.plan import clear_cache, find, modelled, override, select, tuned
 from lorafuse.tune.ranges import rectangles, split
 
 pytestmark = pytest.mark.no_poison
@@ -170,6 +170,23 @@ class TestFile:
         path.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=r"entry 0: points is .* must be a list of \[M, R, seconds\], all above 0"):
             tuned.read(path)
+
+
+class TestFormat:
+    def test_dense_measurements_hold_for_quantized_weights(self):
+        quantized = replace(HEADLINE, format="int8")
+        with override(measured=(ENTRY,)):
+            plan = select(quantized, H200, ALL)
+        assert plan.kernel == "aten_addmm"
+        assert "610 us at M 16384, R 16 of dense weights (" in plan.reasons[-1]
+
+    def test_those_of_the_format_come_first(self):
+        own = replace(ENTRY, format="int8", kernel="aten_beta1")
+        with override(measured=(ENTRY, own)):
+            assert select(replace(HEADLINE, format="int8"), H200, ALL).kernel == "aten_beta1"
+            assert select(HEADLINE, H200, ALL).kernel == "aten_addmm"
+        with override(measured=(own,)):
+            assert select(HEADLINE, H200, ALL).kernel == "two_kernel"
 
 
 class TestPrecedence:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lorafuse.bench import figures, result, runner
+from lorafuse.bench import peaks as device_peaks
 from lorafuse.cli import main
 from lorafuse.testing import timing
 
@@ -171,13 +172,17 @@ def test_every_figure_of_a_file_follows_from_its_raw_rounds(tmp_path, peaks, cap
     assert "x warm" in capsys.readouterr().out
 
 
-def test_several_processes_measure_a_case(tmp_path, capsys):
+def test_several_processes_measure_a_case(tmp_path, capsys, monkeypatch):
     file = tmp_path / "r.json"
+    # a process does not measure again what is known of the device
+    for what, rate in ((torch.float32, 1e11), ("copy", 1e10)):
+        monkeypatch.setitem(device_peaks.RATES, (what, CPU), rate)
     # without PEFT: importing it took each of the processes longer than all the rest
     without = ["--only", "full", "addmm"]
     assert main([*TINY, *without, "--rounds", "10", "--processes", "3", "--json", str(file)]) == 0
     (one,) = result.read(file)["results"]
     assert (one["processes"], one["rounds"]) == (3, 30)
+    assert one["peaks"] == {"flops_per_s": 1e11, "bytes_per_s": 1e10}
     for variant in one["variants"].values():
         assert [len(process) for process in variant["seconds"]["backward"]] == [10, 10, 10]
         assert variant["tax_low"] <= variant["tax_high"]
