@@ -66,13 +66,13 @@ def grid(contents: list[Content], absent: str) -> str:
     ranks = [_shown(find(results, **_HEADLINE | {"R": R}), absent) for R in RANKS]
     routed = [[find(results, kind="moe", case=case.name, routing=one) for one in ROUTINGS] for case in BLOCKS]
     experts = [
-        [case.name, *(_shown(one if has_own_floor(one) else None, absent) for one in found)]
-        for case, found in zip(BLOCKS, routed, strict=True)
+        [case.name, *(_shown(one if has_own_floor(one) else None, absent) for one in cells)]
+        for case, cells in zip(BLOCKS, routed, strict=True)
     ]
     models = []
     for name in MODELS:
-        found = (find(results, kind="model", model=name, accumulate=many, checkpointing=on) for many, on in SETTINGS)
-        models.append([name, *(_over([one] if one else [], "peft", absent) for one in found)])
+        cells = (find(results, kind="model", model=name, accumulate=many, checkpointing=on) for many, on in SETTINGS)
+        models.append([name, *(_over([one] if one else [], "peft", absent) for one in cells)])
     heads = [f"accumulate {many}" + (", checkpointing" if on else "") for many, on in SETTINGS]
     return "\n\n".join(
         (

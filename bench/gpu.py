@@ -99,6 +99,7 @@ def steps(out: Path) -> list[Step]:
     experts_smoke = [*pytest, "tests/kernels/test_triton_experts.py", "-k", "several_tiles or every_activation"]
     linear, experts_file = (f"tests/kernels/test_triton_{name}.py" for name in ("linear", "experts"))
     on_gpu = "tests/ops/test_gpu.py"
+    quantized = "tests/ops/test_gpu_quantized.py", "tests/kernels/test_decode.py"
     return [
         Step("doctor", [python, "-m", "lorafuse", "doctor"], 60, 1),
         Step("cuda-build", _BUILD, 150, 1),
@@ -106,13 +107,16 @@ def steps(out: Path) -> list[Step]:
         Step("experts-gate", [*pytest, experts_file, "-k", "layout or activation", *parallel(3)], 120, 1),
         Step("gpu-tests", [*pytest, on_gpu, "-k", "not cuda and not offsets", *parallel(3)], 120, 1),
         Step("gpu-experts-tests", [*pytest, "tests/ops/test_gpu_experts.py", *parallel(2)], 120, 1),
+        Step("gpu-quantized-tests", [*pytest, *quantized, *parallel(3)], 90, 2),
         Step("cuda-gate", [*pytest, on_gpu, "-k", "cuda and not offsets", *parallel(3)], 90, 2),
+        Step("decode-gate", [*pytest, "tests/ops/test_gpu_decode.py", *parallel(3)], 90, 2),
         layer(8192, 16, *llama),
         experts(8192, "qwen3-30b-a3b", "balanced"),
         model("llama-3.1-8b"),
         bench.group(8192, "llama-3.1-8b.qkv", "llama-3.1-8b.mlp"),
         bench.losses(),
         Step("hopper", [python, "bench/hopper.py", "--json", str(out / "hopper.json")], 60),
+        Step("decode", [python, "bench/decode.py", "--json", str(out / "decode.json")], 45),
         layer(2048, 16, *llama),
         experts(8192, "qwen3-30b-a3b", "zipf"),
         layer(8192, 64, "llama-3.1-8b.q"),
@@ -259,9 +263,9 @@ def main() -> int:
     from lorafuse.backends import native
     from lorafuse.testing.conditions import conditions
 
-    end, found = time.monotonic() + args.minutes * 60, conditions(torch.device("cuda"))
+    end, setting = time.monotonic() + args.minutes * 60, conditions(torch.device("cuda"))
     if args.grid:
-        plan = [Step("cuda-build", _BUILD, 150), *grid(args.out, measured(found["device"]))]
+        plan = [Step("cuda-build", _BUILD, 150), *grid(args.out, measured(setting["device"]))]
     else:
         plan = steps(args.out)
     if native.built("_cuda") and not native.stale("_cuda"):
@@ -270,7 +274,7 @@ def main() -> int:
         with ThreadPoolExecutor(len(group)) as pool:
             list(pool.map(lambda step: run(step, args.out, end - time.monotonic()), group))
         done = [{k: v for k, v in asdict(s).items() if k != "command"} for s in plan]
-        (args.out / "gpu.json").write_text(json.dumps({"conditions": found, "steps": done}, indent=1) + "\n")
+        (args.out / "gpu.json").write_text(json.dumps({"conditions": setting, "steps": done}, indent=1) + "\n")
     print("\n" + "\n".join(table(args.out)))
     print("\n".join(f"{step.name:<20} {step.took:5.0f} s  {step.outcome}" for step in plan))
     return int(any(step.outcome.startswith("failed") for step in plan))

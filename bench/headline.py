@@ -27,8 +27,8 @@ def factors(result: Result) -> dict[str, float]:
         return {}
     own = _seconds(variants["lorafuse"])
     adapted = with_adapters(result, "step" if result["kind"] == "model" else "total")
-    found = {name: _seconds(variants[name]) / own for name in adapted if not name.startswith("lorafuse")}
-    return dict(sorted(found.items(), key=lambda one: one[1]))
+    ratios = {name: _seconds(variants[name]) / own for name in adapted if not name.startswith("lorafuse")}
+    return dict(sorted(ratios.items(), key=lambda one: one[1]))
 
 
 def _seconds(one: dict[str, Any]) -> float:
@@ -38,11 +38,11 @@ def _seconds(one: dict[str, Any]) -> float:
 
 def headline(results: list[Result], absent: str) -> str:
     """A row for each case, the one where lorafuse gains least first; what was not measured is `absent`."""
-    found = [(result, factors(result)) for result in results]
-    found = sorted(((r, f) for r, f in found if f), key=lambda one: min(one[1].values()))
-    shown = [name for name in _PEFT if name in ("peft-half", "peft") or any(name in f for _, f in found)]
+    pairs = [(result, factors(result)) for result in results]
+    pairs = sorted(((r, f) for r, f in pairs if f), key=lambda one: min(one[1].values()))
+    shown = [name for name in _PEFT if name in ("peft-half", "peft") or any(name in f for _, f in pairs)]
     rows = []
-    for result, times in found:
+    for result, times in pairs:
         first = next(iter(times))
         cells = [f"{times[name]:.2f}×" if name in times else absent for name in shown]
         own = milliseconds(_seconds(result["variants"]["lorafuse"]))

@@ -84,18 +84,18 @@ class Layer:
     def calls(self) -> dict[str, tuple[Call, str]]:
         """`{name: (call, which reference)}`."""
         best = TILES[-1]
-        found: dict[str, tuple[Call, str]] = {"cuBLAS forward": (lambda: torch.mm(self.x, self.w.t(), out=self.y), "y")}
+        calls: dict[str, tuple[Call, str]] = {"cuBLAS forward": (lambda: torch.mm(self.x, self.w.t(), out=self.y), "y")}
         for tile in TILES:
             name = f"product, 128x{tile[0]}, {tile[1]} stages, cluster {tile[2]}"
-            found[name] = (lambda tile=tile: self.gemm(tile)), "y"
-        found |= {
+            calls[name] = (lambda tile=tile: self.gemm(tile)), "y"
+        calls |= {
             "forward, two kernels": (lambda: self.two_kernels(best, False), "adapted y"),
             "forward, two kernels, overlapped": (lambda: self.two_kernels(best, True), "adapted y"),
         }
         if self.R <= 64:
-            found["forward, one kernel"] = (lambda: self.one_kernel(best)), "adapted y"
-            found["forward, one kernel, cluster 1"] = (lambda: self.one_kernel((*best[:2], 1))), "adapted y"
-        return found | {
+            calls["forward, one kernel"] = (lambda: self.one_kernel(best)), "adapted y"
+            calls["forward, one kernel, cluster 1"] = (lambda: self.one_kernel((*best[:2], 1))), "adapted y"
+        return calls | {
             "cuBLAS input gradient": (lambda: torch.mm(self.dy, self.w, out=self.dx), "dx"),
             "input gradient, frozen": (lambda: self.input_gradient(best, False), "dx"),
             "input gradient, adapted": (lambda: self.input_gradient(best, True), "adapted dx"),
@@ -155,8 +155,8 @@ def main() -> int:
         return 1
     from lorafuse import _cuda  # type: ignore[attr-defined]
 
-    found = conditions(torch.device("cuda"))
-    print(describe(found))
+    setting = conditions(torch.device("cuda"))
+    print(describe(setting))
     results, status = [], 0
     for shape in shapes:
         result = run_shape(_cuda, shape, args.rank, args.rounds)  # type: ignore[arg-type]
@@ -173,7 +173,7 @@ def main() -> int:
             )
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps({"conditions": found, "results": results}, indent=1) + "\n")
+            args.json.write_text(json.dumps({"conditions": setting, "results": results}, indent=1) + "\n")
     return status
 
 

@@ -35,15 +35,15 @@ _AUTO_WAS_CUDA = {"42a016e4784e"}
 def tables(contents: list[dict[str, Any]]) -> dict[str, tuple[tuned.Tuned, ...]]:
     """The entries by GPU model, of result files that were measured on GPUs that the planner knows; of two points at one
     size the later file's is kept."""
-    found: dict[str, tuple[tuned.Tuned, ...]] = {}
+    entries: dict[str, tuple[tuned.Tuned, ...]] = {}
     for content in contents:
         conditions = content["conditions"]
         device = _device(conditions["device"])
         if content["kind"] == "linear" and device is not None:
             kept = {name: conditions[name] for name in _CONDITIONS if name in conditions}
             kept["date"] = conditions["date"].split()[0]
-            found[device.model] = record(found.get(device.model, ()), list(_outcomes(content, device)), kept)
-    return dict(sorted(found.items()))
+            entries[device.model] = record(entries.get(device.model, ()), list(_outcomes(content, device)), kept)
+    return dict(sorted(entries.items()))
 
 
 def _device(name: str) -> DeviceSpec | None:
@@ -67,7 +67,7 @@ def _outcomes(content: dict[str, Any], device: DeviceSpec) -> Iterator[Outcome]:
 
 def _times(variants: Mapping[str, Any], i: int, name: str, commit: str) -> dict[str, dict[str, float]]:
     """The spread of each candidate's time, by kernel."""
-    found = {kernels[i]: variants[variant][name] for variant, kernels in _KERNELS.items() if variant in variants}
+    times = {kernels[i]: variants[variant][name] for variant, kernels in _KERNELS.items() if variant in variants}
     if commit in _AUTO_WAS_CUDA and "lorafuse" in variants:
-        found[_KERNELS["lorafuse-cuda"][i]] = variants["lorafuse"][name]
-    return found
+        times[_KERNELS["lorafuse-cuda"][i]] = variants["lorafuse"][name]
+    return times

@@ -31,8 +31,8 @@ def layers_model(contents: list[Content], absent: str) -> str:
     """What the model says of one layer on an H200, and what was measured of it on one, or `absent`."""
     forward = Problem(8192, 4096, 4096, 16, "bfloat16", "float32")
     rows = _modelled([(forward,), (replace(forward, gradients=_GRADIENTS),)], _KERNELS)
-    wanted = {"M": forward.M, "N": forward.N, "K": forward.K, "R": forward.R, "dtype": forward.dtype}
-    return _beside(rows, _measured(contents, "linear", wanted, _MEASURED_AS), absent)
+    sizes = {"M": forward.M, "N": forward.N, "K": forward.K, "R": forward.R, "dtype": forward.dtype}
+    return _beside(rows, _measured(contents, "linear", sizes, _MEASURED_AS), absent)
 
 
 def experts_model(contents: list[Content], absent: str) -> str:
@@ -43,8 +43,8 @@ def experts_model(contents: list[Content], absent: str) -> str:
     forward = replace(up, epilogue="gated"), down
     backward = replace(up, gradients=_GRADIENTS), replace(down, gradients=_GRADIENTS, epilogue="gated")
     rows = _modelled([forward, backward], _EXPERTS_KERNELS)
-    wanted = {"M": T, "E": E, "k": k, "H": H, "I": I, "R": R, "routing": "balanced"}
-    return _beside(rows, _measured(contents, "moe", wanted, _EXPERTS_AS), absent)
+    sizes = {"M": T, "E": E, "k": k, "H": H, "I": I, "R": R, "routing": "balanced"}
+    return _beside(rows, _measured(contents, "moe", sizes, _EXPERTS_AS), absent)
 
 
 def _modelled(operators: list[tuple[Problem, ...]], named: dict[str, tuple[str, str]]) -> dict[str, list[float]]:
@@ -57,18 +57,18 @@ def _modelled(operators: list[tuple[Problem, ...]], named: dict[str, tuple[str, 
 
 
 def _measured(
-    contents: list[Content], kind: str, wanted: dict[str, Any], named: dict[str, str]
+    contents: list[Content], kind: str, sizes: dict[str, Any], named: dict[str, str]
 ) -> dict[str, tuple[float, float]]:
     """Seconds of forward and backward by the model's names, the first that was measured on the model's GPU."""
-    found: dict[str, tuple[float, float]] = {}
+    spans: dict[str, tuple[float, float]] = {}
     for content in contents:
         if _GPU in content["conditions"]["device"] and content["kind"] == kind:
             for result in content["results"]:
-                if all(result[key] == value for key, value in wanted.items()):
+                if all(result[key] == value for key, value in sizes.items()):
                     for name, variant in named.items():
                         if (one := result["variants"].get(variant)) is not None:
-                            found.setdefault(name, (one["forward"]["median"], one["backward"]["median"]))
-    return found
+                            spans.setdefault(name, (one["forward"]["median"], one["backward"]["median"]))
+    return spans
 
 
 def _beside(rows: dict[str, list[float]], measured: dict[str, tuple[float, float]], absent: str) -> str:

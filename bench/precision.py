@@ -65,14 +65,14 @@ def errors(model: nn.Module, base: str, autocast: str) -> dict[str, float]:
 
 def measure() -> dict[tuple[str, str, str], tuple[dict[str, float], dict[str, float]]]:
     """`(PEFT's, lorafuse's)` errors by combination."""
-    found = {}
+    rows = {}
     for base, adapter, autocast in COMBINATIONS:
         model = layer(base, adapter)
         stock = errors(model, base, autocast)
         report = lorafuse.patch(model, strict=True)
         assert len(report.patched) == 1
-        found[base, adapter, autocast] = stock, errors(model, base, autocast)
-    return found
+        rows[base, adapter, autocast] = stock, errors(model, base, autocast)
+    return rows
 
 
 def rounded(base: str, adapter: str, autocast: str) -> str:
@@ -81,7 +81,7 @@ def rounded(base: str, adapter: str, autocast: str) -> str:
     return "fp32" if compute == "fp32" or (compute == "fp16" != adapter and not autocast) else compute
 
 
-def table(found: dict) -> str:
+def table(rows: dict) -> str:
     """The Markdown table."""
     lines = [
         "| base | adapters | autocast | xa, dyb | y, dx | "
@@ -89,7 +89,7 @@ def table(found: dict) -> str:
         + " |",
         "|---|---|---|---|---|" + "---:|" * 2 * len(NAMES),
     ]
-    for (base, adapter, autocast), (stock, ours) in found.items():
+    for (base, adapter, autocast), (stock, ours) in rows.items():
         cells = [base, adapter, autocast or "–", rounded(base, adapter, autocast), autocast or base]
         cells += [f"{error:.1e}" for name in NAMES for error in (stock[name], ours[name])]
         lines.append("| " + " | ".join(cells) + " |")

@@ -146,7 +146,7 @@ def _replaced(text: str, marker: str, content: str, path: Path) -> str:
     return text[: text.index(begin) + len(begin)] + content + "\n" + text[text.index(end) :]
 
 
-def found(root: Path, one: Published) -> Path | None:
+def source_of(root: Path, one: Published) -> Path | None:
     """The file that matches, the last by name where several do, or None."""
     files = sorted((root / "bench" / "results").glob(one.pattern))
     return files[-1] if files else None
@@ -181,7 +181,7 @@ def readme(root: Path) -> list[str]:
     template = (root / "bench" / "numbers.md").read_text()
     values = dict.fromkeys(re.findall(r"\$(\w+)", template), ABSENT)
     for name, (one, table) in README.items():
-        if (file := found(root, one)) is not None:
+        if (file := source_of(root, one)) is not None:
             content = load(file)
             values |= {
                 f"{name}_table": table(content),
@@ -191,7 +191,7 @@ def readme(root: Path) -> list[str]:
                 f"{name}_file": _named(root, file),
             }
     values |= _headline(root)
-    if (file := found(root, GPU_MODEL)) is not None:
+    if (file := source_of(root, GPU_MODEL)) is not None:
         values["losses"] = tables.evidence(load(file))
     values["demo"] = _demo(root)
     values["graph"] = _graph(root)
@@ -202,7 +202,7 @@ def _headline(root: Path) -> dict[str, str]:
     """README's first table, the cases where others are ahead, and the files of both."""
     rows, files = [], []
     for one, cases in HEADLINE.items():
-        if (file := found(root, one)) is not None:
+        if (file := source_of(root, one)) is not None:
             results = load(file)["results"]
             rows += [result for result in results if cases is None or result["case"] in cases]
             files.append(file)
@@ -212,7 +212,7 @@ def _headline(root: Path) -> dict[str, str]:
     on_cpu = [
         (load(file), _named(root, file))
         for one in (LAYERS, ALL_LAYERS, EXPERTS)
-        if (file := found(root, one)) is not None
+        if (file := source_of(root, one)) is not None
     ]
     ahead = headline.losers(on_gpu)
     for content, name in on_cpu:
@@ -249,7 +249,7 @@ def _between(results: list[dict], name: str) -> str:
 
 
 def _demo(root: Path) -> str:
-    files = {dtype: found(root, one) for dtype, one in DEMO.items()}
+    files = {dtype: source_of(root, one) for dtype, one in DEMO.items()}
     if None in files.values():
         return f"`make demo`: {ABSENT}."
     text = tables.demo(*(load(file) for file in files.values()))
@@ -271,7 +271,7 @@ def _graph(root: Path) -> str:
 def results(root: Path) -> str:
     """bench/README.md's section: of every published file the conditions, then its tables."""
     parts = []
-    listed = [(one.title, found(root, one)) for one in PUBLISHED]
+    listed = [(one.title, source_of(root, one)) for one in PUBLISHED]
     known = [file for _, file in listed]
     for file in on_gpus(root):
         if file not in known:
@@ -282,7 +282,7 @@ def results(root: Path) -> str:
         text = f"{ABSENT.capitalize()}." if file is None else table(load(file), _named(root, file))
         parts.append(f"### {title}\n\n{text}")
     for one in DEMO.values():
-        file = found(root, one)
+        file = source_of(root, one)
         text = f"{ABSENT.capitalize()}." if file is None else tables.all_conditions(load(file), _named(root, file))
         parts.append(f"### {one.title}\n\n{text}" + ("" if file is None else f"\n\n{tables.demo_steps(load(file))}"))
     return _wrapped("\n\n".join(parts))
@@ -294,16 +294,16 @@ def _named(root: Path, file: Path) -> str:
 
 def _wrapped(text: str) -> str:
     """Paragraphs in lines of at most WIDTH; tables, headings and images unchanged."""
-    found = []
+    lines = []
     for part in map(str.strip, re.split(r"\n{2,}", text.strip())):
         kept = part.startswith(("|", "#", "!"))
-        found.append(part if kept else textwrap.fill(part, WIDTH, break_long_words=False, break_on_hyphens=False))
-    return "\n\n".join(found)
+        lines.append(part if kept else textwrap.fill(part, WIDTH, break_long_words=False, break_on_hyphens=False))
+    return "\n\n".join(lines)
 
 
 def graph_source(root: Path) -> tuple[str, Path] | None:
     """Name and source of README's graph: the first file, GPUs first, with data for one."""
-    files = [*on_gpus(root), *(file for file in [found(root, NEWER_LAYERS)] if file is not None)]
+    files = [*on_gpus(root), *(file for file in [source_of(root, NEWER_LAYERS)] if file is not None)]
     for file in files:
         content = load(file)
         for name in GRAPHS:
@@ -323,12 +323,12 @@ def _graphs(root: Path) -> list[Path]:
 
 
 def _changed_texts(root: Path, texts: dict[Path, str]) -> list[str]:
-    found = []
+    changed = []
     for path, text in texts.items():
         name = _named(root, path)
         lines = (path.read_text() if path.exists() else "").splitlines(), text.splitlines()
-        found += difflib.unified_diff(*lines, f"{name} (committed)", f"{name} (generated)", lineterm="")
-    return found
+        changed += difflib.unified_diff(*lines, f"{name} (committed)", f"{name} (generated)", lineterm="")
+    return changed
 
 
 def _changed_graphs(root: Path, graph: tuple[str, Path] | None) -> list[str]:

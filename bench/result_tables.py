@@ -70,20 +70,20 @@ def label_of(result: Result, name: str) -> str:
 
 def conditions(content: Content) -> str:
     """The conditions that a reader needs with a number, in one line."""
-    found = content["conditions"]
+    setting = content["conditions"]
     bare, after = ("device", "date"), ("threads",)
     parts = []
     for name in _CONDITIONS:
-        if name in found:
-            value = found[name]
+        if name in setting:
+            value = setting[name]
             parts.append(value if name in bare else f"{value} {name}" if name in after else f"{name} {value}")
     return ", ".join(parts)
 
 
 def all_conditions(content: Content, file: str) -> str:
     """The file and every condition in it, in one paragraph."""
-    found = content["conditions"]
-    return f"`{file}`: " + ", ".join(v if k == "device" else f"{k} {v}" for k, v in found.items()) + "."
+    setting = content["conditions"]
+    return f"`{file}`: " + ", ".join(v if k == "device" else f"{k} {v}" for k, v in setting.items()) + "."
 
 
 def rounds(results: list[Result]) -> str:
@@ -164,8 +164,8 @@ def evidence(content: Content) -> str:
     if lines:
         return " ".join(lines)
     fused = all("optimizer" in result for result in content["results"])
-    said = "The losses agreed with PEFT's, which is a check and no evidence: weights and tokens were random."
-    return said + ("" if fused else " AdamW was torch's default, not the fused one.")
+    verdict = "The losses agreed with PEFT's, which is a check and no evidence: weights and tokens were random."
+    return verdict + ("" if fused else " AdamW was torch's default, not the fused one.")
 
 
 def _apart(one: dict[str, Any]) -> str:
@@ -283,9 +283,9 @@ def _floor(content: Content, results: list[Result]) -> str:
     )
 
 
-def _time(taken: dict[str, float]) -> str:
-    low, high = (milliseconds(taken[end], taken["median"]).removesuffix(" ms") for end in ("p20", "p80"))
-    return f"{milliseconds(taken['median'])} ({low} to {high})"
+def _time(spread: dict[str, float]) -> str:
+    low, high = (milliseconds(spread[end], spread["median"]).removesuffix(" ms") for end in ("p20", "p80"))
+    return f"{milliseconds(spread['median'])} ({low} to {high})"
 
 
 def _over_frozen(key: str) -> Callable[[dict[str, Any], Result], str]:
@@ -348,15 +348,17 @@ def milliseconds(seconds: float, like: float = 0.0) -> str:
 
 def demo(full: Content, half: Content) -> str:
     """The results of `make demo` in fp32 and bf16, in one sentence."""
-    found, figures = half["conditions"], half["figures"]
+    setting, figures = half["conditions"], half["figures"]
     both = [figures[name] for name in ("PEFT as shipped", "patched by lorafuse")]
     steps = " → ".join(f"{one['step_seconds_median'] * 1e3:.0f}" for one in both)
     peaks = " → ".join(f"{one['peak_bytes_of_a_step'] / 2**20:.0f}" for one in both)
     return (
-        f"`make demo`: {found['model']} fine-tuned, r {found['rank']} on all linear layers, {found['batch_size']} × "
-        f"{found['seq_len']} tokens a step, PEFT as shipped → patched: **bf16 step {steps} ms "
-        f"({figures['speedup']:.2f}×), peak memory {peaks} MiB**; fp32 step {full['figures']['speedup']:.2f}×, loss "
-        f"curves equal within {full['figures']['largest_loss_difference']:.0e}; {conditions(half)}"
+        f"`make demo`: {setting['model']} fine-tuned, r {setting['rank']} on all linear layers, "
+        f"{setting['batch_size']} × {setting['seq_len']} tokens a step, "
+        f"PEFT as shipped → patched: **bf16 step {steps} ms ({figures['speedup']:.2f}×), "
+        f"peak memory {peaks} MiB**; "
+        f"fp32 step {full['figures']['speedup']:.2f}×, "
+        f"loss curves equal within {full['figures']['largest_loss_difference']:.0e}; {conditions(half)}"
     )
 
 

@@ -50,7 +50,7 @@ def test_overhead_within_budget(layers, x):
                 layer(x)
             seconds[name].append((time.perf_counter() - start) / calls)
     # the machine only ever adds time, so the quickest fifth of the rounds is nearest to the cost
-    cost = {name: statistics.median(sorted(taken)[:6]) * 1e6 for name, taken in seconds.items()}
+    cost = {name: statistics.median(sorted(times)[:6]) * 1e6 for name, times in seconds.items()}
     over = {name: us - cost["nn.Linear"] for name, us in cost.items()}
     print(
         f"\nus above nn.Linear ({cost['nn.Linear']:.1f} us): peft {over['peft']:.1f}, lorafuse {over['lorafuse']:.1f}"

@@ -1,4 +1,4 @@
-// The functions of api.hpp for Python: the fields of each struct by keyword, pointers and the stream as integers, 0 for
+// The functions of api.hpp and api_decode.hpp for Python: the fields of each struct by keyword, pointers and the stream as integers, 0 for
 // none. Compiled as lorafuse._cuda, which needs no driver until it launches, and as lorafuse._emu, whose pointers are the
 // host's.
 //
@@ -8,7 +8,7 @@
 #include <concepts>
 #include <iterator>
 
-#include <lorafuse/api.hpp>
+#include <lorafuse/api_decode.hpp>
 
 #ifdef LORAFUSE_EMULATED
 #include "emu/emulator.hpp"
@@ -126,6 +126,23 @@ struct Fields<ReduceX> {
       REQUIRED(type), REQUIRED(a_type), REQUIRED(M), REQUIRED(K), REQUIRED(R), REQUIRED(x), REQUIRED(stride_x),
       REQUIRED(dyb), REQUIRED(stride_dyb), REQUIRED(da), OPTIONAL(seed), OPTIONAL(drop_below),
       OPTIONAL(workspace), OPTIONAL(sms)};
+};
+
+template <>
+struct Fields<DecodeCodebook> {
+  using P = DecodeCodebook;
+  static constexpr Field fields[] = {
+      REQUIRED(type), REQUIRED(count), OPTIONAL(first), REQUIRED(block_size), REQUIRED(data), REQUIRED(code),
+      REQUIRED(absmax), OPTIONAL(nested_code), OPTIONAL(nested_absmax), OPTIONAL(nested_offset), OPTIONAL(rounded),
+      REQUIRED(out)};
+};
+template <>
+struct Fields<DecodeFp8> {
+  using P = DecodeFp8;
+  static constexpr Field fields[] = {
+      REQUIRED(type), OPTIONAL(G), REQUIRED(N), REQUIRED(K), REQUIRED(block_rows), REQUIRED(block_columns),
+      REQUIRED(data), REQUIRED(scale), OPTIONAL(scale_type), OPTIONAL(rounded_scale), OPTIONAL(rounded),
+      REQUIRED(out)};
 };
 
 #undef REQUIRED
@@ -276,6 +293,8 @@ PYBIND11_MODULE(LORAFUSE_MODULE, m) {
   m.def("reduce_dy", &Bound<reduce_dy>::call);
   m.def("reduce_x_workspace", &Bound<reduce_x_workspace>::call);
   m.def("reduce_x", &Bound<reduce_x>::call);
+  m.def("decode_codebook", &Bound<decode_codebook>::call);
+  m.def("decode_fp8", &Bound<decode_fp8>::call);
 #ifdef LORAFUSE_EMULATED
   bind_emulator(m);
 #endif

@@ -72,31 +72,31 @@ def find_nvcc() -> tuple[str, str]:
     for path in paths:
         if not path or not os.access(path, os.X_OK):
             continue
-        said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
-        version = re.search(r"V(\d+)\.(\d+)\.(\d+)", said)
+        output = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+        version = re.search(r"V(\d+)\.(\d+)\.(\d+)", output)
         if version and (int(version[1]), int(version[2])) >= OLDEST_NVCC:
             return path, version[0][1:]
         old.append(f"{path} is {version[0][1:] if version else 'of no known version'}")
-    wanted = ".".join(map(str, OLDEST_NVCC))
+    oldest = ".".join(map(str, OLDEST_NVCC))
     raise Unavailable(
-        f"nvcc {wanted} or newer was not found ({'; '.join(old) or 'nor any other'}): install the CUDA toolkit, or set "
+        f"nvcc {oldest} or newer was not found ({'; '.join(old) or 'nor any other'}): install the CUDA toolkit, or set "
         "CUDA_HOME to where it is"
     )
 
 
 def find_ninja() -> str:
-    beside = Path(sys.executable).with_name("ninja")
-    found = str(beside) if beside.exists() else shutil.which("ninja")
-    if not found:
+    neighbour = Path(sys.executable).with_name("ninja")
+    path = str(neighbour) if neighbour.exists() else shutil.which("ninja")
+    if not path:
         raise Unavailable("ninja was not found: pip install ninja")
-    return found
+    return path
 
 
 def find_gxx() -> str:
-    found = shutil.which(os.environ.get("CXX", "g++"))
-    if not found:
+    path = shutil.which(os.environ.get("CXX", "g++"))
+    if not path:
         raise Unavailable("g++ was not found: install it, or set CXX to another compiler of C++20")
-    return found
+    return path
 
 
 def pybind11_include() -> Path:
@@ -206,9 +206,9 @@ def build(
         built = ninja.run(rules)
         out.parent.mkdir(parents=True, exist_ok=True)
         # a process that runs the former module keeps it
-        beside = out.with_name(f"{out.name}.new")
-        shutil.copy2(built, beside)
-        os.replace(beside, out)
+        unfinished = out.with_name(f"{out.name}.new")
+        shutil.copy2(built, unfinished)
+        os.replace(unfinished, out)
 
 
 def main() -> int:

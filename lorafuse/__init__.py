@@ -6,6 +6,7 @@
 
 from lorafuse import functional, nn
 from lorafuse.backends.base import use_backend
+from lorafuse.backends.workspace import clear_workspace
 from lorafuse.errors import BackendUnavailable, MissingDependency
 from lorafuse.integrations import PatchReport, patch, unpatch
 
@@ -15,6 +16,7 @@ __all__ = [
     "BackendUnavailable",
     "MissingDependency",
     "PatchReport",
+    "clear_workspace",
     "functional",
     "nn",
     "patch",

@@ -14,7 +14,20 @@ from torch import Tensor
 from torch._C import DispatchKey
 from torch.nn import functional as F
 
-__all__ = ["ACTIVATIONS", "GATES", "GATE_ALPHA", "GATE_LIMIT", "Activation", "GateLayout", "Recomputed", "lookup"]
+__all__ = [
+    "ACTIVATIONS",
+    "GATES",
+    "GATE_ALPHA",
+    "GATE_LIMIT",
+    "Activation",
+    "GateLayout",
+    "Recomputed",
+    "gate_backward",
+    "gate_differentiable",
+    "gate_forward",
+    "gate_forward_parts",
+    "lookup",
+]
 
 # name: (forward of x, gradient of x from that of the result)
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
@@ -62,6 +75,34 @@ def _product(name: str) -> _Gate:
     return lambda gate, up: act(gate).mul_(up), gradients
 
 
+def gate_forward(name: str, gate: Tensor, up: Tensor) -> Tensor:
+    """h `[rows, I]` of gate and up, `[rows, I]` each: `act(gate) · up`, or a function of both."""
+    return (GATES.get(name) or _product(name))[0](gate, up)
+
+
+def gate_differentiable(name: str, gate: Tensor, up: Tensor) -> Tensor:
+    """`gate_forward` for autograd, which does not let every act's result be changed in place."""
+    return gate_forward(name, gate, up) if name in GATES else ACTIVATIONS[name][0](gate) * up
+
+
+def gate_forward_parts(name: str, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`(h, act(gate))`, the second for `gate_backward`; None for a function of gate and up."""
+    if name in GATES:
+        return gate_forward(name, gate, up), None
+    act = ACTIVATIONS[name][0](gate)
+    return act * up, act
+
+
+def gate_backward(name: str, dh: Tensor, gate: Tensor, up: Tensor, act: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up from that of h; dh, and `act(gate)` where it is there already, are written into."""
+    if name in GATES:
+        dgate, dup = GATES[name][1](dh, gate, up)
+        return dgate, dup
+    forward, backward = ACTIVATIONS[name]
+    dup = (forward(gate) if act is None else act).mul_(dh)
+    return backward(dh.mul_(up), gate), dup
+
+
 class GateLayout(str, Enum):
     """How the columns of `u`, and the rows of its weight, hold gate and up."""
 
@@ -99,15 +140,11 @@ class Activation:
         """`h [rows, I]` of `u`."""
         if not self.gated:
             return ACTIVATIONS[self.name][0](u)
-        forward, _ = GATES.get(self.name) or _product(self.name)
-        return forward(*self._parts(u))
+        return gate_forward(self.name, *self._parts(u))
 
     def differentiable(self, u: Tensor) -> Tensor:
         """`forward` for autograd, which does not let every act's result be changed in place."""
-        if not self.gated or self.name in GATES:
-            return self.forward(u)
-        gate, up = self._parts(u)
-        return ACTIVATIONS[self.name][0](gate) * up
+        return gate_differentiable(self.name, *self._parts(u)) if self.gated else self.forward(u)
 
     def backward(self, u: Tensor, dh: Tensor) -> Tensor:
         """The gradient of `u` from that of `h`."""

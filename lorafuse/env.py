@@ -24,6 +24,11 @@ VARIABLES: dict[str, Variable] = {
             "where `lorafuse tune` keeps its measurements and `lorafuse study` its bases; "
             "`$XDG_CACHE_HOME/lorafuse` where that variable is set",
         ),
+        Variable(
+            "LORAFUSE_WORKSPACE_MIB",
+            "512",
+            "MiB of quantized experts that are decoded at a time; a single matrix may be larger",
+        ),
         # of an installation; setup.py reads them
         Variable("LORAFUSE_SKIP_CUDA_BUILD", "0", "1: `pip install` leaves the CUDA kernels out, though nvcc is there"),
         Variable("LORAFUSE_BUILD_EMULATOR", "0", "1: `pip install` builds the emulator of the CUDA kernels too"),

@@ -22,7 +22,7 @@ _KEY_STEP_0, _KEY_STEP_1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
 # elements of a mask that exist at a time, whose words take 32 bytes each while they are made: enough work for every
 # thread, and small beside the tensors it serves
-_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}
+CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -66,5 +66,5 @@ def rescaled(scale: float, p: float) -> float:
 
 def row_chunks(rows: int, columns: int, device: torch.device) -> list[slice]:
     """Row ranges over which masks are made one at a time, so that no full-size mask ever exists."""
-    step = max(1, _CHUNK.get(device.type, _CHUNK["cuda"]) // max(1, columns))
+    step = max(1, CHUNK.get(device.type, CHUNK["cuda"]) // max(1, columns))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

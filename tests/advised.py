@@ -7,7 +7,7 @@ from unittest import mock
 
 def configured(source):
     """`(config, args)` of a snippet: PEFT's configuration, and the trainer's arguments as attributes."""
-    found = {}
+    actual = {}
 
     def config(**arguments):
         return SimpleNamespace(**arguments)
@@ -15,5 +15,5 @@ def configured(source):
     trl = dict.fromkeys(("SFTConfig", "DPOConfig", "GRPOConfig"), config)
     trl = SimpleNamespace(**trl, SFTTrainer=None, DPOTrainer=None, GRPOTrainer=None)
     with mock.patch.dict(sys.modules, {"trl": trl, "datasets": SimpleNamespace(Dataset=None)}):
-        exec(source.partition("tokenizer = ")[0], found)
-    return found["config"], found["args"]
+        exec(source.partition("tokenizer = ")[0], actual)
+    return actual["config"], actual["args"]

@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 
-from lorafuse.backends import aten, base
+from lorafuse.backends import aten, base, workspace
 from lorafuse.ops import linear
 from lorafuse.plan import Plan
 
@@ -47,25 +47,59 @@ def _planned(rows, plan, *tensors):
 
 
 @pytest.fixture
+def assume(monkeypatch):
+    """`assume(name, state)`: in this test a backend is as available as `state` says."""
+
+    def one(name, state):
+        availability = base.availability
+        monkeypatch.setattr(base, "availability", lambda other: state if other == name else availability(other))
+
+    return one
+
+
+@pytest.fixture
 def no_choice_yet(monkeypatch):
-    monkeypatch.setattr(base, "_current", None)
+    monkeypatch.setattr(base, "process_choice", None)
     monkeypatch.delenv("LORAFUSE_BACKEND", raising=False)
 
 
 @pytest.fixture
-def spy(monkeypatch):
+def spy(monkeypatch, assume):
     """A backend "triton" that exists, computes as eager does, and records which of its functions ran."""
-    found = Spy()
+    actual = Spy()
     module = ModuleType("lorafuse.backends.triton")
-    module.backend = lambda: found
+    module.backend = lambda: actual
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(base._AVAILABILITY, "triton", base.Availability(True))
-    return found
+    assume("triton", base.Availability(True))
+    return actual
 
 
 @pytest.fixture
 def by_grouped_mm(monkeypatch):
     """Eager multiplies ragged rows by grouped_mm."""
-    found = ByGroupedMM()
-    monkeypatch.setattr("lorafuse.ops.choose.ATEN", found)
-    return found
+    actual = ByGroupedMM()
+    monkeypatch.setattr("lorafuse.ops.choose.ATEN", actual)
+    return actual
+
+
+@pytest.fixture
+def empty_workspace():
+    """Nothing was decoded yet."""
+    workspace.clear_workspace()
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The sizes of every weight that is decoded, in order."""
+    # not at the top: tests without Triton use the others
+    from lorafuse.backends import triton
+
+    sizes = []
+    for backend in (aten.BACKEND, triton.BACKEND):
+
+        def recorded(w, dtype, out, decode=backend.decode):
+            sizes.append(w.stored)
+            return decode(w, dtype, out)
+
+        monkeypatch.setattr(backend, "decode", recorded)
+    return sizes

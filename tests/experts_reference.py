@@ -103,13 +103,13 @@ def plain(o, gate_up_scale, down_scale, activation, has_gate, is_transposed, is_
 def differentiated(run, o, settings):
     """`{"out": …, "x": …, "topk_weight": …, "gate_up_a": …, …}`: out and every gradient."""
     o = {name: t.clone() for name, t in o.items()}
-    wanted = [name for name in o if name in ("x", "topk_weight") or name.endswith(("_a", "_b"))]
-    for name in wanted:
+    requested = [name for name in o if name in ("x", "topk_weight") or name.endswith(("_a", "_b"))]
+    for name in requested:
         o[name].requires_grad_()
     out = run(o, settings)
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(out)
-    grads = torch.autograd.grad(out, [o[name] for name in wanted], dout, allow_unused=True, materialize_grads=True)
-    return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
+    grads = torch.autograd.grad(out, [o[name] for name in requested], dout, allow_unused=True, materialize_grads=True)
+    return {"out": out.detach(), **dict(zip(requested, grads, strict=True))}
 
 
 def fused(o, settings, backend=None):

@@ -35,10 +35,7 @@ def build(target, *options):
         return done.stderr.strip()
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     importlib.invalidate_caches()
-    native.info.cache_clear()
-    native.stale.cache_clear()
-    for name in ("cuda", base.EMULATOR):
-        base._AVAILABILITY.pop(name, None)
+    base.clear_cache()
     return ""
 
 

@@ -34,6 +34,10 @@ _PIPELINE, _EPILOGUE, _LINEAR, _SUMS = (
     "adapter_grads_sm90.cuh",
 )
 _GROUPED, _SKINNY, _PROJECT, _REDUCE = "grouped_sm90.cuh", "skinny_sm80.cuh", "project_sm80.cuh", "reduce_sm80.cuh"
+_DECODE = "decode_sm80.cuh"
+_NESTED = (
+    "ptx::multiply_rounded(nested, ptx::load_global(p.nested_absmax + block / 256)) + ptx::load_global(p.nested_offset)"
+)
 _CONSUMED = "ptx::wgmma_wait<0>(); pipeline.release_previous(lane);"
 _STORED = "ptx::fence_proxy_async_shared(); consumer_sync(consumer);"
 _FLAG = "ptx::wait_at_least(flag, kPublishers); ptx::fence_proxy_async();"
@@ -98,6 +102,22 @@ BUGS = tuple(Bug(*row) for row in (
     ("reduce last share not added", _REDUCE, "reduce_dy", f"{_LAST} - {_FIRST} + 1", f"{_LAST} - {_FIRST} + ({_LAST} == {_FIRST})"),
     ("skinny mask of the tile's first row", _SKINNY, "project_x, reduce_x", "(row + r) * columns + column", "row * columns + column"),
     ("skinny parts added before they are there", _SKINNY, "project_x, reduce_x", "ptx::block_sync();", ""),
+    # quantized weights
+    ("decode codes read before they are there", _DECODE, "decode_codebook", "ptx::block_sync();", ""),
+    ("decode low half of a byte first", _DECODE, "decode_codebook", "i % 2 ? 0 : 4", "i % 2 ? 4 : 0"),
+    ("decode scale of a thread's own chunk", _DECODE, "decode_codebook", "ptx::shuffle(scale, owner)", "scale"),
+    ("decode pieces stay with their threads", _DECODE, "decode_codebook", "exchange(pieces, lane);", ""),
+    ("decode chunk behind the last one read", _DECODE, "decode_codebook", "base + lane < p.extent.chunks", "true"),
+    ("decode chunk behind the last one written", _DECODE, "decode_codebook", "base + owner < p.extent.chunks", "true"),
+    ("decode last values left out", _DECODE, "decode_codebook", "p.extent.chunks * Codec::kValues + thread", "p.extent.count"),
+    ("decode nested scale of the first blocks", _DECODE, "decode_codebook", _NESTED, "ptx::multiply_rounded(nested, ptx::load_global(p.nested_absmax)) + ptx::load_global(p.nested_offset)"),
+    ("decode nested product not rounded", _DECODE, "decode_codebook, fp32", _NESTED, "static_cast<float>(static_cast<double>(nested) * ptx::load_global(p.nested_absmax + block / 256) + ptx::load_global(p.nested_offset))"),
+    ("decode library's rounding left out", _DECODE, "decode_codebook", "p.rounded != Type::FP32", "false"),
+    ("decode fp8 NaN as a number", _DECODE, "decode_fp8", "magnitude == 0x7f", "false"),
+    ("decode fp8 scale not rounded", _DECODE, "decode_fp8", "rounded_to(p.rounded_scale, scale)", "scale"),
+    ("decode fp8 blocks counted through all matrices", _DECODE, "decode_fp8", "row - group * p.rows.divisor", "row"),
+    ("decode fp8 scale of the first matrix", _DECODE, "decode_fp8", "group * p.scale_rows + block_row", "block_row"),
+    ("decode fp8 scale of a row's first block", _DECODE, "decode_fp8", "p.block_chunks.quotient(column)", "0"),
 ))
 # fmt: on
 
@@ -121,9 +141,9 @@ def _both(text: str, bugs: list[Bug]) -> str:
 
 
 def _place(bug: Bug, source: str) -> tuple[int, int]:
-    found = [m.span() for m in re.finditer(r"\s+".join(map(re.escape, bug.text.split())), source)]
-    assert len(found) == 1, f"planted bug {bug.name!r}: {bug.file} holds its text {len(found)} times: {bug.text}"
-    return found[0]
+    actual = [m.span() for m in re.finditer(r"\s+".join(map(re.escape, bug.text.split())), source)]
+    assert len(actual) == 1, f"planted bug {bug.name!r}: {bug.file} holds its text {len(actual)} times: {bug.text}"
+    return actual[0]
 
 
 def weave(kernels: Path, out: Path, bugs: tuple[Bug, ...] = BUGS) -> None:

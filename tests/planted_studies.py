@@ -24,7 +24,7 @@ def plant(monkeypatch, run):
     monkeypatch.setattr(train, "run", run)
     monkeypatch.setattr(policy, "run", run)
     monkeypatch.setattr(pretrain, "base", lambda lessons, size, steps, seed: None)
-    monkeypatch.setattr(runner, "_base", lambda lessons, size, steps, seed: None)
+    monkeypatch.setattr(runner, "pretrained", lambda lessons, size, steps, seed: None)
 
 
 def study(folder, *argv):

@@ -16,15 +16,15 @@ RUNS = re.compile(r"fused|PEFT|refused: `(?P<message>[^`]+)`( \(PEFT's own\))?")
 
 def rows(text):
     """`(feature, how it runs, test)` of every table row. Raises ValueError for one that says it otherwise."""
-    found = []
+    actual = []
     for line in text.splitlines():
         if not line.startswith("|") or line == HEADER or not line.strip("|-"):
             continue
         match = ROW.fullmatch(line)
         if match is None or not RUNS.fullmatch(match["runs"]):
             raise ValueError(f"{line!r} is not a row of feature, fused, PEFT or refused with its message, and a test")
-        found.append((match["feature"], match["runs"], match["test"]))
-    return found
+        actual.append((match["feature"], match["runs"], match["test"]))
+    return actual
 
 
 def names_in(path):
@@ -39,9 +39,11 @@ def names_in(path):
 
 def missing(text):
     """The tests that rows name and that do not exist."""
-    wanted = [test.split("::", 1) for _, _, test in rows(text)]
+    requested = [test.split("::", 1) for _, _, test in rows(text)]
     return [
-        f"{file}::{name}" for file, name in wanted if not (ROOT / file).is_file() or name not in names_in(ROOT / file)
+        f"{file}::{name}"
+        for file, name in requested
+        if not (ROOT / file).is_file() or name not in names_in(ROOT / file)
     ]
 
 

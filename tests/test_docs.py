@@ -134,12 +134,12 @@ def missing_targets(markdown, makefile):
 
 def flags_by_command():
     """`{command: its flags}` from the argparse parsers themselves, `make gpu` among them."""
-    found = {"gpu": flags_of(gpu.arguments())}
+    actual = {"gpu": flags_of(gpu.arguments())}
     for name in cli.COMMANDS:
         parser = argparse.ArgumentParser()
         importlib.import_module(f"lorafuse.cli.{name}").add_arguments(parser)
-        found[name] = flags_of(parser)
-    return found
+        actual[name] = flags_of(parser)
+    return actual
 
 
 def flags_of(parser):
@@ -215,8 +215,8 @@ class TestEveryDocument:
 
 
 def test_paths_in_comments_exist():
-    found = {str(path.relative_to(ROOT)): stale_paths(path.read_text(), path) for path in code_files()}
-    assert {path: stale for path, stale in found.items() if stale} == {}
+    actual = {str(path.relative_to(ROOT)): stale_paths(path.read_text(), path) for path in code_files()}
+    assert {path: stale for path, stale in actual.items() if stale} == {}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """What tests/conftest.py promises (T0)."""
 
+import gc
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +11,10 @@ from pathlib import Path
 import native_build
 import pytest
 import torch
+from operators import Linear
+
+from lorafuse.plan import find, override
+from lorafuse.testing.check_linear import LinearCase, make_operands
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -53,8 +59,16 @@ def test_every_test_draws_the_same(again):
     assert torch.randn(1).item() == torch.randn(1, generator=torch.Generator().manual_seed(0)).item()
 
 
+def run_alone(folder, *options):
+    """What pytest prints of the tests in a folder, with this conftest.py."""
+    for name in ("conftest.py", "fast_interpreter.py"):
+        shutil.copy(Path(__file__).with_name(name), folder)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, str(folder)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("def test_a():\n    pass\n", "nothing was skipped"),
         (
@@ -63,26 +77,70 @@ def test_every_test_draws_the_same(again):
         ),
     ],
 )
-def test_a_run_ends_with_what_was_skipped(tmp_path, source, said):
-    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
+def test_a_run_ends_with_what_was_skipped(tmp_path, source, message):
     (tmp_path / "test_a.py").write_text(source)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    before, closing = done.stdout.rstrip().rsplit("\n", 1)
-    assert said in before.partition("what was skipped and why")[2]
+    before, closing = run_alone(tmp_path).rstrip().rsplit("\n", 1)
+    assert message in before.partition("what was skipped and why")[2]
     assert "passed" in closing or "skipped" in closing
 
 
 def test_what_takes_long_starts_first(tmp_path):
-    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
     (tmp_path / "test_a.py").write_text("def test_a(): pass\ndef test_b(): pass\n")
     (tmp_path / "test_b.py").write_text("import pytest\n@pytest.mark.first\ndef test_c(): pass\ndef test_d(): pass\n")
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert re.findall(r"::(\w+) PASSED", done.stdout) == ["test_c", "test_a", "test_b", "test_d"]
+    assert re.findall(r"::(\w+) PASSED", run_alone(tmp_path, "-v")) == ["test_c", "test_a", "test_b", "test_d"]
+
+
+def test_garbage_is_collected_again_but_not_searched_for_in_imports():
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 10_000
 
 
 def test_nothing_is_built_while_tests_are_collected(monkeypatch):
     """pytest reads attributes of what a module of tests imports."""
     monkeypatch.setattr(native_build, "build", lambda *_: pytest.fail("the emulator was built"))
     assert not hasattr(native_build.EMULATOR, "_mock_name")
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="there is a GPU: no kernel is interpreted")
+class TestFastInterpreter:
+    @pytest.fixture
+    def fast(self):
+        fast = pytest.importorskip("fast_interpreter")
+        assert fast.triton.__version__.startswith(fast.VERSION), "it is not installed for this Triton"
+        yield fast
+        fast.install()
+
+    @pytest.mark.parametrize("gpu", ["A100", "H200"])
+    def test_it_computes_the_same(self, fast, gpu):
+        """Every bit, of pointers and of descriptors."""
+        case = LinearCase(leading=(40,), N=72, K=64, R=6, dtype=torch.float16, dropout_p=0.1)
+        runs = []
+        for functions in (fast.ORIGINALS, fast.REPLACEMENTS):
+            fast.install(functions)
+            torch.manual_seed(0)
+            o, operator, seed = make_operands(case), Linear("triton"), torch.tensor([5])
+            with override(interpreted_as=find(gpu)):
+                y, xa = operator.forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.1)
+                grads = operator.backward(o.dy, o.x, xa, o.w, o.a, o.b, seed, 1.7, 0.1, True, True, True, True)
+            runs.append((y, xa, *grads))
+        assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+
+    def test_types_and_shapes_are_the_same(self, fast):
+        core = fast.core
+        for kind in (core.float16, core.int64, core.pointer_type(core.float32), core.pointer_type(core.float32, 3)):
+            for shape in ([4], [2, core.constexpr(8)], core.tuple([16, 1])):
+                made = []
+                for functions in (fast.ORIGINALS, fast.REPLACEMENTS, fast.REPLACEMENTS):
+                    fast.install(functions)
+                    block = core.block_type(kind, shape)
+                    assert block.element_ty == kind
+                    tensor = core.tensor(None, block)
+                    made.append([{name: str(value) for name, value in vars(one).items()} for one in (block, tensor)])
+                assert made[0] == made[1] == made[2]
+
+    @pytest.mark.parametrize(("shape", "error"), [([3], ValueError), ([], TypeError), ([4.0], TypeError)])
+    def test_what_is_refused_is_refused_again(self, fast, shape, error):
+        fast.core.block_type(fast.core.float32, [4])
+        for _ in range(2):
+            with pytest.raises(error):
+                fast.core.block_type(fast.core.float32, shape)

@@ -53,7 +53,7 @@ LAYERS = {
     "backends": (_OPERANDS | {"plan", "kernels"}, {"torch", "triton"}),
     "ops": (_OPERANDS | {"backends", "plan"}, {"torch"}),
     "functional": (_OPERATORS, {"torch"}),
-    "nn": (_BASE | {"functional"}, {"torch"}),
+    "nn": (_OPERANDS | {"functional"}, {"torch"}),
     "integrations": (_OPERATORS | {"functional", "nn"}, {"torch"} | _HUGGING_FACE),
     "advise": (_LEAVES | {"plan"}, {"torch"} | _HUGGING_FACE),
     "__init__": (_LIBRARY, set()),
@@ -61,7 +61,7 @@ LAYERS = {
     "testing": (_TOOLS, {"torch", "triton", "numpy"} | _HUGGING_FACE),
     "study": (_TOOLS | {"demo"}, {"torch", "numpy", "matplotlib"} | _HUGGING_FACE),
     "bench": (_TOOLS | {"demo"}, {"torch", "rich", "matplotlib", "psutil"} | _HUGGING_FACE),
-    "demo": (_TOOLS, {"torch", "numpy", "rich", "matplotlib", "gguf", "reasoning_gym"} | _HUGGING_FACE),
+    "demo": (_TOOLS, {"torch", "numpy", "rich", "matplotlib", "gguf", "reasoning_gym", "bitsandbytes"} | _HUGGING_FACE),
     "cli": (_TOOLS | {"demo", "study", "bench", "tune"}, {"torch", "numpy", "rich", "matplotlib"} | _HUGGING_FACE),
     "__main__": ({"cli"}, set()),
 }
@@ -89,17 +89,17 @@ def forbidden_imports(source, module):
     if part not in LAYERS:
         return [f"{module}: {part} is not in LAYERS: give it a row"]
     inner, outer = LAYERS[part]
-    found = []
+    actual = []
     for name in imported_modules(ast.parse(source), module):
         top, _, rest = name.partition(".")
         if top == "lorafuse":
             target = rest.split(".")[0]
             target = target if target in LAYERS else "__init__"
             if target != part and target not in inner:
-                found.append(f"{module} imports {name}")
+                actual.append(f"{module} imports {name}")
         elif top not in sys.stdlib_module_names and top not in outer:
-            found.append(f"{module} imports {name}")
-    return sorted(set(found))
+            actual.append(f"{module} imports {name}")
+    return sorted(set(actual))
 
 
 def test_imports_point_one_way():
@@ -200,6 +200,45 @@ def forbidden_words(text):
     return [i for i, line in enumerate(text.splitlines(), 1) if notes.search(line) or machine.search(line)]
 
 
+# words of the list below the glossary of CONTRIBUTING.md: each has a term there
+NOT_TERMS = {"found", "way", "ways", "said", "wanted", "beside", "taken", "odd", "share", "told"}
+
+
+def names_that_are_no_terms(source):
+    """Line numbers at which a variable, an argument or a function has a name of `NOT_TERMS`."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()) | ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                lines += [node.lineno] if name in NOT_TERMS else []
+            case ast.arg(arg=name) | ast.MatchAs(name=name):
+                lines += [node.lineno] if name in NOT_TERMS else []
+    return sorted(lines)
+
+
+def _is_private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_names(source):
+    """Line numbers at which a test reaches for a name of the package that begins with an underscore."""
+    tree = ast.parse(source)
+    imports = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("lorafuse")]
+    # a module of this name is a part of a folder, no part of another module
+    lines = [n.lineno for n in imports if n.module != "lorafuse.cli" and any(_is_private(a.name) for a in n.names)]
+    ours = {alias.asname or alias.name for node in imports for alias in node.names} | {"lorafuse"}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id=owner), attr=name) if owner in ours and _is_private(name):
+                lines.append(node.lineno)
+            case ast.Call(
+                func=ast.Attribute(attr="setattr" | "delattr" | "object"),
+                args=[ast.Name(id=owner), ast.Constant(value=str(name)), *_],
+            ) if owner in ours and _is_private(name):
+                lines.append(node.lineno)
+    return sorted(set(lines))
+
+
 def _report(checker, paths):
     return [f"{path.relative_to(ROOT)}:{line}" for path in paths for line in checker(path.read_text())]
 
@@ -207,6 +246,32 @@ def _report(checker, paths):
 def test_no_exception_is_swallowed():
     assert _report(swallowed_exceptions, SOURCES) == []
     assert swallowed_exceptions("try:\n    f()\nexcept ValueError:\n    pass") == [3]
+
+
+def test_variables_have_the_names_of_the_glossary():
+    # the digests of published runs and of the nvcc record are over the text of these
+    digested = {"lorafuse/study/train.py", "tests/nvcc_record.py"}
+    sources = [*SOURCES, ROOT / "csrc" / "build.py"]
+    assert {line.partition(":")[0] for line in _report(names_that_are_no_terms, sources)} == digested
+    for source in ("1\nfound = f()", "1\ndef way(): ...", "1\nlambda said: 1", "1\n[1 for taken in x]"):
+        assert names_that_are_no_terms(source) == [2]
+    assert names_that_are_no_terms("share_of = x.found(wayside, odd=1)") == []
+
+
+# `lorafuse.study.record.code` is a digest of these modules: another name in them, and published runs count as old
+STUDIED = {"tests/tools/test_study_command.py", "tests/tools/test_study_runs.py"}
+
+
+def test_tests_reach_for_public_names():
+    tests = [path for path in SOURCES if path.is_relative_to(ROOT / "tests")]
+    assert {line.partition(":")[0] for line in _report(private_names, tests)} == STUDIED
+    for source in (
+        "from lorafuse.plan.choose import _select",
+        "from lorafuse.plan import choose\nchoose._select",
+        "from lorafuse.plan import choose\nmonkeypatch.setattr(choose, '_select', 1)",
+    ):
+        assert private_names(source) == [source.count("\n") + 1]
+    assert private_names("from lorafuse.cli import _common\nfrom lorafuse import nn\nnn.__file__, self._select") == []
 
 
 def test_only_commands_print():

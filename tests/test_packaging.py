@@ -94,8 +94,8 @@ def test_a_source_distribution_holds_what_the_checkout_tracks(wheel, dirty):
 def test_a_wheel_with_kernels_holds_those_built_now(dirty, wheel):
     shutil.rmtree(dirty / "dist")
     (dirty / "csrc" / "build.py").write_text(BUILDS)
-    found = built(dirty, "bdist_wheel", LORAFUSE_SKIP_CUDA_BUILD="0")
-    modules = {name: found.read(name) for name in found.namelist() if ".so" in name}
+    actual = built(dirty, "bdist_wheel", LORAFUSE_SKIP_CUDA_BUILD="0")
+    modules = {name: actual.read(name) for name in actual.namelist() if ".so" in name}
     assert modules == {f"lorafuse/_cuda{SUFFIX}": b"built now"}
 
 
@@ -108,9 +108,9 @@ def test_the_doctor_of_an_installed_wheel_advises_what_exists_there(wheel, tmp_p
     run += "from lorafuse.cli import main; sys.exit(main(['doctor', '--json']))"
     command = [sys.executable, "-c", run]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    found = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
+    actual = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
     for name in ("lorafuse._cuda", "lorafuse._emu", "cuda"):
-        assert "install lorafuse from its sources" in found[name]["fix"] or name == "cuda"
-    for finding in found.values():
+        assert "install lorafuse from its sources" in actual[name]["fix"] or name == "cuda"
+    for finding in actual.values():
         assert "make " not in finding["fix"]
         assert "csrc" not in finding["fix"] + finding["value"]

@@ -39,22 +39,35 @@ def test_that_is_skipped():
 """
 
 
-def results_of(folder, mode, *options):
-    file = folder / f"{mode}.json"
-    command = [sys.executable, "-m", "pytest", "-p", "peft_suite.plugin", f"--mode={mode}", f"--results={file}"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    subprocess.run([*command, *options, "test_one.py"], cwd=folder, env=environment, check=False)
-    return {name.partition("::")[2]: Result(*values) for name, values in json.loads(file.read_text()).items()}
+# the runs are forks of one process: importing PEFT took each of them longer than its tests
+RUNS = """
+import json, os, sys
+import lorafuse.integrations.hf_peft, pytest
+for arguments in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        os._exit(pytest.main(arguments))
+    os.waitpid(child, 0)
+"""
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
+    """`{mode: {test: Result}}`, of all tests as PEFT ships it, then of those that passed."""
     folder = tmp_path_factory.mktemp("suite")
     (folder / "pytest.ini").write_text("[pytest]\n")
     (folder / "test_one.py").write_text(ONE)
-    stock = results_of(folder, "stock")
-    return {mode: results_of(folder, mode, f"--only={folder}/stock.json") for mode in ("patched", "cycled")} | {
-        "stock": stock
+    files = {mode: folder / f"{mode}.json" for mode in ("stock", "patched", "cycled")}
+    arguments = [
+        ["-p", "peft_suite.plugin", f"--mode={mode}", f"--results={file}", "test_one.py"]
+        + ([] if mode == "stock" else [f"--only={files['stock']}"])
+        for mode, file in files.items()
+    ]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    subprocess.run([sys.executable, "-c", RUNS, json.dumps(arguments)], cwd=folder, env=environment, check=True)
+    return {
+        mode: {name.partition("::")[2]: Result(*values) for name, values in json.loads(file.read_text()).items()}
+        for mode, file in files.items()
     }
 
 

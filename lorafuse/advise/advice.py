@@ -274,9 +274,9 @@ def _step_seconds(
         return {}
     tokens = settings.micro_batch * each * length
     micro = micro_step_seconds(shapes, rank, tokens, length, device, checkpointing=settings.checkpointing)
-    ways = ["QLoRA"]
+    shown = ["QLoRA"]
     if settings.method == "lora":
         full = memory(shapes, "full", rank, tokens, checkpointing=settings.checkpointing, length=length).total
         fits = full <= usable_bytes(device)
-        ways = [way for way in WAYS if way != "QLoRA" and (fits or way != "full fine-tuning")]
-    return {way: micro[way] * accumulation + update_seconds(shapes, way, rank, device) for way in ways}
+        shown = [one for one in WAYS if one != "QLoRA" and (fits or one != "full fine-tuning")]
+    return {one: micro[one] * accumulation + update_seconds(shapes, one, rank, device) for one in shown}

@@ -52,8 +52,8 @@ def per_rank(shapes: ModelShapes) -> dict[str, int]:
 
     Experts are counted at rank 1 of each. Llama-3.1-8B: mlp 1,769,472, attention 851,968, unembedding 132,352.
     """
-    found = {kind: sum(linear.per_rank for linear in shapes.linears if linear.kind == kind) for kind in KINDS}
-    return {kind: count for kind, count in found.items() if count}
+    counts = {kind: sum(linear.per_rank for linear in shapes.linears if linear.kind == kind) for kind in KINDS}
+    return {kind: count for kind, count in counts.items() if count}
 
 
 def trainable(shapes: ModelShapes, rank: int, *, unembedding: bool = False) -> int:
@@ -100,9 +100,9 @@ def check_rank(shapes: ModelShapes, rank: int) -> None:
     for linear in shapes.adapted:
         least, own = min(linear.N, linear.K), rank_of(linear, rank, shapes.active_experts)
         if own > least:
-            said = f"--rank {rank}" + (f", {own} for each expert" if own != rank else "")
+            given = f"--rank {rank}" + (f", {own} for each expert" if own != rank else "")
             raise ValueError(
-                f"{said}: {linear.name} is {linear.N} x {linear.K}; a rank above min(N, K) = {least} adds parameters "
+                f"{given}: {linear.name} is {linear.N} x {linear.K}; a rank above min(N, K) = {least} adds parameters "
                 f"but no matrix that a lower one cannot make. Use at most {_rank_within(shapes)}"
             )
 
@@ -164,5 +164,5 @@ def rank_for(shapes: ModelShapes, bits: float, goal: str) -> Rank:
     fits, comfortable = smallest_rank(shapes, bits), smallest_rank(shapes, bits, COMFORT)
     if comfortable is None:
         return Rank("full" if fits is None else "tight", fits, None, highest, highest)
-    wanted = max(comfortable, LEAST_RANK[goal])
-    return Rank("lora", fits, comfortable, highest, min(highest, 1 << (wanted - 1).bit_length()))
+    least = max(comfortable, LEAST_RANK[goal])
+    return Rank("lora", fits, comfortable, highest, min(highest, 1 << (least - 1).bit_length()))

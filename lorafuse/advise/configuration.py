@@ -107,11 +107,11 @@ def _model_class(name: str, config: Any) -> Any:
     """The model class of transformers of that name; None for anything else, and for the model of another kind."""
     import transformers
 
-    found = getattr(transformers, name, None)
-    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+    cls = getattr(transformers, name, None)
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         return None
-    kind = getattr(found, "config_class", None)
-    return found if kind is not None and isinstance(config, kind) else None
+    kind = getattr(cls, "config_class", None)
+    return cls if kind is not None and isinstance(config, kind) else None
 
 
 def load_model(directory: Path, **options: Any) -> Any:

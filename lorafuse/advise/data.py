@@ -21,7 +21,7 @@ _NAMED = 5
 # what a chat template holds around the tokens that are trained on
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # of a JSON array so many characters are read at a time
-_CHUNK = 1 << 16
+CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,9 @@ def _encoded(path: Path, tokenizer: Any, goal: str) -> Iterator[tuple[dict[str, 
             except Exception as error:
                 # of a chat template, or of a tokenizer that gets other types than text
                 own = isinstance(error, _Unusable)
-                said = str(error) if own else f"the tokenizer cannot read it ({type(error).__name__}: {error})"
+                reason = str(error) if own else f"the tokenizer cannot read it ({type(error).__name__}: {error})"
                 wrong += 1
-                bad += [f"{place}: {one_line(said)}"] if wrong <= _NAMED else []
+                bad += [f"{place}: {one_line(reason)}"] if wrong <= _NAMED else []
             else:
                 yield example, rows
     except (OSError, UnicodeDecodeError) as error:
@@ -154,7 +154,7 @@ def _encoded(path: Path, tokenizer: Any, goal: str) -> Iterator[tuple[dict[str, 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """Records of JSON lines or of an array, each with its place; what is no JSON as an `_Unusable`."""
     with open_regular(path) as file:
-        if file.peek(_CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+        if file.peek(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
             yield from _array(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
             return
         # not by str.splitlines, which also cuts at a U+2028 within a string
@@ -178,7 +178,7 @@ def _array(text: io.TextIOWrapper) -> Iterator[tuple[str, Any]]:
     def begun(held: str) -> str:
         """What is held and not blank, with more of the file if it is nothing; "" at its end."""
         held = held.lstrip()
-        while not held and (more := text.read(_CHUNK)):
+        while not held and (more := text.read(CHUNK)):
             held = more.lstrip()
         return held
 
@@ -193,7 +193,7 @@ def _array(text: io.TextIOWrapper) -> Iterator[tuple[str, Any]]:
             return
         except ValueError as error:
             # as much again as is held, so that a long record is read in linear time
-            more = text.read(max(_CHUNK, len(rest)))
+            more = text.read(max(CHUNK, len(rest)))
             if more:
                 rest += more
                 continue
@@ -217,12 +217,12 @@ def _example(record: Any, tokenizer: Any, goal: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise _Unusable(f"a {type(record).__name__}, not an object")
     chat = getattr(tokenizer, "chat_template", None) is not None
-    found = as_example(record, chat=chat, goal=goal)
-    if isinstance(found, str):
-        raise _Unusable(found)
-    if not chat and any(isinstance(found.get(key), list) for key in ("messages", "prompt", "chosen")):
+    example = as_example(record, chat=chat, goal=goal)
+    if isinstance(example, str):
+        raise _Unusable(example)
+    if not chat and any(isinstance(example.get(key), list) for key in ("messages", "prompt", "chosen")):
         raise _Unusable("messages, but the tokenizer has no chat template")
-    return found
+    return example
 
 
 def _rows(example: dict[str, Any], tokenizer: Any, goal: str) -> list[Row]:
@@ -260,10 +260,10 @@ def _shared(before: list[int], whole: list[int]) -> int:
 def _chat(messages: list[dict[str, Any]], tokenizer: Any, tools: Any, tokens: Callable[..., list[int]]) -> Row:
     template = tokenizer.chat_template
     if not isinstance(template, str) or _MARK.search(template):
-        found = tokenizer.apply_chat_template(
+        encoded = tokenizer.apply_chat_template(
             messages, return_dict=True, return_assistant_tokens_mask=True, tools=tools
         )
-        return Row(tuple(found["input_ids"]), tuple(bool(mask) for mask in found["assistant_masks"]))
+        return Row(tuple(encoded["input_ids"]), tuple(bool(mask) for mask in encoded["assistant_masks"]))
     whole = tokens(messages)
     mask = [False] * len(whole)
     for index, message in enumerate(messages):

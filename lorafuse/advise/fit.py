@@ -43,7 +43,7 @@ def fit(
     sizes = [micro_batch >> shift for shift in range(micro_batch.bit_length())]
     names = {"lora": "LoRA"} | ({} if any(x.parameter for x in shapes.adapted) else {"qlora": "QLoRA"})
     tried = [("lora", False, micro_batch)] + [(method, True, size) for method in names for size in sizes]
-    found = [
+    settings = [
         Fit(
             method, saved, size,
             memory(shapes, method, rank, size * sequences * length, checkpointing=saved, length=length).total, None,
@@ -51,11 +51,11 @@ def fit(
         for method, saved, size in tried
     ]  # fmt: skip
     if device is None or not usable_bytes(device):
-        return found[0]
-    for each in found:
+        return settings[0]
+    for each in settings:
         if each.total <= usable_bytes(device):
             return replace(each, fits=True)
-    least = {each.method: each for each in found}
+    least = {each.method: each for each in settings}
     cards = sorted(DEVICES.values(), key=usable_bytes)
     named = []
     for method, name in names.items():

@@ -27,11 +27,11 @@ def as_example(record: dict[str, Any], *, chat: bool, goal: str) -> dict[str, An
     record = {key: _messages(value) or value for key, value in record.items() if value is not None}
     if goal == "rl":
         return _prompt(record, chat)
-    found = _supervised(record, chat)
-    if found is None:
+    example = _supervised(record, chat)
+    if example is None:
         return f"it holds {', '.join(map(repr, record)) or 'nothing'}, or those of another type"
     tools = record.get("tools")
-    return found | ({"tools": json.loads(tools) if isinstance(tools, str) else tools} if tools else {})
+    return example | ({"tools": json.loads(tools) if isinstance(tools, str) else tools} if tools else {})
 
 
 def _messages(value: Any) -> list[dict[str, Any]] | None:

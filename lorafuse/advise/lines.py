@@ -205,13 +205,13 @@ def _cost(a: Advice) -> list[Line]:
     if request.gpu is None:
         return [*lines, Line(section, "does it fit, how long", "name a GPU: --gpu H200", "model", "CARD, PLAN")]
     lines.append(_fits(a, request.gpu))
-    for way, seconds in a.step_seconds.items():
+    for training, seconds in a.step_seconds.items():
         full = a.step_seconds.get("full fine-tuning")
         value = f"{seconds:.3g} s (model)"
         value += f", {seconds / full:.2f} of full fine-tuning (model)" if full else ", full fine-tuning does not fit"
-        if way == "QLoRA":
+        if training == "QLoRA":
             value = f"at least {value}; weights are decoded before each product, PEFT's casts left out"
-        lines.append(Line(section, f"step on {request.gpu}, {way}", value, "model", "PLAN"))
+        lines.append(Line(section, f"step on {request.gpu}, {training}", value, "model", "PLAN"))
     return lines
 
 

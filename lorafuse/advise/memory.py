@@ -96,15 +96,15 @@ def _module(linears: list[Linear], hidden: int) -> float:
     for linear in linears:
         readers.setdefault(linear.K, []).append(linear)
     for K, group in readers.items():
-        share = max(linear.active for linear in group)
-        saved += share * K
+        active = max(linear.active for linear in group)
+        saved += active * K
         out = sum(linear.N for linear in group)
         # what is added to the residual stream is not needed again
         if not (len(group) == 1 and out == hidden and len(linears) > 1):
-            saved += share * out
+            saved += active * out
         # a gate's activation, beside its product with up, which is down's input
         if any(out == 2 * other.K and other.K != K and other.kind != "attention" for other in linears):
-            saved += share * out / 2
+            saved += active * out / 2
     return saved
 
 

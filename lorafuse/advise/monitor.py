@@ -128,8 +128,8 @@ class LoRAMonitor(TrainerCallback):
         """Looks at the adapters' gradients; reads one tensor of norms from the device."""
         named = _adapters(model)
         gradients = [p.grad for _, p in named if p.grad is not None]
-        found = iter(torch.stack(torch._foreach_norm(gradients)).tolist() if gradients else [])
-        norms = {name: 0.0 if parameter.grad is None else next(found) for name, parameter in named}
+        values = iter(torch.stack(torch._foreach_norm(gradients)).tolist() if gradients else [])
+        norms = {name: 0.0 if parameter.grad is None else next(values) for name, parameter in named}
         self._zero = {name: 0 if norm else self._zero.get(name, 0) + 1 for name, norm in norms.items()}
         zero = [name for name, steps in self._zero.items() if steps == _STEPS]
         if zero:
@@ -172,7 +172,7 @@ class LoRAMonitor(TrainerCallback):
         self._batch(args.world_size, args.gradient_accumulation_steps)
 
     def _capacity(self) -> None:
-        trend = _trend(self._logs)
+        trend = trend_of(self._logs)
         if trend is None:
             return
         level, level_error, slope, slope_error = trend
@@ -236,7 +236,7 @@ def _merged(logs: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [((a * m + b * n) / (m + n), m + n) for (a, m), (b, n) in pairs]
 
 
-def _trend(logs: list[tuple[float, float]]) -> tuple[float, float, float, float] | None:
+def trend_of(logs: list[tuple[float, float]]) -> tuple[float, float, float, float] | None:
     """Level at the end and slope, nats for each e-fold of tokens, each with its standard error.
 
     `logs` are (mean loss, tokens) of each interval. A line is fitted by least squares over the logarithm of the tokens

@@ -41,24 +41,24 @@ def sketch(
     No parameter keeps or gets a gradient. Raises RuntimeError, of torch, where `run` does not backpropagate.
     """
     generator = torch.Generator().manual_seed(seed)
-    found: dict[str, Tensor] = {}
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    sketches: dict[str, Tensor] = {}
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     handles = []
     for name, layer in layers.items():
         device = layer.weight.device
         omega = (torch.randn(width, layer.in_features, generator=generator) / width**0.5).to(device)
-        found[name] = torch.zeros(layer.out_features, width, device=device)
-        handles.append(layer.register_forward_hook(_hook(found[name], omega)))
+        sketches[name] = torch.zeros(layer.out_features, width, device=device)
+        handles.append(layer.register_forward_hook(_hook(sketches[name], omega)))
     try:
-        for parameter, _ in wanted:
+        for parameter, _ in required:
             parameter.requires_grad_(False)
         run()
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, was in wanted:
+        for parameter, was in required:
             parameter.requires_grad_(was)
-    return found
+    return sketches
 
 
 def _hook(into: Tensor, omega: Tensor) -> Callable[..., None]:
@@ -132,10 +132,10 @@ def probe_ranks(
         for count, batch in enumerate(batches, 1):  # noqa: B007
             model(**batch).loss.backward()
 
-    found = sketch(model, layers, run, width=2 * rank, seed=seed)
+    sketches = sketch(model, layers, run, width=2 * rank, seed=seed)
     if not count:
         raise ValueError("there is no batch to probe with; give at least one")
-    spectra = {name: torch.linalg.svdvals(value).tolist() for name, value in found.items()}
+    spectra = {name: torch.linalg.svdvals(value).tolist() for name, value in sketches.items()}
     energy = {name: sum(value**2 for value in values) for name, values in spectra.items()}
     if not any(energy.values()):
         raise ValueError("no gradient reached any layer; the batches must hold labels that are not all -100")

@@ -173,26 +173,26 @@ def _towers(model: nn.Module, config: Any) -> tuple[str, ...]:
     decoder = model.get_decoder()
     at = next((name for name, module in model.named_modules() if module is decoder), "")
     parent, _, own = at.rpartition(".")
-    beside = [name for name, _ in model.get_submodule(parent).named_children() if name not in (own, "lm_head")]
+    siblings = [name for name, _ in model.get_submodule(parent).named_children() if name not in (own, "lm_head")]
     within = _plain(f"{parent}." if parent else "")
-    return tuple(f"{within}{name}." for name in beside) if at else ()
+    return tuple(f"{within}{name}." for name in siblings) if at else ()
 
 
 def _normed(modules: list[tuple[str, nn.Module]], sizes: dict[str, int], hidden: int, towers: tuple[str, ...]) -> int:
     """Features of a token through all norms: those of q and k are as wide as all heads together."""
-    found = 0
+    features = 0
     for at, module in modules:
         weight = getattr(module, "weight", None)
         if "norm" in type(module).__name__.lower() and weight is not None and not at.startswith(towers):
             projection = at.replace("_layernorm", "_proj").replace("_norm", "_proj")
-            found += hidden if weight.numel() == hidden else sizes.get(projection, weight.numel())
-    return found
+            features += hidden if weight.numel() == hidden else sizes.get(projection, weight.numel())
+    return features
 
 
 def _unembedding(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_output_embeddings", None)
-    found = getter() if callable(getter) else None
-    return getattr(found, "base_layer", found)
+    head = getter() if callable(getter) else None
+    return getattr(head, "base_layer", head)
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
@@ -227,9 +227,9 @@ def _stacks(model: nn.Module) -> Iterator[Linear]:
 
 def _active(config: Any, modules: list[tuple[str, nn.Module]], given: int | None, experts: int) -> int:
     """How many experts a token goes to: as given, as the configuration says, or as a router's top_k says."""
-    found = [given] if given is not None else [getattr(config, name, None) for name in _ACTIVE]
-    found += [getattr(module, "top_k", None) for _, module in modules]
-    number = next((value for value in found if isinstance(value, int)), None)
+    values = [given] if given is not None else [getattr(config, name, None) for name in _ACTIVE]
+    values += [getattr(module, "top_k", None) for _, module in modules]
+    number = next((value for value in values if isinstance(value, int)), None)
     if number is None:
         raise ValueError("neither configuration nor routers say how many experts are active; give --active-experts")
     if not 1 <= number <= experts:
@@ -253,5 +253,5 @@ def _kind(at: str, head: bool, listed: bool, narrow: bool) -> str:
 
 def _depth(names: list[str]) -> int:
     """How many blocks the names of layers lie in, by their first number; at least 1."""
-    found = {match[0] for name in names if (match := re.match(r"^\D*\d+(?=\.)", name))}
-    return max(len(found), 1)
+    blocks = {match[0] for name in names if (match := re.match(r"^\D*\d+(?=\.)", name))}
+    return max(len(blocks), 1)

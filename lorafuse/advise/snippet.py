@@ -55,14 +55,14 @@ def target_parameters(shapes: ModelShapes) -> list[str]:
 
 def expert_ranks(shapes: ModelShapes, rank: int) -> dict[str, int]:
     """`rank_pattern` for the experts, whose rank is the total over the active ones; empty where it is the same."""
-    found = {}
+    pattern = {}
     for linear in shapes.adapted:
         own = rank_of(linear, rank, shapes.active_experts)
         if own != rank:
             # PEFT matches a regular expression at the end of a name, of parameters without the model's prefix
             ending = ".".join(linear.name.split(".")[-2:]) if linear.parameter else r"experts\.\d+\..*"
-            found[ending.replace(".", r"\.") if linear.parameter else ending] = own
-    return found
+            pattern[ending.replace(".", r"\.") if linear.parameter else ending] = own
+    return pattern
 
 
 def weights_of_linears(shapes: ModelShapes) -> set[str]:
@@ -99,12 +99,12 @@ def _config(shapes: ModelShapes, settings: Settings) -> str:
     parameters = target_parameters(shapes)
     # with stacks, PEFT 0.21 resolves "all-linear" by the names of transformers 4: it would adapt routers too, and give
     # gate_up twice the rank
-    taken = weights_of_linears(shapes)
-    modules = [name for name in _modules(shapes) if name not in taken] if parameters else "all-linear"
-    parameters += [f"{name}.weight" for name in sorted(taken)]
+    skipped = weights_of_linears(shapes)
+    modules = [name for name in _modules(shapes) if name not in skipped] if parameters else "all-linear"
+    parameters += [f"{name}.weight" for name in sorted(skipped)]
 
     def of_weights(pattern: dict[str, int]) -> dict[str, int]:
-        return {rf"{key}\.weight" if key.rpartition(r"\.")[2] in taken else key: own for key, own in pattern.items()}
+        return {rf"{key}\.weight" if key.rpartition(r"\.")[2] in skipped else key: own for key, own in pattern.items()}
 
     ranks = of_weights(settings.rank_pattern) | expert_ranks(shapes, settings.rank)
     alphas = of_weights(settings.alpha_pattern)

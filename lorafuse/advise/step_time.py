@@ -41,7 +41,7 @@ def micro_step_seconds(
     """
     if tokens < 1:
         raise ValueError(f"tokens {tokens}: it must be at least 1")
-    found = dict.fromkeys(WAYS, 0.0)
+    total = dict.fromkeys(WAYS, 0.0)
     blocks, rest = expert_blocks(shapes.linears)
     again = 2 if checkpointing else 1
     dtype = "bfloat16" if device.arch >= 80 else "float16"
@@ -50,24 +50,24 @@ def micro_step_seconds(
         for x in rest
         if x.kind != "tower"
     )
-    for (N, K, adapted, R, share, copies), count in sizes.items():
-        problem = Problem(math.ceil(tokens * share), N, K, R, dtype, "float32")
-        for way, seconds in _linear(problem, device, adapted, again).items():
-            found[way] += seconds * count * copies
+    for (N, K, adapted, R, active, copies), count in sizes.items():
+        problem = Problem(math.ceil(tokens * active), N, K, R, dtype, "float32")
+        for training, seconds in _linear(problem, device, adapted, again).items():
+            total[training] += seconds * count * copies
     for (up, down), count in Counter((_sizes(up), _sizes(down)) for up, down in blocks).items():
         R = rank_of(blocks[0][0], rank, shapes.active_experts)
         base = Problem(tokens * shapes.active_experts, up[1], up[2], R, dtype, "float32", groups=up[0], is_ragged=True)
         base = replace(base, choices=shapes.active_experts)
-        for way, seconds in _experts(base, down[2], device, again).items():
-            found[way] += seconds * count
+        for training, seconds in _experts(base, down[2], device, again).items():
+            total[training] += seconds * count
     packed = sum(x.weights for x in shapes.adapted if not x.parameter)
-    found["QLoRA"] += (again + 1) * packed * _DECODED / device.sustained_bandwidth
+    total["QLoRA"] += (again + 1) * packed * _DECODED / device.sustained_bandwidth
     attention = _attention(shapes, rest, tokens * length, device, again)
     loss = shapes.vocabulary * tokens * _LOSS_BYTES
-    for way in WAYS:
-        saved = activation_bytes(shapes, 0 if way == "full fine-tuning" else rank, tokens) * (again + 2) / 3
-        found[way] += attention + (loss + _PASSES * saved) / device.sustained_bandwidth
-    return found
+    for training in WAYS:
+        saved = activation_bytes(shapes, 0 if training == "full fine-tuning" else rank, tokens) * (again + 2) / 3
+        total[training] += attention + (loss + _PASSES * saved) / device.sustained_bandwidth
+    return total
 
 
 def _attention(shapes: ModelShapes, rest: list[Linear], pairs: int, device: DeviceSpec, again: int) -> float:
@@ -82,10 +82,10 @@ def _attention(shapes: ModelShapes, rest: list[Linear], pairs: int, device: Devi
 
 
 def update_seconds(
-    shapes: ModelShapes, way: str, rank: int, device: DeviceSpec, *, passes: int = _FUSED_PASSES
+    shapes: ModelShapes, training: str, rank: int, device: DeviceSpec, *, passes: int = _FUSED_PASSES
 ) -> float:
     """Modelled seconds of one AdamW step: bf16 for full fine-tuning, fp32 for adapters."""
-    moved = {"full fine-tuning": 2 * shapes.parameters, "frozen": 0}.get(way, 4 * trainable(shapes, rank))
+    moved = {"full fine-tuning": 2 * shapes.parameters, "frozen": 0}.get(training, 4 * trainable(shapes, rank))
     return passes * moved / device.sustained_bandwidth
 
 
@@ -94,8 +94,8 @@ def _sizes(linear: Linear) -> tuple[int, int, int]:
 
 
 def _linear(problem: Problem, device: DeviceSpec, adapted: bool, again: int) -> dict[str, float]:
-    found = _both((problem,), (replace(problem, gradients=_GRADIENTS),), device, again)
-    return found if adapted else found | dict.fromkeys(("lorafuse", "QLoRA"), found["frozen"])
+    modelled = _both((problem,), (replace(problem, gradients=_GRADIENTS),), device, again)
+    return modelled if adapted else modelled | dict.fromkeys(("lorafuse", "QLoRA"), modelled["frozen"])
 
 
 def _both(
@@ -117,6 +117,6 @@ def _experts(base: Problem, I: int, device: DeviceSpec, again: int) -> dict[str,
     forward = replace(base, epilogue=epilogue), replace(base, N=base.K, K=I)
     up, down = (replace(problem, gradients=_GRADIENTS, epilogue="") for problem in forward)
     backward = up, replace(down, epilogue=epilogue)
-    found = _both(forward, backward, device, again)
+    modelled = _both(forward, backward, device, again)
     # stacks stay bf16, and lorafuse's
-    return found | {"QLoRA": found["lorafuse"]}
+    return modelled | {"QLoRA": modelled["lorafuse"]}

@@ -10,6 +10,8 @@ read. Backward: 2MNK + 4MR(N + K) FLOPs; beyond the base product two reads of dy
 read.
 """
 
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,15 +37,21 @@ class Aten(Backend):
     def plan(self, operator: Problems, device: torch.device) -> Plan | None:
         if device.type != "cuda":
             return None
-        found = operator()
+        planned = operator()
         if base.availability("triton").ok:
-            return select(found, problems.device_spec(device), (("eager", ""),))
+            return select(planned, problems.device_spec(device), (("eager", ""),))
         # without Triton nothing is known of the GPU but its architecture
-        projections = found if isinstance(found, tuple) else (found,)
+        projections = planned if isinstance(planned, tuple) else (planned,)
         if not projections[0].is_ragged:
             return Plan("eager", "aten_beta1")
         arch = problems.arch(device)
         return Plan("eager", "loop" if any(no_grouped_mm(p, arch) for p in projections) else "grouped_mm")
+
+    def decode(self, w: Weight, dtype: torch.dtype, out: Tensor) -> Tensor:
+        # the codecs of the formats pass over the weight several times
+        if out.is_cuda and base.availability("triton").ok:
+            return base.load("triton").decode(w, dtype, out)
+        return super().decode(w, dtype, out)
 
     def project(
         self, x: Tensor, a: Tensor, rows: Rows | None, plan: Plan | None, *, is_transposed: bool = False,
@@ -68,8 +76,11 @@ class Aten(Backend):
         bias: Tensor | None = None, epilogue: Epilogue | None = None,
     ) -> Any:  # fmt: skip
         if rows is not None:
-            return finish(self._ragged(plan).matmul(x, w, rows, low, bias), epilogue)
-        return finish(_matmul(x, w, plan, low, bias), epilogue)
+            return finish(self._ragged(plan).matmul(self, x, w, rows, low, bias), epilogue)
+        if w.format == "dense":
+            return _matmul(x, w, plan, low, bias)
+        with self.dense(w, x.dtype) as dense:
+            return _matmul(x, dense, plan, low, bias)
 
     def outer(
         self, narrow: Tensor, wide: Tensor, rows: Rows | None, plan: Plan | None, *, like: Tensor,
@@ -81,24 +92,55 @@ class Aten(Backend):
         if rows is not None:
             return self._ragged(plan).outer(narrow, wide, rows, like, is_transposed, scale)
         if dropout is not None or narrow.dtype is not wide.dtype:
-            found = _chunked_outer(narrow, wide, dropout, like).mul_(scale)
-            return (found.t() if is_transposed else found).to(like.dtype)
+            product = _chunked_outer(narrow, wide, dropout, like).mul_(scale)
+            return (product.t() if is_transposed else product).to(like.dtype)
         if not is_transposed:
-            found = torch.mm(_transposed(narrow), wide)
+            product = torch.mm(_transposed(narrow), wide)
         elif not wide.is_cuda and _takes_transposed(wide):
-            found = torch.mm(wide.t(), narrow)
+            product = torch.mm(wide.t(), narrow)
         else:
             # (narrowᵀ wide)ᵀ: with the long side last it took 0.26 ms where wideᵀ narrow took 0.34 ms (M 1024,
             # N 2048, R 16, bf16, Xeon with AMX, 2 threads, 2026-11-24)
-            found = torch.mm(_transposed(narrow), wide)
-            return like.new_empty(like.shape).copy_(_scaled(found, scale).t())
-        return _scaled(found, scale).to(like.dtype)
+            product = torch.mm(_transposed(narrow), wide)
+            return like.new_empty(like.shape).copy_(_scaled(product, scale).t())
+        return _scaled(product, scale).to(like.dtype)
 
     def matmul_outer(  # type: ignore[override]
         self, dy: Tensor, w: Weight, plan: Plan | None, low: LowRank, x: Tensor, like: Tensor
     ) -> tuple[Tensor, Tensor]:
-        da = torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-        return _masked_matmul(dy, w, low, x, da), da.to(like.dtype)
+        da = _zeros_of(like)
+        with self.dense(w, dy.dtype) as dense:
+            return _masked_matmul(dy, dense, low, x, da), da.to(like.dtype)
+
+    def matmul_sum(
+        self, terms: Iterable[tuple[Tensor, Weight]], lows: Sequence[LowRank], plan: Plan | None, *,
+        wide: Tensor | None = None, likes: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        terms = iter(terms)
+        first = next(terms)
+        # dx of masked low-rank products, and of fp32 ones over 16 bits, is added in row chunks
+        apart = [low.dropout is not None or low.xa.dtype is not first[0].dtype for low in lows]
+        total = None
+        # the low-rank products first: the large GEMMs accumulate onto them, and no full-size sum has a pass of its own
+        for low, is_apart in zip(lows, apart, strict=True):
+            if not is_apart:
+                total = _accumulated(total, low.xa, _right(low), low.scale)
+        for x, w in itertools.chain((first,), terms):
+            with self.dense(w, x.dtype) as dense:
+                total = _accumulated(total, x, dense.right())
+        assert total is not None
+        outers = []
+        if likes:
+            assert wide is not None
+            outers = [
+                # a mask is drawn once, for the product and for this sum
+                self.outer(low.xa, wide, None, plan, like=like) if low.dropout is None else _zeros_of(like)
+                for low, like in zip(lows, likes, strict=True)
+            ]
+        for j, low in enumerate(lows):
+            if apart[j]:
+                _add_low_rank(total, low, wide, outers[j] if outers else None)
+        return total, [outer.to(like.dtype) for outer, like in zip(outers, likes, strict=True)]
 
     def combine(self, y: Tensor, rows: Rows, weight: Tensor | None) -> Tensor:
         assert rows.order is not None
@@ -166,13 +208,42 @@ def _masked_matmul(x: Tensor, w: Weight, low: LowRank, wide: Tensor | None, oute
     return y if is_fp32 else y.addmm_(x, w.right())
 
 
+def _accumulated(total: Tensor | None, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """`total + scale · left right`, written into total where there is one."""
+    return _scaled(torch.mm(left, right), scale) if total is None else total.addmm_(left, right, alpha=scale)
+
+
+def _right(low: LowRank) -> Tensor:
+    """The right operand `[R, N]` of a low-rank product, in xa's dtype."""
+    b = low.b.to(low.xa.dtype)
+    return b if low.is_transposed else b.t()
+
+
+def _add_low_rank(y: Tensor, low: LowRank, wide: Tensor | None, outer: Tensor | None) -> None:
+    """Adds `mask ⊙ (scale · xa bᵀ)` to y; and `xaᵀ (mask ⊙ wide)` to `outer` where there is a mask."""
+    xa, right, dropout = low.xa, _right(low), low.dropout
+    for chunk in row_chunks(y.shape[0], y.shape[1], y.device):
+        part = _scaled(torch.mm(xa[chunk], right), low.scale)
+        if dropout is not None:
+            keep = keep_mask(dropout.seed, dropout.p, chunk, y.shape[1])
+            part *= keep
+            if outer is not None and wide is not None:
+                outer += torch.mm(xa[chunk].t(), wide[chunk].to(xa.dtype) * keep)
+        y[chunk] += part
+
+
+def _zeros_of(like: Tensor) -> Tensor:
+    """Where a gradient of `like` is summed: its shape, fp32 at least."""
+    return torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+
+
 def _chunked_outer(narrow: Tensor, wide: Tensor, dropout: Dropout | None, like: Tensor) -> Tensor:
     """`narrowᵀ drop(wide)`, `[R, C]` in fp32 at least."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    found = torch.zeros((narrow.shape[1], wide.shape[1]), dtype=dtype, device=like.device)
+    total = torch.zeros((narrow.shape[1], wide.shape[1]), dtype=dtype, device=like.device)
     for chunk in row_chunks(wide.shape[0], wide.shape[1], wide.device):
-        found += torch.mm(narrow[chunk].t(), _masked(wide[chunk].to(narrow.dtype), dropout, chunk))
-    return found
+        total += torch.mm(narrow[chunk].t(), _masked(wide[chunk].to(narrow.dtype), dropout, chunk))
+    return total
 
 
 def _masked(x: Tensor, dropout: Dropout | None, rows: slice) -> Tensor:

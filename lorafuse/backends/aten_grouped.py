@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lorafuse.backends.protocol import Backend
 from lorafuse.operands import LowRank, Rows, Weight
 
 __all__ = ["GroupedMM"]
@@ -33,9 +34,40 @@ class GroupedMM:
         torch.mul(a, scale, out=padded[..., :R]) if scale != 1.0 else padded[..., :R].copy_(a)
         return _product(_aligned(x), padded, rows)[:, :R].contiguous()
 
-    def matmul(self, x: Tensor, w: Weight, rows: Rows, low: LowRank | None, bias: Tensor | None) -> Tensor:
-        """`matmul` without an epilogue."""
-        x, right = _aligned(x), w.right()
+    def matmul(
+        self, run: Backend, x: Tensor, w: Weight, rows: Rows, low: LowRank | None, bias: Tensor | None
+    ) -> Tensor:  # fmt: skip
+        """`matmul` without an epilogue; a quantized stack is decoded by `run`.
+
+        Where that takes several parts, the host reads where the rows of each end. A CUDA graph cannot, so that a stack
+        is decoded as a whole there.
+        """
+        x, y, first = _aligned(x), None, 0
+        is_whole = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        for groups, part in run.parts(w, x.dtype, is_whole):
+            if groups.stop - groups.start == rows.groups:
+                return self._base_and_rank(x, part.right(), rows, low, bias)
+            y = x.new_empty((x.shape[0], w.sizes[0])) if y is None else y
+            some = slice(first, int(rows.offsets[groups.stop - 1]))
+            first = some.stop
+            if some.start < some.stop:
+                mine, ends = None, rows.offsets[groups] - some.start
+                if low is not None:
+                    mine = LowRank(low.xa[some], low.b[groups], low.scale, low.is_transposed)
+                y[some] = self._base_and_rank(
+                    x[some],
+                    part.right(),
+                    Rows(some.stop - some.start, ends),
+                    mine,
+                    None if bias is None else bias[groups],
+                )
+        assert y is not None, "a stack of no groups"
+        return y
+
+    def _base_and_rank(
+        self, x: Tensor, right: Tensor, rows: Rows, low: LowRank | None, bias: Tensor | None
+    ) -> Tensor:  # fmt: skip
+        """`x right + xa (scale · b)ᵀ + bias` for right `[G, K, N]`."""
         if low is None and bias is None:
             return _product(x, right, rows)
         G, _, N = right.shape
@@ -63,9 +95,9 @@ class GroupedMM:
         R, wide = narrow.shape[1], _aligned(wide)
         narrow = _aligned(F.pad(narrow, (0, _padded(R, narrow.dtype) - R)))
         of_rows = (wide.t(), narrow) if is_transposed else (narrow.t(), wide)
-        found = _product(*of_rows, rows)
-        found = found[..., :R] if is_transposed else found[:, :R]
-        out = torch.empty_like(like).copy_(found)
+        product = _product(*of_rows, rows)
+        product = product[..., :R] if is_transposed else product[:, :R]
+        out = torch.empty_like(like).copy_(product)
         if scale != 1.0:
             out *= scale
         empty = rows.offsets.diff(prepend=rows.offsets.new_zeros(1)) == 0

@@ -7,17 +7,19 @@ Groups without rows are not touched. PEFT packs lora_B `[N, R·E]` with neighbou
 would cost more than the products.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
+from lorafuse.backends.protocol import Backend
 from lorafuse.operands import LowRank, Rows, Weight
 
 __all__ = ["matmul", "outer", "project"]
 
 # rows of a product are rounded up to these: oneDNN, which multiplies 16 bits, compiles a kernel for each size it meets
-_STEP = {torch.bfloat16: 32, torch.float16: 32}
+ROW_MULTIPLE = {torch.bfloat16: 32, torch.float16: 32}
 
 
 def project(x: Tensor, a: Tensor, rows: Rows, is_transposed: bool, scale: float) -> Tensor:
@@ -27,23 +29,28 @@ def project(x: Tensor, a: Tensor, rows: Rows, is_transposed: bool, scale: float)
     return out
 
 
-def matmul(x: Tensor, w: Weight, rows: Rows, low: LowRank | None, bias: Tensor | None) -> Tensor:
-    """`matmul` of the protocol without an epilogue."""
+def matmul(
+    run: Backend, x: Tensor, w: Weight, rows: Rows, low: LowRank | None, bias: Tensor | None
+) -> Tensor:  # fmt: skip
+    """`matmul` of the protocol without an epilogue. A quantized stack is decoded by `run`, one group with rows at a
+    time.
+    """
     segments, last = _segments(rows)
     y = x.new_empty((x.shape[0], w.sizes[0]))
     if low is not None:
         # the scale is applied before the factor is rounded to x's dtype
         _products(low.xa, _right_operands(low.b, x.dtype, not low.is_transposed, low.scale), rows, y)
-    right = w.right()
-    if low is None:
-        _products(x, right.__getitem__, rows, y)
+    right = _matrices(run, w, x.dtype)
     for e, some in segments:
-        if low is not None:
-            padded = _rounded_up(some, last, x.dtype)
-            beyond = slice(some.stop, padded.stop)
-            kept = y[beyond].clone()
-            y[padded].addmm_(x[padded], right[e])
-            y[beyond] = kept
+        padded = _rounded_up(some, last, x.dtype)
+        with right(e) as matrix:
+            if low is None:
+                torch.mm(x[padded], matrix, out=y[padded])
+            else:
+                beyond = slice(some.stop, padded.stop)
+                kept = y[beyond].clone()
+                y[padded].addmm_(x[padded], matrix)
+                y[beyond] = kept
         if bias is not None:
             y[some].add_(bias[e])
     return y
@@ -68,12 +75,12 @@ def _segments(rows: Rows) -> tuple[list[tuple[int, slice]], int]:
     """Every group that has rows, and where the last one's end."""
     if "segments" not in rows.cache:
         bounds = [0, *rows.offsets.tolist()]
-        found = [
+        segments = [
             (e, slice(first, last))
             for e, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
             if last > first
         ]
-        rows.cache["segments"] = found, found[-1][1].stop if found else 0
+        rows.cache["segments"] = segments, segments[-1][1].stop if segments else 0
     return rows.cache["segments"]
 
 
@@ -85,9 +92,23 @@ def _products(x: Tensor, right: Callable[[int], Tensor], rows: Rows, out: Tensor
         torch.mm(x[padded], right(e), out=out[padded])
 
 
+def _matrices(run: Backend, w: Weight, dtype: torch.dtype) -> Callable[[int], AbstractContextManager[Tensor]]:
+    """From a group to its right operand, for the products within the block."""
+    if w.format == "dense":
+        right = w.right()
+        return lambda e: nullcontext(right[e])
+
+    @contextmanager
+    def decoded(e: int) -> Iterator[Tensor]:
+        with run.dense(w.select(e, e + 1), dtype) as one:
+            yield one.right()[0]
+
+    return decoded
+
+
 def _rounded_up(rows: slice, last: int, dtype: torch.dtype) -> slice:
     """A group's rows and some of the next ones', which are computed with theirs later, so that sizes are few."""
-    step = _STEP.get(dtype, 1)
+    step = ROW_MULTIPLE.get(dtype, 1)
     return slice(rows.start, min(rows.start + -(-(rows.stop - rows.start) // step) * step, last))
 
 
@@ -98,7 +119,7 @@ def _over_rows(left: Tensor, right: Tensor) -> Tensor:
     """
     if left.dtype is torch.float16:
         left, right = left.float(), right.float()
-    step, wide = _STEP.get(left.dtype, 1), torch.promote_types(left.dtype, torch.float32)
+    step, wide = ROW_MULTIPLE.get(left.dtype, 1), torch.promote_types(left.dtype, torch.float32)
     whole = left.shape[0] // step * step
     if whole in (0, left.shape[0]):
         return torch.mm(left.t(), right)

@@ -30,8 +30,10 @@ __all__ = [
     "availability",
     "candidates",
     "check_name",
+    "clear_cache",
     "current",
     "load",
+    "probe",
     "require",
     "resolve",
     "use_backend",
@@ -53,8 +55,8 @@ class Availability:
 
 
 _EAGER_INSTEAD = "use backend='eager' or 'auto'"
-# what was found out, by backend; the others are looked into when they are first asked for
-_AVAILABILITY = {"eager": Availability(True)}
+# what `probe` returned, by backend
+_AVAILABILITY: dict[str, Availability] = {}
 
 
 def _triton() -> Availability:
@@ -86,9 +88,10 @@ def _cuda() -> Availability:
         return Availability(False, "torch sees no CUDA device", f"run on a Hopper GPU, or {_EAGER_INSTEAD}")
     # which device a call is on, the plan looks at
     here = {"sm_{}{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())}
-    found = [name for name in native.info("_cuda")["architectures"] if name.endswith("a")]
-    if not here & {name.removesuffix("a") for name in found}:
-        reason = f"its kernels were built for {', '.join(found)}, the devices here are {', '.join(sorted(here))}"
+    architectures = [name for name in native.info("_cuda")["architectures"] if name.endswith("a")]
+    if not here & {name.removesuffix("a") for name in architectures}:
+        built = ", ".join(architectures)
+        reason = f"its kernels were built for {built}, the devices here are {', '.join(sorted(here))}"
         return Availability(False, reason, "use backend='triton' or 'auto'")
     return Availability(True)
 
@@ -106,7 +109,20 @@ def _module(name: str, otherwise: str) -> Availability:
     return Availability(not reason, reason, f"{native.how_to_build(name)}, {otherwise}" if reason else "")
 
 
-_LOOK = {"triton": _triton, "cuda": _cuda, EMULATOR: lambda: _module("_emu", "or use backend='eager'")}
+def probe(name: str) -> Availability:
+    """Whether a backend can run on this machine now."""
+    if name == "eager":
+        return Availability(True)
+    if name == EMULATOR:
+        return _module("_emu", "or use backend='eager'")
+    return _triton() if name == "triton" else _cuda()
+
+
+def clear_cache() -> None:
+    """Look into every backend again: for whoever built one meanwhile."""
+    native.info.cache_clear()
+    native.stale.cache_clear()
+    _AVAILABILITY.clear()
 
 
 def check_name(name: str) -> str:
@@ -123,7 +139,7 @@ def availability(name: str) -> Availability:
     if check_name(name) == "auto":
         raise ValueError("backend='auto' is a choice among backends; ask for one of them by name")
     if name not in _AVAILABILITY:
-        _AVAILABILITY[name] = _LOOK[name]()
+        _AVAILABILITY[name] = probe(name)
     return _AVAILABILITY[name]
 
 
@@ -147,7 +163,7 @@ def load(name: str) -> "Backend":
 
 
 # the call of `use_backend` that set the backend of the process last, and that of the running thread or task
-_current: "use_backend | None" = None
+process_choice: "use_backend | None" = None
 _local: contextvars.ContextVar[str | None] = contextvars.ContextVar("lorafuse_backend", default=None)
 _LOCK = threading.Lock()
 
@@ -162,7 +178,7 @@ def current() -> str:
     name = _local.get()
     if name is not None:
         return name
-    return _from_environment() if _current is None else _current.name
+    return _from_environment() if process_choice is None else process_choice.name
 
 
 def resolve(name: str) -> str:
@@ -179,25 +195,25 @@ class use_backend:
     """
 
     def __init__(self, name: str) -> None:
-        global _current
+        global process_choice
         self.name = require(name)
         self._tokens: list[contextvars.Token[str | None]] = []
         self._thread, self._is_block = threading.get_ident(), False
         with _LOCK:
-            former, _current = _current, self
+            former, process_choice = process_choice, self
             self._former = former
             if former is not None and former._thread == self._thread:
                 # nobody goes back further: a setter in a loop keeps one former, not all
                 former._former = None
 
     def __enter__(self) -> "use_backend":
-        global _current
+        global process_choice
         self._tokens.append(_local.set(self.name))
         with _LOCK:
             # a block is no setting of the process; those that other threads entered meanwhile are none either
             self._is_block = True
-            while _current is not None and _current._is_block:
-                _current = _current._former
+            while process_choice is not None and process_choice._is_block:
+                process_choice = process_choice._former
         return self
 
     def __exit__(self, *exc: object) -> None:

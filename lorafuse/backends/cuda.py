@@ -9,11 +9,15 @@
       hold "project"
     ragged                grouped_linear: y or dx; ATen computes everything else
 
+A quantized weight is decoded by a launch of its own (decode_codebook, decode_fp8; both run from sm_80 on) before the
+first one of a pass: linear may overlap the launch right before it, and reads w without waiting.
+
 bfloat16 and float16 on devices of compute capability 9.0. `linear` reads adapters of x's dtype whose rows, like those
 of xa and dyb, are padded to 16 bytes with zeros. Launches go to the current stream of x's device, nothing waits for it
 and all memory is torch's, so that CUDA graphs capture it.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
@@ -27,6 +31,8 @@ from lorafuse.backends import native, problems
 from lorafuse.backends.aten import Aten
 from lorafuse.backends.aten_grouped import GroupedMM
 from lorafuse.backends.protocol import Problems, device_guard
+from lorafuse.formats import bnb_4bit
+from lorafuse.formats.codec import parse
 from lorafuse.operands import Dropout, Rows, Weight, contiguous_rows
 from lorafuse.plan import DeviceSpec, KernelConfig, Plan, configs_cuda, select
 
@@ -34,6 +40,7 @@ __all__ = ["TYPES", "Cuda", "backend"]
 
 # the numbers of Type in api.hpp
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_SCALES = {torch.bfloat16: 0, torch.float32: 2, torch.float8_e8m0fnu: 3}
 # elements of 16 bits in 16 bytes
 _ALIGN = 8
 _INSTEAD = "use 'triton', 'eager' or 'auto'"
@@ -52,19 +59,26 @@ class Cuda(Aten):
         self.grouped_mm = _GroupedLinear(self)
 
     def plan(self, operator: Problems, device: torch.device) -> Plan:
-        spec, found = self.spec(device), operator()
-        for problem in found if isinstance(found, tuple) else (found,):
+        spec, planned = self.spec(device), operator()
+        for problem in planned if isinstance(planned, tuple) else (planned,):
             reason = f"runs on CUDA devices, x is on {device}" if spec is None else configs_cuda.refusal(problem, spec)
             if reason:
                 error = TypeError if problem.dtype not in ("bfloat16", "float16") else ValueError
                 raise error(f"backend={self.name!r}: {reason}; {_INSTEAD}")
-        return select(found, spec, (("cuda", ""),))
+        return select(planned, spec, (("cuda", ""),))
 
     def guard(self, device: torch.device) -> AbstractContextManager[object]:
         return device_guard(device)
 
     def matrix(self, t: Tensor) -> Tensor:
         return contiguous_rows(t)
+
+    def decode(self, w: Weight, dtype: torch.dtype, out: Tensor) -> Tensor:
+        decoder = _DECODERS.get(w.format_name)
+        if not out.numel() or (decoder is not None and dtype in TYPES and decoder(self, w, out)):
+            return out
+        # csrc has no kernel for it
+        return super().decode(w, dtype, out)
 
     def linear_forward(  # type: ignore[override]
         self, x: Tensor, w: Weight, bias: Tensor | None, a: Tensor, b: Tensor, plan: Plan, scale: float,
@@ -186,10 +200,10 @@ class Cuda(Aten):
         if self.is_capturing():
             # a graph has flags of its own, which it zeroes at every replay: the stream's may be in use by then
             return torch.zeros(words, dtype=torch.int32, device=device)
-        found = self.flags.get((device, stream))
-        if found is None or found.numel() < words:
-            found = self.flags[device, stream] = torch.zeros(words, dtype=torch.int32, device=device)
-        return found
+        flags = self.flags.get((device, stream))
+        if flags is None or flags.numel() < words:
+            flags = self.flags[device, stream] = torch.zeros(words, dtype=torch.int32, device=device)
+        return flags
 
 
 class _GroupedLinear(GroupedMM):
@@ -253,6 +267,45 @@ def _aligned(t: Tensor) -> Tensor:
 def _adapter(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     """An adapter as the memory-bound kernels read it, of x's dtype or fp32, and its type."""
     return (t := _aligned(t if t.dtype in (dtype, torch.float32) else t.float())), TYPES[t.dtype]
+
+
+def _codebook(run: Cuda, w: Weight, out: Tensor) -> bool:
+    """Decode bitsandbytes' 4 bits."""
+    _, block, rounded, first = bnb_4bit.parameters_of(w.parameters)
+    data, (absmax, code, *nested) = _aligned(w.data), w.statistics
+    absmax = absmax if nested else absmax.float()
+    pointers = dict(zip(("nested_absmax", "nested_code", "nested_offset"), map(_at, nested), strict=False))
+    run.native.decode_codebook(
+        type=TYPES[out.dtype], count=out.numel(), first=first, block_size=block, data=data.data_ptr(),
+        code=code.data_ptr(), absmax=absmax.data_ptr(), **pointers, rounded=TYPES[rounded], out=out.data_ptr(),
+        stream=run.stream(out.device),
+    )  # fmt: skip
+    return True
+
+
+def _fp8(run: Cuda, w: Weight, out: Tensor) -> bool:
+    """Decode e4m3 with scales of blocks; nothing where its dtypes are others than those of the kernel."""
+    _, fields = parse(w.parameters)
+    data, (scale,) = w.data, w.statistics
+    if data.dtype is not torch.float8_e4m3fn or scale.dtype not in _SCALES:
+        return False
+    *groups, N, K = data.shape
+    G, (rows, columns) = math.prod(groups), map(int, fields["block"].split("x"))
+    if scale.numel() == 1:
+        # of all matrices
+        G, N, rows, columns = 1, G * N, G * N, K
+    data, scale = _aligned(data), scale.contiguous()
+    run.native.decode_fp8(
+        type=TYPES[out.dtype], G=G, N=N, K=K, block_rows=rows, block_columns=columns, data=data.data_ptr(),
+        scale=scale.data_ptr(), scale_type=_SCALES[scale.dtype],
+        rounded_scale=TYPES[out.dtype if fields.get("scale") == "rounded" else torch.float32], out=out.data_ptr(),
+        stream=run.stream(out.device),
+    )  # fmt: skip
+    return True
+
+
+# by the name of a format
+_DECODERS: dict[str, Callable[[Cuda, Weight, Tensor], bool]] = {"nf4": _codebook, "fp4": _codebook, "fp8": _fp8}
 
 
 def _rounding(

@@ -19,7 +19,7 @@ from lorafuse.backends.native_sources import source_hash
 __all__ = ["built", "describe", "how_to_build", "info", "load", "stale", "why_not_built"]
 
 _PACKAGE = Path(__file__).parents[1]
-_CSRC = _PACKAGE.parent / "csrc"
+CSRC = _PACKAGE.parent / "csrc"
 
 
 def built(name: str) -> bool:
@@ -38,8 +38,8 @@ def info(name: str) -> dict[str, Any]:
     spec = importlib.util.find_spec(f"lorafuse.{name}")
     assert spec is not None
     assert spec.origin is not None
-    found = re.search(rb'\{"compiler": [^}]*\}', Path(spec.origin).read_bytes())
-    return json.loads(found[0]) if found else {"compiler": "?", "architectures": [], "sources": "?"}
+    match = re.search(rb'\{"compiler": [^}]*\}', Path(spec.origin).read_bytes())
+    return json.loads(match[0]) if match else {"compiler": "?", "architectures": [], "sources": "?"}
 
 
 def how_to_build(name: str) -> str:
@@ -51,7 +51,7 @@ def how_to_build(name: str) -> str:
 
 
 def _in_checkout() -> bool:
-    return (_CSRC / "build.py").exists()
+    return (CSRC / "build.py").exists()
 
 
 @cache
@@ -59,20 +59,20 @@ def stale(name: str) -> str:
     """Why a built module must be built anew: "" when it is of this checkout's sources, or no sources are here."""
     if not _in_checkout():
         return ""
-    here, of = source_hash(_CSRC, emulated=name == "_emu"), info(name)["sources"]
+    here, of = source_hash(CSRC, emulated=name == "_emu"), info(name)["sources"]
     return "" if here == of else f"lorafuse.{name} was built from other sources ({of}) than those of csrc here ({here})"
 
 
 def describe(name: str) -> str:
     """A built module in one line."""
-    found = info(name)
-    architectures = f" for {', '.join(found['architectures'])}" if found["architectures"] else ""
-    return f"built by {found['compiler']}{architectures} from sources {found['sources']}"
+    build = info(name)
+    architectures = f" for {', '.join(build['architectures'])}" if build["architectures"] else ""
+    return f"built by {build['compiler']}{architectures} from sources {build['sources']}"
 
 
 def why_not_built() -> str:
     """What keeps this checkout from building the CUDA kernels; "" where nothing does, or this is no checkout."""
     if not _in_checkout():
         return ""
-    done = subprocess.run([sys.executable, str(_CSRC / "build.py"), "check"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(CSRC / "build.py"), "check"], capture_output=True, text=True)
     return done.stderr.strip() if done.returncode else ""

@@ -11,11 +11,11 @@ _EMULATOR = "emu"
 
 def source_hash(csrc: Path, emulated: bool) -> str:
     """A hash of the names and contents of all files that `lorafuse._emu`, or else `lorafuse._cuda`, is built from."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(csrc.rglob("*")):
         name = path.relative_to(csrc)
         if not path.is_file() or "__pycache__" in name.parts or (name.parts[0] == _EMULATOR and not emulated):
             continue
-        found.update(f"{name.as_posix()}\0".encode())
-        found.update(hashlib.sha256(path.read_bytes()).digest())
-    return found.hexdigest()[:16]
+        digest.update(f"{name.as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]

@@ -1,5 +1,6 @@
 """From the machine and a call's operands to what the planner decides by."""
 
+from collections.abc import Sequence
 from functools import cache, lru_cache
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from lorafuse.operands import Weight
 from lorafuse.plan import DeviceSpec, Problem, recognize
 
-__all__ = ["arch", "device_spec", "experts_problems", "grouped_problem", "linear_problem"]
+__all__ = ["arch", "device_spec", "experts_problems", "grouped_problem", "linear_problem", "siblings_problem"]
 
 # the gradients of a backward pass over ragged rows
 _GRADIENTS = ("dx", "da", "db")
@@ -43,8 +44,27 @@ def linear_problem(
     N, K = w.sizes
     aligned = _rows_are_aligned(x) and (w.format != "dense" or _rows_are_aligned(w.data))
     return _problem(
-        x.shape[0], N, K, a.shape[0], x.dtype, a.dtype, bias, dropout, gradients, aligned, wide, format=w.format
+        x.shape[0], N, K, a.shape[0], x.dtype, a.dtype, bias, dropout, gradients, aligned, wide, format=w.format_name
     )
+
+
+def siblings_problem(
+    x: Tensor, weights: Sequence[Weight], adapters: Sequence[Tensor], bias: bool, dropout: bool,
+    gradients: tuple[str, ...] = (), wide: bool = False, also: Sequence[Weight] = (),
+) -> Problem:  # fmt: skip
+    """The problem of layers of one x `[M, K]`, or of their dy, as that of one layer with all their out features and
+    ranks; `adapters` are the a `[R, K]` of those that have one. `also` are weights that the same backend reads after.
+    """
+    size = x.element_size()
+    aligned = _rows_are_aligned(x) and all(
+        w.sizes[0] * size % 16 == 0 and (w.format != "dense" or _rows_are_aligned(w.data)) for w in (*weights, *also)
+    )
+    formats = {w.format_name for w in weights}
+    return _problem(
+        x.shape[0], sum(w.sizes[0] for w in weights), weights[0].sizes[1], sum(a.shape[0] for a in adapters) or 1,
+        x.dtype, adapters[0].dtype if adapters else x.dtype, bias, dropout, gradients, aligned, wide,
+        format=next((name for name in sorted(formats) if name != "dense"), "dense"),
+    )  # fmt: skip
 
 
 # every call of a layer needs one, and making it takes as long as a launch
@@ -92,7 +112,7 @@ def _ragged(
     rank, adapter = (1, x.dtype) if a is None else (a.shape[1], a.dtype)
     return _problem(
         rows, N, K, rank, x.dtype, adapter, bias=False, dropout=False, gradients=_GRADIENTS if backward else (),
-        aligned=aligned, wide=False, groups=E, is_ragged=True, choices=choices, format=w.format, epilogue=epilogue,
+        aligned=aligned, wide=False, groups=E, is_ragged=True, choices=choices, format=w.format_name, epilogue=epilogue,
     )  # fmt: skip
 
 

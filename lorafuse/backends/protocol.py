@@ -1,16 +1,18 @@
-"""The five primitives: what a backend implements once, and what every operator of `lorafuse.ops` is made of.
+"""The six primitives: what a backend implements once, and what every operator of `lorafuse.ops` is made of.
 
     project         xa = scale · drop(x) aᵀ                         to the rank: xa, and dyb = dy b
     matmul          y = epilogue(x wᵀ + bias + scale · xa bᵀ)        the one main loop: y, dx, (u, h), (du, h)
     outer           scale · Σ_s narrow[s]ᵀ (row_scale[s] · wide[s])  sums over rows in a fixed order: da, db
     project_outer   dyb, db and dbias from one read of dy           default: project and outer
+    matmul_sum      Σ_i x_i w_iᵀ + Σ_j scale_j · xa_j b_jᵀ          dx of layers of one x; default: matmul and sums
     combine         out[t] = Σ_j weight[t, j] · y of choice j       the weighted sum over a token's choices
 
 Operands are values (`lorafuse.operands`). `x` is a matrix `[rows, K]` as `Backend.matrix` gives it, of float dtype;
 adapters may be of another dtype and any strides, and are rounded to x's dtype inside. `rows` is None for a dense layer.
 `plan` is the plan of the projection (`lorafuse.plan`), asked once by the operator, which runs the primitives within
 `guard`. A primitive writes into no operand, does not wait for the device where offsets lie on one, and computes no
-gradient of w.
+gradient of w. `matmul` reads a w of any format: a quantized one is decoded into the workspace (`workspace`), right
+before the product that reads it, and never kept; a backend may override `decode`.
 
 A backend may offer composites, several primitives in one launch, under the names below; an operator asks for them first
 and composes otherwise. They are None where a backend has none. The plan of a backend with composites of a linear layer
@@ -18,12 +20,14 @@ refuses problems whose xa is fp32 over 16-bit operands: these do not learn of it
 """
 
 import contextlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorafuse.backends import workspace
 from lorafuse.operands import ActivateBackward, Dropout, Epilogue, LowRank, Rows, Weight
 from lorafuse.plan import Plan, Problem
 
@@ -76,9 +80,37 @@ class Backend:
         """x `[T, …]` and the rows by which the primitives read it: gathered here unless the kernels do that."""
         return x.index_select(0, rows.token), rows
 
-    def readable(self, w: Weight, dtype: torch.dtype) -> Weight:
-        """w in a format that `matmul` reads."""
-        return w.decoded(dtype)
+    def decode(self, w: Weight, dtype: torch.dtype, out: Tensor) -> Tensor:
+        """The matrices of a quantized w, as stored, in `dtype`: written into `out`, contiguous, of sizes `w.stored`.
+
+        Bit for bit what the codec of its format gives.
+        """
+        return w.decoded(dtype, out).data
+
+    def dense(self, w: Weight, dtype: torch.dtype) -> contextlib.AbstractContextManager[Weight]:
+        """w in the dense format, for the products within the block: no result may alias it."""
+        return contextlib.nullcontext(w) if w.format == "dense" else self._decoded(w, dtype)
+
+    @contextlib.contextmanager
+    def _decoded(self, w: Weight, dtype: torch.dtype) -> Iterator[Weight]:
+        with workspace.buffer(w.stored, dtype, w.data.device) as out:
+            yield Weight(self.decode(w, dtype, out), w.is_transposed)
+
+    def parts(self, w: Weight, dtype: torch.dtype, is_whole: bool = False) -> Iterator[tuple[slice, Weight]]:
+        """Which groups of a stack, and their matrices in the dense format: all of a dense one, of a quantized one as
+        many at a time as the workspace's budget holds, unless `is_whole`. Each part is overwritten by the next.
+        """
+        G, *sizes = w.stored
+        if w.format == "dense":
+            yield slice(0, G), w
+            return
+        fitting = workspace.budget() // max(1, math.prod(sizes) * dtype.itemsize)
+        step = max(1, G if is_whole else min(G, fitting))
+        with workspace.buffer((step, *sizes), dtype, w.data.device) as out:
+            for start in range(0, G, step):
+                stop = min(G, start + step)
+                some = w if step == G else w.select(start, stop)
+                yield slice(start, stop), Weight(self.decode(some, dtype, out[: stop - start]), w.is_transposed)
 
     def project(
         self, x: Tensor, a: Tensor, rows: Rows | None, plan: Plan | None, *, is_transposed: bool = False,
@@ -99,6 +131,33 @@ class Backend:
         Rows of no group hold anything.
         """
         raise NotImplementedError
+
+    def matmul_sum(
+        self, terms: Iterable[tuple[Tensor, Weight]], lows: Sequence[LowRank], plan: Plan | None, *,
+        wide: Tensor | None = None, likes: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """`(Σ_i x_i w_iᵀ + Σ_j low_j, [xa_jᵀ drop_j(wide)])`: dx `[S, K]` of layers that read one x, and each da.
+
+        Rows are dense. Terms are at least as many as lows, and read one after the other: the weight of one may be gone
+        when the next is read. `likes` are the parameters whose gradients the second are, those of the lows, or none.
+        """
+        rest, total = list(lows), None
+        for x, w in terms:
+            if total is not None and not rest:
+                # torch's product accumulates, where one of a backend's own would be added in a pass over dx
+                with self.dense(w, x.dtype) as dense:
+                    total.addmm_(x, dense.right())
+                continue
+            product = self.matmul(x, w, None, plan, low=rest.pop(0) if rest else None)
+            total = product if total is None else total.add_(product)
+        assert total is not None
+        if not likes:
+            return total, []
+        assert wide is not None
+        return total, [
+            self.outer(low.xa, wide, None, plan, like=like, dropout=low.dropout)
+            for low, like in zip(lows, likes, strict=True)
+        ]
 
     def outer(
         self, narrow: Tensor, wide: Tensor, rows: Rows | None, plan: Plan | None, *, like: Tensor,

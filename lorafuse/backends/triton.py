@@ -14,10 +14,10 @@ import torch
 import triton
 from torch import Tensor
 
-from lorafuse.activation import Activation, Recomputed
+from lorafuse.activation import Activation
 from lorafuse.backends import problems
 from lorafuse.backends.protocol import Backend, Problems, device_guard, finish
-from lorafuse.kernels import combine, epilogues, lowrank, matmul
+from lorafuse.kernels import combine, decode, epilogues, lowrank, matmul
 from lorafuse.kernels.rows import Tiles
 from lorafuse.operands import Activate, Dropout, Epilogue, LowRank, Rows, Weight, contiguous_rows
 from lorafuse.plan import DeviceSpec, Plan, interpreted_as, select
@@ -62,6 +62,14 @@ class Triton(Backend):
     def in_order(self, x: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
         return x, rows.gathered
 
+    def decode(self, w: Weight, dtype: torch.dtype, out: Tensor) -> Tensor:
+        known = w.kernel
+        if known is None or not out.numel() or dtype not in _DTYPES:
+            return super().decode(w, dtype, out)
+        name, operands = known
+        decode.KERNELS[name](out=out, **operands)
+        return out
+
     def project(
         self, x: Tensor, a: Tensor, rows: Rows | None, plan: Plan | None, *, is_transposed: bool = False,
         scale: float = 1.0, dropout: Dropout | None = None, dtype: torch.dtype | None = None,
@@ -88,19 +96,34 @@ class Triton(Backend):
             # the kernel reads a few rows of b, or columns of a; it rounds them, after the scale
             b = b.mT if low.is_transposed else _packed(b, b.dtype)
         if rows is None:
-            w = Weight(contiguous_rows(w.data), w.is_transposed)
-        left, read = w.left(), _read(rows)
-        if epilogue is None or not _is_fused(epilogue.activation):
-            mask = _mask(None if low is None else low.dropout)
-            return finish(matmul.matmul(x, left, bias, xa, b, scale, programs, config, **read, **mask), epilogue)
-        act = epilogue.activation
-        assert isinstance(act, Activation)
+            with self.dense(w, x.dtype) as dense:
+                left = Weight(contiguous_rows(dense.data), dense.is_transposed).left()
+                mask = _mask(None if low is None else low.dropout)
+                return finish(matmul.matmul(x, left, bias, xa, b, scale, programs, config, **mask), epilogue)
+        act = None if epilogue is None else epilogue.activation
+        known = act if isinstance(act, Activation) and _is_fused(act) else None
+        out: Any = None
+        for groups, part in self.parts(w, x.dtype):
+            of_b, of_bias = (None if t is None else t[groups] for t in (b, bias))
+            read = {"tiles": _tiles(rows).part(groups), "source": rows.index, "out": out}
+            if known is None:
+                out = matmul.matmul(x, part.left(), of_bias, xa, of_b, scale, programs, config, **read)
+            elif isinstance(epilogue, Activate):
+                out = matmul.activated(
+                    x, part.left(), of_bias, xa, of_b, scale, known.name, known.layout.value, programs, config, **read
+                )
+            else:
+                assert epilogue is not None
+                out = matmul.activation_backward(
+                    x, part.left(), xa, of_b, scale, epilogue.u, known.name, known.layout.value,
+                    epilogue.need_router_grad, programs, config, row_scale=epilogue.row_scale, **read,
+                )  # fmt: skip
+        if known is None:
+            return finish(out, epilogue)
         if isinstance(epilogue, Activate):
-            return matmul.activated(x, left, bias, xa, b, scale, act.name, act.layout.value, programs, config, **read)
-        return matmul.activation_backward(
-            x, left, xa, b, scale, epilogue.u, act.name, act.layout.value, epilogue.need_router_grad, programs, config,
-            row_scale=epilogue.row_scale, **read,
-        )  # fmt: skip
+            return out
+        du, h, shares = out
+        return du, h, None if shares is None else shares.sum(0)
 
     def outer(
         self, narrow: Tensor, wide: Tensor, rows: Rows | None, plan: Plan | None, *, like: Tensor,
@@ -116,9 +139,9 @@ class Triton(Backend):
         if row_scale is not None:
             narrow = narrow * row_scale.to(narrow.dtype).unsqueeze(1)
         parts = lowrank.outer_partials(wide, narrow, config, **_mask(dropout))
-        found = out.t().contiguous() if is_transposed else out
-        lowrank.sum_partials([(parts, found, scale)], plan.config("reduce"))
-        return out.copy_(found.t()) if is_transposed else out
+        total = out.t().contiguous() if is_transposed else out
+        lowrank.sum_partials([(parts, total, scale)], plan.config("reduce"))
+        return out.copy_(total.t()) if is_transposed else out
 
     def project_outer(
         self, dy: Tensor, b: Tensor, xa: Tensor | None, plan: Plan | None, *, scale: float, need_dyb: bool,
@@ -144,11 +167,13 @@ class Triton(Backend):
 
 def _read(rows: Rows | None) -> dict[str, Any]:
     """How kernels find rows."""
-    if rows is None:
-        return {}
+    return {} if rows is None else {"tiles": _tiles(rows), "source": rows.index}
+
+
+def _tiles(rows: Rows) -> Tiles:
     if "tiles" not in rows.cache:
         rows.cache["tiles"] = Tiles(rows.offsets, rows.count)
-    return {"tiles": rows.cache["tiles"], "source": rows.index}
+    return rows.cache["tiles"]
 
 
 def _mask(dropout: Dropout | None) -> dict[str, Any]:
@@ -159,9 +184,9 @@ def _spec(device: torch.device) -> DeviceSpec:
     return problems.device_spec(device) or interpreted_as()
 
 
-def _is_fused(act: Activation | Recomputed) -> bool:
+def _is_fused(act: Activation) -> bool:
     """Whether the epilogue of a kernel computes it."""
-    return isinstance(act, Activation) and act.name in (*epilogues.ACTIVATIONS, *epilogues.GATES)
+    return act.name in (*epilogues.ACTIVATIONS, *epilogues.GATES)
 
 
 def _packed(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -52,10 +52,10 @@ def run(runs: list[argparse.Namespace], console: Any, prepare: Prepare) -> int:
         if args.kind not in _KINDS:
             raise ValueError(f"--base compares {', '.join(_KINDS)}, not {args.kind}")
     prepared = [(args, *prepare(args)) for args in runs]
-    found = conditions(prepared[0][2])
+    setting = conditions(prepared[0][2])
     status, results = 0, []
     with _tree(runs[0].base) as (tree, commit):
-        console.print(f"{describe(found)}; base {runs[0].base} is {commit}", highlight=False)
+        console.print(f"{describe(setting)}; base {runs[0].base} is {commit}", highlight=False)
         try:
             for args, problems, device in prepared:
                 for problem in problems:
@@ -69,7 +69,7 @@ def run(runs: list[argparse.Namespace], console: Any, prepare: Prepare) -> int:
             status = 130
     for args in runs:
         if args.json is not None:
-            content = {"version": VERSION, "kind": "compare", "base": commit, "conditions": found, "results": results}
+            content = {"version": VERSION, "kind": "compare", "base": commit, "conditions": setting, "results": results}
             write_json(args.json, content)
     slower = [f"{r['case']} {part}" for r in results for part, v in r["verdicts"].items() if v == "slower"]
     if slower:

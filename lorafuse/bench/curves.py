@@ -51,17 +51,17 @@ def record(
 
 def summary(curves: dict[str, Any]) -> dict[str, Any]:
     """The curves, each with what it learned, and its difference from PEFT's of the same step: median and interval."""
-    found = {}
+    summaries = {}
     peft = curves.get("peft", {}).get("losses")
     for name, one in curves.items():
         losses = one["losses"]
         end = max(1, len(losses) // 10)
-        found[name] = one | {"learned": statistics.fmean(losses[:end]) - statistics.fmean(losses[-end:])}
+        summaries[name] = one | {"learned": statistics.fmean(losses[:end]) - statistics.fmean(losses[-end:])}
         if peft is not None and name != "peft":
             differences = [own - other for own, other in zip(losses, peft, strict=True)]
             low, high = figures.bootstrap([differences])
-            found[name]["from_peft"] = {
+            summaries[name]["from_peft"] = {
                 "median": statistics.median(differences), "low": low, "high": high,
                 "largest": max(map(abs, differences)),
             }  # fmt: skip
-    return found
+    return summaries

@@ -119,8 +119,8 @@ def _sum(first: Processes, second: Processes) -> list[list[float]]:
 def _ratio(figure: str, own: Processes, base: Processes, less: float = 0.0) -> dict[str, float]:
     """The median of the rounds' ratios minus `less`, with its spread, and its interval over several processes."""
     ratios = [[a / b - less for a, b in zip(*pair, strict=True)] for pair in zip(own, base, strict=True)]
-    found = summary(ratios)
-    figures = {figure: found["median"], f"{figure}_p20": found["p20"], f"{figure}_p80": found["p80"]}
+    spread = summary(ratios)
+    figures = {figure: spread["median"], f"{figure}_p20": spread["p20"], f"{figure}_p80": spread["p80"]}
     if len(ratios) >= _LEAST_PROCESSES:
         figures[f"{figure}_low"], figures[f"{figure}_high"] = bootstrap(ratios)
     return figures

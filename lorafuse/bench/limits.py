@@ -47,12 +47,12 @@ def available_bytes() -> int:
 
 
 @contextmanager
-def within_memory(share: float = 0.95) -> Iterator[None]:
-    """Limit this process to `share` of the memory that is free on entry; allocations beyond it raise."""
+def within_memory(fraction: float = 0.95) -> Iterator[None]:
+    """Limit this process to `fraction` of the memory that is free on entry; allocations beyond it raise."""
     import psutil
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    bound = psutil.Process().memory_info().data + int(available_bytes() * share)
+    bound = psutil.Process().memory_info().data + int(available_bytes() * fraction)
     resource.setrlimit(resource.RLIMIT_DATA, (bound if hard == resource.RLIM_INFINITY else min(bound, hard), hard))
     try:
         yield

@@ -77,23 +77,23 @@ def cases(args: argparse.Namespace) -> list[Case]:
         list(MODELS.values()) if args.all else [find(n) for n in args.case or [_USUAL.get(device.type, _USUAL["cpu"])]]
     )
     tokens = args.tokens or _TOKENS.get(device.type, _TOKENS["cpu"])
-    found = []
+    cases = []
     for model in models:
-        sizes = _sizes(model, args, device, args.batch * tokens)
+        sizes = sizes_of(model, args, device, args.batch * tokens)
         settings = itertools.product(dict.fromkeys(args.accumulate), _checkpointing(args))
         for index, (accumulate, checkpointing) in enumerate(settings):
             steps = args.steps
             if steps is None:
                 steps = _STEPS.get(device.type, _STEPS["cpu"]) if model.real and index == 0 else 0
-            found.append(Case(model, sizes, accumulate, checkpointing, args.batch, tokens, steps))
-    return found
+            cases.append(Case(model, sizes, accumulate, checkpointing, args.batch, tokens, steps))
+    return cases
 
 
 def _checkpointing(args: argparse.Namespace) -> list[bool]:
     return {"both": [False, True], "on": [True], "off": [False]}[args.checkpointing]
 
 
-def _sizes(model: Model, args: argparse.Namespace, device: torch.device, tokens: int) -> Sizes:
+def sizes_of(model: Model, args: argparse.Namespace, device: torch.device, tokens: int) -> Sizes:
     """The sizes to build: the requested layers, or as many as fit for the variant that needs most memory."""
     whole = Sizes.of(model.config())
     if args.layers is not None:

@@ -279,10 +279,10 @@ def _build(run: _Run, names: list[str], stack: ExitStack) -> tuple[Given, list[T
         else:
             if name == "peft" and (reference is None or reference.seen is None):
                 continue
-            found = run.attempt(name, lambda one=one: _local(run, one, given, reference, micro))  # type: ignore[misc]
-            if found is None:
+            built = run.attempt(name, lambda one=one: _local(run, one, given, reference, micro))  # type: ignore[misc]
+            if built is None:
                 continue
-            made, facts = found
+            made, facts = built
         trainees.append(made)
         run.losses[name] = made.losses
         trained = sum(p.numel() for p in made.trained) if isinstance(made, Trainee) else facts.pop("trained")

@@ -107,12 +107,12 @@ def figures(content: dict[str, Any], only: str = "") -> dict[str, Any]:
     if content["kind"] == "memory":
         makers = {"memory": lambda: _memory(results)}
     made = {name: make() for name, make in makers.items() if only in ("", name)}
-    found = {name: figure for name, figure in made.items() if figure is not None}
-    for figure in found.values():
+    drawn = {name: figure for name, figure in made.items() if figure is not None}
+    for figure in drawn.values():
         figure.supxlabel(footer, fontsize=7, color="#444444", x=0.01, ha="left")
         # left, where the legend is not
         figure.suptitle(figure.get_suptitle(), fontsize=10, x=0.01, ha="left")
-    return found
+    return drawn
 
 
 def _footer(conditions: dict[str, str]) -> str:
@@ -137,12 +137,12 @@ def _lines(results: list[Result], by: str, key: str) -> Any:
     for ax, (_, rows) in zip(axes, panels, strict=True):
         for name in dict.fromkeys(name for row in rows for name in with_adapters(row, key)):
             had = [row for row in rows if name in with_adapters(row, key)]
-            values, found = [row[by] for row in had], [row["variants"][name] for row in had]
+            values, measured = [row[by] for row in had], [row["variants"][name] for row in had]
             own = {"color": styles[name].colour, "zorder": 3 if name.startswith("lorafuse") else 2}
             look = {"marker": styles[name].marker, "markersize": 4.5, "linewidth": 1.6, **own}
-            ax.plot(values, [one[key] for one in found], label=found[0].get("label", name), **look)
-            ends = [found_ends for one in found if (found_ends := interval(one, key)) is not None]
-            if len(ends) == len(found):
+            ax.plot(values, [one[key] for one in measured], label=measured[0].get("label", name), **look)
+            ends = [limits for one in measured if (limits := interval(one, key)) is not None]
+            if len(ends) == len(measured):
                 ax.fill_between(values, *zip(*ends, strict=True), alpha=0.15, linewidth=0, **own)
         if floors := [(row[by], row["floors"][key]) for row in rows if "floors" in row]:
             ax.plot(*zip(*floors, strict=True), "--", color="#000000", linewidth=1, label=_FLOOR)
@@ -199,7 +199,7 @@ def _bars(
     thick = 0.8 / len(names)
     for ax, (_, rows) in zip(axes, panels, strict=True):
         for index, name in enumerate(names):
-            had = [(at, row, found) for at, row in enumerate(rows) if (found := value(row, name)) is not None]
+            had = [(at, row, bar) for at, row in enumerate(rows) if (bar := value(row, name)) is not None]
             if not had:
                 continue
             places = [at - 0.4 + thick * (index + 0.5) for at, _, _ in had]

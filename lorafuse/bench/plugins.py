@@ -112,14 +112,14 @@ def load_file(file: Path, kind: str, device: torch.device, dtype: str = "") -> l
     missing = [name for name in requires if importlib.util.find_spec(name) is None]
     label = module.LABEL if isinstance(module.LABEL, str) else module.LABEL[kind]
     dtypes = getattr(module, "DTYPES", (dtype,))
-    found = []
+    baselines = []
     for suffix, options in getattr(module, "FORMS", {"": {}}).items():
         absent = f"{', '.join(missing)} not installed" if missing else ""
         if not absent and hasattr(module, "unavailable"):
             absent = module.unavailable(kind, device, **options)
         if not absent and dtype and dtype not in dtypes:
             absent = f"needs a base in {' or '.join(dtypes)}"
-        found.append(
+        baselines.append(
             Baseline(
                 name=file.stem.replace("_", "-") + (f"-{suffix}" if suffix else ""),
                 label=label + (f", {suffix}" if suffix else ""),
@@ -132,4 +132,4 @@ def load_file(file: Path, kind: str, device: torch.device, dtype: str = "") -> l
                 absent=absent,
             )
         )
-    return found
+    return baselines

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,10 @@ class _Process:
 
 
 class RemoteRunner(_Process):
-    """The methods of `Runner`; `wrong` is the result of the gate in that process."""
+    """The methods of `Runner`; the process builds its variant when `wrong` is first read.
+
+    Processes that are made before the first is read import their packages at the same time.
+    """
 
     def __init__(
         self,
@@ -126,14 +130,20 @@ class RemoteRunner(_Process):
         timeout: float = TIMEOUT,
     ) -> None:
         super().__init__(name, timeout, tree)
-        try:
-            self.wrong = self._request(
-                "build", kind=problem.kind, problem=asdict(problem), graphs=graphs, **_described(baseline, device)
-            )
-            self.launched = "" if self.wrong else self._request("launched")
-        except BaseException:
-            self.close()
-            raise
+        self._variant = {"kind": problem.kind, "problem": asdict(problem), "graphs": graphs}
+        self._variant |= _described(baseline, device)
+
+    @cached_property
+    def wrong(self) -> str:
+        """The result of the gate in that process: "" or the reason why its variant is wrong."""
+        reason: str = self._request("build", **self._variant)
+        return reason
+
+    @cached_property
+    def launched(self) -> str:
+        """As `Runner.launched`; "" for a variant that is wrong."""
+        reason: str = "" if self.wrong else self._request("launched")
+        return reason
 
     def once(self, warm: bool = False) -> tuple[float, float]:
         """Seconds of one forward and of one backward, measured in that process."""
@@ -177,8 +187,8 @@ class RemoteTrainee(_Process):
 
     def memory(self, ids: Tensor) -> dict[str, int]:
         """As `Trainee.memory`."""
-        found: dict[str, int] = self._request("step_memory", ids=ids.tolist())
-        return found
+        measured: dict[str, int] = self._request("step_memory", ids=ids.tolist())
+        return measured
 
 
 def _described(baseline: Baseline, device: torch.device) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write the file atomically: an interrupted run leaves the former one."""
     text = json.dumps(content, indent=1)
     # the raw rounds of a process on one line
-    text = re.sub(r"\[[\d.,\seE+-]+\]", lambda found: " ".join(found[0].split()), text)
+    text = re.sub(r"\[[\d.,\seE+-]+\]", lambda match: " ".join(match[0].split()), text)
     write_text(path, text + "\n")
 
 

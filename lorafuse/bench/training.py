@@ -57,8 +57,8 @@ class Trainee:
 
     @property
     def device(self) -> torch.device:
-        found: torch.device = next(self.model.parameters()).device
-        return found
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     def evaluate(self, ids: Tensor) -> float:
         """Loss of token ids `[batch, tokens]`; parameters keep no gradient."""

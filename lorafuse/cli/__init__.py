@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _prepare_output()
         try:
-            args = _parser().parse_args(argv)
+            args = parser().parse_args(argv)
             name = f"lorafuse {args.command}"
             status: int = args.run(args)
         finally:
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lorafuse", description="Fused LoRA layers: try, measure, diagnose.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:

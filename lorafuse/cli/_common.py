@@ -20,18 +20,18 @@ def device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
     try:
-        found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if found.type == "cuda":
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda":
             count = max(1, torch.cuda.device_count())
-            if (found.index or 0) >= count:
+            if (device.index or 0) >= count:
                 raise RuntimeError(f"the CUDA devices here are 0 to {count - 1}")
         else:
             # a name that torch knows may be of a device that it was built without, is not here, or holds no numbers
-            torch.zeros(1, device=found).item()
+            torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--device {name}: torch cannot use it here ({reason}); use --device cpu") from error
-    return found
+    return device
 
 
 def console() -> Any:

@@ -29,9 +29,9 @@ class Direction:
 def print_plans(device: DeviceSpec, sizes: str, directions: Mapping[str, Direction], as_json: bool) -> None:
     """Print the plans of all directions, or the same as JSON."""
     if as_json:
-        found = {name: _as_json(direction) for name, direction in directions.items()}
+        plans = {name: _as_json(direction) for name, direction in directions.items()}
         tax = _tax(directions)["this plan"]
-        print(json.dumps({"device": asdict(device), "directions": found, "lora_tax_model": tax}, indent=1))
+        print(json.dumps({"device": asdict(device), "directions": plans, "lora_tax_model": tax}, indent=1))
         return
     rates = f"{device.sustained_flops / 1e12:.0f} TFLOP/s and {device.sustained_bandwidth / 1e12:.2f} TB/s sustained"
     print(f"{device.name}: sm_{device.arch}, {device.sms} SMs, {rates} ({device.source})")
@@ -51,7 +51,7 @@ def _tax(directions: Mapping[str, Direction]) -> dict[str, float]:
     # of eager's two ways of experts, the one it takes comes first
     eager = sum(next(w.seconds for w in d.plan.candidates if w.backend == "eager") for d in every)
     seconds = {"eager": eager, "this plan": sum(direction.plan.chosen.seconds for direction in every)}
-    return {name: taken / base - 1 for name, taken in seconds.items()}
+    return {name: total / base - 1 for name, total in seconds.items()}
 
 
 def _us(seconds: float) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lorafuse.bench import figures
+from lorafuse.bench import figures, peaks
 from lorafuse.bench.limits import is_out_of_memory, out_of_memory, within_memory
 from lorafuse.bench.remote import TIMEOUT
 from lorafuse.bench.result import VERSION, Wrong, write_csv, write_json
@@ -97,11 +97,12 @@ def run(args: argparse.Namespace) -> int:
         return compare.run(runs, console, prepared)
     cases, device = prepared(args)
     kind = _engine(args.kind)
-    found = conditions(device)
+    setting = conditions(device)
     if hasattr(kind, "timing"):
-        found["timing"] = kind.timing(device)
-    console.print(describe(found), highlight=False)
-    content: dict[str, Any] = {"version": VERSION, "kind": args.kind, "conditions": found, "results": [], "not_run": {}}
+        setting["timing"] = kind.timing(device)
+    console.print(describe(setting), highlight=False)
+    content: dict[str, Any] = {"version": VERSION, "kind": args.kind, "conditions": setting}
+    content |= {"results": [], "not_run": {}}
     status = _run_cases(kind, cases, args, device, console, content)
     for line in getattr(kind, "closing", lambda results: [])(content["results"]):
         console.print(line, highlight=False)
@@ -122,8 +123,6 @@ def prepared(args: argparse.Namespace) -> tuple[list[Any], torch.device]:
         if getattr(args, name) is not None:
             _common.check_path(f"--{name}", getattr(args, name), why_not)
     if args.dtype is None:
-        from lorafuse.bench import peaks
-
         args.dtype = peaks.usual_dtype(device)
     if hasattr(engine := _engine(args.kind), "select"):
         engine.select(args.kind, args, device)
@@ -176,14 +175,19 @@ def _run_case(kind: Any, case: Any, args: argparse.Namespace, device: torch.devi
     for index in range(args.processes):
         progress(index, args.processes, f"process {index + 1} of {args.processes}")
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            results.append(pool.submit(_in_process, kind.__name__, case, own, device).result())
+            result, rates = pool.submit(_in_process, kind.__name__, case, own, device, peaks.RATES).result()
+        # the first one measures what the device reaches
+        peaks.RATES.update(rates)
+        results.append(result)
     return figures.merge(results)
 
 
-def _in_process(kind: str, case: Any, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def _in_process(
+    kind: str, case: Any, args: argparse.Namespace, device: torch.device, rates: dict[Any, float]
+) -> tuple[dict[str, Any], dict[Any, float]]:
+    peaks.RATES.update(rates)
     with within_memory() if device.type == "cpu" else nullcontext():
-        result: dict[str, Any] = importlib.import_module(kind).run_case(case, args, device, lambda *_: None)
-        return result
+        return importlib.import_module(kind).run_case(case, args, device, lambda *_: None), peaks.RATES
 
 
 def _write(args: argparse.Namespace, content: dict[str, Any]) -> None:

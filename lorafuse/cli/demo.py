@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the base model, one comparison each: float32 shows equal losses, bfloat16 the usual speed (both; on a "
         "CPU that multiplies bfloat16 slowly the first)",
     )
+    parser.add_argument(
+        "--quant",
+        choices=("nf4", "fp4"),
+        help="store the base in 4 bits by bitsandbytes, as QLoRA does; --dtype computes",
+    )
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps of each side (24)")
     parser.add_argument("--batch-size", type=int, default=4, help="sequences a step (4)")
     parser.add_argument("--seq-len", type=int, default=128, help="tokens a sequence (128)")
@@ -58,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", message="Could not find a config file in", category=UserWarning)
     status = 0
     dtypes = args.dtype or _default_dtypes(console, device)
-    for folder in (args.out / dtype for dtype in dtypes):
+    for folder in (_folder(args, dtype) for dtype in dtypes):
         for file in (folder / "loss.png", folder / "report.json"):
             _common.check_path("--out", file, why_no_file)
         _common.check_path("--out", folder / "adapter", why_no_folder)
@@ -71,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _default_dtypes(console: Any, device: torch.device) -> list[str]:
     """Both, or float32 alone where bfloat16 would take hours; says so."""
-    slower = _bfloat16_over_float32() if device.type == "cpu" else 1.0
+    slower = bfloat16_over_float32() if device.type == "cpu" else 1.0
     if slower <= _MOST_SLOWER:
         return ["float32", "bfloat16"]
     console.print(
@@ -82,7 +87,7 @@ def _default_dtypes(console: Any, device: torch.device) -> list[str]:
     return ["float32"]
 
 
-def _bfloat16_over_float32() -> float:
+def bfloat16_over_float32() -> float:
     """How much longer a product of the model's size takes on this CPU in bfloat16."""
     seconds = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -94,20 +99,28 @@ def _bfloat16_over_float32() -> float:
     return seconds[1] / seconds[0]
 
 
+def _folder(args: argparse.Namespace, dtype: str) -> Path:
+    out: Path = args.out / (f"{dtype}-{args.quant}" if args.quant else dtype)
+    return out
+
+
 def _compare(args: argparse.Namespace, console: Any, device: torch.device, dtype: str) -> int:
     """The whole comparison in one dtype; its files go to a folder of that name."""
     from rich.markup import escape
 
     from lorafuse.demo import data, report
-    from lorafuse.demo.model import load, with_adapter
+    from lorafuse.demo.model import load, quantize, with_adapter
     from lorafuse.demo.train import Leg
 
     name = one_line(args.model.resolve().name) if args.model else "SmolLM2-135M-Instruct"
-    title = f"{name}, LoRA r = {args.rank} on all linear layers, {dtype}, {args.batch_size} × {args.seq_len} tokens"
+    stored = f"{args.quant} base, {dtype}" if args.quant else dtype
+    title = f"{name}, LoRA r = {args.rank} on all linear layers, {stored}, {args.batch_size} × {args.seq_len} tokens"
     console.rule(escape(title))
     examples = data.read(args.data) if args.data else data.generate(1 + args.steps * args.batch_size, args.seed)
     with console.status("loading the model"):
         base, tokenizer = load(args.model, DTYPES[dtype], device)
+        if args.quant:
+            quantize(base, args.quant)
     stock = with_adapter(base, args.rank, args.seed)
     patched = copy.deepcopy(stock)
     console.print(str(patch(patched)), markup=False, highlight=False)
@@ -119,16 +132,17 @@ def _compare(args: argparse.Namespace, console: Any, device: torch.device, dtype
         console.print("stopped before the first step; nothing to report")
         return 130
 
-    out = args.out / dtype
-    found = conditions(device)
+    out = _folder(args, dtype)
+    setting = conditions(device)
     result = report.figures(legs, args.batch_size * args.seq_len)
-    report.plot(out / "loss.png", legs, f"{title}\n{found['device']}, torch {found['torch']}, {found['date']}")
+    report.plot(out / "loss.png", legs, f"{title}\n{setting['device']}, torch {setting['torch']}, {setting['date']}")
     settings = {key: getattr(args, key) for key in ("steps", "batch_size", "seq_len", "rank", "lr", "seed")}
-    report.write_json(out / "report.json", found | {"model": name, "dtype": dtype} | settings, legs, result)
-    _print_table(console, legs, result, describe(found))
+    written = setting | {"model": name, "dtype": dtype, "quant": args.quant} | settings
+    report.write_json(out / "report.json", written, legs, result)
+    _print_table(console, legs, result, describe(setting))
     good = _judge_losses(console, result["largest_loss_difference"], dtype)
     with torch.no_grad():
-        good &= _check_saved(console, patched, args.model, DTYPES[dtype], blocks[:1], out)
+        good &= _check_saved(console, patched, args, DTYPES[dtype], blocks[:1], out)
         if finished:
             _ask(console, patched, tokenizer, data.text(tokenizer, examples[0][0], None), examples[0])
     console.print(f"wrote loss.png, report.json and adapter/ to {out}", markup=False, highlight=False)
@@ -208,17 +222,19 @@ def _judge_losses(console: Any, difference: float, dtype: str) -> bool:
 
 
 def _check_saved(
-    console: Any, model: Any, directory: Path | None, dtype: torch.dtype, batch: torch.Tensor, out: Path
+    console: Any, model: Any, args: argparse.Namespace, dtype: torch.dtype, batch: torch.Tensor, out: Path
 ) -> bool:
     """Save the adapter, load it with stock PEFT into a fresh base, and compare the logits."""
     from peft import PeftModel
 
-    from lorafuse.demo.model import load
+    from lorafuse.demo.model import load, quantize
 
     model.eval()
     model.save_pretrained(str(out / "adapter"))
     with console.status("reloading the adapter with stock PEFT"):
-        fresh, _ = load(directory, dtype, batch.device)
+        fresh, _ = load(args.model, dtype, batch.device)
+        if args.quant:
+            quantize(fresh, args.quant)
         reloaded = PeftModel.from_pretrained(fresh, str(out / "adapter")).eval()
     error = relative_l2(model(input_ids=batch).logits, reloaded(input_ids=batch).logits)
     # the two sides are each within the tolerance of the exact result

@@ -31,13 +31,16 @@ SUMMARY = "versions, devices, compilers, backends, and a numerical self-test"
 
 __all__ = ["SUMMARY", "Finding", "add_arguments", "findings", "run"]
 
-_PURPOSES = {
+PURPOSES = {
     "torch": "required",
     "triton": "optional: the triton backend",
     "numpy": "optional: Triton's interpreter, plots",
     "peft": "optional: lorafuse.patch",
     "transformers": "optional: lorafuse.patch on mixture-of-experts models",
     "accelerate": "optional: Hugging Face Trainer",
+    "bitsandbytes": "optional: bases in NF4, FP4 or int8",
+    "torchao": "optional: bases in int8, float8 or intx",
+    "compressed-tensors": "optional: checkpoints in NVFP4",
 }
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 _CPU_UNITS = {"avx512f": "AVX-512", "avx512_bf16": "AVX-512 bf16", "amx_bf16": "AMX bf16", "bf16": "Arm bf16"}
@@ -63,19 +66,19 @@ def run(args: argparse.Namespace) -> int:
     """Print the findings; 1 if any of them is a failure, else 0."""
     if not args.json:
         _require_rich()
-    found = list(findings())
-    healthy = all(finding.status != "fail" for finding in found)
+    listed = list(findings())
+    healthy = all(finding.status != "fail" for finding in listed)
     if args.json:
-        print(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in found]}, indent=2))
+        print(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in listed]}, indent=2))
     else:
-        _render(found, healthy)
+        render(listed, healthy)
     return 0 if healthy else 1
 
 
 def findings() -> Iterator[Finding]:
     """Everything the doctor looks at, section by section."""
     yield from _versions()
-    yield from _devices()
+    yield from device_findings()
     yield from _compilers()
     yield from _backends()
     yield from _environment()
@@ -83,7 +86,7 @@ def findings() -> Iterator[Finding]:
     yield from _self_test()
 
 
-def _installed(package: str) -> str | None:
+def installed(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -91,13 +94,13 @@ def _installed(package: str) -> str | None:
 
 
 def _versions() -> Iterator[Finding]:
-    yield Finding("versions", "lorafuse", _installed("lorafuse") or f"not installed, run from {Path.cwd()}")
+    yield Finding("versions", "lorafuse", installed("lorafuse") or f"not installed, run from {Path.cwd()}")
     yield Finding("versions", "python", f"{platform.python_version()} ({sys.executable})")
-    for package, purpose in _PURPOSES.items():
-        yield _version(package, purpose, _installed(package), _installed("triton"))
+    for package, purpose in PURPOSES.items():
+        yield version_finding(package, purpose, installed(package), installed("triton"))
 
 
-def _version(package: str, purpose: str, version: str | None, triton: str | None) -> Finding:
+def version_finding(package: str, purpose: str, version: str | None, triton: str | None) -> Finding:
     at_least = MINIMUM.get(package)
     fix = f'pip install "{package}>={at_least}"' if at_least else f"pip install {package}"
     bad = "fail" if purpose == "required" else "warn"
@@ -111,7 +114,7 @@ def _version(package: str, purpose: str, version: str | None, triton: str | None
     return Finding("versions", package, version)
 
 
-def _devices() -> Iterator[Finding]:
+def device_findings() -> Iterator[Finding]:
     model, flags = cpu()
     units = [label for flag, label in _CPU_UNITS.items() if flag in flags]
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
@@ -137,8 +140,8 @@ def _devices() -> Iterator[Finding]:
 def _compilers() -> Iterator[Finding]:
     for name, purpose in (("nvcc", "builds lorafuse._cuda"), ("g++", "builds lorafuse._emu")):
         version = re.search(r"\d+\.\d+(\.\d+)?", program_output(name, "--version"))
-        found = f"{version[0]} ({shutil.which(name)})" if version else f"not found on PATH; it {purpose}"
-        yield Finding("compilers", name, found)
+        value = f"{version[0]} ({shutil.which(name)})" if version else f"not found on PATH; it {purpose}"
+        yield Finding("compilers", name, value)
     yield _module("_cuda", "optional: the CUDA kernels for Hopper")
     yield _module("_emu", "optional: the same on a CPU, for tests")
 
@@ -182,7 +185,7 @@ def _measurements() -> Iterator[Finding]:
             continue
         dates = sorted(entry.date for entry in entries)
         value = f"{path}: {len(entries)} entries" + (f", the last of {dates[-1]}" if dates else "")
-        known = ((name, _installed(name)) for name in ("torch", "triton"))
+        known = ((name, installed(name)) for name in ("torch", "triton"))
         old = [
             f"{name} {version}"
             for name, version in known
@@ -237,11 +240,11 @@ def _self_test_one(backend: str, device: str, dtype: torch.dtype) -> Finding:
 
 
 def _require_rich() -> None:
-    if _installed("rich") is None:
+    if installed("rich") is None:
         raise MissingDependency("the table needs rich: pip install rich, or use --json")
 
 
-def _render(found: list[Finding], healthy: bool) -> None:
+def render(listed: list[Finding], healthy: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -249,7 +252,7 @@ def _render(found: list[Finding], healthy: bool) -> None:
     for title in ("", "what", "found"):
         table.add_column(title, overflow="fold")
     section = ""
-    for finding in found:
+    for finding in listed:
         if finding.section != section:
             section = finding.section
             table.add_section()
@@ -259,5 +262,5 @@ def _render(found: list[Finding], healthy: bool) -> None:
         table.add_row(mark, finding.name, escape(finding.value) + fix)
     console = _common.console()
     console.print(table)
-    failed = [finding.name for finding in found if finding.status == "fail"]
+    failed = [finding.name for finding in listed if finding.status == "fail"]
     console.print("\nhealthy" if healthy else f"\nnot healthy: {', '.join(failed)}")

@@ -74,9 +74,9 @@ def _device(name: str | None) -> DeviceSpec:
         raise ValueError("torch sees no CUDA device here; name the GPU to plan for: --gpu H200")
     from lorafuse.backends.problems import device_spec
 
-    found = device_spec(torch.device("cuda", torch.cuda.current_device()))
-    assert found is not None
-    return found
+    spec = device_spec(torch.device("cuda", torch.cuda.current_device()))
+    assert spec is not None
+    return spec
 
 
 def _problem(args: argparse.Namespace) -> Problem:

@@ -62,14 +62,14 @@ def run(args: argparse.Namespace) -> int:
     for file in (args.out / f"{name}.{kind}" for name in names for kind in ("json", "png")):
         _common.check_path("--out", file, why_no_file)
     _common.check_path("LORAFUSE_CACHE_DIR", env.cache_dir() / "study", why_no_folder)
-    found = conditions(device) | {"threads": f"{args.workers} processes of 1"}
-    console.print(describe(found), highlight=False)
+    setting = conditions(device) | {"threads": f"{args.workers} processes of 1"}
+    console.print(describe(setting), highlight=False)
     from lorafuse.study.record import finished_runs
 
     done = finished_runs(args.out, str(device))
     outcomes = {}
     for name in names:
-        finding = _study(name, args, str(device), found, done, console)
+        finding = _study(name, args, str(device), setting, done, console)
         if finding is None:
             text = f"{name}: interrupted; finished runs are in {args.out}, the same command goes on from there"
             console.print(text, markup=False)
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _study(
-    name: str, args: argparse.Namespace, device: str, found: dict[str, str], done: dict[str, Any], console: Any
+    name: str, args: argparse.Namespace, device: str, setting: dict[str, str], done: dict[str, Any], console: Any
 ) -> Any:
     """One study with its table, claims, file and plot; None when interrupted."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -93,7 +93,7 @@ def _study(
     module = importlib.import_module(f"lorafuse.study.{name}")
     console.rule(f"{name}: {module.SUMMARY}")
     file = args.out / f"{name}.json"
-    head: dict[str, Any] = {"study": name, "quick": args.quick, "conditions": found}
+    head: dict[str, Any] = {"study": name, "quick": args.quick, "conditions": setting}
     start = time.perf_counter()
     written, took, unsaved = 0.0, 0.0, False
 
@@ -123,7 +123,7 @@ def _study(
     head |= {"seconds": round(time.perf_counter() - start, 1), "finding": finding.as_dict()}
     record.write(file, head, lab)
     size = f"{'--quick' if args.quick else 'full size'}, {len(seeds)} seeds"
-    plots.draw(args.out / f"{name}.png", name, finding, f"{size}; {found['device']}, {found['date']}")
+    plots.draw(args.out / f"{name}.png", name, finding, f"{size}; {setting['device']}, {setting['date']}")
     _print(console, finding)
     text = f"{head['seconds']:.0f} s; wrote {name}.json and {name}.png to {args.out}"
     console.print(text, markup=False, highlight=False)

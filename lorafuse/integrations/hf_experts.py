@@ -24,7 +24,7 @@ from lorafuse.integrations.hf_common import (
     original,
     warn_once,
 )
-from lorafuse.integrations.hf_transformers import block_operands, first_projection, is_dispatched
+from lorafuse.integrations.hf_transformers import base_stacks, block_operands, first_projection, is_dispatched
 
 __all__ = ["NOTHING_ACTIVE", "FusedExperts", "expert_parts", "why_not_wrapped", "wrappers"]
 
@@ -65,10 +65,10 @@ FusedExperts.__name__ = ParamWrapper.__name__
 
 def wrappers(layer: ParamWrapper) -> list[ParamWrapper]:
     """The wrappers of one experts module, outermost first."""
-    found = [layer]
-    while isinstance(found[-1].base_layer, ParamWrapper):
-        found.append(found[-1].base_layer)
-    return found
+    layers = [layer]
+    while isinstance(layers[-1].base_layer, ParamWrapper):
+        layers.append(layers[-1].base_layer)
+    return layers
 
 
 def why_not_wrapped() -> str:
@@ -99,7 +99,7 @@ def expert_parts(layer: ParamWrapper) -> tuple[dict[str, Any], int, dict[str, li
         return "an inner wrapper or its base has hooks or a replaced forward"
     if is_called_otherwise(ParamWrapper) or is_called_otherwise(type(base)):
         return "the call of nn.Module was replaced"
-    operands = block_operands(base, base._parameters)
+    operands = block_operands(base, base_stacks(base))
     if isinstance(operands, str):
         return operands
     if not is_dispatched(type(base)):
@@ -119,7 +119,7 @@ def expert_parts(layer: ParamWrapper) -> tuple[dict[str, Any], int, dict[str, li
 
 def _factors(wrapper: ParamWrapper, base: nn.Module) -> list[_Factors] | str:
     """The factors of a wrapper's active adapters, as PEFT packs them."""
-    found = []
+    factors = []
     for name in wrapper.active_adapters:
         if name not in wrapper.lora_A:
             continue
@@ -130,8 +130,8 @@ def _factors(wrapper: ParamWrapper, base: nn.Module) -> list[_Factors] | str:
             return "its lora_A or lora_B is not a plain nn.Linear"
         if wrapper.num_experts == 1 and base.is_transposed:
             return "a single expert stored transposed, which PEFT adapts in another layout"
-        found.append((lora_a.weight, lora_b.weight, wrapper.scaling[name]))
-    return found
+        factors.append((lora_a.weight, lora_b.weight, wrapper.scaling[name]))
+    return factors
 
 
 def _operands(operands: dict[str, Any], experts: int, factors: dict[str, list[_Factors]]) -> dict[str, Any]:

@@ -1,15 +1,18 @@
 """PEFT's LoRA layers, run by lorafuse.
 
 A patched layer is the same object with its class changed from `peft.tuners.lora.Linear` to `FusedLinear`, a subclass
-that replaces `forward` only. PEFT stays the owner of everything else. Each forward reads the layer's present state,
-so adapters may be switched, scaled, added, deleted, merged or disabled at any time.
+that replaces `forward` only; PEFT's classes over quantized bases have a subclass each. PEFT stays the owner of
+everything else. Each forward reads the layer's present state, so adapters may be switched, scaled, added, deleted,
+merged or disabled at any time, and weights moved, sharded and loaded.
 """
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -29,13 +32,15 @@ from lorafuse.integrations.hf_common import (
     watched,
 )
 from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, why_not_wrapped, wrappers
+from lorafuse.integrations.hf_quantized import described_format, is_quantized, notes, run_quantized, stored
 from lorafuse.integrations.report import Patched, PatchReport, Skipped
+from lorafuse.operands import Weight
 
-__all__ = ["FusedLinear", "FusedWeight", "adopt", "release", "survey"]
+__all__ = ["FusedLinear", "FusedTorchaoLinear", "FusedWeight", "adopt", "fused", "release", "survey"]
 
 
 # weight, a, b, scale, bias, dropout_p
-_Operands = tuple[Tensor, Tensor, Tensor, float, Tensor | None, float]
+_Operands = tuple[Tensor | Weight, Tensor, Tensor, float, Tensor | None, float]
 # of each active adapter: a, b, bias of b, scale
 _Factors = tuple[Tensor, Tensor, Tensor | None, Any]
 
@@ -43,40 +48,63 @@ _Factors = tuple[Tensor, Tensor, Tensor | None, Any]
 class _Unfolded(NamedTuple):
     """What has to be computed before the operator can take it."""
 
-    weight: Tensor
+    weight: Tensor | Weight
     bias: Tensor | None
     factors: list[_Factors]
     dropout_p: float
 
 
-_FORWARD = original(PeftLinear, "forward")
 _LINEAR_FORWARD = original(nn.Linear, "forward")
 _DROPOUT_FORWARD = original(nn.Dropout, "forward")
 _IDENTITY_FORWARD = original(nn.Identity, "forward")
 _DROPOUT = original(nn.functional, "dropout")
 
 
-class FusedLinear(PeftLinear):
-    """`peft.tuners.lora.Linear` whose forward is one lorafuse operator; created by `lorafuse.patch`, not by hand."""
+# PEFT's class: the forward that it shipped, None where that was replaced before lorafuse came
+_forwards: dict[type, Any] = {}
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+
+def fused(shipped: type) -> Any:
+    """The forward of the subclass of one of PEFT's classes: one lorafuse operator, or what PEFT `shipped`."""
+    own = _forwards[shipped] = original(shipped, "forward")
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # per-sample adapters (kwargs), disabled and merged adapters are PEFT's own paths and cost no more there;
         # who kept this method (accelerate's hooks) calls it after unpatch too
-        if not (args or kwargs or self._disable_adapters or self.merged_adapters or type(self) in _PEFT):
+        if not (args or kwargs or self._disable_adapters or self.merged_adapters or type(self) is shipped):
             parts: Any = interception(x)
             if parts is None:
-                parts = _parts(self)
+                parts = _parts(self) if shipped.forward is own else _replaced(shipped)  # type: ignore[attr-defined]
             if type(parts) is _Unfolded:
                 parts = _folded(*parts)
             if type(parts) is tuple:
-                if x.dim() > 4:
-                    y = run_linear(x.flatten(0, -4), *parts, None, self._lorafuse_backend)  # type: ignore[call-arg]
-                    return y.unflatten(0, x.shape[:-3])
-                return run_linear(x, *parts, None, self._lorafuse_backend)  # type: ignore[call-arg]
+                rows = x if x.dim() <= 4 else x.flatten(0, -4)
+                if type(parts[0]) is Weight:
+                    y = run_quantized(self._modules["base_layer"], rows, parts, self._lorafuse_backend)
+                else:
+                    y = run_linear(rows, *parts, None, self._lorafuse_backend)  # type: ignore[call-arg]
+                return y if rows is x else y.unflatten(0, x.shape[:-3])
             if parts and not torch.compiler.is_compiling():
                 warn_once("a patched linear layer runs as PEFT ships it", parts)
-        shipped = ParamWrapper if isinstance(self, ParamWrapper) else PeftLinear
-        return shipped.forward(self, x, *args, **kwargs)
+        return shipped.forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
+
+    return forward
+
+
+def _replaced(shipped: type) -> str:
+    return f"{shipped.__module__.removesuffix('.layer')}.{shipped.__name__}.forward was replaced"
+
+
+class FusedLinear(PeftLinear):
+    """`peft.tuners.lora.Linear` whose forward is one lorafuse operator; created by `lorafuse.patch`, not by hand."""
+
+    forward = fused(PeftLinear)
+
+
+class FusedTorchaoLinear(TorchaoLoraLinear):
+    """The same of `peft.tuners.lora.torchao.TorchaoLoraLinear`."""
+
+    forward = fused(TorchaoLoraLinear)
 
 
 class FusedWeight(ParamWrapper):
@@ -86,30 +114,27 @@ class FusedWeight(ParamWrapper):
     were in transformers 4: DeepSeek's dense MLP and shared experts.
     """
 
-    forward = FusedLinear.forward  # type: ignore[assignment]
+    forward = fused(ParamWrapper)
 
 
 # PEFT's reports, and PEFT itself, know a layer by this name; pickle goes by __module__ and __qualname__
 FusedLinear.__name__ = PeftLinear.__name__
+FusedTorchaoLinear.__name__ = TorchaoLoraLinear.__name__
 FusedWeight.__name__ = ParamWrapper.__name__
 
-# the classes of unpatched layers
-_PEFT = (PeftLinear, ParamWrapper)
 
-
-def _parts(layer: PeftLinear | ParamWrapper) -> _Operands | _Unfolded | str | None:
+def _parts(layer: Any) -> _Operands | _Unfolded | str | None:
     """The operands of the layer's present state, or what they are to be computed from: nothing is computed here.
 
     None when no adapter is active in this layer, so that there is nothing to fuse; a str, the reason, when there is
     but it cannot be fused. The one statement of which layers lorafuse takes: the report and every forward ask here.
     """
-    if isinstance(layer, ParamWrapper):
+    is_wrapper = isinstance(layer, ParamWrapper)
+    if is_wrapper:
         if reason := why_not_wrapped():
             return reason
         if layer.parameter_name != "weight":
             return f"it adapts {layer.parameter_name} of an nn.Linear, not its weight"
-    elif PeftLinear.forward is not _FORWARD:
-        return "peft.tuners.lora.Linear.forward was replaced"
     modules = layer._modules
     lora_a, lora_b = modules["lora_A"]._modules, modules["lora_B"]._modules
     active = layer._active_adapter
@@ -120,15 +145,19 @@ def _parts(layer: PeftLinear | ParamWrapper) -> _Operands | _Unfolded | str | No
             return None
     base = modules["base_layer"]
     kind = type(base)
-    if kind.forward is not _LINEAR_FORWARD or kind.__call__ is not CALL or kind._call_impl is not CALL_IMPL:
+    is_linear = kind.forward is _LINEAR_FORWARD
+    is_known = is_linear or (is_quantized(kind) and not is_wrapper)
+    if not is_known or kind.__call__ is not CALL or kind._call_impl is not CALL_IMPL:
         return _why_not_linear(base)
     if layer.fan_in_fan_out:
         return "fan_in_fan_out: its base stores the weight transposed"
-    weight = base._parameters.get("weight")
-    if type(weight) is not nn.Parameter and type(weight) is not Tensor:
-        return f"its base weight {described(base, 'weight')}"
-    if weight.requires_grad:
+    weight: Any = base._parameters.get("weight")
+    if weight is not None and weight.requires_grad:
         return trainable(base, "weight")
+    if not is_linear or (type(weight) is not nn.Parameter and type(weight) is not Tensor):
+        weight = None if is_wrapper else stored(base)
+        if type(weight) is not Weight:
+            return weight or f"its base weight {described(base, 'weight')}"
     if "bias" not in base._parameters:
         return f"its base bias {described(base, 'bias')}"
     factors: list[_Factors] = []
@@ -182,12 +211,14 @@ def _why_not_plain(base: nn.Module, a: nn.Module, b: nn.Module) -> str:
     return "its dropout has hooks or a replaced forward"
 
 
-def _folded(weight: Tensor, bias: Tensor | None, factors: list[_Factors], dropout_p: float) -> _Operands:
+def _folded(weight: Tensor | Weight, bias: Tensor | None, factors: list[_Factors], dropout_p: float) -> _Operands:
     """What the operator takes: the bias of B in the bias, several adapters as one."""
     pairs = []
     for a, b, b_bias, scale in factors:
         if b_bias is not None:
-            b_bias = (b_bias * scale).to(weight.dtype)
+            b_bias = b_bias * scale
+            if isinstance(weight, Tensor):
+                b_bias = b_bias.to(weight.dtype)
             bias = b_bias if bias is None else bias + b_bias
         # hot swapping keeps scales in tensors, so that a new one needs no compilation; the operator takes floats
         if isinstance(scale, Tensor):
@@ -202,14 +233,30 @@ def _folded(weight: Tensor, bias: Tensor | None, factors: list[_Factors], dropou
 
 
 # our class: PEFT's
-_SHIPPED = {FusedLinear: PeftLinear, FusedWeight: ParamWrapper, FusedExperts: ParamWrapper}
+_SHIPPED: dict[type, type] = {
+    FusedLinear: PeftLinear,
+    FusedTorchaoLinear: TorchaoLoraLinear,
+    FusedWeight: ParamWrapper,
+    FusedExperts: ParamWrapper,
+}
+# PEFT's files of layers over weights in formats that lorafuse does not read
+_FOREIGN = ("aqlm", "awq", "eetq", "gptq", "hqq", "inc")
+
+
+def _shipped() -> dict[type, type]:
+    """Our class: PEFT's. Those over bitsandbytes' layers are there where PEFT has imported its own."""
+    if "peft.tuners.lora.bnb" not in sys.modules:
+        return _SHIPPED
+    from lorafuse.integrations import hf_bnb
+
+    return _SHIPPED | hf_bnb.SHIPPED
 
 
 def _kind(layer: BaseTunerLayer) -> str:
     if isinstance(layer, ParamWrapper):
         # of a weight as of a layer: "linear"
         return "linear" if isinstance(layer.get_base_layer(), nn.Linear) else "experts"
-    return "linear" if isinstance(layer, PeftLinear) else type(layer).__name__.lower()
+    return "linear" if isinstance(layer, tuple(_shipped().values())) else type(layer).__name__.lower()
 
 
 def _full_name(layer: BaseTunerLayer) -> str:
@@ -221,13 +268,23 @@ def _reason(layer: BaseTunerLayer) -> str:
     if not isinstance(layer, LoraLayer):
         return f"{_full_name(layer)} is not a LoRA layer"
     # fully_shard changes the class of a layer passed to it to a subclass of its own, which still runs fused
-    if type(layer) not in _PEFT and not isinstance(layer, tuple(_SHIPPED)):
-        return f"{_full_name(layer)} is not a LoRA layer over nn.Linear"
-    if type(layer) in _PEFT and "forward" in layer.__dict__:
+    classes = _shipped()
+    # fully_shard changes the class of a layer passed to it to a subclass of its own, which still runs fused
+    if type(layer) not in classes.values() and not isinstance(layer, tuple(classes)):
+        reason = f"{_full_name(layer)} is not a LoRA layer over nn.Linear"
+        package, _, file = type(layer).__module__.rpartition(".")
+        if package == "peft.tuners.lora" and file in _FOREIGN:
+            reason += f"; its base is quantized by {file.upper()}, which lorafuse does not read"
+        return reason
+    if type(layer) in classes.values() and "forward" in layer.__dict__:
         return _replaced_forward(layer)
     if reason := watched():
         return reason
-    parts = expert_parts(layer) if _kind(layer) == "experts" else _parts(layer)
+    shipped: Any = next(kind for kind in type(layer).__mro__ if kind in classes.values())
+    if _kind(layer) == "experts":
+        parts: Any = expert_parts(layer)
+    else:
+        parts = _parts(layer) if _forwards[shipped] is shipped.forward else _replaced(shipped)
     # experts whose adapters are merely off, merged or elsewhere run fused when they are on again
     return parts if isinstance(parts, str) and parts != NOTHING_ACTIVE else ""
 
@@ -270,6 +327,10 @@ def survey(model: nn.Module, backend: str) -> tuple[PatchReport, list[LoraLayer]
             continue
         report.patched.append(Patched(name, _kind(layer), _shown_backend(layer, backend)))
         layers.append(layer)
+        weight = None if isinstance(layer, ParamWrapper) else stored(layer.get_base_layer())
+        if isinstance(weight, Weight):
+            report.bases[name] = described_format(weight)
+    report.notes += notes(model)
     return report, layers
 
 
@@ -281,25 +342,27 @@ def _shown_backend(layer: LoraLayer, backend: str) -> str:
 
 
 def adopt(layer: Any, backend: str) -> None:
-    """Make a layer that `survey` listed a `FusedLinear`, `FusedWeight` or `FusedExperts`."""
-    if type(layer) is PeftLinear:
-        layer.__class__ = FusedLinear
-    elif type(layer) is ParamWrapper:
+    """Make a layer that `survey` listed one of our classes."""
+    if type(layer) is ParamWrapper:
         layer.__class__ = FusedWeight if _kind(layer) == "linear" else FusedExperts
+    else:
+        ours = {shipped: kind for kind, shipped in _shipped().items()}
+        layer.__class__ = ours.get(type(layer), type(layer))
     # None follows lorafuse.use_backend at every call
     layer._lorafuse_backend = None if backend == "auto" else backend
 
 
 def release(model: nn.Module) -> int:
     """Make every patched layer of the model PEFT's class again; returns how many."""
-    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, tuple(_SHIPPED))]
+    classes = _shipped()
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, tuple(classes))]
     for layer in layers:
-        if type(layer) not in _SHIPPED:
+        if type(layer) not in classes:
             raise RuntimeError(
                 f"cannot unpatch a {type(layer).__name__}: its class was changed after lorafuse.patch (fully_shard "
                 "does that to a layer passed to it); unpatch before it, or shard whole blocks"
             )
     for layer in layers:
-        layer.__class__ = _SHIPPED[type(layer)]
+        layer.__class__ = classes[type(layer)]
         del layer._lorafuse_backend
     return len(layers)

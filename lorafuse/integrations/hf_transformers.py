@@ -1,5 +1,6 @@
 """The experts modules of transformers' mixture-of-experts models: what they hold, and an implementation of them."""
 
+import dataclasses
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.parametrize import ParametrizationList
 
+from lorafuse import formats
 from lorafuse.activation import GATE_ALPHA, GATE_LIMIT
 from lorafuse.errors import MissingDependency
 from lorafuse.functional import lora_experts
@@ -21,12 +23,22 @@ from lorafuse.integrations.hf_common import (
     trainable,
     warn_once,
 )
+from lorafuse.operands import Weight
 from lorafuse.versions import MINIMUM, is_older
 
-__all__ = ["block_operands", "experts_forward", "first_projection", "is_dispatched", "register_experts"]
+__all__ = [
+    "FLAGS",
+    "adopted_stack",
+    "base_stacks",
+    "block_operands",
+    "experts_forward",
+    "first_projection",
+    "is_dispatched",
+    "register_experts",
+]
 
 # what transformers' `use_experts_implementation` says of an experts module
-_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_experts")
+FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_experts")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -80,17 +92,43 @@ def _weights_and_adapters(experts: nn.Module) -> tuple[dict[str, Any], dict[str,
         parametrized = getattr(experts, "parametrizations", {})
         if parameter not in parametrized:
             continue
-        # bitsandbytes parametrizes experts too, without PEFT; what is PEFT's has brought its file
-        peft_layer = sys.modules.get("peft.tuners.lora.layer")
         over = parametrized[parameter]
         weights[parameter] = over.original
-        if peft_layer is None or len(over) != 1 or type(over[0]) is not peft_layer._LoraFactorsProxy:
+        # what is PEFT's has brought its file
+        peft_layer = sys.modules.get("peft.tuners.lora.layer")
+        if peft_layer is not None and len(over) == 1 and type(over[0]) is peft_layer._LoraFactorsProxy:
+            # the delta is scaling * lhs @ rhs, in the layout of the weight
+            lhs, rhs = over[0].lhs, over[0].rhs
+            a, b = (lhs.mT, rhs.mT) if experts.is_transposed else (rhs, lhs)
+            adapters |= {f"{argument}_a": a, f"{argument}_b": b, f"{argument}_scale": over[0].scaling}
+            continue
+        # bitsandbytes parametrizes experts too, without PEFT
+        stack = adopted_stack(experts, parameter)
+        if stack is None:
             return weights, None
-        # the delta is scaling * lhs @ rhs, in the layout of the weight
-        lhs, rhs = over[0].lhs, over[0].rhs
-        a, b = (lhs.mT, rhs.mT) if experts.is_transposed else (rhs, lhs)
-        adapters |= {f"{argument}_a": a, f"{argument}_b": b, f"{argument}_scale": over[0].scaling}
+        weights[parameter] = stack
     return weights, adapters
+
+
+def adopted_stack(base: nn.Module, parameter: str) -> Weight | str | None:
+    """The quantized stack of a module; a str, the reason, for one that cannot be held; None for a dense one."""
+    try:
+        return formats.adopt(base, parameter)
+    except ValueError as error:
+        return f"cannot be adopted: {error}"
+
+
+def base_stacks(base: nn.Module) -> dict[str, Any]:
+    """The two stacks of an experts module by their names: parameters, or what quantizes them."""
+    stacks: dict[str, Any] = dict(base._parameters)
+    if not hasattr(base, "has_gate"):
+        return stacks
+    for parameter in (first_projection(base), "down_proj"):
+        dense = stacks.get(parameter)
+        # the dtype first, since this runs in every forward
+        if (dense is None or dense.dtype not in _DTYPES) and (stack := adopted_stack(base, parameter)) is not None:
+            stacks[parameter] = stack
+    return stacks
 
 
 def first_projection(base: nn.Module) -> str:
@@ -105,13 +143,13 @@ def is_dispatched(kind: type) -> bool:
     return getattr(kind.forward, "__globals__", None) is vars(moe)  # type: ignore[attr-defined]
 
 
-def block_operands(base: nn.Module, weights: Mapping[str, Tensor | None]) -> dict[str, Any] | str:
+def block_operands(base: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any] | str:
     """Keyword arguments of `lora_experts` for a frozen experts module without adapters, or why there are none.
 
-    `weights` holds its two stacks by their names; biases are read from the module.
+    `weights` holds its two stacks by their names (`base_stacks`); biases are read from the module.
     """
     name = type(base).__name__
-    if not all(hasattr(base, flag) for flag in _FLAGS):
+    if not all(hasattr(base, flag) for flag in FLAGS):
         return f"its base {name} is not an experts module of transformers >= 5.7"
     if getattr(base, "has_post_expert_norm", False):
         return f"its base {name} normalizes what each expert gives"
@@ -120,15 +158,23 @@ def block_operands(base: nn.Module, weights: Mapping[str, Tensor | None]) -> dic
         altered(act) or is_called_otherwise(type(act)) or original(type(act), "forward") is None
     ):
         return f"its activation {type(act).__name__} has hooks or a replaced forward"
+    if getattr(base, "activation_scheme", "dynamic") != "dynamic":
+        return f"its base {name} clips x by a calibrated scale (activation_scheme={base.activation_scheme!r})"
     operands: dict[str, Any] = {"is_transposed": base.is_transposed, "has_gate": base.has_gate}
     for argument, parameter in (("gate_up", first_projection(base)), ("down", "down_proj")):
         weight = weights.get(parameter)
         bias = base._parameters.get(f"{parameter}_bias") if base.has_bias else None
-        for tensor in (weight, bias):
+        if isinstance(weight, str):
+            return f"its base {parameter} {weight}"
+        for tensor in (weight.data if isinstance(weight, Weight) else weight, bias):
             if tensor is not None and tensor.requires_grad:
                 return trainable(base, parameter)
         if weight is None:
             return f"its base {parameter} {described(base, parameter)}"
+        if isinstance(weight, Weight) and len(weight.stored) == 3 and not (base.has_bias and bias is None):
+            weight = dataclasses.replace(weight, is_transposed=base.is_transposed)
+            operands |= {argument: weight, f"{argument}_bias": bias}
+            continue
         if type(weight) not in (nn.Parameter, Tensor) or weight.dim() != 3 or (base.has_bias and bias is None):  # type: ignore[union-attr]
             return f"its base {parameter} is not an ordinary stack [experts, …] of parameters"
         if weight.dtype not in _DTYPES:  # type: ignore[union-attr]

@@ -29,9 +29,9 @@ def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False) -> P
     """Run every LoRA layer of a PEFT model fused, in place; the rest of the model and its files stay as they are.
 
     Parameters, state dict, configuration and adapter management remain PEFT's: train, save, load, merge, switch, add
-    and delete adapters as before. A layer that cannot run fused is left to PEFT and listed with the reason. Calling
-    it again is safe: it takes in layers that came since (an adapter added on new target modules) and reports the
-    present state.
+    and delete adapters as before. Quantized bases are read where they lie. A layer that cannot run fused is left to
+    PEFT and listed with the reason. Calling it again is safe: it takes in layers that came since (an adapter added on
+    new target modules) and reports the present state.
 
     Args:
         model: a `PeftModel`, or any module that contains PEFT's LoRA layers.
@@ -49,7 +49,8 @@ def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False) -> P
         BackendUnavailable: the backend cannot run here.
         MissingDependency: PEFT is missing or older than 0.21.
 
-    Warns (UserWarning) when nothing was patched, naming why.
+    Warns (UserWarning) when nothing was patched, naming why, and of each of the report's notes: experts of a model
+    loaded in 4 or 8 bits that are not quantized, or not adapted.
     """
     base.require(backend)
     if not isinstance(model, nn.Module):
@@ -68,6 +69,8 @@ def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False) -> P
         raise ValueError(f"lorafuse.patch(strict=True) changed nothing: {problem}")
     if problem:
         warnings.warn(f"lorafuse.patch patched nothing: {problem}", stacklevel=2)
+    for note in report.notes:
+        warnings.warn(f"lorafuse.patch: {note}", stacklevel=2)
     for layer in layers:
         hf_peft.adopt(layer, backend)
     return report

@@ -25,10 +25,16 @@ class Skipped(NamedTuple):
 
 @dataclass
 class PatchReport:
-    """`patched` and `skipped` list every adapted layer of the model; `str()` is a table of both."""
+    """`patched` and `skipped` list every adapted layer of the model; `str()` is a table of both.
+
+    `bases` are the formats of quantized ones by the layer's name ("NF4, block 64, nested"), `notes` what is wrong with
+    the model itself, each a sentence with the way out.
+    """
 
     patched: list[Patched] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    bases: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
         """One line: how many layers run fused, how many do not."""
@@ -36,12 +42,14 @@ class PatchReport:
 
     def __str__(self) -> str:
         lines = [self.summary()]
-        for (kind, backend), count in sorted(Counter((p.kind, p.backend) for p in self.patched).items()):
-            lines.append(f"  patched  {count:5d}  {kind:10s} {backend}")
+        rows = Counter((p.kind, p.backend, self.bases.get(p.name, "")) for p in self.patched)
+        for (kind, backend, base), count in sorted(rows.items()):
+            lines.append(f"  patched  {count:5d}  {kind:10s} {backend}" + f" over {base}" * bool(base))
         for (kind, reason), count in sorted(Counter((s.kind, s.reason) for s in self.skipped).items()):
             lines.append(f"  skipped  {count:5d}  {kind:10s} {reason}")
             names = [s.name for s in self.skipped if (s.kind, s.reason) == (kind, reason)]
             lines += [f"                   {name}" for name in names[:3]]
             if len(names) > 3:
                 lines.append(f"                   … and {len(names) - 3} more")
+        lines += [f"  note     {note}" for note in self.notes]
         return "\n".join(lines)

@@ -314,84 +314,55 @@ def _fits_descriptor(x: Tensor) -> bool:
 
 
 def matmul(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    xa: Tensor | None,
-    b: Tensor | None,
-    scale: float | None,
-    programs: int,
-    config: KernelConfig,
-    *,
-    tiles: Tiles | None = None,
-    source: Tensor | None = None,
-    seed: Tensor | None = None,
-    p: float = 0.0,
-) -> Tensor:
+    x: Tensor, w: Tensor, bias: Tensor | None, xa: Tensor | None, b: Tensor | None, scale: float | None, programs: int,
+    config: KernelConfig, *, tiles: Tiles | None = None, source: Tensor | None = None, seed: Tensor | None = None,
+    p: float = 0.0, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """`y [M, N]` in x's dtype: x wᵀ + bias + drop(xa (scale · b)ᵀ).
 
     x has contiguous rows; xa and bias are contiguous. Dense without `tiles`: w `[N, K]`, b `[N, R]`, and in a "tma"
     configuration 16-byte aligned rows of everything. Ragged with them: w `[G, N, K]`, b `[G, N, R]`, bias `[G, N]`, and
-    rows of no group are not written. For dx, pass w and a transposed. A `scale` of None is 1, without a multiplication.
-    The mask of `seed` and `p` is over `[M, N]`, and nothing is rescaled. `programs` is how many run at a time, the
-    number of SMs.
+    rows of no group are not written; tiles of some groups write theirs of `out`, which is y then. For dx, pass w and a
+    transposed. A `scale` of None is 1, without a multiplication. The mask of `seed` and `p` is over `[M, N]`, and
+    nothing is rescaled. `programs` is how many run at a time, the number of SMs.
     """
-    y = x.new_empty((x.shape[0] if tiles is None else tiles.rows, w.shape[-2]))
+    y = x.new_empty((x.shape[0] if tiles is None else tiles.rows, w.shape[-2])) if out is None else out
     _launch(("store", "", ""), (), x, w, bias, xa, b, scale, y, programs, config, tiles, source, seed, p)
     return y
 
 
 def activated(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    xa: Tensor | None,
-    b: Tensor | None,
-    scale: float | None,
-    activation: str,
-    gate: str,
-    programs: int,
-    config: KernelConfig,
-    *,
-    tiles: Tiles,
-    source: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, w: Tensor, bias: Tensor | None, xa: Tensor | None, b: Tensor | None, scale: float | None,
+    activation: str, gate: str, programs: int, config: KernelConfig, *, tiles: Tiles, source: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`(u [S, N], h [S, I])`: u as `matmul` computes y, and its activation.
 
     `gate` is how the rows of w, and u, hold gate and up: "concatenated", "interleaved", or "" without a gate.
     """
-    u, h = (x.new_empty((tiles.rows, w.shape[1] // divisor)) for divisor in (1, 2 if gate else 1))
+    u, h = out or tuple(x.new_empty((tiles.rows, w.shape[1] // divisor)) for divisor in (1, 2 if gate else 1))
     _launch(("activate", activation, gate), (h,), x, w, bias, xa, b, scale, u, programs, config, tiles, source)
     return u, h
 
 
 def activation_backward(
-    g: Tensor,
-    w: Tensor,
-    gb: Tensor | None,
-    a: Tensor | None,
-    scale: float | None,
-    u: Tensor,
-    activation: str,
-    gate: str,
-    router_grad: bool,
-    programs: int,
-    config: KernelConfig,
-    *,
-    tiles: Tiles,
-    source: Tensor,
-    row_scale: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`(du [S, U], h [S, I], ⟨dh, h⟩ [S])` for dh = g wᵀ + gb (scale · a)ᵀ; du is that of `row_scale · dh`.
+    g: Tensor, w: Tensor, gb: Tensor | None, a: Tensor | None, scale: float | None, u: Tensor, activation: str,
+    gate: str, router_grad: bool, programs: int, config: KernelConfig, *, tiles: Tiles, source: Tensor,
+    row_scale: Tensor, out: tuple[Tensor, Tensor, Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """`(du [S, U], h [S, I], parts of ⟨dh, h⟩ [parts, S])` for dh = g wᵀ + gb (scale · a)ᵀ; du is that of
+    `row_scale · dh`.
 
     w `[G, I, H]` and a `[G, I, R]` are those of the down projection, read transposed. h is computed from u again.
     """
     I = w.shape[1]  # noqa: E741
-    du, h = torch.empty_like(u), u.new_empty((tiles.rows, I))
-    parts = triton.cdiv(I, config.block_n)
-    shares = torch.empty((parts, tiles.rows), dtype=torch.float32, device=u.device) if router_grad else None
+    if out is None:
+        du, h, parts = torch.empty_like(u), u.new_empty((tiles.rows, I)), triton.cdiv(I, config.block_n)
+        shares = torch.empty((parts, tiles.rows), dtype=torch.float32, device=u.device) if router_grad else None
+        out = du, h, shares
+    du, h, shares = out
     operands = u, h, row_scale, shares
     _launch(
         ("activate_backward", activation, gate), operands, g, w, None, gb, a, scale, du, programs, config, tiles, source
     )
-    return du, h, None if shares is None else shares.sum(0)
+    return out

@@ -42,10 +42,14 @@ def source_rows(p_source, o_m, row, end):
 
 
 @triton.jit
-def _ragged_tiles_kernel(p_ends, p_tiles, G, capacity, BLOCK_M, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr):
+def _ragged_tiles_kernel(
+    p_ends, p_tiles, start, G, capacity, BLOCK_M, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr
+):  # fmt: skip
+    """Tiles of the G groups from `start` on, which are numbered from 0."""
     o_g = tl.arange(0, BLOCK_G)
-    last = tl.load(p_ends + o_g, mask=o_g < G, other=0).to(tl.int32)
-    first = tl.load(p_ends + o_g - 1, mask=(o_g > 0) & (o_g < G), other=0).to(tl.int32)
+    p_end = p_ends + start + o_g
+    last = tl.load(p_end, mask=o_g < G, other=0).to(tl.int32)
+    first = tl.load(p_end - 1, mask=(start + o_g > 0) & (o_g < G), other=0).to(tl.int32)
     tiles = tl.where(o_g < G, tl.cdiv(last - first, BLOCK_M), 0)
     tile_end = tl.cumsum(tiles, 0)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T) - 1
@@ -61,11 +65,25 @@ def _ragged_tiles_kernel(p_ends, p_tiles, G, capacity, BLOCK_M, BLOCK_G: tl.cons
 
 
 class Tiles:
-    """The tiles of a batch of groups: a table on the device for each height of a tile, made once."""
+    """The tiles of a batch of groups, or of some of them: a table on the device for each height of a tile, made once.
 
-    def __init__(self, ends: Tensor, rows: int) -> None:
-        self.ends, self.rows, self.groups = ends, rows, ends.shape[0]
+    `ends` and `rows` are those of the whole batch.
+    """
+
+    def __init__(self, ends: Tensor, rows: int, part: slice | None = None) -> None:
+        self.ends, self.rows, self._part = ends, rows, part or slice(0, ends.shape[0])
+        self.groups = self._part.stop - self._part.start
         self._tables: dict[int, Tensor] = {}
+        self._parts: dict[tuple[int, int], Tiles] = {}
+
+    def part(self, groups: slice) -> "Tiles":
+        """Those of some groups, which are numbered from 0 there."""
+        if groups.stop - groups.start == self.groups:
+            return self
+        key = groups.start, groups.stop
+        if key not in self._parts:
+            self._parts[key] = Tiles(self.ends, self.rows, groups)
+        return self._parts[key]
 
     def preset(self, block_m: int, table: Tensor) -> None:
         """Take a table that was made elsewhere."""
@@ -74,21 +92,22 @@ class Tiles:
     def of(self, block_m: int) -> Tensor:
         """The table for tiles of `block_m` rows."""
         if block_m not in self._tables:
-            self._tables[block_m] = ragged_tiles(self.ends, self.rows, block_m)
+            self._tables[block_m] = ragged_tiles(self.ends, self.rows, block_m, self._part)
         return self._tables[block_m]
 
 
-def ragged_tiles(ends: Tensor, rows: int, block_m: int) -> Tensor:
+def ragged_tiles(ends: Tensor, rows: int, block_m: int, part: slice | None = None) -> Tensor:
     """`[1 + capacity, 3]` int32: `(G, how many tiles exist, …)`, then (group, first row, last row + 1) of each tile.
 
-    Those that do not exist have group G.
+    Those that do not exist have group G. The G groups are a part of those of `ends`, or all.
     """
-    groups = ends.shape[0]
+    start, stop = (0, ends.shape[0]) if part is None else (part.start, part.stop)
+    groups = stop - start
     capacity = rows // block_m + min(groups, rows)
     tiles = torch.empty((1 + capacity, 3), dtype=torch.int32, device=ends.device)
     block_g = triton.next_power_of_2(groups)
     block_t = max(1, min(64, 16384 // block_g))
     _ragged_tiles_kernel[(triton.cdiv(1 + capacity, block_t),)](
-        ends, tiles, groups, capacity, block_m, BLOCK_G=block_g, BLOCK_T=block_t, num_warps=8
+        ends, tiles, start, groups, capacity, block_m, BLOCK_G=block_g, BLOCK_T=block_t, num_warps=8
     )
     return tiles

@@ -1,13 +1,16 @@
 """`LoRAExperts`: the frozen experts of a mixture-of-experts block with LoRA on both projections, one operator."""
 
+import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafuse.activation import GateLayout, lookup
 from lorafuse.functional import lora_experts
+from lorafuse.operands import Weight
 
 __all__ = ["LoRAExperts"]
 
@@ -64,6 +67,11 @@ class LoRAExperts(nn.Module):
         )  # fmt: skip
         self.scale = float(r if alpha is None else alpha) / r
         self.activation, self.has_gate, self.shared_outer = activation, has_gate, shared_outer
+        self.is_concatenated, self.is_transposed = True, False
+        # stacks that are no parameters, by name
+        self._quantized: dict[str, Weight] = {}
+        self.register_parameter("gate_up_proj_bias", None)
+        self.register_parameter("down_proj_bias", None)
 
         def empty(*shape: int, of: torch.dtype | None = dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=of))
@@ -81,13 +89,93 @@ class LoRAExperts(nn.Module):
         self.down_lora_B = empty(*outer, hidden_size, r, of=adapter_dtype)
         self.reset_parameters()
 
+    @classmethod
+    def from_stacks(
+        cls,
+        gate_up: Tensor | Weight,
+        down: Tensor | Weight,
+        r: int,
+        *,
+        alpha: float | None = None,
+        activation: str | Callable[[Tensor], Tensor] = "silu",
+        has_gate: bool = True,
+        is_concatenated: bool = True,
+        is_transposed: bool = False,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        shared_outer: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> "LoRAExperts":
+        """Adapted experts over stacks that are there already, dense or quantized: shared, not copied, and frozen.
+
+        Args:
+            gate_up, down: `[E, 2I, H]` and `[E, H, I]`, or each with the last two exchanged when `is_transposed`. A
+                quantized one is a `Weight`, as `lorafuse.formats.adopt` gives it: it stays out of the state dict, moves
+                with the module, and keeps its dtypes whatever the module is cast to.
+            is_concatenated, is_transposed: as in `lorafuse.functional.lora_experts`.
+            gate_up_bias, down_bias: `[E, 2I]` and `[E, H]`, or None.
+            r, alpha, activation, has_gate, shared_outer, adapter_dtype: as above; None is fp32 on a quantized base.
+
+        Raises ValueError for stacks that do not fit each other, with their sizes and the rule.
+        """
+        sizes, weights = [], []
+        for name, stack in (("gate_up", gate_up), ("down", down)):
+            weight = stack if isinstance(stack, Weight) else Weight(stack, is_transposed)
+            if weight.format != "dense" and weight.is_transposed is not is_transposed:
+                weight = dataclasses.replace(weight, is_transposed=is_transposed)
+            if len(weight.stored) != 3:
+                raise ValueError(f"{name} is {list(weight.stored)}; it must be a stack, one matrix for each expert")
+            weights.append(weight)
+            sizes.append((weight.stored[0], *weight.sizes))
+        (experts, first, hidden), (others, out, inner) = sizes
+        if (experts, hidden, first) != (others, out, inner * (2 if has_gate else 1)):
+            raise ValueError(
+                f"gate_up maps {hidden} to {first} features in {experts} experts, down {inner} to {out} in {others}; "
+                f"down must lead back from {'half of ' * has_gate}gate_up's features in as many experts"
+            )
+        is_dense = all(weight.format == "dense" for weight in weights)
+        layer = cls(
+            experts, hidden, inner, r, alpha=alpha, activation=activation, has_gate=has_gate, shared_outer=shared_outer,
+            device="meta", dtype=weights[1].data.dtype if is_dense else torch.bfloat16, adapter_dtype=adapter_dtype,
+        )  # fmt: skip
+        layer.is_concatenated, layer.is_transposed = is_concatenated, is_transposed
+        if isinstance(activation, str):
+            lookup(activation, GateLayout.of(has_gate, is_concatenated))
+        for name, weight, bias in zip(("gate_up_proj", "down_proj"), weights, (gate_up_bias, down_bias), strict=True):
+            setattr(layer, f"{name}_bias", None if bias is None else _frozen(bias))
+            if weight.format == "dense":
+                setattr(layer, name, _frozen(weight.data))
+            else:
+                layer.register_parameter(name, None)
+                layer._quantized[name] = weight
+        for name in ("gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B"):
+            empty = torch.empty_like(getattr(layer, name), device=weights[0].data.device)
+            setattr(layer, name, nn.Parameter(empty))
+        layer.reset_lora_parameters()
+        return layer
+
     def reset_parameters(self) -> None:
         """Base and A uniform with the bound of `nn.Linear`, B zero: the block starts as its base."""
         with torch.no_grad():
-            for w in (self.gate_up_proj, self.down_proj, self.gate_up_lora_A, self.down_lora_A):
+            for w in (self.gate_up_proj, self.down_proj):
                 w.uniform_(-1 / math.sqrt(w.shape[-1]), 1 / math.sqrt(w.shape[-1]))
+        self.reset_lora_parameters()
+
+    def reset_lora_parameters(self) -> None:
+        """A uniform with the bound of `nn.Linear`, B zero."""
+        with torch.no_grad():
+            for a in (self.gate_up_lora_A, self.down_lora_A):
+                a.uniform_(-1 / math.sqrt(a.shape[-1]), 1 / math.sqrt(a.shape[-1]))
             self.gate_up_lora_B.zero_()
             self.down_lora_B.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        for name, weight in self._quantized.items():
+            # a quantized stack moves, but is never cast: its numbers are codes and their scales
+            data, *statistics = (t.to(fn(t.new_empty(0)).device) for t in (weight.data, *weight.statistics))
+            self._quantized[name] = dataclasses.replace(weight, data=data, statistics=tuple(statistics))
+        return self
 
     def forward(self, x: Tensor, topk_index: Tensor, topk_weight: Tensor) -> Tensor:
         """`out [..., H]` of `x [..., H]`, `topk_index` and `topk_weight` `[tokens, k]`; see `lora_experts`."""
@@ -96,16 +184,20 @@ class LoRAExperts(nn.Module):
             x if x.is_nested else x.reshape(-1, x.shape[-1]),
             topk_index,
             topk_weight,
-            self.gate_up_proj,
-            self.down_proj,
+            self._quantized.get("gate_up_proj", self.gate_up_proj),
+            self._quantized.get("down_proj", self.down_proj),
             gate_up_a=self.gate_up_lora_A,
             gate_up_b=self.gate_up_lora_B,
             down_a=self.down_lora_A,
             down_b=self.down_lora_B,
             gate_up_scale=self.scale,
             down_scale=self.scale,
+            gate_up_bias=self.gate_up_proj_bias,
+            down_bias=self.down_proj_bias,
             activation=self.activation,
             has_gate=self.has_gate,
+            is_concatenated=self.is_concatenated,
+            is_transposed=self.is_transposed,
         )
         # no view of out, as nn.Linear returns none: FSDP2 warns of views, and nobody else holds out
         return torch.ops.aten._unsafe_view(out, x.shape)
@@ -115,4 +207,10 @@ class LoRAExperts(nn.Module):
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, r={self.r}, scale={self.scale:g}, "
             f"shared_outer={self.shared_outer}"
+            + "".join(f", {name}={weight.format_name}" for name, weight in self._quantized.items())
         )
+
+
+def _frozen(t: Tensor) -> nn.Parameter:
+    """The parameter that t is, or one that shares its memory."""
+    return (t if isinstance(t, nn.Parameter) else nn.Parameter(t, requires_grad=False)).requires_grad_(False)

@@ -1,12 +1,14 @@
-"""Which operands the operators of `experts` accept; everything else is refused with what was passed, rule and fix."""
+"""Which operands the operators accept; everything else is refused with what was passed, rule and fix."""
 
 import math
 
+import torch
 from torch import Tensor
 
 from lorafuse.operands import Weight
+from lorafuse.philox import draw_seed
 
-__all__ = ["check_projection", "check_scale", "check_tensors"]
+__all__ = ["check_projection", "check_scale", "check_statistics", "check_tensors", "seed_tensor"]
 
 
 def check_tensors(operator: str, x: object, required: dict[str, object], optional: dict[str, object]) -> None:
@@ -65,3 +67,29 @@ def check_projection(
     dtypes = {t.dtype for t in (x, w if weight.format == "dense" else x, bias) if t is not None}
     if len(dtypes) > 1 or not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}, {name} {w.dtype}: they and the bias must have one floating dtype")
+
+
+def check_statistics(operator: str, x: Tensor, weight: Weight) -> None:
+    """Raises ValueError for statistics of a quantized weight that are not where x is."""
+    for t in weight.statistics:
+        if t.device != x.device:
+            raise ValueError(
+                f"{operator} got x on {x.device} and the statistics of a {weight.format} weight on {t.device}; all "
+                "tensors must be on one device: move them with .to()"
+            )
+
+
+def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The seed of a dropout mask, int64 `[1]` on the device; None draws one. Raises ValueError for another."""
+    if seed is None:
+        return draw_seed(device)
+    if not isinstance(seed, Tensor):
+        if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed={seed!r} is not an int of 64 bits; the mask of dropout is drawn from one")
+        return torch.tensor([seed], dtype=torch.int64, device=device)
+    if seed.dtype is not torch.int64 or seed.shape != (1,) or seed.device != device:
+        raise ValueError(
+            f"seed is a {seed.dtype} tensor {list(seed.shape)} on {seed.device}; it must be int64, of shape [1], on "
+            f"{device}"
+        )
+    return seed

@@ -7,11 +7,11 @@ from lorafuse.backends import aten, base, problems
 from lorafuse.backends.protocol import Backend, Problems
 from lorafuse.plan import Plan, Problem, select
 
-__all__ = ["ATEN", "choose", "plan_for"]
+__all__ = ["ATEN", "SOLE_BACKEND", "choose", "current_backend", "plan_for", "requested_backend"]
 
 ATEN = aten.BACKEND
 # the one backend of a device type, which needs no plan
-_ONLY = {"cpu": base.candidates("cpu")[-1]}
+SOLE_BACKEND = {"cpu": base.candidates("cpu")[-1]}
 
 
 def plan_for(problem: Problem | tuple[Problem, ...], device: torch.device) -> Plan:
@@ -28,7 +28,7 @@ def choose(backend: str, x: Tensor, operator: Problems, *weights: Tensor) -> tup
     """
     name = base.resolve(backend)
     if name == "auto":
-        name = _ONLY.get("cpu" if x.is_cpu else x.device.type, name)
+        name = SOLE_BACKEND.get("cpu" if x.is_cpu else x.device.type, name)
     if name == "eager" and x.is_cpu:
         return ATEN, None
     is_empty = not x.numel() or not all(w.numel() for w in weights)
@@ -40,3 +40,14 @@ def choose(backend: str, x: Tensor, operator: Problems, *weights: Tensor) -> tup
     run = base.load(name)
     run.check(x)
     return (ATEN, None) if is_empty else (run, run.plan(operator, x.device))
+
+
+def current_backend() -> str:
+    """The backend of a call that names none."""
+    # Dynamo reads no context variables: a compiled graph looks when it runs
+    return "current" if torch.compiler.is_compiling() else base.current()
+
+
+def requested_backend(backend: str | None) -> str:
+    """`backend` where it can run here, that of `use_backend` for None. Raises ValueError or BackendUnavailable."""
+    return current_backend() if backend is None else base.require(backend)

@@ -35,7 +35,7 @@ __all__ = ["lora_experts", "lora_experts_recomputed"]
 
 _ADAPTERS = "Tensor{opt} up_a, Tensor{opt} up_b, Tensor{opt} down_a, Tensor{opt} down_b".format(opt="?")
 _ACT = "float up_scale, float down_scale, bool transposed, str activation, str gate_layout"
-_FORMAT = "str format='dense', Tensor[]? up_statistics=None, Tensor[]? down_statistics=None"
+_FORMAT = "str up_format='dense', str down_format='dense', Tensor[]? up_statistics=None, Tensor[]? down_statistics=None"
 LIBRARY.define(
     "lora_experts(Tensor x, Tensor index, Tensor weight, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias,"
     f" {_ADAPTERS}, {_ACT}, str backend, {_FORMAT})"
@@ -49,17 +49,19 @@ LIBRARY.define(
 )
 
 # activations that are functions, which no schema holds: by the name that the operator gets instead
-_functions: WeakValueDictionary[str, Recomputed] = WeakValueDictionary()
+functions: WeakValueDictionary[str, Recomputed] = WeakValueDictionary()
 
 
 def _activation(name: str, layout: str) -> Activation | Recomputed:
-    return _functions[name] if name in _functions else lookup(name, GateLayout(layout))
+    return functions[name] if name in functions else lookup(name, GateLayout(layout))
 
 
-def _weights(up, down, transposed, format, up_statistics, down_statistics):
+def _weights(
+    up, down, transposed, up_format="dense", down_format="dense", up_statistics=None, down_statistics=None
+):  # fmt: skip
     return tuple(
         Weight(w, transposed, tuple(statistics or ()), format)
-        for w, statistics in ((up, up_statistics), (down, down_statistics))
+        for w, format, statistics in ((up, up_format, up_statistics), (down, down_format, down_statistics))
     )
 
 
@@ -108,14 +110,14 @@ def backward(
     if need_dx or need_dweight or need_up:
         low = None if gb is None else LowRank(gb, down_a, down_scale, is_transposed=True)
         epilogue = ActivateBackward(act, u, row_scale, need_dweight)
-        du, h, share = run.matmul(g, down.t, gathered, second, low=low, epilogue=epilogue)
+        du, h, router_grad = run.matmul(g, down.t, gathered, second, low=low, epilogue=epilogue)
         if need_dweight:
             if down_bias is not None:
                 of_bias = run.project(g, down_bias.unsqueeze(1), gathered, second).squeeze(1)
-                share = share + of_bias
+                router_grad = router_grad + of_bias
             # an activation may make of a row of no group what is no number
-            share = rows.zero_rest(share).to(weight.dtype)
-            dweight = weight.new_empty(weight.numel()).scatter_(0, rows.order, share).view(weight.shape)
+            router_grad = rows.zero_rest(router_grad).to(weight.dtype)
+            dweight = weight.new_empty(weight.numel()).scatter_(0, rows.order, router_grad).view(weight.shape)
     else:
         h = act.forward(u)
     if need_down:
@@ -136,14 +138,14 @@ def backward(
 
 def _forward(
     x, index, weight, up, down, up_bias, down_bias, up_a, up_b, down_a, down_b, up_scale, down_scale, transposed,
-    activation, gate_layout, backend, format="dense", up_statistics=None, down_statistics=None,
+    activation, gate_layout, backend, *stored,
 ):  # fmt: skip
     act = _activation(activation, gate_layout)
-    up, down = _weights(up, down, transposed, format, up_statistics, down_statistics)
+    up, down = _weights(up, down, transposed, *stored)
     k = index.shape[1]
     run, plan = _choose(backend, x, k, up, down, up_a, down_a, act, False)
     with outside_autocast(x), run.guard(x.device):
-        rows, up, down = route(index, up.stored[0]), run.readable(up, x.dtype), run.readable(down, x.dtype)
+        rows = route(index, up.stored[0])
         out, u, of_up, of_down = forward(
             run, plan, run.matrix(x), rows, weight, up, down, up_bias, down_bias, up_a, up_b, down_a, down_b, up_scale,
             down_scale, act,
@@ -154,9 +156,9 @@ def _forward(
 
 def _fake_forward(
     x, index, weight, up, down, up_bias, down_bias, up_a, up_b, down_a, down_b, up_scale, down_scale, transposed,
-    activation, gate_layout, backend, format="dense", up_statistics=None, down_statistics=None,
+    activation, gate_layout, backend, *stored,
 ):  # fmt: skip
-    up, _ = _weights(up, down, transposed, format, up_statistics, down_statistics)
+    up, _ = _weights(up, down, transposed, *stored)
     rows = index.shape[0] * index.shape[1]
     low = x.new_empty((rows, rank(up_a))), x.new_empty((rows, rank(down_a)))
     made = x.new_empty((rows, up.sizes[0])), *low, index.new_empty((rows,)), index.new_empty((up.stored[0],))
@@ -165,20 +167,19 @@ def _fake_forward(
 
 def _backward(
     dout, x, weight, up, down, down_bias, up_a, up_b, down_a, down_b, up_scale, down_scale, transposed, activation,
-    gate_layout, u, xa, ha, order, offsets, needs, backend, format="dense", up_statistics=None,
-    down_statistics=None,
+    gate_layout, u, xa, ha, order, offsets, needs, backend, *stored,
 ):  # fmt: skip
     act = _activation(activation, gate_layout)
-    up, down = _weights(up, down, transposed, format, up_statistics, down_statistics)
+    up, down = _weights(up, down, transposed, *stored)
     k = weight.shape[1]
     run, plan = _choose(backend, x, k, up, down, up_a, down_a, act, True)
     need_dx, need_dweight, *adapters = needs
     need_up, need_down = any(adapters[:2]) and up_a is not None, any(adapters[2:]) and down_a is not None
     with outside_autocast(x), run.guard(x.device):
         grads = backward(
-            run, plan, run.matrix(dout), run.matrix(x), Rows(order.shape[0], offsets, order, k), weight,
-            run.readable(up, x.dtype), run.readable(down, x.dtype), down_bias, up_a, up_b, down_a, down_b, up_scale,
-            down_scale, act, u, xa, ha, need_dx, need_dweight, need_up, need_down,
+            run, plan, run.matrix(dout), run.matrix(x), Rows(order.shape[0], offsets, order, k), weight, up,
+            down, down_bias, up_a, up_b, down_a, down_b, up_scale, down_scale, act, u, xa, ha, need_dx, need_dweight,
+            need_up, need_down,
         )  # fmt: skip
     return kept(grads, dout)
 
@@ -201,9 +202,9 @@ _DIFFERENTIABLE = (0, 2, 7, 8, 9, 10)
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.no_gradients = no_gradients(inputs, ("dense", None, None))
-    ctx.settings, ctx.backend, ctx.format = inputs[11:16], inputs[16], inputs[17]
-    up_statistics, down_statistics = (tuple(statistics or ()) for statistics in inputs[18:])
+    ctx.no_gradients = no_gradients(inputs, ("dense", "dense", None, None))
+    ctx.settings, ctx.backend, ctx.formats = inputs[11:16], inputs[16], inputs[17:19]
+    up_statistics, down_statistics = (tuple(statistics or ()) for statistics in inputs[19:])
     ctx.statistics = len(up_statistics)
     # index and up_bias for second derivatives alone
     ctx.save_for_backward(*inputs[:11], *output[1:], *up_statistics, *down_statistics)
@@ -219,20 +220,20 @@ def _differentiate(ctx, dout, *_):
     # read once: a checkpoint hands them out once
     tensors = ctx.saved_tensors
     inputs, saved, statistics = tensors[:11], tensors[11:16], tensors[16:]
-    stored = ctx.format, statistics[: ctx.statistics], statistics[ctx.statistics :]
+    stored = *ctx.formats, statistics[: ctx.statistics], statistics[ctx.statistics :]
     if needs_plain_backward(dout):
         x, index, weight, up, down, *others = inputs
         up, down = (w.decoded(x.dtype).data for w in _weights(up, down, ctx.settings[2], *stored))
         given = x, index, weight, up, down, *others, *ctx.settings[:3], ctx.activation
-        found = plain.gradients(plain.experts, given, needed, dout)
+        computed = plain.gradients(plain.experts, given, needed, dout)
     else:
         x, _, weight, up, down, _, down_bias, *adapters = inputs
         needs = [i in needed for i in _DIFFERENTIABLE]
         operands = x, weight, up, down, down_bias, *adapters
         op = torch.ops.lorafuse.lora_experts_backward
         every = op(dout, *operands, *ctx.settings, *saved, needs, ctx.backend, *(one or None for one in stored))
-        found = [grad for grad, need in zip(every, needs, strict=True) if need]
-    for i, grad in zip(needed, found, strict=True):
+        computed = [grad for grad, need in zip(every, needs, strict=True) if need]
+    for i, grad in zip(needed, computed, strict=True):
         grads[i] = grad
     return tuple(grads)
 
@@ -247,7 +248,7 @@ def lora_experts(*args) -> Tensor:
     x = args[0]
     if is_transformed(x):
         with outside_autocast(x):
-            stored, act = args[17:] or ("dense", (), ()), _activation(*args[14:16])
+            stored, act = args[17:], _activation(*args[14:16])
             weights = _weights(args[3], args[4], args[13], *stored)
             up, down = (w.decoded(x.dtype).data for w in weights)
             return plain.experts(*args[:3], up, down, *args[5:14], act)  # type: ignore[call-arg]
@@ -266,8 +267,8 @@ def _recomputed(args, activation, backend, stored):
     if base.resolve(backend) == "auto":
         # backward runs where forward does
         x, index, _, up, down, _, _, up_a, _, down_a, *_, transposed = args
-        up, down = _weights(up, down, transposed, *(stored or ("dense", (), ())))
+        up, down = _weights(up, down, transposed, *stored)
         backend = _choose("auto", x, index.shape[1], up, down, up_a, down_a, act, False)[0].name
     name = f"function {id(act)}"
-    _functions[name] = act
+    functions[name] = act
     return lora_experts(*args, name, GateLayout.CONCATENATED.value, backend, *stored)

@@ -8,23 +8,47 @@ A formula is called with the operator's arguments, shapes in the place of tensor
 
 import importlib.abc
 import importlib.util
+import itertools
 import math
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 import torch
 
 # they define the operators
 import lorafuse.ops.experts
+import lorafuse.ops.gated_mlp
+import lorafuse.ops.group
 import lorafuse.ops.grouped
 import lorafuse.ops.linear  # noqa: F401
+from lorafuse.operands import Weight
 
-__all__ = ["experts", "experts_backward", "grouped", "grouped_backward", "linear", "linear_backward"]
+__all__ = [
+    "experts",
+    "experts_backward",
+    "gated_mlp",
+    "gated_mlp_backward",
+    "grouped",
+    "grouped_backward",
+    "linear",
+    "linear_backward",
+    "linears",
+    "linears_backward",
+]
 
 _Shape = Sequence[int]
 _COUNTER = "torch.utils.flop_counter"
+
+
+def _stored(w: _Shape, format: str = "dense", statistics: Sequence[_Shape] | None = None) -> _Shape:
+    """The sizes of the matrices of a weight in any format."""
+    if format == "dense":
+        return w
+    data, *scales = (torch.empty(sizes, device="meta") for sizes in (w, *(statistics or ())))
+    return Weight(data, statistics=tuple(scales), format=format).stored
 
 
 def _forward(rows: int, w: _Shape, a: _Shape | None) -> int:
@@ -45,44 +69,106 @@ def _rank(a: _Shape | None) -> int:
     return 0 if a is None else a[-2]
 
 
-def linear(x: _Shape, weight: _Shape, bias: _Shape | None, a: _Shape, *_: object, **__: object) -> int:
-    return _forward(math.prod(x[:-1]), weight, a)
+def linear(
+    x: _Shape, weight: _Shape, bias: _Shape | None, a: _Shape, b: object, seed: object, scale: float, dropout_p: float,
+    backend: str, wide: bool = False, *stored: Any, **_: object,
+) -> int:  # fmt: skip
+    return _forward(math.prod(x[:-1]), _stored(weight, *stored), a)
 
 
 def linear_backward(
     dy: _Shape, x: object, xa: object, weight: _Shape, a: _Shape, b: object, seed: object, scale: float,
-    dropout_p: float, needs: Sequence[bool], *_: object, **__: object,
+    dropout_p: float, needs: Sequence[bool], backend: str, wide: bool = False, *stored: Any, **_: object,
 ) -> int:  # fmt: skip
-    return _backward(math.prod(dy[:-1]), weight, a, False, needs[0], needs[1], needs[2])
+    return _backward(math.prod(dy[:-1]), _stored(weight, *stored), a, False, needs[0], needs[1], needs[2])
 
 
 def grouped(
-    x: _Shape, ends: object, w: _Shape, bias: object, a: _Shape | None, *_: object, **__: object
+    x: _Shape, ends: object, w: _Shape, bias: object, a: _Shape | None, b: object, scale: float, transposed: bool,
+    backend: str, *stored: Any, **_: object,
 ) -> int:  # fmt: skip
-    return _forward(x[0], w, a)
+    return _forward(x[0], _stored(w, *stored), a)
 
 
 def grouped_backward(
     dy: _Shape, x: object, xa: object, ends: object, w: _Shape, a: _Shape | None, b: object, scale: float,
-    transposed: bool, needs: Sequence[bool], *_: object, **__: object,
+    transposed: bool, needs: Sequence[bool], backend: str, *stored: Any, **_: object,
 ) -> int:  # fmt: skip
-    return _backward(dy[0], w, a, transposed, needs[0], needs[1], needs[2])
+    return _backward(dy[0], _stored(w, *stored), a, transposed, needs[0], needs[1], needs[2])
+
+
+def linears(
+    x: _Shape, weights: Sequence[_Shape], biases: object, a: Sequence[_Shape | None], b: object, seeds: object,
+    statistics: Sequence[_Shape], scales: object, dropout_ps: object, formats: Sequence[str], counts: Sequence[int],
+    *_: object, **__: object,
+) -> int:  # fmt: skip
+    """Of siblings, and of a gated MLP, whose every row passes three layers."""
+    each = zip(_each(weights, statistics, formats, counts), a, strict=True)
+    return sum(_forward(math.prod(x[:-1]), w, one) for w, one in each)
+
+
+def _each(
+    weights: Sequence[_Shape], statistics: Sequence[_Shape], formats: Sequence[str], counts: Sequence[int]
+) -> list[_Shape]:  # fmt: skip
+    rest = iter(statistics)
+    every = zip(weights, formats, counts, strict=True)
+    return [_stored(w, format, list(itertools.islice(rest, count))) for w, format, count in every]
+
+
+gated_mlp = linears
+
+
+def linears_backward(
+    dys: Sequence[_Shape | None], x: object, xa: object, weights: Sequence[_Shape], biases: object,
+    a: Sequence[_Shape | None], b: object, seeds: object, statistics: Sequence[_Shape], scales: object,
+    dropout_ps: object, formats: Sequence[str], counts: Sequence[int], needs: Sequence[bool], *_: object, **__: object,
+) -> int:  # fmt: skip
+    weights = _each(weights, statistics, formats, counts)
+    G, total = len(weights), 0
+    for i, (dy, w, one) in enumerate(zip(dys, weights, a, strict=True)):
+        if dy is not None:
+            total += _backward(math.prod(dy[:-1]), w, one, False, needs[0], needs[1 + i], needs[1 + G + i])
+    return total
+
+
+def gated_mlp_backward(
+    dy: _Shape, x: object, gate: object, up: object, xa: object, ha: object, weights: Sequence[_Shape], biases: object,
+    a: Sequence[_Shape | None], b: object, seeds: object, statistics: Sequence[_Shape], scales: object,
+    dropout_ps: object, formats: Sequence[str], counts: Sequence[int], needs: Sequence[bool], *_: object, **__: object,
+) -> int:  # fmt: skip
+    """What `recompute_up` computes again is not counted."""
+    weights = _each(weights, statistics, formats, counts)
+    rows = math.prod(dy[:-1])
+    # of the hidden rows
+    dh = any(need for i, need in enumerate(needs) if i == 0 or i % 3)
+    of_inputs = needs[0], needs[0], dh
+    layers = zip(weights, a, of_inputs, needs[1:4], needs[4:7], strict=True)
+    return sum(_backward(rows, w, one, False, dx, da, db) for w, one, dx, da, db in layers)
 
 
 def experts(
     x: _Shape, index: _Shape, weight: object, up: _Shape, down: _Shape, up_bias: object, down_bias: object,
-    up_a: _Shape | None, up_b: object, down_a: _Shape | None, *_: object, **__: object,
+    up_a: _Shape | None, up_b: object, down_a: _Shape | None, down_b: object, up_scale: float, down_scale: float,
+    transposed: bool, activation: str, gate_layout: str, backend: str, *stored: Any, **_: object,
 ) -> int:  # fmt: skip
-    rows = math.prod(index)
+    rows, (up, down) = math.prod(index), _both(up, down, *stored)
     return _forward(rows, up, up_a) + _forward(rows, down, down_a)
+
+
+def _both(
+    up: _Shape, down: _Shape, up_format: str = "dense", down_format: str = "dense", up_statistics: Any = None,
+    down_statistics: Any = None,
+) -> tuple[_Shape, _Shape]:  # fmt: skip
+    return _stored(up, up_format, up_statistics), _stored(down, down_format, down_statistics)
 
 
 def experts_backward(
     dout: object, x: object, weight: _Shape, up: _Shape, down: _Shape, down_bias: object, up_a: _Shape | None,
     up_b: object, down_a: _Shape | None, down_b: object, up_scale: float, down_scale: float, transposed: bool,
     activation: str, gate_layout: str, u: object, xa: object, ha: object, order: object, ends: object,
-    needs: Sequence[bool], *_: object, **__: object,
+    needs: Sequence[bool], backend: str, *stored: Any, **_: object,
 ) -> int:  # fmt: skip
+    up, down = _both(up, down, *stored)
     rows, (dx, dweight, d_up_a, d_up_b, d_down_a, d_down_b) = math.prod(weight), needs
     # of the hidden rows; the gradient of a router weight is taken from it
     dh = dx or dweight or d_up_a or d_up_b
@@ -93,6 +179,10 @@ def experts_backward(
 _FORMULAS = {
     "lora_linear": linear,
     "lora_linear_backward": linear_backward,
+    "lora_linears": linears,
+    "lora_linears_backward": linears_backward,
+    "lora_gated_mlp": gated_mlp,
+    "lora_gated_mlp_backward": gated_mlp_backward,
     "lora_grouped_linear": grouped,
     "lora_grouped_linear_backward": grouped_backward,
     "lora_experts": experts,

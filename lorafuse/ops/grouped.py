@@ -72,7 +72,7 @@ def _forward(x, offsets, w, bias, a, b, scale, transposed, backend, format="dens
     if x.is_cpu:
         _check_offsets(offsets, x.shape[0])
     with outside_autocast(x), run.guard(x.device):
-        x, weight = run.matrix(x), run.readable(weight, x.dtype)
+        x = run.matrix(x)
         low = low_rank(run, plan, x, a, b, scale, rows)
         y = rows.zero_rest(run.matmul(x, weight, rows, plan, low=low, bias=bias))
         return y, x.new_empty((x.shape[0], 0)) if low is None else rows.zero_rest(low.xa)
@@ -99,7 +99,7 @@ def _backward(dy, x, xa, offsets, w, a, b, scale, transposed, needs, backend, fo
         dyb = run.project(dy, b, rows, plan, is_transposed=True) if b is not None and (need_dx or need_da) else None
         if need_dx:
             low = None if dyb is None else LowRank(dyb, a, scale, is_transposed=True)
-            dx = rows.zero_rest(run.matmul(dy, run.readable(weight, dy.dtype).t, rows, plan, low=low))
+            dx = rows.zero_rest(run.matmul(dy, weight.t, rows, plan, low=low))
         x = run.matrix(x) if need_da else None
         grads = rank_gradients(run, plan, dy, rows, x, rows, dyb, xa if need_db else None, a, b, scale)
         return kept((dx, *grads), dy)
@@ -133,13 +133,13 @@ def _differentiate(ctx, dy, _):
         if x is None:
             x = dy.new_zeros((dy.shape[0], weight.sizes[1])).requires_grad_()
         given = x, offsets, weight.data, bias, a, b, scale, transposed
-        found = plain.gradients(plain.grouped, given, needed, dy)
+        computed = plain.gradients(plain.grouped, given, needed, dy)
     else:
         needs = [i in needed for i in (0, 4, 5)]
         op = torch.ops.lorafuse.lora_grouped_linear_backward
         every = op(dy, x, xa, offsets, w, a, b, scale, transposed, needs, backend, ctx.format, statistics or None)
-        found = [grad for grad, need in zip(every, needs, strict=True) if need]
-    for i, grad in zip(needed, found, strict=True):
+        computed = [grad for grad, need in zip(every, needs, strict=True) if need]
+    for i, grad in zip(needed, computed, strict=True):
         grads[i] = grad
     return tuple(grads)
 

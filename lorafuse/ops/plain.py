@@ -77,17 +77,20 @@ def experts(
 
 
 def gradients(
-    formula: Callable[..., Tensor], inputs: Sequence[Any], needed: Sequence[int], dout: Tensor
+    formula: Callable[..., Tensor | Sequence[Tensor]], inputs: Sequence[Any], needed: Sequence[int], *douts: Tensor
 ) -> list[Tensor]:
-    """Gradients of `formula(*inputs)` for the inputs at the places `needed`, which autograd can differentiate again."""
+    """Gradients of `formula(*inputs)` for the inputs at the places `needed`, which autograd can differentiate again.
+
+    `douts` are the gradients of its results.
+    """
     create_graph, given = torch.is_grad_enabled(), list(inputs)
-    with torch.enable_grad(), outside_autocast(dout):
+    with torch.enable_grad(), outside_autocast(douts[0]):
         for i in needed:
             # an alias, so that the hooks of an input do not run here
             given[i] = given[i].view_as(given[i])
         out = formula(*given)
-        wanted = [given[i] for i in needed]
-        return list(torch.autograd.grad(out, wanted, dout, create_graph=create_graph, materialize_grads=True))
+        leaves = [given[i] for i in needed]
+        return list(torch.autograd.grad(out, leaves, douts, create_graph=create_graph, materialize_grads=True))
 
 
 def _refuse_batched(operator: str, name: str, t: Tensor) -> None:

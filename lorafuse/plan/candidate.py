@@ -1,18 +1,55 @@
-"""A candidate: one way to run an operator, step by step, and its modelled seconds on the GPU and on the host."""
+"""Candidates: the kernels that run an operator, how each runs, and their modelled seconds on the GPU and the host."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lorafuse.plan.config import KernelConfig
-
-__all__ = ["Candidate", "Part", "in_a_row"]
+__all__ = ["Candidate", "KernelConfig", "Part", "in_a_row", "padded_rank"]
 
 # between kernels that depend on each other, on the device (assumed; hopper launches overlap at best 2 to 4 us)
 _GAP = 2e-6
 # of the host for one launch: an ATen operator or one of ours in CUDA, a Triton kernel with its Python launcher (beside
 # an H200, 2026-11-26: forward and backward of a patched layer of 16 x 512 x 512)
 _HOST = {"eager": 12e-6, "cuda": 12e-6, "triton": 60e-6}
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """How one kernel runs. Sizes that it does not have are 0.
+
+    kernel          a step of an operator, "project", "matmul", "project_outer" or "outer", whose problem says in which
+                    direction, over which rows and with which epilogue; or "reduce", the sum of partial results
+    form            how a main loop reads its operands: "tma" (Triton, tensor descriptors), "pointer", "wgmma" (CUDA,
+                    TMA); of other kernels "pointer", or "mma" in CUDA
+    block_m, block_n, block_k
+                    matmul: tiles of block_m rows and block_n columns, in reduction steps of block_k. project: block_m
+                    rows, in steps of block_k. project_outer, outer: block_n columns, over 1 / splits of the rows in
+                    steps of block_m. reduce: block_n numbers of a program
+    block_r         ranks at a time
+    stages          buffers of the pipeline
+    warps           warps of a program
+    group_m         tiles of rows that are walked together, for the L2
+    splits          parts of the rows whose sums are reduced afterwards
+    fused_xa        matmul computes xa too
+    max_registers   of a thread; 0 leaves it to the compiler
+    cluster         blocks that share the tiles of w
+    sum_blocks      blocks of a backward matmul that sum da and db concurrently
+    """
+
+    kernel: str
+    form: str
+    block_m: int
+    block_n: int
+    block_k: int
+    block_r: int
+    stages: int
+    warps: int
+    group_m: int = 8
+    splits: int = 1
+    fused_xa: bool = False
+    max_registers: int = 0
+    cluster: int = 1
+    sum_blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +93,11 @@ class Candidate:
 
 def in_a_row(parts: Iterable[Part]) -> tuple[Part, ...]:
     """`parts` with the gaps between their kernels."""
-    found = tuple(parts)
-    gaps = sum(part.launches for part in found) - 1
-    return (*found, Part("launch gaps", gaps * _GAP, 0)) if gaps > 0 else found
+    steps = tuple(parts)
+    gaps = sum(part.launches for part in steps) - 1
+    return (*steps, Part("launch gaps", gaps * _GAP, 0)) if gaps > 0 else steps
+
+
+def padded_rank(R: int) -> int:
+    """The power of two, at least 16, that holds R ranks: tensor cores multiply no less."""
+    return max(16, 1 << (R - 1).bit_length())

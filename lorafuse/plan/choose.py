@@ -7,8 +7,7 @@ from functools import lru_cache
 
 from lorafuse import formats
 from lorafuse.plan import configs_cuda, configs_triton, cost, tuned
-from lorafuse.plan.candidate import Candidate
-from lorafuse.plan.config import KernelConfig
+from lorafuse.plan.candidate import Candidate, KernelConfig
 from lorafuse.plan.devices import DeviceSpec, features, find
 from lorafuse.plan.problem import Problem
 
@@ -158,6 +157,8 @@ def _select(
             candidates += configs_triton.operator_candidates(operator, device, given.triton_config)
         elif device is not None:
             candidates += configs_cuda.operator_candidates(operator, device, given.tiles)
+    if device is not None and (decoding := cost.decoding(operator, device)):
+        candidates = [replace(one, parts=decoding + one.parts) for one in candidates]
     if not candidates:
         raise ValueError(f"no backend can run {problems}: " + "; ".join(reasons))
     chosen, why = _choose(candidates, operator, device, given)
@@ -184,8 +185,9 @@ def _refusal(backend: str, operator: Sequence[Problem], device: DeviceSpec | Non
         return f"its kernels need sm_{_OLDEST_ARCH}, {device.name} is sm_{device.arch}"
     if p.dtype not in _DTYPES:
         return f"its kernels run {', '.join(_DTYPES)}, not {p.dtype}"
-    if p.format != "dense" and p.format not in formats.FORMATS:
-        return f"its kernels read dense weights, not {p.format}"
+    unknown = [q.format for q in operator if q.format not in ("dense", *formats.FORMATS)]
+    if unknown:
+        return f"its kernels read dense weights, not {unknown[0]}"
     if p.M == 0:
         return "there are no rows" if p.is_ragged else "there are no tokens"
     refusals = (configs_cuda.refusal(problem, device) for problem in operator if backend == "cuda")

@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from lorafuse.plan import cost
-from lorafuse.plan.candidate import Candidate, Part, in_a_row
-from lorafuse.plan.config import KernelConfig, padded_rank
+from lorafuse.plan.candidate import Candidate, KernelConfig, Part, in_a_row, padded_rank
 from lorafuse.plan.devices import DeviceSpec
 from lorafuse.plan.problem import Problem
 
@@ -46,8 +45,6 @@ def refusal(problem: Problem, device: DeviceSpec) -> str:
         return f"its kernels are for sm_{_ARCH}, {device.name} is sm_{device.arch}"
     if problem.dtype not in ("bfloat16", "float16"):
         return f"its kernels run bfloat16 and float16, not {problem.dtype}"
-    if problem.format != "dense":
-        return f"its kernels read dense weights, not {problem.format}"
     if problem.wide:
         return "its kernels round xa and dyb to float16, whose range is too small for adapters of another dtype"
     if problem.N % 8 or problem.K % 8:
@@ -87,13 +84,13 @@ def matmuls(
     problem: Problem, device: DeviceSpec, tiles: _Tiles = TILES, fused_xa: bool = False, sum_blocks: int = 0
 ) -> tuple[KernelConfig, ...]:
     """The legal configurations of y, or of a backward problem's dx."""
-    found = (
+    configs = (
         _matmul(tile, fused_xa, sum_blocks)
         for tile in tiles
         # one row block leaves a neighbour without rows
         if tile[2] == 1 or problem.M > _BLOCK_M
     )
-    return tuple(config for config in found if not illegal(config, problem, device))
+    return tuple(config for config in configs if not illegal(config, problem, device))
 
 
 def _matmul(tile: tuple[int, int, int], fused_xa: bool = False, sum_blocks: int = 0) -> KernelConfig:
@@ -176,8 +173,8 @@ def sum_blocks(problem: Problem, device: DeviceSpec) -> list[int]:
 def _best(
     problem: Problem, device: DeviceSpec, tiles: _Tiles, fused_xa: bool = False, blocks: Sequence[int] = (0,)
 ) -> KernelConfig | None:
-    found = [config for count in blocks for config in matmuls(problem, device, tiles, fused_xa, count)]
-    return min(found, key=lambda config: cost.kernel_seconds(config, problem, device), default=None)
+    configs = [config for count in blocks for config in matmuls(problem, device, tiles, fused_xa, count)]
+    return min(configs, key=lambda config: cost.kernel_seconds(config, problem, device), default=None)
 
 
 def _skinny(kernel: str, problem: Problem, device: DeviceSpec) -> KernelConfig:

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from lorafuse.plan import cost
-from lorafuse.plan.candidate import Candidate, in_a_row
-from lorafuse.plan.config import KernelConfig, padded_rank
+from lorafuse.plan.candidate import Candidate, KernelConfig, in_a_row, padded_rank
 from lorafuse.plan.devices import DeviceSpec
 from lorafuse.plan.problem import Problem
 
@@ -18,29 +17,33 @@ __all__ = ["best", "candidates", "illegal", "operator_candidates", "shared_memor
 
 # a kernel, its problem and the GPU: its configuration, None where it has none
 Pick = Callable[[str, Problem, DeviceSpec], KernelConfig | None]
+# block_m, block_n, block_k, stages, warps
 _Tile = tuple[int, int, int, int, int]
-# (block_m, block_n, block_k, stages, warps) of dense matmuls, best first where all fill the GPU. Those of sm_90 were
-# measured on an H200 (docs/performance.md, 2026-11-26), the others chosen by what compiles without spills (Triton 3.6).
-# Those that read through TMA, by whether accumulators are in tensor memory (sm_100) or in registers (sm_90):
-_TMA: dict[bool, tuple[_Tile, ...]] = {
-    False: ((128, 256, 64, 4, 8), (128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4)),
-    True: ((128, 256, 64, 3, 8), (128, 128, 64, 3, 8), (64, 128, 64, 4, 8), (64, 64, 64, 4, 8)),
+# how operands are read: TMA with accumulators in registers (sm_90) or tensor memory (sm_100), pointers on older GPUs;
+# element by element where rows are misaligned. That and fp32, which multiplies on the CUDA cores, need registers
+_TMA, _TMA_TENSOR_MEMORY, _POINTER, _MISALIGNED, _FP32, _MISALIGNED_FP32 = range(6)
+# tiles of dense matmuls, best first where all fill the GPU. Those of sm_90 were measured on an H200
+# (docs/performance.md, 2026-11-26), the others chosen by what compiles without spills (Triton 3.6)
+_DENSE: dict[int, tuple[_Tile, ...]] = {
+    _TMA: ((128, 256, 64, 4, 8), (128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4)),
+    _TMA_TENSOR_MEMORY: ((128, 256, 64, 3, 8), (128, 128, 64, 3, 8), (64, 128, 64, 4, 8), (64, 64, 64, 4, 8)),
+    _POINTER: ((128, 128, 32, 4, 8), (64, 128, 32, 4, 4), (64, 64, 32, 4, 4)),
+    _MISALIGNED: ((64, 64, 32, 3, 8), (32, 64, 32, 3, 8)),
+    _FP32: ((64, 64, 32, 3, 8), (32, 64, 32, 3, 8)),
+    _MISALIGNED_FP32: ((32, 64, 32, 2, 8),),
 }
-_POINTER = ((128, 128, 32, 4, 8), (64, 128, 32, 4, 4), (64, 64, 32, 4, 4))
-# fp32 multiplies on the CUDA cores; misaligned rows are read element by element. Both need registers.
-_FP32 = _MISALIGNED = ((64, 64, 32, 3, 8), (32, 64, 32, 3, 8))
-_MISALIGNED_FP32 = ((32, 64, 32, 2, 8),)
 # the same of ragged matmuls, by what compiles without spills (Triton 3.6, 2026-11-25); no speed was measured
-_RAGGED_TMA: dict[bool, tuple[_Tile, ...]] = {
-    False: ((128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (64, 256, 64, 3, 8), (64, 128, 64, 4, 8)),
-    True: ((128, 256, 64, 3, 8), (128, 128, 64, 3, 8), (64, 256, 64, 3, 8), (64, 128, 64, 4, 8)),
+_RAGGED: dict[int, tuple[_Tile, ...]] = {
+    _TMA: ((128, 256, 64, 3, 8), (128, 128, 64, 4, 8), (64, 256, 64, 3, 8), (64, 128, 64, 4, 8)),
+    _TMA_TENSOR_MEMORY: ((128, 256, 64, 3, 8), (128, 128, 64, 3, 8), (64, 256, 64, 3, 8), (64, 128, 64, 4, 8)),
+    # only sm_80 has the shared memory for the first
+    _POINTER: ((128, 128, 64, 3, 8), (128, 128, 32, 4, 8), (64, 128, 64, 3, 8)),
+    _MISALIGNED: ((32, 64, 32, 3, 8), (16, 64, 32, 3, 4)),
+    _FP32: ((32, 64, 32, 2, 8), (16, 64, 32, 2, 8)),
+    _MISALIGNED_FP32: ((32, 64, 32, 2, 8), (16, 64, 32, 2, 8)),
 }
-# of these, only sm_80 has the shared memory for the first
-_RAGGED_POINTER = ((128, 128, 64, 3, 8), (128, 128, 32, 4, 8), (64, 128, 64, 3, 8))
 # for groups of a few rows, which wait for their weights whatever the tile
-_RAGGED_SHORT = ((32, 64, 64, 3, 4), (16, 64, 64, 3, 4))
-_RAGGED_MISALIGNED = ((32, 64, 32, 3, 8), (16, 64, 32, 3, 4))
-_RAGGED_FP32 = ((32, 64, 32, 2, 8), (16, 64, 32, 2, 8))
+_RAGGED_SHORT: tuple[_Tile, ...] = ((32, 64, 64, 3, 4), (16, 64, 64, 3, 4))
 # ranks that a matmul takes at a time: at 64 the tiles of a and b no longer fit next to the pipeline's buffers
 _MAX_BLOCK_R = 32
 # fp32 accumulators in the registers of one thread, of 255: above this all shapes spilled
@@ -106,49 +109,40 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
 
 
 def candidates(kernel: str, problem: Problem, device: DeviceSpec) -> tuple[KernelConfig, ...]:
-    """The legal configurations of a kernel of `config.KERNELS` for a problem, best first where all fill the GPU."""
+    """The legal configurations of a kernel for a problem, best first where all fill the GPU."""
     if kernel == "reduce":
-        found = [KernelConfig("reduce", "pointer", 0, 1024, 0, 0, 1, 4)]
-    elif kernel == "matmul":
-        found = list(_matmuls(problem, device))
+        return (KernelConfig("reduce", "pointer", 0, 1024, 0, 0, 1, 4),)
+    if kernel == "matmul":
+        configs = _matmuls(problem, device)
     else:
-        found = list((_ragged_skinny if problem.is_ragged else _skinny)(kernel, problem, device))
-    is_dx = kernel == "matmul" and bool(problem.gradients)
-    if kernel != "reduce" and (problem.is_ragged or device.features.has_tensor_memory):
-        found = [replace(config, max_registers=_MAX_REGISTERS) for config in found]
-    elif is_dx and problem.itemsize == 4 and not problem.dropout and not problem.is_misaligned:
-        found = [replace(config, max_registers=_MAX_REGISTERS_DX) for config in found]
-    return tuple(config for config in found if not illegal(config, problem, device))
+        configs = (_ragged_skinny if problem.is_ragged else _skinny)(kernel, problem, device)
+    registers = 0
+    if problem.is_ragged or device.features.has_tensor_memory:
+        registers = _MAX_REGISTERS
+    elif kernel == "matmul" and problem.gradients and problem.itemsize == 4:
+        registers = 0 if problem.dropout or problem.is_misaligned else _MAX_REGISTERS_DX
+    limited = (replace(config, max_registers=registers) for config in configs)
+    return tuple(config for config in limited if not illegal(config, problem, device))
 
 
 def _matmuls(problem: Problem, device: DeviceSpec) -> Iterator[KernelConfig]:
     # fp32 rank tiles of 16 take the shared memory of 32 in 16 bits
     small = problem.itemsize == 4 or problem.wide or problem.is_misaligned
     block_r = min(padded_rank(problem.R), 16 if small else _MAX_BLOCK_R)
-    for form, tile in (_ragged_tiles if problem.is_ragged else _tiles)(problem, device):
-        yield KernelConfig("matmul", form, *tile[:3], block_r, *tile[3:])
-
-
-def _tiles(problem: Problem, device: DeviceSpec) -> Iterator[tuple[str, _Tile]]:
     if problem.itemsize == 4:
-        yield from (("pointer", tile) for tile in (_MISALIGNED_FP32 if problem.is_misaligned else _FP32))
+        read = _MISALIGNED_FP32 if problem.is_misaligned else _FP32
     elif problem.is_misaligned:
-        yield from (("pointer", tile) for tile in _MISALIGNED)
+        read = _MISALIGNED
     elif device.features.has_tma:
-        yield from (("tma", tile) for tile in _TMA[device.features.has_tensor_memory])
+        read = _TMA_TENSOR_MEMORY if device.features.has_tensor_memory else _TMA
     else:
-        yield from (("pointer", tile) for tile in _POINTER)
-
-
-def _ragged_tiles(problem: Problem, device: DeviceSpec) -> Iterator[tuple[str, _Tile]]:
-    if problem.itemsize == 4 or problem.is_misaligned:
-        yield from (("pointer", tile) for tile in (_RAGGED_FP32 if problem.itemsize == 4 else _RAGGED_MISALIGNED))
-        return
-    if device.features.has_tma:
-        yield from (("tma", tile) for tile in _RAGGED_TMA[device.features.has_tensor_memory])
-    else:
-        yield from (("pointer", tile) for tile in _RAGGED_POINTER)
-    yield from (("pointer", tile) for tile in _RAGGED_SHORT)
+        read = _POINTER
+    form = "tma" if read in (_TMA, _TMA_TENSOR_MEMORY) else "pointer"
+    tiles = [(form, tile) for tile in (_RAGGED if problem.is_ragged else _DENSE)[read]]
+    if problem.is_ragged and read in (_TMA, _TMA_TENSOR_MEMORY, _POINTER):
+        tiles += [("pointer", tile) for tile in _RAGGED_SHORT]
+    for form, tile in tiles:
+        yield KernelConfig("matmul", form, *tile[:3], block_r, *tile[3:])
 
 
 def _skinny(kernel: str, problem: Problem, device: DeviceSpec) -> Iterator[KernelConfig]:
@@ -225,12 +219,12 @@ def operator_candidates(operator: Sequence[Problem], device: DeviceSpec, pick: P
         kernels += [sums[gradient] for gradient in sums if gradient in p.gradients]
     else:
         name, kernels = "two_kernel", ["project", "matmul"]
-    found = _picked(kernels, p, device, pick)
-    if len(found) == len(kernels):
-        steps = [cost.step(config, p, device) for config in found if config.kernel != "reduce"]
-        yield Candidate("triton", name, (found,), in_a_row(steps))
+    picked = _picked(kernels, p, device, pick)
+    if len(picked) == len(kernels):
+        steps = [cost.step(config, p, device) for config in picked if config.kernel != "reduce"]
+        yield Candidate("triton", name, (picked,), in_a_row(steps))
 
 
 def _picked(kernels: Sequence[str], problem: Problem, device: DeviceSpec, pick: Pick) -> tuple[KernelConfig, ...]:
-    found = (pick(kernel, problem, device) for kernel in kernels)
-    return tuple(config for config in found if config is not None)
+    configs = (pick(kernel, problem, device) for kernel in kernels)
+    return tuple(config for config in configs if config is not None)

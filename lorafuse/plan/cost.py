@@ -9,12 +9,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lorafuse.plan.candidate import Candidate, Part, in_a_row
-from lorafuse.plan.config import KernelConfig, padded_rank
+from lorafuse.plan.candidate import Candidate, KernelConfig, Part, in_a_row, padded_rank
 from lorafuse.plan.devices import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["aten", "frozen", "kernel_seconds", "ragged", "step", "tile_seconds"]
+__all__ = ["aten", "decoding", "frozen", "kernel_seconds", "ragged", "step", "tile_seconds"]
 
 
 # what a tile reaches of the sustained rate, by its area (assumed, after published ablations of Hopper kernels)
@@ -49,10 +48,12 @@ _GROUPED_TILE = 128
 _READ_ON_HOST = 20e-6
 
 
-def _tiles(M: int, N: int, K: int, tile: tuple[int, int], share: float, problem: Problem, device: DeviceSpec) -> float:
-    """Seconds of an `[M, K] x [K, N]` product in tiles, at `share` of what such tiles reach."""
+def _tiles(
+    M: int, N: int, K: int, tile: tuple[int, int], efficiency: float, problem: Problem, device: DeviceSpec
+) -> float:
+    """Seconds of an `[M, K] x [K, N]` product in tiles, at `efficiency` of what such tiles reach."""
     reached = _TILE if device.features.has_warpgroup_mma else _WARP_TILE
-    rate = device.sustained_flops / device.sms * share * reached[tile[0] * tile[1]]
+    rate = device.sustained_flops / device.sms * efficiency * reached[tile[0] * tile[1]]
     if problem.itemsize == 4:
         # fp32 without tf32 runs on the CUDA cores
         rate *= device.fp32_flops / device.bf16_flops
@@ -89,11 +90,11 @@ def _mask(problem: Problem, device: DeviceSpec) -> float:
 
 def tile_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
     """Seconds of the tiles of a matmul, whatever their bytes."""
-    c, share, rows = config, _FORM[config.form], problem.M
+    c, efficiency, rows = config, _FORM[config.form], problem.M
     if c.form == "pointer" and device.features.has_warpgroup_mma and problem.itemsize == 2:
-        share *= _POINTER_ON_HOPPER
+        efficiency *= _POINTER_ON_HOPPER
     if problem.is_ragged:
-        share, rows = share * _GATHERED, problem.padded_rows(c.block_m)
+        efficiency, rows = efficiency * _GATHERED, problem.padded_rows(c.block_m)
     if c.form == "wgmma":
         # a cluster computes whole row blocks
         height = c.block_m * c.cluster
@@ -101,12 +102,12 @@ def tile_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -> 
         # operands of one step of the reduction, against what L2 gives while the tensor cores work on it
         operands = (c.block_m + c.block_n // c.cluster) * c.block_k * 2 * device.sms
         clocks = 2 * c.block_m * c.block_n * c.block_k / _SM_FLOPS
-        share *= min(1.0, _L2_BYTES / (operands / clocks))
+        efficiency *= min(1.0, _L2_BYTES / (operands / clocks))
     if c.sum_blocks:
         left = device.sms - c.sum_blocks
         device = replace(device, sms=left, sustained_flops=device.sustained_flops * left / device.sms)
     sizes = rows, problem.written, problem.read + padded_rank(problem.R)
-    return _tiles(*sizes, (c.block_m, c.block_n), share, problem, device)
+    return _tiles(*sizes, (c.block_m, c.block_n), efficiency, problem, device)
 
 
 def kernel_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
@@ -169,10 +170,10 @@ def step(config: KernelConfig, problem: Problem, device: DeviceSpec) -> Part:
 
 
 def _rows(
-    name: str, elements: int, problem: Problem, device: DeviceSpec, launches: int = 1, share: float = 1.0
+    name: str, elements: int, problem: Problem, device: DeviceSpec, launches: int = 1, efficiency: float = 1.0
 ) -> Part:
-    """Elements of x's dtype read or written, at `share` of a copy's rate."""
-    return Part(name, _pass(elements, problem, device) / share, launches)
+    """Elements of x's dtype read or written, at `efficiency` of a copy's rate."""
+    return Part(name, _pass(elements, problem, device) / efficiency, launches)
 
 
 def _cast(problem: Problem, device: DeviceSpec, launches: int, of: str = "") -> Part:
@@ -193,19 +194,20 @@ def _aten_dense(problem: Problem, device: DeviceSpec, base_first: bool) -> list[
         moved = over_k * _MASK_BYTES * _MASK_PASSES
         mask = [Part("dropout mask in torch operators", moved / device.sustained_bandwidth)]
     if not gradients:
-        parts += [*mask, _rows("xa = x aᵀ", over_k, problem, device, share=_SKINNY)]
+        parts += [*mask, _rows("xa = x aᵀ", over_k, problem, device, efficiency=_SKINNY)]
         if base_first:
-            return [*parts, Part("y = x wᵀ", base), _rows("y += xa bᵀ", 2 * over_n, problem, device, share=_SKINNY)]
-        return [*parts, _rows("y = xa bᵀ", over_n, problem, device, share=_SKINNY), Part("y += x wᵀ", base)]
+            added = _rows("y += xa bᵀ", 2 * over_n, problem, device, efficiency=_SKINNY)
+            return [*parts, Part("y = x wᵀ", base), added]
+        return [*parts, _rows("y = xa bᵀ", over_n, problem, device, efficiency=_SKINNY), Part("y += x wᵀ", base)]
     if "dx" in gradients or "da" in gradients:
-        parts += [_rows("dyb = dy b", over_n, problem, device, share=_SKINNY), *mask]
+        parts += [_rows("dyb = dy b", over_n, problem, device, efficiency=_SKINNY), *mask]
     if "dx" in gradients and base_first:
-        parts += [Part("dx = dy w", base), _rows("dx += dyb a", 2 * over_k, problem, device, share=_SKINNY)]
+        parts += [Part("dx = dy w", base), _rows("dx += dyb a", 2 * over_k, problem, device, efficiency=_SKINNY)]
     elif "dx" in gradients:
-        parts += [_rows("dx = dyb a", over_k, problem, device, share=_SKINNY), Part("dx += dy w", base)]
+        parts += [_rows("dx = dyb a", over_k, problem, device, efficiency=_SKINNY), Part("dx += dy w", base)]
     sums = ("da", "da = dybᵀ x", over_k), ("db", "db = dyᵀ xa", over_n), ("dbias", "dbias = Σ dy", over_n)
     return parts + [
-        _rows(name, elements, problem, device, share=_SKINNY) for of, name, elements in sums if of in gradients
+        _rows(name, elements, problem, device, efficiency=_SKINNY) for of, name, elements in sums if of in gradients
     ]
 
 
@@ -240,6 +242,18 @@ def _grouped(problem: Problem, of: str, device: DeviceSpec, loop: bool) -> Part:
     groups = max(problem.active, 1)
     one = replace(problem, M=-(-problem.M // groups), groups=1, is_ragged=False)
     return Part(name, max(groups * _base(one, device), _bytes(problem, device)), groups)
+
+
+def decoding(problems: Sequence[Problem], device: DeviceSpec) -> tuple[Part, ...]:
+    """What any backend does to quantized weights before it multiplies: one write in x's dtype, and one read of codes,
+    of at most a byte each. The same for all, and so without launches.
+    """
+    parts = []
+    for p, of in zip(problems, _NAMES[len(problems)], strict=True):
+        if p.format != "dense" and p.M and (not p.gradients or "dx" in p.gradients):
+            moved = p.groups * p.N * p.K * (p.itemsize + 1)
+            parts.append(Part(f"decode {p.format} of {of}", moved / device.sustained_bandwidth, 0))
+    return tuple(parts)
 
 
 def frozen(problems: Sequence[Problem], device: DeviceSpec) -> Candidate:
@@ -285,7 +299,7 @@ def ragged(problems: Sequence[Problem], matmuls: Sequence[KernelConfig], device:
     for p, of, config in zip(problems, _NAMES[len(problems)], matmuls, strict=True):
         parts += [_cast(p, device, 2, of)] if in_cuda else []
         name = (f"dx of {of}" if p.gradients else of) + (", activation" if p.epilogue and not in_cuda else "")
-        parts.append(_rows(f"{'dyb' if p.gradients else 'xa'} of {of}", p.M * p.read, p, device, share=_SKINNY))
+        parts.append(_rows(f"{'dyb' if p.gradients else 'xa'} of {of}", p.M * p.read, p, device, efficiency=_SKINNY))
         parts.append(Part(name, kernel_seconds(config, p, device)))
         parts += [_rows(f"da, db of {of}", p.M * (p.K + p.N), p, device, 2, _SKINNY)] if p.gradients else []
     if len(problems) == 2 and not in_cuda:

@@ -1,6 +1,6 @@
 """GPUs as the planner knows them: a row for each datasheet and for each architecture, and how a GPU is recognized.
 
-A new GPU is a row of `DEVICES`; what it can do follows from the row of its architecture.
+A new GPU is a row of `_DATASHEETS`; what it can do follows from the row of its architecture.
 """
 
 import difflib
@@ -96,40 +96,34 @@ _MEASURED = "measured on an H200"
 _SHARES = f"datasheet x {_FLOPS_SHARE:.2f} and {_BANDWIDTH_SHARE:.2f}, the shares measured on an H200"
 
 
-def _datasheet(
-    name: str,
-    arch: int,
-    sms: int,
-    l2_mb: int,
-    memory_gb: int,
-    bandwidth: float,
-    flops: float,
-    fp32: float,
-    source: str = _SHARES,
-) -> DeviceSpec:
-    sustained = flops * _FLOPS_SHARE, bandwidth * _BANDWIDTH_SHARE
-    rates = bandwidth, flops, fp32, *sustained
-    return DeviceSpec(name, name, arch, sms, _ARCHITECTURES[arch].smem, l2_mb * 2**20, *rates, source, memory_gb * 1e9)
+def _rates(bandwidth: float, flops: float, fp32: float) -> tuple[float, float, float, float, float]:
+    """The rates of a `DeviceSpec`, the sustained ones as shares."""
+    return bandwidth, flops, fp32, flops * _FLOPS_SHARE, bandwidth * _BANDWIDTH_SHARE
 
 
-# datasheets: SMs, L2 in MB, memory in GB, bandwidth, dense bf16 with fp32 accumulation (T4: fp16), fp32
-DEVICES: dict[str, DeviceSpec] = {
-    device.name: device
-    for device in (
-        _datasheet("A100", 80, 108, 40, 80, 2039e9, 312e12, 19.5e12),
-        _datasheet("L40S", 89, 142, 96, 48, 864e9, 362e12, 91.6e12),
-        _datasheet("RTX 4090", 89, 128, 72, 24, 1008e9, 165.2e12, 82.6e12),
-        _datasheet("H100", 90, 132, 50, 80, 3350e9, 989e12, 67e12),
-        _datasheet("H200", 90, 132, 60, 141, 4800e9, 989e12, 67e12, _MEASURED),
-        _datasheet("B200", 100, 148, 126, 180, 8000e9, 2250e12, 75e12),
-        _datasheet("RTX 5090", 120, 170, 96, 32, 1792e9, 209.5e12, 104.8e12),
-        _datasheet("T4", 75, 40, 4, 16, 320e9, 65e12, 8.1e12),
-        _datasheet("A10G", 86, 80, 6, 24, 600e9, 70e12, 35e12),
-        _datasheet("RTX A6000", 86, 84, 6, 48, 768e9, 154.8e12, 38.7e12),
-        _datasheet("RTX 3090", 86, 82, 6, 24, 936e9, 71e12, 35.6e12),
-        _datasheet("L4", 89, 58, 48, 24, 300e9, 121e12, 30.3e12),
-    )
+# datasheets: compute capability, SMs, L2 in MB, memory in GB, bandwidth, dense bf16 with fp32 accumulation (T4: fp16),
+# fp32
+_DATASHEETS = {
+    "A100": (80, 108, 40, 80, 2039e9, 312e12, 19.5e12),
+    "L40S": (89, 142, 96, 48, 864e9, 362e12, 91.6e12),
+    "RTX 4090": (89, 128, 72, 24, 1008e9, 165.2e12, 82.6e12),
+    "H100": (90, 132, 50, 80, 3350e9, 989e12, 67e12),
+    "H200": (90, 132, 60, 141, 4800e9, 989e12, 67e12),
+    "B200": (100, 148, 126, 180, 8000e9, 2250e12, 75e12),
+    "RTX 5090": (120, 170, 96, 32, 1792e9, 209.5e12, 104.8e12),
+    "T4": (75, 40, 4, 16, 320e9, 65e12, 8.1e12),
+    "A10G": (86, 80, 6, 24, 600e9, 70e12, 35e12),
+    "RTX A6000": (86, 84, 6, 48, 768e9, 154.8e12, 38.7e12),
+    "RTX 3090": (86, 82, 6, 24, 936e9, 71e12, 35.6e12),
+    "L4": (89, 58, 48, 24, 300e9, 121e12, 30.3e12),
 }
+DEVICES: dict[str, DeviceSpec] = {
+    name: DeviceSpec(
+        name, name, arch, sms, _ARCHITECTURES[arch].smem, l2_mb * 2**20, *_rates(*rates),
+        _MEASURED if name == "H200" else _SHARES, memory_gb * 1e9,
+    )
+    for name, (arch, sms, l2_mb, memory_gb, *rates) in _DATASHEETS.items()
+}  # fmt: skip
 
 
 def _plain(name: str) -> str:
@@ -167,6 +161,5 @@ def recognize(
         if _plain(name).startswith(_plain(known.name)) and alike:
             return replace(known, name=name, sms=sms, smem_per_block=smem_per_block, l2_bytes=l2_bytes)
     flops, fp32 = (per_clock * sms * clock_hz for per_clock in (features(arch).bf16, features(arch).fp32))
-    rates = memory_bandwidth, flops, fp32, flops * _FLOPS_SHARE, memory_bandwidth * _BANDWIDTH_SHARE
-    source = "estimated from clocks and architecture"
-    return DeviceSpec(name, name, arch, sms, smem_per_block, l2_bytes, *rates, source)
+    rates = _rates(memory_bandwidth, flops, fp32)
+    return DeviceSpec(name, name, arch, sms, smem_per_block, l2_bytes, *rates, "estimated from clocks and architecture")

@@ -10,7 +10,8 @@ from bench/results/ by bench/measured.py. Both are
 
 An entry applies to problems with the same N, K, dtype, dropout, gradients (none is a forward pass), format and groups
 whose M and R lie in its ranges, ends included, whose rows are aligned and whose xa is not fp32 over fp16; adapter dtype
-and bias do not matter. `kernel` was fastest there, or as fast as any within noise. `points` are what was measured,
+and bias do not matter. One of dense weights applies to quantized ones too: whatever runs decodes them first, at the
+same cost. `kernel` was fastest there, or as fast as any within noise. `points` are what was measured,
 `[M, R, seconds]`, and `seconds` those of the last. Version 2 has neither format nor groups, which are dense and 1 then,
 version 1 neither points nor conditions. A file that cannot be read or breaks the format counts for nothing: one
 warning, and plans follow the model.
@@ -23,7 +24,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Container, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,16 +37,16 @@ from lorafuse.plan.problem import Problem
 __all__ = ["KERNELS", "Tuned", "file_name", "load", "match", "own_file", "read", "text_of", "write"]
 
 _TRITON = ("two_kernel", "one_pass_backward", "ragged")
-# name: backend; the CUDA kernels do the same steps as Triton's, or xa in y's launch, or da and db in dx's
-KERNELS = dict.fromkeys(("aten_beta1", "aten_addmm", "grouped_mm", "loop"), "eager") | dict.fromkeys(_TRITON, "triton")
-KERNELS |= {f"cuda {name}": "cuda" for name in (*_TRITON, "fused_xa", "concurrent_backward")}
-# names in older files
+# the CUDA kernels do the same steps as Triton's, or xa in y's launch, or da and db in dx's
+_CUDA = tuple(f"cuda {name}" for name in (*_TRITON, "fused_xa", "concurrent_backward"))
+KERNELS = ("aten_beta1", "aten_addmm", "grouped_mm", "loop", *_TRITON, *_CUDA)
+# names in older files; entries of "", kernels that no longer exist, are left out
 _FORMER_NAMES = {
     "cuda single_kernel": "cuda fused_xa",
     "cuda one_launch_backward": "cuda concurrent_backward",
+    "single_kernel": "",
+    "fused_xa": "",
 }
-# kernels in older files that no longer exist; their entries are left out
-_REMOVED = ("single_kernel", "fused_xa")
 FOLDER = Path(__file__).parent / "measured"
 _VERSION = 3
 # an entry takes some 500 bytes: thousands of layers
@@ -95,7 +96,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dtype": _TEXT,
     "dropout": (lambda value: isinstance(value, bool), "true or false"),
     "gradients": (_are(_is_text), "a list of names"),
-    "kernel": (lambda value: isinstance(value, str) and value in (*KERNELS, *_REMOVED), f"one of {', '.join(KERNELS)}"),
+    "kernel": (lambda value: value in (*KERNELS, *_FORMER_NAMES), f"one of {', '.join(KERNELS)}"),
     "seconds": (_is_time, "a number above 0"),
     "commit": _TEXT,
     "date": _TEXT,
@@ -137,7 +138,8 @@ class Tuned:
     def covers(self, problem: Problem) -> bool:
         """Whether it applies to the problem."""
         ranges = self.M[0] <= problem.M <= self.M[1] and self.R[0] <= problem.R <= self.R[1]
-        return ranges and self.is_of(problem) and problem.aligned and not problem.wide
+        is_of = self.is_of(problem) or self.is_of(replace(problem, format="dense"))
+        return ranges and is_of and problem.aligned and not problem.wide
 
     def reason(self, problem: Problem, device: str) -> str:
         """Why its kernel is chosen, with the time at the nearest measured point."""
@@ -147,6 +149,8 @@ class Tuned:
                 self.points, key=lambda p: abs(math.log(p[0] / problem.M)) + abs(math.log(p[1] / problem.R))
             )
             where = f" at M {M}, R {R}"
+        if self.format != problem.format:
+            where += f" of {self.format} weights"
         whose = "by lorafuse tune" if self.own else "shipped"
         by = f"{self.date}, commit {self.commit}, {whose}"
         return f"fastest within noise when measured on {device}: {seconds * 1e6:.0f} us{where} ({by})"
@@ -167,20 +171,18 @@ def load(model: str) -> tuple[Tuned, ...]:
     """The entries for a GPU model, the user's first, none when there is no file. Warns of a file that `read` refuses,
     whose entries are left out.
     """
-    return _known(own_file(model), own=True) + _known(FOLDER / file_name(model), own=False)
-
-
-def _known(path: Path, own: bool) -> tuple[Tuned, ...]:
-    try:
-        return read(path, own)
-    except ValueError as error:
-        message = f"plans follow the model instead of measurements: {error}"
+    entries: tuple[Tuned, ...] = ()
+    for path, own in ((own_file(model), True), (FOLDER / file_name(model), False)):
         try:
-            warnings.warn(message, stacklevel=3)
-        except UserWarning:
-            # -W error: no step may fail for it
-            logging.getLogger(__name__).warning(message)
-        return ()
+            entries += read(path, own)
+        except ValueError as error:
+            message = f"plans follow the model instead of measurements: {error}"
+            try:
+                warnings.warn(message, stacklevel=2)
+            except UserWarning:
+                # -W error: no step may fail for it
+                logging.getLogger(__name__).warning(message)
+    return entries
 
 
 def read(path: Path, own: bool = False) -> tuple[Tuned, ...]:
@@ -196,7 +198,7 @@ def read(path: Path, own: bool = False) -> tuple[Tuned, ...]:
         if type(version) is not int or version not in _FIELDS_OF or not isinstance(content.get("entries"), list):
             raise ValueError(f'it must hold {{"version": {_VERSION}, "entries": […]}}')
         entries = (_entry(entry, version, own, f"entry {i}") for i, entry in enumerate(content["entries"]))
-        return tuple(entry for entry in entries if entry.kernel not in _REMOVED)
+        return tuple(entry for entry in entries if entry.kernel)
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         fix = "; delete it, and measure again with lorafuse tune" if own else ""
@@ -209,12 +211,12 @@ def _entry(entry: Any, version: int, own: bool, where: str) -> Tuned:
         raise ValueError(f"{where}: it is {_shown(entry)}; it must be an object")
     if entry.keys() != fields.keys():
         raise ValueError(f"{where}: it has the fields {_shown(sorted(entry))}; they must be {sorted(fields)}")
-    entry = entry | {"kernel": _FORMER_NAMES.get(str(entry["kernel"]), entry["kernel"])}
     for name, (is_right, rule) in fields.items():
         if not is_right(entry[name]):
             raise ValueError(f"{where}: {name} is {_shown(entry[name])}; it must be {rule}")
     values = entry | {name: tuple(entry[name]) for name in ("M", "R", "gradients")}
-    return Tuned(**values | {"points": tuple(map(tuple, entry.get("points", ()))), "own": own})
+    values |= {"kernel": _FORMER_NAMES.get(entry["kernel"], entry["kernel"]), "own": own}
+    return Tuned(**values | {"points": tuple(map(tuple, entry.get("points", ())))})
 
 
 def _shown(value: Any) -> str:
@@ -240,7 +242,7 @@ def text_of(entries: Iterable[Tuned]) -> str:
 def match(
     problem: Problem,
     device: DeviceSpec,
-    kernels: Container[str] = KERNELS,
+    kernels: Container[str],
     own: bool = True,
     entries: Iterable[Tuned] | None = None,
 ) -> Tuned | None:
@@ -249,4 +251,6 @@ def match(
     Of `entries`, or of those in files; without `own` the user's are passed over.
     """
     known = (entry for entry in (load(device.model) if entries is None else entries) if own or not entry.own)
-    return next((entry for entry in known if entry.covers(problem) and entry.kernel in kernels), None)
+    covering = (entry for entry in known if entry.covers(problem) and entry.kernel in kernels)
+    # one of the format itself before those of dense weights; min returns the first of several
+    return min(covering, key=lambda entry: entry.format != problem.format, default=None)

@@ -39,14 +39,14 @@ def conduct(lab: Lab, quick: bool) -> Finding:
                 batch=batch)
         for batch in batches for rank in (0, *ranks)
     ]  # fmt: skip
-    found = {(one.spec.batch, one.spec.rank): one for one in lab.sweep(specs)}
-    gaps = {(batch, rank): found[batch, rank].above(found[batch, 0]) for batch in batches for rank in ranks}
+    swept = {(one.spec.batch, one.spec.rank): one for one in lab.sweep(specs)}
+    gaps = {(batch, rank): swept[batch, rank].above(swept[batch, 0]) for batch in batches for rank in ranks}
     first, last = batches[0], batches[-1]
     claims = []
     for rank in ranks:
-        equal = gap(found[first, rank], found[first, 0], "", MARGIN, SOURCE, 1)
+        equal = gap(swept[first, rank], swept[first, 0], "", MARGIN, SOURCE, 1)
         bar = "" if equal.outcome == HELD else f"not equal at batch {first}: {equal.shown}"
-        ends = [found[batch, side] for batch in (first, last) for side in (0, rank)]
+        ends = [swept[batch, side] for batch in (first, last) for side in (0, rank)]
         claims.append(
             claim(
                 f"LoRA r {rank}: how much its gap over full grows from batch {first} to {last}, nats",
@@ -56,7 +56,7 @@ def conduct(lab: Lab, quick: bool) -> Finding:
             )
         )  # fmt: skip
     losses = [
-        line("full" if rank == 0 else f"LoRA r {rank}", batches, [found[batch, rank].losses for batch in batches])
+        line("full" if rank == 0 else f"LoRA r {rank}", batches, [swept[batch, rank].losses for batch in batches])
         for rank in (0, *ranks)
     ]
     widening = [line(f"LoRA r {rank}", batches, [gaps[batch, rank] for batch in batches]) for rank in ranks]
@@ -64,4 +64,4 @@ def conduct(lab: Lab, quick: bool) -> Finding:
         Panel("test loss at the best rates", "batch", "loss, nats", losses, log_x=True),
         Panel("gap over full", "batch", "nats", widening, log_x=True),
     ]
-    return Finding(claims, panels, [row(one, batch=one.spec.batch) for one in found.values()])
+    return Finding(claims, panels, [row(one, batch=one.spec.batch) for one in swept.values()])

@@ -41,9 +41,9 @@ def conduct(lab: Lab, quick: bool) -> Finding:
         for count in counts
         for rank in sides
     ]
-    found = {(one.spec.count, one.spec.rank): one for one in lab.sweep(specs)}
+    swept = {(one.spec.count, one.spec.rank): one for one in lab.sweep(specs)}
     least, most = counts[0], counts[-1]
-    order = [found[most, rank] for rank in sides]
+    order = [swept[most, rank] for rank in sides]
     claims = [
         claim(
             f"{most} strings: {worse.spec.side} above {better.spec.side}, nats", worse.above(better), 0.0, math.inf,
@@ -52,17 +52,17 @@ def conduct(lab: Lab, quick: bool) -> Finding:
         )
         for better, worse in zip(order, order[1:], strict=False)
     ]  # fmt: skip
-    few, full = found[least, ranks[-1]], found[least, 0]
+    few, full = swept[least, ranks[-1]], swept[least, 0]
     claims.append(
         claim(f"{least} strings: {few.spec.side} above full, nats", few.above(full), -CLOSE, CLOSE, expected=0.0,
               margin=f"within {CLOSE:g} of zero", source=SOURCE, claims=len(sides),
               bar=EDGE if few.at_edge or full.at_edge else "")
     )  # fmt: skip
     data = [4.0 * _LENGTH * count for count in counts]
-    losses = [line(found[least, rank].spec.side, data, [found[c, rank].losses for c in counts]) for rank in sides]
-    held = [line(found[least, rank].spec.side, data, [_bits(found[c, rank]) for c in counts]) for rank in sides]
+    losses = [line(swept[least, rank].spec.side, data, [swept[c, rank].losses for c in counts]) for rank in sides]
+    held = [line(swept[least, rank].spec.side, data, [_bits(swept[c, rank]) for c in counts]) for rank in sides]
     rows = [row(one, strings=c, **{"bits per parameter": sum(_bits(one)) / len(lab.seeds) / one.runs[0]["trained"]})
-            for c in counts for one in (found[c, rank] for rank in sides)]  # fmt: skip
+            for c in counts for one in (swept[c, rank] for rank in sides)]  # fmt: skip
     panels = [
         Panel("loss at the best rates", "bits of the data", "loss, nats", losses, log_x=True),
         Panel("memorized", "bits of the data", "bits", held, log_x=True, log_y=True),

@@ -52,8 +52,8 @@ def conduct(lab: Lab, quick: bool) -> Finding:
     full, *adapted = lab.sweep([sft(lab, rank, quick) for rank in (0, *ranks, *(() if quick else (1,)))])
     claims = []
     for one in adapted[: len(ranks)]:
-        share = one.runs[0]["trained"] / full.runs[0]["trained"]
-        text = f"{one.spec.side} ({share:.1%} of the parameters): its loss above full's, over what full learned"
+        fraction = one.runs[0]["trained"] / full.runs[0]["trained"]
+        text = f"{one.spec.side} ({fraction:.1%} of the parameters): its loss above full's, over what full learned"
         claims.append(gap(one, full, text, MARGIN, SOURCE, len(ranks)))
     swept = [full, *adapted]
     panel = Panel("validation loss at the best rates", "step", "loss, nats", [curve(one) for one in swept])

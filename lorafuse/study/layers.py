@@ -34,13 +34,13 @@ __all__ = ["SEEDS", "SIZES", "SOURCE", "SUMMARY", "conduct", "matched"]
 def matched(size: Size, rank: int) -> dict[str, int]:
     """The rank of each choice of layers: MLP-only at `rank`, all layers at the highest that is no larger, and attention
     at the lowest that is no smaller than both."""
-    wanted = adapter_parameters(size, rank, "mlp")
+    target = adapter_parameters(size, rank, "mlp")
     everything = max(
-        (r for r in range(1, rank + 1) if adapter_parameters(size, r, "all") <= wanted),
+        (r for r in range(1, rank + 1) if adapter_parameters(size, r, "all") <= target),
         key=lambda r: (adapter_parameters(size, r, "all"), -r),
         default=1,
     )
-    most = max(wanted, adapter_parameters(size, everything, "all"))
+    most = max(target, adapter_parameters(size, everything, "all"))
     attention = next(r for r in range(1, 10 * most) if adapter_parameters(size, r, "attention") >= most)
     return {"attention": attention, "mlp": rank, "all": everything}
 
@@ -56,10 +56,10 @@ def conduct(lab: Lab, quick: bool) -> Finding:
         for layers in shown:
             spec = Spec("strings", count, ranks[layers], rates[layers], steps, seed=0, batch=64, size=size)
             specs.append(spec if layers == "full" else replace(spec, layers=layers))
-    found = iter(lab.sweep(specs))
+    swept = iter(lab.sweep(specs))
     claims, rows, panels = [], [], []
     for name in SIZES:
-        by = {layers: next(found) for layers in shown}
+        by = {layers: next(swept) for layers in shown}
         for other in ("mlp", "all"):
             a, b = by["attention"], by[other]
             claims.append(

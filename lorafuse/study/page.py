@@ -25,8 +25,8 @@ def section(folder: Path) -> str:
     for name in STUDIES:
         module = importlib.import_module(f"lorafuse.study.{name}")
         finding = str(module.__doc__).split("\n\n")[0].replace("\n", " ")
-        found = contents.get(name)
-        outcome = f"{found['finding']['outcome']} ({_size(found)})" if found else "not measured"
+        content = contents.get(name)
+        outcome = f"{content['finding']['outcome']} ({_size(content)})" if content else "not measured"
         lines.append(f"| `{name}` | {finding} | {module.SOURCE} | {outcome} |")
     for name, content in contents.items():
         conditions = content["conditions"]

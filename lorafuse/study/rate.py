@@ -53,8 +53,8 @@ def vertex(rates: Sequence[float], losses: Sequence[float]) -> float:
 def best_rates(lab: Lab, swept: Swept) -> list[float]:
     """Of each seed, around the rate that the sweep chose."""
     rates = [swept.best / 2, swept.best, swept.best * 2]
-    found = lab.run([replace(swept.spec, lr=rate, seed=seed) for seed in lab.seeds for rate in rates])
-    losses = [float(run["validation"]) for run in found]
+    runs = lab.run([replace(swept.spec, lr=rate, seed=seed) for seed in lab.seeds for rate in rates])
+    losses = [float(run["validation"]) for run in runs]
     return [vertex(rates, losses[at : at + 3]) for at in range(0, len(losses), 3)]
 
 

@@ -40,18 +40,18 @@ def finished_runs(folder: Path, device: str) -> dict[str, dict[str, Any]]:
 
     Raises ValueError for a file that is not JSON, or not as `write` writes it.
     """
-    found: dict[str, dict[str, Any]] = {}
+    runs: dict[str, dict[str, Any]] = {}
     for file in sorted(folder.glob("*.json")):
         try:
             content = read_json(file)
             mine = VERSION, code(), device
             if isinstance(content, dict) and tuple(map(content.get, ("version", "code", "device"))) == mine:
-                found |= {json.dumps(run["spec"], sort_keys=True): run["result"] for run in content["runs"]}
+                runs |= {json.dumps(run["spec"], sort_keys=True): run["result"] for run in content["runs"]}
         except (OSError, ValueError, KeyError, TypeError) as error:
             what = "JSON" if isinstance(error, ValueError) else "a study's"
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{file}: it is not {what} ({reason}); move it away, or name another --out") from error
-    return found
+    return runs
 
 
 def write(file: Path, head: dict[str, Any], lab: Lab) -> None:

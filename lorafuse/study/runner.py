@@ -34,7 +34,7 @@ def key(spec: Spec) -> str:
 
 
 @functools.cache
-def _base(lessons: str, size: Size, steps: int, seed: int) -> nn.Module:
+def pretrained(lessons: str, size: Size, steps: int, seed: int) -> nn.Module:
     if lessons == "language":
         # transformers and the weights' package are loaded only where they are used
         from lorafuse.study import language
@@ -50,11 +50,13 @@ def _work(job: tuple[Spec, str]) -> tuple[Spec, Result]:
         torch.set_float32_matmul_precision("high")
     method = policy.run if spec.episodes else train.run
     with train.single_thread():
-        return spec, method(spec, _base(spec.lessons, spec.size, spec.base_steps, spec.base_seed), torch.device(device))
+        return spec, method(
+            spec, pretrained(spec.lessons, spec.size, spec.base_steps, spec.base_seed), torch.device(device)
+        )
 
 
 def _make_base(spec: Spec) -> None:
-    _base(spec.lessons, spec.size, spec.base_steps, spec.base_seed)
+    pretrained(spec.lessons, spec.size, spec.base_steps, spec.base_seed)
 
 
 def _start_worker() -> None:
@@ -180,8 +182,8 @@ class Lab:
             replace(condition, lr=rate, seed=seed)
             for condition, row in zip(conditions, rates, strict=True) for rate in row for seed in seeds
         ]  # fmt: skip
-        found = iter([float(result["validation"]) for result in self.run(specs)])
-        means = [[sum(next(found) for _ in seeds) / selections for _ in row] for row in rates]
+        losses = iter([float(result["validation"]) for result in self.run(specs)])
+        means = [[sum(next(losses) for _ in seeds) / selections for _ in row] for row in rates]
         best = [row[values.index(min(values))] for row, values in zip(rates, means, strict=True)]
         jobs = [replace(c, lr=rate, seed=seed) for c, rate in zip(conditions, best, strict=True) for seed in self.seeds]
         results, n = self.run(jobs), len(self.seeds)

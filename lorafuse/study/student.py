@@ -76,14 +76,14 @@ def power(spread: float, count: int, low: float, high: float, expected: float, a
     return total * most / _POINTS
 
 
-def needed(spread: float, low: float, high: float, expected: float, alpha: float, wanted: float = 0.8) -> int | None:
-    """The least number of values with which `power` is at least `wanted`; None above 1,000."""
-    if power(spread, _MOST, low, high, expected, alpha) < wanted:
+def needed(spread: float, low: float, high: float, expected: float, alpha: float, least: float = 0.8) -> int | None:
+    """The least number of values with which `power` is at least `least`; None above 1,000."""
+    if power(spread, _MOST, low, high, expected, alpha) < least:
         return None
     few, many = 1, _MOST
     while many - few > 1:
         middle = (few + many) // 2
-        few, many = (few, middle) if power(spread, middle, low, high, expected, alpha) >= wanted else (middle, many)
+        few, many = (few, middle) if power(spread, middle, low, high, expected, alpha) >= least else (middle, many)
     return many
 
 

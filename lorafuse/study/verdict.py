@@ -80,7 +80,7 @@ def claim(
 
 def overall(claims: Iterable[Claim]) -> str:
     """Held when all are; did not hold when one did not."""
-    found = [one.outcome for one in claims]
-    if FAILED in found:
+    outcomes = [one.outcome for one in claims]
+    if FAILED in outcomes:
         return FAILED
-    return HELD if found and all(outcome == HELD for outcome in found) else UNDECIDED
+    return HELD if outcomes and all(outcome == HELD for outcome in outcomes) else UNDECIDED

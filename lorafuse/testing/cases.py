@@ -117,10 +117,10 @@ def find_group(name: str) -> tuple[Case, ...]:
 def sizes(text: str, least: int, most: int, meaning: str, example: str) -> list[int]:
     """The sizes of "4096,1024". Raises ValueError, with what they mean, for too few, too many, or one below 1 or with
     more than nine digits."""
-    found = [size.strip() for size in text.split(",")]
-    if not least <= len(found) <= most or not all(s.isdecimal() and len(s) < 10 and int(s) for s in found):
+    texts = [size.strip() for size in text.split(",")]
+    if not least <= len(texts) <= most or not all(s.isdecimal() and len(s) < 10 and int(s) for s in texts):
         raise ValueError(f"--shape {text}: it must be {meaning}, each from 1 to 999999999: --shape {example}")
-    return [int(size) for size in found]
+    return [int(size) for size in texts]
 
 
 def find_any(name: str) -> str:

@@ -116,12 +116,12 @@ def plain_lora_linear(
 
 def gradients(y: Tensor, operands: Operands) -> dict[str, Tensor]:
     """`{"y": …, "dx": …, …}`: y and the gradient of each operand that has one."""
-    wanted = {"dx": operands.x, "da": operands.a, "db": operands.b}
+    inputs = {"dx": operands.x, "da": operands.a, "db": operands.b}
     if operands.bias is not None:
-        wanted["dbias"] = operands.bias
+        inputs["dbias"] = operands.bias
     return {
         "y": y.detach(),
-        **dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), operands.dy), strict=True)),
+        **dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), operands.dy), strict=True)),
     }
 
 
@@ -153,8 +153,8 @@ def _results(case: LinearCase, backend: str, device: torch.device, sample: int) 
     for name, before in vars(given).items():
         after = getattr(ours, name)
         assert before is None or torch.equal(before, after.detach()), f"{name}: the operand was written"
-    found = [actual, *(gradients(run(plain_lora_linear, o), o) for o in (theirs, exact))]
-    return [{name: tensor.cpu() for name, tensor in tensors.items()} for tensors in found]
+    results = [actual, *(gradients(run(plain_lora_linear, o), o) for o in (theirs, exact))]
+    return [{name: tensor.cpu() for name, tensor in tensors.items()} for tensors in results]
 
 
 def check_linear(case: LinearCase, backend: str = "eager", device: torch.device | str = "cpu") -> dict[str, Tensor]:

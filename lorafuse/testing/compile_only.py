@@ -34,7 +34,7 @@ from lorafuse.kernels import lowrank, matmul
 from lorafuse.kernels.rows import Tiles
 from lorafuse.plan import DEVICES, DeviceSpec, KernelConfig, Problem
 from lorafuse.plan.configs_triton import candidates
-from lorafuse.testing import compile_record
+from lorafuse.testing import compile_decode, compile_record
 from lorafuse.testing.compile_record import sample
 
 __all__ = ["TARGETS", "Resources", "Variant", "compile_variants", "sample", "variants"]
@@ -87,14 +87,12 @@ class Variant:
     def name(self) -> str:
         c = self.config
         tile = "x".join(str(size) for size in (c.block_m, c.block_n, c.block_k) if size)
+        if self.kernel == "decode":
+            return f"decode {self.epilogue} {self.dtype}"
         parts = [self.kernel, c.form, tile, f"r{c.block_r * self.rank_tiles}", f"{c.stages}stages", f"{c.warps}warps"]
         parts += [self.dtype, "" if self.adapter_dtype == "float32" else f"adapter-{self.adapter_dtype}"]
-        parts += [
-            self.epilogue,
-            "dropout" if self.dropout else "",
-            "" if self.aligned else "unaligned",
-            "wide" if self.wide else "",
-        ]
+        flags = (self.dropout, "dropout"), (not self.aligned, "unaligned"), (self.wide, "wide")
+        parts += [self.epilogue, *(word for holds, word in flags if holds)]
         return " ".join(part for part in parts if part)
 
     @property
@@ -124,7 +122,7 @@ def variants(target: str, everything: bool) -> list[Variant]:
     """
     arch = TARGETS[target][1]
     device = next(spec for spec in DEVICES.values() if spec.arch == arch)
-    found = set()
+    chosen = set()
     dtypes = ("bfloat16", "float16", "float32") if everything else ("bfloat16", "float32")
     alignments = (True,) if target == "gfx942" else (True, False)
     # fp32 xa and dyb over fp16
@@ -140,12 +138,14 @@ def variants(target: str, everything: bool) -> list[Variant]:
                 adapters = ("float32", dtype) if everything and kernel not in ("outer", "reduce") else ("float32",)
                 # a limit of registers is ptxas's
                 config = replace(config, splits=1, max_registers=0 if target == "gfx942" else config.max_registers)
-                found |= {
+                chosen |= {
                     Variant(kernel, config, dtype, adapter, masked, tiles, aligned, wide=wide) for adapter in adapters
                 }
         if not dropout and not wide and target != "gfx942":
-            found |= set(_ragged_variants(problem, device, everything))
-    return sorted(found, key=lambda v: v.name)
+            chosen |= set(_ragged_variants(problem, device, everything))
+    cases = itertools.product(dtypes, compile_decode.CASES)
+    chosen |= {Variant("decode", compile_decode.CONFIG, dtype, epilogue=case) for dtype, case in cases}
+    return sorted(chosen, key=lambda v: v.name)
 
 
 def _problem(kernel: str, problem: Problem) -> Problem:
@@ -264,6 +264,8 @@ def _launch(variant: Variant) -> None:
     p, programs = (0.1 if variant.dropout else 0.0), 132
     if any(variant.kernel == name for name, *_ in _RAGGED):
         _launch_ragged(variant, m, n, k, r)
+    elif variant.kernel == "decode":
+        compile_decode.launch(variant.epilogue, dtype)
     elif variant.kernel == "project":
         lowrank.project(x, a, c, seed=seed, p=p, wide=variant.wide)
     elif variant.kernel == "y":
@@ -384,8 +386,8 @@ def _main() -> int:
     earlier = json.loads(args.record.read_text()).get(args.target, {}) if args.record else {}
     record = {entry["digest"]: Resources(**entry) for entry in earlier.values()}
     sampled = sample(chosen)
-    found = compile_variants(chosen, args.target, lambda v, digest: None if v.name in sampled else record.get(digest))
-    table = {variant.name: asdict(resources) for variant, resources in zip(chosen, found, strict=True)}
+    needs = compile_variants(chosen, args.target, lambda v, digest: None if v.name in sampled else record.get(digest))
+    table = {variant.name: asdict(resources) for variant, resources in zip(chosen, needs, strict=True)}
     if args.json:
         args.json.write_text(json.dumps(table, indent=1) + "\n")
     else:

@@ -18,34 +18,34 @@ _PACKAGES = ("torch", "triton", "peft", "transformers")
 def conditions(device: torch.device) -> dict[str, str]:
     """Device, its power limit and driver or the CPU's threads, versions, commit and date."""
     model, flags = cpu()
-    found = {"device": model + (" with AMX" if "amx_bf16" in flags else ""), "threads": str(torch.get_num_threads())}
+    setting = {"device": model + (" with AMX" if "amx_bf16" in flags else ""), "threads": str(torch.get_num_threads())}
     if device.type == "cuda":
-        found = {"device": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
+        setting = {"device": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
         query = ("nvidia-smi", f"--id={device.index or 0}", "--query-gpu=power.limit,driver_version")
         answer = program_output(*query, "--format=csv,noheader")
         if answer:
-            found["power limit"], _, found["driver"] = answer.partition(", ")
-    found["python"] = platform.python_version()
+            setting["power limit"], _, setting["driver"] = answer.partition(", ")
+    setting["python"] = platform.python_version()
     for package in _PACKAGES:
         if importlib.util.find_spec(package) is not None:
-            found[package] = metadata.version(package)
+            setting[package] = metadata.version(package)
     from lorafuse import __version__
 
-    found["lorafuse"] = __version__
+    setting["lorafuse"] = __version__
     root = Path(__file__).parents[2]
     commit = (
         program_output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD") if (root / ".git").exists() else ""
     )
     if commit:
         changed = program_output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
-        found["commit"] = commit + ("+changes" if changed else "")
-    found["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    return found
+        setting["commit"] = commit + ("+changes" if changed else "")
+    setting["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return setting
 
 
-def describe(found: dict[str, str]) -> str:
+def describe(setting: dict[str, str]) -> str:
     """The conditions in one line."""
-    return ", ".join(value if key == "device" else f"{key} {value}" for key, value in found.items())
+    return ", ".join(value if key == "device" else f"{key} {value}" for key, value in setting.items())
 
 
 def cpu() -> tuple[str, set[str]]:

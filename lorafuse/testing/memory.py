@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["Held", "held_bytes", "peak_bytes"]
+__all__ = ["Held", "changes", "held_bytes", "peak_bytes"]
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
@@ -27,7 +27,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     held = most = 0
-    for change in _changes(run):
+    for change in changes(run):
         held += change
         most = max(most, held)
     return most
@@ -49,10 +49,10 @@ def held_bytes(forward: Callable[[], Any], backward: Callable[[Any], object], de
         before = torch.cuda.memory_allocated(device)
         kept.append(forward())
         return Held(peak, torch.cuda.memory_allocated(device) - before)
-    return Held(peak, sum(_changes(lambda: kept.append(forward()))))
+    return Held(peak, sum(changes(lambda: kept.append(forward()))))
 
 
-def _changes(run: Callable[[], object]) -> list[int]:
+def changes(run: Callable[[], object]) -> list[int]:
     """Bytes of every allocation (positive) and release (negative) of `run()`, in the order of their times."""
     recorded = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with _quiet():

@@ -17,15 +17,15 @@ _Winner = TypeVar("_Winner")
 
 def split(winners: Mapping[int, _Winner]) -> list[tuple[Range, _Winner]]:
     """`((lowest, highest), winner)` of neighbouring ranges, ends included, from the winner at each measured size."""
-    found: list[tuple[Range, _Winner]] = []
+    ranges: list[tuple[Range, _Winner]] = []
     sizes = sorted(winners)
     start = sizes[0]
     for former, size in pairwise(sizes):
         if winners[former] != winners[size]:
             middle = math.isqrt(former * size)
-            found.append(((start, middle), winners[former]))
+            ranges.append(((start, middle), winners[former]))
             start = middle + 1
-    return [*found, ((start, sizes[-1]), winners[sizes[-1]])]
+    return [*ranges, ((start, sizes[-1]), winners[sizes[-1]])]
 
 
 def rectangles(winners: Mapping[tuple[int, int], str]) -> list[tuple[Range, Range, str]]:

@@ -33,10 +33,10 @@ def build(source, folder, *includes):
 def mismatches(binary):
     """Check → number of mismatches, as the program prints them."""
     result = subprocess.run([binary], capture_output=True, text=True, timeout=60)
-    found = {name: int(count) for name, count in re.findall(r"^(.*): (\d+)$", result.stdout, re.MULTILINE)}
-    assert found
-    assert result.returncode == int(any(found.values()))
-    return found
+    actual = {name: int(count) for name, count in re.findall(r"^(.*): (\d+)$", result.stdout, re.MULTILINE)}
+    assert actual
+    assert result.returncode == int(any(actual.values()))
+    return actual
 
 
 def mutated(folder, header, before, after):
@@ -70,18 +70,18 @@ def schedule_check(tmp_path_factory):
 
 
 def test_layouts_are_those_of_the_ptx_manual(tmp_path):
-    found = mismatches(build("layout_check", tmp_path))
-    assert {"ptx swizzle", "ptx fragments", "ptx descriptor"} <= set(found)
-    assert not any(found.values()), found
+    actual = mismatches(build("layout_check", tmp_path))
+    assert {"ptx swizzle", "ptx fragments", "ptx descriptor"} <= set(actual)
+    assert not any(actual.values()), actual
 
 
 def test_layouts_and_descriptors_are_those_of_cute(tmp_path):
     headers = cute_headers()
     if headers is None:
         pytest.skip("no CuTe headers (pip install --no-deps nvidia-cutlass) or no CUDA toolkit")
-    found = mismatches(build("layout_check", tmp_path, *headers))
-    assert sum(name.startswith("cute") for name in found) == 17
-    assert not any(found.values()), found
+    actual = mismatches(build("layout_check", tmp_path, *headers))
+    assert sum(name.startswith("cute") for name in actual) == 17
+    assert not any(actual.values()), actual
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_a_wrong_layout_is_seen(tmp_path, before, after, check):
 
 
 def test_schedules(schedule_check):
-    found = mismatches(schedule_check)
-    assert not any(found.values()), found
+    actual = mismatches(schedule_check)
+    assert not any(actual.values()), actual
 
 
 @pytest.mark.parametrize(
@@ -114,6 +114,12 @@ def test_schedules(schedule_check):
 )
 def test_a_wrong_schedule_is_seen(tmp_path, before, after, check):
     assert mismatches(build("schedule_check", tmp_path, mutated(tmp_path, "schedule.cuh", before, after)))[check] > 0
+
+
+@pytest.mark.parametrize(("before", "after"), [("< divisor) ++shift", "<= divisor) ++shift"), (" + 1;", ";")])
+def test_a_wrong_division_is_seen(tmp_path, before, after):
+    folder = mutated(tmp_path, "divisor.cuh", before, after)
+    assert mismatches(build("schedule_check", tmp_path, folder))["division: every quotient"] > 0
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1, 2**64 - 1])

@@ -65,11 +65,11 @@ class TestCompiled:
     def test_the_instructions_are_there(self, table):
         seen = set()
         for arch, kernels in table.items():
-            for kernel, found in kernels.items():
-                for name, wanted in INSTRUCTIONS.items():
+            for kernel, actual in kernels.items():
+                for name, requested in INSTRUCTIONS.items():
                     if kernel.startswith(name):
                         seen.add(name)
-                        assert [i for i in wanted if not found["instructions"].get(i)] == [], (arch, kernel)
+                        assert [i for i in requested if not actual["instructions"].get(i)] == [], (arch, kernel)
         assert seen == set(INSTRUCTIONS)
 
     def test_the_record_is_true(self, kernels):
@@ -175,11 +175,11 @@ class TestBuild:
         monkeypatch.delenv("CUDA_PATH")
         assert script["find_nvcc"]() == (str(new), "12.8.61")
 
-    @pytest.mark.parametrize(("version", "said"), [(None, "nor any other"), ("12.4.131", "nvcc is 12.4.131")])
-    def test_without_one_it_says_what_it_found(self, script, nvcc, monkeypatch, version, said):
+    @pytest.mark.parametrize(("version", "message"), [(None, "nor any other"), ("12.4.131", "nvcc is 12.4.131")])
+    def test_without_one_it_says_what_it_found(self, script, nvcc, monkeypatch, version, message):
         if version:
             monkeypatch.setenv("CUDA_HOME", str(nvcc("old", version).parents[1]))
-        with pytest.raises(script["Unavailable"], match=f"nvcc 12.8 or newer was not found.*{said}.*CUDA_HOME"):
+        with pytest.raises(script["Unavailable"], match=f"nvcc 12.8 or newer was not found.*{message}.*CUDA_HOME"):
             script["find_nvcc"]()
 
     def test_an_installation_can_leave_it_out(self, tmp_path):
@@ -222,13 +222,13 @@ def test_layers_of_csrc(folder):
     """PTX stands behind the wrappers, and one source is compiled twice without a switch in it."""
     files = sorted((CSRC / folder).glob("*"))
     assert files
-    found = {
+    actual = {
         f"{path.name}:{i}: {line}"
         for path in files
         for i, line in enumerate(path.read_text().splitlines(), 1)
         if re.search(FORBIDDEN[folder], line.partition("//")[0])
     }
-    assert found == set()
+    assert actual == set()
 
 
 def test_every_wrapper_has_its_emulation():

@@ -65,8 +65,8 @@ def test_many_schedules_concurrent_with_dx(emu, operator, sums, tiles, launched,
     for i in range(max(50, request.config.getoption("--seeds") // 2)):
         emu.configure(seed=i, resident=1 + i % 4, multiprocessors=4)
         tiles(alone[i % len(alone)])
-        found = backwards(operator, o, xa, None, True, True, True, False)
-        first = first or found
-        assert all(torch.equal(*pair) for pair in zip(found[:3], first[:3], strict=True)), i
+        actual = backwards(operator, o, xa, None, True, True, True, False)
+        first = first or actual
+        assert all(torch.equal(*pair) for pair in zip(actual[:3], first[:3], strict=True)), i
     products = [arguments for name, arguments in launched if name == "linear" and arguments["transposed"]]
     assert all(arguments["sum_blocks"] for arguments in products)

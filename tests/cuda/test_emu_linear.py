@@ -105,7 +105,7 @@ def test_the_flags_of_fused_xa_are_left_as_they_were(operator):
         first = [operator.forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0)[0] for _ in range(3)]
         flags = list(base.load("emu").flags.values())
         assert flags
-        assert not any(found.any() for found in flags)
+        assert not any(actual.any() for actual in flags)
         # more rows need more flags, fewer take those that are there
         more, fewer = torch.cat([o.x] * 3), o.x[:5]
         for x in (more, fewer):
@@ -169,8 +169,8 @@ def test_only_what_is_needed_is_computed(needs, kernel, operator):
     everything = operator.backward(o.dy, o.x, xa, o.w, o.a, o.b, seed, 1.7, p, True, True, True, True)
     x, xa = o.x if needs[1] else None, xa if needs[2] else None
     with override(force_kernel=f"cuda {kernel}"):
-        found = operator.backward(o.dy, x, xa, o.w, o.a, o.b, seed, 1.7, p, *needs)
-    for need, one, other in zip(needs, found, everything, strict=True):
+        actual = operator.backward(o.dy, x, xa, o.w, o.a, o.b, seed, 1.7, p, *needs)
+    for need, one, other in zip(needs, actual, everything, strict=True):
         assert (one is not None) == need
         assert one is None or relative_l2(one, other) < tolerance(torch.float16)
 
@@ -213,12 +213,12 @@ def test_adapters_of_any_dtype_and_place():
         with fp16_autocast():
             y = lora_linear(o.x, o.w, a, b, bias=o.bias, backend="emu")
             expected = lora_linear(o.x, o.w, a, b, bias=o.bias, backend="eager")
-        found = {"y": (y, expected)}
+        actual = {"y": (y, expected)}
         for name, one, other in zip(
             ("da", "db"), *(torch.autograd.grad(t, (a, b), o.dy) for t in (y, expected)), strict=True
         ):
-            found[name] = one, other
-        for name, (one, other) in found.items():
+            actual[name] = one, other
+        for name, (one, other) in actual.items():
             assert one.dtype is other.dtype
             assert relative_l2(one, other) < tolerance(torch.float16), name
 
@@ -268,9 +268,9 @@ def test_many_schedules(kernel, emu, operator, launched, request):
     for i in range(request.config.getoption("--seeds")):
         emu.configure(seed=i, resident=2 + i % 3, multiprocessors=4)
         with override(force_kernel=forced, cuda_tiles=TILINGS[i % len(TILINGS) :][:1]):
-            found = run(operator, o, xa, seed)
-        first = first or found
-        for one, other in zip(found, first, strict=True):
+            actual = run(operator, o, xa, seed)
+        first = first or actual
+        for one, other in zip(actual, first, strict=True):
             assert one is other is None or torch.equal(one, other), i
     called = [(called, arguments.get("transposed", False)) for called, arguments in launched]
     assert (name, kernel.startswith("dx")) in called
@@ -323,9 +323,9 @@ def test_it_is_one_operator_for_torch():
 
 
 class TestRefusals:
-    def refused(self, error, said, **change):
+    def refused(self, error, message, **change):
         o = make_operands(LinearCase(**{"K": 64, "dtype": torch.float16} | change))
-        with pytest.raises(error, match=said):
+        with pytest.raises(error, match=message):
             lora_linear(o.x, o.w, o.a, o.b, backend="emu")
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

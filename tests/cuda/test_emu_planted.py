@@ -1,6 +1,7 @@
 """Bugs planted in the sm_90 kernels (tests/planted.py), each of which their emulation must report or show (T5).
 
-The kernels without one are right under the same schedules. Bugs of the memory-bound passes are in test_emu_skinny.py.
+The kernels without one are right under the same schedules. Bugs of the memory-bound passes are in test_emu_skinny.py,
+of the decode kernels in test_emu_decode.py.
 """
 
 import re
@@ -8,6 +9,7 @@ from functools import cache
 
 import planted
 import pytest
+import test_emu_decode
 import test_emu_skinny
 import torch
 from native_build import EMULATOR as emu
@@ -55,8 +57,8 @@ def run(kind, tiling):
             return list(operator.backward(o.dy, o.x, xa, o.w, o.a, o.b, None, 1.7, 0.0, True, True, True, False))[:3]
     launches = range(2 if kind == "fused_xa" else 1)
     with override(force_kernel=f"cuda {kind}", cuda_tiles=[tiling]):
-        found = [operator.forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0) for _ in launches]
-    return [tensor for pair in found for tensor in pair]
+        actual = [operator.forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0) for _ in launches]
+    return [tensor for pair in actual for tensor in pair]
 
 
 @cache
@@ -72,25 +74,26 @@ def test_it_is_seen(bug, request):
     schedules = max(10, request.config.getoption("--seeds") // 20)
     kind, tiling, resident = SCENARIOS[SEEN_BY[bug]]
     expected = right(kind, tiling)
-    seen, said = 0, set()
+    seen, messages = 0, set()
     for seed in range(schedules):
         emu.configure(seed=seed, resident=resident, multiprocessors=4, planted=bug)
         try:
-            found = run(kind, tiling)
+            actual = run(kind, tiling)
         except emu.EmulationError as error:
             seen += 1
-            said.add(str(error).splitlines()[0])
+            messages.add(str(error).splitlines()[0])
         else:
-            seen += any(not torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+            seen += any(not torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
         assert emu.statistics()["planted_reached"], "the line did not run: give it another scenario"
         if seen >= schedules // 10:
             break
-    assert seen >= schedules // 10, f"seen under {seen} of {schedules} schedules: {said}"
+    assert seen >= schedules // 10, f"seen under {seen} of {schedules} schedules: {messages}"
 
 
 def test_every_bug_is_run():
     assert len(planted.names(*SCENARIOS)) > 25
-    assert set(SEEN_BY.values()) == SCENARIOS.keys() | test_emu_skinny.SCENARIOS.keys()
+    elsewhere = test_emu_skinny.SCENARIOS.keys() | test_emu_decode.SCENARIOS.keys()
+    assert set(SEEN_BY.values()) == SCENARIOS.keys() | elsewhere
     assert all("LF_PLANTED" not in path.read_text() for path in (ROOT / "csrc" / "kernels").iterdir())
 
 

@@ -17,7 +17,7 @@ spec = importlib.util.spec_from_file_location("lorafuse._emu", {str(MODULE)!r})
 module = sys.modules["lorafuse._emu"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from lorafuse.backends import base
-base._AVAILABILITY["emu"] = base.Availability(True)
+base.availability = lambda name: base.Availability(True)
 """
 CHECK = """
 from lorafuse.plan import override
@@ -35,6 +35,16 @@ sys.path[:0] = ["tests", "tests/cuda"]
 from test_emu_experts import grouped, results
 for transposed in (False, True):
     results(*grouped([60, 60, 190], 200, torch.bfloat16, transposed), "emu")
+print("launches:", module.statistics()["launches"])
+"""
+DECODE = """
+sys.path[:0] = ["tests"]
+from quantized_weights import four_bits, fp8
+weights = [four_bits(33, 65, nested=True), four_bits(5, 33, 24, block=256).select(1, 4), four_bits(40, 96)]
+for w in (*weights, fp8(2, 130, 208), fp8(9, 77, blocks=None)):
+    out = torch.empty(w.stored, dtype=torch.bfloat16)
+    base.load("emu").decode(w, torch.bfloat16, out)
+    assert torch.equal(out.isfinite(), w.decoded(torch.bfloat16).data.isfinite())
 print("launches:", module.statistics()["launches"])
 """
 # 8 rows more than the matrix has
@@ -66,7 +76,7 @@ def sanitized():
     return run
 
 
-@pytest.mark.parametrize("code", [CHECK, EXPERTS], ids=["linear", "grouped"])
+@pytest.mark.parametrize("code", [CHECK, EXPERTS, DECODE], ids=["linear", "grouped", "decode"])
 def test_nothing_is_found(sanitized, code):
     done = sanitized(code)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -86,7 +86,7 @@ def reduce_dy(dy, b, xa, scale=1.0, want=(True, True, True), sms=4, stride=None,
     (M, N), R = dy.shape, b.shape[1]
     stride = stride or -(-R // 8) * 8
     out = (nan(M, stride, dtype=dy.dtype), nan(N, R, dtype=b.dtype), nan(N, dtype=dy.dtype))
-    dyb, db, dbias = (t if wanted else None for t, wanted in zip(out, want, strict=True))
+    dyb, db, dbias = (t if requested else None for t, requested in zip(out, want, strict=True))
     sizes = {"type": TYPES[dy.dtype], "b_type": TYPES[b.dtype], "M": M, "N": N, "R": R, "sms": sms}
     # what is not wanted has no place to be written to, and what is then not needed none to be read from
     arguments = {
@@ -132,8 +132,8 @@ def beside_project_x(*adapter):
 
 def beside_reduce_dy(*adapter):
     dy, b, xa = rows(torch.randn(70, 40).to(adapter[1])), torch.randn(40, 5), rows(torch.randn(70, 5).to(adapter[1]))
-    *found, out = reduce_dy(dy, b, xa, adapter=adapter)
-    assert all(torch.equal(one, other) for one, other in zip(found, reduce_dy(dy, b, xa), strict=True))
+    *actual, out = reduce_dy(dy, b, xa, adapter=adapter)
+    assert all(torch.equal(one, other) for one, other in zip(actual, reduce_dy(dy, b, xa), strict=True))
     return out
 
 
@@ -226,10 +226,10 @@ def test_every_share_is_added(M, N, sms):
 def test_results_that_are_not_wanted(want):
     dy, b, xa = torch.randint(-3, 4, (130, 600)), torch.randint(-2, 3, (600, 20)), torch.randint(-2, 3, (130, 20))
     dy, b, xa = rows(dy.to(BF16)), b.float(), rows(xa.to(BF16))
-    found = reduce_dy(dy, b, xa, 0.5, want)
+    actual = reduce_dy(dy, b, xa, 0.5, want)
     expected = (0.5 * dy.float() @ b).to(BF16), 0.5 * dy.float().t() @ xa.float(), dy.float().sum(0).to(BF16)
-    assert tuple(t is not None for t in found) == want
-    for one, other in zip(found, expected, strict=True):
+    assert tuple(t is not None for t in actual) == want
+    for one, other in zip(actual, expected, strict=True):
         assert one is None or torch.equal(one[:, :20] if one.dim() == 2 else one, other)
 
 

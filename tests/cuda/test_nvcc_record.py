@@ -44,6 +44,7 @@ def test_comments_change_nothing(csrc):
     [
         ("kernels/linear_dx_sm90.cu", {"linear_dx_sm90.cu"}),
         ("kernels/reduce_sm80.cuh", {"skinny_sm80.cu"}),
+        ("kernels/decode_sm80.cuh", {"decode_sm80.cu"}),
         ("kernels/grouped_sm90.cuh", {name for name in NAMES if name.startswith("grouped")}),
         ("kernels/pipeline_sm90.cuh", {name for name in NAMES if name.endswith("sm90.cu")}),
         ("include/lorafuse/common.cuh", set(NAMES)),
@@ -60,8 +61,8 @@ def test_a_line_changes_every_unit_that_it_is_part_of(csrc, file, units):
 def test_every_file_is_part_of_a_unit():
     """None is found by a way that nvcc has and `reached` does not."""
     csrc = ROOT / "csrc"
-    found = {path for name in NAMES for path in nvcc_record.reached(csrc / "kernels" / name, csrc)}
-    assert found == {
+    actual = {path for name in NAMES for path in nvcc_record.reached(csrc / "kernels" / name, csrc)}
+    assert actual == {
         p.resolve() for folder in ("include", "kernels") for p in (csrc / folder).rglob("*") if p.is_file()
     }
 
@@ -75,7 +76,7 @@ def test_every_other_input_changes_all_digests(monkeypatch):
     monkeypatch.setenv("NVCC_APPEND_FLAGS", "-lineinfo")
     assert not before.items() & digests().items()
     monkeypatch.delenv("NVCC_APPEND_FLAGS")
-    monkeypatch.setattr(nvcc_record, "_READERS", nvcc_record._READERS[1:])
+    monkeypatch.setattr(nvcc_record, "READERS", nvcc_record.READERS[1:])
     assert not before.items() & digests().items()
 
 
@@ -87,8 +88,26 @@ def test_only_comments_are_cut():
 
 
 def test_a_unit_of_each_architecture_is_compiled_in_any_case():
+    sizes = {"a": {"9": 3, "8": 3}, "b": {"8": 1, "9": 1}, "c": {"7": 2}, "d": {}, "e": {"7": 5}}
     record = {
-        name: {"kernels": dict.fromkeys(archs)} for name, archs in (("a", "98"), ("b", "89"), ("c", "7"), ("d", ""))
+        name: {
+            "kernels": {arch: dict.fromkeys(range(n)) for arch, n in one.items()},
+            "defines": [f"lorafuse::{name}()"],
+        }
+        for name, one in sizes.items()
     }
-    assert len(sample(record) & {"a", "b"}) == 1
-    assert sample(record) >= {"c", "d"}
+    assert sample(record) == {"b", "c", "d"}
+    record["e"]["defines"].append(f"{nvcc_record.CALLED}lorafuse::Round const&, void*)")
+    assert sample(record) == {"b", "c", "d", "e"}
+
+
+def test_an_instruction_is_counted_where_its_name_begins(monkeypatch, tmp_path):
+    text = "Function : k\n  HMMA.16816 R0;\n @P0 HMMA R1;\n XHMMA; _HMMA; .HMMA; LDGSTS; UTMALDG.2D.MULTICAST; UTMALDG"
+    tool = tmp_path / "cuobjdump"
+    tool.write_text(f"#!/bin/sh\ncat <<'E'\narch = sm_80\n{text}\nE\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(nvcc_record, "INSTRUCTIONS", {"k": ("HMMA", "LDGSTS", "UTMALDG", "UTMALDG.2D.MULTICAST")})
+    assert nvcc_record.instructions("k.o") == {
+        "sm_80": {"k": {"HMMA": 3, "LDGSTS": 1, "UTMALDG": 2, "UTMALDG.2D.MULTICAST": 1}}
+    }

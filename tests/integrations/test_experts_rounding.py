@@ -36,7 +36,7 @@ def as_peft(o, settings):
 
 def errors(backend, dtype, adapter_dtype, scale, T, **sizes):
     """`{name: (ours, PEFT's)}`, summed over several problems: of one alone the ratio is mostly noise."""
-    found = {}
+    actual = {}
     for seed in range(3):
         o, settings = block(T=T + seed, E=3, R=1, dtype=dtype, adapter_dtype=adapter_dtype, **sizes)
         settings |= {"gate_up_scale": scale, "down_scale": scale}
@@ -48,9 +48,9 @@ def errors(backend, dtype, adapter_dtype, scale, T, **sizes):
         ours = differentiated(lambda o, s: fused(o, s, backend), o, settings)
         theirs = differentiated(as_peft, o, settings)
         for name, t in reference.items():
-            one, other = found.get(name, (0.0, 0.0))
-            found[name] = one + relative_l2(ours[name], t), other + relative_l2(theirs[name], t)
-    return found
+            one, other = actual.get(name, (0.0, 0.0))
+            actual[name] = one + relative_l2(ours[name], t), other + relative_l2(theirs[name], t)
+    return actual
 
 
 CASES = [
@@ -96,8 +96,8 @@ def test_a_sum_over_rows_is_rounded_once_for_each_part():
     left, right = torch.full((33, 1), 256.0).bfloat16(), torch.ones(33, 2).bfloat16()
     # bf16 has no 8193
     left[-1] = 1
-    found = aten_loop.outer(left, right, Rows(33, torch.tensor([33])), torch.empty(1, 1, 2), False, 1.0)
-    assert found.tolist() == [[[256 * 32 + 1] * 2]]
+    actual = aten_loop.outer(left, right, Rows(33, torch.tensor([33])), torch.empty(1, 1, 2), False, 1.0)
+    assert actual.tolist() == [[[256 * 32 + 1] * 2]]
 
 
 class TestExpertsThatAreComputedInFp32:

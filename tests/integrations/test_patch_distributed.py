@@ -49,9 +49,9 @@ def spawn(worker, *args, limit_s=LIMIT_S):
     used = 0.0
     try:
         while not context.join(timeout=min(1, limit_s / 10)):
-            now, taken = time.monotonic(), sum(cpu_seconds(process.pid) for process in context.processes)
-            if taken < used or taken - used > IDLE * limit_s:
-                since, used = now, taken
+            now, measured = time.monotonic(), sum(cpu_seconds(process.pid) for process in context.processes)
+            if measured < used or measured - used > IDLE * limit_s:
+                since, used = now, measured
             assert now - since < limit_s, f"{worker.__name__} did nothing for {limit_s} s: a deadlock"
             assert now - start < MOST_S, f"{worker.__name__} did not end in {MOST_S} s"
     finally:

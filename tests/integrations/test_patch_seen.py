@@ -182,9 +182,9 @@ def check(stock, run, state, order, counting, differs):
                 with state(), counting() as calls:
                     assert_equal(run(patched), expected)
                 assert calls.call_count == 0
-            told = [str(w.message) for w in caught if "runs as PEFT ships it" in str(w.message)]
-            assert len(told) == 1
-            assert told[0].startswith("lorafuse: a patched ")
+            shown = [str(w.message) for w in caught if "runs as PEFT ships it" in str(w.message)]
+            assert len(shown) == 1
+            assert shown[0].startswith("lorafuse: a patched ")
     # undone: fused again, once it is patched
     lorafuse.patch(patched, strict=True)
     with counting() as calls:

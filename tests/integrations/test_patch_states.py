@@ -290,9 +290,9 @@ def test_state(name, order):
         got = results_of(name, patched)
     assert_close(got, expected)
     assert calls.call_count == fused
-    said = [str(w.message) for w in caught if "runs as PEFT ships it" in str(w.message)]
-    assert len(said) == (order == "after" and reason is not None)
-    assert all(reason in message for message in said)
+    text = [str(w.message) for w in caught if "runs as PEFT ships it" in str(w.message)]
+    assert len(text) == (order == "after" and reason is not None)
+    assert all(reason in message for message in text)
     if order == "after" and reason is not None:
         # patching again says what every forward finds
         assert [reason in skipped.reason for skipped in lorafuse.patch(patched).skipped] == [True]

@@ -41,9 +41,9 @@ def step(model, ids=None):
     logits = model(input_ids=ids).logits
     dout = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)).to(logits.dtype)
     logits.backward(dout)
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    actual = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     assert embeddings.grad is not None
-    return {"logits": logits.detach(), **found}
+    return {"logits": logits.detach(), **actual}
 
 
 def fused_calls(run):
@@ -158,14 +158,14 @@ def test_half_precision_experts(name, dtype):
     x = torch.randn(40, moe_models.HIDDEN, generator=generator).to(dtype)
     index = torch.rand(40, 4, generator=generator).topk(2).indices
     weight = torch.rand(40, 2, generator=generator).to(dtype)
-    found = []
+    actual = []
     for one in (model, patched):
         outer = outermost(one)
         leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
         outer(leaves[0], index, leaves[1]).backward(torch.ones_like(x))
-        found.append([t.grad for t in leaves] + [p.grad for p in outer.parameters() if p.grad is not None])
-    assert len(found[0]) == len(found[1]) == 6
-    for one, other in zip(*found, strict=True):
+        actual.append([t.grad for t in leaves] + [p.grad for p in outer.parameters() if p.grad is not None])
+    assert len(actual[0]) == len(actual[1]) == 6
+    for one, other in zip(*actual, strict=True):
         assert relative_l2(other, one) <= tolerance(dtype)
 
 
@@ -217,9 +217,9 @@ class TestStates:
         name = "qwen3_moe" if "Qwen3" in type(model.base_model.model).__name__ else "gpt_oss"
         loaded = peft.PeftModel.from_pretrained(moe_models.base(name), tmp_path, is_trainable=True)
         expected = step(model)
-        for found in (step(loaded), step(check(loaded))):
+        for actual in (step(loaded), step(check(loaded))):
             for key, tensor in expected.items():
-                assert relative_l2(found[key], tensor) <= tolerance(torch.float32), key
+                assert relative_l2(actual[key], tensor) <= tolerance(torch.float32), key
 
     def test_the_state_dict_is_pefts(self, model):
         keys = list(model.state_dict())
@@ -230,10 +230,10 @@ class TestStates:
         expected = step(model)
         lorafuse.patch(model)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        found, calls = fused_calls(lambda: step(model))
+        actual, calls = fused_calls(lambda: step(model))
         assert calls > 2
         for name, tensor in expected.items():
-            assert relative_l2(found[name], tensor) <= tolerance(torch.float32), name
+            assert relative_l2(actual[name], tensor) <= tolerance(torch.float32), name
 
     def test_autocast(self, model):
         x, index = torch.randn(9, moe_models.HIDDEN), torch.tensor([[0, 1]] * 9)
@@ -257,15 +257,15 @@ def test_a_sentinel_of_expert_parallelism():
     x = torch.randn(6, moe_models.HIDDEN)
     index = torch.tensor([[0, 4], [4, 4], [1, 2], [4, 3], [3, 0], [4, 1]])
     weight = torch.rand(6, 2).masked_fill(index == 4, 0.0)
-    found = []
+    actual = []
     for one in (model, patched):
         outer = outermost(one)
         outer.get_base_layer()._is_expert_parallel = True
         leaf = x.clone().requires_grad_()
         y = outer(leaf, index, weight)
         y.sum().backward()
-        found.append([y.detach(), leaf.grad])
-    for one, other in zip(*found, strict=True):
+        actual.append([y.detach(), leaf.grad])
+    for one, other in zip(*actual, strict=True):
         assert relative_l2(other, one) <= tolerance(torch.float32)
 
 

@@ -128,16 +128,16 @@ def test_disabled_merged_and_unloaded():
     model = adapted()
     patched, x = check(model), given(5, 20)
     with model.disable_adapter(), patched.disable_adapter():
-        found, calls = fused_calls(lambda: patched(x))
-        assert torch.equal(found, model(x))
+        actual, calls = fused_calls(lambda: patched(x))
+        assert torch.equal(actual, model(x))
         assert calls == 0
     expected = model(x)
     patched.merge_adapter()
-    found, calls = fused_calls(lambda: patched(x))
-    assert (calls, relative_l2(found, expected) <= tolerance(torch.float32)) == (0, True)
+    actual, calls = fused_calls(lambda: patched(x))
+    assert (calls, relative_l2(actual, expected) <= tolerance(torch.float32)) == (0, True)
     patched.unmerge_adapter()
-    found, calls = fused_calls(lambda: patched(x))
-    assert (calls, relative_l2(found, expected) <= tolerance(torch.float32)) == (2, True)
+    actual, calls = fused_calls(lambda: patched(x))
+    assert (calls, relative_l2(actual, expected) <= tolerance(torch.float32)) == (2, True)
     assert relative_l2(patched.merge_and_unload()(x), expected) <= tolerance(torch.float32)
 
 
@@ -164,8 +164,8 @@ def test_checkpointed_compiled_and_pickled():
         patched.zero_grad()
         y = one(x)
         y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)))
-        found = {n: p.grad for n, p in patched.named_parameters() if p.grad is not None}
-        assert_same({"y": y.detach(), "dx": x.grad, **found}, expected)
+        actual = {n: p.grad for n, p in patched.named_parameters() if p.grad is not None}
+        assert_same({"y": y.detach(), "dx": x.grad, **actual}, expected)
     assert_same(step(pickle.loads(pickle.dumps(patched))), expected)
 
 
@@ -173,10 +173,10 @@ def test_autocast():
     model = adapted()
     patched, x = check(model), given(5, 20)
     with torch.autocast("cpu", torch.bfloat16):
-        found, calls = fused_calls(lambda: patched(x))
+        actual, calls = fused_calls(lambda: patched(x))
         expected = model(x)
-    assert (calls, found.dtype) == (2, expected.dtype)
-    assert relative_l2(found, expected) <= tolerance(torch.bfloat16)
+    assert (calls, actual.dtype) == (2, expected.dtype)
+    assert relative_l2(actual, expected) <= tolerance(torch.bfloat16)
 
 
 class TestLeftToPeft:
@@ -235,9 +235,9 @@ class TestLeftToPeft:
         hf_common.warn_once.cache_clear()
         monkeypatch.setattr(owner, name, lambda self, *args, **kwargs: plain(self, *args, **kwargs))
         with pytest.warns(UserWarning, match="runs as PEFT ships it: .*replaced"):
-            found, calls = fused_calls(lambda: step(model))
+            actual, calls = fused_calls(lambda: step(model))
         assert calls == 0
-        assert_same(found, expected)
+        assert_same(actual, expected)
 
     def test_registration_hooks_see_pefts_parametrization(self):
         model, seen = adapted(), []
@@ -266,8 +266,8 @@ def test_no_layer_of_deepseek_is_left_to_peft():
     weights = [m for m in patched.modules() if isinstance(m, hf_peft.FusedWeight)]
     assert len(weights) == 6
     assert {p.kind for p in report.patched} == {"linear", "experts"}
-    found = []
+    actual = []
     for one in (model, patched):
         one(input_ids=ids, labels=ids).loss.backward()
-        found.append({n: p.grad for n, p in one.named_parameters() if p.grad is not None})
-    assert_same(found[1], found[0])
+        actual.append({n: p.grad for n, p in one.named_parameters() if p.grad is not None})
+    assert_same(actual[1], actual[0])

@@ -109,10 +109,10 @@ def test_a_constexpr_changes_a_digest(digests):
 
 def test_a_falsified_record_is_seen():
     tables = json.loads(compiler("-c", FALSIFIED).stdout)
-    true, record, found = ({n: Resources(**r) for n, r in table.items()} for table in tables.values())
+    true, record, actual = ({n: Resources(**r) for n, r in table.items()} for table in tables.values())
     # as in `make test`: one is compiled and differs, the others are what the record says
     assert len(true) > 1
-    assert len(false_entries(record, found)) == 1
+    assert len(false_entries(record, actual)) == 1
     # as in `make test-compile`
     assert false_entries(record, true).keys() == true.keys()
     assert false_entries(true, true) == {}

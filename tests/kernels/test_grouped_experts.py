@@ -136,7 +136,7 @@ def test_grouped_linear(sizes, transposed, dtype):
     # x and dy off 16-byte boundaries, as views may be
     x = torch.cat([torch.zeros(S, 1, dtype=dtype), x], 1)[:, 1:]
     ends, dy = torch.tensor(sizes).cumsum(0), torch.ones(1, 1, dtype=dtype).expand(S, N)
-    found = []
+    results = []
     for wide in (False, True):
         given = [t.double() if wide else t.detach() for t in (x, w, a, b, bias, dy)]
         leaves = [given[i].requires_grad_() for i in (0, 2, 3)]
@@ -145,8 +145,8 @@ def test_grouped_linear(sizes, transposed, dtype):
             if wide:
                 patched.setattr("lorafuse.ops.choose.ATEN", aten.BACKEND)
             y = lora_grouped_linear(given[0], ends, *given[1:4], **low)
-            found.append((y.detach(), *torch.autograd.grad(y, leaves, given[5])))
-    for name, actual, expected in zip(("y", "dx", "da", "db"), *found, strict=True):
+            results.append((y.detach(), *torch.autograd.grad(y, leaves, given[5])))
+    for name, actual, expected in zip(("y", "dx", "da", "db"), *results, strict=True):
         assert relative_l2(actual, expected) <= tolerance(dtype), name
         assert not actual[sum(sizes) :].any() or name in ("da", "db"), name
         assert actual.any() or not sum(sizes), name
@@ -228,9 +228,9 @@ class TestWhere:
     """Where torch has a fast kernel: what eager plans, with Triton and without."""
 
     @pytest.fixture(params=[True, False], ids=["Triton", "no Triton"])
-    def on(self, request, monkeypatch):
+    def on(self, request, assume, monkeypatch):
         """Weights as if they were on a GPU of a compute capability."""
-        monkeypatch.setitem(base._AVAILABILITY, "triton", base.Availability(request.param, "Triton is not installed"))
+        assume("triton", base.Availability(request.param, "Triton is not installed"))
 
         def ask(arch, *weights, dtype=torch.bfloat16):
             monkeypatch.setattr(problems, "arch", lambda device: arch)
@@ -287,17 +287,19 @@ GROUPED, ATEN, BLOCK = aten_grouped.GroupedMM, aten.Aten, experts
 MUTATIONS = {
     "sentinels are summed": (ATEN, "combine", "y[-1:].masked_fill_(last < S, 0)", "pass", "out"),
     "every sentinel's own row": (ATEN, "combine", "place.masked_fill_(beyond, S - 1)", "pass", "out"),
-    "no bias": (GROUPED, "matmul", "rank[:, R] = 1", "pass", "out"),
-    "no low-rank product": (GROUPED, "matmul", "rank[:, :R] = low.xa", "pass", "out"),
-    "no low-rank product in dx": (GROUPED, "matmul", "b.mT if low", "b.mT * 0 if low", "x"),
-    "no scale": (GROUPED, "matmul", "b * low.scale", "b * 1.0", "out"),
+    "no bias": (GROUPED, "_base_and_rank", "rank[:, R] = 1", "pass", "out"),
+    "no low-rank product": (GROUPED, "_base_and_rank", "rank[:, :R] = low.xa", "pass", "out"),
+    "no low-rank product in dx": (GROUPED, "_base_and_rank", "b.mT if low", "b.mT * 0 if low", "x"),
+    "no scale": (GROUPED, "_base_and_rank", "b * low.scale", "b * 1.0", "out"),
     "da without scale": (GROUPED, "outer", "out *= scale", "out *= scale if is_transposed else 1.0", "gate_up_a"),
     "db without scale": (GROUPED, "outer", "out *= scale", "out *= 1.0 if is_transposed else scale", "gate_up_b"),
     "gradients of experts without rows": (GROUPED, "outer", ".masked_fill_(empty.view(-1, 1, 1), 0)", "", "gate_up_a"),
     "no router weight in a gradient": (ATEN, "outer", " * row_scale.to(narrow.dtype).unsqueeze(1)", "", "down_a"),
     "no router weight in du": (aten, "finish", ".mul_(epilogue.row_scale.to(product.dtype).unsqueeze(1))", "", "x"),
-    "the router's gradient without the bias": (BLOCK, "backward", "share = share + of_bias", "pass", "topk_weight"),
-    "the router's gradient of sentinels": (BLOCK, "backward", "rows.zero_rest(share)", "share", "topk_weight"),
+    "the router's gradient without the bias":
+        (BLOCK, "backward", "router_grad = router_grad + of_bias", "pass", "topk_weight"),
+    "the router's gradient of sentinels":
+        (BLOCK, "backward", "rows.zero_rest(router_grad)", "router_grad", "topk_weight"),
 }  # fmt: skip
 
 

@@ -123,14 +123,14 @@ def test_the_largest_tiles_at_every_rank(gpu, R, planned):
 @pytest.mark.parametrize("change", ["offset", "columns apart", "odd gate"])
 def test_weights_that_no_descriptor_describes(change):
     """Pointers, chosen by strides and addresses."""
-    odd = change == "odd gate"
-    o, settings = block(dtype=torch.float16, device=DEVICE, H=32, I=12 if odd else 16, transposed=odd)
+    misaligned = change == "odd gate"
+    o, settings = block(dtype=torch.float16, device=DEVICE, H=32, I=12 if misaligned else 16, transposed=misaligned)
     exact = {n: t if n == "topk_index" else t.double() for n, t in o.items()}
     expected = differentiated(lambda o, s: plain(o, **s), exact, settings)
     wide = torch.zeros(5, 32, 128, dtype=torch.float16, device=DEVICE)
     view = {"offset": wide[:, :, 1:33], "columns apart": wide[:, :, :64:2], "odd gate": wide[:, :, :24]}[change]
     view.copy_(o["gate_up"])
-    weights = Weight(view, odd), Weight(o["down"], odd)
+    weights = Weight(view, misaligned), Weight(o["down"], misaligned)
     assert not problems.experts_problems(o["x"], 1, *weights, None, None, True, False)[0].aligned
     for name, tensor in differentiated(lambda o, s: fused(o | {"gate_up": view}, s, "triton"), o, settings).items():
         assert relative_l2(tensor, expected[name]) <= tolerance(torch.float16), name
@@ -217,14 +217,14 @@ def test_grouped_linear(sizes, transposed, dtype):
     shapes = (S, K), (E, K, N) if transposed else (E, N, K), (E, R, K), (E, N, R), (E, N)
     x, w, a, b, bias = (torch.randn(s, generator=generator).to(DEVICE, dtype) / 3 for s in shapes)
     ends, dy = torch.tensor(sizes, device=DEVICE).cumsum(0), torch.ones(S, N, dtype=dtype, device=DEVICE)
-    found = []
+    result = []
     for name, wide in (("triton", False), ("eager", True)):
         given = [t.double() if wide else t.clone() for t in (x, w, a, b, bias, dy)]
         leaves = [given[i].requires_grad_() for i in (0, 2, 3)]
         low = {"scale": 1.3, "bias": given[4], "is_transposed": transposed, "backend": name}
         y = lora_grouped_linear(given[0], ends, *given[1:4], **low)
-        found.append((y.detach(), *torch.autograd.grad(y, leaves, given[5])))
-    for name, actual, expected in zip(("y", "dx", "da", "db"), *found, strict=True):
+        result.append((y.detach(), *torch.autograd.grad(y, leaves, given[5])))
+    for name, actual, expected in zip(("y", "dx", "da", "db"), *result, strict=True):
         assert relative_l2(actual, expected) <= tolerance(dtype), name
         assert not actual[sum(sizes) :].any() or name in ("da", "db"), name
 

@@ -120,8 +120,8 @@ def test_only_what_is_needed_is_computed(needs):
     _, xa = TRITON.forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)
     everything = TRITON.backward(o.dy, o.x, xa, o.w, o.a, o.b, seed, 1.7, 0.2, True, True, True, True)
     x, xa = o.x if needs[1] else None, xa if needs[2] else None
-    found = TRITON.backward(o.dy, x, xa, o.w, o.a, o.b, seed, 1.7, 0.2, *needs)
-    for need, one, other in zip(needs, found, everything, strict=True):
+    actual = TRITON.backward(o.dy, x, xa, o.w, o.a, o.b, seed, 1.7, 0.2, *needs)
+    for need, one, other in zip(needs, actual, everything, strict=True):
         assert (one is not None) == need
         assert one is None or torch.equal(one, other)
 
@@ -224,8 +224,8 @@ def graded(run, o):
     return gradients(run(o), o)
 
 
-@pytest.mark.parametrize("way", ["compiled", "checkpointed", "checkpointed, reentrant"])
-def test_it_is_one_operator_for_torch(way):
+@pytest.mark.parametrize("variant", ["compiled", "checkpointed", "checkpointed, reentrant"])
+def test_it_is_one_operator_for_torch(variant):
     def layer(x, o):
         return lora_linear(x, o.w, o.a, o.b, bias=o.bias, dropout_p=0.2, backend="triton")
 
@@ -238,14 +238,14 @@ def test_it_is_one_operator_for_torch(way):
     torch.manual_seed(1)
     expected = graded(lambda o: layer(o.x, o), o)
     torch.manual_seed(1)
-    if way.endswith("reentrant"):
-        y = runs[way](o)
+    if variant.endswith("reentrant"):
+        y = runs[variant](o)
         y.backward(o.dy)
-        found = {"y": y.detach(), "dx": o.x.grad, "da": o.a.grad, "db": o.b.grad, "dbias": o.bias.grad}
+        actual = {"y": y.detach(), "dx": o.x.grad, "da": o.a.grad, "db": o.b.grad, "dbias": o.bias.grad}
     else:
-        found = graded(runs[way], o)
+        actual = graded(runs[variant], o)
     for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(actual[name], tensor), name
 
 
 def test_a_patched_peft_model_trains_as_it_did():
@@ -264,11 +264,11 @@ def test_a_patched_peft_model_trains_as_it_did():
     expected = step()
     report = lorafuse.patch(model, backend="triton", strict=True)
     assert {patched.backend for patched in report.patched} == {"triton"}
-    found = step()
-    assert found.keys() == expected.keys()
-    assert len(found) == 5
+    actual = step()
+    assert actual.keys() == expected.keys()
+    assert len(actual) == 5
     for name, tensor in expected.items():
-        assert relative_l2(found[name], tensor) < tolerance(torch.float32), name
+        assert relative_l2(actual[name], tensor) < tolerance(torch.float32), name
 
 
 def test_opcheck():

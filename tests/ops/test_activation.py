@@ -96,15 +96,15 @@ class TestWhichExpertsAreGptOss:
         return next(m for m in base("gpt_oss").requires_grad_(False).modules() if isinstance(m, GptOssExperts))
 
     def activation(self, experts):
-        found = block_operands(experts, {n: getattr(experts, n) for n in (first_projection(experts), "down_proj")})
-        return found["activation"]
+        actual = block_operands(experts, {n: getattr(experts, n) for n in (first_projection(experts), "down_proj")})
+        return actual["activation"]
 
     def test_its_own(self):
         experts = self.experts()
-        found = block_operands(experts, {n: getattr(experts, n) for n in ("gate_up_proj", "down_proj")})
-        assert found["activation"] == "clamped_swiglu"
-        assert not found["is_concatenated"]
-        assert found["is_transposed"]
+        actual = block_operands(experts, {n: getattr(experts, n) for n in ("gate_up_proj", "down_proj")})
+        assert actual["activation"] == "clamped_swiglu"
+        assert not actual["is_concatenated"]
+        assert actual["is_transposed"]
 
     @pytest.mark.parametrize("constant", ["alpha", "limit"])
     def test_other_constants(self, constant):

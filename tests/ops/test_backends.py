@@ -28,9 +28,9 @@ def operands():
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 class TestUnavailable:
-    def test_the_reason_and_the_fix_are_said(self, name, monkeypatch):
+    def test_the_reason_and_the_fix_are_said(self, name, assume):
         if name == "triton":
-            monkeypatch.setitem(base._AVAILABILITY, "triton", base.Availability(False, "no compiler", "install one"))
+            assume("triton", base.Availability(False, "no compiler", "install one"))
         state = base.availability(name)
         assert state.reason
         assert state.fix
@@ -85,13 +85,13 @@ def test_the_variable_sets_the_default():
     assert done.stdout.split() == ["eager", "auto"], done.stderr
 
 
-@pytest.mark.parametrize(("value", "said"), [("cuDNN", "'cuDNN'"), ("", "''")])
-def test_a_wrong_variable_is_said(value, said):
+@pytest.mark.parametrize(("value", "message"), [("cuDNN", "'cuDNN'"), ("", "''")])
+def test_a_wrong_variable_is_said(value, message):
     done = _process(value, "base.current()")
     assert done.returncode == 1
     error = done.stderr.splitlines()[-1]
     assert error.startswith("ValueError")
-    assert said in error
+    assert message in error
     assert "'auto', 'eager', 'triton', 'cuda'" in error
 
 
@@ -107,7 +107,7 @@ class TestPlan:
 
     def test_what_the_planner_is_told(self, monkeypatch):
         seen = []
-        monkeypatch.setattr("lorafuse.ops.choose.select", lambda *told: seen.append(told))
+        monkeypatch.setattr("lorafuse.ops.choose.select", lambda *planned: seen.append(planned))
         x, w, a, _ = operands()
         plan_linear(x.bfloat16().expand(2, 5, 3, 8), w.bfloat16(), a, bias=torch.zeros(6), dropout_p=0.1)
         ((problem, device, available),) = seen
@@ -131,7 +131,7 @@ class TestPlan:
     )
     def test_alignment_is_that_of_every_row(self, monkeypatch, x, aligned):
         seen = []
-        monkeypatch.setattr("lorafuse.ops.choose.select", lambda *told: seen.append(told))
+        monkeypatch.setattr("lorafuse.ops.choose.select", lambda *planned: seen.append(planned))
         k = x.shape[-1]
         plan_linear(x, torch.empty(8, k if k != 17 else 17), torch.empty(2, k))
         assert seen[0][0].aligned is aligned
@@ -140,17 +140,17 @@ class TestPlan:
         """On a device with several backends, forward and backward each follow their own plan."""
         from lorafuse.ops import choose
 
-        told = []
+        planned = []
 
         def plan(problem, device):
-            told.append(problem.gradients)
+            planned.append(problem.gradients)
             return Plan("triton" if problem.gradients else "eager", "")
 
         monkeypatch.setattr(choose, "plan_for", plan)
-        monkeypatch.setattr(choose, "_ONLY", {})
+        monkeypatch.setattr(choose, "SOLE_BACKEND", {})
         x, w, a, b = operands()
         lora_linear(x, w, a, b).sum().backward()
-        assert told == [(), ("da", "db")]
+        assert planned == [(), ("da", "db")]
         assert spy.calls == ["linear_backward"]
 
 
@@ -163,7 +163,7 @@ def test_a_backend_implements_every_primitive(name):
 
 
 @pytest.mark.parametrize(("kernel", "accumulated"), [("aten_addmm", [4, 4]), ("aten_beta1", [8, 6])])
-def test_eager_runs_the_planned_order_on_gpus(kernel, accumulated, monkeypatch):
+def test_eager_runs_the_planned_order_on_gpus(kernel, accumulated, assume, monkeypatch):
     """What is accumulated onto the other product, by the features it sums over: ranks, or those of x and dy."""
     x, w, a, b, dy = (torch.randn(shape) for shape in ((3, 8), (6, 8), (4, 8), (6, 4), (3, 6)))
     summed = []
@@ -174,7 +174,7 @@ def test_eager_runs_the_planned_order_on_gpus(kernel, accumulated, monkeypatch):
         return accumulate(self, left, right, **more)
 
     # CPU tensors that pass for a GPU's
-    monkeypatch.setitem(base._AVAILABILITY, "triton", base.Availability(True))
+    assume("triton", base.Availability(True))
     monkeypatch.setattr(problems, "device_spec", lambda device: find("H200"))
     monkeypatch.setattr(aten.Aten, "plan", lambda self, problems, device: plan(self, problems, torch.device("cuda")))
     monkeypatch.setattr(torch.Tensor, "is_cpu", False)
@@ -194,24 +194,24 @@ class TestTriton:
     """When Triton's kernels can run, and what is said when not."""
 
     @pytest.fixture
-    def found(self, monkeypatch):
+    def installed(self, monkeypatch):
         """Versions by package, of which nothing is installed that is not named."""
         versions = {"triton": "3.6.0", "numpy": "2.3.5"}
         monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: versions.get(name))
         monkeypatch.setattr(base.metadata, "version", versions.__getitem__)
         return versions
 
-    def test_it_is_missing(self, found):
-        del found["triton"]
-        state = base._triton()
+    def test_it_is_missing(self, installed):
+        del installed["triton"]
+        state = base.probe("triton")
         assert not state.ok
         assert "not installed" in state.reason
         assert "pip install" in state.fix
 
     @pytest.mark.parametrize("version", ["2.3.1", "3.5.1"])
-    def test_it_is_too_old(self, found, version):
-        found["triton"] = version
-        state = base._triton()
+    def test_it_is_too_old(self, installed, version):
+        installed["triton"] = version
+        state = base.probe("triton")
         assert not state.ok
         assert version in state.reason
         assert "triton>=3.6" in state.fix
@@ -219,24 +219,24 @@ class TestTriton:
     @pytest.mark.parametrize(
         ("triton", "numpy", "ok"), [("3.6.0", "2.4.0", False), ("3.6.0", "2.3.5", True), ("3.9.0", "2.4.0", True)]
     )
-    def test_its_interpreter_and_numpy(self, found, monkeypatch, triton, numpy, ok):
-        found |= {"triton": triton, "numpy": numpy}
+    def test_its_interpreter_and_numpy(self, installed, monkeypatch, triton, numpy, ok):
+        installed |= {"triton": triton, "numpy": numpy}
         monkeypatch.setattr("triton.knobs.runtime.interpret", True)
-        state = base._triton()
+        state = base.probe("triton")
         assert state.ok is ok
         if not ok:
             assert "numpy 2.4.0" in state.reason
             assert "numpy<2.4" in state.fix
 
-    def test_no_gpu_and_no_interpreter(self, found, monkeypatch):
+    def test_no_gpu_and_no_interpreter(self, installed, monkeypatch):
         monkeypatch.setattr("triton.knobs.runtime.interpret", False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        state = base._triton()
+        state = base.probe("triton")
         assert not state.ok
         assert "no CUDA device" in state.reason
         assert "TRITON_INTERPRET=1" in state.fix
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        assert base._triton().ok
+        assert base.probe("triton").ok
 
 
 class TestCuda:
@@ -247,20 +247,20 @@ class TestCuda:
         """A `lorafuse._cuda` of sm_90a that loads, from the sources that are here, beside one Hopper GPU."""
         from lorafuse.backends import native
 
-        found = {"built": True, "stale": "", "capability": [(9, 0)], "architectures": ["sm_80", "sm_90", "sm_90a"]}
-        monkeypatch.setattr(native, "built", lambda name: found["built"])
-        monkeypatch.setattr(native, "stale", lambda name: found["stale"])
-        monkeypatch.setattr(native, "info", lambda name: found)
+        installed = {"built": True, "stale": "", "capability": [(9, 0)], "architectures": ["sm_80", "sm_90", "sm_90a"]}
+        monkeypatch.setattr(native, "built", lambda name: installed["built"])
+        monkeypatch.setattr(native, "stale", lambda name: installed["stale"])
+        monkeypatch.setattr(native, "info", lambda name: installed)
         monkeypatch.setattr(native, "load", lambda name: ModuleType(name))
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(found["capability"]))
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found["capability"]))
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: found["capability"][index])
-        return found
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(installed["capability"]))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(installed["capability"]))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: installed["capability"][index])
+        return installed
 
     def test_it_can(self, module):
-        assert base._cuda() == base.Availability(True)
+        assert base.probe("cuda") == base.Availability(True)
         module["capability"].insert(0, (8, 0))
-        assert base._cuda().ok
+        assert base.probe("cuda").ok
 
     @pytest.mark.parametrize(
         ("change", "reason", "fix"),
@@ -274,7 +274,7 @@ class TestCuda:
     )
     def test_why_not(self, module, change, reason, fix):
         module |= change
-        state = base._cuda()
+        state = base.probe("cuda")
         assert not state.ok
         assert re.search(reason, state.reason)
         assert re.search(fix, state.fix)
@@ -284,7 +284,7 @@ class TestCuda:
             raise ImportError("undefined symbol: x")
 
         monkeypatch.setattr("lorafuse.backends.native.load", load)
-        state = base._cuda()
+        state = base.probe("cuda")
         assert "does not load: undefined symbol: x" in state.reason
         assert "make cuda" in state.fix
 
@@ -292,13 +292,13 @@ class TestCuda:
         from lorafuse.backends import native, native_sources
 
         (tmp_path / "build.py").write_text("1")
-        monkeypatch.setattr(native, "_CSRC", tmp_path)
+        monkeypatch.setattr(native, "CSRC", tmp_path)
         here = native_sources.source_hash(tmp_path, emulated=False)
-        for sources, said in ((here, ""), ("0123", "built from other sources (0123) than those of csrc here")):
+        for sources, message in ((here, ""), ("0123", "built from other sources (0123) than those of csrc here")):
             monkeypatch.setattr(native, "info", lambda name, sources=sources: {"sources": sources})
             native.stale.cache_clear()
-            assert said in native.stale("_cuda")
-            assert bool(said) == bool(native.stale("_cuda"))
+            assert message in native.stale("_cuda")
+            assert bool(message) == bool(native.stale("_cuda"))
         # an installed package has no sources beside it
         (tmp_path / "build.py").unlink()
         native.stale.cache_clear()

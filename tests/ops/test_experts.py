@@ -87,7 +87,7 @@ def test_shared_factors(shared):
 # rows are rounded up in 16-bit dtypes, whose tolerance hides more
 @pytest.mark.parametrize("step", [1, 2, 3, 32])
 def test_routings(index, activation, step, monkeypatch):
-    monkeypatch.setitem(aten_loop._STEP, torch.float64, step)
+    monkeypatch.setitem(aten_loop.ROW_MULTIPLE, torch.float64, step)
     check(T=7, index=index, activation=activation)
 
 
@@ -130,14 +130,14 @@ def test_only_what_is_needed(needed):
     o, settings = block()
     names = ("x", "topk_weight", "gate_up_a", "gate_up_b", "down_a", "down_b")
     every = differentiated(fused, o, settings)
-    wanted = [name for name, need in zip(names, needed, strict=True) if need]
-    for name in wanted:
+    requested = [name for name, need in zip(names, needed, strict=True) if need]
+    for name in requested:
         o[name].requires_grad_()
     out = fused(o, settings)
-    assert out.requires_grad == bool(wanted)
-    if wanted:
+    assert out.requires_grad == bool(requested)
+    if requested:
         dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-        for name, grad in zip(wanted, torch.autograd.grad(out, [o[n] for n in wanted], dout), strict=True):
+        for name, grad in zip(requested, torch.autograd.grad(out, [o[n] for n in requested], dout), strict=True):
             assert torch.equal(grad, every[name]), name
 
 
@@ -231,7 +231,7 @@ class TestGroupedLinear:
 
 class TestRefusals:
     @pytest.mark.parametrize(
-        ("change", "said"),
+        ("change", "message"),
         [
             ({"gate_up": torch.zeros(5, 16, 11).double()}, r"gate_up \[5, 16, 11\].*rule"),
             ({"gate_up_a": torch.zeros(5, 2, 12).double()}, r"a \[5, 2, 12\], b \[5, 16, 3\]"),
@@ -248,10 +248,10 @@ class TestRefusals:
             ({"topk_index": torch.zeros(23, 0).long(), "topk_weight": torch.zeros(23, 0).double()}, "k >= 1"),
         ],
     )  # fmt: skip
-    def test_what_does_not_fit(self, change, said):
+    def test_what_does_not_fit(self, change, message):
         o, settings = block()
         o = {name: t for name, t in (o | change).items() if t is not None}
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             fused(o, settings)
 
     def test_a_layout_flag_that_is_wrong(self):
@@ -351,7 +351,7 @@ class TestModule:
         assert torch.equal(layer(*given), base)
         assert "num_experts=5" in repr(layer)
 
-    @pytest.mark.parametrize(("change", "said"), [({"r": 0}, "r=0"), ({"activation": "swish"}, "'swish'")])
-    def test_refusals(self, change, said):
-        with pytest.raises(ValueError, match=said):
+    @pytest.mark.parametrize(("change", "message"), [({"r": 0}, "r=0"), ({"activation": "swish"}, "'swish'")])
+    def test_refusals(self, change, message):
+        with pytest.raises(ValueError, match=message):
             LoRAExperts(**{"num_experts": 2, "hidden_size": 4, "intermediate_size": 4, "r": 2} | change)

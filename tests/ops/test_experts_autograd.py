@@ -73,9 +73,9 @@ def second_order(run, o, settings, of="x"):
     o = {name: t.clone() for name, t in o.items()}
     leaves = {name: o[name].requires_grad_() for name in trained(o)}
     loss = run(o, settings).pow(2).sum()
-    found = torch.autograd.grad(loss, [leaves[name] for name in ([of] if of else leaves)], create_graph=True)
-    assert all(grad.requires_grad for grad in found)
-    sum(grad.pow(2).sum() for grad in found).backward()
+    actual = torch.autograd.grad(loss, [leaves[name] for name in ([of] if of else leaves)], create_graph=True)
+    assert all(grad.requires_grad for grad in actual)
+    sum(grad.pow(2).sum() for grad in actual).backward()
     return {name: leaf.grad for name, leaf in leaves.items()}
 
 
@@ -128,10 +128,10 @@ class TestSecondOrder:
         def penalty(run, given):
             x, ends, w, a, b, bias = given
             leaves = [t.clone().requires_grad_() for t in (x, a, b)]
-            found = torch.autograd.grad(
+            actual = torch.autograd.grad(
                 run(leaves[0], ends, w, *leaves[1:], bias).pow(2).sum(), leaves, create_graph=True
             )
-            return torch.autograd.grad(sum(grad.pow(2).sum() for grad in found), leaves)
+            return torch.autograd.grad(sum(grad.pow(2).sum() for grad in actual), leaves)
 
         exact = [t if t.dtype is torch.int64 else t.double() for t in operands]
         expected = penalty(formula, exact)
@@ -219,15 +219,15 @@ class TestInPlace:
     @pytest.mark.parametrize("change", CHANGES)
     def test_of_grouped(self, backend, change):
         x, ends, w, a, b, bias = grouped_operands(torch.float32)
-        found = []
+        actual = []
         for in_place in (False, True):
             leaves = [t.clone().requires_grad_() for t in (x, a, b)]
             y = grouped(backend, leaves[0], ends, w, *leaves[1:], bias)
             assert not y._is_view()
             y = y if in_place else y.clone()
             self.CHANGES[change](y)
-            found.append(torch.autograd.grad(y.square().sum(), leaves))
-        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+            actual.append(torch.autograd.grad(y.square().sum(), leaves))
+        assert all(torch.equal(one, other) for one, other in zip(*actual, strict=True))
 
     @pytest.mark.parametrize("change", CHANGES)
     @pytest.mark.parametrize("shape", [(6, 8), (1, 2, 3, 8)])
@@ -237,7 +237,7 @@ class TestInPlace:
         layer = LoRAExperts(3, 8, 4, 2)
         torch.manual_seed(0)
         layer.load_state_dict({name: torch.randn_like(t) for name, t in layer.state_dict().items()})
-        found = []
+        actual = []
         for in_place in (False, True):
             x = o["x"].reshape(shape).clone().requires_grad_()
 
@@ -249,8 +249,8 @@ class TestInPlace:
                 return y
 
             y = checkpoint(run, x, use_reentrant=False) if checkpointed else run(x)
-            found.append(torch.autograd.grad(y.square().sum(), [x, layer.down_lora_A]))
-        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+            actual.append(torch.autograd.grad(y.square().sum(), [x, layer.down_lora_A]))
+        assert all(torch.equal(one, other) for one, other in zip(*actual, strict=True))
 
     def test_an_activation_may_change_its_input(self, backend):
         o, settings = block(**SMALL, dtype=torch.float32)

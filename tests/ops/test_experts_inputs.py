@@ -43,8 +43,8 @@ class TestDevices:
     def test_all_on_meta(self, activation):
         gate = not callable(activation)
         o, settings = block(**SMALL, gate=gate, activation=activation)
-        found = differentiated(fused, {name: t.to("meta") for name, t in o.items()}, settings)
-        for name, t in found.items():
+        actual = differentiated(fused, {name: t.to("meta") for name, t in o.items()}, settings)
+        for name, t in actual.items():
             like = o["x"] if name == "out" else o[name]
             assert (t.device.type, t.shape, t.dtype) == ("meta", like.shape, like.dtype), name
         given = {name: t.to("meta") for name, t in GROUPED.items()}

@@ -157,9 +157,9 @@ def test_selective_checkpoints_save_outputs(activation, monkeypatch):
     calls.clear()
     contexts = partial(create_selective_checkpoint_contexts, policy)
     y = checkpoint(layer, leaves[0], use_reentrant=False, context_fn=contexts)
-    found = torch.autograd.grad(y.sum(), leaves)
+    actual = torch.autograd.grad(y.sum(), leaves)
     assert sorted(calls) == ["lorafuse.ops.experts", "lorafuse.ops.linear"]
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("activation", ["silu", own])
@@ -181,15 +181,15 @@ def test_the_profiler_shows_operators_and_shapes(activation):
 
 def test_a_function_is_no_longer_held_than_its_graph():
     """An activation of one's own is found by a name while its operator runs, and until backward."""
-    from lorafuse.ops.experts import _functions
+    from lorafuse.ops.experts import functions
 
     o, settings = block(T=7, E=3, dtype=torch.float32, activation=own)
     gc.collect()
-    before = set(_functions)
+    before = set(functions)
     y = lora_experts(
         o["x"].requires_grad_(), o["topk_index"], o["topk_weight"], o["gate_up"], o["down"], activation=own
     )
-    assert len(set(_functions) - before) == 1
+    assert len(set(functions) - before) == 1
     y.sum().backward()
     del y
-    assert set(_functions) <= before
+    assert set(functions) <= before

@@ -3,6 +3,8 @@
 The decoded weight itself is compared with the library's, bit for bit, and is the library's storage and no copy.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -17,11 +19,23 @@ by_backend = pytest.mark.parametrize("backend", BACKENDS)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 # how a library holds the scale of rows
 LIBRARIES = ("torchao", "bitsandbytes")
+# packed, so that sizes stand in the format: bitsandbytes' 4 bits, and with nested statistics
+FLAT = ("nf4", "fp4")
+by_layer_library = pytest.mark.parametrize("library", LIBRARIES + FLAT)
 by_library = pytest.mark.parametrize("library", LIBRARIES)
 E, T, K, R = 3, 20, 32, 4
 
 
 def quantized(*sizes, library="torchao", is_transposed=False):
+    if library in FLAT:
+        count, sizes_text = math.prod(sizes), ",".join(map(str, sizes))
+        data = torch.randint(0, 256, (count // 2,), dtype=torch.uint8)
+        absmax, code = torch.rand(-(-count // 64)), torch.linspace(-1, 1, 16)
+        if library == "nf4":
+            return Weight(data, is_transposed, (absmax, code), f"nf4:{sizes_text};block=64;dtype=float32")
+        nested = (absmax * 255).byte(), code, torch.rand(-(-len(absmax) // 256)), torch.linspace(-1, 1, 256)
+        statistics = *nested, torch.tensor(1.5)
+        return Weight(data, is_transposed, statistics, f"fp4:{sizes_text};block=64;dtype=float16")
     data = torch.randint(-128, 128, sizes, dtype=torch.int8)
     data[..., 0, 0] = -128
     scale = torch.rand(*sizes[:-1], 1) * 0.02 if library == "torchao" else torch.rand(sizes[:-1]) * 2
@@ -48,7 +62,7 @@ def same(run, weights, tensors, dtype):
         assert torch.equal(of_format, of_dense)
 
 
-@by_library
+@by_layer_library
 @by_dtype
 @by_backend
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -63,7 +77,7 @@ def test_linear(backend, dtype, library, p):
     same(run, [quantized(24, K, library=library)], [x, a, b, bias], dtype)
 
 
-@by_library
+@by_layer_library
 @by_dtype
 @by_backend
 @pytest.mark.parametrize("is_transposed", [False, True], ids=["rows", "transposed"])
@@ -79,7 +93,7 @@ def test_grouped(backend, dtype, library, is_transposed):
     same(run, [w], [x, a, b], dtype)
 
 
-@by_library
+@by_layer_library
 @by_dtype
 @by_backend
 @pytest.mark.parametrize("activation", ["silu", torch.sin], ids=["silu", "function"])
@@ -100,31 +114,35 @@ def test_experts(backend, dtype, library, activation):
     same(run, weights, [x, weight, up_a, up_b, down_a, down_b], dtype)
 
 
-def test_nothing_decoded_is_saved():
+@by_layer_library
+def test_nothing_decoded_is_saved(library):
     """Backward decodes again: of a weight's size only the stored bytes are kept."""
-    x, w = torch.randn(T, K, requires_grad=True), quantized(24, K)
+    x, w = torch.randn(T, K, requires_grad=True), quantized(24, K, library=library)
     a, b = adapters((R, K), (24, R))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         LF.lora_linear(x, w, a, b)
-    assert {t.dtype for t in kept if t.numel() == w.data.numel()} == {torch.int8}
+    assert {t.dtype for t in kept if t.numel() == w.data.numel()} == {w.data.dtype}
+    assert not any(t.numel() == 24 * K and t.is_floating_point() for t in kept)
     assert any(t is w.data or t.data_ptr() == w.data.data_ptr() for t in kept)
 
 
-def test_second_order_and_transforms():
-    x, w = torch.randn(3, K, dtype=torch.float64, requires_grad=True), quantized(8, K)
+@by_layer_library
+def test_second_order_and_transforms(library):
+    x, w = torch.randn(3, K, dtype=torch.float64, requires_grad=True), quantized(8, K, library=library)
     a, b = (t.detach().double().requires_grad_() for t in adapters((R, K), (8, R)))
     assert torch.autograd.gradgradcheck(lambda *args: LF.lora_linear(args[0], w, *args[1:]), (x, a, b))
 
     def loss(x, w):
         return LF.lora_linear(x, w, a, b).square().sum()
 
-    found = torch.func.grad(loss)(x.detach(), w)
-    torch.testing.assert_close(found, torch.func.grad(loss)(x.detach(), w.decoded(torch.float64)))
+    actual = torch.func.grad(loss)(x.detach(), w)
+    torch.testing.assert_close(actual, torch.func.grad(loss)(x.detach(), w.decoded(torch.float64)))
 
 
-def test_compile_and_autocast():
-    w = quantized(24, K)
+@by_layer_library
+def test_compile_and_autocast(library):
+    w = quantized(24, K, library=library)
     a, b = adapters((R, K), (24, R))
     x = torch.randn(T, K, requires_grad=True)
 
@@ -136,8 +154,8 @@ def test_compile_and_autocast():
     y = compiled(x)
     assert y.dtype is torch.bfloat16
     assert torch.equal(y, step(x))
-    (found,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(found, torch.autograd.grad(step(x).sum(), x)[0])
+    (actual,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(actual, torch.autograd.grad(step(x).sum(), x)[0])
 
 
 class TestOpcheck:
@@ -146,19 +164,22 @@ class TestOpcheck:
     def check(self, name, *args):
         return torch.library.opcheck(getattr(torch.ops.lorafuse, name).default, args)
 
-    def test_linear(self):
-        x, w = torch.randn(6, K, requires_grad=True), quantized(24, K)
+    @by_layer_library
+    def test_linear(self, library):
+        x, w = torch.randn(6, K, requires_grad=True), quantized(24, K, library=library)
         a, b = adapters((R, K), (24, R))
         settings = None, 0.7, 0.0
-        stored = "eager", False, "int8", [*w.statistics]
+        stored = "eager", False, w.format, [*w.statistics]
         self.check("lora_linear", x, w.data, None, a, b, *settings, *stored)
         given = (t.detach() for t in (torch.randn(6, 24), x, torch.randn(6, R)))
         self.check("lora_linear_backward", *given, w.data, a.detach(), b.detach(), *settings, [True] * 4, *stored)
 
-    def test_grouped(self):
-        x, w, offsets = torch.randn(T, K, requires_grad=True), quantized(E, 24, K), torch.tensor([7, 7, 18])
+    @by_layer_library
+    def test_grouped(self, library):
+        x, w = torch.randn(T, K, requires_grad=True), quantized(E, 24, K, library=library)
+        offsets = torch.tensor([7, 7, 18])
         a, b = adapters((E, R, K), (E, 24, R))
-        stored = "eager", "int8", [*w.statistics]
+        stored = "eager", w.format, [*w.statistics]
         self.check("lora_grouped_linear", x, offsets, w.data, None, a, b, 0.7, False, *stored)
         given = (t.detach() for t in (torch.randn(T, 24), x, torch.randn(T, R)))
         self.check(
@@ -166,14 +187,15 @@ class TestOpcheck:
             *stored,
         )  # fmt: skip
 
-    def test_experts(self):
+    @by_layer_library
+    def test_experts(self, library):
         x, weight = torch.randn(6, K, requires_grad=True), torch.rand(6, 2, requires_grad=True)
         # rows of no group hold anything, so that every row has one
         index = torch.randint(0, E, (6, 2))
-        up, down = quantized(E, 32, K), quantized(E, K, 16)
+        up, down = quantized(E, 32, K, library=library), quantized(E, K, 16, library=library)
         low = adapters((E, R, K), (E, 32, R), (E, R, 16), (E, K, R))
         settings = 0.7, 1.3, False, "silu", "concatenated"
-        stored = "eager", "int8", [*up.statistics], [*down.statistics]
+        stored = "eager", up.format, down.format, [*up.statistics], [*down.statistics]
         stacks = up.data, down.data
         self.check("lora_experts", x, index, weight, *stacks, None, None, *low, *settings, *stored)
         given = [t.detach() for t in (torch.randn(6, K), x, weight)]
@@ -187,7 +209,7 @@ class TestOpcheck:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Weight(torch.zeros(8, K, dtype=torch.int8), format="int9"), "'int9' is not one of dense, int8"),
+        (lambda: Weight(torch.zeros(8, K, dtype=torch.int8), format="int9"), "'int9' is not one of dense, int8, "),
         (
             lambda: Weight(torch.zeros(8, K, dtype=torch.int8), statistics=(torch.ones(K, 1),), format="int8"),
             r"\[32, 1\]; it must be \[8, 1\] \(torchao\) or \[8\]",
@@ -202,15 +224,17 @@ class TestOpcheck:
     ],
     ids=["unknown", "scale", "transposed", "device"],
 )
-def test_bad_weights(make, message):
+@by_backend
+def test_bad_weights(make, message, backend):
     a, b = adapters((R, K), (8, R))
     with pytest.raises(ValueError, match=message):
-        LF.lora_linear(torch.randn(3, K), make(), a, b)
+        LF.lora_linear(torch.randn(3, K), make(), a, b, backend=backend)
 
 
 def test_stacks_stored_apart():
-    up, down = quantized(E, 16, K), torch.randn(E, K, 8)
-    with pytest.raises(ValueError, match="gate_up is int8, down dense; both stacks must be stored alike"):
+    up, down = quantized(E, 16, K), quantized(E, 8, K, is_transposed=True)
+    message = "gate_up is_transposed=False, down is_transposed=True; both stacks must be stored alike"
+    with pytest.raises(ValueError, match=message):
         LF.lora_experts(torch.randn(2, K), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), up, down)
 
 
@@ -229,9 +253,25 @@ class TestTorchao:
         assert torch.equal(w.decoded(torch.bfloat16).data, linear.weight.dequantize())
         assert torch.equal(formats.adopt(linear.weight).data, w.data)
 
-    def test_zero_points_are_left_alone(self, linear):
+    def test_zero_points_are_left_to_another_format(self, linear, monkeypatch):
         linear.weight.zero_point[3] = 1
-        assert formats.adopt(linear) is None
+        monkeypatch.setattr(int8, "any_shifted", False)
+        assert int8.adopt(linear) is None
+        assert formats.adopt(linear).format_name == "intx"
+
+    def test_zero_points_in_a_compiled_graph(self, linear, monkeypatch):
+        """A compiler cannot look at them; that others had some is enough for the format that subtracts them."""
+        monkeypatch.setattr(int8, "any_shifted", False)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert formats.adopt(linear).format_name == "int8"
+        with monkeypatch.context() as eager:
+            eager.setattr(torch.compiler, "is_compiling", lambda: False)
+            assert int8.adopt(linear) is not None
+            linear.weight.zero_point = torch.ones_like(linear.weight.zero_point)
+            assert int8.adopt(linear) is None
+        assert formats.adopt(linear).format_name == "intx"
+        linear.weight.zero_point.zero_()
+        assert torch.equal(formats.adopt(linear).decoded(torch.bfloat16).data, linear.weight.dequantize())
 
     def test_other_tensors_are_left_alone(self):
         assert formats.adopt(torch.nn.Linear(4, 4)) is None
@@ -259,6 +299,7 @@ class TestBitsandbytes:
         assert after.data.data_ptr() == before.data.data_ptr()
         assert after.statistics[0].data_ptr() == before.statistics[0].data_ptr()
 
-    def test_what_is_not_quantized_yet_is_left_alone(self):
+    def test_what_is_not_quantized_yet(self):
         bnb = pytest.importorskip("bitsandbytes")
-        assert formats.adopt(bnb.nn.Linear8bitLt(K, 24, has_fp16_weights=False)) is None
+        with pytest.raises(ValueError, match=r"Int8Params torch.float32 \[24, 32\] on cpu is not quantized yet: build"):
+            formats.adopt(bnb.nn.Linear8bitLt(K, 24, has_fp16_weights=False))

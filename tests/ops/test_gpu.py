@@ -37,11 +37,11 @@ CASE = LinearCase(leading=(1000,), N=1536, K=1024, R=16, dtype=torch.bfloat16, a
 
 
 def operands(case=CASE, device="cuda", seed=0):
-    found = make_operands(case, seed).to(torch.device(device))
-    for tensor in (found.x, found.a, found.b, found.bias):
+    actual = make_operands(case, seed).to(torch.device(device))
+    for tensor in (actual.x, actual.a, actual.b, actual.bias):
         if tensor is not None:
             tensor.requires_grad_()
-    return found
+    return actual
 
 
 def run(o, backend, dropout_p=0.0, seed=3):
@@ -55,8 +55,8 @@ def results(o, backend, dropout_p=0.0):
     return gradients(run(o, backend, dropout_p), o)
 
 
-def assert_near(found, expected, dtype=torch.bfloat16):
-    for name, tensor in found.items():
+def assert_near(actual, expected, dtype=torch.bfloat16):
+    for name, tensor in actual.items():
         assert relative_l2(tensor, expected[name]) < tolerance(dtype), name
 
 
@@ -121,14 +121,14 @@ def test_two_streams_at_once(backend):
     given = [operands(seed=s) for s in range(2)]
     expected = [results(o, backend) for o in given]
     torch.cuda.synchronize()
-    found = [[], []]
+    actual = [[], []]
     for _ in range(20):
         for i, stream in enumerate(streams):
             with torch.cuda.stream(stream):
-                found[i].append(results(given[i], backend))
+                actual[i].append(results(given[i], backend))
     torch.cuda.synchronize()
     for i in range(2):
-        for one in found[i]:
+        for one in actual[i]:
             for name, tensor in one.items():
                 assert torch.equal(tensor, expected[i][name]), name
 
@@ -180,10 +180,10 @@ def test_checkpointed_with_dropout(reentrant):
     again = checkpoint(layer, o.x, use_reentrant=reentrant)
     if reentrant:
         again.backward(o.dy)
-        found = {"y": again.detach(), "dx": o.x.grad, "da": o.a.grad, "db": o.b.grad, "dbias": o.bias.grad}
+        actual = {"y": again.detach(), "dx": o.x.grad, "da": o.a.grad, "db": o.b.grad, "dbias": o.bias.grad}
     else:
-        found = gradients(again, o)
-    for name, tensor in found.items():
+        actual = gradients(again, o)
+    for name, tensor in actual.items():
         assert torch.equal(tensor, plain[name]), name
 
 

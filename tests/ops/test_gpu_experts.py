@@ -34,8 +34,8 @@ def run(o, settings, backend="triton"):
     return differentiated(lambda o, s: fused(o, s, backend), o, settings)
 
 
-def assert_equal(found, expected):
-    for name, tensor in found.items():
+def assert_equal(actual, expected):
+    for name, tensor in actual.items():
         assert torch.equal(tensor, expected[name]), name
 
 
@@ -62,14 +62,14 @@ def test_two_streams_at_once(backend):
     given = [operands(seed) for seed in range(2)]
     expected = [run(*one, backend) for one in given]
     torch.cuda.synchronize()
-    found = [[], []]
+    actual = [[], []]
     for _ in range(20):
         for i, stream in enumerate(streams):
             with torch.cuda.stream(stream):
-                found[i].append(run(*given[i], backend))
+                actual[i].append(run(*given[i], backend))
     torch.cuda.synchronize()
     for i in range(2):
-        for one in found[i]:
+        for one in actual[i]:
             assert_equal(one, expected[i])
 
 

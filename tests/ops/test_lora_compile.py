@@ -36,11 +36,11 @@ def operands(case, names=NAMES):
 def results(function, o):
     """y and the gradients of everything in `o` that requires one, by name."""
     y = function(o.x, o.w, o.a, o.b, o.bias)
-    wanted = [name for name in NAMES if getattr(o, name) is not None]
-    for name in wanted:
+    requested = [name for name in NAMES if getattr(o, name) is not None]
+    for name in requested:
         getattr(o, name).grad = None
     y.backward(o.dy)
-    return {"y": y.detach(), **{f"d{name}": getattr(o, name).grad for name in wanted}}
+    return {"y": y.detach(), **{f"d{name}": getattr(o, name).grad for name in requested}}
 
 
 def assert_same(actual, expected, bound=None):
@@ -81,11 +81,11 @@ class TestCompile:
 
         o = operands(LinearCase(), names)
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        found = []
+        actual = []
         for f in (compiled, function):
             y = f(o.x, o.w, o.a, o.b, o.bias)
-            found.append([y, *torch.autograd.grad(y, [getattr(o, name) for name in names], o.dy)])
-        assert all(map(torch.equal, *found))
+            actual.append([y, *torch.autograd.grad(y, [getattr(o, name) for name in names], o.dy)])
+        assert all(map(torch.equal, *actual))
 
     @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
     def test_one_graph_for_every_number_of_tokens(self, dropout_p):
@@ -176,13 +176,13 @@ class TestCheckpoint:
         o = operands(LinearCase(leading=(3, 7)))
         o.dy = torch.randn_like(o.x)
         run = saved if mode == "eager" else torch.compile(saved, fullgraph=True, backend=mode)
-        found = []
+        actual = []
         for function in (run, block):
             torch.manual_seed(4)
             # without it Inductor draws other numbers than eager torch
             with torch._inductor.config.patch(fallback_random=True):
-                found.append(results(function, o))
-        assert_same(*found, tolerance(torch.float32) if mode == "inductor" else None)
+                actual.append(results(function, o))
+        assert_same(*actual, tolerance(torch.float32) if mode == "inductor" else None)
 
     def test_drawn_mask_is_one_mask(self, use_reentrant, mode):
         """Whatever generator a compiler uses, backward meets the mask of forward."""
@@ -220,14 +220,14 @@ class TestAutocast:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_equals_the_formula_under_autocast(self, base, dtype):
         case = LinearCase(leading=(3, 21), dtype=base, adapter_dtype=torch.float32)
-        found = []
+        result = []
         for function in (fused, plain):
             o = operands(case)
             with torch.autocast("cpu", dtype):
                 y = function(o.x, o.w, o.a, o.b, o.bias)
             assert y.dtype is dtype
             y.backward(o.dy.to(dtype))
-            found.append({"y": y} | {f"d{name}": getattr(o, name).grad for name in NAMES})
+            result.append({"y": y} | {f"d{name}": getattr(o, name).grad for name in NAMES})
             for name in NAMES:
                 assert getattr(o, name).grad.dtype is getattr(o, name).dtype, name
         exact = make_operands(case).to(torch.float64)
@@ -235,7 +235,7 @@ class TestAutocast:
             getattr(exact, name).requires_grad_()
         reference = results(plain, exact)
         for name in reference:
-            actual, same = found[0][name].detach(), found[1][name].detach()
+            actual, same = result[0][name].detach(), result[1][name].detach()
             # what is computed in the autocast dtype is judged by its rounding, whatever dtype holds it
             assert_three_way(name, actual.to(dtype), same.to(dtype), reference[name])
             assert actual.any(), name
@@ -339,9 +339,9 @@ class TestDispatcher:
         o = operands(LinearCase())
         unseen = results(run, o)
         with Seen() as seen:
-            found = results(run, o)
+            actual = results(run, o)
         assert [name for name in seen.names if name.startswith("lorafuse")] == list(self.BOTH)
-        assert all(torch.equal(found[name], one) for name, one in unseen.items())
+        assert all(torch.equal(actual[name], one) for name, one in unseen.items())
 
     def test_the_profiler_sees_it(self):
         o = operands(LinearCase())
@@ -354,8 +354,8 @@ class TestDispatcher:
     @pytest.mark.parametrize("name", ["x", "w", "a"])
     def test_a_subclass_sees_it(self, name, monkeypatch):
         o, calls = operands(LinearCase()), []
-        op = linear_ops._op
-        monkeypatch.setattr(linear_ops, "_op", lambda *args: calls.append(args) or op(*args))
+        op = linear_ops.op
+        monkeypatch.setattr(linear_ops, "op", lambda *args: calls.append(args) or op(*args))
         results(run, o)
         assert not calls
         given = {one: getattr(o, one).detach() for one in ("x", "w", "a", "b")}

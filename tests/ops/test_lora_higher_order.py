@@ -57,7 +57,7 @@ def test_a_gradient_penalty_reaches_every_operand(names, dropout_p, backend):
     if not base.availability(backend).ok:
         pytest.skip(f"{backend} cannot run here")
     o = case(dtype=torch.float32, leading=(7,))
-    found = []
+    actual = []
     for run in ("ours", "plain"):
         call, leaves = function(o, names, backend, dropout_p)
         if run == "plain":
@@ -69,8 +69,8 @@ def test_a_gradient_penalty_reaches_every_operand(names, dropout_p, backend):
 
         grads = torch.autograd.grad(call(*leaves).pow(3).sum(), leaves, create_graph=True)
         sum(g.pow(2).sum() for g in grads).backward()
-        found.append([leaf.grad for leaf in leaves])
-    for name, ours, plain in zip(names, *found, strict=True):
+        actual.append([leaf.grad for leaf in leaves])
+    for name, ours, plain in zip(names, *actual, strict=True):
         assert ours.any(), name
         assert relative_l2(ours, plain) < 1e-5, name
 

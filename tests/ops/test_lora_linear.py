@@ -266,12 +266,12 @@ def test_runs_are_bitwise_equal(dropout_p, dtype):
 def test_retain_graph():
     o = trainable()
     y = _call(o, dropout_p=0.4, seed=5)
-    wanted = o.x, o.a, o.b, o.bias
-    first = torch.autograd.grad(y, wanted, o.dy, retain_graph=True)
-    second = torch.autograd.grad(y, wanted, o.dy)
+    requested = o.x, o.a, o.b, o.bias
+    first = torch.autograd.grad(y, requested, o.dy, retain_graph=True)
+    second = torch.autograd.grad(y, requested, o.dy)
     assert all(map(torch.equal, first, second))
     with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(y, wanted, o.dy)
+        torch.autograd.grad(y, requested, o.dy)
 
 
 def test_views_and_writes_after_the_call():

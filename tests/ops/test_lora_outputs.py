@@ -44,13 +44,13 @@ def test_the_output_may_be_written(backend, write, leading, dropout_p):
     if 0 in leading and write in ("index_put", "copy_row", "assign", "add_view"):
         leading = (3, 1)
     o = make_operands(LinearCase(leading=leading, N=6, K=5, R=2))
-    found = []
+    actual = []
     for function, more in ((lora_linear, {"backend": backend}), (plain_lora_linear, {})):
         y, leaves = results(function, o, dropout_p=dropout_p, seed=3, **more)
         WRITES[write](y)
         y.backward(o.dy.view(y.shape))
-        found.append([y.detach(), *(leaf.grad for leaf in leaves.values())])
-    for one, other in zip(*found, strict=True):
+        actual.append([y.detach(), *(leaf.grad for leaf in leaves.values())])
+    for one, other in zip(*actual, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
@@ -111,15 +111,15 @@ def test_autocast_of_backward_changes_nothing(backend, forward, backward, dropou
     if backend == "triton" and (forward == "bf16" or dtype is torch.float64):
         backend = "eager"
     o = make_operands(LinearCase(leading=(2, 9), dtype=dtype, adapter_dtype=torch.promote_types(dtype, torch.float32)))
-    found = []
+    actual = []
     for state in ("off", backward):
         with STATES["bf16"](), STATES[forward]():
             y, leaves = results(lora_linear, o, dropout_p=dropout_p, seed=3, backend=backend)
         with STATES[state]():
             grads = torch.autograd.grad(y, list(leaves.values()), o.dy.to(y.dtype), create_graph=create_graph)
-        found.append([y.detach(), *(g.detach() for g in grads)])
-    assert all(map(torch.equal, *found))
-    assert [t.dtype for t in found[0][1:]] == [leaf.dtype for leaf in leaves.values()]
+        actual.append([y.detach(), *(g.detach() for g in grads)])
+    assert all(map(torch.equal, *actual))
+    assert [t.dtype for t in actual[0][1:]] == [leaf.dtype for leaf in leaves.values()]
 
 
 class TestFp16:
@@ -185,9 +185,9 @@ class TestFp16:
 
     def test_the_compiled_operator_keeps_fp32_too(self):
         o = self.operands()
-        found = []
+        actual = []
         for function in (lora_linear, torch.compile(lora_linear, fullgraph=True, backend="aot_eager")):
             y, leaves = results(function, o, scale=3.0)
             (y * 1e3).backward(o.dy)
-            found.append([y.detach(), *(leaf.grad for leaf in leaves.values())])
-        assert all(map(torch.equal, *found))
+            actual.append([y.detach(), *(leaf.grad for leaf in leaves.values())])
+        assert all(map(torch.equal, *actual))

@@ -151,8 +151,8 @@ def drop_the_base_input_too():
 def compute_in_bfloat16():
     def forward(x, w, bias, a, b, *rest):
         x16, bias, a, b = (None if t is None else t.bfloat16() for t in (x, bias, a, b))
-        found = right_forward(x16, Weight(w.data.bfloat16()), bias, a, b, *rest)
-        return tuple(t.to(x.dtype) for t in found)
+        actual = right_forward(x16, Weight(w.data.bfloat16()), bias, a, b, *rest)
+        return tuple(t.to(x.dtype) for t in actual)
 
     return forward, right_backward
 

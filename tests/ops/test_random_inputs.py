@@ -225,9 +225,9 @@ def test_grouped(case):
         each = o["x"][rows], w[e].mT if transposed else w[e], a[e], b[e], dy[rows]
         each = [t.detach().double() for t in each]
         for into, operands in ((expected, each), (size, [t.abs() for t in each])):
-            found = low_rank(*operands, scale if into is expected else abs(scale), torch.ones(1).double())
-            into["y"][rows], into["x"][rows] = found["y"], found["x"]
-            into["a"][e], into["b"][e] = found["a"], found["b"]
+            result = low_rank(*operands, scale if into is expected else abs(scale), torch.ones(1).double())
+            into["y"][rows], into["x"][rows] = result["y"], result["x"]
+            into["a"][e], into["b"][e] = result["a"], result["b"]
             if "bias" in o:
                 bias = o["bias"][e].double()
                 into["y"][rows] += bias if into is expected else bias.abs()
@@ -277,9 +277,9 @@ def test_experts(case):
     expected = _experts(**exact, transposed=transposed)
     leaves = [exact[name] for name in names]
     reference = torch.autograd.grad(expected, leaves, dy.double()) if leaves and expected.requires_grad else []
-    for name, actual, wanted in zip(["y", *names], [y, *grads.values()], [expected, *reference], strict=False):
-        bound = 64 * rounding(dtype) * max(1.0, wanted.abs().max().item() if wanted.numel() else 0.0) * (1 + T)
-        assert (actual.double() - wanted).abs().max().item() <= bound if wanted.numel() else True, name
+    for name, actual, right in zip(["y", *names], [y, *grads.values()], [expected, *reference], strict=False):
+        bound = 64 * rounding(dtype) * max(1.0, right.abs().max().item() if right.numel() else 0.0) * (1 + T)
+        assert (actual.double() - right).abs().max().item() <= bound if right.numel() else True, name
 
 
 def _experts(

@@ -90,7 +90,7 @@ def config_classes(value):
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple):
-        return [found for one in value for found in config_classes(one)]
+        return [actual for one in value for actual in config_classes(one)]
     kind = value if isinstance(value, type) else type(value)
     return [kind] if issubclass(kind, PeftConfig) else []
 

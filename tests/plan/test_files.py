@@ -26,7 +26,7 @@ GOOD = {name: value for name, value in asdict(ENTRY).items() if name != "own"}
 
 
 def text(**fields):
-    return json.dumps({"version": 2, "entries": [GOOD | fields]})
+    return json.dumps({"version": 3, "entries": [GOOD | fields]})
 
 
 def make(path, kind):
@@ -82,7 +82,7 @@ BAD = {
     "kernel list": text(kernel=["two_kernel"]),
     "kernel unknown": text(kernel="\x1b[31mevil"),
     "control characters": text(commit="\x1b]0;evil\x07"),
-    "control in a name": json.dumps({"version": 2, "entries": [GOOD | {"\x1b[2J": 1}]}),
+    "control in a name": json.dumps({"version": 3, "entries": [GOOD | {"\x1b[2J": 1}]}),
     "control in a condition": text(conditions={"torch": "\x1b[31m"}),
     "surrogate": text(date="\udcff"),
     "number of 5000 digits": '{"version": 2, "entries": [' + "9" * 5000 + "]}",
@@ -103,15 +103,19 @@ def plan(M=8192):
 
 
 class TestTuned:
+    def test_without_its_fault_each_text_is_good(self, tmp_path):
+        (tmp_path / "h200.json").write_text(text())
+        assert tuned.read(tmp_path / "h200.json") == (ENTRY,)
+
     @pytest.mark.parametrize("own", [True, False])
     @pytest.mark.parametrize("kind", BAD)
     def test_a_bad_file_is_one_warning_and_then_the_model(self, cache, kind, own):
         path = tuned.own_file("H200") if own else cache / "package" / "h200.json"
         path.parent.mkdir(parents=True)
         make(path, BAD[kind])
-        with pytest.warns(UserWarning, match="plans follow the model") as found:
+        with pytest.warns(UserWarning, match="plans follow the model") as caught:
             plans = [plan(), plan(4096), plan()]
-        (warning,) = map(str, (one.message for one in found))
+        (warning,) = map(str, (one.message for one in caught))
         assert str(path) in warning
         assert warning.isprintable()
         assert len(warning) < 1500

@@ -45,16 +45,16 @@ def test_it_prints_the_planners_choice(gpu, capsys):
 
 def test_json_holds_the_same(capsys):
     assert cli.main([*ASK, "--backward", "--json", "--dropout", "--bias"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["device"]["name"] == "H200"
-    assert list(found["directions"]) == ["forward", "backward"]
-    forward = found["directions"]["forward"]
+    actual = json.loads(capsys.readouterr().out)
+    assert actual["device"]["name"] == "H200"
+    assert list(actual["directions"]) == ["forward", "backward"]
+    forward = actual["directions"]["forward"]
     (problem,) = forward["problems"]
     assert problem["dropout"] is True
     assert problem["bias"] is True
     for candidate in (*forward["candidates"].values(), forward["frozen"]):
         assert candidate["model_us"] == pytest.approx(sum(part["model_us"] for part in candidate["parts"]))
-    assert found["lora_tax_model"] > 0
+    assert actual["lora_tax_model"] > 0
 
 
 def test_a_case_by_name_and_forward_alone(capsys):

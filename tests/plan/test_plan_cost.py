@@ -10,7 +10,7 @@ import pytest
 from plan_problems import ALL, BACKWARD, HEADLINE, problems
 
 from lorafuse.plan import DEVICES, cost, find, select
-from lorafuse.plan.config import KernelConfig
+from lorafuse.plan.candidate import KernelConfig
 
 pytestmark = pytest.mark.no_poison
 
@@ -43,8 +43,8 @@ class TestCost:
     def test_known_figures(self, model, forward, backward):
         device = find("H200")
         assert model(HEADLINE, device) * 1e6 == pytest.approx(forward, rel=0.01)
-        found = model(replace(HEADLINE, gradients=BACKWARD), device)
-        assert found * 1e6 == pytest.approx(backward, rel=0.01)
+        actual = model(replace(HEADLINE, gradients=BACKWARD), device)
+        assert actual * 1e6 == pytest.approx(backward, rel=0.01)
 
     def test_it_says_what_was_measured(self):
         """Within 8 % of the committed medians of an H200, forward and backward of every candidate."""
@@ -97,12 +97,12 @@ class TestCost:
         return cost.kernel_seconds(KernelConfig(kernel, "tma", 128, 128, 64, 16, 3, 8, **config), problem, find(device))
 
     def test_pointers_are_slower_where_a_warpgroup_multiplies(self):
-        for device, share in (("H200", 0.85), ("B200", 0.85), ("RTX 5090", 1.0), ("A100", 1.0)):
+        for device, fraction in (("H200", 0.85), ("B200", 0.85), ("RTX 5090", 1.0), ("A100", 1.0)):
             config = KernelConfig("matmul", "tma", 128, 128, 64, 16, 3, 8)
             tma, pointer = (
                 cost.kernel_seconds(replace(config, form=form), HEADLINE, find(device)) for form in ("tma", "pointer")
             )
-            assert tma / pointer == pytest.approx(share * 0.97 / 0.94)
+            assert tma / pointer == pytest.approx(fraction * 0.97 / 0.94)
 
     @pytest.mark.parametrize(("device", "ratio"), [("A100", 16), ("RTX 4090", 2), ("H200", 989 / 67)])
     def test_fp32_runs_at_the_rate_of_the_cuda_cores(self, device, ratio):
@@ -120,8 +120,8 @@ class TestCost:
         problem = replace(HEADLINE, gradients=gradients)
         plain, dropped = (self.seconds(kernel, replace(problem, dropout=d), "H200") for d in (False, True))
         assert dropped - plain == pytest.approx(mask)
-        odd = replace(problem, K=4097)
-        plain, dropped = (self.seconds(kernel, replace(odd, dropout=d), "H200") for d in (False, True))
+        misaligned = replace(problem, K=4097)
+        plain, dropped = (self.seconds(kernel, replace(misaligned, dropout=d), "H200") for d in (False, True))
         assert dropped - plain == pytest.approx(4 * mask * 4097 / 4096)
 
     def test_a_mask_in_torch_operators_costs_more_than_the_layer(self):
@@ -135,8 +135,8 @@ class TestCost:
     def test_few_programs_do_not_reach_the_bandwidth(self):
         """One program streams 110 GB/s."""
         config = KernelConfig("project", "pointer", 64, 0, 64, 16, 3, 4)
-        found = cost.kernel_seconds(config, replace(HEADLINE, M=64), find("H200"))
-        assert found == pytest.approx(64 * 4096 * 2 / 110e9 / 0.7)
+        actual = cost.kernel_seconds(config, replace(HEADLINE, M=64), find("H200"))
+        assert actual == pytest.approx(64 * 4096 * 2 / 110e9 / 0.7)
 
     def test_dbias_is_a_pass_of_its_own_in_eager_and_free_in_triton(self):
         device, with_bias = find("H200"), (*BACKWARD, "dbias")
@@ -167,13 +167,26 @@ class TestCost:
             )
             assert one - two == pytest.approx(items * item)
 
+    @pytest.mark.parametrize(
+        ("gradients", "decoded"), [((), True), (("dx", "da"), True), (("da", "db"), False)], ids=["y", "dx", "da"]
+    )
+    def test_decoding_costs_every_candidate_the_same(self, gradients, decoded):
+        device, available = find("H200"), (*ALL[:2], ("cuda", ""))
+        dense = select(replace(HEADLINE, gradients=gradients), device, available)
+        plan = select(replace(HEADLINE, gradients=gradients, format="nf4"), device, available)
+        assert (plan.backend, plan.kernel) == (dense.backend, dense.kernel)
+        seconds = 4096 * 4096 * (2 + 1) / device.sustained_bandwidth if decoded else 0.0
+        for one, other in zip(plan.candidates, dense.candidates, strict=True):
+            assert one.seconds - other.seconds == pytest.approx(seconds)
+            assert one.launch_seconds == other.launch_seconds
+
     def test_the_host_is_a_figure_of_its_own(self):
         """An ATen operator takes the host 12 us, a Triton kernel 60: at 512 rows longer than the GPU needs."""
-        found = {c.kernel: c for c in select(replace(HEADLINE, M=512), find("H200"), ALL).candidates}
+        actual = {c.kernel: c for c in select(replace(HEADLINE, M=512), find("H200"), ALL).candidates}
         launches = {"aten_beta1": 6 * 12, "aten_addmm": 5 * 12, "two_kernel": 2 * 60}
         for kernel, us in launches.items():
-            assert found[kernel].launch_seconds == pytest.approx(us * 1e-6)
-            assert found[kernel].step_seconds == found[kernel].launch_seconds > found[kernel].seconds
+            assert actual[kernel].launch_seconds == pytest.approx(us * 1e-6)
+            assert actual[kernel].step_seconds == actual[kernel].launch_seconds > actual[kernel].seconds
         wide = {c.kernel: c for c in select(HEADLINE, find("H200"), ALL).candidates}
         for kernel, us in launches.items():
             assert wide[kernel].launch_seconds == pytest.approx(us * 1e-6)

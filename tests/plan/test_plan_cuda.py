@@ -81,41 +81,41 @@ class TestLegal:
 class TestCost:
     def test_a_main_loop_like_cublas(self):
         """A read of x for xa, at 0.7 of a copy's rate; cuBLAS's time for R more columns of x; a gap of 2 us."""
-        found = candidates(HEADLINE, find("H200"))["two_kernel"]
-        assert found.seconds * 1e6 == pytest.approx(15.6 / 0.7 + 2 + 347.9 * (1 + 16 / 4096), rel=0.005)
+        actual = candidates(HEADLINE, find("H200"))["two_kernel"]
+        assert actual.seconds * 1e6 == pytest.approx(15.6 / 0.7 + 2 + 347.9 * (1 + 16 / 4096), rel=0.005)
 
     def test_one_launch_costs_more_than_the_read_of_x(self):
         """As measured, 410 us against 394, of which 2 were b's own launch."""
-        found = candidates(HEADLINE, find("H200"))
-        assert found["fused_xa"].seconds - found["two_kernel"].seconds == pytest.approx(18e-6, rel=0.05)
+        actual = candidates(HEADLINE, find("H200"))
+        assert actual["fused_xa"].seconds - actual["two_kernel"].seconds == pytest.approx(18e-6, rel=0.05)
 
     def test_a_backward_pass_reads_dy_once_beside_the_product(self):
-        found = candidates(replace(HEADLINE, gradients=BACKWARD), find("H200"))["one_pass_backward"]
-        names = [part.name for part in found.parts]
+        actual = candidates(replace(HEADLINE, gradients=BACKWARD), find("H200"))["one_pass_backward"]
+        names = [part.name for part in actual.parts]
         assert names == ["dyb, db from one read of dy, a rounded", "dx = dy w + dyb a", "da = dybᵀ x", "launch gaps"]
-        assert [c.kernel for c in found.configs[0]] == ["project_outer", "matmul", "outer"]
+        assert [c.kernel for c in actual.configs[0]] == ["project_outer", "matmul", "outer"]
 
     def test_da_and_db_beside_dx(self, monkeypatch):
         """Four blocks take 128 stages of 32 column blocks through shared memory, longer than eight waves of tiles; one
         read of dy."""
         backward, device = replace(HEADLINE, gradients=BACKWARD), find("H200")
 
-        def found(**change):
+        def actual(**change):
             return candidates(replace(backward, **change), device)["concurrent_backward"]
 
         monkeypatch.setattr(configs_cuda, "CONCURRENT", configs_cuda.CONCURRENT[:1])
         clear_cache()
-        assert [c.kernel for c in found().configs[0]] == ["project", "matmul"]
-        assert found().configs[0][1].sum_blocks == 4
-        assert found().seconds * 1e6 == pytest.approx(15.6 / 0.7 + 4 + 8 * 128 * 2 * 40960 / 217.6e3, rel=0.01)
+        assert [c.kernel for c in actual().configs[0]] == ["project", "matmul"]
+        assert actual().configs[0][1].sum_blocks == 4
+        assert actual().seconds * 1e6 == pytest.approx(15.6 / 0.7 + 4 + 8 * 128 * 2 * 40960 / 217.6e3, rel=0.01)
         # a short product is better off with fewer tiles at a time
-        assert found(N=1024).configs[0][1].sum_blocks > 4
+        assert actual(N=1024).configs[0][1].sum_blocks > 4
         monkeypatch.undo()
         clear_cache()
         # where four blocks are too few for both, da alone
-        assert [c.kernel for c in found().configs[0]] == ["project_outer", "matmul"]
-        assert [c.kernel for c in found(K=14336).configs[0]] == ["project", "matmul"]
-        assert [c.kernel for c in found(gradients=(*BACKWARD, "dbias")).configs[0]] == ["project_outer", "matmul"]
+        assert [c.kernel for c in actual().configs[0]] == ["project_outer", "matmul"]
+        assert [c.kernel for c in actual(K=14336).configs[0]] == ["project", "matmul"]
+        assert [c.kernel for c in actual(gradients=(*BACKWARD, "dbias")).configs[0]] == ["project_outer", "matmul"]
         for change in ({"R": 65}, {"dropout": True}, {"gradients": ("dx",)}, {"gradients": ("dx", "db", "dbias")}):
             assert set(candidates(replace(backward, **change), device)) == {"one_pass_backward"}
 

@@ -25,8 +25,8 @@ NAMES = [name for name in DEVICES if find(name).arch >= 80]
 
 def us(problems, device=H200):
     """Modelled microseconds of every candidate, and of the frozen operator."""
-    found = {one.name: 1e6 * one.seconds for one in select(problems, device, EVERY).candidates}
-    return found | {"frozen": 1e6 * cost.frozen(problems, device).seconds}
+    actual = {one.name: 1e6 * one.seconds for one in select(problems, device, EVERY).candidates}
+    return actual | {"frozen": 1e6 * cost.frozen(problems, device).seconds}
 
 
 def kernels(plan):
@@ -47,15 +47,15 @@ class TestTimes:
         # every expert that has a row is read
         weights = min(128, tokens * 8) * per_expert * 2
         floor = 1e6 * max(flops / device.sustained_flops, weights / device.sustained_bandwidth)
-        found = us(experts(T=tokens, gated=gated, backward=backward), device)
-        assert len(found) >= 3
-        assert all(taken >= floor for taken in found.values()), found
+        actual = us(experts(T=tokens, gated=gated, backward=backward), device)
+        assert len(actual) >= 3
+        assert all(measured >= floor for measured in actual.values()), actual
 
     def test_two_tokens_read_sixteen_experts(self):
         """2 x 8 choices: 16 of 128 experts, 0.151 GB or 35 us; all would be 281 us. Gaps take the rest."""
-        found = us(experts(T=2))
+        actual = us(experts(T=2))
         for name in ("frozen", "grouped_mm", "ragged", "cuda ragged"):
-            assert 35 < found[name] < 281, name
+            assert 35 < actual[name] < 281, name
 
     def test_experts_beyond_the_rows_cost_nothing(self):
         few, many = us(experts(T=2, R=1)), us(experts(T=2, R=1, E=512))
@@ -64,8 +64,8 @@ class TestTimes:
 
     def test_grouped_mm(self):
         """Beyond frozen: xa 2816 numbers a row, xa b 3584, their sum 10752: 2.25 GB, 523 us. Casts 18 us, gaps 20."""
-        found = us(experts())
-        assert 541 < found["grouped_mm"] - found["frozen"] < 565
+        actual = us(experts())
+        assert 541 < actual["grouped_mm"] - actual["frozen"] < 565
 
     def test_a_loop_launches_for_every_expert(self):
         """The host launches 128 products of either projection, and two of each with the rank, 12 us each."""
@@ -111,8 +111,8 @@ class TestChoice:
     def test_why_not_grouped_mm(self, changes, reason):
         plan = select(experts(**changes), H200, ALL)
         assert "eager grouped_mm" not in kernels(plan)
-        (found,) = (r for r in plan.reasons if r.startswith("eager grouped_mm: "))
-        assert reason in found
+        (actual,) = (r for r in plan.reasons if r.startswith("eager grouped_mm: "))
+        assert reason in actual
 
     @pytest.mark.parametrize(
         ("problems", "device", "reason"),
@@ -175,7 +175,7 @@ def problems_of_block(gate, backward, **fields):
 
 class TestWhatItIsTold:
     @pytest.fixture
-    def told(self, monkeypatch):
+    def plans(self, monkeypatch):
         """The problems that are planned; the plans are of eager."""
         seen = []
 
@@ -187,38 +187,38 @@ class TestWhatItIsTold:
         return seen
 
     @pytest.fixture
-    def chosen(self, told, monkeypatch):
+    def chosen(self, plans, monkeypatch):
         """The same where several backends can run."""
-        monkeypatch.setattr(choose, "_ONLY", {})
-        return told
+        monkeypatch.setattr(choose, "SOLE_BACKEND", {})
+        return plans
 
     @pytest.mark.parametrize("transposed", [False, True])
     @pytest.mark.parametrize("gate", [False, True])
-    def test_the_problems_of_operands(self, transposed, gate, told):
+    def test_the_problems_of_operands(self, transposed, gate, plans):
         o, _ = block(H=16, gate=gate, transposed=transposed, dtype=torch.bfloat16, adapter_dtype=torch.float32)
         given = [o[name] for name in ("x", "topk_index", "gate_up", "down")]
         for backward in (False, True):
             plan_experts(
                 *given, gate_up_a=o["gate_up_a"], down_a=o["down_a"][0], is_transposed=transposed, backward=backward
             )
-            (one, other), expected = told.pop(), problems_of_block(gate, backward)
+            (one, other), expected = plans.pop(), problems_of_block(gate, backward)
             # one adapter for all experts has its own rank
             assert (one, replace(other, R=3)) == expected
 
-    def test_without_adapters_and_off_boundaries(self, told):
+    def test_without_adapters_and_off_boundaries(self, plans):
         o, _ = block(dtype=torch.bfloat16, adapters=())
         plan_experts(*[o[name] for name in ("x", "topk_index", "gate_up", "down")])
-        ((up, down),) = told
+        ((up, down),) = plans
         assert (up.K, up.R, up.adapter_dtype, up.aligned) == (12, 1, "bfloat16", False)
         assert (down.N, down.R, down.adapter_dtype, down.aligned) == (12, 1, "bfloat16", False)
 
     @pytest.mark.parametrize(("inner", "aligned"), [(16, True), (12, False)])
-    def test_halves_of_gate_up_start_on_boundaries(self, told, inner, aligned):
+    def test_halves_of_gate_up_start_on_boundaries(self, plans, inner, aligned):
         """24 columns of gate and up are aligned together, 12 of each are not."""
         x, index = torch.zeros(3, 16).bfloat16(), torch.zeros(3, 1, dtype=torch.int64)
         up, down = torch.zeros(2, 16, 2 * inner).bfloat16(), torch.zeros(2, inner, 16).bfloat16()
         plan_experts(x, index, up, down, is_transposed=True)
-        assert {problem.aligned for problem in told[0]} == {aligned}
+        assert {problem.aligned for problem in plans[0]} == {aligned}
 
     def test_one_matrix_for_all_groups_has_no_descriptor(self):
         x, w = torch.zeros(3, 16).bfloat16(), torch.zeros(1, 8, 16).bfloat16()
@@ -252,7 +252,7 @@ class TestWhatItIsTold:
         assert chosen == [forward, replace(forward, gradients=BACKWARD)]
 
     def test_nothing_is_planned_where_only_eager_can_run(self, monkeypatch):
-        monkeypatch.setattr(choose, "plan_for", lambda *told: pytest.fail("there is no choice on a CPU"))
+        monkeypatch.setattr(choose, "plan_for", lambda *plans: pytest.fail("there is no choice on a CPU"))
         o, settings = block()
         fused(o, settings, "auto")
 
@@ -278,23 +278,23 @@ class TestCommand:
             assert re.search(rf"-> {plan.backend} {plan.kernel} +\d", out)
             for reason in plan.reasons:
                 assert f"why: {reason}" in out
-            for way in plan.candidates:
-                assert re.search(rf"{way.backend} {way.kernel} +{way.seconds * 1e6:.1f} us \(model\)", out)
+            for variant in plan.candidates:
+                assert re.search(rf"{variant.backend} {variant.kernel} +{variant.seconds * 1e6:.1f} us \(model\)", out)
         assert re.search(r"this plan +-?\d+\.\d% +\(model\)", out)
 
     def test_json_holds_the_same(self, capsys):
         assert cli.main([*self.ASK, "--backward", "--json"]) == 0
-        found = json.loads(capsys.readouterr().out)
-        assert list(found["directions"]) == ["forward", "backward"]
+        actual = json.loads(capsys.readouterr().out)
+        assert list(actual["directions"]) == ["forward", "backward"]
         base = mine = 0
-        for name, direction in found["directions"].items():
+        for name, direction in actual["directions"].items():
             assert [bool(problem["gradients"]) for problem in direction["problems"]] == [name == "backward"] * 2
             assert direction["reasons"]
-            for way in [*direction["candidates"].values(), direction["frozen"]]:
-                assert way["model_us"] == pytest.approx(sum(part["model_us"] for part in way["parts"]))
+            for variant in [*direction["candidates"].values(), direction["frozen"]]:
+                assert variant["model_us"] == pytest.approx(sum(part["model_us"] for part in variant["parts"]))
             base += direction["frozen"]["model_us"]
             mine += direction["candidates"][f"{direction['backend']} {direction['kernel']}"]["model_us"]
-        assert found["lora_tax_model"] == pytest.approx(mine / base - 1)
+        assert actual["lora_tax_model"] == pytest.approx(mine / base - 1)
 
     @pytest.mark.parametrize(
         ("flags", "message"),

@@ -10,7 +10,7 @@ import pytest
 from plan_problems import ALL, BACKWARD, HEADLINE
 
 from lorafuse import cli, env
-from lorafuse.plan import clear_cache, find, modelled, select, tuned
+from lorafuse.plan import clear_cache, find, modelled, override, select, tuned
 from lorafuse.tune.ranges import rectangles, split
 
 pytestmark = pytest.mark.no_poison
@@ -39,10 +39,10 @@ def reason(problem=HEADLINE):
 
 def warned():
     """The one warning of a plan that then follows the model, as do all after it."""
-    with pytest.warns(UserWarning, match="plans follow the model instead of measurements: ") as found:
+    with pytest.warns(UserWarning, match="plans follow the model instead of measurements: ") as actual:
         reasons = [reason(replace(HEADLINE, M=M)) for M in (8192, 4096)]
     assert all(one.startswith("triton: two_kernel, model") for one in reasons)
-    (warning,) = found
+    (warning,) = actual
     assert str(warning.message).isprintable()
     return str(warning.message)
 
@@ -172,6 +172,23 @@ class TestFile:
             tuned.read(path)
 
 
+class TestFormat:
+    def test_dense_measurements_hold_for_quantized_weights(self):
+        quantized = replace(HEADLINE, format="int8")
+        with override(measured=(ENTRY,)):
+            plan = select(quantized, H200, ALL)
+        assert plan.kernel == "aten_addmm"
+        assert "610 us at M 16384, R 16 of dense weights (" in plan.reasons[-1]
+
+    def test_those_of_the_format_come_first(self):
+        own = replace(ENTRY, format="int8", kernel="aten_beta1")
+        with override(measured=(ENTRY, own)):
+            assert select(replace(HEADLINE, format="int8"), H200, ALL).kernel == "aten_beta1"
+            assert select(HEADLINE, H200, ALL).kernel == "aten_addmm"
+        with override(measured=(own,)):
+            assert select(HEADLINE, H200, ALL).kernel == "two_kernel"
+
+
 class TestPrecedence:
     def test_the_users_overrules_what_ships_and_the_model(self, folders):
         assert reason().startswith("triton: two_kernel, model")
@@ -259,8 +276,8 @@ def measurements(capsys):
 def test_doctor_lists_the_users_file(capsys, monkeypatch):
     from lorafuse.cli import doctor
 
-    installed = doctor._installed
-    monkeypatch.setattr(doctor, "_installed", lambda name: "2.13.0" if name == "torch" else installed(name))
+    installed = doctor.installed
+    monkeypatch.setattr(doctor, "installed", lambda name: "2.13.0" if name == "torch" else installed(name))
     path = tuned.own_file("H200")
     tuned.write(path, (ENTRY, ENTRY))
     assert measurements(capsys) == (
@@ -269,8 +286,8 @@ def test_doctor_lists_the_users_file(capsys, monkeypatch):
           "status": "ok", "fix": ""}],
     )  # fmt: skip
     tuned.write(path, (replace(ENTRY, conditions={"torch": "2.12.0"}),))
-    _, (found,) = measurements(capsys)
-    assert (found["status"], found["fix"]) == ("warn", "run lorafuse tune --again")
+    _, (actual,) = measurements(capsys)
+    assert (actual["status"], actual["fix"]) == ("warn", "run lorafuse tune --again")
     path.write_text("{")
-    status, (found,) = measurements(capsys)
-    assert (status, found["status"], found["fix"]) == (0, "warn", f"rm {path}")
+    status, (actual,) = measurements(capsys)
+    assert (status, actual["status"], actual["fix"]) == (0, "warn", f"rm {path}")

@@ -209,12 +209,12 @@ def test_a_short_run_is_said_with_the_batch_that_makes_it_longer(llama):
     assert named(advise.plan_adapter(llama, tokens=10**7), "few steps") == []
 
 
-@pytest.mark.parametrize(("steps", "said"), [(49, 0), (50, 1), (99, 1), (100, 1), (199, 1), (200, 0)])
-def test_the_border_between_two_learning_rates_is_said(steps, said, llama):
+@pytest.mark.parametrize(("steps", "lines"), [(49, 0), (50, 1), (99, 1), (100, 1), (199, 1), (200, 0)])
+def test_the_border_between_two_learning_rates_is_said(steps, lines, llama):
     advice = advise.plan_adapter(llama, tokens=2048 * 32 * steps)
     assert advice.steps == steps
     assert advice.learning_rate.multiple == (15 if steps < 100 else 10)
-    assert len(named(advice, "multiple of the learning rate")) == said
+    assert len(named(advice, "multiple of the learning rate")) == lines
 
 
 @pytest.fixture
@@ -267,13 +267,13 @@ def test_of_a_pair_the_completion_is_counted_and_of_a_text_everything(tokenizer,
 def test_bad_lines_are_numbered(tokenizer, tmp_path):
     bad = ["{", "[1]", {"question": "x"}, {"messages": TURNS}, {"text": 3}, "7"]
     path = jsonl(tmp_path, {"text": "how"}, "", *bad)
-    with pytest.raises(ValueError, match="A record must be") as found:
+    with pytest.raises(ValueError, match="A record must be") as actual:
         advise.count_file(path, tokenizer)
-    said = str(found.value)
+    message = str(actual.value)
     for part in ("line 3: no JSON", "line 4: a list", "line 5: it holds 'question'", "line 7: it holds 'text'"):
-        assert part in said
-    assert "line 6: messages, but the tokenizer has no chat template" in said
-    assert "and 1 more" in said
+        assert part in message
+    assert "line 6: messages, but the tokenizer has no chat template" in message
+    assert "and 1 more" in message
     with pytest.raises(ValueError, match="it is empty"):
         advise.count_file(jsonl(tmp_path), tokenizer)
 
@@ -290,9 +290,9 @@ def test_every_line_says_how_sure_it_is_and_from_where(llama, capsys):
         # a modelled number says so on its own line
         assert line.sure != "model" or "(model)" in line.value
     assert cli.main(["advise", "--model", str(llama), "--tokens", "10M", "--gpu", "H200", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found == json.loads(json.dumps(advice.as_dict()))
-    assert found["learning_rate"]["lora"] == pytest.approx(2.856e-4, rel=1e-3)
+    actual = json.loads(capsys.readouterr().out)
+    assert actual == json.loads(json.dumps(advice.as_dict()))
+    assert actual["learning_rate"]["lora"] == pytest.approx(2.856e-4, rel=1e-3)
 
 
 def test_the_readme_quotes_the_page(llama):
@@ -306,8 +306,8 @@ def test_the_readme_quotes_the_page(llama):
 
 def test_too_much_data_says_full_fine_tuning(llama, capsys):
     assert cli.main(["advise", "--model", str(llama), "--tokens", "5G"]) == 0
-    said = "use full fine-tuning: LoRA at rank 512 learns less efficiently, and QLoRA holds no more"
-    assert said in capsys.readouterr().out
+    message = "use full fine-tuning: LoRA at rank 512 learns less efficiently, and QLoRA holds no more"
+    assert message in capsys.readouterr().out
 
 
 def test_a_probe_from_the_command_line_ends_in_the_snippet(tokenizer, tmp_path, capsys):
@@ -317,17 +317,17 @@ def test_a_probe_from_the_command_line_ends_in_the_snippet(tokenizer, tmp_path, 
     path = jsonl(tmp_path, *({"prompt": "how many ", "completion": "four three"} for _ in range(3)))
     argv = ["advise", "--model", str(tmp_path), "--data", str(path), "--probe", "2", "--rank", "4", "--json"]
     assert cli.main(argv) == 0
-    found = json.loads(capsys.readouterr().out)
-    config, _ = configured(found["snippet"])
-    assert config.rank_pattern == found["rank_pattern"] != {}
-    assert found["request"]["tokens"] == 6
+    actual = json.loads(capsys.readouterr().out)
+    config, _ = configured(actual["snippet"])
+    assert config.rank_pattern == actual["rank_pattern"] != {}
+    assert actual["request"]["tokens"] == 6
     adapted = peft.get_peft_model(model, config)
     ranks = {m.r["default"] for m in adapted.modules() if isinstance(m, peft.tuners.lora.Linear)}
     assert len(ranks) > 1
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--tokens", "0"], "--tokens 0: it must be at least 1"),
         (["--tokens", "5", "--goal", "rl"], "--goal rl counts its data by --episodes N"),
@@ -343,23 +343,23 @@ def test_a_probe_from_the_command_line_ends_in_the_snippet(tokenizer, tmp_path, 
         (["--tokens", "5", "--probe", "2"], "--probe needs --data FILE"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(argv, said, llama, capsys):
+def test_bad_input_is_one_line_and_status_2(argv, message, llama, capsys):
     assert cli.main(["advise", "--model", str(llama), *argv]) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [("{", "must be a JSON object"), ("{}", "with a model_type"), ('{"model_type": "novel"}', "does not know")],
 )
-def test_a_bad_configuration_is_refused(text, said, tmp_path, capsys):
+def test_a_bad_configuration_is_refused(text, message, tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match=r"no config\.json there"):
         advise.shapes_of(tmp_path / "absent")
     (tmp_path / "config.json").write_text(text)
     assert cli.main(["advise", "--model", str(tmp_path), "--tokens", "5"]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_plain_module_is_counted_from_its_layers():

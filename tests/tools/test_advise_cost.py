@@ -54,20 +54,20 @@ def measured():
     return result["variants"]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_memory_is_what_an_h200_took(way, shapes, measured):
-    modelled = advise.memory(shapes, WAYS[way][0], 16, 4096, checkpointing=False, accumulates=False).total
-    taken = measured[way]["peak_bytes"]
-    assert modelled == pytest.approx(taken, rel=MEMORY), f"{modelled / 2**20:.0f} MiB against {taken / 2**20:.0f}"
+@pytest.mark.parametrize("variant", WAYS)
+def test_memory_is_what_an_h200_took(variant, shapes, measured):
+    modelled = advise.memory(shapes, WAYS[variant][0], 16, 4096, checkpointing=False, accumulates=False).total
+    elapsed = measured[variant]["peak_bytes"]
+    assert modelled == pytest.approx(elapsed, rel=MEMORY), f"{modelled / 2**20:.0f} MiB against {elapsed / 2**20:.0f}"
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_step_is_what_an_h200_took(way, shapes, measured):
-    name = WAYS[way][1]
+@pytest.mark.parametrize("variant", WAYS)
+def test_a_step_is_what_an_h200_took(variant, shapes, measured):
+    name = WAYS[variant][1]
     modelled = advise.micro_step_seconds(shapes, 16, 4096, 4096, find("H200"))[name]
     modelled += advise.update_seconds(shapes, name, 16, find("H200"), passes=FOREACH)
-    taken = measured[way]["step"]["median"]
-    assert modelled == pytest.approx(taken, rel=STEP), f"{modelled * 1e3:.1f} ms against {taken * 1e3:.1f}"
+    elapsed = measured[variant]["step"]["median"]
+    assert modelled == pytest.approx(elapsed, rel=STEP), f"{modelled * 1e3:.1f} ms against {elapsed * 1e3:.1f}"
 
 
 SMALL = {
@@ -122,19 +122,19 @@ def test_activations_are_what_autograd_saves(family, method):
 def saved_bytes(model, ids):
     """Bytes of all storages that autograd saves in forward, parameters left out."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found = {}
+    actual = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             # kept, so that its address is not another's later on
-            found[storage.data_ptr()] = storage
+            actual[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model.train()(input_ids=ids, labels=ids)
     assert output.loss.requires_grad
-    return sum(storage.nbytes() for storage in found.values())
+    return sum(storage.nbytes() for storage in actual.values())
 
 
 def eager(family, heads=8):
@@ -171,12 +171,12 @@ class Moved(TorchDispatchMode):
     bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
         if not function.is_view and function._schema.name not in ("aten::_unsafe_view", "aten::detach"):
-            for tensor in filter(torch.is_tensor, tree_leaves((args, kwargs, found))):
+            for tensor in filter(torch.is_tensor, tree_leaves((args, kwargs, result))):
                 sizes = zip(tensor.shape, tensor.stride(), strict=True)
                 self.bytes += math.prod(size for size, stride in sizes if stride) * tensor.element_size()
-        return found
+        return result
 
 
 @pytest.mark.parametrize("family", EAGER)
@@ -189,8 +189,8 @@ def test_passes_over_scores_are_what_operators_move(family):
         return mode.bytes
 
     few, many = (eager(family, heads) for heads in (8, 16))
-    found = growth(lambda ids: moved(many[0], ids)) - growth(lambda ids: moved(few[0], ids))
-    assert few[1].scores.moved * few[1].scores.heads == pytest.approx(found, rel=0.01)
+    result = growth(lambda ids: moved(many[0], ids)) - growth(lambda ids: moved(few[0], ids))
+    assert few[1].scores.moved * few[1].scores.heads == pytest.approx(result, rel=0.01)
 
 
 class Live(TorchDispatchMode):
@@ -201,15 +201,15 @@ class Live(TorchDispatchMode):
         self.bytes, self.peak, self.known = 0, 0, {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        for tensor in filter(torch.is_tensor, tree_leaves(found)):
+        actual = function(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(actual)):
             storage = tensor.untyped_storage()
             if storage._cdata not in self.known:
                 self.known[storage._cdata] = storage.nbytes()
                 self.bytes += storage.nbytes()
                 self.peak = max(self.peak, self.bytes)
                 weakref.finalize(storage, self.free, storage._cdata)
-        return found
+        return actual
 
     def free(self, key):
         self.bytes -= self.known.pop(key)
@@ -264,7 +264,7 @@ def test_eager_attention_takes_longer():
         slow, fast = (
             advise.micro_step_seconds(one, 8, 4096, 4096, find("H200"), checkpointing=saved) for one in (shapes, fused)
         )
-        assert all(slow[way] > fast[way] for way in slow)
+        assert all(slow[one] > fast[one] for one in slow)
         passes = 16 * 68 * 4096**2 * (4 / 3 if saved else 1) / find("H200").sustained_bandwidth
         assert slow["frozen"] - fast["frozen"] == pytest.approx(passes, rel=0.2)
 
@@ -306,16 +306,16 @@ def test_quantized_weights_are_decoded_before_each_product(checkpointing):
 def test_a_step_of_qlora_decodes_what_lora_reads(shapes):
     packed = sum(x.weights for x in shapes.adapted)
     for tokens in (512, 8192):
-        found = advise.micro_step_seconds(shapes, 16, tokens, 512, find("H100"))
+        result = advise.micro_step_seconds(shapes, 16, tokens, 512, find("H100"))
         decoding = 2 * packed * (4.127 / 8 + 2) / find("H100").sustained_bandwidth
-        assert found["QLoRA"] > found["frozen"] + decoding
-        assert found["QLoRA"] >= found["lorafuse"] + decoding
+        assert result["QLoRA"] > result["frozen"] + decoding
+        assert result["QLoRA"] >= result["lorafuse"] + decoding
 
 
 def test_memory_adds_up(shapes):
     tokens = 8192
-    full, master = (advise.memory(shapes, way, 16, tokens, checkpointing=True) for way in ("full", "master"))
-    lora, qlora = (advise.memory(shapes, way, 16, tokens, checkpointing=True) for way in ("lora", "qlora"))
+    full, master = (advise.memory(shapes, variant, 16, tokens, checkpointing=True) for variant in ("full", "master"))
+    lora, qlora = (advise.memory(shapes, variant, 16, tokens, checkpointing=True) for variant in ("lora", "qlora"))
     assert (full.trained, master.trained) == (8 * shapes.parameters, 16 * shapes.parameters)
     assert lora.frozen == 2 * shapes.parameters
     assert lora.trained == 16 * advise.trainable(shapes, 16)
@@ -341,26 +341,27 @@ def test_a_step_of_a_batch_is_that_of_its_micro_batches(family):
     )
     assert list(once) == ["frozen", "full fine-tuning", "lorafuse"]
     shapes = advise.shapes_of(model)
-    for way, seconds in once.items():
-        update = advise.update_seconds(shapes, way, 8, find("H200"))
-        assert (update > 0) == (way != "frozen")
-        assert twice[way] - update == pytest.approx(2 * (seconds - update))
+    for variant, seconds in once.items():
+        update = advise.update_seconds(shapes, variant, 8, find("H200"))
+        assert (update > 0) == (variant != "frozen")
+        assert twice[variant] - update == pytest.approx(2 * (seconds - update))
     assert once["full fine-tuning"] > once["frozen"]
     saved = advise.micro_step_seconds(shapes, 8, 2048, 512, find("H200"), checkpointing=True)
-    assert all(saved[way] > advise.micro_step_seconds(shapes, 8, 2048, 512, find("H200"))[way] for way in saved)
+    plain = advise.micro_step_seconds(shapes, 8, 2048, 512, find("H200"))
+    assert all(saved[variant] > plain[variant] for variant in saved)
 
 
 def test_what_fits_is_the_first_of_the_settings_that_do(shapes):
     whole = advise.fit(shapes, 16, 2048, 4, None)
     assert (whole.method, whole.checkpointing, whole.micro_batch, whole.fits) == ("lora", False, 4, None)
-    found = {name: advise.fit(shapes, 16, 2048, 4, device) for name, device in DEVICES.items()}
-    settings = {name: (f.method, f.checkpointing, f.micro_batch, f.fits) for name, f in found.items()}
+    actual = {name: advise.fit(shapes, 16, 2048, 4, device) for name, device in DEVICES.items()}
+    settings = {name: (f.method, f.checkpointing, f.micro_batch, f.fits) for name, f in actual.items()}
     assert settings["H200"] == ("lora", False, 4, True)
     assert settings["L40S"] == ("lora", False, 4, True)
     assert settings["L4"] == ("lora", True, 4, True)
     assert settings["T4"] == ("lora", True, 2, True)
     for name, device in DEVICES.items():
-        assert found[name].total <= 0.95 * device.memory_bytes
+        assert actual[name].total <= 0.95 * device.memory_bytes
 
 
 def test_no_step_time_for_what_does_not_fit_but_where_it_does():

@@ -37,9 +37,9 @@ def byte_tokenizer():
     backend = Tokenizer(models.BPE(vocabulary, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    found = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token="<|pad|>")
-    found.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|system|>"]})
-    return found
+    actual = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token="<|pad|>")
+    actual.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|system|>"]})
+    return actual
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_lines_are_the_files_own(tokenizer, tmp_path):
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 16])
 def test_an_array_is_read_bit_by_bit(indent, chunk, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_CHUNK", chunk)
+    monkeypatch.setattr(data, "CHUNK", chunk)
     records = [{"text": "how ] many, [four}"}, {"prompt": '"', "completion": "\u2028"}, {"text": "ü"}] * 3
     path = tmp_path / "data.json"
     for mark in ("", "\ufeff \n"):
@@ -169,7 +169,7 @@ def test_an_array_is_read_bit_by_bit(indent, chunk, tokenizer, tmp_path, monkeyp
 
 @pytest.mark.parametrize("chunk", [1, 1 << 16])
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("[1, 2]", "record 1: a int, not an object; record 2: a int"),
         ('[{"text": "a"} 3]', "record 1: it is not followed by a comma"),
@@ -180,11 +180,11 @@ def test_an_array_is_read_bit_by_bit(indent, chunk, tokenizer, tmp_path, monkeyp
         ("[" * 9999, "brackets are nested too deep"),
     ],
 )
-def test_a_broken_array_is_refused(content, said, chunk, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_CHUNK", chunk)
+def test_a_broken_array_is_refused(content, message, chunk, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", chunk)
     path = tmp_path / "data.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=re.escape(said)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         advise.count_file(path, tokenizer)
 
 
@@ -202,7 +202,7 @@ def test_a_file_is_read_as_datasets_reads_it(tokenizer, tmp_path):
 @pytest.mark.parametrize("form", ["lines", "array"])
 def test_a_large_file_is_not_held(form, tokenizer, tmp_path, monkeypatch):
     # a 16th of the size that it is read by, as the file is of the size of those that this is for
-    monkeypatch.setattr(data, "_CHUNK", 4096)
+    monkeypatch.setattr(data, "CHUNK", 4096)
     records = [{"prompt": "how many " * 30, "completion": "four " * 30}] * 600
     path = tmp_path / "data.json"
     path.write_text("\n".join(map(json.dumps, records)) if form == "lines" else json.dumps(records))
@@ -244,9 +244,9 @@ def test_prompts_of_reinforcement_learning(tokenizer, tmp_path):
     path = jsonl(tmp_path, *records)
     count = advise.count_file(path, own, goal="rl")
     assert (count.examples, count.supervised) == (5, 0)
-    found = list(data.examples(path, own, "rl"))
-    assert found[1] == asked | {"prompt": CHAT[:1]}
-    assert [x["prompt"] for x in found] == ["how many", CHAT[:1], CHAT[:3], CHAT[:1], CHAT[:1]]
+    actual = list(data.examples(path, own, "rl"))
+    assert actual[1] == asked | {"prompt": CHAT[:1]}
+    assert [x["prompt"] for x in actual] == ["how many", CHAT[:1], CHAT[:3], CHAT[:1], CHAT[:1]]
     with pytest.raises(ValueError, match="line 1: it holds 'text', none of which is a prompt"):
         advise.count_file(jsonl(tmp_path, {"text": "how"}), own, goal="rl")
 
@@ -254,10 +254,10 @@ def test_prompts_of_reinforcement_learning(tokenizer, tmp_path):
 def test_of_pairs_no_finding_speaks(tokenizer, tmp_path):
     pairs = jsonl(tmp_path, *[{"prompt": "great film", **PAIR}] * 3)
     advice = advise.plan_adapter(tiny("llama"), data=pairs, tokenizer=with_template(tokenizer, None))
-    found = {line.name: (line.sure, line.value) for line in advice.lines}
-    assert found["counted in the file"] == ("measured here", "3 pairs of answers, 48 tokens, 12 supervised, longest 8")
-    assert found["the data teaches"][0] == found["learning rate"][0] == "assumption"
-    assert "pairs a step" in found["batch size"][1]
+    actual = {line.name: (line.sure, line.value) for line in advice.lines}
+    assert actual["counted in the file"] == ("measured here", "3 pairs of answers, 48 tokens, 12 supervised, longest 8")
+    assert actual["the data teaches"][0] == actual["learning rate"][0] == "assumption"
+    assert "pairs a step" in actual["batch size"][1]
     assert "DPOTrainer" in advice.snippet
     # both answers of a pair are in a micro-batch
     asked = advice.request

@@ -14,16 +14,16 @@ from lorafuse import advise
 
 def adapted_ranks(model, advice):
     """Adapt the model by the snippet: the rank of each adapter by the name of the layer or parameter that it adapts."""
-    found = {}
+    actual = {}
     config, _ = configured(advice.snippet)
     for name, module in peft.get_peft_model(model, config).base_model.model.named_modules():
         if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
             plain = re.sub(r"\.base_layer\b", "", name)
             parameter = getattr(module, "parameter_name", "weight")
             own = plain if parameter == "weight" else f"{plain}.{parameter}"
-            assert own not in found
-            found[own] = module.r["default"]
-    return found
+            assert own not in actual
+            actual[own] = module.r["default"]
+    return actual
 
 
 @pytest.mark.parametrize("family", moe_models.FAMILIES)

@@ -97,8 +97,8 @@ def test_the_towers_of_other_modalities_are_left_out():
     assert "the 15 linear layers of other modalities: text gives them no gradient" in str(advice)
     assert "AutoModelForImageTextToText" in advice.snippet
     adapted = peft.get_peft_model(model, configured(advice.snippet)[0])
-    found = {name for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
-    assert found == {linear.name for linear in advice.shapes.adapted}
+    actual = {name for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    assert actual == {linear.name for linear in advice.shapes.adapted}
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == advice.trainable
     again = advise.shapes_of(adapted)
     assert {(x.name, x.kind) for x in again.linears} == {(x.name, x.kind) for x in advice.shapes.linears}

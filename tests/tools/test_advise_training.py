@@ -21,22 +21,22 @@ def batches():
 def test_the_probes_ranks_are_what_peft_takes(keep_scale):
     model = tiny("llama")
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    found = advise.probe_ranks(model, batches(), 4, keep_scale=keep_scale)
+    actual = advise.probe_ranks(model, batches(), 4, keep_scale=keep_scale)
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert found.rank_pattern
+    assert actual.rank_pattern
     uniform = advise.trainable(advise.shapes_of(model), 4)
     config = peft.LoraConfig(
         r=4,
         lora_alpha=32,
         target_modules="all-linear",
-        rank_pattern=dict(found.rank_pattern),
-        alpha_pattern=dict(found.alpha_pattern),
+        rank_pattern=dict(actual.rank_pattern),
+        alpha_pattern=dict(actual.alpha_pattern),
     )
     adapted = peft.get_peft_model(model, config)
     layers = {n: m for n, m in adapted.base_model.model.named_modules() if isinstance(m, peft.tuners.lora.Linear)}
     for name, layer in layers.items():
-        own = found.rank_pattern.get(name.replace(".", r"\."), 4)
+        own = actual.rank_pattern.get(name.replace(".", r"\."), 4)
         assert layer.r["default"] == own
         scale = 8 if keep_scale else 32 / own
         assert layer.scaling["default"] == pytest.approx(scale, rel=0.1)
@@ -48,11 +48,11 @@ def test_the_probes_ranks_are_what_peft_takes(keep_scale):
 def test_the_sketch_is_the_gradient_times_omega():
     model = tiny("llama")
     layer = model.model.layers[0].mlp.up_proj
-    found = probe.sketch(model, {"up": layer}, lambda: model(**batches()[0]).loss.backward(), width=6, seed=1)["up"]
+    actual = probe.sketch(model, {"up": layer}, lambda: model(**batches()[0]).loss.backward(), width=6, seed=1)["up"]
     model(**batches()[0]).loss.backward()
     omega = torch.randn(6, layer.in_features, generator=torch.Generator().manual_seed(1)) / 6**0.5
-    torch.testing.assert_close(found, layer.weight.grad @ omega.T, rtol=1e-4, atol=1e-6)
-    assert found.norm() > 0
+    torch.testing.assert_close(actual, layer.weight.grad @ omega.T, rtol=1e-4, atol=1e-6)
+    assert actual.norm() > 0
 
 
 def test_ranks_go_where_the_energy_is():

@@ -135,7 +135,7 @@ def _dead_gradient(patched):
 
 
 @pytest.mark.parametrize(
-    ("planted", "said"),
+    ("planted", "message"),
     [
         (_scaled, "logits of the first micro-batch"),
         (_doubled_gradients, "gradients of the first micro-batch"),
@@ -143,14 +143,14 @@ def _dead_gradient(patched):
     ],
 )
 @pytest.mark.parametrize("names", [["peft", "lorafuse"], ["lorafuse"]])
-def test_a_wrong_patch_has_no_numbers(planted, said, names, monkeypatch):
+def test_a_wrong_patch_has_no_numbers(planted, message, names, monkeypatch):
     def wrong_patch(patched):
         report = patch(patched)
         planted(patched)
         return report
 
     monkeypatch.setattr("lorafuse.patch", wrong_patch)
-    with pytest.raises(Wrong, match=said):
+    with pytest.raises(Wrong, match=message):
         run(variants=names)
 
 
@@ -192,11 +192,11 @@ def _no_backward(frozen):
     return frozen
 
 
-@pytest.mark.parametrize(("planted", "said"), [(_another_head, "frozen model begins"), (_no_backward, "no gradient")])
-def test_a_wrong_frozen_model_has_no_numbers(planted, said, monkeypatch):
+@pytest.mark.parametrize(("planted", "text"), [(_another_head, "frozen model begins"), (_no_backward, "no gradient")])
+def test_a_wrong_frozen_model_has_no_numbers(planted, text, monkeypatch):
     frozen = transformer.frozen
     monkeypatch.setattr(transformer, "frozen", lambda base: planted(frozen(base)))
-    with pytest.raises(Wrong, match=said):
+    with pytest.raises(Wrong, match=text):
         run(variants=["frozen", "peft"])
 
 
@@ -294,7 +294,7 @@ def _printed(result):
 
 def test_table_says_what_was_built_and_how_it_was_compared():
     printed = _printed(run())
-    for said in (
+    for message in (
         "of\n",
         "LoRA",
         "tokens/s",
@@ -304,7 +304,7 @@ def test_table_says_what_was_built_and_how_it_was_compared():
         "lorafuse: losses of 3 steps at most",
         "14 adapted layers patched",
     ):
-        assert said.strip() in printed, said
+        assert message.strip() in printed, message
     assert "(bound 1.0e-03)" in printed
 
 
@@ -330,14 +330,14 @@ def test_losses_before_memory_ran_out_are_compared(monkeypatch):
 
 @pytest.mark.parametrize("case", ["tiny", "tiny-moe"])
 def test_what_was_estimated_holds_what_was_measured(case):
-    found = {}
+    actual = {}
     for on in (False, True):
         result = run(case=[case], checkpointing="on" if on else "off", tokens=96, layers=4)
         sizes = Sizes.of(transformer.MODELS[case].config())
         for name, figure in result["variants"].items():
             assert figure["peak_bytes"] <= training_bytes(sizes, name, Training(4, 96, 4, on)), (name, on)
-            found[name, on] = figure["step_peak_bytes"]
-    assert all(found[name, True] < found[name, False] for name in VARIANTS)
+            actual[name, on] = figure["step_peak_bytes"]
+    assert all(actual[name, True] < actual[name, False] for name in VARIANTS)
 
 
 def test_cases_are_every_combination():
@@ -359,7 +359,7 @@ def test_layers_are_those_of_the_hungriest_way_that_is_asked_for(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"case": ["llama-3.1-8"]}, "the known ones: smollm2-135m, llama-3.1-8b, qwen3-30b-a3b"),
         ({"tokens": 1}, "--tokens 1: it must be at least 2"),
@@ -376,20 +376,20 @@ def test_layers_are_those_of_the_hungriest_way_that_is_asked_for(monkeypatch):
         ({"graphs": False}, "--no-graphs"),
     ],
 )
-def test_bad_input_says_the_value_and_the_fix(changes, said):
-    with pytest.raises(ValueError, match=said):
+def test_bad_input_says_the_value_and_the_fix(changes, message):
+    with pytest.raises(ValueError, match=message):
         model.cases(options(**changes))
 
 
 def test_the_command_reports_a_model_that_does_not_fit_and_goes_on(tmp_path, monkeypatch, capsys):
     free = {"tiny": 10**9, "tiny-moe": 10**4}
-    sizes = model._sizes
+    sizes = model.sizes_of
 
     def limited(one, args, device, tokens):
         with mock.patch.object(model, "free_bytes", return_value=free[one.name]):
             return sizes(one, args, device, tokens)
 
-    monkeypatch.setattr(model, "_sizes", limited)
+    monkeypatch.setattr(model, "sizes_of", limited)
     arguments = ["--case", "tiny-moe", "--case", "tiny", "--tokens", "8", "--accumulate", "1", "--rank", "4"]
     arguments += ["--checkpointing", "off", "--variants", "peft", "lorafuse", "--rounds", "2", "--device", "cpu"]
     assert main(["bench", "model", *arguments, "--dtype", "float32", "--json", str(tmp_path / "r.json")]) == 0

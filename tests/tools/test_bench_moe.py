@@ -60,7 +60,7 @@ RESULTS = {
 }
 
 
-@pytest.mark.parametrize(("name", "broken"), [(name, broken) for name, found in RESULTS.items() for broken in found])
+@pytest.mark.parametrize(("name", "broken"), [(name, broken) for name, actual in RESULTS.items() for broken in actual])
 def test_gate_sees_a_wrong_result(name, broken):
     variant, expected = build(name, problem(routing="zipf"))
     assert expected.keys() == set(RESULTS[name])
@@ -147,7 +147,7 @@ def test_no_temporary_of_a_weights_size():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         (["--case", "moe-65"], "moe-64"),
         (["--m", "0"], "at least 1"),
@@ -156,9 +156,9 @@ def test_no_temporary_of_a_weights_size():
         (["--json", "."], "it is a folder"),
     ],
 )
-def test_bad_input(wrong, said, capsys):
+def test_bad_input(wrong, message, capsys):
     assert main(["bench", "moe", "--dtype", "float32", *wrong]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_an_unknown_routing_lists_the_known_ones(capsys):

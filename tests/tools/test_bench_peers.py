@@ -190,22 +190,22 @@ def test_a_peers_process_ends_with_ours(folder):
     write(folder, "hangs", isolated=True, before="""child = subprocess.Popen(['sleep', '600'])
     with open(os.environ["SAID"], "w") as file: file.write(f"{os.getpid()} {child.pid}\\n")
     time.sleep(600)""")  # fmt: skip
-    ways = {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
-    said = {how: folder.parent / how.name for how in ways}
+    variants = {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
+    message = {how: folder.parent / how.name for how in variants}
     ours = {
         how: subprocess.Popen(
             [sys.executable, "-m", "lorafuse", *SMALL, "--baselines", str(folder)],
             cwd=Path(__file__).parents[2],
-            env={**os.environ, "SAID": str(said[how])},
+            env={**os.environ, "SAID": str(message[how])},
             stdout=subprocess.DEVNULL,
             # a shell's background jobs ignore it, and so would what they start
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        for how in ways
+        for how in variants
     }
-    for how, status in ways.items():
-        wait(lambda file=said[how]: file.exists() and file.read_text().endswith("\n"))
-        peer, child = map(int, said[how].read_text().split())
+    for how, status in variants.items():
+        wait(lambda file=message[how]: file.exists() and file.read_text().endswith("\n"))
+        peer, child = map(int, message[how].read_text().split())
         assert alive(peer)
         try:
             ours[how].send_signal(how)
@@ -245,8 +245,8 @@ def fakes(tmp_path, monkeypatch):
 
 
 def one(name, kind, device=CPU):
-    (found,) = plugins.load_file(plugins.folder() / f"{name}.py", kind, device)
-    return found
+    (actual,) = plugins.load_file(plugins.folder() / f"{name}.py", kind, device)
+    return actual
 
 
 DENSE = {

@@ -39,8 +39,8 @@ def test_only_what_the_data_supports_is_drawn(sizes, expected):
 
 def test_one_size_by_different_layers_is_no_line():
     """Two layers that were measured at one M each."""
-    found = content(("wide",), (64,)), content(("narrow",), (256,))
-    assert "tax-by-m" not in plots.figures(found[0] | {"results": found[0]["results"] + found[1]["results"]})
+    actual = content(("wide",), (64,)), content(("narrow",), (256,))
+    assert "tax-by-m" not in plots.figures(actual[0] | {"results": actual[0]["results"] + actual[1]["results"]})
 
 
 def test_figures_that_are_missing_are_left_out():
@@ -165,8 +165,8 @@ def test_a_variant_looks_the_same_everywhere_and_unlike_the_others():
                 if line.get_marker() != "None":
                     looks.setdefault(label, set()).add((line.get_color(), line.get_marker()))
     assert {"unsloth", "liger", "lorafuse"} <= looks.keys()
-    assert all(len(found) == 1 for found in looks.values()), looks
-    assert len({marker for found in looks.values() for _, marker in found}) == len(looks)
+    assert all(len(actual) == 1 for actual in looks.values()), looks
+    assert len({marker for actual in looks.values() for _, marker in actual}) == len(looks)
     bars = {bars.get_label(): bars[0].get_facecolor() for bars in made["tax-by-case"].axes[0].containers}
     from matplotlib.colors import to_rgba
 

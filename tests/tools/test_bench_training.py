@@ -22,14 +22,14 @@ def test_four_micro_batches_are_one_of_four_times_the_size():
     sizes = replace(Sizes.of(TINY.config()), layers=2)
     one = Trainee("peft", transformer.adapted(transformer.build(TINY, sizes, torch.float32, CPU), 4))
     ids = training.batches(256, (4, 2, 8), 0, CPU)
-    found = []
+    actual = []
     for given in (ids, ids.flatten(0, 1)[None]):
         loss = one.backward(given)
-        found.append((loss, [p.grad.clone() for p in one.trained]))
+        actual.append((loss, [p.grad.clone() for p in one.trained]))
         one.optimizer.zero_grad()
-    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(actual[0], actual[1], rtol=1e-5, atol=1e-7)
     # and each of them counts
-    assert not torch.allclose(one.backward(ids[:1]), found[0][0], rtol=1e-5)
+    assert not torch.allclose(one.backward(ids[:1]), actual[0][0], rtol=1e-5)
 
 
 def test_adapters_are_float32_again_after_the_yardstick():

@@ -56,8 +56,8 @@ def test_doctor_json(capsys):
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["healthy"] is True
-    found = {(f["section"], f["name"]): f for f in report["findings"]}
-    assert {section for section, _ in found} == {
+    actual = {(f["section"], f["name"]): f for f in report["findings"]}
+    assert {section for section, _ in actual} == {
         "versions",
         "devices",
         "compilers",
@@ -65,7 +65,7 @@ def test_doctor_json(capsys):
         "environment",
         "self-test",
     }
-    assert {name for section, name in found if section == "backends"} == set(base.BACKENDS)
+    assert {name for section, name in actual if section == "backends"} == set(base.BACKENDS)
     for finding in report["findings"]:
         assert finding["status"] == "ok" or finding["fix"], finding
 
@@ -90,7 +90,7 @@ def test_doctor_sees_wrong_arithmetic(monkeypatch, capsys, wrong):
 
 
 def test_doctor_without_rich_says_how_to_get_it(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "_installed", lambda package: None if package == "rich" else "99")
+    monkeypatch.setattr(doctor, "installed", lambda package: None if package == "rich" else "99")
     assert cli.main(["doctor"]) == 2
     assert "pip install rich" in capsys.readouterr().err
 
@@ -111,7 +111,7 @@ def test_doctor_without_rich_says_how_to_get_it(monkeypatch, capsys):
     ],
 )
 def test_doctor_judges_versions(package, version, triton, status):
-    finding = doctor._version(package, doctor._PURPOSES[package], version, triton)
+    finding = doctor.version_finding(package, doctor.PURPOSES[package], version, triton)
     assert finding.status == status
     assert status == "ok" or "pip install" in finding.fix
 
@@ -131,16 +131,16 @@ def test_doctor_describes_each_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
     monkeypatch.setattr(doctor, "program_output", lambda *command: "580.1\n580.1")
-    found = {finding.name: finding.value for finding in doctor._devices()}
-    assert set(found) == {"cpu", "cuda:0", "cuda:1"}
-    assert found["cuda:1"].startswith("GPU X, compute capability 9.0, 139 GiB, driver 580.1")
+    actual = {finding.name: finding.value for finding in doctor.device_findings()}
+    assert set(actual) == {"cpu", "cuda:0", "cuda:1"}
+    assert actual["cuda:1"].startswith("GPU X, compute capability 9.0, 139 GiB, driver 580.1")
 
 
 def test_doctor_sees_a_gpu_that_torch_cannot_use(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(doctor, "program_output", lambda *command: "580.1")
-    finding = list(doctor._devices())[-1]
+    finding = list(doctor.device_findings())[-1]
     assert (finding.name, finding.status) == ("cuda", "warn")
     assert "CUDA build of torch" in finding.fix
 
@@ -152,7 +152,7 @@ def test_doctor_asks_for_the_versions_that_the_package_asks_for():
 
 def test_doctor_shows_markup_as_text(capsys):
     finding = doctor.Finding("backends", "eager", "why [red]not[/red]", "warn", 'pip install "lorafuse[cli]"')
-    doctor._render([finding], healthy=True)
+    doctor.render([finding], healthy=True)
     out = capsys.readouterr().out
     assert "[red]not[/red]" in out
     assert "lorafuse[cli]" in out
@@ -200,13 +200,13 @@ def test_interruption_while_commands_are_loaded(monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_parser", interrupted)
+    monkeypatch.setattr(cli, "parser", interrupted)
     assert cli.main([]) == 130
     assert capsys.readouterr().err == "\nlorafuse: interrupted\n"
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (MemoryError(), "lorafuse plan: out of memory:"),
         (
@@ -220,12 +220,12 @@ def test_interruption_while_commands_are_loaded(monkeypatch, capsys):
         (ValueError("two\n  lines \x1b[31m"), "lorafuse plan: two lines \\x1b[31m\n"),
     ],
 )
-def test_what_the_machine_lacks_is_one_line(error, said, monkeypatch, capsys):
+def test_what_the_machine_lacks_is_one_line(error, message, monkeypatch, capsys):
     def fail(*args):
         raise error
 
     monkeypatch.setattr(plan, "print_plans", fail)
     assert cli.main(["plan", "--gpu", "H200", "--case", "square-2048"]) == 2
     shown = capsys.readouterr().err
-    assert said in shown
+    assert message in shown
     assert shown.count("\n") == 1

@@ -44,7 +44,7 @@ def arguments(model_directory, data_file, out, *more):
 def test_whole_demo_on_a_tiny_model(model_directory, data_file, tmp_path, capsys):
     assert main(arguments(model_directory, data_file, tmp_path, "--dtype", "float32", "bfloat16")) == 0
     printed = capsys.readouterr().out
-    for said in (
+    for message in (
         "tokens/s",
         "peak memory",
         "speed-up",
@@ -53,7 +53,7 @@ def test_whole_demo_on_a_tiny_model(model_directory, data_file, tmp_path, capsys
         "after",
         "14 adapted layers patched",
     ):
-        assert said in printed, said
+        assert message in printed, message
     for dtype in ("float32", "bfloat16"):
         written = json.loads((tmp_path / dtype / "report.json").read_text())
         assert written["conditions"]["dtype"] == dtype
@@ -121,18 +121,18 @@ def test_blocks_are_full_and_repeat(model_directory):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [('{"question": "a", "answer": "b"}\nnonsense\n', "line 2"), ('{"question": "a"}\n', "line 1"), ("", "at least 2")],
 )
-def test_bad_data_names_the_line(content, said, tmp_path, capsys):
+def test_bad_data_names_the_line(content, message, tmp_path, capsys):
     path = tmp_path / "bad.jsonl"
     path.write_text(content)
     assert main(["demo", "--data", str(path), "--device", "cpu"]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["--model", "/no/such/model"], "/no/such/model"),
         (["--data", "/no/such/data"], "/no/such/data"),
@@ -145,10 +145,10 @@ def test_bad_data_names_the_line(content, said, tmp_path, capsys):
         ),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(more, said, capsys):
+def test_bad_input_is_one_line_and_exit_2(more, message, capsys):
     assert main(["demo", *more]) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert error.count("\n") == 1
 
 
@@ -158,7 +158,7 @@ def test_a_directory_without_a_model(tmp_path, capsys):
 
 
 def test_smollm2_is_found_in_its_package():
-    file = model._weights()
+    file = model.weights_file()
     assert file.suffix == ".gguf"
     assert file.stat().st_size > 50e6
 
@@ -166,11 +166,11 @@ def test_smollm2_is_found_in_its_package():
 @pytest.mark.no_poison
 @pytest.mark.parametrize(("slower", "dtypes"), [(0.5, {"float32", "bfloat16"}), (7.2, {"float32"})])
 def test_slow_bfloat16_is_left_out(slower, dtypes, model_directory, data_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "_bfloat16_over_float32", lambda: slower)
+    monkeypatch.setattr(demo, "bfloat16_over_float32", lambda: slower)
     assert main(arguments(model_directory, data_file, tmp_path / "out")) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == dtypes
     assert ("takes 7 times as long" in capsys.readouterr().out) is (len(dtypes) == 1)
 
 
 def test_the_time_of_bfloat16_is_measured():
-    assert 0.01 < demo._bfloat16_over_float32() < 1000
+    assert 0.01 < demo.bfloat16_over_float32() < 1000

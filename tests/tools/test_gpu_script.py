@@ -35,16 +35,16 @@ def test_every_step_runs_once_in_its_order():
 
 
 def test_there_are_tests_to_run():
-    wanted = {}
+    requested = {}
     for step in named("pytest"):
         options = step.command[step.command.index("pytest") + 1 :]
         if "-n" in options:
             del options[options.index("-n") : options.index("-n") + 2]
-        wanted[step.name] = [*options, "--collect-only"]
+        requested[step.name] = [*options, "--collect-only"]
     # in one process, since each imports torch
-    script = f"import pytest; print({{name: int(pytest.main(options)) for name, options in {wanted!r}.items()}})"
+    script = f"import pytest; print({{name: int(pytest.main(options)) for name, options in {requested!r}.items()}})"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == repr(dict.fromkeys(wanted, 0)), done.stdout[-3000:]
+    assert done.stdout.splitlines()[-1] == repr(dict.fromkeys(requested, 0)), done.stdout[-3000:]
 
 
 @pytest.mark.parametrize("step", [*named("bench"), *GRID], ids=lambda s: s.name)

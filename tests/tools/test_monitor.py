@@ -213,10 +213,10 @@ def trained(tmp_path, monitor, *, steps=12, batch=2, spoil=None, loss=None, rows
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.train()
-    said = [str(w.message) for w in caught if issubclass(w.category, advise.LoRAWarning)]
-    assert said == monitor.messages
+    message = [str(w.message) for w in caught if issubclass(w.category, advise.LoRAWarning)]
+    assert message == monitor.messages
     assert not model._forward_pre_hooks
-    return said
+    return message
 
 
 def test_a_healthy_run_is_silent_and_its_supervised_tokens_are_counted(tmp_path):
@@ -238,9 +238,9 @@ def test_trainers_accumulated_gradients_are_seen_before_they_are_clipped(tmp_pat
     assert noisy.watches_batch
     # every micro-batch the same: no noise at all, so that any batch is too large
     same = advise.LoRAMonitor()
-    said = trained(tmp_path, same, steps=24, rows=rows[:1] * 96, gradient_accumulation_steps=4, max_grad_norm=1e-3)
-    assert len(said) == 1
-    assert "a step takes 88 supervised tokens, the gradient-noise scale is 0" in said[0]
+    message = trained(tmp_path, same, steps=24, rows=rows[:1] * 96, gradient_accumulation_steps=4, max_grad_norm=1e-3)
+    assert len(message) == 1
+    assert "a step takes 88 supervised tokens, the gradient-noise scale is 0" in message[0]
     assert noisy.noise_scale > 88
 
 
@@ -249,10 +249,10 @@ def test_zero_gradients_are_warned_of_by_name(tmp_path):
         layer = model.base_model.model.model.layers[1].mlp.down_proj
         layer.lora_B["default"].register_forward_hook(lambda module, inputs, y: y.detach())
 
-    said = trained(tmp_path, advise.LoRAMonitor(), spoil=detach, steps=4)
-    assert len(said) == 1
-    assert "layers.1.mlp.down_proj.lora_A" in said[0]
-    assert "layers.0" not in said[0]
+    message = trained(tmp_path, advise.LoRAMonitor(), spoil=detach, steps=4)
+    assert len(message) == 1
+    assert "layers.1.mlp.down_proj.lora_A" in message[0]
+    assert "layers.0" not in message[0]
 
 
 def test_vanishing_gradients_are_warned_of(tmp_path):
@@ -263,9 +263,9 @@ def test_vanishing_gradients_are_warned_of(tmp_path):
         calls += 1
         return outputs.logits.float().square().mean() * (1.0 if calls <= 10 else 1e-7)
 
-    said = trained(tmp_path, advise.LoRAMonitor(), loss=loss)
-    assert len(said) == 1
-    assert "vanished" in said[0]
+    message = trained(tmp_path, advise.LoRAMonitor(), loss=loss)
+    assert len(message) == 1
+    assert "vanished" in message[0]
 
 
 def test_without_tokens_or_labels_capacity_cannot_be_watched(tmp_path):
@@ -281,12 +281,12 @@ def test_without_tokens_or_labels_capacity_cannot_be_watched(tmp_path):
 def test_the_trend_is_that_of_a_line_over_the_logarithm_of_the_tokens():
     # the exact mean of 3 - 0.2 ln t over each interval is at its middle up to the curvature
     logs = [(3 - 0.2 * math.log(at + 0.5), 1.0) for at in range(400)]
-    level, level_error, slope, slope_error = monitor_module._trend(logs)
+    level, level_error, slope, slope_error = monitor_module.trend_of(logs)
     assert level == pytest.approx(3 - 0.2 * math.log(400))
     assert slope == pytest.approx(-0.2)
     assert max(level_error, slope_error) < 1e-6
-    assert monitor_module._trend(logs[:12]) is not None
-    assert monitor_module._trend(logs[:10]) is None
+    assert monitor_module.trend_of(logs[:12]) is not None
+    assert monitor_module.trend_of(logs[:10]) is None
 
 
 @pytest.mark.parametrize(("name", "value"), [("tokens", 0), ("reference", 0.0), ("reference", float("nan"))])

@@ -32,8 +32,8 @@ def test_what_is_published_is_in_step(capsys):
 
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
 def test_result_files_say_their_conditions(file):
-    found = json.loads(file.read_text())["conditions"]
-    assert all(found.get(key) for key in ("device", "torch", "date", "commit"))
+    actual = json.loads(file.read_text())["conditions"]
+    assert all(actual.get(key) for key in ("device", "torch", "date", "commit"))
 
 
 def test_every_file_that_is_quoted_exists_and_every_file_is_quoted():
@@ -56,9 +56,9 @@ def test_a_changed_number_is_seen(tree, file, capsys):
         one, key = written["results"][0]["variants"]["lorafuse"], "tax"
     one[key] *= 1.5
     put(tree, path, written)
-    status, said = check(tree, capsys)
+    status, message = check(tree, capsys)
     assert status == 1
-    assert "+++ bench/README.md (generated)" in said
+    assert "+++ bench/README.md (generated)" in message
     assert publish.main([], tree) == 0
     assert check(tree, capsys)[0] == 0
 
@@ -72,9 +72,9 @@ def test_a_number_changed_by_hand_is_seen(tree, page, capsys):
     begin = re.search(r"<!-- [a-z-]+ -->\n", text).end()
     at = re.compile(r"\d").search(text, text.index("|---", begin)).start()
     (tree / page).write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
-    status, said = check(tree, capsys)
+    status, message = check(tree, capsys)
     assert status == 1
-    assert f"+++ {page} (generated)" in said
+    assert f"+++ {page} (generated)" in message
 
 
 @pytest.mark.parametrize(
@@ -138,9 +138,9 @@ def test_a_graph_of_other_data_is_seen(tree, capsys):
     # in no table, but in the graph
     written["results"][0]["variants"]["lorafuse"]["forward"] = {"median": 1}
     put(tree, NEWER, written)
-    status, said = check(tree, capsys)
+    status, message = check(tree, capsys)
     assert status == 1
-    assert "docs/tax-by-rank.png: SHA-256" in said
+    assert "docs/tax-by-rank.png: SHA-256" in message
     assert publish.main([], tree) == 0
     (tree / "docs" / "tax-by-rank.png").unlink()
     assert "not drawn yet" in check(tree, capsys)[1]
@@ -180,7 +180,7 @@ def test_a_file_of_a_gpu_is_published_by_itself(tree, device, filled, capsys):
 
 def test_whole_models_are_tabled(tree):
     """Their figures have steps, and a LoRA tax where the frozen model took turns."""
-    ways = {
+    built = {
         "frozen": {"step": {"median": 1.0, "p20": 0.9, "p80": 1.1}, "ratio_to_full": 0.5, "peak_bytes": 2**28},
         "full": {"step": {"median": 2.0, "p20": 1.9, "p80": 2.1}, "ratio_to_full": 1.0, "peak_bytes": 2**30},
         "lorafuse": {
@@ -190,7 +190,7 @@ def test_whole_models_are_tabled(tree):
             "tax": 0.2,
         },
     }
-    result = {"kind": "model", "case": "smollm2-135m", "R": 16, "dtype": "float32", "variants": ways, "failed": {}}
+    result = {"kind": "model", "case": "smollm2-135m", "R": 16, "dtype": "float32", "variants": built, "failed": {}}
     put(tree, "bench/results/gpu-2026-12-01-model.json", content(cuda="13.0") | {"kind": "model", "results": [result]})
     assert publish.main([], tree) == 0
     page = block(tree, "bench/README.md", "results").split("### model, a CPU")[1]

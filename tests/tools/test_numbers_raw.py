@@ -67,9 +67,9 @@ def test_tables_follow_from_raw_rounds(tree, capsys):
     median = statistics.median([value for process in ratios for value in process])
     low, high = figures.bootstrap(ratios)
     assert f"{median:.0%} ({low * 100:.0f} to {high * 100:.0f})" in page
-    said = " ".join(page.split())
-    assert "over the fastest frozen (frozen forward, frozen backward), the median of the rounds' ratios" in said
-    assert "95 % interval over 3 processes" in said
+    message = " ".join(page.split())
+    assert "over the fastest frozen (frozen forward, frozen backward), the median of the rounds' ratios" in message
+    assert "95 % interval over 3 processes" in message
     # its one file has no raw rounds of another kind, and no figure is taken on trust
     for path in (("tax",), ("total", "median"), ("forward", "flops_per_s")):
         changed = json.loads(json.dumps(written))

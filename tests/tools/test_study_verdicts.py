@@ -85,15 +85,15 @@ def test_a_failure_is_corrected_for_the_number_of_claims_and_a_success_is_not():
 
 @pytest.mark.parametrize("values", [[0.0], [math.nan, 0.0, 0.0], [math.inf, 0.0]])
 def test_what_has_no_interval_is_not_decidable(values):
-    found = outcome(values, -1, 1)
-    assert (found.outcome, found.power, found.needed) == (UNDECIDED, 0.0, None)
+    actual = outcome(values, -1, 1)
+    assert (actual.outcome, actual.power, actual.needed) == (UNDECIDED, 0.0, None)
 
 
 def test_a_bar_is_not_decidable_whatever_was_found():
     for values in ([0.0, 0.01], [5.0, 5.1]):
-        found = outcome(values, -1, 1, bar=EDGE)
-        assert found.outcome == UNDECIDED
-        assert EDGE in found.shown
+        actual = outcome(values, -1, 1, bar=EDGE)
+        assert actual.outcome == UNDECIDED
+        assert EDGE in actual.shown
 
 
 def test_a_claim_states_its_power_and_what_would_do():
@@ -186,8 +186,8 @@ def test_the_ratio_of_rates_and_its_slope_are_measured(run_study, times, ratio, 
 
 def test_a_rank_that_starts_elsewhere_and_wants_another_rate_is_seen(run_study):
     def run(spec, base, device):
-        found = planted(spec, best=lambda spec: 2e-3 * (8 if spec.rank > 16 else 1))
-        return found | {"early": [value + (spec.rank > 16) for value in found["early"]]}
+        actual = planted(spec, best=lambda spec: 2e-3 * (8 if spec.rank > 16 else 1))
+        return actual | {"early": [value + (spec.rank > 16) for value in actual["early"]]}
 
     finding = run_study("rank", run)
     assert [claim["outcome"] for claim in finding["claims"]] == [FAILED, FAILED]

@@ -32,7 +32,7 @@ def target(tmp_path, monkeypatch):
     """CPU tensors that are planned as on an H200, and a cache folder of this test."""
     monkeypatch.setenv("LORAFUSE_CACHE_DIR", str(tmp_path / "cache"))
     here = Target(torch.device("cpu"), H200, AVAILABLE)
-    monkeypatch.setattr(tune, "_target", lambda name: here)
+    monkeypatch.setattr(tune, "live_target", lambda name: here)
     clear_cache()
     yield here
     clear_cache()
@@ -41,16 +41,17 @@ def target(tmp_path, monkeypatch):
 @pytest.fixture
 def times(monkeypatch):
     """`TIMES`, which the test may change, in the place of the clock; the calls that would be timed are listed."""
-    taken = dict(TIMES)
+    measured = dict(TIMES)
     timed = []
 
     def measure_calls(calls, rounds, warm_up, device):
         timed.append(list(calls))
-        return {name: taken[name] if isinstance(taken[name], list) else [taken[name]] * rounds for name in calls}
+        each = {name: measured[name] for name in calls}
+        return {name: one if isinstance(one, list) else [one] * rounds for name, one in each.items()}
 
     monkeypatch.setattr(measure, "measure_calls", measure_calls)
-    taken["timed"] = timed
-    return taken
+    measured["timed"] = timed
+    return measured
 
 
 def of_triton(monkeypatch, direction, change):
@@ -58,8 +59,8 @@ def of_triton(monkeypatch, direction, change):
     run = getattr(linear, direction)
 
     def changed(backend, *args):
-        found = run(backend, *args)
-        return change(*found) if backend.name == "triton" else found
+        actual = run(backend, *args)
+        return change(*actual) if backend.name == "triton" else actual
 
     monkeypatch.setattr(linear, direction, changed)
 
@@ -267,7 +268,7 @@ class TestGate:
         assert recorded()["forward", (16, 16)] == "two_kernel"
 
     @pytest.mark.parametrize(
-        ("error", "said"),
+        ("error", "message"),
         [
             (
                 torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
@@ -277,7 +278,7 @@ class TestGate:
         ],
     )
     @pytest.mark.parametrize("when", ["first", "while timed"])
-    def test_one_candidate_fails_and_the_others_are_recorded(self, target, monkeypatch, capsys, error, said, when):
+    def test_one_candidate_fails_and_the_others_are_recorded(self, target, monkeypatch, capsys, error, message, when):
         calls = []
 
         def forward(y, xa):
@@ -297,7 +298,7 @@ class TestGate:
         assert cli.main([*SMALL, "--m", "16"]) == 0
         assert recorded() == {("forward", (16, 16)): "aten_addmm"}
         out = " ".join(capsys.readouterr().out.split())
-        assert f"two_kernel is left out, {said}" in out
+        assert f"two_kernel is left out, {message}" in out
 
     def test_operands_that_do_not_fit_leave_one_size_out(self, target, times, monkeypatch, capsys):
         make_operands = measure.make_operands
@@ -330,7 +331,7 @@ class TestGate:
 
 class TestInput:
     @pytest.mark.parametrize(
-        ("argv", "said"),
+        ("argv", "message"),
         [
             (["--case", "llama-3.1-8b.dwn"], "did you mean llama-3.1-8b.down"),
             (["--shape", "12"], "--shape 12"),
@@ -346,9 +347,9 @@ class TestInput:
             (["--shape", "32,64", "--out", "/proc/x/y.json"], "cannot be written"),
         ],
     )
-    def test_bad_input_says_the_value_and_the_fix(self, target, argv, said, capsys):
+    def test_bad_input_says_the_value_and_the_fix(self, target, argv, message, capsys):
         assert cli.main(["tune", *argv]) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
     def test_a_broken_file_is_refused_before_anything_runs(self, target, times, capsys):
         path = tuned.own_file("H200")

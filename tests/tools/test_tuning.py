@@ -106,18 +106,18 @@ class TestRule:
 
     def test_nothing_is_said_of_a_size_at_which_nothing_ran(self):
         fast = {"aten_beta1": 1e-6, "two_kernel": 2e-6}
-        found = record((), [self.outcome(512, fast), self.outcome(2048, {})], FOUND)
-        assert [entry.M for entry in found] == [(512, 512)]
+        actual = record((), [self.outcome(512, fast), self.outcome(2048, {})], FOUND)
+        assert [entry.M for entry in actual] == [(512, 512)]
         # a point that was measured before and does not run now goes
-        assert record(found, [self.outcome(512, {})], FOUND) == ()
+        assert record(actual, [self.outcome(512, {})], FOUND) == ()
 
     def test_an_entry_of_version_1_comes_after_what_is_measured_now(self):
         old = tuned.Tuned(
             4096, 4096, (1, 64), (1, 8192), "bfloat16", False, (), "aten_addmm", 1e-3, "abc", "2026-11-20"
         )
         assert measure.is_measured(self.PROBLEM, [old])
-        found = record([old], [self.outcome(512, {"aten_beta1": 1e-6})], FOUND)
-        assert [entry.kernel for entry in found] == ["aten_beta1", "aten_addmm"]
+        actual = record([old], [self.outcome(512, {"aten_beta1": 1e-6})], FOUND)
+        assert [entry.kernel for entry in actual] == ["aten_beta1", "aten_addmm"]
         assert record([old], [self.outcome(512, {}, wrong={"aten_addmm": "y"})], FOUND) == ()
 
 
@@ -186,13 +186,13 @@ class TestTarget:
     def test_it_is_the_gpu_here_with_the_backends_that_run(self, gpu):
         gpu["cuda"] = "lorafuse._cuda is not built"
         available = (("eager", ""), ("triton", ""), ("cuda", "lorafuse._cuda is not built"))
-        assert tune._target("") == Target(torch.device("cuda:1"), H200, available)
-        assert tune._target("cuda:0").device == torch.device("cuda:0")
+        assert tune.live_target("") == Target(torch.device("cuda:1"), H200, available)
+        assert tune.live_target("cuda:0").device == torch.device("cuda:0")
 
     def test_without_triton_there_is_nothing_to_tune(self, gpu):
         gpu["triton"] = "Triton is not installed"
         with pytest.raises(ValueError, match=r"nothing to tune.*cuda \(Triton is not installed\)"):
-            tune._target("cuda")
+            tune.live_target("cuda")
 
 
 class TestWithoutGpu:

@@ -1,10 +1,11 @@
-// Enumerates csrc/include/lorafuse/schedule.cuh: every tile once, by the programs that the design says, for all small
+// Enumerates csrc/include/lorafuse/schedule.cuh and the arithmetic beside it: every tile once, by the programs that the design says, for all small
 // sizes and for a layer on an H200. Prints a line a check, `name: mismatches`; exits 1 where any is not 0.
 #include <algorithm>
 #include <cstdio>
 #include <string>
 #include <vector>
 
+#include <lorafuse/divisor.cuh>
 #include <lorafuse/philox.cuh>
 #include <lorafuse/schedule.cuh>
 
@@ -154,6 +155,27 @@ void check_philox() {
   report("philox: known answer", !std::equal(words, words + 4, zero));
 }
 
+void check_division() {
+  constexpr int64_t kEnd = int64_t{1} << 31;
+  int bad = 0;
+  const auto check = [&](int64_t divisor) {
+    const Divisor by = Divisor::of(divisor);
+    // about every multiple of few, and about those next to 2^31
+    for (const int64_t multiple : {int64_t{0}, divisor, 2 * divisor, 3 * divisor, kEnd / 2 / divisor * divisor,
+                                   (kEnd / divisor - 1) * divisor, kEnd / divisor * divisor, kEnd - 1}) {
+      for (int64_t n = multiple - 2; n <= multiple + 2; ++n) {
+        if (n >= 0 && n < kEnd) bad += by.quotient(static_cast<uint32_t>(n)) != n / divisor;
+      }
+    }
+  };
+  for (int64_t divisor = 1; divisor <= 20000; ++divisor) check(divisor);
+  for (int bit = 14; bit < 31; ++bit) {
+    for (int64_t near = -3; near <= 3; ++near) check((int64_t{1} << bit) + near);
+  }
+  check(kEnd - 1);
+  report("division: every quotient", bad);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -169,5 +191,6 @@ int main(int count, char** arguments) {
   check_items();
   check_ragged();
   check_philox();
+  check_division();
   return total == 0 ? 0 : 1;
 }

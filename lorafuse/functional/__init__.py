@@ -8,19 +8,30 @@ from torch import Tensor
 from lorafuse.activation import GateLayout, lookup
 from lorafuse.backends import base
 from lorafuse.backends.problems import experts_problems, linear_problem
+from lorafuse.functional.group import Projection, lora_gated_mlp, lora_linears, lora_qkv
 from lorafuse.operands import Weight, matrix
 from lorafuse.ops import experts as _experts
 from lorafuse.ops import flops  # noqa: F401 (registers the formulas)
 from lorafuse.ops import grouped as _grouped
 from lorafuse.ops import linear as _linear
 from lorafuse.ops.autocast import autocast_is_on
-from lorafuse.ops.checks import check_projection, check_scale, check_tensors
-from lorafuse.ops.choose import plan_for
+from lorafuse.ops.checks import check_projection, check_scale, check_statistics, check_tensors, seed_tensor
+from lorafuse.ops.choose import current_backend, plan_for, requested_backend
 from lorafuse.ops.transforms import is_transformed
-from lorafuse.philox import draw_seed
 from lorafuse.plan import Plan
 
-__all__ = ["lora_experts", "lora_grouped_linear", "lora_linear", "plan_experts", "plan_linear", "run_linear"]
+__all__ = [
+    "Projection",
+    "lora_experts",
+    "lora_gated_mlp",
+    "lora_grouped_linear",
+    "lora_linear",
+    "lora_linears",
+    "lora_qkv",
+    "plan_experts",
+    "plan_linear",
+    "run_linear",
+]
 
 
 def lora_linear(
@@ -102,7 +113,7 @@ def run_linear(
     """
     format, statistics = "dense", None
     if isinstance(weight, Weight):
-        _check_statistics("lora_linear", x, weight)
+        check_statistics("lora_linear", x, weight)
         if weight.is_transposed:
             raise ValueError("lora_linear got a transposed weight; it reads [N, K], as nn.Linear stores it")
         format, statistics, weight = weight.format, list(weight.statistics) or None, weight.data
@@ -127,37 +138,12 @@ def run_linear(
     if bias is not None and bias.dtype is not x.dtype:
         raise TypeError(f"lora_linear got x {x.dtype} and bias {bias.dtype}; they must have one dtype: cast the bias")
     if backend is None:
-        backend = _current()
-    seed = _seed_tensor(seed, x.device) if dropout_p else None
+        backend = current_backend()
+    seed = seed_tensor(seed, x.device) if dropout_p else None
     # PEFT computes the low-rank path in the adapters' dtype; of those only fp16 is short of range
     wide = x.dtype is torch.float16 and not autocast and (a.dtype is not x.dtype or b.dtype is not x.dtype)
     run = _linear.plain_lora_linear if transformed else _linear.lora_linear
     return run(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics)
-
-
-def _check_statistics(operator: str, x: Tensor, weight: Weight) -> None:
-    """Raises ValueError for statistics of a quantized weight that are not where x is."""
-    for t in weight.statistics:
-        if t.device != x.device:
-            raise ValueError(
-                f"{operator} got x on {x.device} and the statistics of a {weight.format} weight on {t.device}; all "
-                "tensors must be on one device: move them with .to()"
-            )
-
-
-def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    if seed is None:
-        return draw_seed(device)
-    if not isinstance(seed, Tensor):
-        if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed={seed!r} is not an int of 64 bits; the mask of dropout is drawn from one")
-        return torch.tensor([seed], dtype=torch.int64, device=device)
-    if seed.dtype is not torch.int64 or seed.shape != (1,) or seed.device != device:
-        raise ValueError(
-            f"seed is a {seed.dtype} tensor {list(seed.shape)} on {seed.device}; it must be int64, of shape [1], on "
-            f"{device}"
-        )
-    return seed
 
 
 def plan_linear(
@@ -213,7 +199,7 @@ def lora_grouped_linear(
     """
     w = _weight(weight, is_transposed)
     check_tensors("lora_grouped_linear", x, {"offsets": offsets, "weight": w.data}, {"a": a, "b": b, "bias": bias})
-    _check_statistics("lora_grouped_linear", x, w)
+    check_statistics("lora_grouped_linear", x, w)
     check_scale("scale", scale)
     x = _in_weights_dtype(x, w)
     groups = w.stored[0] if len(w.stored) == 3 else 0
@@ -224,7 +210,7 @@ def lora_grouped_linear(
             f"offsets is {offsets.dtype} {list(offsets.shape)}; it must hold the end of each of {groups} groups, as "
             "int32 or int64"
         )
-    operands = x, offsets, w.data, bias, a, b, scale, w.is_transposed, _backend(backend)
+    operands = x, offsets, w.data, bias, a, b, scale, w.is_transposed, requested_backend(backend)
     return _grouped.lora_grouped_linear(*operands, w.format, list(w.statistics) or None)
 
 
@@ -261,7 +247,7 @@ def lora_experts(
             device-side assertion says "topk_index holds a negative expert".
         topk_weight: `[T, k]`, any floating dtype; its gradient is computed, 0 at a sentinel.
         gate_up: `[E, 2I, H]`, or `[E, I, H]` without a gate, or with the last two exchanged when `is_transposed`;
-            frozen, of x's dtype, any strides. Or a quantized `Weight`, then down is of the same format.
+            frozen, of x's dtype, any strides. Or a quantized `Weight`.
         down: `[E, H, I]`, or `[E, I, H]` when `is_transposed`; likewise.
         gate_up_a, gate_up_b: `[E, R, H]` and `[E, 2I, R]`; down_a, down_b: `[E, R', I]` and `[E, H, R']`. A 2-D one is
             shared by all experts; both of a pair None is no adapter. PEFT's packed `lora_A.weight [E·R, in]` is
@@ -291,11 +277,11 @@ def lora_experts(
          "gate_up_bias": gate_up_bias, "down_bias": down_bias},
     )  # fmt: skip
     for w in (up, down_w):
-        _check_statistics("lora_experts", x, w)
-    if (up.format, up.is_transposed) != (down_w.format, down_w.is_transposed):
+        check_statistics("lora_experts", x, w)
+    if up.is_transposed is not down_w.is_transposed:
         raise ValueError(
-            f"gate_up is {up.format}{' transposed' * up.is_transposed}, down {down_w.format}"
-            f"{' transposed' * down_w.is_transposed}; both stacks must be stored alike"
+            f"gate_up is_transposed={up.is_transposed}, down is_transposed={down_w.is_transposed}; both stacks must be "
+            "stored alike, as [E, out, in] or transposed"
         )
     check_scale("gate_up_scale", gate_up_scale)
     check_scale("down_scale", down_scale)
@@ -324,8 +310,8 @@ def lora_experts(
         x, topk_index, topk_weight, up.data, down_w.data, gate_up_bias, down_bias, gate_up_a, gate_up_b, down_a, down_b,
         gate_up_scale, down_scale, up.is_transposed,
     )  # fmt: skip
-    stored = up.format, list(up.statistics) or None, list(down_w.statistics) or None
-    backend = _backend(backend)
+    stored = up.format, down_w.format, list(up.statistics) or None, list(down_w.statistics) or None
+    backend = requested_backend(backend)
     if not callable(activation):
         layout = GateLayout.of(has_gate, is_concatenated)
         lookup(activation, layout)
@@ -385,13 +371,3 @@ def _in_weights_dtype(x: Tensor, w: Weight) -> Tensor:
 def _stacked(t: Tensor | None, groups: int) -> Tensor | None:
     """A factor for every group; one that is shared is read, not copied, for each."""
     return t.unsqueeze(0).expand(groups, -1, -1) if t is not None and t.dim() == 2 else t
-
-
-def _current() -> str:
-    """The backend of a call that names none."""
-    # Dynamo reads no context variables: a compiled graph looks when it runs
-    return "current" if torch.compiler.is_compiling() else base.current()
-
-
-def _backend(backend: str | None) -> str:
-    return _current() if backend is None else base.require(backend)

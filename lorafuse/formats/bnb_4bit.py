@@ -1,0 +1,181 @@
+"""bitsandbytes' NF4 and FP4: 4 bits an element and one scale a block of consecutive elements.
+
+data is uint8 `[⌈N·K / 2⌉]` of the matrix or stack in row-major order, the even element in the high nibble; a
+`quant_storage` of another dtype is viewed as bytes. Blocks run over that order, so they cross rows (and matrices) whose
+sizes are no multiple of the block; the last one may be short. Statistics are
+
+    absmax   fp32 `[blocks]`, or uint8 when it is quantized itself (nested, "double quantization")
+    code     fp32 `[16]`
+    and of a nested absmax: absmax₂ fp32 `[⌈blocks / 256⌉]`, code₂ fp32 `[256]`, offset fp32 `[]`
+
+and a weight is `code[nibble] · absmax`, a nested absmax `code₂[byte] · absmax₂ + offset`, both in fp32 and in this
+order; the product is rounded to `dtype`, the one the weight had (bitsandbytes 0.50, bit for bit; its AVX512 kernel is
+left out where K is no multiple of the block, since it reads other blocks' scales there, unlike all its others).
+
+Parameters: sizes; `block`; `dtype`; `first`, the flat index of the first element where that is not 0 (`select` moves
+it, so that any matrices of a stack are read where they lie).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.parametrize import ParametrizationList
+
+from lorafuse.formats.codec import decode_flat, held, is_of, parse, remembered, spell, target
+from lorafuse.formats.weight import Weight
+
+__all__ = ["adopt", "decode", "kernel", "parameters_of", "select", "shape"]
+
+_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+# of nested statistics; bitsandbytes has no other
+_NESTED_BLOCK = 256
+_TYPES = ("nf4", "fp4")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class _Parameters(NamedTuple):
+    sizes: tuple[int, ...]
+    block: int
+    dtype: torch.dtype
+    first: int
+
+
+@remembered
+def parameters_of(parameters: str) -> _Parameters:
+    """`(sizes, block, dtype, first)` of a weight's parameters."""
+    sizes, fields = parse(parameters)
+    return _Parameters(sizes, int(fields["block"]), getattr(torch, fields["dtype"]), int(fields.get("first", 0)))
+
+
+def shape(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tuple[int, ...]:
+    """`(N, K)` or `(G, N, K)`."""
+    return parameters_of(parameters).sizes
+
+
+def decode(
+    data: Tensor, statistics: tuple[Tensor, ...], parameters: str, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """The dense weight in `dtype`, in chunks: temporaries are those of one chunk."""
+    sizes, block, rounded, first = parameters_of(parameters)
+    out = target(out, sizes, dtype, data.device)
+    return decode_flat(data, statistics[1], lambda *blocks: _absmax(statistics, *blocks), block, rounded, first, out)
+
+
+def _absmax(statistics: tuple[Tensor, ...], start: int, stop: int) -> Tensor:
+    """fp32 `[stop - start]`: the scales of these blocks."""
+    absmax = statistics[0][start:stop]
+    if len(statistics) == 2:
+        return absmax.float()
+    _, _, outer, code, offset = statistics
+    first = start // _NESTED_BLOCK
+    outer = outer[first : -(-stop // _NESTED_BLOCK)].repeat_interleave(_NESTED_BLOCK)
+    return code.index_select(0, absmax.int()).mul_(outer[start - first * _NESTED_BLOCK :][: stop - start]).add_(offset)
+
+
+def select(
+    data: Tensor, statistics: tuple[Tensor, ...], parameters: str, start: int, stop: int
+) -> tuple[Tensor, tuple[Tensor, ...], str]:
+    """The matrices start … stop - 1 of a stack: the same tensors, read from another element on."""
+    (_, rows, columns), block, dtype, first = parameters_of(parameters)
+    first += start * rows * columns
+    return data, statistics, spell((stop - start, rows, columns), block=block, dtype=dtype, first=first or None)
+
+
+def kernel(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tuple[str, dict[str, Any]] | None:
+    """The decode kernel, and what it reads; None for strided tensors."""
+    if not all(t.is_contiguous() for t in (data, *statistics)):
+        return None
+    _, block, dtype, first = parameters_of(parameters)
+    scale, table, *outer = statistics
+    given = {"code": data, "table": table, "scale": scale, "block": block, "first": first, "rounded": dtype}
+    return "codebook", given | {"outer": tuple(outer) or None}
+
+
+def adopt(storage: object, name: str = "weight") -> Weight | None:
+    """The weight of a `Params4bit`, of the layer that holds one, or of a stack that
+    `bitsandbytes.nn.parametrize.replace_parameter_4bit` quantized: parameter `name` of its module, or the
+    `module.parametrizations[name]`.
+
+    A layer's own quant_state is read where the parameter has lost it (FSDP). Raises ValueError for what is not
+    quantized yet, is repacked for inference on a CPU, is a shard, or has statistics that bitsandbytes cannot decode.
+    """
+    if isinstance(storage, torch.nn.Module) and torch.nn.utils.parametrize.is_parametrized(storage, name):
+        storage = storage.parametrizations[name]  # type: ignore[index]
+    if isinstance(storage, ParametrizationList):
+        if not len(storage) or not is_of(storage[0], "bitsandbytes", "Bnb4bitParametrization"):
+            return None
+        if len(storage) > 1:
+            raise ValueError(
+                f"a 4-bit stack is parametrized by {', '.join(type(p).__name__ for p in storage)}; only the first is "
+                "bitsandbytes': remove the others with torch.nn.utils.parametrize.remove_parametrizations"
+            )
+        return _weight(storage.original, storage[0].quant_state, "Bnb4bitParametrization")
+    if not is_of(storage, "bitsandbytes", "Linear4bit"):
+        stored = held(storage, name)
+        is_params = is_of(stored, "bitsandbytes", "Params4bit")
+        return _weight(stored, stored.quant_state, "Params4bit") if is_params else None  # type: ignore
+    layer: Any = storage
+    state = getattr(layer.weight, "quant_state", None)
+    state = layer.quant_state if state is None else state
+    weight = _weight(layer.weight, state, type(layer).__name__)
+    expected = layer.out_features, layer.in_features
+    if tuple(state.shape) != expected:
+        raise ValueError(
+            f"{type(layer).__name__} holds a weight quantized as {list(state.shape)}; [N, K] is {list(expected)}: "
+            "quantize it anew, as nn.Linear stores it"
+        )
+    return weight
+
+
+def _weight(stored: Tensor, state: Any, owner: str) -> Weight:
+    data = stored.data
+    if state is None:
+        raise ValueError(
+            f"{owner} {data.dtype} {list(data.shape)} on {data.device} is not quantized yet: move the model to its "
+            "device first, with .to(), which quantizes it, or load its quantized checkpoint"
+        )
+    sizes, block, dtype, nested = tuple(state.shape), state.blocksize, state.dtype, getattr(state, "state2", None)
+    kind = state.quant_type
+    statistics: tuple[Tensor, ...] = state.absmax, state.code
+    if nested is not None:
+        statistics += nested.absmax, nested.code, state.offset
+    # every forward of every layer comes here, so that texts are made for what is refused alone
+    if not (
+        kind in _TYPES and block in _BLOCKS and dtype in _DTYPES and len(sizes) in (2, 3)
+        and (nested is None or nested.blocksize == _NESTED_BLOCK)
+        and not getattr(state, "packing_format_for_cpu", False)
+        and data.numel() * data.element_size() == -(-math.prod(sizes) // 2) and data.is_contiguous()
+    ):  # fmt: skip
+        raise ValueError(_problem(data, state, owner))
+    packed = (data if data.dtype is torch.uint8 else data.view(torch.uint8)).view(-1)
+    return Weight(packed, statistics=statistics, format=f"{kind}:{spell(sizes, block=block, dtype=dtype)}")
+
+
+def _problem(data: Tensor, state: Any, owner: str) -> str:
+    """Why bitsandbytes' storage cannot be held, and the fix."""
+    sizes, block, dtype, kind = list(state.shape), state.blocksize, state.dtype, state.quant_type
+    if getattr(state, "packing_format_for_cpu", False):
+        return (
+            f"{owner} {sizes} was repacked by bitsandbytes for inference on this CPU, its absmax rounded to bfloat16: "
+            "load the model anew and patch it before its first forward in eval mode"
+        )
+    nested = getattr(state, "state2", None)
+    nested_block = _NESTED_BLOCK if nested is None else nested.blocksize
+    rules = {
+        f"quant_type {kind!r}": (kind in _TYPES, f"one of {', '.join(_TYPES)}"),
+        f"blocksize {block}": (block in _BLOCKS, f"one of {', '.join(map(str, _BLOCKS))}"),
+        f"dtype {dtype}": (dtype in _DTYPES, "bfloat16, float16 or float32"),
+        f"shape {sizes}": (len(sizes) in (2, 3), "a matrix [N, K] or a stack [G, N, K]"),
+        f"nested blocksize {nested_block}": (nested_block == _NESTED_BLOCK, str(_NESTED_BLOCK)),
+    }
+    for given, (is_held, rule) in rules.items():
+        if not is_held:
+            return f"{owner} has {given}; bitsandbytes decodes {rule}: quantize the weight anew"
+    return (
+        f"{owner} {sizes} holds {data.numel() * data.element_size()} bytes with strides {list(data.stride())}; it must "
+        f"be {-(-math.prod(sizes) // 2)} contiguous ones: gather a shard, and make a view contiguous"
+    )

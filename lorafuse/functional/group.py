@@ -1,0 +1,243 @@
+"""Layers that read one x as one operator each: siblings, and the gated MLP of a transformer."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorafuse.activation import ACTIVATIONS, GATES
+from lorafuse.operands import Weight
+from lorafuse.ops import gated_mlp as _gated_mlp
+from lorafuse.ops import group as _group
+from lorafuse.ops.autocast import autocast_is_on
+from lorafuse.ops.checks import check_scale, check_statistics, seed_tensor
+from lorafuse.ops.choose import requested_backend
+from lorafuse.ops.transforms import is_transformed
+
+__all__ = ["Projection", "lora_gated_mlp", "lora_linears", "lora_qkv"]
+
+
+class Projection(NamedTuple):
+    """One frozen linear layer of a group, with a LoRA adapter or without.
+
+    `y = x·weightᵀ + bias + scale · (drop(x)·aᵀ)·bᵀ`, as `lora_linear` has it.
+
+    Attributes:
+        weight: `[N, K]`, frozen, of x's dtype, or a quantized `Weight` of `lorafuse.formats.adopt`.
+        a, b: `[R, K]` and `[N, R]`, PEFT's `lora_A.weight` and `lora_B.weight`; both None for a layer without adapter.
+        scale: alpha / R.
+        bias: `[N]` or None; it may be trained.
+        dropout_p: probability with which elements of x are dropped in the low-rank path, in [0, 1].
+        seed: of this layer's own mask: an int, an int64 tensor `[1]`, or None to draw one.
+    """
+
+    weight: Tensor | Weight
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: float = 1.0
+    bias: Tensor | None = None
+    dropout_p: float = 0.0
+    seed: int | Tensor | None = None
+
+
+def lora_linears(x: Tensor, projections: Sequence[Projection], *, backend: str | None = None) -> tuple[Tensor, ...]:
+    """Linear layers of one x, each with its own adapter or none, as one operator: `y_i = projections[i](x)`.
+
+    Forward reads x once for the `xa` of all layers without dropout; backward computes one dx, in one sum over all
+    layers, and reads x once for the gradients of their a. The results are those of `lora_linear` on each layer, up to
+    rounding, and are independent of which y are used.
+
+    Args:
+        x: `[..., K]`, 1-D to 4-D, any strides, any number of tokens including none.
+        projections: at least one, all with K in features.
+        backend: "eager", "triton", "cuda" or "auto"; None takes that of `lorafuse.use_backend`.
+
+    Returns:
+        one y `[..., N_i]` for each layer, in x's dtype, under autocast in autocast's. Gradients reach x, every a, b and
+        bias, each in its own dtype; what is saved for backward is x and the xa `[tokens, R_i]`.
+
+    Raises:
+        ValueError: shapes, devices, a scale, dropout_p, seed or the backend do not fit; the message names the layer.
+        TypeError: an operand is no tensor, or dtypes do not fit.
+        NotImplementedError: a weight requires a gradient; or a nested x with dropout.
+        BackendUnavailable: the backend asked for cannot run here.
+    """
+    if not len(projections):
+        raise ValueError("lora_linears got no projection; it runs one or more layers of one x")
+    named = {f"projection {i}": one for i, one in enumerate(projections)}
+    return _siblings("lora_linears", x, named, backend)
+
+
+def lora_qkv(
+    x: Tensor, q: Projection, k: Projection, v: Projection, *, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three projections of an attention block as one operator: `(q, k, v)` of `lora_linears`, in this order.
+
+    q `[..., N_q]`, k and v `[..., N_kv]`: with grouped-query attention their out features differ.
+    """
+    of_q, of_k, of_v = _siblings("lora_qkv", x, {"q": q, "k": k, "v": v}, backend)
+    return of_q, of_k, of_v
+
+
+def lora_gated_mlp(
+    x: Tensor,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
+    *,
+    activation: str = "silu",
+    recompute_up: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """A gated MLP as one operator: `y = down(act(gate(x)) · up(x))`, each layer with an adapter or none.
+
+    Saved for backward are x, gate `[tokens, I]`, up `[tokens, I]` and each layer's xa `[tokens, R]`; autograd keeps
+    `act(gate)` and h as well, which backward computes again here.
+
+    Args:
+        x: `[..., H]`, 1-D to 4-D, any strides, any number of tokens including none.
+        gate, up: I out features and H in features each.
+        down: I in features.
+        activation: of the gate, a name of `lorafuse.activation.ACTIVATIONS` ("silu" is SwiGLU, "gelu" and "gelu_tanh"
+            are GeGLU), or of `GATES`, which are functions of gate and up.
+        recompute_up: do not keep up either: backward multiplies x by its weight once more.
+        backend: "eager", "triton", "cuda" or "auto"; None takes that of `lorafuse.use_backend`.
+
+    Returns:
+        y `[..., N]`, N being down's out features, in x's dtype, under autocast in autocast's. Gradients reach x, every
+        a, b and bias, each in its own dtype.
+
+    Raises:
+        as `lora_linears`; ValueError for an unknown activation too.
+    """
+    if not isinstance(activation, str) or (activation not in ACTIVATIONS and activation not in GATES):
+        raise ValueError(
+            f"lora_gated_mlp got the activation {activation!r}; it must be one of {', '.join((*ACTIVATIONS, *GATES))}"
+        )
+    x, arguments = _arguments("lora_gated_mlp", x, {"gate": gate, "up": up, "down": down}, backend)
+    run = _gated_mlp.plain_lora_gated_mlp if is_transformed(x) else _gated_mlp.lora_gated_mlp
+    return run(x, *arguments, activation, recompute_up)
+
+
+def _siblings(
+    operator: str, x: Tensor, named: Mapping[str, Projection], backend: str | None
+) -> tuple[Tensor, ...]:  # fmt: skip
+    x, arguments = _arguments(operator, x, named, backend)
+    run = _group.plain_lora_linears if is_transformed(x) else _group.lora_linears
+    return tuple(run(x, *arguments))
+
+
+def _arguments(
+    operator: str, x: Tensor, named: Mapping[str, Projection], backend: str | None
+) -> tuple[Tensor, tuple]:  # fmt: skip
+    """x as the operator reads it, and the operator's arguments after it."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{operator} got a {type(x).__name__} for x; it must be a tensor")
+    inner = None
+    for name, one in named.items():
+        _check(operator, x, name, one)
+        features = inner if name == "down" and inner is not None else x.size(-1) if x.dim() else 0
+        _check_shapes(operator, x, name, one, features)
+        if name in ("gate", "up"):
+            N = _stored(one)[0]
+            if inner is not None and inner != N:
+                raise ValueError(
+                    f"{operator} got a gate of {inner} out features and an up of {N}; they must be as many"
+                )
+            inner = N
+    autocast, dtype = autocast_is_on(x), x.dtype
+    if autocast and x.is_floating_point() and x.dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+        named = {name: _cast(one, dtype) for name, one in named.items()}
+    for name, one in named.items():
+        _check_dtypes(operator, x, name, one)
+    every = list(named.values())
+    weights = [one.weight if isinstance(one.weight, Weight) else Weight(one.weight) for one in every]
+    # PEFT computes the low-rank path in the adapters' dtype; of those only fp16 is short of range
+    factors = [t for one in every for t in (one.a, one.b) if t is not None]
+    wide = dtype is torch.float16 and not autocast and any(t.dtype is not dtype for t in factors)
+    seeds = [seed_tensor(one.seed, x.device) if one.dropout_p and one.a is not None else None for one in every]
+    return x, (
+        [w.data for w in weights], [one.bias for one in every], [one.a for one in every], [one.b for one in every],
+        seeds, [t for w in weights for t in w.statistics], [float(one.scale) for one in every],
+        [float(one.dropout_p) for one in every], [w.format for w in weights], [len(w.statistics) for w in weights],
+        requested_backend(backend), wide,
+    )  # fmt: skip
+
+
+def _check(operator: str, x: Tensor, name: str, one: Projection) -> None:
+    """Raises for what is no projection, no tensor, elsewhere or not frozen, and for numbers that do not fit."""
+    if not isinstance(one, Projection):
+        raise TypeError(
+            f"{operator} got a {type(one).__name__} for {name}; it must be a lorafuse.functional.Projection"
+        )
+    if (one.a is None) != (one.b is None):
+        raise ValueError(
+            f"{operator} got only one of a and b for {name}; an adapter has both, a layer without one none"
+        )
+    data = one.weight.data if isinstance(one.weight, Weight) else one.weight
+    for key, t in {"weight": data, "a": one.a, "b": one.b, "bias": one.bias}.items():
+        if t is None and key != "weight":
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{operator} got a {type(t).__name__} for {name}'s {key}; it must be a tensor")
+        if t.device != x.device:
+            raise ValueError(
+                f"{operator} got x on {x.device} and {name}'s {key} on {t.device}; all tensors must be on one device: "
+                "move them with .to()"
+            )
+        if key in ("a", "b") and not t.is_floating_point():
+            raise TypeError(f"{operator} got {t.dtype} for {name}'s {key}; adapters must be floating")
+    if data.requires_grad:
+        raise NotImplementedError(
+            f"{operator} got a weight {list(data.shape)} of {name} that requires a gradient; it never computes one: "
+            "freeze it with weight.requires_grad_(False)"
+        )
+    if isinstance(one.weight, Weight):
+        check_statistics(operator, x, one.weight)
+        if one.weight.is_transposed:
+            raise ValueError(f"{operator} got a transposed weight for {name}; it reads [N, K], as nn.Linear stores it")
+    if not 0.0 <= one.dropout_p <= 1.0:
+        raise ValueError(f"{name}'s dropout_p={one.dropout_p} is not a probability; it must be between 0 and 1")
+    check_scale(f"{name}'s scale", one.scale)
+
+
+def _stored(one: Projection) -> tuple[int, ...]:
+    return tuple(one.weight.stored if isinstance(one.weight, Weight) else one.weight.shape)
+
+
+def _check_shapes(operator: str, x: Tensor, name: str, one: Projection, features: int) -> None:
+    w, a, b, bias = _stored(one), one.a, one.b, one.bias
+    fits = len(w) == 2 and 1 <= x.dim() <= 4 and w[1] == features and (bias is None or tuple(bias.shape) == w[:1])
+    if a is not None and b is not None:
+        fits = fits and a.dim() == b.dim() == 2 and a.shape[1] == w[1] and b.shape == (w[0], a.shape[0])
+        fits = fits and a.shape[0] >= 1
+    if not fits:
+        given = {"x": x.shape, "weight": w, "a": a, "b": b, "bias": bias}
+        shapes = {key: t.shape if isinstance(t, Tensor) else t for key, t in given.items()}
+        shown = ", ".join(f"{key} {None if shape is None else list(shape)}" for key, shape in shapes.items())
+        raise ValueError(
+            f"{operator} got {shown} for {name}; with K = {features} the rule is x of 1 to 4 dimensions, "
+            "weight [N, K], a [R, K], b [N, R], bias [N], R >= 1"
+        )
+
+
+def _cast(one: Projection, dtype: torch.dtype) -> Projection:
+    """As autocast casts a layer: weight and bias, where they are not quantized."""
+    weight = one.weight.to(dtype) if isinstance(one.weight, Tensor) and one.weight.is_floating_point() else one.weight
+    return one._replace(weight=weight, bias=None if one.bias is None else one.bias.to(dtype))
+
+
+def _check_dtypes(operator: str, x: Tensor, name: str, one: Projection) -> None:
+    is_dense = isinstance(one.weight, Tensor)
+    dtypes = {"weight": one.weight.dtype if isinstance(one.weight, Tensor) else x.dtype}
+    if one.bias is not None:
+        dtypes["bias"] = one.bias.dtype
+    for key, dtype in dtypes.items():
+        if not x.is_floating_point() or dtype is not x.dtype:
+            raise TypeError(
+                f"{operator} got x {x.dtype} and {dtype} for {name}'s {key}; they must have one floating dtype: cast "
+                f"{'x' if is_dense else 'the bias'}, or run under torch.autocast"
+            )

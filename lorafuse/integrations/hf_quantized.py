@@ -1,0 +1,158 @@
+"""Quantized bases under PEFT's LoRA layers: how their weight is adopted, and in which dtypes they compute.
+
+| base | the product is computed in | y has |
+| --- | --- | --- |
+| bitsandbytes `Linear4bit` | its compute_dtype, under autocast too | x's dtype |
+| torchao's `Int8Tensor` in `nn.Linear` | x's dtype, under autocast too | x's dtype |
+| its other weight-only tensors | autocast's dtype, else x's | the same |
+| bitsandbytes `Linear8bitLt`, transformers' `FP8Linear` | autocast's dtype, else x's | x's dtype |
+
+Those of the last row quantize x too. lorafuse does not: it decodes the weight, which is nearer to the exact product,
+but not equal to theirs. The others give what their libraries give.
+
+Nothing of a library is imported here: whoever holds such a layer has brought it.
+"""
+
+import sys
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafuse import formats
+from lorafuse.functional import run_linear
+from lorafuse.integrations.hf_common import original
+from lorafuse.operands import Weight
+from lorafuse.ops.autocast import autocast_is_on, outside_autocast
+
+__all__ = ["described_format", "is_quantized", "notes", "run_quantized", "stored"]
+
+# where the classes of linear layers with a forward of their own are defined
+_CLASSES = (
+    ("bitsandbytes.nn.modules", "Linear4bit"),
+    ("bitsandbytes.nn.modules", "Linear8bitLt"),
+    ("transformers.integrations.finegrained_fp8", "FP8Linear"),
+)
+# the forwards of those that are loaded, and whose they are
+_forwards: dict[Any, str] = {}
+# the format that a class of layers or tensors was last adopted as
+_formats: dict[type, str] = {}
+
+
+def is_quantized(kind: type[nn.Module]) -> bool:
+    """Whether a class has the forward of a library's quantized linear layer, and nobody replaced it."""
+    forward = kind.forward
+    if forward not in _forwards and not torch.compiler.is_compiling():
+        for module, name in _CLASSES:
+            if module in sys.modules and (own := original(getattr(sys.modules[module], name), "forward")):
+                _forwards[own] = name
+    return forward in _forwards
+
+
+def stored(base: nn.Module) -> Weight | str | None:
+    """The quantized weight of a base layer by reference, as it is now.
+
+    A str, the reason, for a known one that cannot be held; None where no format knows it.
+    """
+    storage: Any = base if type(base).forward in _forwards else base._parameters.get("weight")
+    if reason := _refused(base):
+        return reason
+    kind = type(storage)
+    try:
+        # the format of the class first; the others cost as much again
+        weight = formats.load(_formats[kind]).adopt(storage) if kind in _formats else None
+        weight = formats.adopt(storage) if weight is None else weight
+    except ValueError as error:
+        return f"its base cannot be adopted: {error}"
+    if weight is not None and _formats.get(kind) != weight.format_name:
+        _formats[kind] = weight.format_name
+    return weight
+
+
+def _refused(base: nn.Module) -> str:
+    """Why a known layer does not compute what its quantized weight alone says, or ""."""
+    kind = _forwards.get(type(base).forward)
+    if kind == "Linear8bitLt" and base.state.has_fp16_weights:  # type: ignore[union-attr]
+        return "its base is a Linear8bitLt with has_fp16_weights=True, whose weight is not stored quantized"
+    if kind == "FP8Linear" and base.activation_scheme != "dynamic":
+        return (
+            f"its base is an FP8Linear with activation_scheme={base.activation_scheme!r}, which clips x by a "
+            "calibrated scale; lorafuse runs those with 'dynamic'"
+        )
+    return ""
+
+
+def run_quantized(base: nn.Module, x: Tensor, operands: tuple[Any, ...], backend: str | None) -> Tensor:
+    """y of `run_linear` over a quantized base, in the dtypes of the table above; `operands` as it takes them."""
+    weight, a, b, scale, bias, dropout_p = operands
+    kind, is_autocast = _forwards.get(type(base).forward), autocast_is_on(x)
+    dtype = returned = x.dtype
+    if kind == "Linear4bit":
+        # as its own forward does: the first x decides
+        if not base.compute_type_is_set:
+            base.set_compute_type(x)  # type: ignore[operator]
+            base.compute_type_is_set = True
+        dtype = base.compute_dtype or dtype  # type: ignore[assignment]
+    elif is_autocast and (kind is not None or type(base._parameters["weight"]).__name__ != "Int8Tensor"):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        # torchao decodes, as bitsandbytes does in training on a CPU, and multiplies by a function that autocast knows
+        if kind is None or (kind == "Linear8bitLt" and x.is_cpu and base.training):
+            returned = dtype
+    if bias is not None:
+        bias = bias.to(dtype)
+    x = x.to(dtype)
+    if not is_autocast or dtype is torch.get_autocast_dtype(x.device.type):
+        y = run_linear(x, weight, a, b, scale, bias, dropout_p, None, backend)
+    else:
+        with outside_autocast(x):
+            y = run_linear(x, weight, a, b, scale, bias, dropout_p, None, backend)
+    return y.to(returned)
+
+
+def described_format(weight: Weight) -> str:
+    """How a report names a format: "NF4, block 64, nested"."""
+    fields = dict(item.split("=") for item in weight.parameters.split(";") if "=" in item)
+    parts = [weight.format_name.replace("_", " ").upper()]
+    if "block" in fields:
+        parts.append(f"block {fields['block']}")
+    # scales that are themselves quantized come with theirs
+    if len(weight.statistics) > 2:
+        parts.append("nested")
+    return ", ".join(parts)
+
+
+def notes(model: nn.Module) -> list[str]:
+    """What the user of a quantized model may not know of its experts: not quantized, or not adapted; one line each."""
+    modules = dict(model.named_modules())
+    if not any(is_quantized(type(module)) for module in modules.values()):
+        return []
+    lines, dense, bare = [], defaultdict[torch.dtype, list[Tensor]](list), []
+    for name, module in modules.items():
+        if hasattr(module, "num_experts"):
+            for key, p in module._parameters.items():
+                is_stack = p is not None and p.dim() == 3 and "lora_" not in key
+                if is_stack and p.is_floating_point() and p.element_size() > 1:
+                    dense[p.dtype].append(p)
+            parts = [part for over in getattr(module, "parametrizations", {}).values() for part in over]
+            if any(type(part).__name__ == "Bnb4bitParametrization" for part in parts):
+                bare.append(name)
+    for dtype, stacks in dense.items():
+        size = sum(p.numel() * p.element_size() for p in stacks) / 2**30
+        text = f"{len(stacks)} stacks of experts are {str(dtype)[6:]}, {size:.2f} GiB: "
+        text += "loading in 4 or 8 bits quantizes nn.Linear alone"
+        if dtype is torch.float32:
+            text += (
+                ", and peft.prepare_model_for_kbit_training casts the rest to float32 (cast the stacks back: "
+                "parameter.data = parameter.data.to(torch.bfloat16))"
+            )
+        lines.append(
+            f"{text}; quantize them with bitsandbytes.nn.parametrize.replace_parameter_4bit and adapt them with "
+            "lorafuse.integrations.adapt_experts"
+        )
+    if bare:
+        lines.append(
+            f"{len(bare)} quantized experts modules have no adapter, the first is {bare[0]}: PEFT adapts no "
+            "parametrized stack; lorafuse.integrations.adapt_experts does, after get_peft_model"
+        )
+    return lines

@@ -1,0 +1,240 @@
+"""`lorafuse::lora_gated_mlp`: schema, fake kernels, autograd; the gated MLP of a transformer with LoRA.
+
+    gate = gate(x)       up = up(x)       h = act(gate) · up       y = down(h)
+    dh = dy w + dyb a of down             dgate, dup = the activation's gradients at dh
+    dx = Σ over gate and up of dy_i w_i + dyb_i a_i, one sum
+
+Each of the three layers is one of `lora_linears`: its own bias, adapter (or none), rank, scale, mask, weight format.
+Gate and up are siblings of x (`ops.group`). Saved are x, gate, up, xa `[M, ΣR]` of both and xa of down, where a
+gradient needs them; h is computed again, and up too with `recompute_up`. Gradients of gradients, and calls under a
+transform, run in plain torch.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lorafuse.activation import gate_backward, gate_differentiable, gate_forward, gate_forward_parts
+from lorafuse.backends.protocol import NO_GUARD, Backend
+from lorafuse.operands import LowRank, matrix, shaped_like
+from lorafuse.ops import group, plain
+from lorafuse.ops._define import LIBRARY, implement
+from lorafuse.ops.autocast import outside_autocast
+from lorafuse.ops.layers import (
+    SCHEMA,
+    Layer,
+    Settings,
+    choose_for,
+    columns,
+    layer_backward,
+    layer_forward,
+    layers_of,
+    names_of,
+    plain_layer,
+    plain_xa,
+    problem_of,
+    refuse_masks_of_nested,
+)
+from lorafuse.ops.linear import can_bypass_dispatcher
+from lorafuse.ops.transforms import needs_plain_backward
+from lorafuse.plan import Plan
+
+__all__ = ["backward", "forward", "lora_gated_mlp", "plain_lora_gated_mlp"]
+
+_SETTINGS = "str backend, bool wide, str activation, bool recompute_up"
+LIBRARY.define(
+    f"lora_gated_mlp(Tensor x, {SCHEMA}, {_SETTINGS}) -> (Tensor y, Tensor gate, Tensor up, Tensor xa, Tensor ha)"
+)
+# needs and results are dx, every da, every db, every dbias, in the order gate, up, down
+LIBRARY.define(
+    "lora_gated_mlp_backward(Tensor dy, Tensor x, Tensor? gate, Tensor? up, Tensor? xa, Tensor? ha,"
+    f" {SCHEMA}, bool[] needs, {_SETTINGS}) -> Tensor[]"
+)
+
+
+def forward(
+    run: Backend, plan: Plan | None, x: Tensor, layers: Sequence[Layer], activation: str, wide: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """`(y [M, N], gate [M, I], up [M, I], xa [M, ΣR] of both, ha [M, R])` of x `[M, H]`; layers gate, up and down."""
+    *siblings, down = layers
+    xa, (gate, up) = group.forward(run, plan, x, siblings, wide)
+    y, ha = layer_forward(run, gate_forward(activation, gate, up), down, wide)
+    return y, gate, up, xa, ha
+
+
+def backward(
+    run: Backend, plan: Plan | None, dy: Tensor, x: Tensor, gate: Tensor | None, up: Tensor | None, xa: Tensor | None,
+    ha: Tensor | None, layers: Sequence[Layer], needs: Sequence[bool], activation: str, wide: bool,
+) -> list[Tensor | None]:  # fmt: skip
+    """`[dx, *da, *db, *dbias]` for dy `[M, N]`, None where not needed; up is computed again where it is None."""
+    *siblings, down = layers
+    need_dx, of_da, of_db, of_dbias = needs[0], needs[1:4], needs[4:7], needs[7:]
+    of_siblings = [need_dx, *of_da[:2], *of_db[:2], *of_dbias[:2]]
+    h, act, need_dh = None, None, any(of_siblings)
+    if up is None and (need_dh or of_da[2]):
+        up = up_again(run, x, xa, siblings, wide)
+    if of_da[2]:
+        h, act = gate_forward_parts(activation, gate, up)
+    dh, *of_down = layer_backward(run, dy, h, ha, down, (need_dh, of_da[2], of_db[2], of_dbias[2]), wide)
+    del h
+    gradients: list[Tensor | None] = [None] * 7
+    if need_dh:
+        du = [run.matrix(part) for part in gate_backward(activation, dh, gate, up, act)]
+        del dh, act
+        gradients = group.backward(run, plan, du, x, xa, siblings, of_siblings, wide)
+    dx, *rest = gradients
+    da, db, dbias = ([*rest[2 * i : 2 * i + 2], of_down[i]] for i in range(3))
+    return [dx, *da, *db, *dbias]
+
+
+def up_again(run: Backend, x: Tensor, xa: Tensor | None, siblings: Sequence[Layer], wide: bool) -> Tensor:
+    """up of x and its xa, as forward computed it."""
+    layer, mine = siblings[1], columns(xa, siblings)[1]
+    if run.linear_forward is not None:
+        return layer_forward(run, x, layer, wide)[0]
+    plan = run.plan(lambda: problem_of(x, [layer], wide), x.device)
+    low = None if mine is None or layer.b is None else LowRank(mine, layer.b, layer.factor)
+    return run.matmul(x, layer.weight, None, plan, low=low, bias=layer.bias)
+
+
+def _forward(x, *arguments):
+    *of_layers, backend, wide, activation, recompute_up = arguments
+    layers, flat = layers_of(*of_layers), matrix(x)
+    run, plan = choose_for(backend, flat, layers[:2], wide, also=layers[2:])
+    with NO_GUARD if x.is_cpu else run.guard(x.device):
+        y, gate, up, xa, ha = forward(run, plan, run.matrix(flat), layers, activation, wide)
+    if ha is None:
+        ha = xa.new_empty((xa.shape[0], 0))
+    return shaped_like(y, x), gate, x.new_empty(0) if recompute_up else up, xa, ha
+
+
+def _fake_forward(x, *arguments):
+    *of_layers, _, wide, _, recompute_up = arguments
+    layers, rows = layers_of(*of_layers), math.prod(x.shape[:-1])
+    gate, up, down = (layer.weight.sizes[0] for layer in layers)
+    low = torch.float32 if wide else x.dtype
+    xa, ha = (x.new_empty((rows, sum(g.rank for g in some)), dtype=low) for some in (layers[:2], layers[2:]))
+    up = x.new_empty(0 if recompute_up else (rows, up))
+    return x.new_empty((*x.shape[:-1], down)), x.new_empty((rows, gate)), up, xa, ha
+
+
+def _gradients(dy, x, gate, up, xa, ha, *arguments):
+    """`[dx, *da, *db, *dbias]`, None where not needed."""
+    *of_layers, needs, backend, wide, activation, _ = arguments
+    layers, flat = layers_of(*of_layers), matrix(x)
+    # du has gate's shape and strides
+    planned = flat if gate is None else gate
+    of_siblings = [needs[0], *(need for i, need in enumerate(needs[1:]) if i % 3 < 2)]
+    run, plan = choose_for(backend, planned, layers[:2], wide, names_of(of_siblings), also=layers[2:])
+    with NO_GUARD if dy.is_cpu else run.guard(dy.device):
+        operands = run.matrix(matrix(dy)), run.matrix(flat), gate, up, xa, ha
+        dx, *rest = backward(run, plan, *operands, layers, needs, activation, wide)
+    return [None if dx is None else shaped_like(dx, dy), *rest]
+
+
+def _backward(dy, *rest):
+    # None is no tensor, which the schema needs
+    return [dy.new_empty(0) if g is None else g for g in _gradients(dy, *rest)]
+
+
+def _fake_backward(dy, x, gate, up, xa, ha, *arguments):
+    *of_layers, needs, _, _, _, _ = arguments
+    layers = layers_of(*of_layers)
+    biases = (dy.new_empty(layer.weight.sizes[0]) for layer in layers)
+    likes = x, *(layer.a for layer in layers), *(layer.b for layer in layers), *biases
+    return [like.new_empty(like.shape) if need else dy.new_empty(0) for like, need in zip(likes, needs, strict=True)]
+
+
+def _plain(x, layers, activation, wide):
+    """y in plain torch, which every transform and every order of differentiation knows."""
+
+    def run(x, layer):
+        return plain_layer(x, None if layer.a is None else plain_xa(x, layer, wide), layer)
+
+    gate, up, down = layers
+    return run(gate_differentiable(activation, run(x, gate), run(x, up)), down)
+
+
+_op = torch.ops.lorafuse.lora_gated_mlp.default
+_op_backward = torch.ops.lorafuse.lora_gated_mlp_backward.default
+
+
+class _LoRAGatedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, settings, others, *tensors):
+        arguments = *settings.arguments(tensors), *others
+        if can_bypass_dispatcher(x, *tensors):
+            y, *made = _forward(x, *arguments)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                y, *made = _op(x, *arguments)
+        need_dx, _, _, *of_tensors = ctx.needs_input_grad
+        needs = [need_dx, *settings.needs(of_tensors)]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*made)
+        ctx.settings, ctx.others, ctx.needs = settings, others, needs
+        gate, up, xa, ha = made
+        recompute_up, of_down, of_siblings = others[-1], needs[3], any(needs[i] for i in (0, 1, 2, 4, 5, 7, 8))
+        gate, up = (gate, None if recompute_up else up) if of_siblings or of_down else (None, None)
+        kept = gate, up, xa if needs[4] or needs[5] or (gate is not None and recompute_up) else None
+        ctx.save_for_backward(x, *kept, ha if needs[6] else None, *tensors)
+        return y, *made
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        x, gate, up, xa, ha, *tensors = ctx.saved_tensors
+        settings, others, needs = ctx.settings, ctx.others, ctx.needs
+        if dy is None:
+            return (None,) * (3 + len(tensors))
+        arguments = settings.arguments(tensors)
+        # the dtypes are those of forward, whatever autocast is on now
+        with outside_autocast(dy):
+            if needs_plain_backward(dy):
+                grads = _plain_gradients(dy, x, layers_of(*arguments), needs, others)
+            else:
+                run = _gradients if can_bypass_dispatcher(dy, x, *tensors) else _op_backward
+                grads = run(dy, x, gate, up, xa, ha, *arguments, needs, *others)
+                grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        return grads[0], None, None, *settings.gradients(grads[1:], len(tensors))
+
+
+def _plain_gradients(dy, x, layers, needs, others):
+    """`_gradients` in plain torch, differentiable."""
+    _, wide, activation, _ = others
+    inputs = x, *(g.a for g in layers), *(g.b for g in layers), *(g.bias for g in layers)
+
+    def formula(x, *parameters):
+        a, b, bias = (parameters[first : first + 3] for first in (0, 3, 6))
+        given = [replace(g, a=a[i], b=b[i], bias=bias[i]) for i, g in enumerate(layers)]
+        return _plain(x, given, activation, wide)
+
+    needed = [i for i, need in enumerate(needs) if need]
+    gradients = dict(zip(needed, plain.gradients(formula, inputs, needed, dy), strict=True))
+    return [gradients.get(i) for i in range(len(needs))]
+
+
+def _autograd(x, *arguments):
+    settings, tensors = Settings.of(arguments[:10])
+    return _LoRAGatedMLP.apply(x, settings, arguments[10:], *tensors)
+
+
+implement("lora_gated_mlp", _forward, _fake_forward)
+implement("lora_gated_mlp_backward", _backward, _fake_backward)
+LIBRARY.impl("lora_gated_mlp", _autograd, "Autograd")
+
+
+def lora_gated_mlp(x, *arguments):
+    """y of the operator; see `lorafuse.functional.lora_gated_mlp` for the meaning."""
+    run = _op if torch.compiler.is_compiling() else _autograd
+    return run(x, *arguments)[0]
+
+
+def plain_lora_gated_mlp(x, *arguments):
+    """`lora_gated_mlp` for a call that `is_transformed`: in plain torch, whatever the backend."""
+    *of_layers, _, wide, activation, _ = arguments
+    layers = layers_of(*of_layers)
+    refuse_masks_of_nested("lora_gated_mlp", x, layers)
+    return _plain(x, layers, activation, wide)

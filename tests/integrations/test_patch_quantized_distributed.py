@@ -1,0 +1,61 @@
+"""Patched NF4 layers under FSDP2 (T1): two gloo processes on the CPU, weights sharded as bfloat16 that holds codes."""
+
+import warnings
+
+import pytest
+import tiny_families
+import torch
+from quantized_models import SIZES, adapted, quantize
+from test_patch_distributed import fsdp2, joined, spawn
+from test_patch_quantized import counting
+
+import lorafuse
+
+pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.no_poison
+STEPS = 2
+
+
+def model():
+    """Llama in bf16 over NF4; the dtype of the codes' storage is that of all parameters, which FSDP2 shards as one."""
+    warnings.simplefilter("ignore")
+    model_class = tiny_families.model_classes("llama")[0]
+    sizes = {key: SIZES[key] for key in SIZES if hasattr(tiny_families.tiny_config(model_class.config_class), key)}
+    base = tiny_families.tiny_model(model_class, **sizes)
+    base = quantize(base.to(torch.bfloat16), "nf4", torch.bfloat16, storage=torch.bfloat16)
+    return adapted(base).to(torch.bfloat16)
+
+
+def train(rank, one):
+    optimizer = torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for step in range(STEPS):
+        ids = torch.randint(64, (2, 7), generator=torch.Generator().manual_seed(10 * step + rank))
+        loss = one(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def train_three(rank, folder):
+    results = {"stock": train(rank, fsdp2(model()))}
+    patched = model()
+    lorafuse.patch(patched, strict=True)
+    with counting() as calls, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results["patched"] = train(rank, fsdp2(patched))
+    results["warned"] = [str(w.message) for w in caught if "runs as PEFT ships it" in str(w.message)]
+    results["calls"] = calls.call_count
+    torch.save(results, f"{folder}/{rank}.pt")
+
+
+def test_trains_as_peft_does(tmp_path):
+    spawn(joined, str(tmp_path), train_three)
+    for rank in range(2):
+        results = torch.load(tmp_path / f"{rank}.pt")
+        assert results["warned"] == []
+        assert results["calls"] == STEPS * 14
+        assert len(set(results["patched"])) == STEPS
+        assert results["patched"] == pytest.approx(results["stock"], rel=2e-2)
