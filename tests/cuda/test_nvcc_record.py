@@ -107,6 +107,7 @@ def test_an_instruction_is_counted_where_its_name_begins(monkeypatch, tmp_path):
     tool.write_text(f"#!/bin/sh\ncat <<'E'\narch = sm_80\n{text}\nE\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(nvcc_record, "INSTRUCTIONS", {"k": ("HMMA", "LDGSTS", "UTMALDG", "UTMALDG.2D.MULTICAST")})
     assert nvcc_record.instructions("k.o") == {
         "sm_80": {"k": {"HMMA": 3, "LDGSTS": 1, "UTMALDG": 2, "UTMALDG.2D.MULTICAST": 1}}
     }
