@@ -32,7 +32,14 @@ from lorafuse.integrations.hf_common import (
     watched,
 )
 from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, why_not_wrapped, wrappers
-from lorafuse.integrations.hf_quantized import described_format, is_quantized, notes, run_quantized, stored
+from lorafuse.integrations.hf_quantized import (
+    described_format,
+    is_quantized,
+    multiplies_packed,
+    notes,
+    run_quantized,
+    stored,
+)
 from lorafuse.integrations.report import Patched, PatchReport, Skipped
 from lorafuse.operands import Weight
 
@@ -77,6 +84,8 @@ def fused(shipped: type) -> Any:
                 parts = _parts(self) if shipped.forward is own else _replaced(shipped)  # type: ignore[attr-defined]
             if type(parts) is _Unfolded:
                 parts = _folded(*parts)
+            if type(parts) is tuple and type(parts[0]) is Weight and multiplies_packed(self._modules["base_layer"], x):
+                parts = None
             if type(parts) is tuple:
                 rows = x if x.dim() <= 4 else x.flatten(0, -4)
                 if type(parts[0]) is Weight:
