@@ -174,7 +174,15 @@ def table(result: dict[str, Any]) -> Any:
     is_warm, variants = "warm_floor" in result, result["variants"]
     spread = "\\[95 %]" if "tax_low" in variants["frozen"] else "\\[20-80 %]"
     columns = ["", "forward\nms", "backward\nms", "total ms\n\\[20-80 %]", f"LoRA tax\n{spread}", "of\nfull"]
-    columns += [*(["tax,\nx warm"] if is_warm else []), "TFLOP/s", "of\npeak", "of\ncopy", "memory\nMiB"]
+    has_dense = "lorafuse-dense" in variants
+    columns += [
+        *(["over\ndense"] if has_dense else []),
+        *(["tax,\nx warm"] if is_warm else []),
+        "TFLOP/s",
+        "of\npeak",
+        "of\ncopy",
+        "memory\nMiB",
+    ]
     base, rows = variants["frozen"]["peak_bytes"], []
     for name, figure in variants.items():
         digits = 2 if figure["total"]["median"] < 0.1 else 0
@@ -187,6 +195,7 @@ def table(result: dict[str, Any]) -> Any:
             name + ("*" if figure.get("launched") else ""), ms["forward"], ms["backward"], f"{ms['total']} \\[{ends}]",
             f"{tax} \\[{low * 100:.0f}-{high * 100:.0f}]" if adapted else "",
             f"{figure['ratio_to_full']:.2f}" if "ratio_to_full" in figure else "",
+            *([f"{figure['over_dense']:+.1%}"] if has_dense else []),
             *([f"{figure['warm_x']['tax']:.1%}" if adapted else ""] if is_warm else []),
             f"{figure['flops_per_s'] / 1e12:.2f}", f"{figure['of_peak']:.0%}", f"{figure['of_copy']:.0%}",
             f"{(figure['peak_bytes'] - base) / 2**20:+.1f}",
