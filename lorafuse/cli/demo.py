@@ -228,14 +228,16 @@ def _check_saved(
     from peft import PeftModel
 
     from lorafuse.demo.model import load, quantize
+    from lorafuse.demo.quantized import keep_packing
 
-    model.eval()
+    keep_packing(model.eval())
     model.save_pretrained(str(out / "adapter"))
     with console.status("reloading the adapter with stock PEFT"):
         fresh, _ = load(args.model, dtype, batch.device)
         if args.quant:
             quantize(fresh, args.quant)
         reloaded = PeftModel.from_pretrained(fresh, str(out / "adapter")).eval()
+        keep_packing(reloaded)
     error = relative_l2(model(input_ids=batch).logits, reloaded(input_ids=batch).logits)
     # the two sides are each within the tolerance of the exact result
     bound = 2 * tolerance(dtype)

@@ -6,7 +6,7 @@ from torch import nn
 
 from lorafuse.errors import MissingDependency
 
-__all__ = ["linear_4bit"]
+__all__ = ["keep_packing", "linear_4bit"]
 
 
 def linear_4bit(layer: nn.Linear, kind: str) -> Any:
@@ -25,3 +25,14 @@ def linear_4bit(layer: nn.Linear, kind: str) -> Any:
     made.bias = layer.bias
     # the move to a device quantizes
     return made.to(weight.device)
+
+
+def keep_packing(model: nn.Module) -> None:
+    """Leave bitsandbytes' layers in training mode, whatever the rest of `model` is in.
+
+    In eval mode, on a CPU with AVX512-BF16, they repack their weight for good and round its scales to bfloat16: a
+    model that was trained is another one afterwards.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes."):
+            module.train()

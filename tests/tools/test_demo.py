@@ -15,14 +15,18 @@ ROWS = [{"question": f"what is {i} plus {i} ?", "answer": str(2 * i)} for i in r
 
 @pytest.fixture(scope="module")
 def model_directory(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny-model")
+    return saved(tmp_path_factory.mktemp("tiny-model"), 32, 48)
+
+
+def saved(path, hidden, intermediate):
+    """A model of these sizes and its tokenizer, in a directory."""
     words = sorted({word for row in ROWS for word in f"{row['question']} {row['answer']}".split()})
     vocabulary = {word: i for i, word in enumerate(["<unk>", "</s>", "Question:", "Answer:", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
     fast.save_pretrained(path)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(path)
     return path
@@ -65,6 +69,24 @@ def test_whole_demo_on_a_tiny_model(model_directory, data_file, tmp_path, capsys
         assert (tmp_path / dtype / "adapter" / "adapter_model.safetensors").exists()
     written = json.loads((tmp_path / "float32" / "report.json").read_text())
     assert written["figures"]["largest_loss_difference"] <= report.LOSS_BOUND
+
+
+@pytest.mark.no_poison
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_whole_demo_over_a_base_in_4_bits(kind, data_file, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes", reason="--quant needs bitsandbytes: pip install --no-deps bitsandbytes")
+    # multiples of the block: bitsandbytes' AVX512 kernel reads other blocks' scales elsewhere, in PEFT's layers
+    directory = saved(tmp_path / "model", 64, 128)
+    how = "--dtype", "float32", "--lr", "1e-2", "--quant", kind
+    assert main(arguments(directory, data_file, tmp_path, *how)) == 0
+    printed = capsys.readouterr().out
+    for message in (f"{kind} base", "14 adapted layers patched", "logits differ", "bound 1e-03: ok"):
+        assert message in printed, message
+    written = json.loads((tmp_path / f"float32-{kind}" / "report.json").read_text())
+    assert written["conditions"]["quant"] == kind
+    assert written["figures"]["largest_loss_difference"] <= report.LOSS_BOUND
+    for steps in written["steps"].values():
+        assert steps["losses"][-1] < steps["losses"][0]
 
 
 @pytest.mark.no_poison
