@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-compile test-emu test-peft cuda budget lint fmt bench numbers gpu doctor clean
+.PHONY: help demo test test-compile test-emu test-peft test-trl cuda budget lint fmt bench numbers gpu doctor clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -29,6 +29,11 @@ test-emu: $(READY) ## the CUDA kernels on this CPU under a thousand seeded sched
 
 test-peft: $(READY) ## PEFT's own LoRA tests, from its source distribution, with every model patched; 15 minutes
 	@$(PY) tests/peft_suite/run.py -n logical --maxprocesses 4 $(ARGS)
+
+# dill, which datasets hashes functions with, pickles modules by value that lie elsewhere than in site-packages
+test-trl: $(READY) ## count --data by TRL's own collators, and run the advisor's scripts under TRL; installs 400 MB
+	@$(INSTALL) --no-deps --upgrade --target build/trl-tests/site-packages -r requirements/trl-tests.txt
+	@PYTHONPATH=build/trl-tests/site-packages $(PY) -m pytest tests/tools/test_advise_data.py tests/tools/test_advise_snippet.py $(ARGS)
 
 cuda: $(READY) ## build the CUDA kernels (with nvcc) and their emulator (with g++) into lorafuse/
 	@$(PY) csrc/build.py emu

@@ -76,7 +76,9 @@ def warnings(report):
 
 
 def instructions(file):
-    """`{architecture: {kernel: {an instruction that INSTRUCTIONS has for its namespace: count in the SASS}}}`."""
+    """`{architecture: {kernel: {an instruction: count in the SASS}}}`, of those that INSTRUCTIONS has for the kernel's
+    namespace, and of all where it has none for that.
+    """
     # Triton's wheel brings one too
     beside = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     tool = shutil.which("cuobjdump") or str(beside)
@@ -84,12 +86,13 @@ def instructions(file):
     names = {}
     for start, wanted in INSTRUCTIONS.items():
         names.setdefault(start.rpartition("::")[0], set()).update(wanted)
+    every = set().union(*names.values())
     found = {}
     for arch, code in zip(*[iter(re.split(r"arch = (\w+)", text)[1:])] * 2, strict=True):
         parts = re.split(r"Function : (.*)", code)[1:]
         kernels = map(short, demangled("\n".join(parts[::2])).splitlines())
         for kernel, sass in zip(kernels, parts[1::2], strict=True):
-            looked_for = sorted(names[kernel.partition("<")[0].rpartition("::")[0]])
+            looked_for = sorted(names.get(kernel.partition("<")[0].rpartition("::")[0], every))
             # the boundary comes last: searching for the text itself is ten times as fast as for \b before it
             counts = {name: len(re.findall(rf"{re.escape(name)}(?<!\w{re.escape(name)})", sass)) for name in looked_for}
             found.setdefault(arch, {})[kernel] = {name: count for name, count in counts.items() if count}

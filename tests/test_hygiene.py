@@ -216,6 +216,24 @@ def names_that_are_no_terms(source):
     return sorted(lines)
 
 
+def constants_of_modules(source):
+    """Line numbers in Triton kernels at which a constant is read as `module.NAME`: Triton's cache does not know it.
+
+    A constant of the kernel's own file is part of the key, and what tl holds is Triton's.
+    """
+    tree = ast.parse(source)
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    modules = {alias.asname or alias.name for node in imports for alias in node.names} - {"tl"}
+    return [
+        node.lineno
+        for kernel in ast.walk(tree)
+        if isinstance(kernel, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in kernel.decorator_list)
+        for node in ast.walk(kernel)
+        if isinstance(node, ast.Attribute) and node.attr.isupper()
+        if isinstance(node.value, ast.Name) and node.value.id in modules
+    ]
+
+
 def _is_private(name):
     return name.startswith("_") and not name.startswith("__")
 
@@ -246,6 +264,16 @@ def _report(checker, paths):
 def test_no_exception_is_swallowed():
     assert _report(swallowed_exceptions, SOURCES) == []
     assert swallowed_exceptions("try:\n    f()\nexcept ValueError:\n    pass") == [3]
+
+
+def test_kernels_read_constants_by_their_own_name():
+    kernels = [path for path in PACKAGE if path.parent.name in ("kernels", "formats")]
+    assert _report(constants_of_modules, kernels) == []
+    head = "import triton.language as tl; from lorafuse.kernels import common\n"
+    for decorator in ("@triton.jit", '@triton.jit(do_not_specialize=["x"])'):
+        assert constants_of_modules(f"{head}{decorator}\ndef f(x):\n    return x + common.SIZE") == [4]
+        assert constants_of_modules(f"{head}{decorator}\ndef f(x):\n    return tl.NAN + x.T + SIZE") == []
+    assert constants_of_modules(f"{head}def f(x):\n    return x + common.SIZE") == []
 
 
 def test_variables_have_the_names_of_the_glossary():

@@ -5,6 +5,7 @@
 #include "dispatch.hpp"
 #include "project_sm80.cuh"
 #include "reduce_sm80.cuh"
+#include "round_checks.hpp"
 
 namespace lorafuse {
 namespace {
@@ -20,22 +21,6 @@ void check_sizes(int64_t M, int64_t columns, int64_t R) {
   require(M >= 1 && columns >= 1 && R >= 1, "sizes ", M, ", ", columns, " and rank ", R, " must be positive");
   require(M < int64_t{1} << 31 && columns < int64_t{1} << 31 && R < int64_t{1} << 31, "sizes ", M, ", ", columns,
           " and rank ", R, " must be below 2^31");
-}
-// An adapter that is rounded for a product of `type`; none has no place.
-void check_round(const Round& p, Type type) {
-  if (!p.out) return;
-  require(p.rows >= 1 && p.columns >= 1, "an adapter of ", p.rows, " rows and ", p.columns, " columns is empty");
-  require(p.in != nullptr, "in is null");
-  const int64_t columns_in = p.transposed ? p.rows : p.columns;
-  check_stride("in", columns_in, p.stride_in);
-  require(p.type == type, "an adapter is rounded to type ", static_cast<int>(p.type), " for a product of type ",
-          static_cast<int>(type));
-  check_adapter_type(p.in_type, type);
-  check_matrix("out", p.out, p.columns, p.stride_out);
-}
-int grid_size(int64_t blocks) {
-  require(blocks < int64_t{1} << 31, "a launch of ", blocks, " blocks is above 2^31 - 1");
-  return static_cast<int>(blocks);
 }
 
 template <class T, class A, int BLOCK_M, int RANKS>
@@ -164,15 +149,6 @@ Reduce reduce_of(const ReduceX& p) {
 }
 
 }  // namespace
-
-void round_adapter(const Round& p, void* stream) {
-  require(p.out != nullptr, "out is null");
-  check_round(p, p.type);
-  choose_type(p.type, [&]<class T>(T) {
-    LaunchConfig config{grid_size(ceil_div<int64_t>(round_chunks(p), kThreads)), kThreads};
-    launch(round_kernel<T>, config, static_cast<Stream>(stream), p);
-  });
-}
 
 void project_x(const ProjectX& p, void* stream) {
   check_sizes(p.M, p.K, p.R);

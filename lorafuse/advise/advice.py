@@ -184,9 +184,9 @@ def plan_adapter(
     usual = max(schedule.BATCH_CLOSE * rollouts, micro_batch * devices)
     accumulation = schedule.accumulation(usual if batch is None else batch, micro_batch, devices)
     is_paired = bool(count and count.is_paired)
-    # tokens of an example: both answers of a pair are trained on
-    each = length * (2 if is_paired else 1)
-    settings = fit(shapes, used, each, micro_batch, device)
+    # both answers of a pair are trained on
+    each = 2 if is_paired else 1
+    settings = fit(shapes, used, length, micro_batch, device, sequences=each)
     # what a smaller micro-batch lacks, accumulation makes up for
     accumulation = accumulation * micro_batch // settings.micro_batch
     used_batch = accumulation * settings.micro_batch * devices
@@ -244,7 +244,9 @@ def plan_adapter(
         learning_rate=rate,
         accumulation=accumulation,
         memory={
-            (method, saved): memory(shapes, method, used, micro_batch * each, checkpointing=saved)
+            (method, saved): memory(
+                shapes, method, used, micro_batch * each * length, checkpointing=saved, length=length
+            )
             for method in METHODS
             for saved in (False, True)
         },
@@ -268,10 +270,13 @@ def _step_seconds(
     shapes: ModelShapes, rank: int, each: int, length: int, settings: Fit, accumulation: int, device: DeviceSpec
 ) -> dict[str, float]:
     """Seconds of an optimizer step, accumulation included, of each of `WAYS` that fits with the same settings."""
-    if settings.fits is False or settings.method == "qlora":
+    if settings.fits is False:
         return {}
-    tokens = settings.micro_batch * each
+    tokens = settings.micro_batch * each * length
     micro = micro_step_seconds(shapes, rank, tokens, length, device, checkpointing=settings.checkpointing)
-    full = memory(shapes, "full", rank, tokens, checkpointing=settings.checkpointing).total
-    fitting = [one for one in WAYS if one != "full fine-tuning" or full <= usable_bytes(device)]
-    return {one: micro[one] * accumulation + update_seconds(shapes, one, rank, device) for one in fitting}
+    shown = ["QLoRA"]
+    if settings.method == "lora":
+        full = memory(shapes, "full", rank, tokens, checkpointing=settings.checkpointing, length=length).total
+        fits = full <= usable_bytes(device)
+        shown = [one for one in WAYS if one != "QLoRA" and (fits or one != "full fine-tuning")]
+    return {one: micro[one] * accumulation + update_seconds(shapes, one, rank, device) for one in shown}

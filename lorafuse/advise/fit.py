@@ -34,16 +34,22 @@ def usable_bytes(device: DeviceSpec) -> float:
     return _USABLE * device.memory_bytes
 
 
-def fit(shapes: ModelShapes, rank: int, length: int, micro_batch: int, device: DeviceSpec | None) -> Fit:
+def fit(
+    shapes: ModelShapes, rank: int, length: int, micro_batch: int, device: DeviceSpec | None, *, sequences: int = 1
+) -> Fit:
     """The first settings that fit on one device, nothing sharded: LoRA, then with checkpointing, then with smaller
-    micro-batches, then QLoRA in the same way, but of stacked experts, which stay bf16."""
+    micro-batches, then QLoRA in the same way, but of stacked experts, which stay bf16. An example of a micro-batch has
+    `sequences` of `length` tokens."""
     sizes = [micro_batch >> shift for shift in range(micro_batch.bit_length())]
     names = {"lora": "LoRA"} | ({} if any(x.parameter for x in shapes.adapted) else {"qlora": "QLoRA"})
     tried = [("lora", False, micro_batch)] + [(method, True, size) for method in names for size in sizes]
     settings = [
-        Fit(method, saved, size, memory(shapes, method, rank, size * length, checkpointing=saved).total, None)
+        Fit(
+            method, saved, size,
+            memory(shapes, method, rank, size * sequences * length, checkpointing=saved, length=length).total, None,
+        )
         for method, saved, size in tried
-    ]
+    ]  # fmt: skip
     if device is None or not usable_bytes(device):
         return settings[0]
     for each in settings:

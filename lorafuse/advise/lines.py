@@ -199,6 +199,9 @@ def _cost(a: Advice) -> list[Line]:
         if method == "qlora" and any(x.parameter for x in a.shapes.adapted):
             value += "; stacks of experts stay bf16"
         lines.append(Line(section, name, value, "model", source))
+    if a.shapes.scores.heads:
+        value = "eager, which keeps a score of each pair of tokens; a flash kernel, by attn_implementation, keeps none"
+        lines.append(Line(section, "attention", value, "measured here", "MODULES"))
     if request.gpu is None:
         return [*lines, Line(section, "does it fit, how long", "name a GPU: --gpu H200", "model", "CARD, PLAN")]
     lines.append(_fits(a, request.gpu))
@@ -206,6 +209,8 @@ def _cost(a: Advice) -> list[Line]:
         full = a.step_seconds.get("full fine-tuning")
         value = f"{seconds:.3g} s (model)"
         value += f", {seconds / full:.2f} of full fine-tuning (model)" if full else ", full fine-tuning does not fit"
+        if training == "QLoRA":
+            value = f"at least {value}; weights are decoded before each product, PEFT's casts left out"
         lines.append(Line(section, f"step on {request.gpu}, {training}", value, "model", "PLAN"))
     return lines
 
@@ -216,7 +221,6 @@ def _fits(a: Advice, gpu: str) -> Line:
     settings = f"{method}{' with checkpointing' if f.checkpointing else ''} at micro-batch {f.micro_batch}"
     of = f"{f.total / 2**30:.1f} of {held:.1f} GiB (model)"
     if f.fits:
-        more = "" if f.method == "lora" else "; lorafuse leaves quantized layers to PEFT, whose step is not modelled"
-        return Line("cost", f"fits on {gpu}", f"{settings}, {of}{more}", "model", "CARD, SAVED")
+        return Line("cost", f"fits on {gpu}", f"{settings}, {of}", "model", "CARD, SAVED")
     value = f"{settings} is {of}; {f.elsewhere}"
     return Line("cost", f"does not fit on {gpu}", value, "model", "CARD, SAVED")

@@ -2,8 +2,9 @@
 
 Activations are what autograd saves in a transformers model patched by lorafuse: each distinct input of a linear layer
 and each output that an attention or an activation function keeps, in bf16, what enters a norm in fp32, `[tokens, R]`
-for each adapter. Of logits there are three fp32 copies when their gradient is made: log-probabilities, their gradient,
-and the logits'. Within 2% of the peaks measured on an H200 and 10% of what hooks see on a CPU, both in tests.
+for each adapter, and the scores of eager attention. Of logits there are three fp32 copies when their gradient is made:
+log-probabilities, their gradient, and the logits'. Within 2% of the peaks measured on an H200 and 10% of what hooks see
+on a CPU, both in tests.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ METHODS = tuple(_TRAINED)
 _HALF, _SINGLE, _NF4 = 2, 4, 4.127 / 8
 # activations of a block and the gradients of about half of them, in its backward (peaks of a Llama on a CPU, in tests)
 _BACKWARD = 1.5
+# bytes of a score in eager attention's backward, beside what is kept: gradients in fp32 and bf16 (as above)
+_SCORE_GRADIENTS = 6
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,10 @@ class Memory:
 
 
 def memory(
-    shapes: ModelShapes, method: str, rank: int, tokens: int, *, checkpointing: bool, accumulates: bool = True
-) -> Memory:
-    """Bytes on one device for a micro-batch of `tokens`, with nothing sharded.
+    shapes: ModelShapes, method: str, rank: int, tokens: int, *, checkpointing: bool, length: int | None = None,
+    accumulates: bool = True,
+) -> Memory:  # fmt: skip
+    """Bytes on one device for a micro-batch of `tokens` in sequences of `length` (one, unless given), nothing sharded.
 
     `method` is "full" (bf16 weights, gradients and moments), "master" (full with fp32 master weights), "lora" or
     "qlora", which holds the adapted `nn.Linear` weights in NF4 and everything else, stacked experts included, in bf16.
@@ -50,13 +54,16 @@ def memory(
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
     is_full = method in ("full", "master")
     block = activation_bytes(shapes, 0 if is_full else rank, tokens) // shapes.layers
+    pairs = shapes.scores.heads * tokens * (length or tokens) // shapes.layers
+    scores, gradients_of_scores = shapes.scores.kept * pairs, _SCORE_GRADIENTS * pairs
     logits = shapes.vocabulary * tokens * 3 * _SINGLE
     if checkpointing:
-        activations = shapes.hidden * tokens * _HALF * shapes.layers + block
-        held = activations - block + max(round(_BACKWARD * block), logits)
+        inputs = shapes.hidden * tokens * _HALF * shapes.layers
+        activations = inputs + block + scores
+        held = inputs + max(round(_BACKWARD * block) + scores + gradients_of_scores, logits)
     else:
-        activations = block * shapes.layers
-        held = activations + logits
+        activations = (block + scores) * shapes.layers
+        held = activations + max(logits, gradients_of_scores)
     number = shapes.parameters if is_full else trainable(shapes, rank)
     trained = number * _TRAINED[method]
     packed = sum(x.weights for x in shapes.adapted if not x.parameter) if method == "qlora" else 0

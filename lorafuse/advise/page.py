@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["page"]
 
 _NOTES = (
-    "memory is of one device and nothing sharded; scores of attention that keeps them and allocators are left out",
+    "memory is of one device and nothing sharded; what an allocator cannot use is left out",
     "step time is one optimizer step of a device, accumulation and fused AdamW included; generation and data are not",
 )
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from lorafuse.advise.configuration import load_config, on_meta
 
-__all__ = ["KINDS", "Linear", "ModelShapes", "shapes_of"]
+__all__ = ["KINDS", "LAST", "Linear", "ModelShapes", "Scores", "shapes_of"]
 
 KINDS = ("mlp", "attention", "experts", "other", "router", "tower", "unembedding")
 # none is adapted: PEFT's "all-linear" leaves the unembedding out, no finding speaks of routers, and text gives the
@@ -21,6 +21,8 @@ _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _MLP = re.compile(r"mlp|feed_?forward|ffn|intermediate|shared_expert|dense|\bfc\d|\bwi_?\d?\b|\bwo\b", re.IGNORECASE)
 # an expert of a list of experts, with linear layers of its own
 _LISTED_EXPERT = re.compile(r"^(.*experts)\.\d+\.")
+# what projects an attention's heads back
+LAST = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 _ROUTERS = {"gate", "router", "shared_expert_gate", "wg"}
 _ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts", "top_k")
 
@@ -59,6 +61,16 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """Scores of eager attention, a number for each head and pair of tokens of a sequence: `heads` of all blocks, 0
+    where a fused kernel keeps no scores; bytes of one score that autograd keeps, and that forward and backward move."""
+
+    heads: int = 0
+    kept: int = 0
+    moved: int = 0
+
+
+@dataclass(frozen=True)
 class ModelShapes:
     """What the advisor knows of a model. `parameters` counts all of the base, a tied embedding once; `experts` and
     `active_experts` are 0 for a dense model; `normed` is the number of features of a token that go through norms."""
@@ -73,6 +85,7 @@ class ModelShapes:
     experts: int = 0
     active_experts: int = 0
     normed: int = 0
+    scores: Scores = Scores()
 
     @property
     def adapted(self) -> tuple[Linear, ...]:
@@ -135,8 +148,21 @@ def _of_modules(model: nn.Module, name: str, active_experts: int | None) -> Mode
     model_type = getattr(config, "model_type", "")
     normed = _normed(modules, {at: N for at, _, N, _ in layers}, int(hidden), towers)
     return ModelShapes(
-        name, model_type, int(hidden), vocabulary, int(depth), parameters, tuple(linears), experts, active, normed
-    )
+        name, model_type, int(hidden), vocabulary, int(depth), parameters, tuple(linears), experts, active, normed,
+        _scores(config, linears, modules),
+    )  # fmt: skip
+
+
+def _scores(config: Any, linears: list[Linear], modules: list[tuple[str, nn.Module]]) -> Scores:
+    """The scores of transformers' eager attention: softmax in fp32 and its copy in bf16; with attention sinks a softmax
+    in bf16 alone, with capped scores their tanh too. Bytes as operators of tiny models keep and move them, in tests."""
+    if getattr(config, "_attn_implementation", None) != "eager":
+        return Scores()
+    layers = sum(x.kind == "attention" and x.name.endswith(LAST) for x in linears)
+    heads = layers * (getattr(config, "num_attention_heads", None) or 0)
+    if any(hasattr(module, "sinks") for _, module in modules):
+        return Scores(heads, 2, 66)
+    return Scores(heads, 8, 94) if getattr(config, "attn_logit_softcapping", None) else Scores(heads, 6, 68)
 
 
 def _towers(model: nn.Module, config: Any) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ FINDINGS = {
     "MOE": "one adapter for each expert, of rank total / active experts (LoRA Without Regret; Tinker shares the outer factor of all experts since)",
     "R1": "a step of 32 questions with 16 answers each (DeepSeek-R1, Guo et al. 2025)",
     "ADAM": "bytes of a trained parameter with gradient and Adam's two moments: 8 all in bf16, 16 with an fp32 weight and moments (ZeRO, Rajbhandari et al. 2020), 16 for an fp32 adapter; fused AdamW, no copies",
-    "SAVED": "activations as autograd saves them, tested against its hooks; the peak against bench/results/h200-2026-11-26-model.json (LoRA and full within 2%)",
+    "SAVED": "activations, eager attention's scores among them, as autograd saves them, tested against its hooks; the peak against bench/results/h200-2026-11-26-model.json (LoRA and full within 2%)",
     "NF4": "4.127 bits for each weight of a linear layer, double quantization included (QLoRA, Dettmers et al. 2023)",
     "CARD": "95% of the memory in the GPU's datasheet, whose GB are 10^9 bytes",
     "PLAN": "the cost model of lorafuse.plan, as `lorafuse plan` prints it; attention, loss, optimizer, and the rest calibrated on one run: 8 layers of Llama-3.1-8B on an H200 (full fine-tuning of it within 10%)",

@@ -10,8 +10,7 @@ read. Backward: 2MNK + 4MR(N + K) FLOPs; beyond the base product two reads of dy
 read.
 """
 
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -113,19 +112,17 @@ class Aten(Backend):
             return _masked_matmul(dy, dense, low, x, da), da.to(like.dtype)
 
     def matmul_sum(
-        self, terms: Iterable[tuple[Tensor, Weight]], lows: Sequence[LowRank], plan: Plan | None, *,
+        self, terms: Sequence[tuple[Tensor, Weight]], lows: Sequence[LowRank], plan: Plan | None, *,
         wide: Tensor | None = None, likes: Sequence[Tensor] = (),
     ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-        terms = iter(terms)
-        first = next(terms)
+        dtype, total = terms[0][0].dtype, None
         # dx of masked low-rank products, and of fp32 ones over 16 bits, is added in row chunks
-        apart = [low.dropout is not None or low.xa.dtype is not first[0].dtype for low in lows]
-        total = None
+        apart = [low.dropout is not None or low.xa.dtype is not dtype for low in lows]
         # the low-rank products first: the large GEMMs accumulate onto them, and no full-size sum has a pass of its own
         for low, is_apart in zip(lows, apart, strict=True):
             if not is_apart:
                 total = _accumulated(total, low.xa, _right(low), low.scale)
-        for x, w in itertools.chain((first,), terms):
+        for x, w in terms:
             with self.dense(w, x.dtype) as dense:
                 total = _accumulated(total, x, dense.right())
         assert total is not None

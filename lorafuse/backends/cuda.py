@@ -9,6 +9,9 @@
       hold "project"
     ragged                grouped_linear: y or dx; ATen computes everything else
 
+A quantized weight is decoded by a launch of its own (decode_codebook, decode_fp8; both run from sm_80 on) before the
+first one of a pass: linear may overlap the launch right before it, and reads w without waiting.
+
 bfloat16 and float16 on devices of compute capability 9.0. `linear` reads adapters of x's dtype whose rows, like those
 of xa and dyb, are padded to 16 bytes with zeros. Launches go to the current stream of x's device, nothing waits for it
 and all memory is torch's, so that CUDA graphs capture it.

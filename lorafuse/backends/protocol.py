@@ -21,7 +21,7 @@ refuses problems whose xa is fp32 over 16-bit operands: these do not learn of it
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -104,7 +104,8 @@ class Backend:
         if w.format == "dense":
             yield slice(0, G), w
             return
-        step = G if is_whole else min(G, max(1, workspace.budget() // max(1, math.prod(sizes) * dtype.itemsize)))
+        fitting = workspace.budget() // max(1, math.prod(sizes) * dtype.itemsize)
+        step = max(1, G if is_whole else min(G, fitting))
         with workspace.buffer((step, *sizes), dtype, w.data.device) as out:
             for start in range(0, G, step):
                 stop = min(G, start + step)
@@ -132,13 +133,13 @@ class Backend:
         raise NotImplementedError
 
     def matmul_sum(
-        self, terms: Iterable[tuple[Tensor, Weight]], lows: Sequence[LowRank], plan: Plan | None, *,
+        self, terms: Sequence[tuple[Tensor, Weight]], lows: Sequence[LowRank], plan: Plan | None, *,
         wide: Tensor | None = None, likes: Sequence[Tensor] = (),
     ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         """`(Σ_i x_i w_iᵀ + Σ_j low_j, [xa_jᵀ drop_j(wide)])`: dx `[S, K]` of layers that read one x, and each da.
 
-        Rows are dense. Terms are at least as many as lows, and read one after the other: the weight of one may be gone
-        when the next is read. `likes` are the parameters whose gradients the second are, those of the lows, or none.
+        Rows are dense; terms are at least one, and as many as lows or more. `likes` are the parameters whose gradients
+        the second are, those of the lows, or none.
         """
         rest, total = list(lows), None
         for x, w in terms:

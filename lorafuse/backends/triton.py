@@ -64,7 +64,7 @@ class Triton(Backend):
 
     def decode(self, w: Weight, dtype: torch.dtype, out: Tensor) -> Tensor:
         known = w.kernel
-        if known is None or not out.numel():
+        if known is None or not out.numel() or dtype not in _DTYPES:
             return super().decode(w, dtype, out)
         name, operands = known
         decode.KERNELS[name](out=out, **operands)

@@ -47,14 +47,12 @@ _STYLES = {
     "lorafuse-eager": Style("#e69f00", "<", "||"),
     "lorafuse-addmm": Style("#f0c75e", "8", "--"),
     "lorafuse-triton": Style("#8c1c13", ">", "++"),
-    "lorafuse-triton-single": Style("#f0a58f", "p", "oo"),
     "lorafuse-cuda": Style("#b5476b", "h", "**"),
     "lorafuse-cuda-single": Style("#e8a0bf", "d", "OO"),
     "lorafuse-cuda-concurrent": Style("#7a1f3d", "H", "oo"),
     "unsloth": Style("#cc79a7", "X", "///"),
     "axolotl": Style("#6a3d9a", "*", "\\\\\\"),
     "axolotl-scattermoe": Style("#b15928", "1", "xxx"),
-    "lorafusion": Style("#4d4d00", "2", "---"),
 }
 # for baselines that are not this project's
 _OTHERS = (Style("#a6761d", "3", "+++"), Style("#386cb0", "4", "ooo"))

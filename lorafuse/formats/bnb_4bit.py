@@ -19,18 +19,21 @@ it, so that any matrices of a stack are read where they lie).
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lorafuse.formats.codec import decode_flat, held, is_of, parse, remembered, spell, target
+from lorafuse.formats.codec import decode_flat, held, is_of, parse, remembered, row_chunks, spell, target
 from lorafuse.formats.weight import Weight
 
 __all__ = ["adopt", "decode", "kernel", "parameters_of", "select", "shape"]
 
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+# products with the smallest value of a code, 0.0052, are normal fp32 and bf16 from here on
+_SMALLEST = 1e-30
 # of nested statistics; bitsandbytes has no other
 _NESTED_BLOCK = 256
 _TYPES = ("nf4", "fp4")
@@ -62,7 +65,41 @@ def decode(
     """The dense weight in `dtype`, in chunks: temporaries are those of one chunk."""
     sizes, block, rounded, first = parameters_of(parameters)
     out = target(out, sizes, dtype, data.device)
+    scales = _exact_for_library(data, statistics, sizes, block, rounded)
+    if scales is not None:
+        return _decode_by_library(data, statistics[1], scales, block, rounded, first, out)
     return decode_flat(data, statistics[1], lambda *blocks: _absmax(statistics, *blocks), block, rounded, first, out)
+
+
+def _exact_for_library(
+    data: Tensor, statistics: tuple[Tensor, ...], sizes: tuple[int, ...], block: int, rounded: torch.dtype
+) -> Tensor | None:
+    """The scales of all blocks where bitsandbytes' own CPU kernel decodes the same bits; None elsewhere.
+
+    It is 3 to 4 times as fast as torch's operators (576 × 1536, one core of a Xeon with AVX512, 2026-11-29). With
+    AVX512 it takes wrong scales for blocks across rows, has "accuracy issues" from blocks of 2048 on, and flushes what
+    is subnormal (bitsandbytes 0.50.2); a block of that scale has no subnormal product.
+    """
+    if data.device.type != "cpu" or sizes[-1] % block or block > 1024 or rounded is torch.float16:
+        return None
+    # whoever quantized the weight has brought its operators; a subclass of tensors is not for them
+    if "bitsandbytes.backends.cpu.ops" not in sys.modules or type(data) is not Tensor:
+        return None
+    scales = _absmax(statistics, 0, statistics[0].numel())
+    return scales if bool(((scales == 0) | (scales.abs() > _SMALLEST)).all()) else None
+
+
+def _decode_by_library(
+    data: Tensor, code: Tensor, scales: Tensor, block: int, rounded: torch.dtype, first: int, out: Tensor
+) -> Tensor:
+    # FP4's code begins with 0 and 0.0052, NF4's with -1
+    kind, columns, rows = "nf4" if code[0] < 0 else "fp4", out.shape[-1], out.view(-1, out.shape[-1])
+    for start, stop in row_chunks(out):
+        begin, end = first + start * columns, first + stop * columns
+        part, scale = data[begin // 2 : end // 2], scales[begin // block : end // block]
+        sizes = stop - start, columns
+        rows[start:stop] = torch.ops.bitsandbytes.dequantize_4bit(part, scale, block, kind, sizes, rounded)
+    return out
 
 
 def _absmax(statistics: tuple[Tensor, ...], start: int, stop: int) -> Tensor:
@@ -85,8 +122,10 @@ def select(
     return data, statistics, spell((stop - start, rows, columns), block=block, dtype=dtype, first=first or None)
 
 
-def kernel(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tuple[str, dict[str, Any]]:
-    """The decode kernel, and what it reads."""
+def kernel(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tuple[str, dict[str, Any]] | None:
+    """The decode kernel, and what it reads; None for strided tensors."""
+    if not all(t.is_contiguous() for t in (data, *statistics)):
+        return None
     _, block, dtype, first = parameters_of(parameters)
     scale, table, *outer = statistics
     given = {"code": data, "table": table, "scale": scale, "block": block, "first": first, "rounded": dtype}

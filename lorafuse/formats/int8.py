@@ -54,9 +54,10 @@ def _scale(data: Tensor, statistics: tuple[Tensor, ...]) -> tuple[Tensor, float 
 
 
 def kernel(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tuple[str, dict[str, Any]] | None:
-    """The decode kernel, and what it reads; None for strided data."""
+    """The decode kernel, and what it reads; None for strided tensors."""
     scale, step = _scale(data, statistics)
-    return ("grid", {"code": data, "scale": scale, "step": step}) if data.is_contiguous() else None
+    fits = data.is_contiguous() and scale.is_contiguous()
+    return ("grid", {"code": data, "scale": scale, "step": step}) if fits else None
 
 
 def select(

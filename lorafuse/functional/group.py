@@ -17,6 +17,9 @@ from lorafuse.ops.transforms import is_transformed
 
 __all__ = ["Projection", "lora_gated_mlp", "lora_linears", "lora_qkv", "run_linears"]
 
+# of a projection, in the order in which they are checked
+_OPERANDS = ("weight", "a", "b", "bias")
+
 
 class Projection(NamedTuple):
     """One frozen linear layer of a group, with a LoRA adapter or without.
@@ -152,7 +155,7 @@ def _arguments(
                     f"{operator} got a gate of {inner} out features and an up of {N}; they must be as many"
                 )
             inner = N
-    return _prepared(operator, x, named, backend)
+    return _prepared(operator, x, {name: _unwrapped(one) for name, one in named.items()}, backend)
 
 
 def _prepared(
@@ -186,47 +189,48 @@ def _check(operator: str, x: Tensor, name: str, one: Projection) -> None:
         raise TypeError(
             f"{operator} got a {type(one).__name__} for {name}; it must be a lorafuse.functional.Projection"
         )
-    if (one.a is None) != (one.b is None):
+    weight, a, b, scale, bias, dropout_p, _ = one
+    if (a is None) != (b is None):
         raise ValueError(
             f"{operator} got only one of a and b for {name}; an adapter has both, a layer without one none"
         )
-    data = one.weight.data if isinstance(one.weight, Weight) else one.weight
-    for key, t in {"weight": data, "a": one.a, "b": one.b, "bias": one.bias}.items():
-        if t is None and key != "weight":
+    data, device = weight.data if isinstance(weight, Weight) else weight, x.device
+    # by place and not by name: the names are for messages
+    for i, t in enumerate((data, a, b, bias)):
+        if t is None and i:
             continue
         if not isinstance(t, Tensor):
-            raise TypeError(f"{operator} got a {type(t).__name__} for {name}'s {key}; it must be a tensor")
-        if t.device != x.device:
+            raise TypeError(f"{operator} got a {type(t).__name__} for {name}'s {_OPERANDS[i]}; it must be a tensor")
+        if t.device != device:
             raise ValueError(
-                f"{operator} got x on {x.device} and {name}'s {key} on {t.device}; all tensors must be on one device: "
-                "move them with .to()"
+                f"{operator} got x on {device} and {name}'s {_OPERANDS[i]} on {t.device}; all tensors must be on one "
+                "device: move them with .to()"
             )
-        if key in ("a", "b") and not t.is_floating_point():
-            raise TypeError(f"{operator} got {t.dtype} for {name}'s {key}; adapters must be floating")
+        if i in (1, 2) and not t.is_floating_point():
+            raise TypeError(f"{operator} got {t.dtype} for {name}'s {_OPERANDS[i]}; adapters must be floating")
     if data.requires_grad:
         raise NotImplementedError(
             f"{operator} got a weight {list(data.shape)} of {name} that requires a gradient; it never computes one: "
             "freeze it with weight.requires_grad_(False)"
         )
-    if isinstance(one.weight, Weight):
-        check_statistics(operator, x, one.weight)
-        if one.weight.is_transposed:
+    if isinstance(weight, Weight):
+        check_statistics(operator, x, weight)
+        if weight.is_transposed:
             raise ValueError(f"{operator} got a transposed weight for {name}; it reads [N, K], as nn.Linear stores it")
-    if not 0.0 <= one.dropout_p <= 1.0:
-        raise ValueError(f"{name}'s dropout_p={one.dropout_p} is not a probability; it must be between 0 and 1")
-    check_scale(f"{name}'s scale", one.scale)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{name}'s dropout_p={dropout_p} is not a probability; it must be between 0 and 1")
+    check_scale(f"{name}'s scale", scale)
 
 
 def _stored(one: Projection) -> tuple[int, ...]:
-    return tuple(one.weight.stored if isinstance(one.weight, Weight) else one.weight.shape)
+    return one.weight.stored if isinstance(one.weight, Weight) else one.weight.shape
 
 
 def _check_shapes(operator: str, x: Tensor, name: str, one: Projection, features: int) -> None:
     w, a, b, bias = _stored(one), one.a, one.b, one.bias
-    fits = len(w) == 2 and 1 <= x.dim() <= 4 and w[1] == features and (bias is None or tuple(bias.shape) == w[:1])
-    if a is not None and b is not None:
-        fits = fits and a.dim() == b.dim() == 2 and a.shape[1] == w[1] and b.shape == (w[0], a.shape[0])
-        fits = fits and a.shape[0] >= 1
+    fits = len(w) == 2 and 1 <= x.dim() <= 4 and w[1] == features and (bias is None or bias.shape == w[:1])
+    if fits and a is not None and b is not None:
+        fits = a.dim() == 2 and a.shape[1] == features and a.shape[0] >= 1 and b.shape == (w[0], a.shape[0])
     if not fits:
         given = {"x": x.shape, "weight": w, "a": a, "b": b, "bias": bias}
         shapes = {key: t.shape if isinstance(t, Tensor) else t for key, t in given.items()}
@@ -237,6 +241,12 @@ def _check_shapes(operator: str, x: Tensor, name: str, one: Projection, features
         )
 
 
+def _unwrapped(one: Projection) -> Projection:
+    """With a dense weight as a tensor."""
+    is_dense = isinstance(one.weight, Weight) and one.weight.format == "dense"
+    return one._replace(weight=one.weight.data) if is_dense else one
+
+
 def _cast(one: Projection, dtype: torch.dtype) -> Projection:
     """As autocast casts a layer: weight and bias, where they are not quantized."""
     weight = one.weight.to(dtype) if isinstance(one.weight, Tensor) and one.weight.is_floating_point() else one.weight
@@ -244,13 +254,13 @@ def _cast(one: Projection, dtype: torch.dtype) -> Projection:
 
 
 def _check_dtypes(operator: str, x: Tensor, name: str, one: Projection) -> None:
-    is_dense = isinstance(one.weight, Tensor)
-    dtypes = {"weight": one.weight.dtype if isinstance(one.weight, Tensor) else x.dtype}
-    if one.bias is not None:
-        dtypes["bias"] = one.bias.dtype
-    for key, dtype in dtypes.items():
-        if not x.is_floating_point() or dtype is not x.dtype:
-            raise TypeError(
-                f"{operator} got x {x.dtype} and {dtype} for {name}'s {key}; they must have one floating dtype: cast "
-                f"{'x' if is_dense else 'the bias'}, or run under torch.autocast"
-            )
+    weight, bias, dtype = one.weight, one.bias, x.dtype
+    of_weight = weight.dtype if isinstance(weight, Tensor) else dtype
+    of_bias = dtype if bias is None else bias.dtype
+    if of_weight is dtype and of_bias is dtype and x.is_floating_point():
+        return
+    key, other = ("weight", of_weight) if of_weight is not dtype or bias is None else ("bias", of_bias)
+    raise TypeError(
+        f"{operator} got x {dtype} and {other} for {name}'s {key}; they must have one floating dtype: cast "
+        f"{'x' if key == 'weight' else 'the bias'}, or run under torch.autocast"
+    )

@@ -30,23 +30,26 @@ _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 
 @triton.jit
 def _decode_codebook_kernel(
-    p_code, p_table, p_scale, p_outer_table, p_outer_scale, p_offset, p_out, start, size, count, SKIPPED: tl.constexpr,
-    BLOCK: tl.constexpr, ROUNDED: tl.constexpr, BYTES: tl.constexpr,
+    p_code, p_table, p_scale, p_outer_table, p_outer_scale, p_offset, p_out, first_block, first, count,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Elements `SKIPPED … SKIPPED + count` behind byte `start`, two a byte, the high nibble first."""
-    first = tl.program_id(0).to(tl.int64) * BYTES
-    o_byte = first + tl.arange(0, BYTES)
-    inside = o_byte < size
-    code = tl.load(p_code + start + o_byte, mask=inside, other=0, eviction_policy="evict_first").to(tl.int32)
-    # blocks are of an even number of elements, so that both of a byte have one scale
-    i_block = (start + o_byte) // (BLOCK // 2)
-    scale = tl.load(p_scale + i_block, mask=inside, other=0)
+    """Elements `first … first + count`, two a byte, the high nibble first: BLOCKS of BLOCK from `first_block` on."""
+    HALF: tl.constexpr = BLOCK // 2
+    i_block = first_block + tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    end = first + count
+    # one scale for a block and not for an element: of two that are neighbours in a thread, ptxas contracts product and
+    # sum of Blackwell's packed instructions, whatever their rounding (CUDA 12.9, 2026-11-29)
+    exists = i_block * BLOCK < end
+    scale = tl.load(p_scale + i_block, mask=exists, other=0)
     if p_outer_table is not None:
-        outer = tl.load(p_outer_scale + i_block // _OUTER, mask=inside, other=0.0)
+        outer = tl.load(p_outer_scale + i_block // _OUTER, mask=exists, other=0.0)
         scale = tl.load(p_outer_table + scale.to(tl.int32)) * outer + tl.load(p_offset)
-    scale = scale.to(tl.float32)
+    scale = scale.to(tl.float32)[:, None]
+    o_byte = i_block[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    inside = (o_byte >= first // 2) & (o_byte < (end + 1) // 2)
+    code = tl.load(p_code + o_byte, mask=inside, other=0, eviction_policy="evict_first").to(tl.int32)
     value = tl.interleave(tl.load(p_table + (code >> 4)) * scale, tl.load(p_table + (code & 15)) * scale)
-    o_out = 2 * first - SKIPPED + tl.arange(0, 2 * BYTES)
+    o_out = i_block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :] - first
     tl.store(p_out + o_out, value.to(ROUNDED).to(p_out.dtype.element_ty), mask=(o_out >= 0) & (o_out < count))
 
 
@@ -134,11 +137,13 @@ def codebook(
     `outer` is (scale₂, table₂, offset) of a scale that is quantized itself, in blocks of 256.
     """
     outer_scale, outer_table, offset = outer or (None, None, None)
-    count, skipped = out.numel(), first % 2
-    size = triton.cdiv(count + skipped, 2)
-    _decode_codebook_kernel[(triton.cdiv(size, _BYTES),)](
-        code, table, scale, outer_table, outer_scale, offset, out, first // 2, size, count, SKIPPED=skipped,
-        BLOCK=block, ROUNDED=_TYPES[rounded], BYTES=_BYTES, num_warps=_WARPS, enable_fp_fusion=False,
+    end, blocks = first + out.numel(), max(1, 2 * _BYTES // block)
+    first_block, last_block = first // block, triton.cdiv(end, block)
+    _check("scale", scale, last_block)
+    _check("code", code, triton.cdiv(end, 2))
+    _decode_codebook_kernel[(triton.cdiv(last_block - first_block, blocks),)](
+        code, table, scale, outer_table, outer_scale, offset, out, first_block, first, out.numel(), BLOCK=block,
+        BLOCKS=blocks, ROUNDED=_TYPES[rounded], num_warps=_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -157,6 +162,9 @@ def grid(
     rows, columns = block or (1, K)
     stride_row = -(-K // columns)
     strides = (0, 0) if scale.numel() == 1 else (-(-N // rows) * stride_row, stride_row)
+    if scale.numel() != 1:
+        _check("scale", scale, out.numel() // (N * K) * -(-N // rows) * stride_row)
+    _check("code", code, out.numel() // (2 if kind == "e2m1" else 1))
     size = min(_BYTES, triton.next_power_of_2(K))
     _decode_grid_kernel[(out.numel() // K, triton.cdiv(K, size))](
         code, scale, divisor, out, N, K, *strides, CODE=kind, SCALE=scale_kind, ROWS=rows,
@@ -164,6 +172,15 @@ def grid(
         ROUNDED=_TYPES[out.dtype if is_scale_rounded else torch.float32], STEP=step, BLOCK=max(2, size),
         num_warps=_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def _check(name: str, t: Tensor, needed: int) -> None:
+    """Raises ValueError for an operand that a kernel would read beyond."""
+    if t.numel() < needed:
+        raise ValueError(
+            f"a quantized weight's {name} has {t.numel()} elements, its sizes and blocks make it {needed}: adopt it "
+            "from its library's tensor"
+        )
 
 
 # by the names that formats give

@@ -80,12 +80,12 @@ def backward(
         h, act = gate_forward_parts(activation, gate, up)
     dh, *of_down = layer_backward(run, dy, h, ha, down, (need_dh, of_da[2], of_db[2], of_dbias[2]), wide)
     del h
-    gradients: list[Tensor | None] = [None] * 7
+    of_inputs: list[Tensor | None] = [None] * 7
     if need_dh:
         du = [run.matrix(part) for part in gate_backward(activation, dh, gate, up, act)]
         del dh, act
-        gradients = group.backward(run, plan, du, x, xa, siblings, of_siblings, wide)
-    dx, *rest = gradients
+        of_inputs = group.backward(run, plan, du, x, xa, siblings, of_siblings, wide)
+    dx, *rest = of_inputs
     da, db, dbias = ([*rest[2 * i : 2 * i + 2], of_down[i]] for i in range(3))
     return [dx, *da, *db, *dbias]
 
@@ -212,13 +212,20 @@ def _plain_gradients(dy, x, layers, needs, others):
         return _plain(x, given, activation, wide)
 
     needed = [i for i, need in enumerate(needs) if need]
-    gradients = dict(zip(needed, plain.gradients(formula, inputs, needed, dy), strict=True))
-    return [gradients.get(i) for i in range(len(needs))]
+    by_place = dict(zip(needed, plain.gradients(formula, inputs, needed, dy), strict=True))
+    return [by_place.get(i) for i in range(len(needs))]
+
+
+# without what only functorch needs, as `ops.linear` calls autograd
+_apply = super(torch.autograd.Function, _LoRAGatedMLP).apply
 
 
 def _autograd(x, *arguments):
     settings, tensors = Settings.of(arguments[:10])
-    return _LoRAGatedMLP.apply(x, settings, arguments[10:], *tensors)
+    if not torch.is_grad_enabled() and can_bypass_dispatcher(x, *tensors):
+        # nothing is recorded
+        return _forward(x, *arguments)
+    return _apply(x, settings, arguments[10:], *tensors)
 
 
 implement("lora_gated_mlp", _forward, _fake_forward)

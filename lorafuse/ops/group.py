@@ -109,14 +109,14 @@ def backward(
     summed = [j for j, part in enumerate(members) if any(need[i][0] for i in part)]
     sums: list[Tensor] = []
     if need_dx:
-        terms = ((dy, layer.weight.t) for _, dy, layer, _ in given)
+        terms = [(dy, layer.weight.t) for _, dy, layer, _ in given]
         # the mask of a layer is drawn once for dx and da
         likes = [low.b for low in lows] if len(summed) == len(lows) else []
         dx, sums = run.matmul_sum(terms, lows, plan, wide=x, likes=likes)
     if not sums:
         sums = [run.outer(lows[j].xa, x, None, plan, like=lows[j].b, dropout=lows[j].dropout) for j in summed]
-    for j, gradients in zip(summed, sums, strict=True):
-        for i, mine in zip(members[j], gradients.split([layers[i].rank for i in members[j]]), strict=True):
+    for j, total in zip(summed, sums, strict=True):
+        for i, mine in zip(members[j], total.split([layers[i].rank for i in members[j]]), strict=True):
             a = layers[i].a
             if need[i][0] and a is not None:
                 # results of an operator share no memory
@@ -209,8 +209,8 @@ def _plain_gradients(dys, dxa, x, xa, layers, needs, wide):
     reached = [True, *(has_grad[0] or here for here in has_grad[1:]), *has_grad[1:], *has_grad[1:]]
     needed = [i for i, (need, here) in enumerate(zip(needs, reached, strict=True)) if need and here]
     douts = [g for g in (dxa, *dys) if g is not None]
-    gradients = dict(zip(needed, plain.gradients(formula, inputs, needed, *douts), strict=True))
-    return [gradients.get(i) for i in range(len(needs))]
+    by_place = dict(zip(needed, plain.gradients(formula, inputs, needed, *douts), strict=True))
+    return [by_place.get(i) for i in range(len(needs))]
 
 
 _op = torch.ops.lorafuse.lora_linears.default
@@ -262,9 +262,16 @@ class _LoRALinears(torch.autograd.Function):
         return grads[0], None, None, None, *settings.gradients(grads[1:], len(tensors))
 
 
+# without what only functorch needs, as `ops.linear` calls autograd
+_apply = super(torch.autograd.Function, _LoRALinears).apply
+
+
 def _autograd(x, *arguments):
     settings, tensors = Settings.of(arguments[:10])
-    xa, *ys = _LoRALinears.apply(x, settings, *arguments[10:], *tensors)
+    if not torch.is_grad_enabled() and can_bypass_dispatcher(x, *tensors):
+        # nothing is recorded
+        return _forward(x, *arguments)
+    xa, *ys = _apply(x, settings, *arguments[10:], *tensors)
     return xa, ys
 
 

@@ -109,10 +109,10 @@ class Settings:
         G = len(self.scales)
         return [*of_tensors[2 * G : 4 * G], *of_tensors[G : 2 * G]]
 
-    def gradients(self, given: Sequence[Tensor | None], tensors: int) -> tuple[Tensor | None, ...]:
+    def gradients(self, grads: Sequence[Tensor | None], tensors: int) -> tuple[Tensor | None, ...]:
         """Those of so many `tensors`, of the gradients that `needs` lists."""
         G = len(self.scales)
-        return *[None] * G, *given[2 * G :], *given[: 2 * G], *[None] * (tensors - 4 * G)
+        return *[None] * G, *grads[2 * G :], *grads[: 2 * G], *[None] * (tensors - 4 * G)
 
 
 def problem_of(

@@ -21,11 +21,11 @@ def _meta(*sizes: int, of: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(sizes, dtype=of, device="meta")
 
 
-def _codebook(out: Tensor, nested: bool = False, first: int = 0) -> None:
+def _codebook(out: Tensor, nested: bool = False, first: int = 0, block: int = 64) -> None:
     outer = (_meta(1024), _meta(256), _meta()) if nested else None
-    scale = _meta(2**18, of=torch.uint8 if nested else torch.float32)
+    scale = _meta(2**20, of=torch.uint8 if nested else torch.float32)
     decode.codebook(
-        _meta(2**23, of=torch.uint8), out, table=_meta(16), scale=scale, block=64, first=first, rounded=out.dtype,
+        _meta(2**24, of=torch.uint8), out, table=_meta(16), scale=scale, block=block, first=first, rounded=out.dtype,
         outer=outer,
     )  # fmt: skip
 
@@ -33,13 +33,14 @@ def _codebook(out: Tensor, nested: bool = False, first: int = 0) -> None:
 def _grid(out: Tensor, kind: str, block: tuple[int, int] | None = None, **more: Any) -> None:
     N, K = out.shape
     of = torch.int8 if kind == "integer" else torch.uint8
-    scale = _meta(N * K // 32, of=torch.uint8 if more.get("scale_kind") else torch.float32)
+    scale = _meta(N * K // 16, of=torch.uint8 if more.get("scale_kind") else torch.float32)
     decode.grid(_meta(N, K // 2 if kind == "e2m1" else K, of=of), out, scale=scale, kind=kind, block=block, **more)
 
 
 CASES: dict[str, tuple[tuple[int, int], Callable[[Tensor], None]]] = {
     "codebook": (_ALIGNED, _codebook),
     "codebook nested": (_ALIGNED, lambda out: _codebook(out, nested=True)),
+    "codebook nested 32": (_ALIGNED, lambda out: _codebook(out, nested=True, block=32)),
     "codebook nested odd": (_ODD, lambda out: _codebook(out, nested=True, first=5)),
     "int8": (_ALIGNED, lambda out: _grid(out, "integer", step=0.5)),
     "int8 odd": (_ODD, lambda out: _grid(out, "integer")),

@@ -48,7 +48,7 @@ def test_comments_change_nothing(csrc):
         ("kernels/grouped_sm90.cuh", {name for name in NAMES if name.startswith("grouped")}),
         ("kernels/pipeline_sm90.cuh", {name for name in NAMES if name.endswith("sm90.cu")}),
         ("include/lorafuse/common.cuh", set(NAMES)),
-        ("include/lorafuse/ptx/mma.cuh", {"skinny_sm80.cu"}),
+        ("include/lorafuse/ptx/mma.cuh", {"round_sm80.cu", "skinny_sm80.cu"}),
         ("include/lorafuse/ptx/wgmma.cuh", {name for name in NAMES if name.endswith("sm90.cu")}),
         ("bindings.cpp", set()),
     ],
@@ -107,6 +107,7 @@ def test_an_instruction_is_counted_where_its_name_begins(monkeypatch, tmp_path):
     tool.write_text(f"#!/bin/sh\ncat <<'E'\narch = sm_80\n{text}\nE\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(nvcc_record, "INSTRUCTIONS", {"k": ("HMMA", "LDGSTS", "UTMALDG", "UTMALDG.2D.MULTICAST")})
     assert nvcc_record.instructions("k.o") == {
         "sm_80": {"k": {"HMMA": 3, "LDGSTS": 1, "UTMALDG": 2, "UTMALDG.2D.MULTICAST": 1}}
     }

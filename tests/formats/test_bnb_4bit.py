@@ -1,9 +1,11 @@
 """bitsandbytes' NF4 and FP4: decoded bit for bit as bitsandbytes does, and held by reference."""
 
 import math
+import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafuse import formats
 from lorafuse.formats import bnb_4bit, codec
@@ -219,3 +221,46 @@ class TestAdoption:
         linear.weight.quant_state.state2.blocksize = 128
         with pytest.raises(ValueError, match="nested blocksize 128; bitsandbytes decodes 256"):
             formats.adopt(linear)
+
+
+def tiny(sizes, dtype):
+    return torch.randn(sizes, dtype=dtype) * 1e-36
+
+
+class Seen(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@by_kind
+@by_nested
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("make", "sizes", "block", "is_used"),
+    [
+        (torch.randn, (1030, 512), 64, True),
+        (torch.zeros, (4, 128), 64, True),
+        (adversarial, (64, 128), 64, True),
+        # blocks across rows, subnormal products, blocks of which its kernel is not sure
+        (torch.randn, (40, 96), 64, False),
+        (tiny, (64, 128), 64, False),
+        (torch.randn, (4, 8192), 4096, False),
+    ],
+)
+def test_the_librarys_kernel_decodes_where_it_is_exact(make, sizes, block, is_used, dtype, nested, kind, monkeypatch):
+    weight = formats.adopt(params(make(sizes, dtype=dtype), kind, nested, block))
+    with Seen() as seen:
+        decoded = weight.decoded(torch.bfloat16).data
+    assert ("bitsandbytes::dequantize_4bit" in seen.names) is is_used
+    monkeypatch.delitem(sys.modules, "bitsandbytes.backends.cpu.ops")
+    with Seen() as seen:
+        expected = weight.decoded(torch.bfloat16).data
+    assert "bitsandbytes::dequantize_4bit" not in seen.names
+    assert torch.equal(decoded, expected)

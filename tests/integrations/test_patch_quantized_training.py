@@ -126,7 +126,7 @@ def test_dropout_is_of_training(how):
 def test_int8_is_nearer_to_the_truth_than_llm_int8():
     """bitsandbytes quantizes x too, in evaluation and on GPUs in training; lorafuse decodes the weight.
 
-    Relative errors in fp32: 1.5e-7 and 1.2e-2 (bitsandbytes 0.50.2, 2026-11-29).
+    Relative errors in fp32: 3.6e-7 and 8.0e-3 (bitsandbytes 0.50.2, 2026-11-29).
     """
     stock = mlp("int8").eval()
     patched, _ = patched_copy(stock)

@@ -157,6 +157,34 @@ def test_what_no_kernel_reads():
         torch.testing.assert_close(out, w.decoded(torch.float32).data, rtol=0, atol=0, equal_nan=True)
 
 
+def cut(w, scale=0, code=0):
+    """A weight whose tensors end too early."""
+    scales, *others = w.statistics
+    data = w.data.flatten()[: w.data.numel() - code]
+    return Weight(data, statistics=(scales.flatten()[: scales.numel() - scale], *others), format=w.format)
+
+
+def test_what_a_kernel_would_read_beyond():
+    fp8 = Weight(every_code(64, 64, of=torch.float8_e4m3fn), statistics=(torch.rand(4, 4),), format="fp8:block=16x16")
+    short = Weight(fp8.data, statistics=(torch.rand(4, 3),), format=fp8.format)
+    for w, message in (
+        (cut(four_bits(8, 64), scale=1), "scale has 7 elements, its sizes and blocks make it 8"),
+        (cut(four_bits(8, 64), code=1), "code has 255 elements, its sizes and blocks make it 256"),
+        (short, "scale has 12 elements, its sizes and blocks make it 16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TRITON.decode(w, torch.float32, torch.empty(w.stored))
+
+
+def test_fp64_runs_the_codec():
+    w = Weight(
+        every_code(8, 16, of=torch.float8_e4m3fn), statistics=(torch.rand(1),), format="fp8:block=8x16;scale=rounded"
+    )
+    out = torch.empty(8, 16, dtype=torch.float64)
+    assert TRITON.decode(w, torch.float64, out) is out
+    assert torch.equal(out.nan_to_num(), w.decoded(torch.float64).data.nan_to_num())
+
+
 @pytest.mark.gpu
 def test_other_backends_run_the_same_kernels_on_a_gpu(monkeypatch):
     w = four_bits(64, 128, nested=True)

@@ -82,3 +82,14 @@ def test_a_frozen_group_is_what_linear_layers_are():
     o = operands("linears", R=(0, 0, 0), bias=(True, True, False))
     for y, one in zip(linears(o), o.projections, strict=True):
         assert torch.equal(y, F.linear(o.x, one.weight, one.bias))
+
+
+@operators
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dense_weight_is_its_tensor(name, dtype):
+    o, run = operands(name), mlp if name == "mlp" else linears
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        expected = run(o)
+        o.projections = [one._replace(weight=LF.Weight(one.weight)) for one in o.projections]
+        assert all(map(torch.equal, run(o), expected))
+    assert expected[0].dtype is dtype

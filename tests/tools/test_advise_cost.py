@@ -1,8 +1,11 @@
 """What training costs (T1): memory and step time against a measured run and autograd's own hooks, and what fits."""
 
 import json
+import math
+import tempfile
 import warnings
 import weakref
+from collections import Counter
 from pathlib import Path
 
 import peft
@@ -82,6 +85,14 @@ CONFIGS = {
     "phi3": transformers.Phi3Config(intermediate_size=896, pad_token_id=0, **SMALL),
     "qwen3_moe": transformers.Qwen3MoeConfig(**EXPERTS, **SMALL),
 }
+# softmax in fp32, with sinks in bf16, with capped scores
+EAGER = {
+    "llama": CONFIGS["llama"],
+    "gpt_oss": transformers.GptOssConfig(
+        intermediate_size=96, num_local_experts=16, num_experts_per_tok=4, head_dim=32, **SMALL
+    ),
+    "gemma2": transformers.Gemma2Config(intermediate_size=896, head_dim=32, **SMALL),
+}
 
 
 @pytest.mark.no_poison
@@ -91,6 +102,7 @@ def test_activations_are_what_autograd_saves(family, method):
     tokens, rank = 256, 8
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.bfloat16)
     shapes = advise.shapes_of(model)
+    assert shapes.scores.heads == 0
     if method == "lora":
         with warnings.catch_warnings():
             # of PEFT, about ranks of experts, which it applies all the same
@@ -123,6 +135,62 @@ def saved_bytes(model, ids):
         output = model.train()(input_ids=ids, labels=ids)
     assert output.loss.requires_grad
     return sum(storage.nbytes() for storage in actual.values())
+
+
+def eager(family, heads=8):
+    config = EAGER[family].to_dict() | {"num_attention_heads": heads}
+    config = type(EAGER[family])(**config)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
+    shapes = advise.shapes_of(model)
+    assert shapes.scores.heads == 2 * heads
+    model.requires_grad_(False).get_input_embeddings().requires_grad_(True)
+    return model, shapes
+
+
+def growth(of, step=128):
+    """The coefficient of the square of the length, by differences of what `of` counts of three lengths."""
+    short, middle, long = (of(torch.randint(2000, (1, n * step))) for n in (1, 2, 3))
+    return (long - 2 * middle + short) / 2 / step**2
+
+
+@pytest.mark.no_poison
+@pytest.mark.parametrize("family", EAGER)
+def test_scores_of_eager_attention_are_what_autograd_saves(family):
+    model, shapes = eager(family)
+    saved = growth(lambda ids: saved_bytes(model, ids))
+    assert shapes.scores.kept * shapes.scores.heads == pytest.approx(saved, rel=0.02)
+    whole, half = (
+        advise.memory(shapes, "lora", 8, 512, checkpointing=False, length=length).activations for length in (512, 256)
+    )
+    assert whole - half == shapes.scores.kept * shapes.scores.heads * 512 * 256
+
+
+class Moved(TorchDispatchMode):
+    """Bytes that operators read and write, as memory holds them: views move nothing, expanded tensors are one."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and function._schema.name not in ("aten::_unsafe_view", "aten::detach"):
+            for tensor in filter(torch.is_tensor, tree_leaves((args, kwargs, result))):
+                sizes = zip(tensor.shape, tensor.stride(), strict=True)
+                self.bytes += math.prod(size for size, stride in sizes if stride) * tensor.element_size()
+        return result
+
+
+@pytest.mark.parametrize("family", EAGER)
+def test_passes_over_scores_are_what_operators_move(family):
+    """Of twice the heads, so that the mask, which they share, is no part of it."""
+
+    def moved(model, ids):
+        with Moved() as mode:
+            model.train()(input_ids=ids, labels=ids).loss.backward()
+        return mode.bytes
+
+    few, many = (eager(family, heads) for heads in (8, 16))
+    result = growth(lambda ids: moved(many[0], ids)) - growth(lambda ids: moved(few[0], ids))
+    assert few[1].scores.moved * few[1].scores.heads == pytest.approx(result, rel=0.01)
 
 
 class Live(TorchDispatchMode):
@@ -166,6 +234,82 @@ def test_the_peak_of_a_step_is_the_modelled_one(checkpointing, vocabulary):
         model(input_ids=ids, labels=ids).loss.backward()
     modelled = advise.memory(shapes, "lora", 8, tokens, checkpointing=checkpointing)
     assert modelled.total - modelled.frozen - modelled.trained == pytest.approx(live.peak, rel=0.1)
+
+
+@pytest.mark.no_poison
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_peak_with_scores_is_the_modelled_one(checkpointing):
+    model, shapes = eager("llama")
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def peak(ids):
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        with Live() as live:
+            model(input_ids=ids, labels=ids).loss.backward()
+        return live.peak
+
+    def held(ids):
+        modelled = advise.memory(shapes, "lora", 8, ids.shape[1], checkpointing=checkpointing)
+        return modelled.total - modelled.frozen - modelled.trained
+
+    assert growth(held, 512) == pytest.approx(growth(peak, 512), rel=0.06)
+
+
+def test_eager_attention_takes_longer():
+    model, shapes = eager("llama")
+    fused = advise.shapes_of(transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"], dtype=torch.bfloat16))
+    assert fused.scores.heads == 0
+    for saved in (False, True):
+        slow, fast = (
+            advise.micro_step_seconds(one, 8, 4096, 4096, find("H200"), checkpointing=saved) for one in (shapes, fused)
+        )
+        assert all(slow[one] > fast[one] for one in slow)
+        passes = 16 * 68 * 4096**2 * (4 / 3 if saved else 1) / find("H200").sustained_bandwidth
+        assert slow["frozen"] - fast["frozen"] == pytest.approx(passes, rel=0.2)
+
+
+class Named(TorchDispatchMode):
+    """How often operators are called, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[function._schema.name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_quantized_weights_are_decoded_before_each_product(checkpointing):
+    """As often as the step of QLoRA is modelled: in forward, in backward, and in the second forward."""
+    pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes: pip install --no-deps bitsandbytes")
+    quantization = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.LlamaForCausalLM(CONFIGS["llama"]).save_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=quantization, dtype=torch.bfloat16
+        )
+    model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear")).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    ids = torch.randint(2000, (1, 16))
+    with Named() as mode:
+        model(input_ids=ids, labels=ids).loss.backward()
+    # a product of packed weights decodes them itself
+    decoded = sum(mode.calls[f"bitsandbytes::{name}"] for name in ("gemm_4bit", "dequantize_4bit"))
+    assert decoded == (3 if checkpointing else 2) * 14
+
+
+def test_a_step_of_qlora_decodes_what_lora_reads(shapes):
+    packed = sum(x.weights for x in shapes.adapted)
+    for tokens in (512, 8192):
+        result = advise.micro_step_seconds(shapes, 16, tokens, 512, find("H100"))
+        decoding = 2 * packed * (4.127 / 8 + 2) / find("H100").sustained_bandwidth
+        assert result["QLoRA"] > result["frozen"] + decoding
+        assert result["QLoRA"] >= result["lorafuse"] + decoding
 
 
 def test_memory_adds_up(shapes):
@@ -229,7 +373,7 @@ def test_no_step_time_for_what_does_not_fit_but_where_it_does():
     assert advice.fit.elsewhere == "LoRA fits on B200, QLoRA fits on A100"
     assert "step on" not in str(advice)
     packed = advise.plan_adapter(large, tokens=10**7, gpu="H100")
-    assert (packed.fit.method, packed.fit.fits, packed.step_seconds) == ("qlora", True, {})
+    assert (packed.fit.method, packed.fit.fits, list(packed.step_seconds)) == ("qlora", True, ["QLoRA"])
     assert "load_in_4bit=True" in packed.snippet
     assert packed.accumulation * packed.fit.micro_batch == packed.request.batch == 32
     # full fine-tuning of 8 G parameters does not fit where LoRA does

@@ -295,12 +295,6 @@ def test_a_peer_says_why_it_cannot_run(fakes, name, kind, monkeypatch):
     assert one(name, kind, torch.device("cuda")).absent == f"{package} not installed"
 
 
-def test_lorafusion_is_never_guessed(monkeypatch):
-    assert one("lorafusion", "linear").absent == "lorafusion not installed"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert "not known from its documentation" in one("lorafusion", "linear", torch.device("cuda")).absent
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["frozen", "full", "peft", "peft_half", "addmm", "lorafuse"])
 def test_own_baselines_run_the_mlp(name, dtype):
