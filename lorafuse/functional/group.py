@@ -155,14 +155,13 @@ def _arguments(
                     f"{operator} got a gate of {inner} out features and an up of {N}; they must be as many"
                 )
             inner = N
-    return _prepared(operator, x, named, backend)
+    return _prepared(operator, x, {name: _unwrapped(one) for name, one in named.items()}, backend)
 
 
 def _prepared(
     operator: str, x: Tensor, named: Mapping[str, Projection], backend: str | None
 ) -> tuple[Tensor, tuple]:  # fmt: skip
     """The same without checks of shapes and devices."""
-    named = {name: _unwrapped(one) for name, one in named.items()}
     autocast, dtype = autocast_is_on(x), x.dtype
     if autocast and x.is_floating_point() and x.dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)

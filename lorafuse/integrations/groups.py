@@ -2,8 +2,10 @@
 
 The first of them called with x computes the outputs of all (`lora_linears`, one autograd node) and keeps the others in
 one slot. Each takes its own when it is called with the same tensor object, unchanged, in the same state; whatever else
-is called runs alone. Which layers read one x is known by their names, or learned from one forward; a group that leaves
-outputs behind is given up.
+is called runs alone, and so does every call without gradients. Which layers read one x is known by their names, or
+learned from one forward; a group that leaves outputs behind is given up.
+
+Outputs that nobody fetched live until x or their graph's backward is gone, or until the next group runs in the thread.
 """
 
 import functools
@@ -60,7 +62,7 @@ class Siblings:
         self._dropped: set[tuple[int, ...]] = set()
         # the orders under hooks on saved tensors: what a checkpoint computes again must save as many tensors
         self._fixed: dict[int, tuple[int, ...]] | None = None
-        # x, weak reference to x, state of the call, order, (operands, versions) of each, outputs not yet fetched
+        # x, weak reference to x, state of the call, order, operands and versions of each, outputs not yet fetched
         self.slot: tuple[Any, ...] | None = None
         self._run: list[int] = []
         self._run_x: weakref.ref[Tensor] | None = None
@@ -78,11 +80,13 @@ class Siblings:
 
         `read` gives the operands of another member, or anything that is no tuple where it cannot run fused.
         """
-        slot = self.slot
-        if torch.compiler.is_compiling():
-            # an in-place change of x, which autograd forbids after the first call, is seen by no trace
-            if not torch.is_grad_enabled():
-                return None
+        slot, is_compiling = self.slot, torch.compiler.is_compiling()
+        # what a group saves is in backward; and no trace shows a change of x in place, which autograd forbids
+        if not torch.is_grad_enabled():
+            if not is_compiling:
+                self._observe(x, (index,))
+            return None
+        if is_compiling:
             if slot is not None and slot[0] is x and index in slot[5]:
                 y = slot[5].pop(index)
                 if not slot[5]:
@@ -104,12 +108,13 @@ class Siblings:
         if state is None or reference is None or reference() is not member:
             return None
         orders = self.orders
-        if state[2] and _hooks_of_saved_tensors(False) is not None:
+        if _hooks_of_saved_tensors(False) is not None:
             if self._fixed is None:
                 self._fixed = dict(orders)
             orders = self._fixed
         else:
-            self._observe(index, x)
+            # members that will fetch their output are not called to observe
+            self._observe(x, orders.get(index, (index,)))
         order = orders.get(index)
         return None if order is None else self._compute(index, order, member, x, operands, read, state)
 
@@ -148,7 +153,14 @@ class Siblings:
         if y.grad_fn is not None:
             # after backward the graph of the others' outputs is gone too
             y.grad_fn.register_prehook(functools.partial(_expire, self._self, reference))
-        self.slot = None, reference, state, order, {i: (one, _versions(one)) for i, one in every.items()}, ys
+        self.slot = (
+            None,
+            reference,
+            state,
+            order,
+            {i: (one, _version(one[1]), _version(one[2])) for i, one in every.items()},
+            ys,
+        )
         return y
 
     def _discard(self) -> None:
@@ -164,15 +176,14 @@ class Siblings:
             if self.orders.get(order[0]) == order:
                 del self.orders[order[0]]
 
-    def _observe(self, index: int, x: Tensor) -> None:
+    def _observe(self, x: Tensor, called: tuple[int, ...]) -> None:
         """Learn from calls: members called one after the other with one x are an order."""
-        if self._run_x is None or self._run_x() is not x or index in self._run:
+        if self._run_x is None or self._run_x() is not x or called[0] in self._run:
             order = tuple(self._run)
             if len(order) > 1 and order not in self._dropped:
                 self.orders[order[0]] = order
             self._run, self._run_x = [], weakref.ref(x)
-        # members that will fetch their output are not called to observe
-        self._run += [i for i in self.orders.get(index, (index,)) if i not in self._run]
+        self._run += [i for i in called if i not in self._run]
 
 
 def _expire(group: weakref.ref[Siblings], reference: weakref.ref[Tensor], *_: Any) -> None:
@@ -190,23 +201,29 @@ def _state(x: Tensor) -> tuple | None:
     return (
         threading.get_ident(),
         x._version,
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else None,
     )
 
 
-def _versions(operands: tuple) -> tuple[int, ...]:
-    """Of a layer's a and b, which an optimizer changes in place."""
-    return tuple(-1 if t.is_inference() else t._version for t in operands[1:3])
+def _version(tensor: Tensor) -> int:
+    """How often an operand was changed in place; an inference tensor does not count it."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _is_same(kept: tuple, operands: tuple) -> bool:
-    """Whether a layer still has the operands its output was computed from."""
-    before, versions = kept
-    tensors = all(before[i] is operands[i] for i in (0, 1, 2, 4))
-    return tensors and before[3] == operands[3] and before[5] == operands[5] and versions == _versions(operands)
+    """Whether a layer still has the operands its output was computed from, and a and b are as they were."""
+    (weight, a, b, scale, bias, p), of_a, of_b = kept
+    return (
+        weight is operands[0]
+        and a is operands[1]
+        and b is operands[2]
+        and scale == operands[3]
+        and bias is operands[4]
+        and p == operands[5]
+        and of_a == _version(a)
+        and of_b == _version(b)
+    )
 
 
 def _fits(theirs: tuple, first: tuple, x: Tensor) -> bool:

@@ -136,16 +136,15 @@ class TestModels:
         assert_close(step(patched), first, 0.0)
         assert not torch.equal(step(patched)["y"], first["y"])
 
-    def test_generate(self):
+    def test_without_gradients_layers_run_alone(self):
         stock = adapted()
         patched = copy.deepcopy(stock)
         lorafuse.patch(patched, groups=True)
         settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
         with counting_groups() as calls:
             actual = patched.generate(input_ids=token_ids(), **settings)
-        assert calls.call_count == 4 * 4
+        assert calls.call_count == 0
         assert torch.equal(actual, stock.generate(input_ids=token_ids(), **settings))
-        assert slots(patched) == []
 
 
 class TestReport:
@@ -186,6 +185,16 @@ class TestReport:
 
 
 class TestOrders:
+    def test_learned_without_gradients_for_checkpoints(self):
+        stock, patched = pair(Odd, reentrant=False)
+        with torch.no_grad():
+            patched(x_of())
+            patched(2 * x_of())
+        with counting_groups() as calls:
+            assert_close(step(patched), step(stock))
+        # forward, and what the checkpoints compute again
+        assert calls.call_count == 4
+
     def test_learned_from_one_forward(self):
         stock, patched = pair(Odd)
         for expected in (0, 2, 2):
@@ -281,25 +290,24 @@ def test_two_forwards_before_the_backwards_of_checkpoints():
 class TestNothingLeaks:
     @pytest.mark.parametrize("calls", [None, ["q_proj"], ["q_proj", "v_proj"]], ids=["all", "one", "two"])
     @pytest.mark.parametrize("train", [True, False])
-    def test_after_a_step(self, calls, train):
+    def test_after_a_step(self, calls, train, monkeypatch):
         _, patched = pair(calls=calls)
-        alive = weakref.WeakSet()
-        original = groups.run_linears
+        alive, original = weakref.WeakSet(), groups.run_linears
 
         def counted(*args):
             ys = original(*args)
             alive.update(ys)
             return ys
 
-        groups.run_linears = counted
-        try:
-            if train:
-                step(patched)
-            else:
-                with torch.no_grad():
-                    patched(x_of())
-        finally:
-            groups.run_linears = original
+        monkeypatch.setattr(groups, "run_linears", counted)
+        if train:
+            step(patched)
+        else:
+            # of a loss that nobody differentiates, what the last group left lives until another runs
+            patched(x_of())
+            gc.collect()
+            assert len(alive) <= len(Block.names)
+            step(pair()[1])
         gc.collect()
         assert len(alive) == 0
 
@@ -357,8 +365,7 @@ def test_threads():
     def work(i):
         barrier.wait()
         for _ in range(20):
-            with torch.no_grad():
-                actual[i] = patched(x_of(i + 1))
+            actual[i] = patched(x_of(i + 1)).detach()
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:
