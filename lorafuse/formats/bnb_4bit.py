@@ -22,6 +22,7 @@ import math
 import sys
 from collections.abc import Callable
 from ctypes import c_longlong, c_void_p
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -83,9 +84,7 @@ def _library_kernel(
     come of it, or none is loaded.
 
     With AVX512 it takes wrong scales for blocks across rows and has "accuracy issues" from blocks of 2048 on
-    (bitsandbytes 0.50.2). It writes into `out` without its operator, which allocates what it returns: forward and
-    backward of a layer take 7.0 instead of 8.1 ms (M 128, 576 × 1536, fp32, one core of a Xeon with AVX512,
-    2026-11-29).
+    (bitsandbytes 0.50.2). It writes into `out` without its operator, which allocates what it returns.
     """
     if (
         data.device.type != "cpu"
@@ -102,10 +101,16 @@ def _library_kernel(
     # its reads are not checked
     if not data.is_contiguous() or data.numel() * 2 < first + out.numel():
         return None
-    # FP4's code begins with 0 and 0.0052, NF4's with -1
-    kind = "nf4" if code[0] < 0 else "fp4"
+    # its tables are its own
+    kind = next((kind for kind in _TYPES if torch.equal(code, _library_table(kind))), None)
     # a library that did not load has no symbols
     return getattr(getattr(library.lib, "_lib", None), f"cdequantize_blockwise_cpu_{kind}_{_SUFFIXES[rounded]}", None)
+
+
+@cache
+def _library_table(kind: str) -> Tensor:
+    table: Tensor = sys.modules["bitsandbytes.functional"].get_4bit_type(kind, device="cpu")
+    return table
 
 
 def _scales_for_library(statistics: tuple[Tensor, ...], stop: int, block: int) -> Tensor | None:

@@ -9,6 +9,7 @@ import torch
 
 from lorafuse import formats
 from lorafuse.formats import bnb_4bit, codec
+from lorafuse.formats.weight import Weight
 
 bnb = pytest.importorskip("bitsandbytes")
 F = bnb.functional
@@ -281,3 +282,11 @@ def test_the_librarys_kernel_reads_a_part_of_a_stack(nested, dtype):
     weight, whole = formats.adopt(p), F.dequantize_4bit(p.data, p.quant_state)
     for rounded in (torch.bfloat16, torch.float32):
         assert torch.equal(weight.select(1, 4).decoded(rounded).data, whole[1:4].to(rounded))
+
+
+def test_a_table_of_its_own_is_decoded_by_it():
+    """The library's CPU kernel has tables of its own, which are not those of every weight."""
+    w = formats.adopt(params(torch.randn(64, 128)))
+    scale, table = w.statistics
+    own = Weight(w.data, statistics=(scale, 2 * table), format=w.format)
+    assert torch.equal(own.decoded(torch.float32).data, 2 * w.decoded(torch.float32).data)
