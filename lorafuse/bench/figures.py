@@ -143,6 +143,8 @@ def _layers(timed: dict[str, Any], described: dict[str, Any], result: Result) ->
         one |= _ratio("tax", total, least, 1.0)
         if full is not None:
             one |= _ratio("ratio_to_full", total, full)
+        if result["kind"] == "layer":
+            one |= _ratio("tax_over_frozen", total, _sum(*timed["frozen"]["seconds"].values()), 1.0)
         _rates(one, result["work"][described[name]["trains"]], result["peaks"])
     return floor
 
