@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 __all__ = [
     "ACTIVATIONS",
+    "CHUNK",
     "GATES",
     "GATE_ALPHA",
     "GATE_LIMIT",
@@ -25,7 +26,6 @@ __all__ = [
     "gate_backward",
     "gate_differentiable",
     "gate_forward",
-    "gate_forward_parts",
     "lookup",
 ]
 
@@ -75,32 +75,66 @@ def _product(name: str) -> _Gate:
     return lambda gate, up: act(gate).mul_(up), gradients
 
 
+# elements that a CPU activates at a time: temporaries stay in its caches, where full-size ones cost a page fault for
+# every 4 KiB
+CHUNK = 1 << 16
+
+
+def _chunks(gate: Tensor) -> list[slice]:
+    """Rows to activate at a time; all of them on other devices."""
+    step = max(1, CHUNK // max(1, gate.shape[1])) if gate.is_cpu else max(1, gate.shape[0])
+    return [slice(start, start + step) for start in range(0, gate.shape[0], step)]
+
+
 def gate_forward(name: str, gate: Tensor, up: Tensor) -> Tensor:
     """h `[rows, I]` of gate and up, `[rows, I]` each: `act(gate) · up`, or a function of both."""
-    return (GATES.get(name) or _product(name))[0](gate, up)
+    forward, _ = GATES.get(name) or _product(name)
+    chunks = _chunks(gate)
+    if len(chunks) < 2:
+        return forward(gate, up)
+    h = torch.empty_like(gate)
+    for rows in chunks:
+        h[rows] = forward(gate[rows], up[rows])
+    return h
 
 
 def gate_differentiable(name: str, gate: Tensor, up: Tensor) -> Tensor:
     """`gate_forward` for autograd, which does not let every act's result be changed in place."""
-    return gate_forward(name, gate, up) if name in GATES else ACTIVATIONS[name][0](gate) * up
+    return GATES[name][0](gate, up) if name in GATES else ACTIVATIONS[name][0](gate) * up
 
 
-def gate_forward_parts(name: str, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor | None]:
-    """`(h, act(gate))`, the second for `gate_backward`; None for a function of gate and up."""
-    if name in GATES:
-        return gate_forward(name, gate, up), None
-    act = ACTIVATIONS[name][0](gate)
-    return act * up, act
+def _silu(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`(silu(x), its slope)` of one exponential, which a CPU computes slowly; the slope in fp32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    s = torch.sigmoid(wide)
+    act = wide * s
+    return act.to(x.dtype), s.addcmul_(act, 1 - s)
 
 
-def gate_backward(name: str, dh: Tensor, gate: Tensor, up: Tensor, act: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and up from that of h; dh, and `act(gate)` where it is there already, are written into."""
-    if name in GATES:
-        dgate, dup = GATES[name][1](dh, gate, up)
-        return dgate, dup
-    forward, backward = ACTIVATIONS[name]
-    dup = (forward(gate) if act is None else act).mul_(dh)
-    return backward(dh.mul_(up), gate), dup
+def gate_backward(name: str, dh: Tensor, gate: Tensor, up: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up from that of h `[rows, I]`, which is written into; h too, where one is given."""
+    dup = torch.empty_like(dh)
+    for rows in _chunks(gate):
+        d, g, u = dh[rows], gate[rows], up[rows]
+        if name in GATES:
+            forward, backward = GATES[name]
+            dgate, dup[rows] = backward(d, g, u)
+            if h is not None:
+                h[rows] = forward(g, u)
+        else:
+            forward_of_one, backward_of_one = ACTIVATIONS[name]
+            slope = None
+            if name == "silu" and g.is_cpu:
+                act, slope = _silu(g)
+            else:
+                act = forward_of_one(g)
+            if h is not None:
+                torch.mul(act, u, out=h[rows])
+            torch.mul(act, d, out=dup[rows])
+            d.mul_(u)
+            dgate = backward_of_one(d, g) if slope is None else slope.mul_(d)
+        dh[rows] = dgate
+    return dh, dup
 
 
 class GateLayout(str, Enum):
@@ -140,7 +174,8 @@ class Activation:
         """`h [rows, I]` of `u`."""
         if not self.gated:
             return ACTIVATIONS[self.name][0](u)
-        return gate_forward(self.name, *self._parts(u))
+        forward, _ = GATES.get(self.name) or _product(self.name)
+        return forward(*self._parts(u))
 
     def differentiable(self, u: Tensor) -> Tensor:
         """`forward` for autograd, which does not let every act's result be changed in place."""

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 import lorafuse
-from lorafuse.integrations import hf_peft
+from lorafuse.integrations import groups, hf_peft
 from lorafuse.testing.numerics import relative_l2, tolerance
 
 _VOCABULARY, _HIDDEN, _TOKENS = 64, 32, 7
@@ -186,6 +186,13 @@ def assert_same_model(patched, stock, inputs=None):
 def counting_fused():
     """A mock that counts the layers that ran fused inside the block."""
     with mock.patch.object(hf_peft, "run_linear", wraps=hf_peft.run_linear) as calls:
+        yield calls
+
+
+@contextlib.contextmanager
+def counting_groups():
+    """A mock that counts the groups that ran as one operator inside the block."""
+    with mock.patch.object(groups, "run_linears", wraps=groups.run_linears) as calls:
         yield calls
 
 

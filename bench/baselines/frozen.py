@@ -10,6 +10,10 @@ def linear(given):
     return plain_linear(given), {}
 
 
+def quantized(given):
+    return given.layer, {}
+
+
 def experts(given):
     return plain_experts(given), {}
 

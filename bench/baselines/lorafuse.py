@@ -45,13 +45,17 @@ def _forced(call, kernel):
     return run if kernel else call
 
 
-def linear(given, backend="auto", kernel="", half=False):
+def linear(given, backend="auto", kernel="", half=False, over=None):
     if backend == "eager":
         # the plan has a choice of orders; results are of this one by that name
         kernel = kernel or "aten_beta1"
-    layer, trained = peft_linear(given, autocast_adapter_dtype=not half)
+    layer, trained = peft_linear(given, autocast_adapter_dtype=not half, quantized=over)
     lorafuse.patch(layer, backend=backend, strict=True)
     return _forced(layer, kernel), trained
+
+
+def quantized(given, **options):
+    return linear(given, over=given.layer, **options)
 
 
 def experts(given, backend="auto", half=False):

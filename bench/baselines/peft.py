@@ -9,6 +9,10 @@ def linear(given):
     return peft_linear(given)
 
 
+def quantized(given):
+    return peft_linear(given, quantized=given.layer)
+
+
 def experts(given):
     return peft_experts(given)
 

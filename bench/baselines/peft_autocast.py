@@ -25,6 +25,11 @@ def linear(given):
     return _under_autocast(layer), trained
 
 
+def quantized(given):
+    layer, trained = peft_linear(given, quantized=given.layer)
+    return _under_autocast(layer), trained
+
+
 def layer(call):
     return _under_autocast(call)
 

@@ -9,6 +9,10 @@ def linear(given):
     return peft_linear(given, autocast_adapter_dtype=False)
 
 
+def quantized(given):
+    return peft_linear(given, autocast_adapter_dtype=False, quantized=given.layer)
+
+
 def experts(given):
     return peft_experts(given, autocast_adapter_dtype=False)
 

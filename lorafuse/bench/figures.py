@@ -3,7 +3,8 @@
 `derive` computes every figure of a result from what was recorded, so that tables and tests can compute them again.
 Raw seconds are lists of one list for each process: `seconds` of a layer holds those of "forward" and "backward", of a
 model those of its steps. Ratios are taken in each round, whose calls met the machine in one state; the figure is their
-median. The floor of a LoRA tax is the fastest frozen variant, chosen by its median, forward and backward apart.
+median. "over_dense" is a ratio to lorafuse over a dense base, minus 1. The floor of a LoRA tax is the fastest frozen
+variant, chosen by its median, forward and backward apart.
 """
 
 import copy
@@ -135,16 +136,17 @@ def _layers(timed: dict[str, Any], described: dict[str, Any], result: Result) ->
     frozen = [name for name in timed if described[name]["trains"] == "nothing"]
     floor = {part: _fastest({name: timed[name]["seconds"][part] for name in frozen}) for part in _PARTS}
     least = _sum(*(timed[floor[part]]["seconds"][part] for part in _PARTS))
-    full = _sum(*timed["full"]["seconds"].values()) if "full" in timed else None
+    bases = {"ratio_to_full": ("full", 0.0), "over_dense": ("lorafuse-dense", 1.0)}
+    if result["kind"] == "layer":
+        bases["tax_over_frozen"] = ("frozen", 1.0)
     for name, one in timed.items():
         total = _sum(*(one["seconds"][part] for part in _PARTS))
         for part, seconds in (*one["seconds"].items(), ("total", total)):
             one[part] = summary(seconds)
         one |= _ratio("tax", total, least, 1.0)
-        if full is not None:
-            one |= _ratio("ratio_to_full", total, full)
-        if result["kind"] == "layer":
-            one |= _ratio("tax_over_frozen", total, _sum(*timed["frozen"]["seconds"].values()), 1.0)
+        for figure, (base, less) in bases.items():
+            if base in timed:
+                one |= _ratio(figure, total, _sum(*timed[base]["seconds"].values()), less)
         _rates(one, result["work"][described[name]["trains"]], result["peaks"])
     return floor
 

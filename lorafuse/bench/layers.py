@@ -24,13 +24,20 @@ def plain_linear(given: "Inputs", trainable: bool = False) -> nn.Linear:
     return layer
 
 
-def peft_linear(given: "Inputs", autocast_adapter_dtype: bool = True) -> tuple[Any, dict[str, Tensor]]:
-    """PEFT's `lora.Linear` and its two factors: in fp32 as shipped, or in the base's dtype."""
+def peft_linear(
+    given: "Inputs", autocast_adapter_dtype: bool = True, quantized: nn.Module | None = None
+) -> tuple[Any, dict[str, Tensor]]:
+    """PEFT's `lora.Linear` and its two factors: in fp32 as shipped, or in the base's dtype; over `quantized`, a layer
+    in 4 bits, where given.
+    """
     from peft import LoraConfig, get_peft_model
 
     rank = given.a.shape[0]
     config = LoraConfig(r=rank, lora_alpha=int(SCALE * rank), target_modules=["0"])
-    model = get_peft_model(nn.Sequential(plain_linear(given)), config, autocast_adapter_dtype=autocast_adapter_dtype)
+    whole = nn.Sequential(quantized or plain_linear(given))
+    # PEFT goes by it
+    whole.is_loaded_in_4bit = quantized is not None  # type: ignore[assignment]
+    model = get_peft_model(whole, config, autocast_adapter_dtype=autocast_adapter_dtype)
     layer = model.base_model.model[0]
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     if not autocast_adapter_dtype:

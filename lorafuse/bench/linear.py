@@ -4,6 +4,7 @@ LoRA tax = time(adapted) / time(fastest frozen) - 1, forward and backward. No nu
 """
 
 import argparse
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,16 +23,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def cases(args: argparse.Namespace) -> list["Linear"]:
     """Every layer at every M and rank. Raises ValueError for unknown names, sizes below 1, ranks above the layer's."""
+    return [Linear(c.name, args.dtype, m, c.N, c.K, r) for c, m, r in settings(args)]
+
+
+def settings(args: argparse.Namespace) -> list[tuple[Case, int, int]]:
+    """Every requested layer with M and rank, with the errors of `cases`."""
     if args.shape is not None:
         n, k = sizes(args.shape, 2, 2, "two sizes, out and in features", "4096,4096")
         layers = [Case(f"{n}x{k}", n, k)]
     else:
         layers = list(CASES.values()) if args.all else [find(name) for name in args.case or ["square-2048"]]
-    problems = [Linear(c.name, args.dtype, m, c.N, c.K, r) for c in layers for m in args.m for r in args.rank]
-    for problem in problems:
-        if min(problem.N, problem.K) < problem.R:
-            raise ValueError(f"--rank {problem.R}: {problem.name} is {problem.N} x {problem.K}, no rank above that")
-    return problems
+    for layer, rank in itertools.product(layers, args.rank):
+        if min(layer.N, layer.K) < rank:
+            raise ValueError(f"--rank {rank}: {layer.name} is {layer.N} x {layer.K}, no rank above that")
+    return list(itertools.product(layers, args.m, args.rank))
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ with inside its functions. A file may define:
     FORMS       {suffix: options}: several variants of one file; the options go to its functions ({"": {}})
     DTYPES      of bases that it can run on (all)
     unavailable(kind, device, **options) -> str   why it cannot run there, "" when it can
-    linear(given, **options), group(given, **options), mlp(given, **options), experts(given, **options)
-                build it for the inputs of `lorafuse.bench.linear`, `group` or `moe`: the call, and the trained tensors
-                by the names of their gradients. A file without the function of a kind is no baseline of that kind;
-                without `group` or `mlp`, its `linear` runs once per layer. A decoder layer runs all three.
+    linear(given, **options), quantized(given, **options), group(given, **options), mlp(given, **options),
+    experts(given, **options)
+                build it for the inputs of `lorafuse.bench.linear`, `quantized`, `group` or `moe`: the call, and the
+                trained tensors by the names of their gradients. A file without the function of a kind is no baseline of
+                that kind; without `group` or `mlp`, its `linear` runs once per layer. A decoder layer runs all three.
     layer(call)
                 a decoder layer's call as this baseline runs it, for what holds for more than its linear layers
     model(given, **options)
@@ -36,6 +37,7 @@ __all__ = ["Baseline", "folder", "load", "load_file"]
 
 _FUNCTIONS = {
     "linear": ("linear",),
+    "quantized": ("quantized",),
     "group": ("group", "linear"),
     "mlp": ("mlp", "linear"),
     "layer": ("group", "linear"),
@@ -74,7 +76,7 @@ def folder() -> Path:
 
 
 def load(kind: str, device: torch.device, place: Path | None = None, dtype: str = "") -> list[Baseline]:
-    """The baselines of a kind ("linear", "group", "mlp", "layer", "moe", "model"), including those that cannot run
+    """The baselines of a kind ("linear", "group", "layer", "model", ...), including those that cannot run
     here, or not on a base of that dtype.
 
     Raises ValueError for a folder without frozen.py, and for a file that does not load.

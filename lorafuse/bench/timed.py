@@ -175,8 +175,10 @@ def table(result: dict[str, Any]) -> Any:
     is_layer = result["kind"] == "layer"
     spread = "\\[95 %]" if "tax_low" in variants["frozen"] else "\\[20-80 %]"
     columns = ["", "forward\nms", "backward\nms", "total ms\n\\[20-80 %]", f"LoRA tax\n{spread}", "of\nfull"]
+    has_dense = "lorafuse-dense" in variants
     columns += [
         *(["over\nfrozen"] if is_layer else []),
+        *(["over\ndense"] if has_dense else []),
         *(["tax,\nx warm"] if is_warm else []),
         "TFLOP/s",
         "of\npeak",
@@ -196,6 +198,7 @@ def table(result: dict[str, Any]) -> Any:
             f"{tax} \\[{low * 100:.0f}-{high * 100:.0f}]" if adapted else "",
             f"{figure['ratio_to_full']:.2f}" if "ratio_to_full" in figure else "",
             *([f"{figure['tax_over_frozen']:.1%}" if adapted else ""] if is_layer else []),
+            *([f"{figure['over_dense']:+.1%}"] if has_dense else []),
             *([f"{figure['warm_x']['tax']:.1%}" if adapted else ""] if is_warm else []),
             f"{figure['flops_per_s'] / 1e12:.2f}", f"{figure['of_peak']:.0%}", f"{figure['of_copy']:.0%}",
             f"{(figure['peak_bytes'] - base) / 2**20:+.1f}",

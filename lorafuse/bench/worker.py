@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lorafuse.bench import group, layer, linear, moe, plugins
+from lorafuse.bench import group, layer, linear, moe, plugins, quantized
 from lorafuse.bench.limits import is_out_of_memory
 from lorafuse.bench.problem import Problem, wrong
 from lorafuse.bench.runner import Runner
@@ -25,7 +25,14 @@ from lorafuse.testing.timing import Clock
 
 __all__ = ["PROBLEMS", "main"]
 
-_KINDS: tuple[type[Problem], ...] = (linear.Linear, group.Group, group.Mlp, layer.DecoderLayer, moe.Experts)
+_KINDS: tuple[type[Problem], ...] = (
+    linear.Linear,
+    quantized.Quantized,
+    group.Group,
+    group.Mlp,
+    layer.DecoderLayer,
+    moe.Experts,
+)
 PROBLEMS = {one.kind: one for one in _KINDS}
 
 

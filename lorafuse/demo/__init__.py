@@ -1,1 +1,1 @@
-"""What `lorafuse demo` is made of: `data`, `model`, `train`, `report`."""
+"""What `lorafuse demo` is made of: `data`, `model`, `quantized`, `train`, `report`."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lorafuse.advise.configuration import load_config, load_model, load_pretrained
+from lorafuse.demo.quantized import linear_4bit
 from lorafuse.errors import MissingDependency
 
 __all__ = ["load", "load_tokenizer", "quantize", "with_adapter"]
@@ -72,21 +73,12 @@ def quantize(model: Any, kind: str) -> Any:
     `kind` is nf4 or fp4; statistics are nested ("double quantization"). transformers quantizes what it loads,
     but no GGUF file. Raises MissingDependency without bitsandbytes.
     """
-    try:
-        from bitsandbytes import nn as bnb
-    except ImportError as error:
-        raise MissingDependency("--quant needs bitsandbytes: pip install bitsandbytes") from error
     output = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if type(layer) is not nn.Linear or layer is output:
                 continue
-            weight = layer.weight
-            made = bnb.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, weight.dtype)
-            made.weight = bnb.Params4bit(weight.data, requires_grad=False, quant_type=kind, compress_statistics=True)
-            made.bias = layer.bias
-            # the move to a device quantizes
-            setattr(parent, name, made.to(weight.device))
+            setattr(parent, name, linear_4bit(layer, kind))
     # PEFT goes by it
     model.is_loaded_in_4bit = True
     return model

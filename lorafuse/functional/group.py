@@ -15,7 +15,7 @@ from lorafuse.ops.checks import check_scale, check_statistics, seed_tensor
 from lorafuse.ops.choose import requested_backend
 from lorafuse.ops.transforms import is_transformed
 
-__all__ = ["Projection", "lora_gated_mlp", "lora_linears", "lora_qkv"]
+__all__ = ["Projection", "lora_gated_mlp", "lora_linears", "lora_qkv", "run_linears"]
 
 # of a projection, in the order in which they are checked
 _OPERANDS = ("weight", "a", "b", "bias")
@@ -70,6 +70,12 @@ def lora_linears(x: Tensor, projections: Sequence[Projection], *, backend: str |
         raise ValueError("lora_linears got no projection; it runs one or more layers of one x")
     named = {f"projection {i}": one for i, one in enumerate(projections)}
     return _siblings("lora_linears", x, named, backend)
+
+
+def run_linears(x: Tensor, projections: Sequence[Projection], backend: str | None) -> tuple[Tensor, ...]:
+    """`lora_linears` for callers that know that operands fit each other and x, which no transform sees."""
+    x, arguments = _prepared("lora_linears", x, {f"projection {i}": one for i, one in enumerate(projections)}, backend)
+    return tuple(_group.lora_linears(x, *arguments))
 
 
 def lora_qkv(
@@ -149,6 +155,13 @@ def _arguments(
                     f"{operator} got a gate of {inner} out features and an up of {N}; they must be as many"
                 )
             inner = N
+    return _prepared(operator, x, named, backend)
+
+
+def _prepared(
+    operator: str, x: Tensor, named: Mapping[str, Projection], backend: str | None
+) -> tuple[Tensor, tuple]:  # fmt: skip
+    """The same without checks of shapes and devices."""
     named = {name: _unwrapped(one) for name, one in named.items()}
     autocast, dtype = autocast_is_on(x), x.dtype
     if autocast and x.is_floating_point() and x.dtype is not torch.float64:

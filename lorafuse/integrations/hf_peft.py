@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lorafuse.backends import base as backends
 from lorafuse.functional import run_linear
+from lorafuse.integrations.groups import form, join, leave
 from lorafuse.integrations.hf_common import (
     CALL,
     CALL_IMPL,
@@ -32,7 +33,14 @@ from lorafuse.integrations.hf_common import (
     watched,
 )
 from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, why_not_wrapped, wrappers
-from lorafuse.integrations.hf_quantized import described_format, is_quantized, notes, run_quantized, stored
+from lorafuse.integrations.hf_quantized import (
+    described_format,
+    is_quantized,
+    multiplies_packed,
+    notes,
+    run_quantized,
+    stored,
+)
 from lorafuse.integrations.report import Patched, PatchReport, Skipped
 from lorafuse.operands import Weight
 
@@ -77,8 +85,16 @@ def fused(shipped: type) -> Any:
                 parts = _parts(self) if shipped.forward is own else _replaced(shipped)  # type: ignore[attr-defined]
             if type(parts) is _Unfolded:
                 parts = _folded(*parts)
+            if type(parts) is tuple and type(parts[0]) is Weight and multiplies_packed(self._modules["base_layer"], x):
+                parts = None
             if type(parts) is tuple:
                 rows = x if x.dim() <= 4 else x.flatten(0, -4)
+                # (group, index); absent from layers in no group
+                group = self.__dict__.get("_lorafuse_siblings")
+                if group is not None:
+                    y = group[0].output(group[1], self, x, parts, _parts)
+                    if y is not None:
+                        return y
                 if type(parts[0]) is Weight:
                     y = run_quantized(self._modules["base_layer"], rows, parts, self._lorafuse_backend)
                 else:
@@ -99,6 +115,11 @@ class FusedLinear(PeftLinear):
     """`peft.tuners.lora.Linear` whose forward is one lorafuse operator; created by `lorafuse.patch`, not by hand."""
 
     forward = fused(PeftLinear)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, or what pickle loads."""
+        super().__setstate__(state)
+        join(self)
 
 
 class FusedTorchaoLinear(TorchaoLoraLinear):
@@ -352,6 +373,16 @@ def adopt(layer: Any, backend: str) -> None:
     layer._lorafuse_backend = None if backend == "auto" else backend
 
 
+def regroup(model: nn.Module, layers: list[Any], report: PatchReport, has_groups: bool) -> None:
+    """Make groups of adopted layers, into the report; without `has_groups` take them apart."""
+    linear = [layer for layer in layers if isinstance(layer, FusedLinear)]
+    if has_groups:
+        report.groups, report.apart = form(model, linear)
+    else:
+        for layer in linear:
+            leave(layer)
+
+
 def release(model: nn.Module) -> int:
     """Make every patched layer of the model PEFT's class again; returns how many."""
     classes = _shipped()
@@ -365,4 +396,5 @@ def release(model: nn.Module) -> int:
     for layer in layers:
         layer.__class__ = classes[type(layer)]
         del layer._lorafuse_backend
+        leave(layer)
     return len(layers)

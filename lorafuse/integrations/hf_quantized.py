@@ -26,7 +26,7 @@ from lorafuse.integrations.hf_common import original
 from lorafuse.operands import Weight
 from lorafuse.ops.autocast import autocast_is_on, outside_autocast
 
-__all__ = ["described_format", "is_quantized", "notes", "run_quantized", "stored"]
+__all__ = ["described_format", "is_quantized", "multiplies_packed", "notes", "run_quantized", "stored"]
 
 # where the classes of linear layers with a forward of their own are defined
 _CLASSES = (
@@ -34,6 +34,9 @@ _CLASSES = (
     ("bitsandbytes.nn.modules", "Linear8bitLt"),
     ("transformers.integrations.finegrained_fp8", "FP8Linear"),
 )
+# rows that bitsandbytes 0.50 multiplies by packed 4-bit weights on every GPU it has kernels for: up to 16 to 64 on
+# sm_90, by the size of the weight, 32 on sm_100, 128 on sm_80
+_FEW_ROWS = 16
 # the forwards of those that are loaded, and whose they are
 _forwards: dict[Any, str] = {}
 # the format that a class of layers or tensors was last adopted as
@@ -108,6 +111,19 @@ def run_quantized(base: nn.Module, x: Tensor, operands: tuple[Any, ...], backend
         with outside_autocast(x):
             y = run_linear(x, weight, a, b, scale, bias, dropout_p, None, backend)
     return y.to(returned)
+
+
+def multiplies_packed(base: nn.Module, x: Tensor) -> bool:
+    """Whether the library has a kernel for these rows that reads the weight as it is packed: generation on a GPU.
+
+    It moves half a byte a weight, where decoding first moves 4.5. Backward has none, so calls with gradients decode.
+    """
+    return (
+        x.is_cuda
+        and not torch.is_grad_enabled()
+        and x.numel() <= _FEW_ROWS * x.shape[-1]
+        and _forwards.get(type(base).forward) == "Linear4bit"
+    )
 
 
 def described_format(weight: Weight) -> str:

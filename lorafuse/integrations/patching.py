@@ -25,7 +25,7 @@ def _hf_peft() -> ModuleType:
     return hf_peft
 
 
-def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False) -> PatchReport:
+def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False, groups: bool = False) -> PatchReport:
     """Run every LoRA layer of a PEFT model fused, in place; the rest of the model and its files stay as they are.
 
     Parameters, state dict, configuration and adapter management remain PEFT's: train, save, load, merge, switch, add
@@ -39,6 +39,8 @@ def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False) -> P
             unless told.
         strict: raise ValueError, leaving the model as it was, if any adapted layer would be left to PEFT, or none
         found.
+        groups: run layers of one parent that are called with one x (q, k and v; gate and up) as one operator, where
+            their bases are dense. Names of known families tell which; others are learned from one forward.
 
     Returns:
         a `PatchReport`; `print(report)` shows it as a table.
@@ -73,6 +75,7 @@ def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False) -> P
         warnings.warn(f"lorafuse.patch: {note}", stacklevel=2)
     for layer in layers:
         hf_peft.adopt(layer, backend)
+    hf_peft.regroup(model, layers, report, groups)
     return report
 
 

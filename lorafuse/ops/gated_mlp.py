@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lorafuse.activation import gate_backward, gate_differentiable, gate_forward, gate_forward_parts
+from lorafuse.activation import gate_backward, gate_differentiable, gate_forward
 from lorafuse.backends.protocol import NO_GUARD, Backend
 from lorafuse.operands import LowRank, matrix, shaped_like
 from lorafuse.ops import group, plain
@@ -35,6 +35,7 @@ from lorafuse.ops.layers import (
     names_of,
     plain_layer,
     plain_xa,
+    plan_of,
     problem_of,
     refuse_masks_of_nested,
 )
@@ -73,21 +74,39 @@ def backward(
     *siblings, down = layers
     need_dx, of_da, of_db, of_dbias = needs[0], needs[1:4], needs[4:7], needs[7:]
     of_siblings = [need_dx, *of_da[:2], *of_db[:2], *of_dbias[:2]]
-    h, act, need_dh = None, None, any(of_siblings)
+    need_dh = any(of_siblings)
     if up is None and (need_dh or of_da[2]):
         up = up_again(run, x, xa, siblings, wide)
-    if of_da[2]:
-        h, act = gate_forward_parts(activation, gate, up)
-    dh, *of_down = layer_backward(run, dy, h, ha, down, (need_dh, of_da[2], of_db[2], of_dbias[2]), wide)
-    del h
+    needs_of_down = need_dh, of_da[2], of_db[2], of_dbias[2]
+    if all(needs_of_down[:2]) and run.linear_backward is None and down.seed is None:
+        dh, h, *of_down = _down_backward(run, dy, gate, ha, down, needs_of_down, wide)
+        du: tuple[Tensor, Tensor] | None = gate_backward(activation, dh, gate, up, h)
+        of_down[0] = run.outer(of_down[0], h, None, of_down.pop(), like=down.a)
+        del h
+    else:
+        # a backend's own backward of a layer, and a mask that dx and da share, read h beforehand
+        h = gate_forward(activation, gate, up) if of_da[2] else None
+        dh, *of_down = layer_backward(run, dy, h, ha, down, needs_of_down, wide)
+        del h
+        du = gate_backward(activation, dh, gate, up) if need_dh else None
+    del dh
     of_inputs: list[Tensor | None] = [None] * 7
-    if need_dh:
-        du = [run.matrix(part) for part in gate_backward(activation, dh, gate, up, act)]
-        del dh, act
-        of_inputs = group.backward(run, plan, du, x, xa, siblings, of_siblings, wide)
+    if du is not None:
+        of_inputs = group.backward(run, plan, [run.matrix(t) for t in du], x, xa, siblings, of_siblings, wide)
     dx, *rest = of_inputs
     da, db, dbias = ([*rest[2 * i : 2 * i + 2], of_down[i]] for i in range(3))
     return [dx, *da, *db, *dbias]
+
+
+def _down_backward(run, dy, gate, ha, down, needs, wide):
+    """`(dh, room for h, dyb, db, dbias, plan)` of down: h is there for da after the activation was computed once."""
+    plan = plan_of(run, dy, down, needs, wide)
+    dyb, db, dbias = run.project_outer(
+        dy, down.b, ha if needs[2] else None, plan, scale=down.factor, need_dyb=True, need_dbias=needs[3],
+        dtype=torch.float32 if wide else dy.dtype,
+    )  # fmt: skip
+    dh = run.matmul(dy, down.weight.t, None, plan, low=LowRank(dyb, down.a, is_transposed=True))
+    return dh, torch.empty_like(gate), dyb, db, dbias, plan
 
 
 def up_again(run: Backend, x: Tensor, xa: Tensor | None, siblings: Sequence[Layer], wide: bool) -> Tensor:

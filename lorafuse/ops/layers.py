@@ -28,6 +28,7 @@ __all__ = [
     "names_of",
     "plain_layer",
     "plain_xa",
+    "plan_of",
     "problem_of",
     "refuse_masks_of_nested",
 ]
@@ -158,14 +159,19 @@ def layer_forward(run: Backend, x: Tensor, layer: Layer, wide: bool) -> tuple[Te
     return of_one.forward(run, plan, x, w, layer.bias, layer.a, layer.b, layer.factor, layer.dropout, wide)
 
 
+def plan_of(run: Backend, dy: Tensor, layer: Layer, needs: Sequence[bool], wide: bool) -> Plan | None:
+    """The plan of one layer's backward; `needs` are dx, da, db and dbias."""
+    gradients = tuple(name for name, need in zip(_GRADIENTS, needs, strict=True) if need)
+    return run.plan(lambda: problem_of(dy, [layer], wide, gradients), dy.device)
+
+
 def layer_backward(
     run: Backend, dy: Tensor, x: Tensor | None, xa: Tensor | None, layer: Layer, needs: Sequence[bool], wide: bool
 ) -> tuple[Tensor | None, ...]:
     """`(dx, da, db, dbias)` of one layer and dy `[M, N]`, None where not needed."""
     if not any(needs):
         return None, None, None, None
-    gradients = tuple(name for name, need in zip(_GRADIENTS, needs, strict=True) if need)
-    plan, w = run.plan(lambda: problem_of(dy, [layer], wide, gradients), dy.device), layer.weight
+    plan, w = plan_of(run, dy, layer, needs, wide), layer.weight
     if layer.a is None or layer.b is None:
         return run.matmul(dy, w.t, None, plan) if needs[0] else None, None, None, dy.sum(0) if needs[3] else None
     xa = None if xa is None else xa.contiguous()

@@ -2,10 +2,10 @@
 
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafuse import formats
 from lorafuse.formats import bnb_4bit, codec
@@ -223,20 +223,25 @@ class TestAdoption:
             formats.adopt(linear)
 
 
+SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
 def tiny(sizes, dtype):
     return torch.randn(sizes, dtype=dtype) * 1e-36
 
 
-class Seen(TorchDispatchMode):
-    """The names of the operators that run."""
+class Called:
+    """A loaded library, and the names of its functions that were called."""
 
-    def __init__(self):
-        super().__init__()
-        self.names = set()
+    def __init__(self, library):
+        self.library, self.names = library, []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.add(function.name())
-        return function(*args, **(kwargs or {}))
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.names.append(name)
+            return getattr(self.library, name)(*arguments)
+
+        return call
 
 
 @by_kind
@@ -256,11 +261,23 @@ class Seen(TorchDispatchMode):
 )
 def test_the_librarys_kernel_decodes_where_it_is_exact(make, sizes, block, is_used, dtype, nested, kind, monkeypatch):
     weight = formats.adopt(params(make(sizes, dtype=dtype), kind, nested, block))
-    with Seen() as seen:
-        decoded = weight.decoded(torch.bfloat16).data
-    assert ("bitsandbytes::dequantize_4bit" in seen.names) is is_used
+    operators = sys.modules["bitsandbytes.backends.cpu.ops"]
+    called = Called(operators.lib._lib)
+    monkeypatch.setattr(operators, "lib", SimpleNamespace(_lib=called))
+    decoded = weight.decoded(torch.bfloat16).data
+    assert set(called.names) == ({f"cdequantize_blockwise_cpu_{kind}_{SUFFIXES[dtype]}"} if is_used else set())
+    called.names.clear()
     monkeypatch.delitem(sys.modules, "bitsandbytes.backends.cpu.ops")
-    with Seen() as seen:
-        expected = weight.decoded(torch.bfloat16).data
-    assert "bitsandbytes::dequantize_4bit" not in seen.names
+    expected = weight.decoded(torch.bfloat16).data
+    assert called.names == []
     assert torch.equal(decoded, expected)
+
+
+@by_nested
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_librarys_kernel_reads_a_part_of_a_stack(nested, dtype):
+    stack = torch.randn(5, 24, 128, dtype=dtype)
+    p = params(stack, nested=nested)
+    weight, whole = formats.adopt(p), F.dequantize_4bit(p.data, p.quant_state)
+    for rounded in (torch.bfloat16, torch.float32):
+        assert torch.equal(weight.select(1, 4).decoded(rounded).data, whole[1:4].to(rounded))

@@ -9,7 +9,7 @@ import tiny_families
 import torch
 
 import lorafuse
-from lorafuse.integrations import hf_peft
+from lorafuse.integrations import groups, hf_peft
 from lorafuse.testing.numerics import relative_l2, tolerance
 
 pytestmark = pytest.mark.filterwarnings(
@@ -108,3 +108,22 @@ def test_a_family(family):
         assert len(report.patched) == len(trained) / 2
     errors = {name: relative_l2(actual[name], tensor) for name, tensor in expected.items()}
     assert {name: error for name, error in errors.items() if error > tolerance(torch.float32)} == {}
+
+
+# one layer computes q, k and v, and one gate and up where there is a gate
+NO_SIBLINGS = {"bloom", "gpt_neox", "modernbert", "phi3"}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - LEFT.keys() - NOT_CALLED))
+def test_siblings_of_a_family(family):
+    stock = adapted(family)
+    expected = tiny_families.step(stock)
+    assert lorafuse.patch(stock, groups=True).patched
+    # orders that no name tells are learned in the first
+    for _ in range(2):
+        with mock.patch.object(groups, "run_linears", wraps=groups.run_linears) as calls:
+            actual = tiny_families.step(stock)
+        errors = {name: relative_l2(actual[name], tensor) for name, tensor in expected.items()}
+        assert actual.keys() == expected.keys()
+        assert {name: error for name, error in errors.items() if error > tolerance(torch.float32)} == {}
+    assert (calls.call_count == 0) == (family in NO_SIBLINGS)

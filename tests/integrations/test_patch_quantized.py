@@ -196,3 +196,31 @@ def test_a_format_that_is_not_read(method, monkeypatch):
     with pytest.warns(UserWarning, match="patched nothing"):
         report = lorafuse.patch(model)
     assert f"its base is quantized by {method.upper()}, which lorafuse does not read" in report.skipped[0].reason
+
+
+@pytest.mark.parametrize(
+    ("rows", "on_gpu", "grad", "how", "expected"),
+    [
+        (1, True, False, "nf4", True),
+        (16, True, False, "fp4", True),
+        (17, True, False, "nf4", False),
+        (1, False, False, "nf4", False),
+        (1, True, True, "nf4", False),
+        (1, True, False, "int8", False),
+    ],
+)
+def test_few_rows_on_a_gpu_are_left_to_the_librarys_kernel(rows, on_gpu, grad, how, expected):
+    base = mlp(how).base_model.model.up.base_layer
+    assert hf_quantized.is_quantized(type(base))
+    x = mock.Mock(is_cuda=on_gpu, shape=(rows, 128), numel=lambda: rows * 128)
+    with torch.set_grad_enabled(grad):
+        assert hf_quantized.multiplies_packed(base, x) is expected
+
+
+def test_a_layer_left_to_the_librarys_kernel_gives_what_peft_gives():
+    stock = mlp()
+    patched, _ = patched_copy(stock)
+    x = torch.randn(3, 128)
+    with mock.patch("lorafuse.integrations.hf_peft.multiplies_packed", return_value=True), counting() as calls:
+        assert torch.equal(patched(x), stock(x))
+    assert not calls.called

@@ -1,0 +1,27 @@
+"""Layers whose weight bitsandbytes stores in 4 bits, made of dense ones."""
+
+from typing import Any
+
+from torch import nn
+
+from lorafuse.errors import MissingDependency
+
+__all__ = ["linear_4bit"]
+
+
+def linear_4bit(layer: nn.Linear, kind: str) -> Any:
+    """bitsandbytes' `Linear4bit` of a dense layer, with its bias, on its device; the weight is not kept.
+
+    `kind` is nf4 or fp4; blocks are bitsandbytes' own, of 64, with nested statistics ("double quantization").
+    Raises MissingDependency without bitsandbytes.
+    """
+    try:
+        from bitsandbytes import nn as bnb
+    except ImportError as error:
+        raise MissingDependency("a base in 4 bits needs bitsandbytes: pip install bitsandbytes") from error
+    weight = layer.weight
+    made = bnb.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, weight.dtype, device="meta")
+    made.weight = bnb.Params4bit(weight.data, requires_grad=False, quant_type=kind, compress_statistics=True)
+    made.bias = layer.bias
+    # the move to a device quantizes
+    return made.to(weight.device)

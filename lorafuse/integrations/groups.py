@@ -1,0 +1,299 @@
+"""Siblings of a patched model: LoRA layers of one parent that read the same x, run as one operator.
+
+The first of them called with x computes the outputs of all (`lora_linears`, one autograd node) and keeps the others in
+one slot. Each takes its own when it is called with the same tensor object, unchanged, in the same state; whatever else
+is called runs alone. Which layers read one x is known by their names, or learned from one forward; a group that leaves
+outputs behind is given up.
+"""
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafuse.functional import Projection, run_linears
+from lorafuse.integrations.report import Group, Skipped
+from lorafuse.operands import Weight
+
+__all__ = ["Siblings", "form", "join", "leave"]
+
+# children that read one x, in the order in which families of transformers call them
+_NAMES = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+# parts of a parent's or its class's name, in which k and v read another tensor than q
+_CROSS = ("cross", "encoder_attn", "encdec")
+
+_hooks_of_saved_tensors = torch._C._autograd._top_saved_tensors_default_hooks
+# the group of this thread that computed last
+_latest = threading.local()
+
+
+class Siblings:
+    """The fused linear children of one parent with equal in features, and what was computed for them.
+
+    Args:
+        count: how many they are; each is known by its index.
+        orders: indices that are called one after the other with one x, by the first of them.
+
+    A copy, or what pickle loads, knows the same orders and no member: those join by `join` when they are copied.
+    """
+
+    def __init__(self, count: int, orders: Iterable[Sequence[int]] = ()) -> None:
+        self.members: list[weakref.ref[Any] | None] = [None] * count
+        self.orders = {order[0]: tuple(order) for order in orders}
+        # of orders that were named or learned: how often in a row outputs were left; absent where none was complete
+        self._misses: dict[tuple[int, ...], int] = {}
+        self._dropped: set[tuple[int, ...]] = set()
+        # the orders under hooks on saved tensors: what a checkpoint computes again must save as many tensors
+        self._fixed: dict[int, tuple[int, ...]] | None = None
+        # x, weak reference to x, state of the call, order, (operands, versions) of each, outputs not yet fetched
+        self.slot: tuple[Any, ...] | None = None
+        self._run: list[int] = []
+        self._run_x: weakref.ref[Tensor] | None = None
+        self._self = weakref.ref(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Siblings, (len(self.members), tuple(self.orders.values()))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Siblings":
+        memo[id(self)] = copied = Siblings(len(self.members), self.orders.values())
+        return copied
+
+    def output(self, index: int, member: Any, x: Tensor, operands: tuple, read: Callable[[Any], Any]) -> Tensor | None:
+        """y of a member called with x, whose present `operands` are given; None where it runs alone.
+
+        `read` gives the operands of another member, or anything that is no tuple where it cannot run fused.
+        """
+        slot = self.slot
+        if torch.compiler.is_compiling():
+            # an in-place change of x, which autograd forbids after the first call, is seen by no trace
+            if not torch.is_grad_enabled():
+                return None
+            if slot is not None and slot[0] is x and index in slot[5]:
+                y = slot[5].pop(index)
+                if not slot[5]:
+                    self.slot = None
+                return y
+            order = self.orders.get(index)
+            return None if order is None else self._compute(index, order, member, x, operands, read, None)
+        state = _state(x)
+        if slot is not None and slot[1] is not None and slot[1]() is x and index in slot[5]:
+            if slot[2] == state and _is_same(slot[4][index], operands):
+                y = slot[5].pop(index)
+                if not slot[5]:
+                    self.slot = None
+                    self._misses[slot[3]] = 0
+                return y
+            return None
+        reference = self.members[index]
+        # a replica of nn.DataParallel has the group of the module that it is made of
+        if state is None or reference is None or reference() is not member:
+            return None
+        orders = self.orders
+        if state[2] and _hooks_of_saved_tensors(False) is not None:
+            if self._fixed is None:
+                self._fixed = dict(orders)
+            orders = self._fixed
+        else:
+            self._observe(index, x)
+        order = orders.get(index)
+        return None if order is None else self._compute(index, order, member, x, operands, read, state)
+
+    def _compute(
+        self, index: int, order: tuple[int, ...], member: Any, x: Tensor, operands: tuple,
+        read: Callable[[Any], Any], state: tuple | None,
+    ) -> Tensor | None:  # fmt: skip
+        """y of the first of an order; those of the others are in the slot."""
+        every = {index: operands}
+        for i in order[1:]:
+            reference = self.members[i]
+            other = None if reference is None else reference()
+            if other is None or other._disable_adapters or other.merged_adapters:
+                continue
+            if other._lorafuse_backend != member._lorafuse_backend:
+                continue
+            theirs = read(other)
+            if type(theirs) is tuple and _fits(theirs, operands, x):
+                every[i] = theirs
+        if len(every) == 1 or not _fits(operands, operands, x):
+            return None
+        layers = [Projection(w, a, b, scale, bias, p) for w, a, b, scale, bias, p in every.values()]
+        ys = dict(zip(every, run_linears(x, layers, member._lorafuse_backend), strict=True))
+        y = ys.pop(index)
+        if state is None:
+            self.slot = x, None, None, order, every, ys
+            return y
+        self._discard()
+        # what another group was left with lives no longer than until here
+        previous = getattr(_latest, "group", None)
+        previous = None if previous is None else previous()
+        if previous is not None and previous is not self:
+            previous._discard()
+        _latest.group = self._self
+        reference = weakref.ref(x, functools.partial(_expire, self._self))
+        if y.grad_fn is not None:
+            # after backward the graph of the others' outputs is gone too
+            y.grad_fn.register_prehook(functools.partial(_expire, self._self, reference))
+        self.slot = None, reference, state, order, {i: (one, _versions(one)) for i, one in every.items()}, ys
+        return y
+
+    def _discard(self) -> None:
+        """Empty the slot; outputs left in it count against their order."""
+        slot, self.slot = self.slot, None
+        # of several threads in one module each may overwrite what the others computed
+        if slot is None or slot[1] is None or slot[2][0] != threading.get_ident():
+            return
+        order = slot[3]
+        self._misses[order] = misses = self._misses.get(order, 1) + 1
+        if misses > 1:
+            self._dropped.add(order)
+            if self.orders.get(order[0]) == order:
+                del self.orders[order[0]]
+
+    def _observe(self, index: int, x: Tensor) -> None:
+        """Learn from calls: members called one after the other with one x are an order."""
+        if self._run_x is None or self._run_x() is not x or index in self._run:
+            order = tuple(self._run)
+            if len(order) > 1 and order not in self._dropped:
+                self.orders[order[0]] = order
+            self._run, self._run_x = [], weakref.ref(x)
+        # members that will fetch their output are not called to observe
+        self._run += [i for i in self.orders.get(index, (index,)) if i not in self._run]
+
+
+def _expire(group: weakref.ref[Siblings], reference: weakref.ref[Tensor], *_: Any) -> None:
+    """Empty the slot of a group if it still holds the outputs of this x."""
+    siblings = group()
+    if siblings is not None and siblings.slot is not None and siblings.slot[1] is reference:
+        siblings._discard()
+
+
+def _state(x: Tensor) -> tuple | None:
+    """What outputs depend on besides the layers; None for an x whose changes cannot be seen, or of no plain kind."""
+    if x.is_inference() or x.is_meta or x.dim() > 4 or x.is_nested:
+        return None
+    kind = "cpu" if x.is_cpu else x.device.type
+    return (
+        threading.get_ident(),
+        x._version,
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else None,
+    )
+
+
+def _versions(operands: tuple) -> tuple[int, ...]:
+    """Of a layer's a and b, which an optimizer changes in place."""
+    return tuple(-1 if t.is_inference() else t._version for t in operands[1:3])
+
+
+def _is_same(kept: tuple, operands: tuple) -> bool:
+    """Whether a layer still has the operands its output was computed from."""
+    before, versions = kept
+    tensors = all(before[i] is operands[i] for i in (0, 1, 2, 4))
+    return tensors and before[3] == operands[3] and before[5] == operands[5] and versions == _versions(operands)
+
+
+def _fits(theirs: tuple, first: tuple, x: Tensor) -> bool:
+    """Whether a layer with these operands runs in one operator with the first: sharded and offloaded ones do not."""
+    w, a, b, _, bias, _ = theirs
+    if type(w) is Weight or type(first[0]) is Weight:
+        return False
+    return (
+        w.dtype is first[0].dtype
+        and a.dtype is first[1].dtype
+        and w.shape[1:] == a.shape[1:] == x.shape[-1:]
+        and b.shape == (*w.shape[:1], *a.shape[:1])
+        and (bias is None or bias.dtype is w.dtype)
+        and all(t.device == x.device for t in (w, a, b, bias) if t is not None)
+    )
+
+
+def join(member: Any) -> None:
+    """Make a copied member one of its group's copy, if no other object has its place."""
+    if "_lorafuse_siblings" in member.__dict__:
+        siblings, index = member._lorafuse_siblings
+        reference = siblings.members[index]
+        if reference is None or reference() is None:
+            siblings.members[index] = weakref.ref(member)
+
+
+def form(model: nn.Module, layers: Iterable[Any]) -> tuple[list[Group], list[Skipped]]:
+    """Make groups of the `layers` of a model that are children of one parent with equal in features on one device.
+
+    Returns the groups, and those that were not formed with the reason.
+    """
+    fused, groups, apart = set(layers), [], []
+    for path, parent in model.named_modules():
+        children = {name: child for name, child in parent._modules.items() if child in fused}
+        fused.difference_update(children.values())
+        by_features: dict[int, dict[str, Any]] = {}
+        for name, child in children.items():
+            by_features.setdefault(child.in_features, {})[name] = child
+        for members in by_features.values():
+            if len(members) < 2:
+                continue
+            if reason := _why_apart(members.values()):
+                apart.append(Skipped(path, "siblings", f"{reason} ({', '.join(members)})"))
+                continue
+            names = list(members)
+            orders = _orders(names, f"{path.rpartition('.')[2]} {type(parent).__name__}")
+            groups += [Group(path, "siblings", tuple(names[i] for i in order)) for order in orders]
+            groups += [] if orders else [Group(path, "candidates", tuple(names))]
+            _unite(members, orders)
+    return groups, apart
+
+
+def _why_apart(members: Iterable[Any]) -> str:
+    bases = [member.get_base_layer() for member in members]
+    devices = {str(base.weight.device) for base in bases}
+    if any(type(base) is not nn.Linear for base in bases):
+        return "a base is quantized or no plain nn.Linear"
+    if devices == {"meta"}:
+        return "weights are on the meta device"
+    return f"weights are on {' and '.join(sorted(devices))}" if len(devices) > 1 else ""
+
+
+def _orders(names: list[str], where: str) -> list[list[int]]:
+    """The orders known by the names of members; `where` names their parent and its class."""
+    is_cross = any(part in where.lower() for part in _CROSS)
+    orders = []
+    for family in _NAMES:
+        # k and v of a cross attention read one x, q another
+        order = [names.index(name) for name in (family[1:] if is_cross else family) if name in names]
+        orders += [order] if len(order) > 1 else []
+    return orders
+
+
+def _unite(members: dict[str, Any], orders: list[list[int]]) -> None:
+    """One group of members; one that they already are stays as it is."""
+    given = [member.__dict__.get("_lorafuse_siblings", (None,))[0] for member in members.values()]
+    if given[0] is not None and len(given[0].members) == len(given) and len(set(given)) == 1:
+        return
+    siblings = Siblings(len(members), orders)
+    for index, member in enumerate(members.values()):
+        member._lorafuse_siblings = siblings, index
+        siblings.members[index] = weakref.ref(member)
+
+
+def leave(member: Any) -> None:
+    """Take a layer out of its group."""
+    if "_lorafuse_siblings" in member.__dict__:
+        siblings, index = member._lorafuse_siblings
+        siblings.members[index] = siblings.slot = None
+        del member._lorafuse_siblings
