@@ -33,7 +33,7 @@ def goals(contents: list[Content], absent: str) -> str:
     experts = _listed([_shown(one, absent) for one in blocks if has_own_floor(one)], absent)
     models = [one for one in results if one["kind"] == "model" and one["model"] == _MODEL]
     full = [own["ratio_to_full"] for one in models for own in _ours(one) if "ratio_to_full" in own]
-    compared = [one for one in results if one["kind"] in ("linear", "group", "mlp", "moe")]
+    compared = [one for one in results if one["kind"] in ("linear", "group", "mlp", "layer", "moe")]
     behind = _listed(losers(compared), "none" if taxed else absent)
     rows = [
         ("LoRA tax, 8192 × 4096 × 4096, r 16", "≤ 4%", _shown(find(results, **_HEADLINE), absent)),

@@ -66,6 +66,9 @@ class _Bench:
         named = [part for case in cases for part in ("--case", case)]
         return self._step(f"groups-m{m}-{cases[0]}", _CASE * len(cases), "group", *named, "--m", m)
 
+    def decoder(self, m: int, case: str) -> Step:
+        return self._step(f"decoder-m{m}-{case}", 4 * _CASE, "layer", "--case", case, "--m", m)
+
     def experts(self, m: int, case: str, routing: str) -> Step:
         name = f"experts-m{m}-{case}-{routing}"
         return self._step(name, 2 * _CASE, "moe", "--case", case, "--m", m, "--routing", routing)
@@ -111,6 +114,7 @@ def steps(out: Path) -> list[Step]:
         Step("cuda-gate", [*pytest, on_gpu, "-k", "cuda and not offsets", *parallel(3)], 90, 2),
         Step("decode-gate", [*pytest, "tests/ops/test_gpu_decode.py", *parallel(3)], 90, 2),
         layer(8192, 16, *llama),
+        bench.decoder(8192, "llama-3.1-8b.layer"),
         experts(8192, "qwen3-30b-a3b", "balanced"),
         model("llama-3.1-8b"),
         bench.group(8192, "llama-3.1-8b.qkv", "llama-3.1-8b.mlp"),
@@ -217,7 +221,9 @@ def run(step: Step, out: Path, left: float) -> None:
 def table(out: Path) -> list[str]:
     """One line for each measured layer, block or model: tax, or tokens/s, of every variant."""
     lines = []
-    for file in sorted(file for kind in ("layers", "groups", "experts") for file in out.glob(f"{kind}-*.json")):
+    for file in sorted(
+        file for kind in ("layers", "groups", "decoder", "experts") for file in out.glob(f"{kind}-*.json")
+    ):
         for result in json.loads(file.read_text())["results"]:
             frozen = result["variants"]["frozen"]["total"]["median"] * 1e6
             taxes = "  ".join(

@@ -15,6 +15,7 @@ LABEL = {
     "linear": "Axolotl, o_proj's apply_lora_o",
     "group": "Axolotl, apply_lora_qkv",
     "mlp": "Axolotl, apply_lora_mlp",
+    "layer": "Axolotl",
     "model": "Axolotl",
 }
 REQUIRES = ("axolotl",)

@@ -20,7 +20,7 @@ FORMS = {
 
 
 def unavailable(kind, device, backend="auto", recompute_up=False, half=False):
-    if recompute_up and kind != "mlp":
+    if recompute_up and kind not in ("mlp", "layer"):
         return "only a gated MLP has an up to compute again"
     if backend == "auto":
         return ""

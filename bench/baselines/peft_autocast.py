@@ -30,6 +30,10 @@ def quantized(given):
     return _under_autocast(layer), trained
 
 
+def layer(call):
+    return _under_autocast(call)
+
+
 def experts(given):
     block, trained = peft_experts(given)
     return _under_autocast(block), trained

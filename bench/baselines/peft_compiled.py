@@ -13,6 +13,10 @@ def linear(given):
     return torch.compile(layer, dynamic=False), trained
 
 
+def layer(call):
+    return torch.compile(call, dynamic=False)
+
+
 def model(given):
     """Each decoder layer compiled, which share one program."""
     whole = given.adapted(half=True)

@@ -15,6 +15,7 @@ LABEL = {
     "linear": "Unsloth, o_proj's LoRA_W",
     "group": "Unsloth, LoRA_QKV",
     "mlp": "Unsloth, LoRA_MLP",
+    "layer": "Unsloth",
     "model": "Unsloth",
 }
 REQUIRES = ("unsloth",)

@@ -137,6 +137,8 @@ def _layers(timed: dict[str, Any], described: dict[str, Any], result: Result) ->
     floor = {part: _fastest({name: timed[name]["seconds"][part] for name in frozen}) for part in _PARTS}
     least = _sum(*(timed[floor[part]]["seconds"][part] for part in _PARTS))
     bases = {"ratio_to_full": ("full", 0.0), "over_dense": ("lorafuse-dense", 1.0)}
+    if result["kind"] == "layer":
+        bases["tax_over_frozen"] = ("frozen", 1.0)
     for name, one in timed.items():
         total = _sum(*(one["seconds"][part] for part in _PARTS))
         for part, seconds in (*one["seconds"].items(), ("total", total)):

@@ -4,6 +4,7 @@ LoRA tax = time(adapted) / time(fastest frozen) - 1, forward and backward. No nu
 """
 
 import argparse
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -46,9 +47,31 @@ def cases(args: argparse.Namespace) -> list[Problem]:
     return problems
 
 
-def _sum(works: list[dict[str, Work]], shared: Work) -> dict[str, Work]:
+def sum_of_work(works: list[dict[str, Work]], shared: Work) -> dict[str, Work]:
     """Sums over layers, with the correction for what they share in each pass."""
     return {part: sum((one[part] for one in works), shared) for part in ("forward", "backward")}
+
+
+def siblings(
+    baseline: Any, given: tuple[Inputs, ...], **options: Any
+) -> tuple[Callable[[Tensor], Sequence[Tensor]], dict[str, Tensor]]:
+    """Layers of one x by a baseline's `group`, or by its `linear` one by one: the call, and the trained tensors."""
+    if hasattr(baseline, "group") and (len(given) > 1 or not hasattr(baseline, "linear")):
+        call, trained = baseline.group(given, **options)
+        return call, trained
+    calls, layers = zip(*(baseline.linear(one, **options) for one in given), strict=True)
+    return (lambda x: tuple(one(x) for one in calls)), numbered(layers)
+
+
+def gated_mlp(
+    baseline: Any, given: tuple[Inputs, ...], **options: Any
+) -> tuple[Callable[[Tensor], Tensor], dict[str, Tensor]]:
+    """Gate, up and down by a baseline's `mlp`, or by its `linear` one by one: the call, and the trained tensors."""
+    if hasattr(baseline, "mlp"):
+        call, trained = baseline.mlp(given, **options)
+        return call, trained
+    (gate, up, down), layers = zip(*(baseline.linear(one, **options) for one in given), strict=True)
+    return (lambda x: down(F.silu(gate(x)) * up(x))), numbered(layers)
 
 
 @dataclass(frozen=True)
@@ -78,15 +101,7 @@ class Group(Problem):
 
     def variant(self, name: str, baseline: Any, given: tuple[Inputs, ...], **options: Any) -> Variant:
         x = given[0].x.detach().requires_grad_()
-        if hasattr(baseline, "group"):
-            call, trained = baseline.group(given, **options)
-        else:
-            calls, layers = zip(*(baseline.linear(one, **options) for one in given), strict=True)
-            trained = numbered(layers)
-
-            def call(x: Tensor) -> tuple[Tensor, ...]:
-                return tuple(one(x) for one in calls)
-
+        call, trained = siblings(baseline, given, **options)
         outputs = tuple(f"y {i}" for i in range(len(given)))
         return Variant(name, lambda: tuple(call(x)), outputs, tuple(one.dy for one in given), {"dx": x, **trained})
 
@@ -94,7 +109,7 @@ class Group(Problem):
         """Sums over the layers, without the passes over x and dx that layers of one x can share."""
         size = self.torch_dtype.itemsize
         every = [linear.work(self.M, n, self.K, self.R, size, trains) for n in self.N]
-        return _sum(every, Work(0, -size * self.M * self.K * (len(self.N) - 1)))
+        return sum_of_work(every, Work(0, -size * self.M * self.K * (len(self.N) - 1)))
 
 
 @dataclass(frozen=True)
@@ -126,22 +141,14 @@ class Mlp(Problem):
 
     def variant(self, name: str, baseline: Any, given: tuple[Inputs, ...], **options: Any) -> Variant:
         x = given[0].x.detach().requires_grad_()
-        if hasattr(baseline, "mlp"):
-            call, trained = baseline.mlp(given, **options)
-        else:
-            (gate, up, down), layers = zip(*(baseline.linear(one, **options) for one in given), strict=True)
-            trained = numbered(layers)
-
-            def call(x: Tensor) -> Tensor:
-                return down(F.silu(gate(x)) * up(x))
-
+        call, trained = gated_mlp(baseline, given, **options)
         return Variant(name, lambda: (call(x),), ("y",), (given[0].dy,), {"dx": x, **trained})
 
     def work(self, trains: str) -> dict[str, Work]:
         """Sums over the layers; gate and up share the passes over x and dx, SwiGLU has no pass of its own."""
         size = self.torch_dtype.itemsize
         every = [linear.work(self.M, n, k, self.R, size, trains) for n, k in self._layers]
-        return _sum(every, Work(0, -size * self.M * self.H))
+        return sum_of_work(every, Work(0, -size * self.M * self.H))
 
 
 def _formula(given: tuple[Inputs, ...], trains: str) -> dict[str, Tensor]:

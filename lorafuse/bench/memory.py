@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from lorafuse.bench import group, linear, moe, timed
+from lorafuse.bench import group, layer, linear, moe, timed
 from lorafuse.bench.problem import Problem, title
 from lorafuse.bench.result import shown
 from lorafuse.bench.timed import Progress
-from lorafuse.testing.cases import CASES, GROUPS, MOE_CASES, find_any
+from lorafuse.testing.cases import CASES, DECODERS, GROUPS, MOE_CASES, find_any
 
 SUMMARY = "peak memory of layers and experts"
 _DEFAULT = ("llama-3.1-8b.q", "llama-3.1-8b.down", "moe-64")
@@ -31,11 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def cases(args: argparse.Namespace) -> list[Problem]:
     """Every case at every M and rank. Raises ValueError for unknown names, ranks above the layers'."""
-    names = [*CASES, *GROUPS, *MOE_CASES] if args.all else args.case or _DEFAULT
+    names = [*CASES, *GROUPS, *DECODERS, *MOE_CASES] if args.all else args.case or _DEFAULT
     problems: list[Problem] = []
     for name in names:
         kind = find_any(name)
-        module: Any = {"linear": linear, "group": group, "moe": moe}[kind]
+        module: Any = {"linear": linear, "group": group, "layer": layer, "moe": moe}[kind]
         options = {"case": [name], "all": False, "shape": None, "routing": ["balanced"]}
         problems += module.cases(argparse.Namespace(**vars(args) | options))
     return problems

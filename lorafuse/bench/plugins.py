@@ -16,7 +16,9 @@ with inside its functions. A file may define:
     experts(given, **options)
                 build it for the inputs of `lorafuse.bench.linear`, `quantized`, `group` or `moe`: the call, and the
                 trained tensors by the names of their gradients. A file without the function of a kind is no baseline of
-                that kind; without `group` or `mlp`, its `linear` runs once per layer.
+                that kind; without `group` or `mlp`, its `linear` runs once per layer. A decoder layer runs all three.
+    layer(call)
+                a decoder layer's call as this baseline runs it, for what holds for more than its linear layers
     model(given, **options)
                 the whole model of `lorafuse.bench.transformer.Given` in training mode, and what else is to be said of
                 it in results; {"autocast": True} runs its steps under autocast.
@@ -38,6 +40,7 @@ _FUNCTIONS = {
     "quantized": ("quantized",),
     "group": ("group", "linear"),
     "mlp": ("mlp", "linear"),
+    "layer": ("group", "linear"),
     "moe": ("experts",),
     "model": ("model",),
 }
@@ -73,7 +76,7 @@ def folder() -> Path:
 
 
 def load(kind: str, device: torch.device, place: Path | None = None, dtype: str = "") -> list[Baseline]:
-    """The baselines of a kind ("linear", "quantized", "group", "mlp", "moe", "model"), including those that cannot run
+    """The baselines of a kind ("linear", "group", "layer", "model", ...), including those that cannot run
     here, or not on a base of that dtype.
 
     Raises ValueError for a folder without frozen.py, and for a file that does not load.
@@ -86,7 +89,14 @@ def load(kind: str, device: torch.device, place: Path | None = None, dtype: str 
 
 
 def _rank(one: Baseline) -> tuple[int, str]:
-    rank = next((i for i, name in enumerate(_FIRST) if one.name in (name, f"{name}-cuda", f"{name}-triton")), None)
+    rank = next(
+        (
+            i
+            for i, name in enumerate(_FIRST)
+            if one.name in (name, *(f"{name}-{end}" for end in ("cuda", "group", "triton")))
+        ),
+        None,
+    )
     return len(_FIRST) + one.name.startswith(_LAST) if rank is None else rank, one.name
 
 

@@ -1,6 +1,6 @@
 """A problem to measure (inputs, correct results, least work), its variants, and the gate before any timing.
 
-`lorafuse bench linear`, `group` and `moe` differ in their problems only.
+`lorafuse bench linear`, `group`, `layer` and `moe` differ in their problems only.
 """
 
 import argparse
@@ -18,7 +18,7 @@ __all__ = ["SCALE", "Problem", "Variant", "Work", "add_case_arguments", "numbere
 # alpha / r of every adapter in the benchmarks
 SCALE = 2.0
 # the fields of results in the order of titles
-_SIZES = ("M", "E", "k", "H", "I", "N", "K", "R", "routing", "quant")
+_SIZES = ("M", "E", "k", "H", "Q", "KV", "D", "I", "N", "K", "R", "routing", "quant")
 
 
 def add_case_arguments(parser: argparse.ArgumentParser, what: str, usual: str, shape: str, m: int) -> None:

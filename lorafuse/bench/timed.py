@@ -172,10 +172,12 @@ def built(problem: Problem, args: argparse.Namespace, device: torch.device, prog
 def table(result: dict[str, Any]) -> Any:
     """The figures of a result as rich's table, below it the baselines that are not in it and why."""
     is_warm, variants = "warm_floor" in result, result["variants"]
+    is_layer = result["kind"] == "layer"
     spread = "\\[95 %]" if "tax_low" in variants["frozen"] else "\\[20-80 %]"
     columns = ["", "forward\nms", "backward\nms", "total ms\n\\[20-80 %]", f"LoRA tax\n{spread}", "of\nfull"]
     has_dense = "lorafuse-dense" in variants
     columns += [
+        *(["over\nfrozen"] if is_layer else []),
         *(["over\ndense"] if has_dense else []),
         *(["tax,\nx warm"] if is_warm else []),
         "TFLOP/s",
@@ -195,6 +197,7 @@ def table(result: dict[str, Any]) -> Any:
             name + ("*" if figure.get("launched") else ""), ms["forward"], ms["backward"], f"{ms['total']} \\[{ends}]",
             f"{tax} \\[{low * 100:.0f}-{high * 100:.0f}]" if adapted else "",
             f"{figure['ratio_to_full']:.2f}" if "ratio_to_full" in figure else "",
+            *([f"{figure['tax_over_frozen']:.1%}" if adapted else ""] if is_layer else []),
             *([f"{figure['over_dense']:+.1%}"] if has_dense else []),
             *([f"{figure['warm_x']['tax']:.1%}" if adapted else ""] if is_warm else []),
             f"{figure['flops_per_s'] / 1e12:.2f}", f"{figure['of_peak']:.0%}", f"{figure['of_copy']:.0%}",

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lorafuse.bench import group, linear, moe, plugins, quantized
+from lorafuse.bench import group, layer, linear, moe, plugins, quantized
 from lorafuse.bench.limits import is_out_of_memory
 from lorafuse.bench.problem import Problem, wrong
 from lorafuse.bench.runner import Runner
@@ -25,9 +25,15 @@ from lorafuse.testing.timing import Clock
 
 __all__ = ["PROBLEMS", "main"]
 
-PROBLEMS: dict[str, type[Problem]] = {
-    one.kind: one for one in (linear.Linear, quantized.Quantized, group.Group, group.Mlp, moe.Experts)
-}
+_KINDS: tuple[type[Problem], ...] = (
+    linear.Linear,
+    quantized.Quantized,
+    group.Group,
+    group.Mlp,
+    layer.DecoderLayer,
+    moe.Experts,
+)
+PROBLEMS = {one.kind: one for one in _KINDS}
 
 
 class _Worker:

@@ -6,15 +6,18 @@ from typing import TypeVar
 
 __all__ = [
     "CASES",
+    "DECODERS",
     "GROUPS",
     "MOE_CASES",
     "UGLY_M",
     "UGLY_NK",
     "UGLY_R",
     "Case",
+    "DecoderCase",
     "MoECase",
     "find",
     "find_any",
+    "find_decoder",
     "find_group",
     "find_moe",
     "sizes",
@@ -75,6 +78,27 @@ GROUPS: dict[str, tuple[Case, ...]] = {
 
 
 @dataclass(frozen=True)
+class DecoderCase:
+    """A decoder layer of a model: hidden size `H`, heads of `D` features, `Q` of all queries, `KV` of all keys, and the
+    intermediate size `I`."""
+
+    name: str
+    H: int
+    Q: int
+    KV: int
+    D: int
+    I: int  # noqa: E741
+
+
+# models with nothing between these layers but what Llama has; Qwen3 normalizes queries and keys too
+DECODERS: dict[str, DecoderCase] = {
+    f"{model}.layer": DecoderCase(f"{model}.layer", hidden, query, key, head, inner)
+    for model, head in (("smollm2-135m", 64), ("llama-3.1-8b", 128), ("llama-3.1-70b", 128))
+    for hidden, query, key, inner in (_MODELS[model],)
+}
+
+
+@dataclass(frozen=True)
 class MoECase:
     """The experts of a model: `E` of them, `k` for each token, hidden size `H`, intermediate size `I`."""
 
@@ -124,9 +148,14 @@ def sizes(text: str, least: int, most: int, meaning: str, example: str) -> list[
 
 
 def find_any(name: str) -> str:
-    """The kind of the case of that name: "linear", "group" or "moe". Raises ValueError as the others do."""
-    kinds = dict.fromkeys(CASES, "linear") | dict.fromkeys(GROUPS, "group") | dict.fromkeys(MOE_CASES, "moe")
-    return _find(name, kinds)
+    """The kind of the case of that name: "linear", "group", "layer" or "moe". Raises ValueError as the others do."""
+    kinds = dict.fromkeys(CASES, "linear") | dict.fromkeys(GROUPS, "group")
+    return _find(name, kinds | dict.fromkeys(DECODERS, "layer") | dict.fromkeys(MOE_CASES, "moe"))
+
+
+def find_decoder(name: str) -> DecoderCase:
+    """The decoder layer of that name. Raises ValueError that lists the nearest and all known names."""
+    return _find(name, DECODERS)
 
 
 def find_moe(name: str) -> MoECase:

@@ -17,6 +17,7 @@ import torch
 
 from lorafuse.bench import group, peaks, plugins
 from lorafuse.bench.group import Group, Mlp
+from lorafuse.bench.layer import DecoderLayer
 from lorafuse.bench.linear import Linear
 from lorafuse.bench.moe import Experts
 from lorafuse.bench.problem import wrong
@@ -254,6 +255,7 @@ DENSE = {
     "qkv": Group("qkv", "float32", 16, (24, 8, 8), 40, 3),
     "gate_up": Group("gate_up", "float32", 16, (24, 24), 40, 3),
     "mlp": Mlp("mlp", "float32", 16, 40, 24, 3),
+    "layer": DecoderLayer("layer", "float32", 16, 40, 48, 16, 8, 24, 3),
 }
 
 

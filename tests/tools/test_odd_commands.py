@@ -117,6 +117,7 @@ OPTIONS = (
     (DEMO, ("seed",), ("0",)),
     (LINEAR, ("m", "rank", "rounds", "seconds", "timeout"), ()),
     (["bench", "group", "--shape", "24,8,40", *HOW], ("m", "rank"), ()),
+    (["bench", "layer", "--shape", "16,16,8,4,24", *HOW], ("m", "rank"), ()),
     (["bench", "moe", "--shape", "4,2,32,32", *HOW], ("m", "rank"), ()),
     (["bench", "memory", *HOW], ("m", "rank"), ()),
     (MODEL, ("layers", "tokens", "batch", "accumulate", "rank", "rounds", "seconds"), ()),
@@ -139,7 +140,7 @@ LINES = [
     *([*TUNE, "--out", path] for path in ("{folder}", "{fifo}", "{file}", "/dev/zero", *NOWHERE)),
     *(
         ["bench", kind, f"--shape={text}", *HOW]
-        for kind in ("linear", "group", "moe")
+        for kind in ("linear", "group", "layer", "moe")
         for text in SHAPES
         if (kind, text) != ("group", "4,9,4,4")
     ),
