@@ -21,7 +21,7 @@
 
 namespace lorafuse::sm90 {
 
-// One of the two sums. column_blocks 0: it is not wanted.
+// One of the two sums. column_blocks 0: it is not requested.
 struct Sum {
   int C, column_blocks;
   void* out;              // [C, R], transposed [R, C]

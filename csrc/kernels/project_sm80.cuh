@@ -1,4 +1,4 @@
-// xa = drop(x) aᵀ, the low-rank projection, in one pass over x; and beside it an adapter rounded for the product after it.
+// xa = drop(x) aᵀ, the low-rank projection, in one pass over x; and concurrently an adapter rounded for the product after it.
 //
 // Shapes: x [M, K], a [R, K] (fp32 is rounded to x's type on its way to the registers), xa [M, R] and zeros up to its
 // stride. The mask of dropout is that of lorafuse/philox.py, drawn in place, one Philox call for four elements.

@@ -11,7 +11,7 @@
 // The items of work, BLOCK_M rows of BLOCK_N columns, are listed column block by column block; block p of `blocks`
 // takes one contiguous share of the list and keeps the column sums of its column block in registers. Per item it writes
 // fp32 partial sums of rows, per column block it meets those of columns and bias. A second kernel adds them in the
-// order of the list, scales once and rounds; and beside that an adapter, for the product that follows.
+// order of the list, scales once and rounds; and concurrently an adapter, for the product that follows.
 //
 // Bytes: 2 M C of left once, and partials, written and read, mostly within L2:
 //     8 R (M C / BLOCK_N + blocks · BLOCK_N + C), least where C / BLOCK_N = √(blocks C / M).
@@ -59,7 +59,7 @@ struct Reduce {
   int64_t pitch;   // R, or one more, so that pairs are aligned
   float* rows;     // [column_blocks, M, pitch]
   float* columns;  // [slots, block_n, pitch], transposed [slots, R, block_n]
-  float* bias;     // [slots, block_n]; null: not wanted
+  float* bias;     // [slots, block_n]; null: not requested
 
   float scale;
   void* rows_out;  // [M, R], zeros up to its stride

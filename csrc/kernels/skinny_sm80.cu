@@ -51,7 +51,7 @@ struct ReducePlan {
   int64_t bytes() const { return 4 * (row_floats + column_floats + bias_floats); }
 };
 
-// Fills in of `r` what follows from the sizes and from what is wanted, for one shape of block.
+// Fills in of `r` what follows from the sizes and from what is requested, for one shape of block.
 ReducePlan plan_shape(Reduce& r, int ranks, int block_m, int sms) {
   ReducePlan plan{ranks, block_m, 0, 0, 0};
   const int64_t row_blocks = ceil_div<int64_t>(r.M, block_m), column_blocks = ceil_div<int64_t>(r.C, kReduceN);

@@ -1,6 +1,6 @@
 """Loss curves: every variant trains from PEFT's own initialization on the same batches, then meets held-out ones.
 
-Two right variants round differently, so their losses part slowly. How far is said beside what was learned, with an
+Two right variants round differently, so their losses part slowly. How far is printed next to what was learned, with an
 interval over the steps.
 """
 

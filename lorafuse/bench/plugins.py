@@ -20,7 +20,7 @@ with inside its functions. A file may define:
     layer(call)
                 a decoder layer's call as this baseline runs it, for what holds for more than its linear layers
     model(given, **options)
-                the whole model of `lorafuse.bench.transformer.Given` in training mode, and what else is to be said of
+                the whole model of `lorafuse.bench.transformer.Given` in training mode, and what else is to be noted of
                 it in results; {"autocast": True} runs its steps under autocast.
 """
 

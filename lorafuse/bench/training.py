@@ -110,7 +110,7 @@ class Trainee:
 
 
 def built(baseline: Baseline, given: Any) -> tuple[Trainee, dict[str, Any]]:
-    """The model of a baseline in training, and what is said of it.
+    """The model of a baseline in training, and what is noted of it.
 
     Autocast is put around forward alone, as accelerate does for `bf16=True`; accelerate's copy of the logits to fp32
     after the loss is left out, in favour of what runs so.

@@ -228,7 +228,7 @@ def _measure_all(
 
 
 def _keep(path: Path, outcomes: list[Outcome], setting: dict[str, str], own: bool) -> tuple[tuned.Tuned, ...]:
-    """Record outcomes in the file, read anew so that entries of a run beside this one stay; the entries that it holds.
+    """Record outcomes in the file, read anew so that entries of a concurrent run stay; the entries that it holds.
 
     Plans made after this, in this process too, follow them.
     """

@@ -11,7 +11,7 @@ from lorafuse.files import parse, read_text
 
 __all__ = ["Example", "blocks", "generate", "read"]
 
-# a user's question and the answer wanted
+# a user's question and the expected answer
 Example = tuple[str, str]
 
 

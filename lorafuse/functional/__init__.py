@@ -238,7 +238,7 @@ def lora_experts(
 ) -> Tensor:
     """A frozen mixture-of-experts block with LoRA on its stacks: `out[t] = Σ_j topk_weight[t, j] · expert(x[t])`.
 
-    Each expert is `down(act(gate_up(x)))`, both projections with `+ scale · b[e] (a[e] ·)`. The layout is said by the
+    Each expert is `down(act(gate_up(x)))`, both projections with `+ scale · b[e] (a[e] ·)`. The layout is given by the
     flags that transformers gives its experts modules and never guessed from shapes.
 
     Args:

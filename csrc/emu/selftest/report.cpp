@@ -1,4 +1,4 @@
-// Deadlocks and misuse: what is said, and that the emulator is as before afterwards.
+// Deadlocks and misuse: what is reported, and that the emulator is as before afterwards.
 #include <lorafuse/ptx/launch.cuh>
 #include <lorafuse/ptx/memory.cuh>
 
