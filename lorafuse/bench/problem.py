@@ -22,7 +22,7 @@ _SIZES = ("M", "E", "k", "H", "Q", "KV", "D", "I", "N", "K", "R", "routing", "qu
 
 
 def add_case_arguments(parser: argparse.ArgumentParser, what: str, usual: str, shape: str, m: int) -> None:
-    """Options of a kind's cases: by name, all, or one by its shape, written as `shape` "METAVAR: meaning"; M and rank."""
+    """Options of a kind's cases: by name, all, or one by its shape, given as `shape` "METAVAR: meaning"; M and rank."""
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--case", action="append", metavar="NAME", help=f"{what} by name; may be repeated ({usual})")
     which.add_argument("--all", action="store_true", help="every named one")

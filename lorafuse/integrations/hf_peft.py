@@ -85,20 +85,20 @@ def fused(shipped: type) -> Any:
                 parts = _parts(self) if shipped.forward is own else _replaced(shipped)  # type: ignore[attr-defined]
             if type(parts) is _Unfolded:
                 parts = _folded(*parts)
-            if type(parts) is tuple and type(parts[0]) is Weight and multiplies_packed(self._modules["base_layer"], x):
-                parts = None
             if type(parts) is tuple:
-                rows = x if x.dim() <= 4 else x.flatten(0, -4)
                 # (group, index); absent from layers in no group
                 group = self.__dict__.get("_lorafuse_siblings")
                 if group is not None:
                     y = group[0].output(group[1], self, x, parts, _parts)
                     if y is not None:
                         return y
-                if type(parts[0]) is Weight:
-                    y = run_quantized(self._modules["base_layer"], rows, parts, self._lorafuse_backend)
-                else:
+                rows = x if x.dim() <= 4 else x.flatten(0, -4)
+                if type(parts[0]) is not Weight:
                     y = run_linear(rows, *parts, None, self._lorafuse_backend)  # type: ignore[call-arg]
+                elif multiplies_packed(self._modules["base_layer"], x):
+                    return shipped.forward(self, x)  # type: ignore[attr-defined]
+                else:
+                    y = run_quantized(self._modules["base_layer"], rows, parts, self._lorafuse_backend)
                 return y if rows is x else y.unflatten(0, x.shape[:-3])
             if parts and not torch.compiler.is_compiling():
                 warn_once("a patched linear layer runs as PEFT ships it", parts)
