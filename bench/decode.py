@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lorafuse.backends import base, native
 from lorafuse.backends.protocol import Backend
+from lorafuse.files import write_text
 from lorafuse.operands import Weight
 from lorafuse.testing.conditions import conditions, describe
 from lorafuse.testing.timing import measure_calls, percentile
@@ -170,8 +171,7 @@ def main() -> int:
                     f"  {one['bytes_per_s'] / 1e12:6.2f} TB/s  {one['of_copy']:6.3f} of a copy"
                 )
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"conditions": setting, "results": results}, indent=1) + "\n")
+        write_text(args.json, json.dumps({"conditions": setting, "results": results}, indent=1) + "\n")
     print("\n".join(problems))
     return int(bool(problems))
 

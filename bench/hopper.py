@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafuse.files import write_text
 from lorafuse.testing.conditions import conditions, describe
 from lorafuse.testing.numerics import relative_l2, tolerance
 from lorafuse.testing.timing import measure_calls, percentile
@@ -172,8 +173,7 @@ def main() -> int:
                 f"  {figure['of_cublas']:6.3f} of cuBLAS  {figure['useful_flops'] / 1e12:6.0f} TFLOP/s"
             )
         if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps({"conditions": setting, "results": results}, indent=1) + "\n")
+            write_text(args.json, json.dumps({"conditions": setting, "results": results}, indent=1) + "\n")
     return status
 
 

@@ -5,6 +5,7 @@ import copy
 from unittest import mock
 
 import peft
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -133,6 +134,14 @@ def patched_copy(model, **options):
     """A patched copy of the model, and the report."""
     twin = copy.deepcopy(model)
     return twin, lorafuse.patch(twin, **options)
+
+
+def reason_to_patch_nothing(model):
+    """The one reason for which every layer of a model is left to PEFT."""
+    with pytest.warns(UserWarning, match="patched nothing"):
+        report = lorafuse.patch(model)
+    (reason,) = {skipped.reason for skipped in report.skipped}
+    return reason
 
 
 def inputs_of(model, batch=2, dtype=None):

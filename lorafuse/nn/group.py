@@ -62,20 +62,18 @@ def _projection(layer: nn.Linear | LoRALinear) -> Projection:
 
 
 def _adapted(
-    linear: nn.Linear, name: str, targets: Sequence[str], r: int, alpha: float | None, dropout: float, use_rslora: bool,
-    adapter_dtype: torch.dtype | None,
-) -> nn.Linear | LoRALinear:  # fmt: skip
-    if name not in targets:
-        return linear
-    return LoRALinear.from_linear(
-        linear, r, alpha=alpha, dropout=dropout, use_rslora=use_rslora, adapter_dtype=adapter_dtype
-    )
-
-
-def _check_targets(targets: Sequence[str], names: Sequence[str]) -> None:
+    linears: Sequence[nn.Linear], names: Sequence[str], targets: Sequence[str], r: int, alpha: float | None,
+    dropout: float, use_rslora: bool, adapter_dtype: torch.dtype | None,
+) -> list[nn.Linear | LoRALinear]:  # fmt: skip
+    """The layers, those named in `targets` with an adapter. Raises ValueError for an unknown target."""
     unknown = [name for name in targets if name not in names]
     if unknown or isinstance(targets, str):
         raise ValueError(f"targets={targets!r} must be a sequence of names among {', '.join(names)}")
+    settings = {"alpha": alpha, "dropout": dropout, "use_rslora": use_rslora, "adapter_dtype": adapter_dtype}
+    return [
+        LoRALinear.from_linear(linear, r, **settings) if name in targets else linear  # type: ignore[arg-type]
+        for linear, name in zip(linears, names, strict=True)
+    ]
 
 
 class LoRAQKV(_Group):
@@ -119,10 +117,8 @@ class LoRAQKV(_Group):
         `targets` names the layers that get an adapter; r, alpha, dropout, use_rslora and adapter_dtype are those of
         `LoRALinear` for each. Raises ValueError for an unknown target, and what `LoRALinear.from_linear` raises.
         """
-        _check_targets(targets, cls._NAMES)
-        settings = targets, r, alpha, dropout, use_rslora, adapter_dtype
-        layers = zip((q_proj, k_proj, v_proj), cls._NAMES, strict=True)
-        return cls(*(_adapted(layer, name, *settings) for layer, name in layers)).train(q_proj.training)
+        settings = r, alpha, dropout, use_rslora, adapter_dtype
+        return cls(*_adapted((q_proj, k_proj, v_proj), cls._NAMES, targets, *settings)).train(q_proj.training)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`(q, k, v)`, `[..., out_features]` of each layer, for x `[..., in_features]`."""
@@ -184,15 +180,9 @@ class LoRAGatedMLP(_Group):
         `targets` names the layers that get an adapter; r, alpha, dropout, use_rslora and adapter_dtype are those of
         `LoRALinear` for each. Raises ValueError for an unknown target, and what `LoRALinear.from_linear` raises.
         """
-        _check_targets(targets, cls._NAMES)
-        settings = targets, r, alpha, dropout, use_rslora, adapter_dtype
-        layers = zip((gate_proj, up_proj, down_proj), cls._NAMES, strict=True)
-        made = cls(
-            *(_adapted(layer, name, *settings) for layer, name in layers),
-            activation=activation,
-            recompute_up=recompute_up,
-        )
-        return made.train(gate_proj.training)
+        settings = r, alpha, dropout, use_rslora, adapter_dtype
+        layers = _adapted((gate_proj, up_proj, down_proj), cls._NAMES, targets, *settings)
+        return cls(*layers, activation=activation, recompute_up=recompute_up).train(gate_proj.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """y `[..., H]` for x `[..., H]`."""
