@@ -40,7 +40,7 @@ class Settings:
 
 
 _REWARD = '''def reward(completions, answer, **columns):
-    """1 where the record's answer stands in the completion: an example, to be replaced by the real one."""
+    """1 where the record's answer stands in the completion: an example, to be replaced by your own rule."""
     texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
     return [float(str(right) in text) for text, right in zip(texts, answer)]
 
