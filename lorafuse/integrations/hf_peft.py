@@ -6,19 +6,16 @@ everything else. Each forward reads the layer's present state, so adapters may b
 merged or disabled at any time, and weights moved, sharded and loaded.
 """
 
-import sys
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as PeftLinear
-from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.lora import ParamWrapper
 from peft.tuners.lora.torchao import TorchaoLoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lorafuse.backends import base as backends
 from lorafuse.functional import run_linear
-from lorafuse.integrations.groups import form, join, leave
+from lorafuse.integrations.groups import join
 from lorafuse.integrations.hf_common import (
     CALL,
     CALL_IMPL,
@@ -30,21 +27,12 @@ from lorafuse.integrations.hf_common import (
     original,
     trainable,
     warn_once,
-    watched,
 )
-from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, why_not_wrapped, wrappers
-from lorafuse.integrations.hf_quantized import (
-    described_format,
-    is_quantized,
-    multiplies_packed,
-    notes,
-    run_quantized,
-    stored,
-)
-from lorafuse.integrations.report import Patched, PatchReport, Skipped
+from lorafuse.integrations.hf_experts import why_not_wrapped
+from lorafuse.integrations.hf_quantized import is_quantized, multiplies_packed, run_quantized, stored
 from lorafuse.operands import Weight
 
-__all__ = ["FusedLinear", "FusedTorchaoLinear", "FusedWeight", "adopt", "fused", "release", "survey"]
+__all__ = ["FusedLinear", "FusedTorchaoLinear", "FusedWeight", "fused", "why_not_fused"]
 
 
 # weight, a, b, scale, bias, dropout_p
@@ -253,148 +241,7 @@ def _folded(weight: Tensor | Weight, bias: Tensor | None, factors: list[_Factors
     return weight, a, b, 1.0, bias, dropout_p
 
 
-# our class: PEFT's
-_SHIPPED: dict[type, type] = {
-    FusedLinear: PeftLinear,
-    FusedTorchaoLinear: TorchaoLoraLinear,
-    FusedWeight: ParamWrapper,
-    FusedExperts: ParamWrapper,
-}
-# PEFT's files of layers over weights in formats that lorafuse does not read
-_FOREIGN = ("aqlm", "awq", "eetq", "gptq", "hqq", "inc")
-
-
-def _shipped() -> dict[type, type]:
-    """Our class: PEFT's. Those over bitsandbytes' layers are there where PEFT has imported its own."""
-    if "peft.tuners.lora.bnb" not in sys.modules:
-        return _SHIPPED
-    from lorafuse.integrations import hf_bnb
-
-    return _SHIPPED | hf_bnb.SHIPPED
-
-
-def _kind(layer: BaseTunerLayer) -> str:
-    if isinstance(layer, ParamWrapper):
-        # of a weight as of a layer: "linear"
-        return "linear" if isinstance(layer.get_base_layer(), nn.Linear) else "experts"
-    return "linear" if isinstance(layer, tuple(_shipped().values())) else type(layer).__name__.lower()
-
-
-def _full_name(layer: BaseTunerLayer) -> str:
-    return f"{type(layer).__module__}.{type(layer).__qualname__}"
-
-
-def _reason(layer: BaseTunerLayer) -> str:
-    """Why a layer is left to PEFT, or "" if lorafuse takes it."""
-    if not isinstance(layer, LoraLayer):
-        return f"{_full_name(layer)} is not a LoRA layer"
-    # fully_shard changes the class of a layer passed to it to a subclass of its own, which still runs fused
-    classes = _shipped()
-    # fully_shard changes the class of a layer passed to it to a subclass of its own, which still runs fused
-    if type(layer) not in classes.values() and not isinstance(layer, tuple(classes)):
-        reason = f"{_full_name(layer)} is not a LoRA layer over nn.Linear"
-        package, _, file = type(layer).__module__.rpartition(".")
-        if package == "peft.tuners.lora" and file in _FOREIGN:
-            reason += f"; its base is quantized by {file.upper()}, which lorafuse does not read"
-        return reason
-    if type(layer) in classes.values() and "forward" in layer.__dict__:
-        return _replaced_forward(layer)
-    if reason := watched():
-        return reason
-    shipped: Any = next(kind for kind in type(layer).__mro__ if kind in classes.values())
-    if _kind(layer) == "experts":
-        parts: Any = expert_parts(layer)
-    else:
-        parts = _parts(layer) if _forwards[shipped] is shipped.forward else _replaced(shipped)
-    # experts whose adapters are merely off, merged or elsewhere run fused when they are on again
-    return parts if isinstance(parts, str) and parts != NOTHING_ACTIVE else ""
-
-
-def _replaced_forward(layer: nn.Module) -> str:
-    """Who replaced the forward of a layer, so that its class no longer decides what runs."""
-    if "_hf_hook" in layer.__dict__:
-        return (
-            f"accelerate's {type(layer._hf_hook).__name__} replaced its forward: patch before the hook is attached, or "
-            "remove it (accelerate.hooks.remove_hook_from_module)"
-        )
-    owner = getattr(layer.__dict__["forward"], "__self__", layer)
-    if owner is not layer:
-        return f"its forward is that of a {type(owner).__module__}.{type(owner).__qualname__}"
-    return "its forward was replaced before lorafuse.patch: patch before that, where the model allows it"
-
-
-def survey(model: nn.Module, backend: str) -> tuple[PatchReport, list[LoraLayer]]:
-    """The report on every adapted layer of the model, and the layers lorafuse takes. Changes and computes nothing."""
-    report, layers = PatchReport(), []
-    # what lies inside another module: wrappers of the same experts, and layers that are never called
-    inner: set[nn.Module] = set()
-    reasons: dict[nn.Module, str] = {}
-    for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            reasons[module.out_proj] = (
-                "nn.MultiheadAttention reads the weight of its out_proj and never calls it; PEFT merges the adapter "
-                "into that weight when the whole attention is a target, and leaves it without effect when out_proj is"
-            )
-        elif is_fsdp1(module):
-            reasons |= dict.fromkeys(module.modules(), FSDP1)
-    for name, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer) or layer in inner:
-            continue
-        if isinstance(layer, ParamWrapper):
-            inner.update(wrappers(layer)[1:])
-        reason = reasons.get(layer) or _reason(layer)
-        if reason:
-            report.skipped.append(Skipped(name, _kind(layer), reason))
-            continue
-        report.patched.append(Patched(name, _kind(layer), _shown_backend(layer, backend)))
-        layers.append(layer)
-        weight = None if isinstance(layer, ParamWrapper) else stored(layer.get_base_layer())
-        if isinstance(weight, Weight):
-            report.bases[name] = described_format(weight)
-    report.notes += notes(model)
-    return report, layers
-
-
-def _shown_backend(layer: LoraLayer, backend: str) -> str:
-    """The backend that will run a layer, "auto" where that is decided at every call."""
-    weight = layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
-    able = backends.candidates(weight.device.type)
-    return able[0] if backend == "auto" and len(able) == 1 else backend
-
-
-def adopt(layer: Any, backend: str) -> None:
-    """Make a layer that `survey` listed one of our classes."""
-    if type(layer) is ParamWrapper:
-        layer.__class__ = FusedWeight if _kind(layer) == "linear" else FusedExperts
-    else:
-        ours = {shipped: kind for kind, shipped in _shipped().items()}
-        layer.__class__ = ours.get(type(layer), type(layer))
-    # None follows lorafuse.use_backend at every call
-    layer._lorafuse_backend = None if backend == "auto" else backend
-
-
-def regroup(model: nn.Module, layers: list[Any], report: PatchReport, has_groups: bool) -> None:
-    """Make groups of adopted layers, into the report; without `has_groups` take them apart."""
-    linear = [layer for layer in layers if isinstance(layer, FusedLinear)]
-    if has_groups:
-        report.groups, report.apart = form(model, linear)
-    else:
-        for layer in linear:
-            leave(layer)
-
-
-def release(model: nn.Module) -> int:
-    """Make every patched layer of the model PEFT's class again; returns how many."""
-    classes = _shipped()
-    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, tuple(classes))]
-    for layer in layers:
-        if type(layer) not in classes:
-            raise RuntimeError(
-                f"cannot unpatch a {type(layer).__name__}: its class was changed after lorafuse.patch (fully_shard "
-                "does that to a layer passed to it); unpatch before it, or shard whole blocks"
-            )
-    for layer in layers:
-        layer.__class__ = classes[type(layer)]
-        del layer._lorafuse_backend
-        leave(layer)
-    return len(layers)
+def why_not_fused(layer: Any, shipped: type) -> str:
+    """Why a layer of one of PEFT's classes cannot run fused in its present state, or "" if it can."""
+    parts = _parts(layer) if _forwards[shipped] is shipped.forward else _replaced(shipped)  # type: ignore[attr-defined]
+    return parts if isinstance(parts, str) else ""

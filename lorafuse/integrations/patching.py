@@ -13,16 +13,16 @@ from lorafuse.versions import MINIMUM, is_older
 __all__ = ["patch", "unpatch"]
 
 
-def _hf_peft() -> ModuleType:
+def _hf_model() -> ModuleType:
     try:
         import peft
     except ImportError as error:
         raise MissingDependency("lorafuse.patch works on PEFT models: pip install 'peft>=0.21'") from error
     if is_older(peft.__version__, MINIMUM["peft"]):
         raise MissingDependency(f"lorafuse.patch needs peft >= 0.21, found {peft.__version__}: pip install -U peft")
-    from lorafuse.integrations import hf_peft
+    from lorafuse.integrations import hf_model
 
-    return hf_peft
+    return hf_model
 
 
 def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False, groups: bool = False) -> PatchReport:
@@ -57,8 +57,8 @@ def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False, grou
     base.require(backend)
     if not isinstance(model, nn.Module):
         raise TypeError(f"lorafuse.patch got a {type(model).__name__}; it takes a torch.nn.Module, such as a PeftModel")
-    hf_peft = _hf_peft()
-    report, layers = hf_peft.survey(model, backend)
+    hf_model = _hf_model()
+    report, layers = hf_model.survey(model, backend)
     problem = ""
     if not report.patched and not report.skipped:
         problem = (
@@ -74,8 +74,8 @@ def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False, grou
     for note in report.notes:
         warnings.warn(f"lorafuse.patch: {note}", stacklevel=2)
     for layer in layers:
-        hf_peft.adopt(layer, backend)
-    hf_peft.regroup(model, layers, report, groups)
+        hf_model.adopt(layer, backend)
+    hf_model.regroup(model, layers, report, groups)
     return report
 
 
@@ -87,4 +87,4 @@ def unpatch(model: nn.Module) -> int:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"lorafuse.unpatch got a {type(model).__name__}; it takes a torch.nn.Module")
-    return _hf_peft().release(model)
+    return _hf_model().release(model)
