@@ -177,9 +177,9 @@ def grid(out: Path, done: list[dict[str, Any]]) -> list[Step]:
 def measured(device: str) -> list[dict[str, Any]]:
     """The results in bench/results that were measured on that device."""
     import goals
-    import publish
+    import published
 
-    return goals.results_of(device, [publish.load(file) for file in publish.on_gpus(ROOT)])
+    return goals.results_of(device, [published.load(file) for file in published.on_gpus(ROOT)])
 
 
 def grouped(plan: list[Step]) -> list[list[Step]]:

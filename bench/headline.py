@@ -1,4 +1,4 @@
-"""README's first table, and where others are ahead: how many times lorafuse's time each of them takes."""
+"""The table of factors, and where others are ahead: how many times lorafuse's time each of them takes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,12 +7,12 @@ from result_tables import Result, label_of, milliseconds, table
 
 from lorafuse.bench.result import with_adapters
 
-__all__ = ["behind", "factors", "headline", "losers", "slower_than_full", "unmeasured"]
+__all__ = ["PEFT_SETTINGS", "behind", "case_name", "factors", "headline", "losers", "slower_than_full", "unmeasured"]
 
 # a case above this share of a peer's time is behind it
 _BEHIND = 1.02
 # settings of PEFT by variant, as the table's columns name them
-_PEFT = {
+PEFT_SETTINGS = {
     "peft-half": "PEFT, bf16 adapters",
     "peft-autocast": "PEFT, autocast",
     "peft-compiled": "PEFT, torch.compile",
@@ -40,18 +40,19 @@ def headline(results: list[Result], absent: str) -> str:
     """A row for each case, the one where lorafuse gains least first; what was not measured is `absent`."""
     pairs = [(result, factors(result)) for result in results]
     pairs = sorted(((r, f) for r, f in pairs if f), key=lambda one: min(one[1].values()))
-    shown = [name for name in _PEFT if name in ("peft-half", "peft") or any(name in f for _, f in pairs)]
+    shown = [name for name in PEFT_SETTINGS if name in ("peft-half", "peft") or any(name in f for _, f in pairs)]
     rows = []
     for result, times in pairs:
         first = next(iter(times))
         cells = [f"{times[name]:.2f}×" if name in times else absent for name in shown]
         own = milliseconds(_seconds(result["variants"]["lorafuse"]))
-        rows.append([_named(result), own, f"{times[first]:.2f}× {label_of(result, first)}", *cells])
+        rows.append([case_name(result), own, f"{times[first]:.2f}× {label_of(result, first)}", *cells])
     head = ["forward and backward", "lorafuse", "fastest of the others measured"]
-    return table([*head, *(_PEFT[name] for name in shown)], rows)
+    return table([*head, *(PEFT_SETTINGS[name] for name in shown)], rows)
 
 
-def _named(result: Result) -> str:
+def case_name(result: Result) -> str:
+    """What a case is, in words: the layer, block or model, and how many tokens."""
     if result["kind"] == "model":
         layers = f"{result['layers']} of {result['layers_of_model']} layers"
         return f"{result['model']}, a training step, {layers}, {result['tokens_per_step']} tokens"

@@ -13,7 +13,7 @@ from lorafuse.bench.problem import title
 from lorafuse.bench.result import with_adapters
 from lorafuse.errors import MissingDependency
 
-__all__ = ["draw", "figures", "save"]
+__all__ = ["colour", "draw", "figures", "save"]
 
 Result = dict[str, Any]
 # a name above its axes, and the results in it
@@ -65,6 +65,11 @@ _PANEL, _ALONE, _LEGEND = (3.6, 2.9), 6.0, 2.6
 # of saved files
 _DPI = 130
 _FLOOR = "arithmetic floor"
+
+
+def colour(name: str) -> str:
+    """The colour that a variant of this project's has in every plot."""
+    return _STYLES[name].colour
 
 
 def draw(content: dict[str, Any], folder: Path) -> list[Path]:

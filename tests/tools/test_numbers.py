@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import publish  # noqa: E402
+import published  # noqa: E402
 
 pytestmark = pytest.mark.no_poison
 
@@ -23,6 +24,7 @@ def tree(tmp_path):
     return copied(tmp_path)
 
 
+PAGE = "docs/benchmarks.md"
 NEWER = "bench/results/cpu-epyc-2026-11-27-linear.json"
 
 
@@ -37,7 +39,9 @@ def test_result_files_say_their_conditions(file):
 
 
 def test_every_file_that_is_quoted_exists_and_every_file_is_quoted():
-    quoted = {name for page in ("README.md", "bench/README.md") for name in quoted_files((ROOT / page).read_text())}
+    quoted = {
+        name for page in ("docs/benchmarks.md", "bench/README.md") for name in quoted_files((ROOT / page).read_text())
+    }
     assert quoted == {file.name for file in RESULTS}
 
 
@@ -63,7 +67,7 @@ def test_a_changed_number_is_seen(tree, file, capsys):
     assert check(tree, capsys)[0] == 0
 
 
-@pytest.mark.parametrize("page", ["README.md", "bench/README.md", "docs/performance.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md", "bench/README.md", "docs/performance.md"])
 def test_a_number_changed_by_hand_is_seen(tree, page, capsys):
     # README's tables are of a GPU
     shutil.copy(ROOT / "bench" / "results" / "h200-2026-11-26-rows.json", tree / "bench" / "results")
@@ -78,28 +82,30 @@ def test_a_number_changed_by_hand_is_seen(tree, page, capsys):
 
 
 @pytest.mark.parametrize(
-    ("one", "title"), [(publish.LAYERS, "One linear layer"), (publish.EXPERTS, "Experts")], ids=["layers", "experts"]
+    ("one", "title"),
+    [(published.LAYERS, "One linear layer"), (published.EXPERTS, "Experts")],
+    ids=["layers", "experts"],
 )
 def test_a_missing_file_is_not_yet_measured(tree, one, title):
     (tree / "bench" / "results" / one.pattern).unlink()
     assert publish.main([], tree) == 0
     section = block(tree, "bench/README.md", "results").split(f"### {title}\n")[1].split("### ")[0]
     assert section.strip() == "Not yet measured."
-    assert one.pattern not in block(tree)
+    assert one.pattern not in block(tree, PAGE)
 
 
 def test_slots_are_not_yet_measured(tree):
-    readme = block(tree)
-    assert "LoRA tax as a graph: not yet measured." in readme
+    page = block(tree, PAGE)
+    assert "LoRA tax as a graph: not yet measured." in page
     modelled = block(tree, "docs/performance.md", "layers-model")
     assert modelled.count("| not yet measured | not yet measured | not yet measured |") == 4
     page = block(tree, "bench/README.md", "results")
-    for one in (publish.NEWER_LAYERS, publish.GPU_STEPS, *publish.GPUS):
+    for one in (published.NEWER_LAYERS, published.GPU_STEPS, *published.GPUS):
         assert f"### {one.title}\n\nNot yet measured.\n" in page
 
 
 def test_tables_hold_the_files_numbers(tree):
-    written = json.loads((tree / "bench" / "results" / publish.LAYERS.pattern).read_text())
+    written = json.loads((tree / "bench" / "results" / published.LAYERS.pattern).read_text())
     for result in written["results"]:
         row = f"| {result['case']}, N {result['N']}, K {result['K']} | " + " | ".join(
             f"{result['variants'][name]['tax']:.0%}" for name in ("peft", "peft-half", "addmm", "lorafuse")
@@ -116,12 +122,12 @@ def test_a_newer_file_fills_its_slot_with_tables_and_a_graph(tree, capsys):
     assert check(tree, capsys)[0] == 1
     assert publish.main([], tree) == 0
     assert check(tree, capsys)[0] == 0
-    readme, page = block(tree), block(tree, "bench/README.md", "results")
-    assert "](docs/tax-by-rank.png)" in readme
+    first, page = block(tree, PAGE), block(tree, "bench/README.md", "results")
+    assert "](tax-by-rank.png)" in first
     assert (tree / "docs" / "tax-by-rank.png").exists()
-    assert NEWER in readme
-    assert "over the frozen layer as torch runs it" in " ".join(readme.split())
-    assert CONDITIONS["commit"] in readme
+    assert NEWER in first
+    assert "over the frozen layer as torch runs it" in " ".join(first.split())
+    assert CONDITIONS["commit"] in first
     value = tax("lorafuse", 64, 4)
     assert f"{value:.0%} ({(value - 0.1) * 100:.0f} to {(value + 0.2) * 100:.0f})" in page
     assert "Not measured: unsloth: unsloth not installed." in page

@@ -15,7 +15,9 @@ from published_tree import RESULTS, block, copied, put
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
+import headline  # noqa: E402
 import publish  # noqa: E402
+import published  # noqa: E402
 import result_tables as tables  # noqa: E402
 
 from lorafuse.bench import figures  # noqa: E402
@@ -51,6 +53,7 @@ def measured(**changes):
     return made | {"version": 3, "results": results}
 
 
+PAGE = "docs/benchmarks.md"
 RAW = "bench/results/h200-2026-12-01-linear.json"
 
 
@@ -85,7 +88,7 @@ def test_tables_follow_from_raw_rounds(tree, capsys):
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
 def test_committed_files_follow_from_their_raw_rounds_or_say_that_they_have_none(file):
     """`load` refuses the others; those before version 3 have no rounds to say."""
-    loaded = publish.load(file)
+    loaded = published.load(file)
     raw = [
         one for result in loaded.get("results", []) for one in result.get("variants", {}).values() if "seconds" in one
     ]
@@ -98,7 +101,7 @@ def test_a_negative_tax_that_straddles_zero_is_no_advantage(tree):
     assert ours["tax"] < 0 <= ours["tax_high"]
     put(tree, RAW, written)
     assert publish.main([], tree) == 0
-    pages = block(tree, "bench/README.md", "results"), block(tree, "bench/README.md", "grid"), block(tree)
+    pages = block(tree, "bench/README.md", "results"), block(tree, "bench/README.md", "grid"), block(tree, PAGE)
     assert f"≈ 0 ({ours['tax_low'] * 100:.0f} to {ours['tax_high'] * 100:.0f})" in pages[0]
     assert all("| ≈ 0" in page for page in pages[:2])
     assert all(re.search(r"\| -\d+%", page) is None for page in pages)
@@ -108,7 +111,7 @@ def test_nothing_published_calls_a_tax_within_noise_an_advantage():
     """Of every committed file: a negative tax is shown only where its whole interval is below zero."""
     shown = 0
     for file in RESULTS:
-        loaded = publish.load(file)
+        loaded = published.load(file)
         for result in loaded.get("results", []):
             for one in result.get("variants", {}).values():
                 if one.get("tax", 0) < 0 and (ends := figures.interval(one)) is not None:
@@ -123,7 +126,7 @@ def test_fewer_than_ten_rounds_are_not_published(tree):
     written["results"][0]["rounds"] = 9
     put(tree, RAW, written)
     assert publish.main([], tree) == 0
-    page = block(tree, "bench/README.md", "results").split(f"### {publish.GPU_LAYERS.title}")[1].split("### ")[0]
+    page = block(tree, "bench/README.md", "results").split(f"### {published.GPU_LAYERS.title}")[1].split("### ")[0]
     assert "| narrow" not in page.split("Not measured")[1]
     assert "wide, N 4096: 9 rounds, fewer than the 10 of published numbers" in " ".join(page.split())
     assert "| wide" not in page
@@ -133,7 +136,7 @@ def test_the_first_screen_has_the_weakest_factor_first_and_every_loser(tree):
     for name in ("rows", "linear", "moe", "model", "peers"):
         shutil.copy(ROOT / "bench" / "results" / f"h200-2026-11-26-{name}.json", tree / "bench" / "results")
     assert publish.main([], tree) == 0
-    text = block(tree)
+    text = block(tree, PAGE)
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "×" in line]
     factors = [float(row[2].partition("×")[0]) for row in rows]
     assert factors == sorted(factors)
@@ -145,15 +148,38 @@ def test_the_first_screen_has_the_weakest_factor_first_and_every_loser(tree):
     # a step was measured against PEFT's default alone
     (step,) = [row for row in rows if "a training step" in row[0]]
     assert step[3:] == ["not yet measured", "1.40× |"]
-    assert "of the data sheet" in block(tree, "README.md", "details")
-    assert "-57%" not in text + block(tree, "README.md", "details")
+    assert "of the data sheet" in block(tree, PAGE, "details")
+    assert "-57%" not in text + block(tree, PAGE, "details")
     assert "| LoRA tax, experts of qwen3-30b-a3b, over the fastest frozen block | ≤ 8% | not yet measured |" in block(
         tree, "bench/README.md", "goals"
     )
 
 
+def test_the_readme_names_the_weakest_factor_of_every_machine_and_leads_to_every_loser():
+    readme, page = (ROOT / "README.md").read_text(), (ROOT / PAGE).read_text()
+    assert len(readme.splitlines()) <= 120
+    claim = " ".join(readme.partition("<!-- claim -->")[2].partition("<!-- /claim -->")[0].split())
+    weakest: dict[tuple[bool, str], float] = {}
+    for file in (published.source_of(ROOT, one) for one in publish.FRONT):
+        content = published.load(file)
+        for result in content["results"]:
+            if factors := headline.factors(result):
+                kind = result["kind"] or ("moe" if "routing" in result else "linear")
+                key = "cuda" in content["conditions"], kind
+                weakest[key] = min(weakest.get(key, 9.0), *factors.values())
+    gpu, cpu = claim.split("; on CPUs")
+    assert {(on_gpu, f"**{value:.2f}×**" in (gpu if on_gpu else cpu)) for (on_gpu, _), value in weakest.items()} == {
+        (True, True),
+        (False, True),
+    }
+    assert min(weakest.values()) < 1
+    assert "(docs/benchmarks.md)" in readme
+    assert "**Where others are more than 2% ahead**: llama-3.1-8b.q, M 512, R 16: 8% behind" in page
+    assert "**Slower than full fine-tuning**" in page
+
+
 def test_a_row_of_a_peer_says_which_projection_it_is():
-    (result,) = publish.load(ROOT / "bench/results/h200-2026-11-26-peers.json")["results"]
+    (result,) = published.load(ROOT / "bench/results/h200-2026-11-26-peers.json")["results"]
     assert result["variants"]["unsloth"]["label"] == "Unsloth, o_proj's LoRA_W"
     assert result["variants"]["axolotl"]["label"] == "Axolotl, o_proj's apply_lora_o"
 
@@ -164,7 +190,7 @@ def test_loss_curves_are_the_evidence_where_there_are_some(tree):
     old = json.loads((ROOT / "bench/results/h200-2026-11-26-model.json").read_text())
     put(tree, file, old)
     assert publish.main([], tree) == 0
-    details = " ".join(block(tree, "README.md", "details").split())
+    details = " ".join(block(tree, PAGE, "details").split())
     assert "a check and no evidence: weights and tokens were random. AdamW was torch's default" in details
     apart = {"median": 1e-4, "low": -2e-4, "high": 3e-4, "largest": 1e-3}
     curve = {"rate": 5e-4, "losses": [2.5, 2.0, 1.5], "learned": 1.0, "held_out": 1.75}
@@ -173,7 +199,7 @@ def test_loss_curves_are_the_evidence_where_there_are_some(tree):
         result |= {"data": "gsm_symbolic", "optimizer": "AdamW, fused", "curves": curves}
     put(tree, file, old)
     assert publish.main([], tree) == 0
-    details = " ".join(block(tree, "README.md", "details").split())
+    details = " ".join(block(tree, PAGE, "details").split())
     assert "3 steps on gsm_symbolic: the loss fell by 1.000; lorafuse's is +1.0e-04 (-2.0e-04 to +3.0e-04)" in details
     page = block(tree, "bench/README.md", "results")
     assert ", lorafuse | 3 | 2.5000 | 1.5000 | 1.7500 | +1.0e-04 (-2.0e-04 to +3.0e-04) |" in page
