@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-compile test-emu test-peft test-trl cuda budget lint fmt bench numbers gpu doctor clean
+.PHONY: help demo test test-compile test-emu test-peft test-trl docs cuda budget lint fmt bench numbers gpu doctor clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -34,6 +34,9 @@ test-peft: $(READY) ## PEFT's own LoRA tests, from its source distribution, with
 test-trl: $(READY) ## count --data by TRL's own collators, and run the advisor's scripts under TRL; installs 400 MB
 	@$(INSTALL) --no-deps --upgrade --target build/trl-tests/site-packages -r requirements/trl-tests.txt
 	@PYTHONPATH=build/trl-tests/site-packages $(PY) -m pytest tests/tools/test_advise_data.py tests/tools/test_advise_snippet.py $(ARGS)
+
+docs: $(READY) ## the documentation as a site, into build/site, every link followed
+	@$(PY) -c "import sys; sys.path.insert(0, 'tests'); import site_build; sys.exit(site_build.build('build/site'))"
 
 cuda: $(READY) ## build the CUDA kernels (with nvcc) and their emulator (with g++) into lorafuse/
 	@$(PY) csrc/build.py emu

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafuse import cli, env
+from lorafuse import cli, env, versions
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -24,7 +24,7 @@ import gpu  # noqa: E402
 pytestmark = pytest.mark.no_poison
 
 DOCS = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "bench/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 SUFFIXES = {
@@ -44,24 +44,29 @@ SUFFIXES = {
 }
 # files and folders whose comments are checked
 CODE_ROOTS = (
-    "bench", "setup.py", "tests", *(f"lorafuse/{part}" for part in (
+    "bench", "docs", "examples", "setup.py", "tests", *(f"lorafuse/{part}" for part in (
         "advise", "bench", "cli", "demo", "integrations", "nn", "study", "testing", "tune",
     )),
 )  # fmt: skip
 CODE_SUFFIXES = {".py", ".cpp", ".cu", ".cuh", ".h", ".hpp"}
-FOLDERS = ("bench", "csrc", "docs", "lorafuse", "requirements", "tests")
+FOLDERS = ("bench", "csrc", "docs", "examples", "lorafuse", "requirements", "tests")
 # a comment may name a path from here on, or from its own folder on
 BASES = [ROOT / base for base in (".", "lorafuse", "csrc", "csrc/include", "csrc/include/lorafuse")]
-OTHER_PROGRAMS = re.compile(r"\b(pip|pytest|ruff|mypy|git|apt|apt-get|nvcc|torchrun|accelerate)\b")
+OTHER_PROGRAMS = re.compile(r"\b(mkdocs|pip|pytest|ruff|mypy|git|apt|apt-get|nvcc|torchrun|accelerate)\b")
 
 
 def code_of(markdown):
-    """Lines of fenced blocks and contents of backtick spans: the places where a document names things."""
+    """Lines of fenced blocks and contents of backtick spans: where a document names things, links apart."""
     fences = re.findall(r"^```\w*\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL)
     prose = re.sub(r"^```\w*\n.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL)
     spans = re.findall(r"`([^`\n]+)`", prose)
-    links = re.findall(r"\]\(([^)#\s]+)\)", prose)
-    return [line for block in fences for line in block.splitlines()] + spans + links
+    return [line for block in fences for line in block.splitlines()] + spans
+
+
+def missing_links(markdown, folder, root=ROOT):
+    """Links to files that are not there, from the folder of the document or, with a slash in front, from the root."""
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", markdown) if ":" not in link]
+    return [link for link in links if not (root / link[1:] if link[0] == "/" else folder / link).exists()]
 
 
 def missing_paths(markdown, root=ROOT):
@@ -198,6 +203,9 @@ class TestEveryDocument:
     def test_paths_exist(self, path):
         assert missing_paths(path.read_text()) == []
 
+    def test_links_lead_to_files(self, path):
+        assert missing_links(path.read_text(), path.parent) == []
+
     def test_make_targets_exist(self, path):
         assert missing_targets(path.read_text(), (ROOT / "Makefile").read_text()) == []
 
@@ -241,7 +249,27 @@ def test_what_is_no_stale_path_is_left_alone():
 
 def test_the_environment_table_is_the_code():
     expected = [(v.name, v.default, v.doc) for v in env.VARIABLES.values()]
-    assert table_of_variables((ROOT / "README.md").read_text()) == expected
+    assert table_of_variables((ROOT / "docs/how-it-works.md").read_text()) == expected
+
+
+def test_the_versions_are_the_code():
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", (ROOT / "docs/install.md").read_text(), re.MULTILINE)
+    assert dict(rows) == versions.MINIMUM
+
+
+def quoted_reasons(markdown):
+    """The first column of the table of reasons."""
+    section = markdown.split("## What the reason says")[1].split("\n## ")[0]
+    return re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
+
+
+def test_the_reasons_are_the_codes():
+    """Each is part of a message in the integrations, whose literals are joined over lines."""
+    sources = " ".join(path.read_text() for path in sorted((ROOT / "lorafuse" / "integrations").glob("*.py")))
+    messages = re.sub(r'"\s*f?"', "", sources)
+    reasons = quoted_reasons((ROOT / "docs/why-not-fused.md").read_text())
+    assert len(reasons) > 10
+    assert [reason for reason in reasons if reason not in messages] == []
 
 
 @pytest.mark.parametrize(
@@ -250,12 +278,19 @@ def test_the_environment_table_is_the_code():
         "see `lorafuse/absent.py`",
         "`absent.md`",
         "```\nlorafuse/absent/  a folder\n```",
-        "[x](docs/absent.md)",
         "`bench/absent_*.json`",
     ],
 )
 def test_a_missing_path_is_seen(text):
     assert missing_paths(text)
+
+
+@pytest.mark.parametrize("link", ["docs/absent.md", "/docs/absent.md", "absent.md#part"])
+def test_a_missing_link_is_seen(link):
+    assert missing_links(f"[x]({link})", ROOT) == [link.partition("#")[0]]
+    assert (
+        missing_links("[x](../README.md) [y](hopper.md#a) [z](/docs/hopper.md) [w](https://x.y/z)", ROOT / "docs") == []
+    )
 
 
 def test_what_is_no_path_is_left_alone():

@@ -117,8 +117,7 @@ def lora_gated_mlp(
         y `[..., N]`, N being down's out features, in x's dtype, under autocast in autocast's. Gradients reach x, every
         a, b and bias, each in its own dtype.
 
-    Raises:
-        as `lora_linears`; ValueError for an unknown activation too.
+    Raises as `lora_linears`, and ValueError for an unknown activation.
     """
     if not isinstance(activation, str) or (activation not in ACTIVATIONS and activation not in GATES):
         raise ValueError(

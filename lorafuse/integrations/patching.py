@@ -37,8 +37,7 @@ def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False, grou
         model: a `PeftModel`, or any module that contains PEFT's LoRA layers.
         backend: the one every patched layer must use; "auto" follows `lorafuse.use_backend`, which chooses by itself
             unless told.
-        strict: raise ValueError, leaving the model as it was, if any adapted layer would be left to PEFT, or none
-        found.
+        strict: raise ValueError, leaving the model as it was, if no layer is adapted or any would be left to PEFT.
         groups: run layers of one parent that are called with one x (q, k and v; gate and up) as one operator, where
             their bases are dense. Names of known families tell which; others are learned from one forward.
 

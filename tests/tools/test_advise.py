@@ -295,9 +295,8 @@ def test_every_line_says_how_sure_it_is_and_from_where(llama, capsys):
     assert actual["learning_rate"]["lora"] == pytest.approx(2.856e-4, rel=1e-3)
 
 
-def test_the_readme_quotes_the_page(llama):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    section = readme.split("## How much LoRA is enough")[1].split("\n## ")[0]
+def test_the_documentation_quotes_the_page(llama):
+    section = (Path(__file__).parents[2] / "docs/advise.md").read_text()
     quoted = re.findall(r"^  .*\]$", section, re.MULTILINE)
     lines = str(advise.plan_adapter(llama, tokens=10**7, gpu="H200")).splitlines()
     assert len(quoted) > 4
