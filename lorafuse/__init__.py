@@ -10,7 +10,7 @@ from lorafuse.backends.workspace import clear_workspace
 from lorafuse.errors import BackendUnavailable, MissingDependency
 from lorafuse.integrations import PatchReport, patch, unpatch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BackendUnavailable",

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+import lorafuse
 
 pytestmark = pytest.mark.no_poison
 
@@ -38,6 +43,7 @@ LEFTOVERS = (
     "runs/demo/report.json",
 )
 SOURCES = ("lorafuse", "csrc", "bench/baselines")
+PAGES = ("README.md", "CHANGELOG.md", "CITATION.cff")
 # stands for csrc/build.py where nvcc is
 BUILDS = "import pathlib, sys\nif sys.argv[1] != 'check': pathlib.Path(sys.argv[2]).write_bytes(b'built now')\n"
 
@@ -60,7 +66,7 @@ def built(folder, *what, **variables):
 def dirty(tmp_path_factory):
     """A copy of the checkout with leftovers in it, built once before."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in (*SOURCES, "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "tests"):
+    for name in (*SOURCES, *PAGES, "pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "tests"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
         else:
@@ -87,7 +93,7 @@ def test_a_source_distribution_holds_what_the_checkout_tracks(wheel, dirty):
     with tarfile.open(path) as archive:
         names = {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
     made = {name for name in names if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
-    kept = {"pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"}
+    kept = {"pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", *PAGES}
     assert names - made == kept.union(*(files_of(ROOT / folder) for folder in SOURCES))
 
 
@@ -114,3 +120,39 @@ def test_the_doctor_of_an_installed_wheel_advises_what_exists_there(wheel, tmp_p
     for finding in actual.values():
         assert "make " not in finding["fix"]
         assert "csrc" not in finding["fix"] + finding["value"]
+
+
+def workflow(name):
+    return yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text())
+
+
+def test_a_release_is_one_version_everywhere():
+    versions = {
+        "changes": re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1],
+        "citation": yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"],
+        "package": lorafuse.__version__,
+    }
+    assert len(set(versions.values())) == 1, versions
+
+
+def test_wheels_are_built_for_every_python_and_by_an_nvcc_that_the_build_takes():
+    """The commands of .github/workflows run on GitHub alone; what they repeat of this repository is compared."""
+    pythons = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text())
+    settings = workflow("release")["jobs"]["wheels"]["steps"][1]["env"]
+    built = [name.removesuffix("-manylinux_x86_64") for name in settings["CIBW_BUILD"].split()]
+    assert built == [f"cp{version.replace('.', '')}" for version in pythons]
+    oldest = runpy.run_path(str(ROOT / "csrc" / "build.py"))["OLDEST_NVCC"]
+    assert f"cuda-nvcc-{oldest[0]}-{oldest[1]} " in settings["CIBW_BEFORE_ALL_LINUX"]
+    assert f"CUDA_HOME=/usr/local/cuda-{oldest[0]}.{oldest[1]}" in settings["CIBW_ENVIRONMENT_LINUX"]
+
+
+def test_every_issue_is_asked_for_the_doctor():
+    templates = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    forms = [yaml.safe_load(path.read_text()) for path in templates if path.name != "config.yml"]
+    assert len(forms) == 3
+    for form in forms:
+        (doctor,) = [part for part in form["body"] if part.get("id") == "doctor"]
+        assert doctor["validations"]["required"]
+        assert "lorafuse doctor --json" in doctor["attributes"]["description"]
+    commands = workflow("ci")["jobs"]["test"]["steps"]
+    assert commands[-1]["run"].startswith("make test")

@@ -1,0 +1,181 @@
+"""Every file of examples/ runs as it is, on its tiny models, and trains through patched layers (T1)."""
+
+import contextlib
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from test_patch_distributed import spawn
+
+import lorafuse
+from lorafuse.integrations import hf_peft
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+WORLD = 2
+pytestmark = pytest.mark.no_poison
+
+
+@pytest.fixture(autouse=True)
+def on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def check_adapter(folder, rank):
+    """PEFT's files, complete, and trained: B is zero before the first step."""
+    config = peft.PeftConfig.from_pretrained(folder)
+    tensors = peft.utils.load_peft_weights(str(folder), device="cpu")
+    trained = [tensor for name, tensor in tensors.items() if "lora_B" in name]
+    assert config.r == rank
+    assert len(tensors) == 2 * len(trained) > 0
+    assert all(tensor.abs().sum() > 0 for tensor in trained)
+
+
+def learned(losses):
+    return losses[-1] < losses[0]
+
+
+def test_experts(tmp_path, capsys):
+    assert learned(importlib.import_module("moe_qwen3").main(str(tmp_path)))
+    out = capsys.readouterr().out
+    assert "0 left to PEFT" in out
+    assert "experts" in out
+    check_adapter(tmp_path, 4)
+
+
+def test_the_notebook(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text())["cells"]
+    assert not any(cell.get("outputs") for cell in cells)
+    names = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "quickstart.ipynb", "exec"), names)
+    assert not names["report"].skipped
+    assert learned(names["patched"])
+    assert names["largest"] < 1e-5
+    assert names["apart"] < 1e-5
+    check_adapter(tmp_path / "adapter", 8)
+
+
+@contextlib.contextmanager
+def counted():
+    """Calls of fused linear layers."""
+    calls, run = [], hf_peft.run_linear
+
+    def counting(*args, **kwargs):
+        calls.append(1)
+        return run(*args, **kwargs)
+
+    hf_peft.run_linear = counting
+    try:
+        yield calls
+    finally:
+        hf_peft.run_linear = run
+
+
+def ranked(rank, folder, name, port, environment):
+    """What torchrun, or accelerate on the machine `rank`, starts: one process of two."""
+    torch.set_num_threads(1)
+    placed = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": WORLD, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in (environment | placed).items()})
+    sys.path.insert(0, str(EXAMPLES))
+    with counted() as calls:
+        losses = importlib.import_module(name).main(f"{folder}/adapter")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    torch.save((losses, len(calls)), f"{folder}/{rank}.pt")
+
+
+def run_ranks(folder, name, environment):
+    spawn(ranked, str(folder), name, free_port(), environment)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("name", ["fsdp2_qlora", "ddp_qlora"])
+def test_two_processes_over_a_quantized_base(name, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    for losses, calls in run_ranks(tmp_path, name, {}):
+        assert learned(losses)
+        assert calls == 14 * len(losses)
+    check_adapter(tmp_path / "adapter", 8)
+
+
+def accelerate_environment():
+    """What `accelerate launch` sets for a process by the configuration, which its own reader has checked."""
+    config_args = pytest.importorskip("accelerate.commands.config.config_args")
+    config = config_args.load_config_from_file(str(EXAMPLES / "accelerate_two_nodes.yaml"))
+    assert (config.num_machines, config.num_processes, config.rdzv_backend) == (2, 16, "c10d")
+    launch = importlib.import_module("accelerate.commands.launch")
+    arguments = ["--config_file", str(EXAMPLES / "accelerate_two_nodes.yaml"), "accelerate_loop.py"]
+    parsed, _, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(arguments))
+    return importlib.import_module("accelerate.utils.launch").prepare_multi_gpu_env(parsed)
+
+
+def test_accelerate_on_two_machines(tmp_path):
+    variables = accelerate_environment()
+    assert (variables["ACCELERATE_USE_FSDP"], variables["FSDP_VERSION"]) == ("true", "2")
+    own = {key: value for key, value in variables.items() if key.startswith(("ACCELERATE", "FSDP"))}
+    for losses, calls in run_ranks(tmp_path, "accelerate_loop", own | {"ACCELERATE_MIXED_PRECISION": "no"}):
+        # 32 rows in batches of 4 on two processes
+        assert len(losses) == 4
+        assert calls == 14 * len(losses)
+    check_adapter(tmp_path / "adapter", 8)
+
+
+def test_fsdp2_under_torchrun(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command.append(str(EXAMPLES / "fsdp2.py"))
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "14 adapted layers patched, 0 left to PEFT" in done.stdout
+    assert "runs as PEFT ships it" not in done.stderr
+    losses = [float(line.rpartition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert len(losses) == 4
+    assert learned(losses)
+    check_adapter(tmp_path / "adapter", 8)
+
+
+@pytest.mark.parametrize(("name", "rank"), [("trl_sft", 8), ("trl_grpo_rank1", 1)])
+def test_under_trl(name, rank, tmp_path, monkeypatch, capsys):
+    for package in ("trl", "datasets"):
+        pytest.importorskip(package, reason=f"{name} needs {package}: make test-trl has it")
+    monkeypatch.chdir(tmp_path)
+    values = importlib.import_module(name).main(str(tmp_path / "adapter"))
+    assert "14 adapted layers patched, 0 left to PEFT" in capsys.readouterr().out
+    assert len(values) > 1
+    check_adapter(tmp_path / "adapter", rank)
+
+
+def test_axolotls_own_kernels_are_off():
+    config = yaml.safe_load((EXAMPLES / "axolotl.yaml").read_text())
+    kernels = {name: on for name, on in config.items() if name.startswith("lora_") and name.endswith("_kernel")}
+    assert kernels == dict.fromkeys(
+        ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"), False
+    )
+    assert config["adapter"] == "lora"
+    module, _, name = config["plugins"][0].rpartition(".")
+    assert hasattr(importlib.import_module(module), name)
+
+
+def test_every_example_is_run():
+    text = Path(__file__).read_text()
+    helpers = {"quantized"}
+    assert [path.stem for path in EXAMPLES.iterdir() if path.stem not in text and path.stem not in helpers] == []
+    assert lorafuse.patch
