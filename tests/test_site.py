@@ -1,4 +1,4 @@
-"""The documentation as a site (T0): it builds, every link and anchor followed; one that leads nowhere ends the build."""
+"""The documentation as a site (T0): it builds with every link and anchor followed; a wrong one ends the build."""
 
 import importlib.util
 import shutil
