@@ -15,6 +15,7 @@ from torch.nn.modules import module as _hooks
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lorafuse.functional import lora_experts
+from lorafuse.integrations import calls
 from lorafuse.integrations.hf_common import (
     FSDP1,
     altered,
@@ -46,16 +47,22 @@ class FusedExperts(ParamWrapper):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # who kept this method (accelerate's hooks) calls it after unpatch too
-        if len(args) == 2 and not kwargs and x.dim() == 2 and type(self) is not ParamWrapper:
-            parts: Any = interception(x)
+        if type(self) is ParamWrapper:
+            return ParamWrapper.forward(self, x, *args, **kwargs)
+        parts: Any = "its experts are called with other arguments than transformers' own blocks give them"
+        if len(args) == 2 and not kwargs and x.dim() == 2:
+            parts = interception(x)
             if parts is None:
                 parts = expert_parts(self)
             if isinstance(parts, tuple):
                 index, weight = args
                 operands = _operands(*parts)
-                return lora_experts(x, index.long(), weight, **operands, backend=self._lorafuse_backend)
+                out = lora_experts(x, index.long(), weight, **operands, backend=self._lorafuse_backend)
+                calls.ran(self)
+                return out
             if parts not in ("", NOTHING_ACTIVE) and not torch.compiler.is_compiling():
                 warn_once("a patched experts layer runs as PEFT ships it", parts)
+        calls.fell_back(self, parts or calls.OFF)
         return ParamWrapper.forward(self, x, *args, **kwargs)
 
 

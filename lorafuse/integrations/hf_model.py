@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lorafuse.backends import base as backends
+from lorafuse.integrations import calls
 from lorafuse.integrations.groups import form, leave
 from lorafuse.integrations.hf_common import FSDP1, is_fsdp1, watched
 from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, wrappers
@@ -136,6 +137,7 @@ def adopt(layer: Any, backend: str) -> None:
         layer.__class__ = ours.get(type(layer), type(layer))
     # None follows lorafuse.use_backend at every call
     layer._lorafuse_backend = None if backend == "auto" else backend
+    calls.begin(layer)
 
 
 def regroup(model: nn.Module, layers: list[Any], report: PatchReport, has_groups: bool) -> None:
@@ -161,5 +163,6 @@ def release(model: nn.Module) -> int:
     for layer in layers:
         layer.__class__ = classes[type(layer)]
         del layer._lorafuse_backend
+        calls.end(layer)
         leave(layer)
     return len(layers)
