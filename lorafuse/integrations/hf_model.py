@@ -11,6 +11,7 @@ from torch import nn
 
 from lorafuse.backends import base as backends
 from lorafuse.integrations import calls
+from lorafuse.integrations.bypassed import bypassed
 from lorafuse.integrations.groups import form, leave
 from lorafuse.integrations.hf_common import FSDP1, is_fsdp1, watched
 from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, wrappers
@@ -103,6 +104,7 @@ def survey(model: nn.Module, backend: str) -> tuple[PatchReport, list[LoraLayer]
             )
         elif is_fsdp1(module):
             reasons |= dict.fromkeys(module.modules(), FSDP1)
+        reasons |= bypassed(module)
     for name, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer) or layer in inner:
             continue

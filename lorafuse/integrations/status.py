@@ -18,8 +18,8 @@ class LayerStatus(NamedTuple):
 
     `fused` are its calls by the backend that ran them, `grouped` how many of these were one operator with siblings, of
     the parent `group`. `fallbacks` are the other calls by reason. `compiled` tells that a graph of torch.compile holds
-    the layer: its calls cannot be counted, and `compiled_reason` is "" where they run fused there. `reason` is that of
-    a layer which is not patched.
+    the layer: its calls cannot be counted, and `compiled_reason` is "" where they run fused there. `reason` is why a
+    layer is not patched, or is never called.
     """
 
     name: str
@@ -108,19 +108,23 @@ def status(model: nn.Module) -> Status:
     # of equal blocks that are compiled one by one the first is traced, and all run its graph
     graphs = {name.rpartition(".")[2]: calls.traced for name, calls in counted.items() if calls.traced is not None}
     unpatched: dict[str, tuple[str, str]] = {}
+    skipped: dict[str, str] = {}
     # whoever has one of PEFT's layers has imported it
     if "peft" in sys.modules:
         from lorafuse.integrations import hf_model
 
         report, _ = hf_model.survey(model, "auto")
-        unpatched = {skipped.name: (skipped.kind, skipped.reason) for skipped in report.skipped}
-        unpatched |= {patched.name: (patched.kind, NOT_PATCHED) for patched in report.patched}
+        skipped = {row.name: row.reason for row in report.skipped}
+        unpatched = {row.name: (row.kind, row.reason) for row in report.skipped}
+        unpatched |= {row.name: (row.kind, NOT_PATCHED) for row in report.patched}
     for name, module in modules.items():
         if name in counted:
             kind = unpatched[name][0] if name in unpatched else "linear"
             calls, reason = counted[name], counted[name].traced
             if reason is None and not (calls.fused or calls.fallbacks) and _is_in_compiled(name, modules):
                 reason = graphs.get(name.rpartition(".")[2])
+            # another library's kernel, or a state that is older than the first call
+            idle = not (calls.fused or calls.fallbacks or reason is not None)
             rows[name] = LayerStatus(
                 name,
                 kind,
@@ -130,6 +134,7 @@ def status(model: nn.Module) -> Status:
                 name.rpartition(".")[0] if "_lorafuse_siblings" in module.__dict__ else "",
                 reason is not None,
                 reason or "",
+                skipped.get(name, "") if idle else "",
             )
         elif name in unpatched:
             rows[name] = LayerStatus(name, unpatched[name][0], {}, {}, reason=unpatched[name][1])
