@@ -46,6 +46,7 @@ _TRAINERS = {
     "nemo_automodel",
     "pydantic",
     "pytorch_lightning",
+    "safetensors",
     "swift",
     "torchtune",
 }
