@@ -31,9 +31,9 @@ test-peft: $(READY) ## PEFT's own LoRA tests, from its source distribution, with
 	@$(PY) tests/peft_suite/run.py -n logical --maxprocesses 4 $(ARGS)
 
 # dill, which datasets hashes functions with, pickles modules by value that lie elsewhere than in site-packages
-test-trl: $(READY) ## count --data by TRL's own collators, run the advisor's scripts and examples/ under TRL; installs 400 MB
+test-trl: $(READY) ## under TRL: what --data counts, the advisor's scripts, the callback, examples/; installs 400 MB
 	@$(INSTALL) --no-deps --upgrade --target build/trl-tests/site-packages -r requirements/trl-tests.txt
-	@PYTHONPATH=build/trl-tests/site-packages $(PY) -m pytest tests/tools/test_advise_data.py tests/tools/test_advise_snippet.py tests/integrations/test_examples.py $(ARGS)
+	@PYTHONPATH=build/trl-tests/site-packages $(PY) -m pytest tests/tools/test_advise_data.py tests/tools/test_advise_snippet.py tests/tools/test_trl_callback.py tests/integrations/test_examples.py $(ARGS)
 
 docs: $(READY) ## the documentation as a site, into build/site, every link followed
 	@$(PY) -c "import sys; sys.path.insert(0, 'tests'); import site_build; sys.exit(site_build.build('build/site'))"

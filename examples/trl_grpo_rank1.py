@@ -9,7 +9,7 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 from trl_sft import base_model, tokenizer
 
-import lorafuse
+from lorafuse.integrations.callback import LorafuseCallback
 
 
 def reward(completions: list[str], **columns: list[str]) -> list[float]:
@@ -42,8 +42,8 @@ def main(folder: str = "adapter", steps: int = 2) -> list[float]:
         train_dataset=Dataset.from_list([{"prompt": f"{n} + {n} = "} for n in range(16)]),
         processing_class=words,
         peft_config=LoraConfig(r=1, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[LorafuseCallback()],
     )
-    print(lorafuse.patch(trainer.model))
     trainer.train()
     trainer.save_model(folder)
     return [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with peft_config: the trainer makes the PEFT model, so it is patched after the constructor.
+"""TRL's SFTTrainer with peft_config: the trainer makes the PEFT model, and the callback patches it.
 
 python examples/trl_sft.py
 """
@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-import lorafuse
+from lorafuse.integrations.callback import LorafuseCallback
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -52,8 +52,8 @@ def main(folder: str = "adapter", steps: int = 4) -> list[float]:
         train_dataset=Dataset.from_list(rows),
         processing_class=words,
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[LorafuseCallback()],
     )
-    print(lorafuse.patch(trainer.model))
     trainer.train()
     trainer.save_model(folder)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
