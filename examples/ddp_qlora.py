@@ -15,11 +15,11 @@ import lorafuse
 
 
 def main(folder: str = "adapter", steps: int = 4) -> list[float]:
+    base = load()
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-    base = load().to(device)
     torch.manual_seed(0)
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    model = get_peft_model(base.to(device), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     report = lorafuse.patch(model)
     communicated = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     if dist.get_rank() == 0:

@@ -13,9 +13,9 @@ import lorafuse
 
 
 def main(folder: str = "adapter", steps: int = 4) -> list[float]:
-    dist.init_process_group("gloo")
     # FSDP2 shards the parameters of a block as one: codes, norms and adapters all have this dtype
     base = load(storage=torch.bfloat16)
+    dist.init_process_group("gloo")
     torch.manual_seed(0)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     model = get_peft_model(base, config, autocast_adapter_dtype=False).to(torch.bfloat16)

@@ -5,7 +5,6 @@ import importlib
 import json
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,15 +12,20 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 import yaml
-from test_patch_distributed import spawn
+from fake_trainers import provide
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-import lorafuse
 from lorafuse.integrations import hf_peft
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 WORLD = 2
+# one process imports what all of them would, and each of them is its fork
+mp.get_context("forkserver").set_forkserver_preload(
+    ["lorafuse.integrations.hf_peft", "transformers.models.llama.modeling_llama"]
+)
 pytestmark = pytest.mark.no_poison
 
 
@@ -89,28 +93,37 @@ def counted():
         hf_peft.run_linear = run
 
 
-def ranked(rank, folder, name, port, environment):
-    """What torchrun, or accelerate on the machine `rank`, starts: one process of two."""
+def trained(folder, name):
+    """One process of two, its environment set: losses and fused calls go to a file."""
     torch.set_num_threads(1)
-    placed = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": WORLD, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in (environment | placed).items()})
     sys.path.insert(0, str(EXAMPLES))
     with counted() as calls:
         losses = importlib.import_module(name).main(f"{folder}/adapter")
     if dist.is_initialized():
         dist.destroy_process_group()
-    torch.save((losses, len(calls)), f"{folder}/{rank}.pt")
+    torch.save((losses, len(calls)), f"{folder}/{os.environ['RANK']}.pt")
 
 
-def run_ranks(folder, name, environment):
-    spawn(ranked, str(folder), name, free_port(), environment)
+def ranked(rank, folder, name, environment):
+    """What accelerate starts on the machine `rank`."""
+    os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(WORLD)})
+    trained(folder, name)
+
+
+def results(folder):
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
-@pytest.mark.parametrize("name", ["fsdp2_qlora", "ddp_qlora"])
-def test_two_processes_over_a_quantized_base(name, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    for losses, calls in run_ranks(tmp_path, name, {}):
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2_qlora", "ddp_qlora"])
+def test_two_processes_of_torchrun(name, tmp_path):
+    """What torchrun does, with processes that are forks of one that has imported everything."""
+    if name.endswith("qlora"):
+        pytest.importorskip("bitsandbytes")
+    config = LaunchConfig(
+        1, 1, WORLD, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="forkserver", max_restarts=0
+    )
+    elastic_launch(config, trained)(str(tmp_path), name)
+    for losses, calls in results(tmp_path):
         assert learned(losses)
         assert calls == 14 * len(losses)
     check_adapter(tmp_path / "adapter", 8)
@@ -131,24 +144,12 @@ def test_accelerate_on_two_machines(tmp_path):
     variables = accelerate_environment()
     assert (variables["ACCELERATE_USE_FSDP"], variables["FSDP_VERSION"]) == ("true", "2")
     own = {key: value for key, value in variables.items() if key.startswith(("ACCELERATE", "FSDP"))}
-    for losses, calls in run_ranks(tmp_path, "accelerate_loop", own | {"ACCELERATE_MIXED_PRECISION": "no"}):
+    own |= {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    mp.start_processes(ranked, (str(tmp_path), "accelerate_loop", own), WORLD, start_method="forkserver")
+    for losses, calls in results(tmp_path):
         # 32 rows in batches of 4 on two processes
         assert len(losses) == 4
         assert calls == 14 * len(losses)
-    check_adapter(tmp_path / "adapter", 8)
-
-
-def test_fsdp2_under_torchrun(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command.append(str(EXAMPLES / "fsdp2.py"))
-    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "14 adapted layers patched, 0 left to PEFT" in done.stdout
-    assert "runs as PEFT ships it" not in done.stderr
-    losses = [float(line.rpartition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("step ")]
-    assert len(losses) == 4
-    assert learned(losses)
     check_adapter(tmp_path / "adapter", 8)
 
 
@@ -163,19 +164,23 @@ def test_under_trl(name, rank, tmp_path, monkeypatch, capsys):
     check_adapter(tmp_path / "adapter", rank)
 
 
-def test_axolotls_own_kernels_are_off():
+def test_axolotl_reads_the_yaml(monkeypatch):
+    """The plugin it names accepts it, and ends with Axolotl's own kernels off and a strict callback."""
+    provide(monkeypatch, "axolotl")
     config = yaml.safe_load((EXAMPLES / "axolotl.yaml").read_text())
-    kernels = {name: on for name, on in config.items() if name.startswith("lora_") and name.endswith("_kernel")}
-    assert kernels == dict.fromkeys(
-        ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"), False
-    )
-    assert config["adapter"] == "lora"
     module, _, name = config["plugins"][0].rpartition(".")
-    assert hasattr(importlib.import_module(module), name)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    axolotl = importlib.import_module(module)
+    monkeypatch.delitem(sys.modules, module)
+    plugin = getattr(axolotl, name)()
+    plugin.register(config)
+    assert not any(config[kernel] for kernel in axolotl.KERNELS)
+    (callback,) = plugin.add_callbacks_pre_trainer(config, None)
+    assert callback.training.strict
 
 
 def test_every_example_is_run():
     text = Path(__file__).read_text()
     helpers = {"quantized"}
-    assert [path.stem for path in EXAMPLES.iterdir() if path.stem not in text and path.stem not in helpers] == []
-    assert lorafuse.patch
+    files = {path.stem for path in EXAMPLES.iterdir() if path.is_file()}
+    assert {name for name in files - helpers if f'"{name}' not in text} == set()
