@@ -5,6 +5,7 @@ import ast
 import fnmatch
 import functools
 import importlib
+import importlib.util
 import io
 import pkgutil
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafuse import cli, env, versions
+from lorafuse import cli, env, errors, versions
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -52,7 +53,7 @@ CODE_SUFFIXES = {".py", ".cpp", ".cu", ".cuh", ".h", ".hpp"}
 FOLDERS = ("bench", "csrc", "docs", "examples", "lorafuse", "requirements", "tests")
 # a comment may name a path from here on, or from its own folder on
 BASES = [ROOT / base for base in (".", "lorafuse", "csrc", "csrc/include", "csrc/include/lorafuse")]
-OTHER_PROGRAMS = re.compile(r"\b(mkdocs|pip|pytest|ruff|mypy|git|apt|apt-get|nvcc|torchrun|accelerate)\b")
+OTHER_PROGRAMS = re.compile(r"\b(mkdocs|pip|swift|pytest|ruff|mypy|git|apt|apt-get|nvcc|torchrun|accelerate)\b")
 
 
 def code_of(markdown):
@@ -170,16 +171,29 @@ def missing_variables(markdown):
     return sorted(set(re.findall(r"LORAFUSE_[A-Z_]+", markdown)) - set(env.VARIABLES))
 
 
+def exists(name):
+    """Whether a dotted name leads to a module or attribute; of a module that needs an absent package, by its source."""
+    try:
+        pkgutil.resolve_name(name)
+    except errors.MissingDependency:
+        module = next(path for path in (name, name.rpartition(".")[0]) if is_module(path))
+        tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text())
+        tops = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        return name == module or name.rpartition(".")[2] in tops
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def is_module(name):
+    return (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()
+
+
 def missing_names(markdown):
     """Dotted names `lorafuse.x.y` or `torch.ops.lorafuse.x` that lead to no module or attribute."""
-    missing = []
     pattern = r"\b(?:torch\.ops\.)?lorafuse(?:\.[A-Za-z_]\w*)+"
-    for name in {match for code in code_of(markdown) for match in re.findall(pattern, code)}:
-        try:
-            pkgutil.resolve_name(name)
-        except (ImportError, AttributeError):
-            missing.append(name)
-    return sorted(missing)
+    names = {match for code in code_of(markdown) for match in re.findall(pattern, code)}
+    return sorted(name for name in names if not exists(name))
 
 
 def broken_examples(markdown):
@@ -310,10 +324,9 @@ def test_a_missing_flag_is_seen():
 
 
 def test_a_missing_python_name_is_seen():
-    assert missing_names("`lorafuse.patch(model)` and `lorafuse.pach`, `lorafuse.nn.absent`") == [
-        "lorafuse.nn.absent",
-        "lorafuse.pach",
-    ]
+    absent = ["lorafuse.integrations.axolotl.Absent", "lorafuse.nn.absent", "lorafuse.pach"]
+    right = ["lorafuse.patch", "lorafuse.integrations.axolotl", "lorafuse.integrations.axolotl.LorafusePlugin"]
+    assert missing_names(f"`{'`, `'.join(absent + right)}`") == absent
 
 
 def test_a_broken_example_is_seen():
