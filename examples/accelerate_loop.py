@@ -38,6 +38,7 @@ def main(folder: str = "adapter") -> list[float]:
         optimizer.zero_grad()
         losses.append(loss.item())
         accelerator.print(f"step {step}: loss {loss.item():.4f}")
+    accelerator.print(lorafuse.status(model))
     state = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state)

@@ -38,6 +38,7 @@ def main(folder: str = "adapter", steps: int = 4) -> list[float]:
         if dist.get_rank() == 0:
             print(f"step {step}: loss {loss.item():.4f}")
     if dist.get_rank() == 0:
+        print(lorafuse.status(model))
         model.save_pretrained(folder)
     dist.destroy_process_group()
     return losses

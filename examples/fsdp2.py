@@ -67,6 +67,8 @@ def main(folder: str = "adapter", steps: int = 4) -> list[float]:
         losses.append(loss.item())
         if dist.get_rank() == 0:
             print(f"step {step}: loss {loss.item():.4f}")
+    if dist.get_rank() == 0:
+        print(lorafuse.status(model))
     save(model, folder)
     dist.destroy_process_group()
     return losses

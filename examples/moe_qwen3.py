@@ -40,6 +40,8 @@ def main(folder: str = "adapter", steps: int = 4) -> list[float]:
         optimizer.zero_grad()
         losses.append(loss.item())
         print(f"step {step}: loss {loss.item():.4f}")
+    # what ran, where the report above is what can
+    print(lorafuse.status(model))
     model.save_pretrained(folder)
     return losses
 

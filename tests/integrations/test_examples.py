@@ -17,7 +17,7 @@ import yaml
 from fake_trainers import provide
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from lorafuse.integrations import hf_peft
+import lorafuse
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -55,7 +55,10 @@ def learned(losses):
 
 
 def test_experts(tmp_path, capsys):
-    assert learned(importlib.import_module("moe_qwen3").main(str(tmp_path)))
+    with recorded() as models:
+        losses = importlib.import_module("moe_qwen3").main(str(tmp_path))
+    assert learned(losses)
+    check_run(lorafuse.status(*models), len(losses))
     out = capsys.readouterr().out
     assert "0 left to PEFT" in out
     assert "experts" in out
@@ -78,30 +81,37 @@ def test_the_notebook(tmp_path, monkeypatch):
 
 
 @contextlib.contextmanager
-def counted():
-    """Calls of fused linear layers."""
-    calls, run = [], hf_peft.run_linear
+def recorded():
+    """The models that are patched."""
+    models, patch = [], lorafuse.patch
 
-    def counting(*args, **kwargs):
-        calls.append(1)
-        return run(*args, **kwargs)
+    def recording(model, **options):
+        models.append(model)
+        return patch(model, **options)
 
-    hf_peft.run_linear = counting
+    lorafuse.patch = recording
     try:
-        yield calls
+        yield models
     finally:
-        hf_peft.run_linear = run
+        lorafuse.patch = patch
+
+
+def check_run(status, steps):
+    """Every layer ran fused in each step, and nothing else."""
+    assert status.layers
+    assert status.fallbacks == 0
+    assert all(sum(layer.fused.values()) == steps for layer in status.layers)
 
 
 def trained(folder, name):
-    """One process of two, its environment set: losses and fused calls go to a file."""
+    """One process of two, its environment set: losses and what ran go to a file."""
     torch.set_num_threads(1)
     sys.path.insert(0, str(EXAMPLES))
-    with counted() as calls:
+    with recorded() as models:
         losses = importlib.import_module(name).main(f"{folder}/adapter")
     if dist.is_initialized():
         dist.destroy_process_group()
-    torch.save((losses, len(calls)), f"{folder}/{os.environ['RANK']}.pt")
+    torch.save((losses, lorafuse.status(*models)), f"{folder}/{os.environ['RANK']}.pt")
 
 
 def ranked(rank, folder, name, environment):
@@ -111,7 +121,7 @@ def ranked(rank, folder, name, environment):
 
 
 def results(folder):
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp2_qlora", "ddp_qlora"])
@@ -123,9 +133,9 @@ def test_two_processes_of_torchrun(name, tmp_path):
         1, 1, WORLD, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="forkserver", max_restarts=0
     )
     elastic_launch(config, trained)(str(tmp_path), name)
-    for losses, calls in results(tmp_path):
+    for losses, status in results(tmp_path):
         assert learned(losses)
-        assert calls == 14 * len(losses)
+        check_run(status, len(losses))
     check_adapter(tmp_path / "adapter", 8)
 
 
@@ -146,10 +156,10 @@ def test_accelerate_on_two_machines(tmp_path):
     own = {key: value for key, value in variables.items() if key.startswith(("ACCELERATE", "FSDP"))}
     own |= {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     mp.start_processes(ranked, (str(tmp_path), "accelerate_loop", own), WORLD, start_method="forkserver")
-    for losses, calls in results(tmp_path):
+    for losses, status in results(tmp_path):
         # 32 rows in batches of 4 on two processes
         assert len(losses) == 4
-        assert calls == 14 * len(losses)
+        check_run(status, len(losses))
     check_adapter(tmp_path / "adapter", 8)
 
 
