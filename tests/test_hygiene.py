@@ -13,7 +13,7 @@ from lorafuse import env
 pytestmark = pytest.mark.no_poison
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted(p for folder in ("lorafuse", "tests", "bench") for p in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(p for folder in ("lorafuse", "tests", "bench", "examples") for p in (ROOT / folder).rglob("*.py"))
 PACKAGE = sorted((ROOT / "lorafuse").rglob("*.py"))
 _TEXT_PATTERNS = [
     "*.md",
@@ -22,6 +22,8 @@ _TEXT_PATTERNS = [
     "setup.py",
     ".ci/*",
     "docs/**/*.md",
+    "docs/*.py",
+    ".github/**/*",
     "requirements/*",
     "csrc/**/*",
 ]
