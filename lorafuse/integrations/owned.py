@@ -35,7 +35,7 @@ def _fused(shipped: type, read: Callable[[Any], Operands]) -> type:
             operands = read(self)
         if type(operands) is tuple:
             rows = x if x.dim() <= 4 else x.flatten(0, -4)
-            y = run_linear(rows, *operands, None, self._lorafuse_backend)
+            y = run_linear(rows, *operands, None, self._lorafuse_backend)  # type: ignore[call-arg]
             calls.ran(self)
             return y if rows is x else y.unflatten(0, x.shape[:-3])
         if operands and not torch.compiler.is_compiling():
@@ -77,7 +77,7 @@ def patch_owned(
     if problem:
         warnings.warn(f"lorafuse patched nothing: {problem}", stacklevel=3)
     for layer, shipped in adopted:
-        layer.__class__ = _fused(shipped, read)
+        layer.__class__ = _fused(shipped, read)  # type: ignore[arg-type]
         layer._lorafuse_backend = None if backend == "auto" else backend
         calls.begin(layer)
     return report

@@ -256,7 +256,8 @@ class TestLightning:
             enable_model_summary=False,
             default_root_dir=str(tmp_path),
         )
-        trainer.fit(Module(), [token_ids(seed=i) for i in range(STEPS)])
+        batches = torch.utils.data.DataLoader([token_ids(seed=i) for i in range(STEPS)], batch_size=None)
+        trainer.fit(Module(), batches)
         assert callback.training.status.fused == 14
         assert "14 of 14 adapted layers ran fused (14 calls counted)" in texts[1]
 
