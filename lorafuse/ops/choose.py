@@ -26,7 +26,7 @@ def choose(backend: str, x: Tensor, operator: Problems, *weights: Tensor) -> tup
     Where x or a weight is empty there is nothing to launch over: plain torch runs it, after the backend that was asked
     for has checked x.
     """
-    name = base.resolve(backend)
+    name = base.current() if backend == "current" else backend
     if name == "auto":
         name = SOLE_BACKEND.get("cpu" if x.is_cpu else x.device.type, name)
     if name == "eager" and x.is_cpu:
