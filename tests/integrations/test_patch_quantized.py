@@ -116,8 +116,8 @@ def test_a_format_in_bf16(how, dtype, autocast):
     assert {k: t.dtype for k, t in actual.items()} == {k: t.dtype for k, t in expected.items()}
     for name, tensor in actual.items():
         assert_three_way(name, tensor, expected[name], reference[name])
-    # elsewhere PEFT computes the low-rank path, or the sum, in fp32
-    if dtype is torch.bfloat16 and autocast:
+    # elsewhere PEFT adds in fp32
+    if dtype is torch.bfloat16:
         assert total_error(actual, reference) <= total_error(expected, reference)
 
 
