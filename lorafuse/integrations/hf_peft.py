@@ -70,6 +70,8 @@ def fused(shipped: type) -> Any:
         if not (args or kwargs or self._disable_adapters or self.merged_adapters or type(self) is shipped):
             parts: Any = interception(x)
             if parts is None:
+                if multiplies_packed(self._modules["base_layer"], x):
+                    return shipped.forward(self, x)  # type: ignore[attr-defined]
                 parts = _parts(self) if shipped.forward is own else _replaced(shipped)  # type: ignore[attr-defined]
             if type(parts) is _Unfolded:
                 parts = _folded(*parts)
@@ -83,8 +85,6 @@ def fused(shipped: type) -> Any:
                 rows = x if x.dim() <= 4 else x.flatten(0, -4)
                 if type(parts[0]) is not Weight:
                     y = run_linear(rows, *parts, None, self._lorafuse_backend)  # type: ignore[call-arg]
-                elif multiplies_packed(self._modules["base_layer"], x):
-                    return shipped.forward(self, x)  # type: ignore[attr-defined]
                 else:
                     y = run_quantized(self._modules["base_layer"], rows, parts, self._lorafuse_backend)
                 return y if rows is x else y.unflatten(0, x.shape[:-3])
