@@ -21,7 +21,7 @@ from lorafuse.functional import Projection, run_linears
 from lorafuse.integrations.report import Group, Skipped
 from lorafuse.operands import Weight
 
-__all__ = ["Siblings", "form", "join", "leave"]
+__all__ = ["Siblings", "fits", "form", "join", "leave"]
 
 # children that read one x, in the order in which families of transformers call them
 _NAMES = (
@@ -75,10 +75,10 @@ class Siblings:
         memo[id(self)] = copied = Siblings(len(self.members), self.orders.values())
         return copied
 
-    def output(self, index: int, member: Any, x: Tensor, operands: tuple, read: Callable[[Any], Any]) -> Tensor | None:
+    def output(self, index: int, member: Any, x: Tensor, operands: tuple, read: Callable[[Any], tuple | None]) -> Tensor | None:
         """y of a member called with x, whose present `operands` are given; None where it runs alone.
 
-        `read` gives the operands of another member, or anything that is no tuple where it cannot run fused.
+        `read` gives the operands of another member, or None where it cannot run fused.
         """
         slot, is_compiling = self.slot, torch.compiler.is_compiling()
         # what a group saves is in backward; and no trace shows a change of x in place, which autograd forbids
@@ -120,21 +120,19 @@ class Siblings:
 
     def _compute(
         self, index: int, order: tuple[int, ...], member: Any, x: Tensor, operands: tuple,
-        read: Callable[[Any], Any], state: tuple | None,
+        read: Callable[[Any], tuple | None], state: tuple | None,
     ) -> Tensor | None:  # fmt: skip
         """y of the first of an order; those of the others are in the slot."""
-        every = {index: operands}
+        every, features = {index: operands}, x.shape[-1:]
         for i in order[1:]:
             reference = self.members[i]
             other = None if reference is None else reference()
-            if other is None or other._disable_adapters or other.merged_adapters:
-                continue
-            if other._lorafuse_backend != member._lorafuse_backend:
+            if other is None or other._lorafuse_backend != member._lorafuse_backend:
                 continue
             theirs = read(other)
-            if type(theirs) is tuple and _fits(theirs, operands, x):
+            if theirs is not None and fits(theirs, operands, x, features):
                 every[i] = theirs
-        if len(every) == 1 or not _fits(operands, operands, x):
+        if len(every) == 1 or not fits(operands, operands, x, features):
             return None
         layers = [Projection(w, a, b, scale, bias, p) for w, a, b, scale, bias, p in every.values()]
         ys = dict(zip(every, run_linears(x, layers, member._lorafuse_backend), strict=True))
@@ -226,16 +224,19 @@ def _is_same(kept: tuple, operands: tuple) -> bool:
     )
 
 
-def _fits(theirs: tuple, first: tuple, x: Tensor) -> bool:
-    """Whether a layer with these operands runs in one operator with the first: sharded and offloaded ones do not."""
+def fits(theirs: tuple, first: tuple, x: Tensor, features: torch.Size) -> bool:
+    """Whether a layer of so many in features runs in one operator with the first, whose input x is.
+
+    a and b of a layer without an adapter are None. Sharded and offloaded layers do not fit.
+    """
     w, a, b, _, bias, _ = theirs
     if type(w) is Weight or type(first[0]) is Weight:
         return False
+    if a is not None and (a.dtype is not first[1].dtype or a.shape[1:] != features or b.shape != (*w.shape[:1], *a.shape[:1])):
+        return False
     return (
         w.dtype is first[0].dtype
-        and a.dtype is first[1].dtype
-        and w.shape[1:] == a.shape[1:] == x.shape[-1:]
-        and b.shape == (*w.shape[:1], *a.shape[:1])
+        and w.shape[1:] == features
         and (bias is None or bias.dtype is w.dtype)
         and all(t.device == x.device for t in (w, a, b, bias) if t is not None)
     )
