@@ -30,8 +30,8 @@ __all__ = [
     "lora_qkv",
     "plan_experts",
     "plan_linear",
-    "run_linear",
     "run_gated_mlp",
+    "run_linear",
     "run_linears",
 ]
 

@@ -11,11 +11,12 @@ as they were (hooks, a merged or disabled adapter, another device) runs the forw
 import copy
 import functools
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lorafuse.activation import ACTIVATIONS, GATES, gate_differentiable
@@ -23,7 +24,9 @@ from lorafuse.functional import Projection, run_gated_mlp
 from lorafuse.integrations.groups import fits
 from lorafuse.integrations.hf_common import altered, interception, is_called_otherwise, original
 from lorafuse.integrations.hf_peft import FusedLinear, operands_of
+from lorafuse.integrations.hf_quantized import stored
 from lorafuse.integrations.report import Group, Skipped
+from lorafuse.operands import Weight
 from lorafuse.ops.autocast import outside_autocast
 from lorafuse.ops.checks import seed_tensor
 
@@ -95,31 +98,28 @@ class _Roles:
         if not self._is_as_checked(parent):
             return None
         members = [parent._modules.get(name) for name in self.names]
-        operands = [None if member is None else _operands(member) for member in members]
+        operands: list[Any] = [_operands(member) for member in members]
         if None in operands:
             return None
         gate, up, down = operands
         backends = {member._lorafuse_backend for member in members if isinstance(member, FusedLinear)}
-        first = next((one for one in operands if one[1] is not None), None)  # type: ignore[index]
-        inner = gate[0].shape[:1]  # type: ignore[index]
+        first = next((one for one in operands if one[1] is not None), None)
+        inner = gate[0].shape[:1]
         if (
             first is None
             or len(backends) > 1
             or not fits(gate, first, x, x.shape[-1:])
             or not fits(up, first, x, x.shape[-1:])
             or not fits(down, first, x, inner)
-            or up[0].shape[:1] != inner  # type: ignore[index]
+            or up[0].shape[:1] != inner
         ):
             return None
         seeds: list[Tensor | None] = [None] * 3
         # masks are drawn in the order in which layers are called
         for i in (1, 0, 2) if self.is_up_first else range(3):
-            if operands[i][5]:  # type: ignore[index]
+            if operands[i][5]:
                 seeds[i] = seed_tensor(None, x.device)
-        layers = [
-            Projection(w, a, b, scale, bias, p, seed)
-            for (w, a, b, scale, bias, p), seed in zip(operands, seeds, strict=True)  # type: ignore[misc]
-        ]
+        layers = [Projection(*one, seed) for one, seed in zip(operands, seeds, strict=True)]
         return run_gated_mlp(x, layers, self.activation, backends.pop())
 
     def _is_as_checked(self, parent: Any) -> bool:
@@ -148,14 +148,15 @@ def _has(module: nn.Module, attributes: dict[str, Any]) -> bool:
 def _operands(member: Any) -> tuple | None:
     """Operands of a layer in its present state, a and b None where it has no adapter; None where it must be called."""
     kind = type(member)
-    if altered(member) or is_called_otherwise(kind):
+    if member is None or altered(member) or is_called_otherwise(kind):
         return None
     if isinstance(member, FusedLinear):
-        return operands_of(member)
-    weight, bias = member._parameters.get("weight"), member._parameters.get("bias")
+        operands = operands_of(member)
+        return None if operands is None or type(operands[0]) is Weight else operands
+    weight = member._parameters.get("weight")
     if kind.forward is not _LINEAR_FORWARD or type(weight) is not nn.Parameter or weight.requires_grad:
         return None
-    return weight, None, None, 1.0, bias, 0.0
+    return weight, None, None, 1.0, member._parameters["bias"], 0.0
 
 
 def form(model: nn.Module, layers: Iterable[Any]) -> tuple[list[Group], list[Skipped]]:
@@ -165,10 +166,12 @@ def form(model: nn.Module, layers: Iterable[Any]) -> tuple[list[Group], list[Ski
     """
     fused, groups, apart = set(layers), [], []
     for path, parent in model.named_modules():
-        children = {name: child for name, child in parent._modules.items() if _is_linear(child)}
-        if fused.isdisjoint(children.values()):
+        if fused.isdisjoint(parent._modules.values()):
             continue
-        sizes = {name: (child.out_features, child.in_features) for name, child in children.items()}
+        children = {
+            name: base for name, child in parent._modules.items() if isinstance(base := _base(child), nn.Linear)
+        }
+        sizes = {name: (base.out_features, base.in_features) for name, base in children.items()}
         if reason := _why_no_gate(sizes):
             apart.append(Skipped(path, "gated_mlp", reason))
         if not _has_its_sizes(sizes):
@@ -207,9 +210,9 @@ def _shipped(parent: nn.Module) -> Any:
     return getattr(parent, "_lorafuse_shipped", type(parent))
 
 
-def _is_linear(child: Any) -> bool:
-    """Whether a child is a linear layer, adapted or not, of this or another class."""
-    return isinstance(child, nn.Linear) or hasattr(child, "base_layer")
+def _base(child: Any) -> Any:
+    """A child, or the layer that its adapter is over."""
+    return child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
 
 
 def _why_no_gate(sizes: dict[str, tuple[int, int]]) -> str:
@@ -224,22 +227,25 @@ def _why_no_gate(sizes: dict[str, tuple[int, int]]) -> str:
 def _has_its_sizes(sizes: dict[str, tuple[int, int]]) -> bool:
     """Whether there are three layers of which two read x and the third what both compute."""
     every = list(sizes.values())
-    return len(every) == 3 and any(
-        every[i] == every[i - 1] and every[i - 2][1] == every[i][0] for i in range(3)
-    )
+    return len(every) == 3 and any(every[i] == every[i - 1] and every[i - 2][1] == every[i][0] for i in range(3))
 
 
-def _roles(parent: Any, children: dict[str, Any], fused: set[Any]) -> _Roles | str:
-    """The roles of the three children, or why the parent's forward cannot be one operator."""
-    for name, child in children.items():
-        if child not in fused and hasattr(child, "base_layer"):
-            return f"{name} is left to PEFT, or its base is quantized"
+def _roles(parent: Any, children: dict[str, nn.Linear], fused: set[Any]) -> _Roles | str:
+    """The roles of three children, whose base layers are given; or why the parent's forward is no operator."""
+    for name, base in children.items():
+        child = parent._modules[name]
+        if type(base) is not nn.Linear or stored(base) is not None:
+            return f"the base of {name} is quantized or no plain nn.Linear"
+        if child is not base and child not in fused:
+            return f"{name} is left to PEFT"
     others = {name: child for name, child in parent._modules.items() if name not in children and child is not None}
     for name, module in others.items():
         if altered(module) or module._modules or module._parameters or module._buffers:
             return f"{name} has hooks, parameters or children"
-    if "forward" in parent.__dict__ or parent._parameters or parent._buffers:
-        return "its forward was replaced, or it has parameters of its own"
+    if forward := parent.__dict__.get("forward"):
+        return f"its forward was replaced by {getattr(forward, '__qualname__', type(forward).__name__)}"
+    if parent._parameters or parent._buffers:
+        return "it has parameters or buffers of its own"
     calls = _calls(parent, children, others)
     if isinstance(calls, str):
         return calls
@@ -269,7 +275,7 @@ class _Small(nn.Linear):
 
 
 def _calls(
-    parent: Any, children: dict[str, Any], others: dict[str, nn.Module]
+    parent: Any, children: dict[str, nn.Linear], others: dict[str, nn.Module]
 ) -> tuple[tuple[str, ...], tuple[str, bool]] | str:
     """The names of the children in the order of their calls and `(activation, whether the first is the gate)`, as a
     run of the forward with small layers shows them; or what it shows against a gated MLP."""
@@ -277,13 +283,13 @@ def _calls(
     device = torch.device("cpu") if weight.is_meta else weight.device
     like, generator = torch.empty(0, device=device, dtype=torch.float32), torch.Generator().manual_seed(0)
     small: dict[int, int] = {}
-    for child in children.values():
-        for size in (child.in_features, child.out_features):
+    for base in children.values():
+        for size in (base.in_features, base.out_features):
             small.setdefault(size, 24 + 8 * len(small))
     calls: list[tuple[Any, Any, Any]] = []
     layers = {
-        name: _Small(small[c.out_features], small[c.in_features], like, generator, c.bias is not None, calls)
-        for name, c in children.items()
+        name: _Small(small[base.out_features], small[base.in_features], like, generator, base.bias is not None, calls)
+        for name, base in children.items()
     }
     known = [(name, is_first) for name in (*ACTIVATIONS, *GATES) for is_first in (True, False)]
     orders: set[tuple[str, ...]] = set()
@@ -320,8 +326,8 @@ def _probe(parent: Any, layers: dict[str, nn.Module], others: dict[str, nn.Modul
     shipped = _shipped(parent)
     probe = shipped.__new__(shipped)
     probe.__dict__.update(parent.__dict__)
-    modules: Sequence[tuple[str, nn.Module | None]] = list(parent._modules.items())
-    probe.__dict__["_modules"] = {
-        name: layers.get(name) or (copy.deepcopy(module) if name in others else module) for name, module in modules
-    }
-    return probe.train(is_training)
+    # a child may be None
+    probe.__dict__["_modules"] = parent._modules | layers | {n: copy.deepcopy(module) for n, module in others.items()}
+    for module in probe.modules():
+        module.training = is_training
+    return probe

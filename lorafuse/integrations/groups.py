@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from lorafuse.functional import Projection, run_linears
 from lorafuse.integrations.report import Group, Skipped
@@ -65,6 +66,9 @@ class Siblings:
         # x, weak reference to x, state of the call, order, operands and versions of each, outputs not yet fetched
         self.slot: tuple[Any, ...] | None = None
         self._run: list[int] = []
+        # whether each of the run was called alone; such runs
+        self._is_single = True
+        self._single: set[tuple[int, ...] | None] = set()
         self._run_x: weakref.ref[Tensor] | None = None
         self._self = weakref.ref(self)
 
@@ -75,7 +79,9 @@ class Siblings:
         memo[id(self)] = copied = Siblings(len(self.members), self.orders.values())
         return copied
 
-    def output(self, index: int, member: Any, x: Tensor, operands: tuple, read: Callable[[Any], tuple | None]) -> Tensor | None:
+    def output(
+        self, index: int, member: Any, x: Tensor, operands: tuple, read: Callable[[Any], tuple | None]
+    ) -> Tensor | None:
         """y of a member called with x, whose present `operands` are given; None where it runs alone.
 
         `read` gives the operands of another member, or None where it cannot run fused.
@@ -84,9 +90,12 @@ class Siblings:
         # what a group saves is in backward; and no trace shows a change of x in place, which autograd forbids
         if not torch.is_grad_enabled():
             if not is_compiling:
-                self._observe(x, (index,))
+                self._end_run(x, index)
+                self._run.append(index)
             return None
         if is_compiling:
+            if _is_in_subgraph():
+                return None
             if slot is not None and slot[0] is x and index in slot[5]:
                 y = slot[5].pop(index)
                 if not slot[5]:
@@ -112,10 +121,16 @@ class Siblings:
             if self._fixed is None:
                 self._fixed = dict(orders)
             orders = self._fixed
+            order = orders.get(index)
         else:
+            self._end_run(x, index)
+            order = orders.get(index)
+            # a reentrant checkpoint called the layers without gradients, and the masks drawn then are drawn again
+            if operands[5] and torch._C._current_graph_task_id() != -1 and order not in self._single:
+                order = None
             # members that will fetch their output are not called to observe
-            self._observe(x, orders.get(index, (index,)))
-        order = orders.get(index)
+            self._run += (index,) if order is None else [i for i in order if i not in self._run]
+            self._is_single &= order is None
         return None if order is None else self._compute(index, order, member, x, operands, read, state)
 
     def _compute(
@@ -174,14 +189,21 @@ class Siblings:
             if self.orders.get(order[0]) == order:
                 del self.orders[order[0]]
 
-    def _observe(self, x: Tensor, called: tuple[int, ...]) -> None:
-        """Learn from calls: members called one after the other with one x are an order."""
-        if self._run_x is None or self._run_x() is not x or called[0] in self._run:
+    def _end_run(self, x: Tensor, index: int) -> None:
+        """Learn from calls, where this one begins another run: members called one after the other with one x."""
+        if self._run_x is None or self._run_x() is not x or index in self._run:
             order = tuple(self._run)
             if len(order) > 1 and order not in self._dropped:
                 self.orders[order[0]] = order
-            self._run, self._run_x = [], weakref.ref(x)
-        self._run += [i for i in called if i not in self._run]
+            if self._is_single:
+                self._single.add(order)
+            self._run, self._run_x, self._is_single = [], weakref.ref(x), True
+
+
+@torch.compiler.assume_constant_result
+def _is_in_subgraph() -> bool:
+    """Whether Dynamo traces a graph within a graph, a checkpoint's: it must not change the slot, which lies outside."""
+    return not InstructionTranslator.current_tx().output.is_root_tracer()
 
 
 def _expire(group: weakref.ref[Siblings], reference: weakref.ref[Tensor], *_: Any) -> None:
@@ -232,7 +254,9 @@ def fits(theirs: tuple, first: tuple, x: Tensor, features: torch.Size) -> bool:
     w, a, b, _, bias, _ = theirs
     if type(w) is Weight or type(first[0]) is Weight:
         return False
-    if a is not None and (a.dtype is not first[1].dtype or a.shape[1:] != features or b.shape != (*w.shape[:1], *a.shape[:1])):
+    if a is not None and (
+        a.dtype is not first[1].dtype or a.shape[1:] != features or b.shape != (*w.shape[:1], *a.shape[:1])
+    ):
         return False
     return (
         w.dtype is first[0].dtype
