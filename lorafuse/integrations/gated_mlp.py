@@ -38,7 +38,7 @@ _SCALARS = (bool, float, int, str)
 
 
 @functools.cache
-def _fused(shipped: type[nn.Module], own: Any) -> Any:
+def _fused(shipped: Any, own: Any) -> Any:
     """The subclass of a parent's class, whose forward is `own`."""
 
     @functools.wraps(own)
@@ -62,7 +62,7 @@ def _fused(shipped: type[nn.Module], own: Any) -> Any:
     return types.new_class(shipped.__name__, (shipped,), exec_body=lambda space: space.update(body))
 
 
-def _made(shipped: type[nn.Module], *args: Any) -> Any:
+def _made(shipped: Any, *args: Any) -> Any:
     """A new object of the subclass, for copies and for what pickle loads."""
     ours = _fused(shipped, shipped.forward)
     return ours.__new__(ours, *args)
@@ -119,7 +119,7 @@ class _Roles:
         for i in (1, 0, 2) if self.is_up_first else range(3):
             if operands[i][5]:
                 seeds[i] = seed_tensor(None, x.device)
-        layers = [Projection(*one, seed) for one, seed in zip(operands, seeds, strict=True)]
+        layers = [Projection(w, a, b, scale, bias, p, seeds[i]) for i, (w, a, b, scale, bias, p) in enumerate(operands)]
         return run_gated_mlp(x, layers, self.activation, backends.pop())
 
     def _is_as_checked(self, parent: Any) -> bool:
