@@ -118,9 +118,11 @@ def test_a_family(family):
 # one layer computes q, k and v, and one gate and up where there is a gate
 NO_SIBLINGS = {"bloom", "gpt_neox", "modernbert", "phi3"}
 GATED = {"cohere", "gemma", "gemma2", "gemma3", "granite", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3"}
-GATED |= {"ernie4_5", "exaone4", "helium", "seed_oss", "stablelm"}
+GATED |= {"ernie4_5", "exaone4", "helium", "stablelm"}
 # parents that look gated and are no operator
 WITHOUT = {"phi3": "gate and up are one layer (gate_up_proj)", "mt5": "between its layers lies more than"}
+# in training its y goes through dropout
+WITHOUT |= {"seed_oss": "its forward is not down(act(gate(x))"}
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - LEFT.keys() - NOT_CALLED))
