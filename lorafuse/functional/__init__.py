@@ -8,7 +8,7 @@ from torch import Tensor
 from lorafuse.activation import GateLayout, lookup
 from lorafuse.backends import base
 from lorafuse.backends.problems import experts_problems, linear_problem
-from lorafuse.functional.group import Projection, lora_gated_mlp, lora_linears, lora_qkv, run_linears
+from lorafuse.functional.group import Projection, lora_gated_mlp, lora_linears, lora_qkv, run_gated_mlp, run_linears
 from lorafuse.operands import Weight, matrix
 from lorafuse.ops import experts as _experts
 from lorafuse.ops import flops  # noqa: F401 (registers the formulas)
@@ -30,6 +30,7 @@ __all__ = [
     "lora_qkv",
     "plan_experts",
     "plan_linear",
+    "run_gated_mlp",
     "run_linear",
     "run_linears",
 ]
