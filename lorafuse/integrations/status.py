@@ -17,9 +17,9 @@ class LayerStatus(NamedTuple):
     """What one adapted layer ran.
 
     `fused` are its calls by the backend that ran them, `grouped` how many of these ran in one operator with other
-    layers, those of the parent `group`. `fallbacks` are the other calls by reason. `compiled` tells that a graph of torch.compile holds
-    the layer: its calls cannot be counted, and `compiled_reason` is "" where they run fused there. `reason` is why a
-    layer is not patched, or is never called.
+    layers, those of the parent `group`. `fallbacks` are the other calls by reason. `compiled` tells that a graph of
+    torch.compile holds the layer: its calls cannot be counted, and `compiled_reason` is "" where they run fused there.
+    `reason` is why a layer is not patched, or is never called.
     """
 
     name: str
