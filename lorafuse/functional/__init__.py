@@ -8,7 +8,7 @@ from torch import Tensor
 from lorafuse.activation import GateLayout, lookup
 from lorafuse.backends import base
 from lorafuse.backends.problems import experts_problems, linear_problem
-from lorafuse.functional.group import Projection, lora_gated_mlp, lora_linears, lora_qkv, run_linears
+from lorafuse.functional.group import Projection, lora_gated_mlp, lora_linears, lora_qkv, run_gated_mlp, run_linears
 from lorafuse.operands import Weight, matrix
 from lorafuse.ops import experts as _experts
 from lorafuse.ops import flops  # noqa: F401 (registers the formulas)
@@ -30,6 +30,7 @@ __all__ = [
     "lora_qkv",
     "plan_experts",
     "plan_linear",
+    "run_gated_mlp",
     "run_linear",
     "run_linears",
 ]
@@ -74,10 +75,17 @@ def lora_linear(
         BackendUnavailable: the backend asked for cannot run here.
     """
     stored, weight = weight, weight.data if isinstance(weight, Weight) else weight
-    given = {"x": x, "weight": weight, "a": a, "b": b, "bias": bias}
-    for name, operand in given.items():
-        if not isinstance(operand, Tensor) and (name != "bias" or operand is not None):
-            raise TypeError(f"lora_linear got a {type(operand).__name__} for {name}; it must be a tensor")
+    # one expression: the call sits on the hot path of every layer
+    if not (
+        isinstance(x, Tensor)
+        and isinstance(weight, Tensor)
+        and isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and (bias is None or isinstance(bias, Tensor))
+    ):
+        given = {"x": x, "weight": weight, "a": a, "b": b} | ({} if bias is None else {"bias": bias})
+        name, kind = next((name, type(t).__name__) for name, t in given.items() if not isinstance(t, Tensor))
+        raise TypeError(f"lora_linear got a {kind} for {name}; it must be a tensor")
     device = x.device
     if weight.device != device or a.device != device or b.device != device:
         raise ValueError(

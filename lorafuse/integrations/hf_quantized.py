@@ -26,8 +26,9 @@ from lorafuse.integrations.hf_common import original
 from lorafuse.operands import Weight
 from lorafuse.ops.autocast import autocast_is_on, outside_autocast
 
-__all__ = ["described_format", "is_quantized", "multiplies_packed", "notes", "run_quantized", "stored"]
+__all__ = ["PACKED", "described_format", "is_quantized", "multiplies_packed", "notes", "run_quantized", "stored"]
 
+PACKED = "few rows without gradients: bitsandbytes multiplies by the weight as it is packed"
 # where the classes of linear layers with a forward of their own are defined
 _CLASSES = (
     ("bitsandbytes.nn.modules", "Linear4bit"),
