@@ -72,7 +72,8 @@ class ExactMerge:
                 p.data = data
             _replace(p.__dict__, attributes)
         for base, parameters in self._parameters:
-            base._parameters.update(parameters)
+            # torchao's merge deletes the weight first, which changes their order
+            _replace(base._parameters, parameters)
             if is_of(base, "bitsandbytes", "Linear4bit"):
                 base.quant_state = getattr(parameters["weight"], "quant_state", None) or base.quant_state
         for state, attributes in self._states:
