@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--checkpointing", choices=("both", "on", "off"), default="both", help="of activations (both)")
     parser.add_argument("--rank", type=int, default=16, help="of every adapter (16)")
-    # not int8: bitsandbytes moves such a weight out of its parameter, so that variants cannot share it
+    # not int8: bitsandbytes moves such a weight out of its parameter, which all variants hold
     parser.add_argument(
         "--quant", choices=("nf4", "fp4"), help="store the linear layers by bitsandbytes; --dtype computes"
     )
