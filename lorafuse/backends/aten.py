@@ -11,14 +11,13 @@ read.
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafuse.backends import aten_loop, base, problems, workspace
+from lorafuse.backends import aten_loop, base, problems
 from lorafuse.backends.aten_grouped import GroupedMM
 from lorafuse.backends.protocol import Backend, Problems, finish
 from lorafuse.operands import Dropout, Epilogue, LowRank, Rows, Weight
@@ -96,9 +95,7 @@ class Aten(Backend):
             b = b.to(xa.dtype)
         right = b if low.is_transposed else b.t()
         if xa.dtype is not x.dtype:
-            y, right = _product(x, w, bias), right if scale == 1.0 else right * scale
-            if y.dtype is xa.dtype:
-                return y.addmm_(xa, right).to(x.dtype)
+            y, right = F.linear(x, w.left(), bias), right if scale == 1.0 else right * scale
             for chunk in row_chunks(x.shape[0], max(w.sizes), x.device):
                 y[chunk] = torch.addmm(y[chunk].to(xa.dtype), xa[chunk], right)
             return y
@@ -197,7 +194,7 @@ def _masked_matmul(x: Tensor, w: Weight, low: LowRank, wide: Tensor | None, oute
     right, columns = b if low.is_transposed else b.t(), w.sizes[0]
     scaled = xa if low.scale == 1.0 else xa * low.scale
     is_fp32 = xa.dtype is not x.dtype
-    y = _product(x, w, None) if is_fp32 else torch.mm(scaled, right)
+    y = torch.mm(x, w.right()) if is_fp32 else torch.mm(scaled, right)
     for chunk in row_chunks(x.shape[0], columns, x.device):
         keep = keep_mask(dropout.seed, dropout.p, chunk, columns)
         if is_fp32:
@@ -206,30 +203,7 @@ def _masked_matmul(x: Tensor, w: Weight, low: LowRank, wide: Tensor | None, oute
             y[chunk] *= keep
         if outer is not None and wide is not None:
             outer += torch.mm(xa[chunk].t(), wide[chunk].to(xa.dtype) * keep)
-    return y.to(x.dtype) if is_fp32 else y.addmm_(x, w.right())
-
-
-def _product(x: Tensor, w: Weight, bias: Tensor | None) -> Tensor:
-    """`x wᵀ + bias` in x's dtype; in fp32, of the same operands, on a CPU without products of this one."""
-    if not x.is_cpu or _multiplies(x.dtype):
-        return F.linear(x, w.left(), bias)
-    with workspace.buffer(tuple(w.data.shape), torch.float32, x.device) as out:
-        wide = Weight(out.copy_(w.data), w.is_transposed)
-        return F.linear(x.float(), wide.left(), None if bias is None else bias.float())
-
-
-@cache
-def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for products of 16 bits, as torch decides to leave them to oneDNN.
-
-    Without, torch's own loop takes 27 to 30 ms for y and 130 for dx, where fp32 takes 5 (M 128, K 576, N 1536, bf16,
-    EPYC with AVX2, one thread, 2026-11-29).
-    """
-    if not torch.backends.mkldnn.is_available():
-        return False
-    asked = torch.ops.mkldnn
-    is_supported = asked._is_mkldnn_fp16_supported if dtype is torch.float16 else asked._is_mkldnn_bf16_supported
-    return bool(is_supported())
+    return y if is_fp32 else y.addmm_(x, w.right())
 
 
 def _accumulated(total: Tensor | None, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:

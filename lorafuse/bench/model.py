@@ -48,8 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--checkpointing", choices=("both", "on", "off"), default="both", help="of activations (both)")
     parser.add_argument("--rank", type=int, default=16, help="of every adapter (16)")
+    # not int8: bitsandbytes moves such a weight out of its parameter, which all variants hold
     parser.add_argument(
-        "--quant", choices=("nf4", "fp4", "int8"), help="store the linear layers by bitsandbytes; --dtype computes"
+        "--quant", choices=("nf4", "fp4"), help="store the linear layers by bitsandbytes; --dtype computes"
     )
     parser.add_argument(
         "--variants", nargs="+", metavar="NAME", help="what to train, as bench/baselines names it (all)"

@@ -111,7 +111,7 @@ class Trainee:
 
 
 def _statistics(model: Any) -> list[Tensor]:
-    """What scales the quantized weights of linear layers, beside their parameters."""
+    """What scales the quantized weights of linear layers, which is no parameter of theirs."""
     weights = (formats.adopt(layer) for layer in model.modules() if isinstance(layer, nn.Linear))
     return [t for weight in weights if weight is not None for t in weight.statistics]
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lorafuse.formats.codec import decode_flat, held, is_of, parse, remembered, row_chunks, spell, target
+from lorafuse.formats.codec import decode_flat, held, is_of, parse, remembered, spell, target
 from lorafuse.formats.weight import Weight
 
 __all__ = ["adopt", "decode", "kernel", "parameters_of", "select", "shape"]
@@ -37,6 +37,8 @@ __all__ = ["adopt", "decode", "kernel", "parameters_of", "select", "shape"]
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # products with the smallest value of a code, 0.0052, are normal fp32 and bf16 from here on
 _SMALLEST = 1e-30
+# values of fp32 that are rounded at a time: 256 KiB
+_ROUNDED = 2**16
 # of nested statistics; bitsandbytes has no other
 _NESTED_BLOCK = 256
 _TYPES = ("nf4", "fp4")
@@ -120,9 +122,10 @@ def _decode_by_library(
     run: Callable[..., object], data: Tensor, scales: Tensor, block: int, rounded: torch.dtype, first: int, out: Tensor
 ) -> Tensor:
     rows, is_wide = out.view(-1, out.shape[-1]), out.dtype is torch.float32
-    parts = [(0, rows.shape[0])] if rounded is torch.float32 and is_wide else list(row_chunks(out))
-    wide = rows if is_wide else torch.empty((parts[0][1], rows.shape[1]))
-    for start, stop in parts:
+    step = rows.shape[0] if rounded is torch.float32 and is_wide else max(1, _ROUNDED // rows.shape[1])
+    wide = rows if is_wide else torch.empty((min(step, rows.shape[0]), rows.shape[1]))
+    for start in range(0, rows.shape[0], step):
+        stop = min(start + step, rows.shape[0])
         part, values = rows[start:stop], wide[start:stop] if is_wide else wide[: stop - start]
         begin = first + start * rows.shape[1]
         addresses = data.data_ptr() + begin // 2, scales.data_ptr() + begin // block * 4, values.data_ptr()

@@ -70,13 +70,14 @@ class ExactMerge:
         for p, data, attributes in self._kept.values():
             if data is not None:
                 p.data = data
-            _replace(vars(p), attributes)
+            _replace(p.__dict__, attributes)
         for base, parameters in self._parameters:
-            base._parameters.update(parameters)
+            # torchao's merge deletes the weight first, which changes their order
+            _replace(base._parameters, parameters)
             if is_of(base, "bitsandbytes", "Linear4bit"):
                 base.quant_state = getattr(parameters["weight"], "quant_state", None) or base.quant_state
         for state, attributes in self._states:
-            _replace(vars(state), attributes)
+            _replace(state.__dict__, attributes)
         for layer, caches in self._layers:
             layer.merged_adapters.clear()
             _replace(layer._caches, caches)

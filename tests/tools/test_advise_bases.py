@@ -11,7 +11,7 @@ from lorafuse.advise.shapes import Linear, ModelShapes
 from lorafuse.formats import mxfp4
 from lorafuse.plan import find
 
-N, K, E = 256, 1024, 4
+N, K, E = 384, 1024, 4
 LAYERS = (
     Linear("up_proj", "mlp", N, K), Linear("lm_head", "unembedding", 100, K),
     Linear("experts.gate_up_proj", "experts", N, K, experts=E, parameter=True),
