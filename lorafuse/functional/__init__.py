@@ -107,11 +107,11 @@ def lora_linear(
 
 def run_linear(
     x: Tensor, weight: Tensor | Weight, a: Tensor, b: Tensor, scale: float, bias: Tensor | None, dropout_p: float,
-    seed: int | Tensor | None, backend: str | None, transformed: bool = False,
+    seed: int | Tensor | None, backend: str | None, transformed: bool = False, wide: bool = False,
 ) -> Tensor:  # fmt: skip
     """`lora_linear` for callers that already know that the parameters fit each other and the backend can run here.
 
-    `transformed` is the result of `is_transformed(x)`.
+    `transformed` is the result of `is_transformed(x)`. `wide` computes the low-rank path in fp32, over bf16 too.
     """
     format, statistics = "dense", None
     if isinstance(weight, Weight):
@@ -143,7 +143,7 @@ def run_linear(
         backend = current_backend()
     seed = seed_tensor(seed, x.device) if dropout_p else None
     # PEFT computes the low-rank path in the adapters' dtype; of those only fp16 is short of range
-    wide = x.dtype is torch.float16 and not autocast and (a.dtype is not x.dtype or b.dtype is not x.dtype)
+    wide |= x.dtype is torch.float16 and not autocast and (a.dtype is not x.dtype or b.dtype is not x.dtype)
     run = _linear.plain_lora_linear if transformed else _linear.lora_linear
     return run(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics)
 
