@@ -9,10 +9,12 @@ from torch import Tensor
 from lorafuse.operands import Weight
 from lorafuse.plan import DeviceSpec, Problem, recognize
 
-__all__ = ["arch", "device_spec", "experts_problems", "grouped_problem", "linear_problem", "siblings_problem"]
+__all__ = ["arch", "device_spec", "experts_problems", "grouped_problem", "linear_problem", "multi_problem", "siblings_problem"]
 
 # the gradients of a backward pass over ragged rows
 _GRADIENTS = ("dx", "da", "db")
+# rows, adapters and ranks of the batch that layers of many adapters are planned for: 64 rows an adapter
+_MULTI = 4096, 64, 32
 
 
 @cache
@@ -83,6 +85,21 @@ def _problem(
 def grouped_problem(x: Tensor, w: Weight, a: Tensor | None, backward: bool) -> Problem:
     """The problem of a grouped linear layer: x `[S, K]` or dy `[S, N]`, w `[E, N, K]`, a `[E, R, K]`."""
     return _ragged(x, x.shape[0], w, a, backward, _fit_descriptors(w))
+
+
+def multi_problem(x: Tensor, w: Weight, a: Tensor, backward: bool, wide: bool) -> Problem:
+    """The problem of a layer whose rows are of many adapters: x `[S, K]` or dy `[S, N]`, w `[N, K]`, a `[ΣR, K]`.
+
+    Rows, ranks and dropout are not those of the call: an adapter's bits depend on the configuration, which must be one
+    whatever its neighbours are.
+    """
+    N, K = w.sizes
+    rows, adapters, rank = _MULTI
+    stack = Weight(w.data[None], w.is_transposed) if w.format == "dense" else w
+    return _problem(
+        rows, N, K, rank, x.dtype, a.dtype, bias=False, dropout=True, gradients=_GRADIENTS if backward else (),
+        aligned=_fit_descriptors(stack), wide=wide, groups=adapters, is_ragged=True, format=w.format_name,
+    )  # fmt: skip
 
 
 def experts_problems(
