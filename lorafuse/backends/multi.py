@@ -1,8 +1,8 @@
 """The primitives over rows of many adapters that a backend may offer, and what they share.
 
 One weight serves all rows; the factors of the adapters are stacked, `[ΣR, C]` with any strides: a as it is, b
-transposed. The last group of `rows` has no adapter. What is a function of an adapter's rows, ranks, scale and seed alone
-is computed the same whatever the rest of the batch is, in bits.
+transposed. The last group of `rows` has no adapter. What depends on the rows, ranks, scale and seed of one adapter has
+the same bits whatever the rest of the batch is.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Multi(Protocol):
         self, run: Backend, narrow: Tensor, wide: Tensor, out: Tensor, rows: Rows, adapters: Adapters,
         plan: Plan | None, is_masked: bool, is_sum: bool,
     ) -> None:  # fmt: skip
-        """`out[g] = scale[g] · narrowᵀ drop(wide)`, zero without rows; added to what out `[ΣR, C]` holds if `is_sum`."""
+        """`out[g] = scale[g] · narrowᵀ drop(wide)`, zero without rows; if `is_sum`, added to out `[ΣR, C]`."""
         ...
 
 

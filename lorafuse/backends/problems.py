@@ -9,7 +9,15 @@ from torch import Tensor
 from lorafuse.operands import Weight
 from lorafuse.plan import DeviceSpec, Problem, recognize
 
-__all__ = ["arch", "device_spec", "experts_problems", "grouped_problem", "linear_problem", "multi_problem", "siblings_problem"]
+__all__ = [
+    "arch",
+    "device_spec",
+    "experts_problems",
+    "grouped_problem",
+    "linear_problem",
+    "multi_problem",
+    "siblings_problem",
+]
 
 # the gradients of a backward pass over ragged rows
 _GRADIENTS = ("dx", "da", "db")

@@ -4,10 +4,10 @@
     matmul     y[s] = x[s] wᵀ + bias + drop(xa[s] (scale[g] · f[g]))
     outer      df[g] = scale[g] · Σ_s xa[s]ᵀ drop(x[s])             over the rows s of g, or added to df[g]
 
-Shapes: x [S, K] with any row stride, in the order of its adapters (`rows`); the L factors f [R[g], C] are stacked in one
-[ΣR, C] with any strides, a as it is and b transposed; xa [S, max R] contiguous, of which a row has its adapter's R. The
-last group of rows, number L, has no adapter: rank 0. The mask of drop() is over the rows of one adapter: its seed, row
-in the adapter's, column.
+Shapes: x [S, K] with any row stride, in the order of its adapters (`rows`); the L factors f [R[g], C] are stacked in
+one [ΣR, C] with any strides, a as it is and b transposed; xa [S, max R] contiguous, zero beyond the rank. The last
+group of rows, number L, has no adapter: rank 0. The mask of drop() is over the rows of one adapter: its seed, row among
+that adapter's, column.
 
 Fused: one base product over all rows, each tile of which ends with its own adapter's ranks: nothing is padded to the
 widest rank, whose extra tiles are skipped. Sums over rows run within one adapter.

@@ -6,8 +6,8 @@
 
 Shapes: x `[…, K]`, its rows those of adapter 0, then of adapter 1, …, whose ends `offsets [L]` holds, int32; rows after
 the last end have no adapter. W `[N, K]`; a `[ΣR, K]` and b `[N, ΣR]`, the adapters' factors next to each other. xa
-`[S, max R]` is returned too, so that a compiled graph holds what backward needs. dyb is kept without its scale. There is
-no gradient of W or of the bias. An adapter's mask is drawn by its seed over its own rows.
+`[S, max R]` is returned too, so that a compiled graph holds what backward needs. dyb is kept without its scale. W and
+the bias have no gradient. An adapter's mask is drawn by its seed over its own rows.
 
 With buffers, backward adds da and db to them and returns none: to the adapters with rows alone. Gradients of gradients,
 and calls under a transform, are those of `plain`.
@@ -22,7 +22,7 @@ from lorafuse.backends.base import candidates, resolve
 from lorafuse.backends.multi import Multi, adapters_on, rows_by_adapter
 from lorafuse.backends.problems import multi_problem
 from lorafuse.backends.protocol import Backend
-from lorafuse.operands import Adapters, Rows, Weight, matrix, shaped_like
+from lorafuse.operands import Weight, matrix, shaped_like
 from lorafuse.ops import plain
 from lorafuse.ops._define import LIBRARY, implement
 from lorafuse.ops.autocast import outside_autocast
@@ -55,7 +55,9 @@ def _weight(weight: Tensor, format: str, statistics: list[Tensor] | None) -> Wei
     return Weight(weight, False, tuple(statistics or ()), format)
 
 
-def _run(backend: str, x: Tensor, w: Weight, a: Tensor, backward: bool, wide: bool) -> tuple[Backend, Multi, Plan | None]:
+def _run(
+    backend: str, x: Tensor, w: Weight, a: Tensor, backward: bool, wide: bool
+) -> tuple[Backend, Multi, Plan | None]:
     """The backend, its primitives over many adapters, and its plan. Raises ValueError where it has none."""
     backend = resolve(backend)
     if backend == "auto":
@@ -154,16 +156,15 @@ class _LoRALinearMulti(torch.autograd.Function):
         y, xa = torch.ops.lorafuse.lora_linear_multi(
             x, offsets, weight, bias, a, b, seeds, *settings, list(statistics) or None
         )
-        ctx.mark_non_differentiable(xa)
         _, _, _, _, need_a, need_b, *_ = ctx.needs_input_grad
         ctx.leading, ctx.settings, ctx.buffers = x.shape[:-1], settings, buffers
         ctx.save_for_backward(
             x if need_a else None, xa if need_b else None, offsets, weight, bias, a, b, seeds, *statistics
         )
-        return y, xa
+        return y
 
     @staticmethod
-    def backward(ctx, dy, _):
+    def backward(ctx, dy):
         grads = [None] * len(ctx.needs_input_grad)
         if dy is None:
             return tuple(grads)
@@ -213,4 +214,4 @@ def lora_linear_multi(
             decoded = _weight(weight, format, statistics).decoded(x.dtype).data
             return plain.multi(x, offsets, decoded, bias, a, b, seeds, ranks, scales, dropout_p)
     settings = ranks, scales, dropout_p, batch_invariant, backend, wide, format
-    return _LoRALinearMulti.apply(x, offsets, weight, bias, a, b, seeds, buffers, settings, *(statistics or ()))[0]
+    return _LoRALinearMulti.apply(x, offsets, weight, bias, a, b, seeds, buffers, settings, *(statistics or ()))
