@@ -234,7 +234,8 @@ def _outer_kernel(
     i_r = tl.load(p_blocks + tl.program_id(1) * 2 + 1)
     start = _first_of(p_row_ends, group)
     end = tl.load(p_row_ends + group)
-    if IS_SUM and start >= end:
+    # an adapter without rows has what the launcher put there
+    if start >= end:
         return
     first, R = _ranks_of(p_rank_ends, group, L)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -362,6 +363,8 @@ def outer(
     adapter and every `config.block_r`-th of its ranks.
     """
     c, C = config, x.shape[1]
+    if not is_sum:
+        out.zero_()
     _outer_kernel[(triton.cdiv(C, c.block_n), blocks.shape[0])](
         xa,
         x,
