@@ -15,6 +15,7 @@ Nothing of a library is imported here: whoever holds such a layer has brought it
 
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -86,8 +87,10 @@ def _refused(base: nn.Module) -> str:
     return ""
 
 
-def run_quantized(base: nn.Module, x: Tensor, operands: tuple[Any, ...], backend: str | None) -> Tensor:
-    """y of `run_linear` over a quantized base, in the dtypes of the table above; `operands` as it takes them."""
+def run_quantized(
+    base: nn.Module, x: Tensor, operands: tuple[Any, ...], backend: str | None, run: Callable[..., Tensor] = run_linear
+) -> Tensor:
+    """y of `run` over a quantized base, in the dtypes of the table above; `operands` as it takes them."""
     weight, a, b, scale, bias, dropout_p = operands
     kind, is_autocast = _forwards.get(type(base).forward), autocast_is_on(x)
     dtype = returned = x.dtype
@@ -106,10 +109,10 @@ def run_quantized(base: nn.Module, x: Tensor, operands: tuple[Any, ...], backend
         bias = bias.to(dtype)
     x = x.to(dtype)
     if not is_autocast or dtype is torch.get_autocast_dtype(x.device.type):
-        y = run_linear(x, weight, a, b, scale, bias, dropout_p, None, backend)
+        y = run(x, weight, a, b, scale, bias, dropout_p, None, backend)
     else:
         with outside_autocast(x):
-            y = run_linear(x, weight, a, b, scale, bias, dropout_p, None, backend)
+            y = run(x, weight, a, b, scale, bias, dropout_p, None, backend)
     return y.to(returned)
 
 

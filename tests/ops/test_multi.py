@@ -91,8 +91,8 @@ SHAPES = {
     },
     "triton": {
         1: ([50], [40]), 2: ([1, 39], [40, 1]), 7: ([0, 3, 20, 2, 9, 1, 31], [64, 1, 13, 128, 2, 8, 33]),
-        64: ([0 if i % 16 else 1 + i % 5 for i in range(64)], [1 + i * 7 % 40 for i in range(64)]),
-        2000: ([0 if i % 900 else 1 + i % 7 for i in range(2000)], [1 + i % 4 for i in range(2000)]),
+        64: ([0 if i % 24 else 1 + i % 5 for i in range(64)], [1 + i * 7 % 40 for i in range(64)]),
+        2000: ([0 if i % 1800 else 1 + i % 7 for i in range(2000)], [1 + i % 4 for i in range(2000)]),
     },
 }  # fmt: skip
 
