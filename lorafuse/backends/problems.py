@@ -16,13 +16,12 @@ __all__ = [
     "grouped_problem",
     "linear_problem",
     "multi_problem",
+    "multi_settings",
     "siblings_problem",
 ]
 
 # the gradients of a backward pass over ragged rows
 _GRADIENTS = ("dx", "da", "db")
-# rows, adapters and ranks of the batch that layers of many adapters are planned for: 64 rows an adapter
-_MULTI = 4096, 64, 32
 
 
 @cache
@@ -98,15 +97,20 @@ def grouped_problem(x: Tensor, w: Weight, a: Tensor | None, backward: bool) -> P
 def multi_problem(x: Tensor, w: Weight, a: Tensor, backward: bool, wide: bool) -> Problem:
     """The problem of a layer whose rows are of many adapters: x `[S, K]` or dy `[S, N]`, w `[N, K]`, a `[ΣR, K]`.
 
-    Rows, ranks and dropout are not those of the call: an adapter's bits depend on the configuration, which must be one
+    Sizes and dropout are not those of the call: an adapter's bits depend on the configuration, which must be one
     whatever its neighbours are.
     """
-    N, K = w.sizes
-    rows, adapters, rank = _MULTI
     stack = Weight(w.data[None], w.is_transposed) if w.format == "dense" else w
-    return _problem(
-        rows, N, K, rank, x.dtype, a.dtype, bias=False, dropout=True, gradients=_GRADIENTS if backward else (),
-        aligned=_fit_descriptors(stack), wide=wide, groups=adapters, is_ragged=True, format=w.format_name,
+    aligned = _fit_descriptors(stack) and not any(size * x.element_size() % 16 for size in w.sizes)
+    return multi_settings(_name(x.dtype), _name(a.dtype), aligned, backward, wide)
+
+
+@cache
+def multi_settings(dtype: str, adapter_dtype: str, aligned: bool, backward: bool, wide: bool = False) -> Problem:
+    """What layers of many adapters are planned by: 64 rows and 32 ranks an adapter of 64, on a 4096 x 4096 layer."""
+    return Problem(
+        4096, 4096, 4096, 32, dtype, adapter_dtype, dropout=True, gradients=_GRADIENTS if backward else (),
+        aligned=aligned, wide=wide, groups=64, is_ragged=True,
     )  # fmt: skip
 
 

@@ -66,14 +66,17 @@ def run_mixed(layer: Any, x: Tensor, names: list[str], read: Callable[[Any, list
     None where PEFT is to check the call, or nothing is adapted; a str, the reason, for what cannot be fused.
     """
     adapted = layer._modules["lora_A"]._modules
-    used = tuple(name for name in dict.fromkeys(names) if name in adapted)
+    # those of other layers have rank 0 here: their rows keep their bits whatever the others are
+    used = [name for name in dict.fromkeys(names) if name != "__base__"]
     if layer._disable_adapters or layer.merged_adapters or not used or x.dim() < 2 or len(names) != len(x):
         return None
-    operands = [read(layer, [name]) for name in used]
-    for parts in operands:
+    known = {name: read(layer, [name]) for name in used if name in adapted}
+    for parts in (known := known or {"": read(layer, [next(iter(adapted))])}).values():
         if type(parts) is not tuple:
             return parts if isinstance(parts, str) else "a bias of lora_B, or a scale in a tensor, in a mixed batch"
-    weights, a, b, scales, biases, p = zip(*operands, strict=True)
+    weight, any_a, any_b, _, bias, _ = next(iter(known.values()))
+    absent = weight, any_a[:0], any_b[:, :0], 1.0, bias, 0.0
+    _, a, b, scales, _, p = zip(*(known.get(name, absent) for name in used), strict=True)
     where = {name: i for i, name in enumerate(used)}
     index = tuple(where.get(name, len(used)) for name in names)
     offsets, order, place = _sorted(index, len(used), x[0].numel() // x.shape[-1], x.device)
@@ -87,8 +90,8 @@ def run_mixed(layer: Any, x: Tensor, names: list[str], read: Callable[[Any, list
         )
 
     rows = x if order is None else x.index_select(0, order)
-    stacked = weights[0], torch.cat(a), torch.cat(b, dim=1), scales, biases[0], p
-    if isinstance(weights[0], Weight):
+    stacked = weight, torch.cat(a), torch.cat(b, dim=1), scales, bias, p
+    if isinstance(weight, Weight):
         y = run_quantized(layer._modules["base_layer"], rows, stacked, layer._lorafuse_backend, run)
     else:
         y = run(rows, *stacked, None, layer._lorafuse_backend)

@@ -102,8 +102,9 @@ class LoRALinearMulti(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """y `[…, N]` for x `[…, K]`."""
         rows = self.rows
-        if rows is None or not any(self.ranks):
+        if rows is None:
             return self.base(x)
+        # through the operator where no adapter has ranks here too, whose rows keep their bits then
         offsets, order, place = rows.of(tuple(x.shape[:-1]))
         flat = x.reshape(-1, x.shape[-1])
         y = lora_linear_multi(
