@@ -146,9 +146,8 @@ def variants(target: str, everything: bool) -> list[Variant]:
             chosen |= set(_ragged_variants(problem, device, everything))
     cases = itertools.product(dtypes, compile_decode.CASES)
     chosen |= {Variant("decode", compile_decode.CONFIG, dtype, epilogue=case) for dtype, case in cases}
-    kinds = () if target == "gfx942" else itertools.product(dtypes, alignments)
-    for *one, aligned in compile_multi.configs(kinds, device):
-        chosen.add(Variant(*one, dropout=True, aligned=aligned))
+    many = compile_multi.configs(itertools.product(dtypes, alignments if target != "gfx942" else ()), device)
+    chosen |= {Variant(*one, dropout=True, aligned=aligned) for *one, aligned in many}
     return sorted(chosen, key=lambda v: v.name)
 
 
