@@ -7,6 +7,7 @@ import pytest
 import torch
 from multi_reference import batch, reference, run
 from quantized_weights import four_bits
+from torch.utils.flop_counter import FlopCounterMode
 
 from lorafuse import backends
 from lorafuse.functional import lora_linear_multi
@@ -271,6 +272,15 @@ def test_opcheck():
     torch.library.opcheck(
         torch.ops.lorafuse.lora_linear_multi_accumulate, (*backward, *buffers, True, given.seeds, *settings)
     )
+
+
+def test_flops_are_those_of_the_largest_rank():
+    given = batch([4], [3], torch.float32, rest=0, dropout=False)
+    with FlopCounterMode(display=False) as counter:
+        run(given)
+    (M, K), N = given.x.shape, given.w.shape[0]
+    # y, xa b; dx, dyb, dyb a, da, db
+    assert counter.get_total_flops() == 2 * M * (2 * N * K + 3 * (3 * N + 3 * K))
 
 
 @pytest.mark.parametrize(
