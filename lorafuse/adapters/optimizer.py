@@ -72,14 +72,22 @@ class MultiAdamW:
             return {}
         given = {slot: self._tensors(slot) for slot in params}
         norms = self._norms({slot: grads for slot, (_, grads, _) in given.items()})
-        results, p, g, m, v, factors, settings, numbers = {}, [], [], [], [], [], [], []
+        p: list[Tensor] = []
+        g: list[Tensor] = []
+        m: list[Tensor] = []
+        v: list[Tensor] = []
+        results: dict[int, Step] = {}
+        factors: list[float] = []
+        settings: list[AdamParams] = []
+        numbers: list[int] = []
         for slot, (weights, grads, state) in given.items():
             setting = params[slot]
             norm = norms[slot] * abs(setting.grad_scale)
             if math.isfinite(norm):
                 state.number += 1
                 clip = setting.max_grad_norm / (norm + 1e-6) if setting.max_grad_norm else 1.0
-                p, g, m, v = p + weights, g + grads, m + state.m, v + state.v
+                for every, some in ((p, weights), (g, grads), (m, state.m), (v, state.v)):
+                    every += some
                 factors += [setting.grad_scale * min(1.0, clip)] * len(weights)
                 settings += [setting] * len(weights)
                 numbers += [state.number] * len(weights)

@@ -25,7 +25,7 @@ class _FusedLoraModel(LoraModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        training = self.training
+        training: bool = self.training  # type: ignore[has-type]
         with ExitStack() as stack:
             if training and kwargs.get("adapter_names") is not None:
                 if any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):

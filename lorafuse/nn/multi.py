@@ -74,15 +74,17 @@ class LoRALinearMulti(nn.Module):
     @property
     def weight(self) -> Weight:
         """That of the base as it is now."""
+        weight = self.base._parameters.get("weight")
+        is_linear = type(self.base).forward is nn.Linear.forward
+        # every call asks, and adopt tries one format after the other
+        if is_linear and type(weight) is nn.Parameter:
+            return Weight(weight)
         stored = adopt(self.base)
-        weight = getattr(self.base, "weight", None)
-        if stored is None and weight is not None:
+        if stored is None and is_linear and weight is not None:
             stored = adopt(weight)
-        if stored is not None:
-            return stored
-        if type(self.base).forward is not nn.Linear.forward or not isinstance(weight, Tensor):
+        if stored is None:
             raise TypeError(f"got a {type(self.base).__name__}; it must be an nn.Linear or a quantized layer")
-        return Weight(weight)
+        return stored
 
     @torch.no_grad()
     def fill(self, pairs: list[tuple[Tensor, Tensor]], grads: list[tuple[Tensor, Tensor]] | None = None) -> None:

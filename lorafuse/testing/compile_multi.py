@@ -22,13 +22,15 @@ KERNELS = {
 _ADAPTERS, _RANK = 64, 40
 
 
-def configs(kinds: Iterable[tuple[str, bool]], device: DeviceSpec) -> Iterator[tuple[str, KernelConfig, str, bool]]:
-    """`(kernel, configuration, dtype, is_aligned)` of layers on a device, for each dtype and alignment."""
+def configs(
+    kinds: Iterable[tuple[str, bool]], device: DeviceSpec
+) -> Iterator[tuple[tuple[str, KernelConfig, str], bool]]:
+    """`((kernel, configuration, dtype), is_aligned)` of layers on a device, for each dtype and alignment."""
     for dtype, is_aligned in kinds:
         for kernel, (of, backward) in KERNELS.items():
             config = best(of, multi_settings(dtype, "float32", is_aligned, backward), device)
             if config is not None:
-                yield kernel, config, dtype, is_aligned
+                yield (kernel, config, dtype), is_aligned
 
 
 def launch(kernel: str, c: KernelConfig, dtype: torch.dtype, m: int, n: int, k: int) -> None:

@@ -147,7 +147,7 @@ def variants(target: str, everything: bool) -> list[Variant]:
     cases = itertools.product(dtypes, compile_decode.CASES)
     chosen |= {Variant("decode", compile_decode.CONFIG, dtype, epilogue=case) for dtype, case in cases}
     many = compile_multi.configs(itertools.product(dtypes, alignments if target != "gfx942" else ()), device)
-    chosen |= {Variant(*one, dropout=True, aligned=aligned) for *one, aligned in many}
+    chosen |= {Variant(*one, dropout=True, aligned=aligned) for one, aligned in many}
     return sorted(chosen, key=lambda v: v.name)
 
 
