@@ -17,10 +17,10 @@ from lorafuse.functional import lora_linear_multi
 from lorafuse.integrations.hf_quantized import run_quantized
 from lorafuse.operands import Weight
 
-__all__ = ["lift", "lower", "run_mixed"]
+__all__ = ["FusedLoraModel", "lift", "lower", "run_mixed"]
 
 
-class _FusedLoraModel(LoraModel):
+class FusedLoraModel(LoraModel):
     """`peft.tuners.lora.LoraModel` that takes `adapter_names` in training; created by `lorafuse.patch`."""
 
     @contextmanager
@@ -43,20 +43,20 @@ class _FusedLoraModel(LoraModel):
             yield
 
 
-_FusedLoraModel.__name__ = LoraModel.__name__
+FusedLoraModel.__name__ = LoraModel.__name__
 
 
 def lift(model: nn.Module) -> None:
     """Let every `LoraModel` in the model take `adapter_names` in training."""
     for module in model.modules():
         if type(module) is LoraModel:
-            module.__class__ = _FusedLoraModel
+            module.__class__ = FusedLoraModel
 
 
 def lower(model: nn.Module) -> None:
     """Make them PEFT's again."""
     for module in model.modules():
-        if type(module) is _FusedLoraModel:
+        if type(module) is FusedLoraModel:
             module.__class__ = LoraModel
 
 
@@ -83,8 +83,9 @@ def run_mixed(layer: Any, x: Tensor, names: list[str], read: Callable[[Any, list
     ranks = [one.shape[0] for one in a]
 
     def run(
-        x: Tensor, weight: Any, a: Tensor, b: Tensor, scales: Any, bias: Any, p: Any, _: None, backend: Any
+        x: Tensor, weight: Any, a: Tensor, b: Tensor, scales: Any, bias: Any, p: Any, _: None, backend: Any, **__: Any
     ) -> Tensor:
+        # rounds the low-rank path as dense bases do, whatever the precision that run_quantized names
         return lora_linear_multi(
             x, offsets, weight, a, b, ranks=ranks, scales=scales, bias=bias, dropout_p=p, backend=backend
         )

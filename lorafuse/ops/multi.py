@@ -171,7 +171,8 @@ class _LoRALinearMulti(torch.autograd.Function):
         needed = [i for i in (0, 4, 5) if ctx.needs_input_grad[i]]
         x, xa, offsets, weight, bias, a, b, seeds, *statistics = ctx.saved_tensors
         da, db = ctx.buffers or (None, None)
-        if needs_plain_backward(dy):
+        # Dynamo traces this function, and knows no second derivatives of it
+        if not torch.compiler.is_compiling() and needs_plain_backward(dy):
             if ctx.buffers is not None:
                 raise NotImplementedError(
                     "lora_linear_multi adds gradients to buffers, which has no derivative and no batching rule; pass "

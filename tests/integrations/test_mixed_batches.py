@@ -160,7 +160,7 @@ def test_copies_and_pickles_are_patched_too():
     assert torch.equal(twin(x, adapter_names=NAMES), model(x, adapter_names=NAMES))
     lorafuse.unpatch(twin)
     assert type(twin.base_model) is peft.LoraModel
-    assert type(model.base_model) is hf_mixed._FusedLoraModel
+    assert type(model.base_model) is hf_mixed.FusedLoraModel
 
 
 def test_quantized_base(fused):
