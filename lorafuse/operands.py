@@ -19,6 +19,7 @@ from lorafuse.formats.weight import Weight
 __all__ = [
     "Activate",
     "ActivateBackward",
+    "Adapters",
     "Dropout",
     "Epilogue",
     "LowRank",
@@ -127,6 +128,30 @@ class Rows:
             return t
         rest = torch.arange(self.count, device=t.device) >= self.offsets[-1]
         return t.masked_fill_(rest.view(-1, *[1] * (t.dim() - 1)), 0)
+
+
+@dataclass(slots=True, eq=False)
+class Adapters:
+    """What differs between the L adapters of a batch, whose factors are stacked: a `[ΣR, K]`, and b as `[ΣR, N]`.
+
+    On the host `ranks`, and `scales`, those of what dropout masked. On the device `ends` int32 `[L]`, where each one's
+    ranks end in the stacks, and `factors` fp32 `[L]`, the scales. With dropout `seeds` int64 `[L]`, `p` on the host and
+    `below` int32 `[L]`, its thresholds as the kernels read them; None without. An adapter's mask is that of a matrix of
+    its own rows alone.
+    """
+
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+    ends: Tensor
+    factors: Tensor
+    seeds: Tensor | None = None
+    p: tuple[float, ...] | None = None
+    below: Tensor | None = None
+
+    @property
+    def widest(self) -> int:
+        """The largest rank."""
+        return max(self.ranks, default=0)
 
 
 def route(index: Tensor, groups: int) -> Rows:

@@ -1,6 +1,6 @@
 """PEFT as shipped: adapters in fp32, whatever the base is."""
 
-from lorafuse.bench.layers import peft_experts, peft_linear
+from lorafuse.bench.layers import peft_experts, peft_linear, peft_multi
 
 LABEL = "PEFT as shipped"
 
@@ -11,6 +11,10 @@ def linear(given):
 
 def quantized(given):
     return peft_linear(given, quantized=given.layer)
+
+
+def multi(given):
+    return peft_multi(given)
 
 
 def experts(given):

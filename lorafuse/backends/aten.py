@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafuse.backends import aten_loop, base, problems
+from lorafuse.backends import aten_loop, aten_multi, base, problems
 from lorafuse.backends.aten_grouped import GroupedMM
 from lorafuse.backends.protocol import Backend, Problems, finish
 from lorafuse.operands import Dropout, Epilogue, LowRank, Rows, Weight
@@ -39,6 +39,7 @@ class Aten(Backend):
 
     name = "eager"
     grouped_mm = GroupedMM()
+    multi = aten_multi.MULTI
 
     def plan(self, operator: Problems, device: torch.device) -> Plan | None:
         if device.type != "cuda":

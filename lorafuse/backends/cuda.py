@@ -47,6 +47,8 @@ _INSTEAD = "use 'triton', 'eager' or 'auto'"
 class Cuda(Aten):
     """See the module. `module` is what csrc was compiled to; the functions after it are about a device."""
 
+    multi = None  # type: ignore[assignment]
+
     def __init__(
         self, name: str, module: ModuleType, spec: Callable[[torch.device], DeviceSpec | None],
         stream: Callable[[torch.device], int], is_capturing: Callable[[], bool],

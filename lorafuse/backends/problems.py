@@ -9,7 +9,16 @@ from torch import Tensor
 from lorafuse.operands import Weight
 from lorafuse.plan import DeviceSpec, Problem, recognize
 
-__all__ = ["arch", "device_spec", "experts_problems", "grouped_problem", "linear_problem", "siblings_problem"]
+__all__ = [
+    "arch",
+    "device_spec",
+    "experts_problems",
+    "grouped_problem",
+    "linear_problem",
+    "multi_problem",
+    "multi_settings",
+    "siblings_problem",
+]
 
 # the gradients of a backward pass over ragged rows
 _GRADIENTS = ("dx", "da", "db")
@@ -83,6 +92,26 @@ def _problem(
 def grouped_problem(x: Tensor, w: Weight, a: Tensor | None, backward: bool) -> Problem:
     """The problem of a grouped linear layer: x `[S, K]` or dy `[S, N]`, w `[E, N, K]`, a `[E, R, K]`."""
     return _ragged(x, x.shape[0], w, a, backward, _fit_descriptors(w))
+
+
+def multi_problem(x: Tensor, w: Weight, a: Tensor, backward: bool, wide: bool) -> Problem:
+    """The problem of a layer whose rows are of many adapters: x `[S, K]` or dy `[S, N]`, w `[N, K]`, a `[ΣR, K]`.
+
+    Sizes and dropout are not those of the call: an adapter's bits depend on the configuration, which must be one
+    whatever its neighbours are.
+    """
+    stack = Weight(w.data[None], w.is_transposed) if w.format == "dense" else w
+    aligned = _fit_descriptors(stack) and not any(size * x.element_size() % 16 for size in w.sizes)
+    return multi_settings(_name(x.dtype), _name(a.dtype), aligned, backward, wide)
+
+
+@cache
+def multi_settings(dtype: str, adapter_dtype: str, aligned: bool, backward: bool, wide: bool = False) -> Problem:
+    """What layers of many adapters are planned by: 64 rows and 32 ranks an adapter of 64, on a 4096 x 4096 layer."""
+    return Problem(
+        4096, 4096, 4096, 32, dtype, adapter_dtype, dropout=True, gradients=_GRADIENTS if backward else (),
+        aligned=aligned, wide=wide, groups=64, is_ragged=True,
+    )  # fmt: skip
 
 
 def experts_problems(

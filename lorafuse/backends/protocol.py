@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lorafuse.backends import workspace
+from lorafuse.backends.multi import Multi
 from lorafuse.operands import ActivateBackward, Dropout, Epilogue, LowRank, Rows, Weight
 from lorafuse.plan import Plan, Problem
 
@@ -57,6 +58,9 @@ class Backend:
     linear_backward: Callable[..., tuple[Tensor | None, ...]] | None = None
     # (dy, w.t, plan, low, x, like) → (dx, da) of a dense layer with dropout, from one draw of its mask
     matmul_outer: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+    # the primitives over rows of many adapters (`lorafuse.backends.multi`); None where a backend has none
+    multi: Multi | None = None
 
     def plan(self, operator: Problems, device: torch.device) -> Plan | None:
         """The plan of an operator among this backend's own kernels; None where there is nothing to choose.

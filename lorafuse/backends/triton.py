@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from lorafuse.activation import Activation
-from lorafuse.backends import problems
+from lorafuse.backends import problems, triton_multi
 from lorafuse.backends.protocol import Backend, Problems, device_guard, finish
 from lorafuse.kernels import combine, decode, epilogues, lowrank, matmul
 from lorafuse.kernels.rows import Tiles
@@ -31,6 +31,7 @@ class Triton(Backend):
     """See the module."""
 
     name = "triton"
+    multi = triton_multi.MULTI
 
     def plan(self, operator: Problems, device: torch.device) -> Plan:
         return select(operator(), _spec(device), (("triton", ""),))

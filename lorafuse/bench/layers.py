@@ -3,21 +3,23 @@
 All variants share one base weight.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lorafuse.bench.problem import SCALE
+from lorafuse.bench.problem import SCALE, numbered
 
 if TYPE_CHECKING:
     from lorafuse.bench.linear import Inputs
     from lorafuse.bench.moe import ExpertsInputs
+    from lorafuse.bench.multi import MultiInputs
 
-__all__ = ["peft_experts", "peft_linear", "plain_experts", "plain_linear"]
+__all__ = ["peft_experts", "peft_linear", "peft_multi", "plain_experts", "plain_linear"]
 
 
-def plain_linear(given: "Inputs", trainable: bool = False) -> nn.Linear:
+def plain_linear(given: "Inputs | MultiInputs", trainable: bool = False) -> nn.Linear:
     """`nn.Linear` that holds `given.w`."""
     layer = nn.Linear(given.w.shape[1], given.w.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(given.w, requires_grad=trainable)
@@ -46,6 +48,29 @@ def peft_linear(
         a.copy_(given.a)
         b.copy_(given.b)
     return layer, {"da": a, "db": b}
+
+
+def peft_multi(given: "MultiInputs") -> tuple[Callable[[Tensor], Tensor], dict[str, Tensor]]:
+    """PEFT's mixed batch: `lora.Linear` with every adapter, called with a name for each row, and their factors."""
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = nn.Sequential(plain_linear(given))
+    trained: list[dict[str, Tensor]] = []
+    for i, rank in enumerate(given.ranks):
+        config = LoraConfig(r=rank, lora_alpha=int(SCALE * rank), target_modules=["0"])
+        if i == 0:
+            model = get_peft_model(model, config, "0")
+        else:
+            model.add_adapter(str(i), config)
+    layer = model.base_model.model[0]
+    names = [str(i) for i in range(len(given.ranks)) for _ in range(given.rows)]
+    with torch.no_grad():
+        for i, (own_a, own_b) in enumerate(zip(given.a, given.b, strict=True)):
+            a, b = layer.lora_A[str(i)].weight, layer.lora_B[str(i)].weight
+            a.requires_grad_().copy_(own_a)
+            b.requires_grad_().copy_(own_b)
+            trained.append({"da": a, "db": b})
+    return lambda x: layer(x, adapter_names=names), numbered(trained)
 
 
 def plain_experts(given: "ExpertsInputs", trainable: bool = False) -> nn.Module:

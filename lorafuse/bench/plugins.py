@@ -13,10 +13,11 @@ with inside its functions. A file may define:
     DTYPES      of bases that it can run on (all)
     unavailable(kind, device, **options) -> str   why it cannot run there, "" when it can
     linear(given, **options), quantized(given, **options), group(given, **options), mlp(given, **options),
-    experts(given, **options)
-                build it for the inputs of `lorafuse.bench.linear`, `quantized`, `group` or `moe`: the call, and the
-                trained tensors by the names of their gradients. A file without the function of a kind is no baseline of
-                that kind; without `group` or `mlp`, its `linear` runs once per layer. A decoder layer runs all three.
+    multi(given, **options), experts(given, **options)
+                build it for the inputs of `lorafuse.bench.linear`, `quantized`, `group`, `multi` or `moe`: the call,
+                and the trained tensors by the names of their gradients. A file without the function of a kind is no
+                baseline of that kind; without `group` or `mlp`, its `linear` runs once per layer. A decoder layer runs
+                all three.
     layer(call)
                 a decoder layer's call as this baseline runs it, for what holds for more than its linear layers
     model(given, **options)
@@ -41,6 +42,7 @@ _FUNCTIONS = {
     "group": ("group", "linear"),
     "mlp": ("mlp", "linear"),
     "layer": ("group", "linear"),
+    "multi": ("multi",),
     "moe": ("experts",),
     "model": ("model",),
 }

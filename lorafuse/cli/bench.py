@@ -27,7 +27,7 @@ from lorafuse.files import why_no_file, why_no_folder
 from lorafuse.testing.conditions import conditions, describe
 
 SUMMARY = "measure the LoRA tax of layers, blocks and models against PEFT, others and full fine-tuning"
-KINDS = ("linear", "quantized", "group", "layer", "moe", "model", "memory")
+KINDS = ("linear", "quantized", "group", "multi", "layer", "moe", "model", "memory")
 
 __all__ = ["KINDS", "SUMMARY", "add_arguments", "prepared", "run"]
 

@@ -9,6 +9,7 @@ from lorafuse.activation import GateLayout, lookup
 from lorafuse.backends import base
 from lorafuse.backends.problems import experts_problems, linear_problem
 from lorafuse.functional.group import Projection, lora_gated_mlp, lora_linears, lora_qkv, run_gated_mlp, run_linears
+from lorafuse.functional.multi import lora_linear_multi
 from lorafuse.operands import Weight, matrix
 from lorafuse.ops import experts as _experts
 from lorafuse.ops import flops  # noqa: F401 (registers the formulas)
@@ -26,6 +27,7 @@ __all__ = [
     "lora_gated_mlp",
     "lora_grouped_linear",
     "lora_linear",
+    "lora_linear_multi",
     "lora_linears",
     "lora_qkv",
     "plan_experts",

@@ -14,12 +14,13 @@ from lorafuse.integrations import calls, gated_mlp, groups
 from lorafuse.integrations.bypassed import bypassed
 from lorafuse.integrations.hf_common import FSDP1, is_fsdp1, watched
 from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, wrappers
+from lorafuse.integrations.hf_mixed import lift, lower
 from lorafuse.integrations.hf_peft import FusedLinear, FusedTorchaoLinear, FusedWeight, why_not_fused
 from lorafuse.integrations.hf_quantized import described_format, notes, stored
 from lorafuse.integrations.report import Patched, PatchReport, Skipped
 from lorafuse.operands import Weight
 
-__all__ = ["adopt", "regroup", "release", "survey"]
+__all__ = ["adopt", "lift", "regroup", "release", "survey"]
 
 # our class: PEFT's
 _SHIPPED: dict[type, type] = {
@@ -167,6 +168,7 @@ def release(model: nn.Module) -> int:
                 f"cannot unpatch a {type(layer).__name__}: its class was changed after lorafuse.patch (fully_shard "
                 "does that to a layer passed to it); unpatch before it, or shard whole blocks"
             )
+    lower(model)
     gated_mlp.dissolve(model)
     for layer in layers:
         layer.__class__ = classes[type(layer)]

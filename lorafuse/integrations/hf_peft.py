@@ -30,6 +30,7 @@ from lorafuse.integrations.hf_common import (
     warn_once,
 )
 from lorafuse.integrations.hf_experts import why_not_wrapped
+from lorafuse.integrations.hf_mixed import run_mixed
 from lorafuse.integrations.hf_quantized import PACKED, is_quantized, multiplies_packed, run_quantized, stored
 from lorafuse.operands import Weight
 
@@ -70,7 +71,7 @@ def fused(shipped: type) -> Any:
         if type(self) is shipped:
             return shipped.forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
         parts: Any = None
-        # per-sample adapters (kwargs), disabled and merged adapters are PEFT's own paths and cost no more there
+        # disabled and merged adapters are PEFT's own paths and cost no more there
         if not (args or kwargs or self._disable_adapters or self.merged_adapters):
             parts = interception(x)
             if parts is None:
@@ -97,6 +98,15 @@ def fused(shipped: type) -> Any:
                 return y if rows is x else y.unflatten(0, x.shape[:-3])
             if parts and not torch.compiler.is_compiling():
                 warn_once("a patched linear layer runs as PEFT ships it", parts)
+        elif kwargs.keys() == {"adapter_names"} and not args:
+            parts = interception(x)
+            if parts is None and kwargs["adapter_names"] is not None:
+                parts = run_mixed(self, x, kwargs["adapter_names"], _parts)
+            if isinstance(parts, Tensor):
+                calls.ran(self)
+                return parts
+            if parts and not torch.compiler.is_compiling():
+                warn_once("a patched linear layer runs a mixed batch as PEFT ships it", parts)
         calls.fell_back(self, parts or calls.OFF)
         return shipped.forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
 
@@ -140,8 +150,9 @@ FusedTorchaoLinear.__name__ = TorchaoLoraLinear.__name__
 FusedWeight.__name__ = ParamWrapper.__name__
 
 
-def _parts(layer: Any) -> _Operands | _Unfolded | str | None:
+def _parts(layer: Any, active: Any = None) -> _Operands | _Unfolded | str | None:
     """The operands of the layer's present state, or what they are to be computed from: nothing is computed here.
+    `active` are the names of the adapters, None for the layer's own active ones.
 
     None when no adapter is active in this layer, so that there is nothing to fuse; a str, the reason, when there is
     but it cannot be fused. The one statement of which layers lorafuse takes: the report and every forward ask here.
@@ -154,7 +165,7 @@ def _parts(layer: Any) -> _Operands | _Unfolded | str | None:
             return f"it adapts {layer.parameter_name} of an nn.Linear, not its weight"
     modules = layer._modules
     lora_a, lora_b = modules["lora_A"]._modules, modules["lora_B"]._modules
-    active = layer._active_adapter
+    active = layer._active_adapter if active is None else active
     names = [active] if type(active) is str else active
     if len(names) != 1 or names[0] not in lora_a:
         names = [name for name in names if name in lora_a]

@@ -15,6 +15,7 @@ Nothing of a library is imported here: whoever holds such a layer has brought it
 
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,8 +88,10 @@ def _refused(base: nn.Module) -> str:
     return ""
 
 
-def run_quantized(base: nn.Module, x: Tensor, operands: tuple[Any, ...], backend: str | None) -> Tensor:
-    """y of `run_linear` over a quantized base, in the dtypes of the table above; `operands` as it takes them."""
+def run_quantized(
+    base: nn.Module, x: Tensor, operands: tuple[Any, ...], backend: str | None, run: Callable[..., Tensor] = run_linear
+) -> Tensor:
+    """y of `run` over a quantized base, in the dtypes of the table above; `operands` as it takes them."""
     weight, a, b, scale, bias, dropout_p = operands
     kind, is_autocast = _forwards.get(type(base).forward), autocast_is_on(x)
     dtype = returned = x.dtype
@@ -110,10 +113,10 @@ def run_quantized(base: nn.Module, x: Tensor, operands: tuple[Any, ...], backend
         # GPU kernels add the low-rank path to fp32 sums; on a CPU it is rounded apart, unless it is fp32 as in PEFT
         is_fp32 = a.dtype is b.dtype is torch.float32 and not is_autocast and kind != "FP8Linear"
         wide = dtype is torch.bfloat16 and x.is_cpu and is_fp32
-        y = run_linear(x, weight, a, b, scale, bias, dropout_p, None, backend, wide=wide)
+        y = run(x, weight, a, b, scale, bias, dropout_p, None, backend, wide=wide)
     else:
         with outside_autocast(x):
-            y = run_linear(x, weight, a, b, scale, bias, dropout_p, None, backend)
+            y = run(x, weight, a, b, scale, bias, dropout_p, None, backend)
     return y.to(returned)
 
 

@@ -77,6 +77,8 @@ def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False, grou
         warnings.warn(f"lorafuse.patch: {note}", stacklevel=2)
     for layer in layers:
         hf_model.adopt(layer, backend)
+    if layers:
+        hf_model.lift(model)
     hf_model.regroup(model, layers, report, groups)
     return report
 

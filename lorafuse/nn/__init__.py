@@ -3,5 +3,6 @@
 from lorafuse.nn.experts import LoRAExperts
 from lorafuse.nn.group import LoRAGatedMLP, LoRAQKV
 from lorafuse.nn.linear import LoRALinear
+from lorafuse.nn.multi import LoRALinearMulti
 
-__all__ = ["LoRAExperts", "LoRAGatedMLP", "LoRALinear", "LoRAQKV"]
+__all__ = ["LoRAExperts", "LoRAGatedMLP", "LoRALinear", "LoRALinearMulti", "LoRAQKV"]

@@ -23,7 +23,8 @@ import lorafuse.ops.experts
 import lorafuse.ops.gated_mlp
 import lorafuse.ops.group
 import lorafuse.ops.grouped
-import lorafuse.ops.linear  # noqa: F401
+import lorafuse.ops.linear
+import lorafuse.ops.multi  # noqa: F401
 from lorafuse.operands import Weight
 
 __all__ = [
@@ -37,6 +38,9 @@ __all__ = [
     "linear_backward",
     "linears",
     "linears_backward",
+    "multi",
+    "multi_accumulate",
+    "multi_backward",
 ]
 
 _Shape = Sequence[int]
@@ -176,6 +180,30 @@ def experts_backward(
     return of_up + _backward(rows, down, down_a, transposed, dh, d_down_a, d_down_b)
 
 
+def multi(
+    x: _Shape, offsets: object, weight: _Shape, bias: object, a: object, b: object, seeds: object, ranks: Sequence[int],
+    scales: object, dropout_p: object, batch_invariant: bool, backend: str, wide: bool, *stored: Any, **_: object,
+) -> int:  # fmt: skip
+    """Every row counts with the largest rank: shapes do not show which adapter it has."""
+    return _forward(math.prod(x[:-1]), _stored(weight, *stored), (max(ranks), x[-1]))
+
+
+def multi_backward(
+    dy: _Shape, x: object, xa: object, offsets: object, weight: _Shape, a: object, b: object, needs: Sequence[bool],
+    seeds: object, ranks: Sequence[int], scales: object, dropout_p: object, batch_invariant: bool, backend: str,
+    wide: bool, *stored: Any, **_: object,
+) -> int:  # fmt: skip
+    return _backward(math.prod(dy[:-1]), _stored(weight, *stored), (max(ranks), 0), False, *needs)
+
+
+def multi_accumulate(
+    dy: _Shape, x: object, xa: object, offsets: object, weight: _Shape, a: object, b: object, da: _Shape | None,
+    db: _Shape | None, need_dx: bool, *given: Any, **_: object,
+) -> int:  # fmt: skip
+    needs = need_dx, da is not None, db is not None
+    return multi_backward(dy, x, xa, offsets, weight, a, b, needs, *given)
+
+
 _FORMULAS = {
     "lora_linear": linear,
     "lora_linear_backward": linear_backward,
@@ -185,6 +213,9 @@ _FORMULAS = {
     "lora_gated_mlp_backward": gated_mlp_backward,
     "lora_grouped_linear": grouped,
     "lora_grouped_linear_backward": grouped_backward,
+    "lora_linear_multi": multi,
+    "lora_linear_multi_backward": multi_backward,
+    "lora_linear_multi_accumulate": multi_accumulate,
     "lora_experts": experts,
     "lora_experts_backward": experts_backward,
 }

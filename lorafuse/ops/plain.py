@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from lorafuse.activation import Activation, Recomputed
 from lorafuse.ops.autocast import outside_autocast
+from lorafuse.philox import keep_mask, rescaled
 
-__all__ = ["experts", "gradients", "grouped"]
+__all__ = ["experts", "gradients", "grouped", "multi"]
 
 
 def _layers(
@@ -46,6 +47,35 @@ def grouped(x: Tensor, ends: Tensor, *layer) -> Tensor:
     """y of `lora_grouped_linear`; `layer` is that of the operator, from w to transposed."""
     _refuse_batched("lora_grouped_linear", "offsets", ends)
     return _layers(x, torch.searchsorted(ends, torch.arange(x.shape[0], device=ends.device), right=True), *layer)
+
+
+def multi(
+    x: Tensor,
+    ends: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    seeds: Tensor | None,
+    ranks: Sequence[int],
+    scales: Sequence[float],
+    dropout_p: Sequence[float] | None,
+) -> Tensor:
+    """y of `lora_linear_multi`."""
+    _refuse_batched("lora_linear_multi", "offsets", ends)
+    flat = x.reshape(-1, x.shape[-1])
+    group = torch.searchsorted(ends, torch.arange(flat.shape[0], device=ends.device, dtype=ends.dtype), right=True)
+    y, first = F.linear(flat, w, bias), 0
+    for g, (R, scale) in enumerate(zip(ranks, scales, strict=True)):
+        mine = (group == g).nonzero().squeeze(1)
+        part = flat[mine]
+        if seeds is not None and dropout_p is not None and dropout_p[g]:
+            part = part * keep_mask(seeds[g : g + 1], dropout_p[g], slice(0, mine.shape[0]), part.shape[1])
+            scale = rescaled(scale, dropout_p[g])
+        ranks_of = slice(first, first := first + R)
+        low = F.linear(F.linear(part, a[ranks_of].to(x.dtype)), (b[:, ranks_of] * scale).to(x.dtype))
+        y = y.index_add(0, mine, low)
+    return y.view(*x.shape[:-1], -1)
 
 
 def experts(

@@ -9,7 +9,7 @@ from torch import Tensor
 from lorafuse.kernels import decode
 from lorafuse.plan import KernelConfig
 
-__all__ = ["CASES", "CONFIG", "launch"]
+__all__ = ["CASES", "CONFIG", "launch", "meta"]
 
 # they have nothing to plan
 CONFIG = KernelConfig("decode", "pointer", 0, 0, 0, 0, 1, 4)
@@ -17,15 +17,16 @@ CONFIG = KernelConfig("decode", "pointer", 0, 0, 0, 0, 1, 4)
 _ALIGNED, _ODD = (4096, 4096), (4097, 4095)
 
 
-def _meta(*sizes: int, of: torch.dtype = torch.float32) -> Tensor:
+def meta(*sizes: int, of: torch.dtype = torch.float32) -> Tensor:
+    """A tensor that a launch specializes on, and nobody reads."""
     return torch.empty(sizes, dtype=of, device="meta")
 
 
 def _codebook(out: Tensor, nested: bool = False, first: int = 0, block: int = 64) -> None:
-    outer = (_meta(1024), _meta(256), _meta()) if nested else None
-    scale = _meta(2**20, of=torch.uint8 if nested else torch.float32)
+    outer = (meta(1024), meta(256), meta()) if nested else None
+    scale = meta(2**20, of=torch.uint8 if nested else torch.float32)
     decode.codebook(
-        _meta(2**24, of=torch.uint8), out, table=_meta(16), scale=scale, block=block, first=first, rounded=out.dtype,
+        meta(2**24, of=torch.uint8), out, table=meta(16), scale=scale, block=block, first=first, rounded=out.dtype,
         outer=outer,
     )  # fmt: skip
 
@@ -33,8 +34,8 @@ def _codebook(out: Tensor, nested: bool = False, first: int = 0, block: int = 64
 def _grid(out: Tensor, kind: str, block: tuple[int, int] | None = None, **more: Any) -> None:
     N, K = out.shape
     of = torch.int8 if kind == "integer" else torch.uint8
-    scale = _meta(N * K // 16, of=torch.uint8 if more.get("scale_kind") else torch.float32)
-    decode.grid(_meta(N, K // 2 if kind == "e2m1" else K, of=of), out, scale=scale, kind=kind, block=block, **more)
+    scale = meta(N * K // 16, of=torch.uint8 if more.get("scale_kind") else torch.float32)
+    decode.grid(meta(N, K // 2 if kind == "e2m1" else K, of=of), out, scale=scale, kind=kind, block=block, **more)
 
 
 CASES: dict[str, tuple[tuple[int, int], Callable[[Tensor], None]]] = {
@@ -48,11 +49,11 @@ CASES: dict[str, tuple[tuple[int, int], Callable[[Tensor], None]]] = {
     "e4m3 blocks odd": (_ODD, lambda out: _grid(out, "e4m3", (128, 128), scale_kind="e8m0")),
     "e5m2 rows": (_ALIGNED, lambda out: _grid(out, "e5m2")),
     "mxfp4": (_ALIGNED, lambda out: _grid(out, "e2m1", (1, 32), scale_kind="exponent")),
-    "nvfp4": (_ALIGNED, lambda out: _grid(out, "e2m1", (1, 16), scale_kind="float8", divisor=_meta(1))),
+    "nvfp4": (_ALIGNED, lambda out: _grid(out, "e2m1", (1, 16), scale_kind="float8", divisor=meta(1))),
 }
 
 
 def launch(case: str, dtype: torch.dtype) -> None:
     """Launch the kernel of one of `CASES` into an out of `dtype`."""
     sizes, run = CASES[case]
-    run(_meta(*sizes, of=dtype))
+    run(meta(*sizes, of=dtype))

@@ -9,6 +9,7 @@ nvdisasm of the Triton wheel. What a record holds under the digest of all that t
 
 import argparse
 import contextlib
+import functools
 import inspect
 import itertools
 import json
@@ -34,7 +35,7 @@ from lorafuse.kernels import lowrank, matmul
 from lorafuse.kernels.rows import Tiles
 from lorafuse.plan import DEVICES, DeviceSpec, KernelConfig, Problem
 from lorafuse.plan.configs_triton import candidates
-from lorafuse.testing import compile_decode, compile_record
+from lorafuse.testing import compile_decode, compile_multi, compile_record
 from lorafuse.testing.compile_record import sample
 
 __all__ = ["TARGETS", "Resources", "Variant", "compile_variants", "sample", "variants"]
@@ -58,7 +59,7 @@ _RAGGED = (
     ("ragged", "matmul", False), ("activate", "matmul", False), ("activate_backward", "matmul", True),
     ("ragged_project", "project", False), ("ragged_outer", "outer", True),
 )  # fmt: skip
-_BACKWARD = {kernel for kernel, _, backward in (*_DENSE, *_RAGGED) if backward}
+_BACKWARD = {kernel for kernel, _, backward in (*_DENSE, *_RAGGED) if backward} | {"multi_dx", "multi_outer"}
 # of the main loop over ragged rows: y of gathered rows, y, dx; an activation and its backward, of gate and up
 # concatenated (their weights as nn.Linear stores them, or transposed), interleaved and transposed as gpt-oss has them,
 # and without a gate
@@ -145,13 +146,15 @@ def variants(target: str, everything: bool) -> list[Variant]:
             chosen |= set(_ragged_variants(problem, device, everything))
     cases = itertools.product(dtypes, compile_decode.CASES)
     chosen |= {Variant("decode", compile_decode.CONFIG, dtype, epilogue=case) for dtype, case in cases}
+    many = compile_multi.configs(itertools.product(dtypes, alignments if target != "gfx942" else ()), device)
+    chosen |= {Variant(*one, dropout=True, aligned=aligned) for one, aligned in many}
     return sorted(chosen, key=lambda v: v.name)
 
 
 def _problem(kernel: str, problem: Problem) -> Problem:
     """The problem in the direction, with the rows and the epilogue, of a kernel."""
     gradients = ("dx", "da", "db") if kernel in _BACKWARD else ()
-    ragged = any(kernel == name for name, *_ in _RAGGED)
+    ragged = any(kernel == name for name, *_ in _RAGGED) or kernel in compile_multi.KERNELS
     epilogue = "gated" if kernel.startswith("activate") else ""
     return replace(problem, gradients=gradients, is_ragged=ragged, groups=128 if ragged else 1, epilogue=epilogue)
 
@@ -253,9 +256,7 @@ def _launch(variant: Variant) -> None:
     m, n, k = (8192, 4096, 4096) if variant.aligned else (8191, 4097, 4095)
     r = (c.block_r or 16) * variant.rank_tiles
 
-    def tensor(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
-
+    tensor = functools.partial(compile_decode.meta, of=dtype)
     adapter = getattr(torch, variant.adapter_dtype)
     x, w, dy = tensor(m, k), tensor(n, k), tensor(m, n)
     xa = tensor(m, r, of=torch.float32 if variant.wide else dtype)
@@ -264,6 +265,8 @@ def _launch(variant: Variant) -> None:
     p, programs = (0.1 if variant.dropout else 0.0), 132
     if any(variant.kernel == name for name, *_ in _RAGGED):
         _launch_ragged(variant, m, n, k, r)
+    elif variant.kernel in compile_multi.KERNELS:
+        compile_multi.launch(variant.kernel, c, dtype, m, n, k)
     elif variant.kernel == "decode":
         compile_decode.launch(variant.epilogue, dtype)
     elif variant.kernel == "project":
@@ -284,10 +287,7 @@ def _launch(variant: Variant) -> None:
 def _launch_ragged(variant: Variant, rows: int, n: int, k: int, r: int) -> None:
     """As the experts of a layer launch it: x `[rows, k]` gathered, `n` columns of gate and up together."""
     c, dtype, adapter = variant.config, getattr(torch, variant.dtype), getattr(torch, variant.adapter_dtype)
-
-    def tensor(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
-
+    tensor = functools.partial(compile_decode.meta, of=dtype)
     tiles = Tiles(tensor(128, of=torch.int64), rows)
     tiles.preset(c.block_m, tensor(rows // 16, 3, of=torch.int32))
     a, b = tensor(128, r, k, of=adapter), tensor(128, n, r, of=adapter)

@@ -1,0 +1,242 @@
+"""`AdapterPool`: the adapters of many users on one model."""
+
+import contextlib
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lorafuse.adapters import files
+from lorafuse.nn.multi import AdapterRows, LoRALinearMulti
+
+__all__ = ["AdapterPool"]
+
+
+@dataclass(eq=False)
+class _Slot:
+    """One adapter. `layers` are the names of those it adapts; `calls` counts the batches that it was in."""
+
+    rank: int
+    scale: float
+    seed: int
+    dropout: float
+    layers: tuple[str, ...]
+    calls: int = 0
+
+
+class AdapterPool:
+    """Adapters of any rank and targets on the linear layers of one frozen model; slots are small ints.
+
+    The layers that `targets` names (the last parts of their names, as PEFT matches them; None for every `nn.Linear` and
+    quantized linear layer) are replaced in the model by `lorafuse.nn.LoRALinearMulti`, and everything is frozen.
+    `close` puts them back. Within `use_adapters` a call of the model runs every row with its adapter, outside of it the
+    base alone. What an adapter computes, and its gradients, do not depend on the others, not in one bit
+    (`lorafuse.functional.lora_linear_multi`).
+
+    Gradients add up in the pool, in sums over tokens, until `MultiAdamW.step` or `zero_grad` of that slot.
+
+    Raises ValueError where no layer matches.
+    """
+
+    def __init__(
+        self, model: nn.Module, targets: Sequence[str] | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.model, self.dtype = model.requires_grad_(False), dtype
+        self.layers: dict[str, LoRALinearMulti] = {}
+        self._slots: dict[int, _Slot] = {}
+        self._seeds: dict[int, int] = {}
+        for name, module in list(model.named_modules()):
+            if (targets is None or _matches(name, targets)) and _is_linear(module):
+                layer = LoRALinearMulti(module, dtype).train(module.training)
+                layer.number = zlib.crc32(name.encode())
+                self._replace(name, layer)
+                self.layers[name] = layer
+        if not self.layers:
+            raise ValueError(f"no linear layer of the model matches {targets}; name the last parts of their names")
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Those allocated, ascending: the order of the adapters in the stacks."""
+        return tuple(sorted(self._slots))
+
+    def allocate(
+        self, rank: int, *, alpha: float | None = None, seed: int = 0, targets: Sequence[str] | None = None,
+        dropout: float = 0.0,
+    ) -> int:  # fmt: skip
+        """A slot with a fresh adapter: a as PEFT initializes it, from `seed` and the layer's name alone, and b zero.
+
+        `alpha` is the rank by default; `targets` as of the pool, None for all its layers. Raises ValueError for a rank
+        below 1, a dropout outside [0, 1], or targets that match nothing.
+        """
+        if rank < 1 or not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"got rank={rank} and dropout={dropout}; they must be at least 1, and in [0, 1]")
+        names = [name for name in self.layers if targets is None or _matches(name, targets)]
+        if not names:
+            raise ValueError(f"no layer of the pool matches {targets}; it has {sorted(self.layers)[:5]}, …")
+        factors = {}
+        for name in names:
+            N, K = self.layers[name].weight.sizes
+            generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
+            bound = 1 / math.sqrt(K)
+            a = torch.empty(rank, K).uniform_(-bound, bound, generator=generator)
+            factors[name] = a, torch.zeros(N, rank)
+        return self._add(_Slot(rank, (rank if alpha is None else alpha) / rank, seed, dropout, tuple(names)), factors)
+
+    def release(self, slot: int) -> None:
+        """Give the slot back. Raises KeyError for one that is not allocated, as all methods do."""
+        held, at = self._slots[slot], self.slots.index(slot)
+        del self._slots[slot]
+        for layer in self.layers.values():
+            pairs, grads = _unstacked(layer)
+            del pairs[at], grads[at]
+            _restack(layer, pairs, grads)
+        del held
+        self._describe()
+
+    def load(self, folder: str | Path, *, seed: int = 0) -> int:
+        """A slot with the adapter of PEFT's files. Raises ValueError for one that is no plain LoRA of one rank, or that
+        adapts what the pool does not hold.
+        """
+        factors, scale, dropout = files.read(Path(folder))
+        unknown = sorted(set(factors) - set(self.layers))
+        if unknown:
+            raise ValueError(f"{folder} adapts {unknown[:3]}, which the pool does not hold")
+        rank = next(iter(factors.values()))[0].shape[0]
+        return self._add(_Slot(rank, scale, seed, dropout, tuple(factors)), factors)
+
+    def export(self, slot: int, folder: str | Path) -> None:
+        """Write PEFT's files of the adapter, which `peft.PeftModel.from_pretrained` reads."""
+        held, named = self._slots[slot], self.parameters(slot)
+        factors = {n: (named[f"{n}.lora_A.weight"], named[f"{n}.lora_B.weight"]) for n in held.layers}
+        base = getattr(self.model, "name_or_path", None)
+        files.write(Path(folder), factors, held.rank, held.scale * held.rank, held.dropout, base)
+
+    def parameters(self, slot: int) -> dict[str, Tensor]:
+        """The adapter's a `[R, K]` and b `[N, R]` by their names in PEFT's models, until the next allocate, load or
+        release: views, without autograd's record.
+        """
+        return self._views(slot, lambda layer: (layer.a.detach(), layer.b.detach()))
+
+    def gradients(self, slot: int) -> dict[str, Tensor]:
+        """The sums of the gradients of `parameters` since they were last zeroed, likewise."""
+        return self._views(slot, lambda layer: (layer.a_grad, layer.b_grad))
+
+    def zero_grad(self, slot: int) -> None:
+        """Forget the gradients of a slot."""
+        for t in self.gradients(slot).values():
+            t.zero_()
+
+    @contextlib.contextmanager
+    def use_adapters(self, slots: Sequence[int] | Tensor) -> Iterator[None]:
+        """Within it, forward and backward (activation checkpointing runs forward again) have these adapters.
+
+        `slots` has one for each sample, or int64 tensors `[B]` or `[B, T, …]` on the model's device for each sample or
+        token; -1 is none. Ascending ints, -1 last, need no row to be moved. Raises KeyError for an int that is not
+        allocated; of a tensor that is not looked at, it is none.
+        """
+        device = next(iter(self.layers.values())).weight.data.device
+        every, count = self.slots, len(self._slots)
+        if isinstance(slots, Tensor):
+            place = torch.full((max(every, default=0) + 2,), count, dtype=torch.int64)
+            for i, slot in enumerate(every):
+                place[slot] = i
+            # -1 is the last
+            index = place.to(device)[slots.clamp(max=len(place) - 1)]
+            is_sorted, used = False, set(every)
+        else:
+            known = {slot: i for i, slot in enumerate(every)} | {-1: count}
+            values = [known[slot] for slot in slots]
+            index, is_sorted = torch.tensor(values, device=device), values == sorted(values)
+            used = set(slots) - {-1}
+        for slot in used:
+            self._slots[slot].calls += 1
+        seeds = None
+        if any(held.dropout for held in self._slots.values()):
+            drawn = [_seed(self._slots[slot].seed, self._slots[slot].calls) for slot in every]
+            seeds = torch.tensor(drawn, dtype=torch.int64, device=device)
+        rows = AdapterRows(index, count, is_sorted, seeds)
+        former = {layer: layer.rows for layer in self.layers.values()}
+        for layer in self.layers.values():
+            layer.rows = rows
+        try:
+            yield
+        finally:
+            for layer, before in former.items():
+                layer.rows = before
+
+    def close(self) -> None:
+        """Put the model's own layers back."""
+        for name, layer in self.layers.items():
+            self._replace(name, layer.base)
+        self.layers.clear()
+        self._slots.clear()
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        parent, _, last = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), last, module)
+
+    def _add(self, held: _Slot, factors: dict[str, tuple[Tensor, Tensor]]) -> int:
+        slot = next(i for i in range(len(self._slots) + 1) if i not in self._slots)
+        self._slots[slot] = held
+        at = self.slots.index(slot)
+        for name, layer in self.layers.items():
+            pairs, grads = _unstacked(layer)
+            N, K = layer.weight.sizes
+            a, b = factors.get(name, (torch.empty(0, K), torch.empty(N, 0)))
+            pair = a.to(layer.a), b.t().to(layer.b)
+            pairs.insert(at, pair)
+            grads.insert(at, (torch.zeros_like(pair[0]), torch.zeros_like(pair[1])))
+            _restack(layer, pairs, grads)
+        self._describe()
+        return slot
+
+    def _describe(self) -> None:
+        held = [self._slots[slot] for slot in self.slots]
+        for layer in self.layers.values():
+            layer.scales = tuple(one.scale for one in held)
+            layer.dropout_p = tuple(one.dropout for one in held)
+
+    def _views(self, slot, stacks) -> dict[str, Tensor]:
+        held, at, views = self._slots[slot], self.slots.index(slot), {}
+        for name in held.layers:
+            layer = self.layers[name]
+            a, b = stacks(layer)
+            views[f"{name}.lora_A.weight"] = a[layer.of(at)]
+            views[f"{name}.lora_B.weight"] = b[layer.of(at)].t()
+        return views
+
+
+def _is_linear(module: nn.Module) -> bool:
+    try:
+        return LoRALinearMulti(module).weight is not None
+    except TypeError:
+        return False
+
+
+def _matches(name: str, targets: Sequence[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _unstacked(layer: LoRALinearMulti) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+    """The adapters of a layer and their gradients, one by one."""
+    ranks = list(layer.ranks)
+    split = [t.detach().split(ranks) if ranks else () for t in (layer.a, layer.b, layer.a_grad, layer.b_grad)]
+    a, b, a_grad, b_grad = split
+    return list(zip(a, b, strict=True)), list(zip(a_grad, b_grad, strict=True))
+
+
+def _restack(layer: LoRALinearMulti, pairs: list[tuple[Tensor, Tensor]], grads: list[tuple[Tensor, Tensor]]) -> None:
+    layer.ranks = tuple(a.shape[0] for a, _ in pairs)
+    nothing = [(layer.a.detach()[:0], layer.b.detach()[:0])]
+    layer.fill(pairs or nothing, grads or nothing)
+
+
+def _seed(seed: int, calls: int) -> int:
+    """A seed of dropout for one batch: 63 bits, from the adapter's own seed and how many batches it was in."""
+    z = (seed * 0x9E3779B97F4A7C15 + calls * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ (z >> 30)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return (z ^ (z >> 31)) >> 1

@@ -1,0 +1,114 @@
+"""PEFT's mixed batches (`adapter_names`, an adapter for each sample) as one operator, in evaluation and in training.
+
+PEFT runs a layer's adapters one after the other, and refuses such batches in training, at the model and not at its
+layers: the patched model's class lifts that.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraModel
+from torch import Tensor, nn
+
+from lorafuse.functional import lora_linear_multi
+from lorafuse.integrations.hf_quantized import run_quantized
+from lorafuse.operands import Weight
+
+__all__ = ["FusedLoraModel", "lift", "lower", "run_mixed"]
+
+
+class FusedLoraModel(LoraModel):
+    """`peft.tuners.lora.LoraModel` that takes `adapter_names` in training; created by `lorafuse.patch`."""
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        training: bool = self.training  # type: ignore[has-type]
+        with ExitStack() as stack:
+            if training and kwargs.get("adapter_names") is not None:
+                if any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
+                    raise ValueError(
+                        "adapter_names with gradient checkpointing: forward runs again in backward, where PEFT no "
+                        "longer has the names. Disable checkpointing (model.gradient_checkpointing_disable()), or hold "
+                        "the adapters in a lorafuse.adapters.AdapterPool, whose use_adapters covers backward"
+                    )
+                # PEFT asks this module alone
+                self.training = False
+            try:
+                stack.enter_context(super()._enable_peft_forward_hooks(*args, **kwargs))
+            finally:
+                self.training = training
+            yield
+
+
+FusedLoraModel.__name__ = LoraModel.__name__
+
+
+def lift(model: nn.Module) -> None:
+    """Let every `LoraModel` in the model take `adapter_names` in training."""
+    for module in model.modules():
+        if type(module) is LoraModel:
+            module.__class__ = FusedLoraModel
+
+
+def lower(model: nn.Module) -> None:
+    """Make them PEFT's again."""
+    for module in model.modules():
+        if type(module) is FusedLoraModel:
+            module.__class__ = LoraModel
+
+
+def run_mixed(layer: Any, x: Tensor, names: list[str], read: Callable[[Any, list[str]], Any]) -> Tensor | str | None:
+    """y of a layer whose sample i has the adapter `names[i]`; `read` gives the operands of one adapter.
+
+    None where PEFT is to check the call, or nothing is adapted; a str, the reason, for what cannot be fused.
+    """
+    adapted = layer._modules["lora_A"]._modules
+    # those of other layers have rank 0 here: their rows keep their bits whatever the others are
+    used = [name for name in dict.fromkeys(names) if name != "__base__"]
+    if layer._disable_adapters or layer.merged_adapters or not used or x.dim() < 2 or len(names) != len(x):
+        return None
+    known = {name: read(layer, [name]) for name in used if name in adapted}
+    for parts in (known := known or {"": read(layer, [next(iter(adapted))])}).values():
+        if type(parts) is not tuple:
+            return parts if isinstance(parts, str) else "a bias of lora_B, or a scale in a tensor, in a mixed batch"
+    weight, any_a, any_b, _, bias, _ = next(iter(known.values()))
+    absent = weight, any_a[:0], any_b[:, :0], 1.0, bias, 0.0
+    _, a, b, scales, _, p = zip(*(known.get(name, absent) for name in used), strict=True)
+    where = {name: i for i, name in enumerate(used)}
+    index = tuple(where.get(name, len(used)) for name in names)
+    offsets, order, place = _sorted(index, len(used), x[0].numel() // x.shape[-1], x.device)
+    ranks = [one.shape[0] for one in a]
+
+    def run(
+        x: Tensor, weight: Any, a: Tensor, b: Tensor, scales: Any, bias: Any, p: Any, _: None, backend: Any, **__: Any
+    ) -> Tensor:
+        # rounds the low-rank path as dense bases do, whatever the precision that run_quantized names
+        return lora_linear_multi(
+            x, offsets, weight, a, b, ranks=ranks, scales=scales, bias=bias, dropout_p=p, backend=backend
+        )
+
+    rows = x if order is None else x.index_select(0, order)
+    stacked = weight, torch.cat(a), torch.cat(b, dim=1), scales, bias, p
+    if isinstance(weight, Weight):
+        y = run_quantized(layer._modules["base_layer"], rows, stacked, layer._lorafuse_backend, run)
+    else:
+        y = run(rows, *stacked, None, layer._lorafuse_backend)
+    return y if place is None else y.index_select(0, place)
+
+
+@lru_cache(maxsize=256)
+def _sorted(
+    index: tuple[int, ...], count: int, tokens: int, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`(offsets of rows, order, place)` of samples with `tokens` rows each, as `lorafuse.nn.multi` has them; copied to
+    the device once for all layers of a model, and not in each of them.
+    """
+    ends = torch.tensor([tokens * sum(i <= g for i in index) for g in range(count)], dtype=torch.int32, device=device)
+    order = sorted(range(len(index)), key=index.__getitem__)
+    if order == list(range(len(index))):
+        return ends, None, None
+    place = sorted(range(len(index)), key=order.__getitem__)
+    return ends, torch.tensor(order, device=device), torch.tensor(place, device=device)

@@ -1,0 +1,126 @@
+"""`LoRALinearMulti`: a frozen linear layer with many LoRA adapters, whose rows one call may mix."""
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from lorafuse.formats import adopt
+from lorafuse.functional import lora_linear_multi
+from lorafuse.operands import Weight
+
+__all__ = ["AdapterRows", "LoRALinearMulti"]
+
+
+class AdapterRows:
+    """Which adapter each row of a call has: `index` int64, `[B]` for each sample or `[B, T, …]` for each token.
+
+    Adapters are 0 … count - 1, and `count` is none. `is_sorted` says that they ascend, so that no row is moved.
+    `seeds` int64 `[count]` are those of their dropout masks, None without.
+    """
+
+    def __init__(self, index: Tensor, count: int, is_sorted: bool, seeds: Tensor | None = None) -> None:
+        self.index, self.count, self.is_sorted, self.seeds = index, count, is_sorted, seeds
+        self._rows: dict[tuple[int, ...], tuple[Tensor, Tensor | None, Tensor | None]] = {}
+
+    def of(self, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """`(offsets, order, place)` of x `[*sizes, K]`: row i of the sorted ones is row `order[i]` of x, and row j of x
+        is row `place[j]`; both None where they are in order. Raises ValueError for sizes that the index does not fit.
+        """
+        if sizes not in self._rows:
+            given = tuple(self.index.shape)
+            if given != sizes[: len(given)]:
+                raise ValueError(
+                    f"adapters are given for {list(given)} samples or tokens, x is [{', '.join(map(str, sizes))}, K]; "
+                    "the first sizes must be the same"
+                )
+            index = self.index.reshape(*given, *[1] * (len(sizes) - len(given))).expand(sizes).reshape(-1)
+            order = place = None
+            if not self.is_sorted:
+                index, order = index.sort(stable=True)
+                place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+            adapters = torch.arange(self.count, device=index.device)
+            self._rows[sizes] = torch.searchsorted(index, adapters, right=True, out_int32=True), order, place
+        return self._rows[sizes]
+
+
+class LoRALinearMulti(nn.Module):
+    """`base`, frozen, plus for each row the low-rank path of its adapter.
+
+    The adapters are stacked: parameters `a [ΣR, K]` and `b [ΣR, N]` (transposed). Backward adds their gradients to
+    `a_grad` and `b_grad`, for the adapters with rows alone, until somebody zeroes them. `rows` says which rows the next
+    calls have; None is the base alone. `lorafuse.adapters.AdapterPool` fills all of these.
+
+    base is an `nn.Linear` or a quantized layer that `lorafuse.formats.adopt` knows, which is computed in x's dtype;
+    TypeError for another.
+    """
+
+    a_grad: Tensor
+    b_grad: Tensor
+
+    def __init__(self, base: nn.Module, adapter_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.rows: AdapterRows | None = None
+        self.ranks: tuple[int, ...] = ()
+        self.scales: tuple[float, ...] = ()
+        self.dropout_p: tuple[float, ...] = ()
+        # of the mask, so that layers of one call do not have the same
+        self.number = 0
+        N, K = self.weight.sizes
+        device = self.weight.data.device
+        self.fill([(torch.empty(0, K, dtype=adapter_dtype, device=device), torch.empty(0, N, dtype=adapter_dtype))])
+
+    @property
+    def weight(self) -> Weight:
+        """That of the base as it is now."""
+        weight = self.base._parameters.get("weight")
+        is_linear = type(self.base).forward is nn.Linear.forward
+        # every call asks, and adopt tries one format after the other
+        if is_linear and type(weight) is nn.Parameter:
+            return Weight(weight)
+        stored = adopt(self.base)
+        if stored is None and is_linear and weight is not None:
+            stored = adopt(weight)
+        if stored is None:
+            raise TypeError(f"got a {type(self.base).__name__}; it must be an nn.Linear or a quantized layer")
+        return stored
+
+    @torch.no_grad()
+    def fill(self, pairs: list[tuple[Tensor, Tensor]], grads: list[tuple[Tensor, Tensor]] | None = None) -> None:
+        """Stack adapters, `a [R, K]` and `b [R, N]` each, and the gradients that they have already."""
+        device = self.weight.data.device
+        self.a, self.b = (nn.Parameter(torch.cat(t).to(device)) for t in zip(*pairs, strict=True))
+        zeros = [(torch.zeros_like(a), torch.zeros_like(b)) for a, b in pairs]
+        a_grad, b_grad = (torch.cat(t).to(device) for t in zip(*(grads or zeros), strict=True))
+        self.register_buffer("a_grad", a_grad, persistent=False)
+        self.register_buffer("b_grad", b_grad, persistent=False)
+
+    def of(self, i: int) -> slice:
+        """Which rows of the stacks are those of the i-th adapter."""
+        bounds = tuple(itertools.accumulate(self.ranks[: i + 1], initial=0))
+        return slice(bounds[i], bounds[i + 1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y `[…, N]` for x `[…, K]`."""
+        rows = self.rows
+        if rows is None:
+            return self.base(x)
+        # through the operator where no adapter has ranks here too, whose rows keep their bits then
+        offsets, order, place = rows.of(tuple(x.shape[:-1]))
+        flat = x.reshape(-1, x.shape[-1])
+        y = lora_linear_multi(
+            flat if order is None else flat.index_select(0, order),
+            offsets,
+            self.weight,
+            self.a,
+            self.b.t(),
+            ranks=self.ranks,
+            scales=self.scales,
+            bias=self.base.bias,  # type: ignore[arg-type]
+            dropout_p=self.dropout_p if self.training else None,
+            seeds=None if rows.seeds is None else rows.seeds + self.number,
+            grad_buffers=(self.a_grad, self.b_grad.t()),
+        )
+        y = y if place is None else y.index_select(0, place)
+        return y.view(*x.shape[:-1], -1)

@@ -1,0 +1,181 @@
+"""PEFT's `adapter_names` under `lorafuse.patch` (T1): the same results as PEFT's loop, in training too."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lorafuse
+from lorafuse.integrations import hf_mixed, hf_peft
+from lorafuse.testing.numerics import relative_l2, tolerance
+
+NAMES = ["b", "__base__", "a", "b", "c", "a"]
+
+
+class Net(nn.Module):
+    def __init__(self, bias=True):
+        super().__init__()
+        self.q, self.o = nn.Linear(24, 40, bias=bias), nn.Linear(40, 16)
+
+    def forward(self, x):
+        return self.o(torch.tanh(self.q(x)))
+
+
+def model_of(dropout=0.0, **more):
+    """Adapters of three ranks, one of which has one layer only; b is not zero."""
+    base = Net()
+    model = peft.get_peft_model(base, peft.LoraConfig(r=3, target_modules=["q", "o"], lora_dropout=dropout), "a")
+    model.add_adapter("b", peft.LoraConfig(r=8, lora_alpha=4, target_modules=["q", "o"], lora_dropout=dropout, **more))
+    model.add_adapter("c", peft.LoraConfig(r=1, target_modules=["q"], lora_dropout=dropout))
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+        if "lora_B" in name:
+            nn.init.normal_(p)
+    return model
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Counts the calls that ran fused."""
+    calls, run = [], hf_peft.run_mixed
+
+    def counting(*args):
+        y = run(*args)
+        if isinstance(y, torch.Tensor):
+            calls.append(args[2])
+        return y
+
+    monkeypatch.setattr(hf_peft, "run_mixed", counting)
+    return calls
+
+
+def step(model, x, **more):
+    model.zero_grad()
+    y = model(x, adapter_names=NAMES, **more)
+    F.mse_loss(y, torch.ones_like(y), reduction="sum").backward()
+    return y.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dims", [(), (5,), (2, 3, 2)])
+def test_equal_to_pefts_loop_in_evaluation_and_training(dims, fused):
+    model = model_of()
+    x = torch.randn(len(NAMES), *dims, 24)
+    y, grads = step(model.eval(), x)
+    lorafuse.patch(model)
+    for mode in (False, True):
+        ours, own = step(model.train(mode), x)
+        assert relative_l2(ours, y) <= tolerance(torch.float32)
+        assert own.keys() == grads.keys()
+        for name, grad in grads.items():
+            assert relative_l2(own[name], grad) <= tolerance(torch.float32), name
+    assert len(fused) == 4
+    assert model.base_model.training
+    lorafuse.unpatch(model)
+    with pytest.raises(ValueError, match="training mode"):
+        model(x, adapter_names=NAMES)
+    assert torch.equal(step(model.eval(), x)[0], y)
+
+
+def test_an_adapter_is_bit_for_bit_what_it_is_alone(fused):
+    model = model_of()
+    lorafuse.patch(model)
+    x = torch.randn(len(NAMES), 5, 24)
+    y = model(x, adapter_names=NAMES)
+    for name in "abc":
+        mine = [i for i, other in enumerate(NAMES) if other == name]
+        assert torch.equal(model(x[mine], adapter_names=[name] * len(mine)), y[mine])
+    assert fused
+
+
+def test_dropout_in_training(fused):
+    model = model_of(dropout=0.5)
+    lorafuse.patch(model)
+    x = torch.randn(len(NAMES), 5, 24)
+    model.eval()
+    expected = model(x, adapter_names=NAMES)
+    model.train()
+    torch.manual_seed(3)
+    y = model(x, adapter_names=NAMES)
+    torch.manual_seed(3)
+    assert torch.equal(model(x, adapter_names=NAMES), y)
+    assert relative_l2(y, expected) > 0.05
+    # without an adapter nothing is dropped
+    assert relative_l2(y[1], expected[1]) <= tolerance(torch.float32)
+    assert len(fused) == 6
+
+
+def test_autocast(fused):
+    model = model_of()
+    x = torch.randn(len(NAMES), 5, 24)
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x, adapter_names=NAMES)
+        lorafuse.patch(model)
+        y = model(x, adapter_names=NAMES)
+    assert y.dtype is torch.bfloat16
+    assert relative_l2(y, expected) <= tolerance(torch.bfloat16)
+    assert fused
+
+
+def test_what_cannot_be_fused_is_pefts(fused):
+    model = model_of(lora_bias=True)
+    nn.init.normal_(model.base_model.model.q.lora_B["b"].bias)
+    x = torch.randn(len(NAMES), 24)
+    y = model.eval()(x, adapter_names=NAMES)
+    lorafuse.patch(model)
+    with pytest.warns(UserWarning, match="a bias of lora_B"):
+        assert torch.equal(model.train()(x, adapter_names=NAMES), y)
+    assert not fused
+    # nobody's adapter here
+    y = model(x, adapter_names=["__base__"] * len(NAMES))
+    with model.disable_adapter():
+        assert torch.equal(model(x), y)
+
+
+def test_pefts_checks_stay():
+    model = model_of()
+    lorafuse.patch(model)
+    x = torch.randn(len(NAMES), 24)
+    with pytest.raises(ValueError, match="non-existing"):
+        model(x, adapter_names=["d"] * len(NAMES))
+    with pytest.raises(ValueError, match="Length of"):
+        model(x[:2], adapter_names=NAMES)
+    model.base_model.model.gradient_checkpointing = True
+    with pytest.raises(ValueError, match="use_adapters covers backward"):
+        model(x, adapter_names=NAMES)
+    model.base_model.model.gradient_checkpointing = False
+    model.merge_adapter(["a"])
+    with pytest.raises(ValueError, match="merged"):
+        model(x, adapter_names=NAMES)
+
+
+def test_copies_and_pickles_are_patched_too():
+    model = model_of()
+    lorafuse.patch(model)
+    x = torch.randn(len(NAMES), 24)
+    twin = copy.deepcopy(model).train()
+    assert torch.equal(twin(x, adapter_names=NAMES), model(x, adapter_names=NAMES))
+    lorafuse.unpatch(twin)
+    assert type(twin.base_model) is peft.LoraModel
+    assert type(model.base_model) is hf_mixed.FusedLoraModel
+
+
+def test_quantized_base(fused):
+    bnb = pytest.importorskip("bitsandbytes")
+    model = Net()
+    model.o = bnb.nn.Linear4bit(40, 16, bias=False, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
+    model.is_loaded_in_4bit = True
+    model = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["q", "o"]), "a")
+    model.add_adapter("b", peft.LoraConfig(r=5, target_modules=["q", "o"]))
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(p.requires_grad_())
+    names, x = ["b", "a", "b", "__base__"], torch.randn(4, 3, 24)
+    expected = model.eval()(x, adapter_names=names)
+    lorafuse.patch(model)
+    y = model.train()(x, adapter_names=names)
+    assert relative_l2(y, expected) <= tolerance(torch.float32)
+    assert len(fused) == 2
