@@ -35,7 +35,7 @@ _LEAVES = {"errors", "env", "files", "versions"}
 _BASE = _LEAVES | {"philox", "activation"}
 _OPERANDS = _BASE | {"formats", "operands"}
 _OPERATORS = _OPERANDS | {"kernels", "backends", "plan", "ops"}
-_LIBRARY = _OPERATORS | {"functional", "nn", "integrations", "__init__"}
+_LIBRARY = _OPERATORS | {"functional", "nn", "parallel", "integrations", "__init__"}
 _TOOLS = _LIBRARY | {"testing", "advise"}
 _MEASURING = ("advise", "bench", "cli", "demo", "study", "testing", "tune")
 _HUGGING_FACE = {"peft", "transformers", "accelerate"}
@@ -54,7 +54,8 @@ LAYERS = {
     "ops": (_OPERANDS | {"backends", "plan"}, {"torch"}),
     "functional": (_OPERATORS, {"torch"}),
     "nn": (_OPERANDS | {"functional"}, {"torch"}),
-    "integrations": (_OPERATORS | {"functional", "nn"}, {"torch"} | _HUGGING_FACE),
+    "parallel": (_OPERATORS | {"functional"}, {"torch"}),
+    "integrations": (_OPERATORS | {"functional", "nn", "parallel"}, {"torch", "deepspeed"} | _HUGGING_FACE),
     "advise": (_LEAVES | {"plan"}, {"torch"} | _HUGGING_FACE),
     "__init__": (_LIBRARY, set()),
     "tune": (_TOOLS, {"torch", "triton", "rich"}),
