@@ -24,6 +24,7 @@ from lorafuse.backends.protocol import NO_GUARD, Backend
 from lorafuse.operands import Dropout, LowRank, Weight, matrix, shaped_like
 from lorafuse.ops._define import LIBRARY, implement
 from lorafuse.ops.autocast import outside_autocast
+from lorafuse.ops.checks import check_gathered
 from lorafuse.ops.choose import choose
 from lorafuse.ops.transforms import needs_plain_backward
 from lorafuse.philox import keep_mask, rescaled
@@ -262,6 +263,8 @@ def _run_backward(ctx, dy, dxa, leading):
     given = dy if dxa is None else dxa
     if given is None:
         return (None, None, None, None, None, *unneeded)
+    if not weight.numel():
+        check_gathered("lora_linear", weight)
     # the dtypes are those of forward, whatever autocast is on now
     with outside_autocast(given):
         if dxa is not None or needs_plain_backward(given):
