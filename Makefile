@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-compile test-emu test-peft test-trl cuda budget lint fmt bench numbers gpu doctor clean
+.PHONY: help demo test test-compile test-emu test-peft test-trl test-deepspeed cuda budget lint fmt bench numbers gpu doctor clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -34,6 +34,10 @@ test-peft: $(READY) ## PEFT's own LoRA tests, from its source distribution, with
 test-trl: $(READY) ## count --data by TRL's own collators, and run the advisor's scripts under TRL; installs 400 MB
 	@$(INSTALL) --no-deps --upgrade --target build/trl-tests/site-packages -r requirements/trl-tests.txt
 	@PYTHONPATH=build/trl-tests/site-packages $(PY) -m pytest tests/tools/test_advise_data.py tests/tools/test_advise_snippet.py $(ARGS)
+
+test-deepspeed: $(READY) ## two processes under DeepSpeed's ZeRO; installs 10 MB
+	@$(INSTALL) --no-deps --no-build-isolation --upgrade --target build/deepspeed-tests -r requirements/deepspeed-tests.txt
+	@PYTHONPATH=build/deepspeed-tests $(PY) -m pytest tests/integrations/test_distributed_zero.py $(ARGS)
 
 cuda: $(READY) ## build the CUDA kernels (with nvcc) and their emulator (with g++) into lorafuse/
 	@$(PY) csrc/build.py emu
