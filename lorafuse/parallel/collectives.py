@@ -22,6 +22,9 @@ from torch.distributed import ProcessGroup as Group
 
 __all__ = ["averaged", "exchanged", "gathered", "replicated", "scattered", "summed"]
 
+# the name since torch 2.13, where the former one warns
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def _all_reduce(x: Tensor, group: Group) -> Tensor:
     x = x.clone(memory_format=torch.contiguous_format)
@@ -39,7 +42,7 @@ def _reduce_scatter(x: Tensor, group: Group, dim: int) -> Tensor:
     # parts along the first dimension, which are contiguous
     rows = x.movedim(dim, 0).contiguous()
     part = rows.new_empty((rows.shape[0] // group.size(), *rows.shape[1:]))
-    dist.reduce_scatter_tensor(part, rows, group=group)
+    _reduce_scatter_single(part, rows, group=group)
     return part.movedim(0, dim)
 
 
