@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lorafuse.integrations import groups, hf_experts, hf_peft, hf_transformers
+from lorafuse.integrations import gated_mlp, groups, hf_experts, hf_peft, hf_transformers
 from lorafuse.parallel import tp
 
 __all__ = ["STEPS", "WORLD", "alone", "joined", "measure", "model", "spawn", "token_ids", "train"]
@@ -162,6 +162,7 @@ def measure():
     with (
         counting(hf_peft, "run_linear", lambda args: 1),
         counting(tp, "lora_linear", lambda args: 1),
+        counting(gated_mlp, "run_gated_mlp", lambda args: len(args[1])),
         counting(groups, "run_linears", lambda args: len(args[1])),
         counting(hf_transformers, "lora_experts", lambda args: 1),
         counting(hf_experts, "lora_experts", lambda args: 1),

@@ -10,7 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lorafuse.backends import base as backends
-from lorafuse.integrations.groups import form, leave
+from lorafuse.integrations import calls, gated_mlp, groups
+from lorafuse.integrations.bypassed import bypassed
 from lorafuse.integrations.hf_common import FSDP1, is_fsdp1, is_fsdp2, watched
 from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, wrappers
 from lorafuse.integrations.hf_peft import FusedLinear, FusedTorchaoLinear, FusedWeight, why_not_fused
@@ -105,6 +106,7 @@ def survey(model: nn.Module, backend: str) -> tuple[PatchReport, list[LoraLayer]
             reasons |= dict.fromkeys(module.modules(), FSDP1)
         elif is_fsdp2(module) and module not in resting:
             resting.update(module.modules())
+        reasons |= bypassed(module)
     for name, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer) or layer in inner:
             continue
@@ -139,16 +141,23 @@ def adopt(layer: Any, backend: str) -> None:
         layer.__class__ = ours.get(type(layer), type(layer))
     # None follows lorafuse.use_backend at every call
     layer._lorafuse_backend = None if backend == "auto" else backend
+    calls.begin(layer)
 
 
 def regroup(model: nn.Module, layers: list[Any], report: PatchReport, has_groups: bool) -> None:
     """Make groups of adopted layers, into the report; without `has_groups` take them apart."""
     linear = [layer for layer in layers if isinstance(layer, FusedLinear)]
-    if has_groups:
-        report.groups, report.apart = form(model, linear)
-    else:
+    gated_mlp.dissolve(model)
+    if not has_groups:
         for layer in linear:
-            leave(layer)
+            groups.leave(layer)
+        return
+    report.groups, report.apart = groups.form(model, linear)
+    mlps, apart = gated_mlp.form(model, linear)
+    # gate and up of an MLP are siblings where its layers have to be called
+    whole = {(mlp.name, name) for mlp in mlps for name in mlp.members}
+    report.groups = [one for one in report.groups if not whole.issuperset((one.name, m) for m in one.members)] + mlps
+    report.apart += apart
 
 
 def patched_layers(model: nn.Module) -> list[Any]:
@@ -160,14 +169,16 @@ def patched_layers(model: nn.Module) -> list[Any]:
 def release(model: nn.Module) -> int:
     """Make every patched layer of the model PEFT's class again; returns how many."""
     classes, layers = _shipped(), patched_layers(model)
-    for layer in layers:
-        if type(layer) not in classes:
+    for layer in (*layers, *gated_mlp.formed(model)):
+        if type(layer) not in classes and not gated_mlp.is_ours(layer):
             raise RuntimeError(
                 f"cannot unpatch a {type(layer).__name__}: its class was changed after lorafuse.patch (fully_shard "
                 "does that to a layer passed to it); unpatch before it, or shard whole blocks"
             )
+    gated_mlp.dissolve(model)
     for layer in layers:
         layer.__class__ = classes[type(layer)]
         del layer._lorafuse_backend
-        leave(layer)
+        calls.end(layer)
+        groups.leave(layer)
     return len(layers)
