@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-compile test-emu test-peft test-trl docs cuda budget lint fmt bench numbers gpu doctor clean
+.PHONY: help demo test test-compile test-emu test-peft test-trl test-deepspeed docs cuda budget lint fmt bench numbers gpu doctor clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -37,6 +37,10 @@ test-trl: $(READY) ## under TRL: what --data counts, the advisor's scripts, the 
 
 docs: $(READY) ## the documentation as a site, into build/site, every link followed
 	@$(PY) -c "import sys; sys.path.insert(0, 'tests'); import site_build; sys.exit(site_build.build('build/site'))"
+
+test-deepspeed: $(READY) ## two processes under DeepSpeed's ZeRO; installs 10 MB
+	@$(INSTALL) --no-deps --no-build-isolation --upgrade --target build/deepspeed-tests -r requirements/deepspeed-tests.txt
+	@PYTHONPATH=build/deepspeed-tests $(PY) -m pytest tests/integrations/test_distributed_zero.py $(ARGS)
 
 cuda: $(READY) ## build the CUDA kernels (with nvcc) and their emulator (with g++) into lorafuse/
 	@$(PY) csrc/build.py emu

@@ -37,7 +37,7 @@ _LEAVES = {"errors", "env", "files", "versions"}
 _BASE = _LEAVES | {"philox", "activation"}
 _OPERANDS = _BASE | {"formats", "operands"}
 _OPERATORS = _OPERANDS | {"kernels", "backends", "plan", "ops"}
-_LIBRARY = _OPERATORS | {"functional", "nn", "adapters", "integrations", "__init__"}
+_LIBRARY = _OPERATORS | {"functional", "nn", "adapters", "parallel", "integrations", "__init__"}
 _TOOLS = _LIBRARY | {"testing", "advise"}
 _MEASURING = ("advise", "bench", "cli", "demo", "study", "testing", "tune")
 _HUGGING_FACE = {"peft", "transformers", "accelerate"}
@@ -68,7 +68,8 @@ LAYERS = {
     "functional": (_OPERATORS, {"torch"}),
     "nn": (_OPERANDS | {"functional"}, {"torch"}),
     "adapters": (_OPERANDS | {"functional", "nn"}, {"torch", "safetensors"}),
-    "integrations": (_OPERATORS | {"functional", "nn"}, {"torch"} | _HUGGING_FACE | _TRAINERS),
+    "parallel": (_OPERATORS | {"functional"}, {"torch"}),
+    "integrations": (_OPERATORS | {"functional", "nn", "parallel"}, {"torch", "deepspeed"} | _HUGGING_FACE | _TRAINERS),
     "advise": (_LEAVES | {"plan"}, {"torch"} | _HUGGING_FACE),
     "__init__": (_LIBRARY, set()),
     "tune": (_TOOLS, {"torch", "triton", "rich"}),

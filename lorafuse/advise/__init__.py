@@ -22,7 +22,9 @@ from lorafuse.advise.capacity import (
 )
 from lorafuse.advise.data import Count, count_file
 from lorafuse.advise.fit import Fit, fit
+from lorafuse.advise.layouts import Layout, fastest, layouts
 from lorafuse.advise.lines import Line
+from lorafuse.advise.links import Cluster, Links, cluster_of
 from lorafuse.advise.memory import Memory, memory
 from lorafuse.advise.probe import Probe, probe_ranks
 from lorafuse.advise.schedule import (
@@ -39,11 +41,14 @@ from lorafuse.advise.step_time import micro_step_seconds, update_seconds
 __all__ = [
     "BATCH_CEILING",
     "Advice",
+    "Cluster",
     "Count",
     "Fit",
+    "Layout",
     "LearningRate",
     "Line",
     "Linear",
+    "Links",
     "LoRAMonitor",
     "LoRAWarning",
     "Memory",
@@ -52,14 +57,17 @@ __all__ = [
     "Rank",
     "accumulation",
     "capacity_bits",
+    "cluster_of",
     "count_file",
     "data_bits",
     "decode_seconds",
     "expert_rank",
+    "fastest",
     "fit",
     "flops_ratio",
     "frozen_bytes",
     "full_learning_rate",
+    "layouts",
     "learning_rate",
     "memory",
     "micro_step_seconds",

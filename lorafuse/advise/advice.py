@@ -8,7 +8,9 @@ from lorafuse.advise import capacity as cap
 from lorafuse.advise import schedule
 from lorafuse.advise.data import Count, count_file, load_tokenizer
 from lorafuse.advise.fit import Fit, fit, usable_bytes
+from lorafuse.advise.layouts import Layout, layouts
 from lorafuse.advise.lines import Line, lines_of
+from lorafuse.advise.links import cluster_of
 from lorafuse.advise.memory import METHODS, Memory, memory
 from lorafuse.advise.page import page
 from lorafuse.advise.shapes import ModelShapes, shapes_of
@@ -38,6 +40,7 @@ class Request:
     length: int
     micro_batch: int
     devices: int
+    nodes: int
     batch: int
     rollouts: int
     epochs: float
@@ -52,6 +55,7 @@ class Advice:
     `rank` is the rank to train with, `tokens` the supervised tokens of an epoch (None for rl), `memory` bytes by
     `(method, checkpointing)` at the micro-batch asked for; `fit` are the settings that fit on the GPU, with which
     `step_seconds` models one optimizer step of each way that fits: empty without a GPU, and where nothing does.
+    `layouts` are those of several devices, empty for one and without a GPU.
     `str()` is the page, `as_dict()` what `--json` prints.
     """
 
@@ -68,6 +72,7 @@ class Advice:
     memory: dict[tuple[str, bool], Memory]
     fit: Fit
     step_seconds: dict[str, float]
+    layouts: list[Layout]
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, int]
     snippet: str
@@ -108,6 +113,7 @@ class Advice:
             },
             "fit": asdict(self.fit),
             "step_seconds_model": self.step_seconds,
+            "layouts_model": [asdict(each) for each in self.layouts],
             "rank_pattern": self.rank_pattern,
             "alpha_pattern": self.alpha_pattern,
             "snippet": self.snippet,
@@ -129,6 +135,7 @@ def plan_adapter(
     length: int = 2048,
     micro_batch: int = 4,
     devices: int = 1,
+    nodes: int = 1,
     batch: int | None = None,
     epochs: float = 1,
     rollouts: int | None = None,
@@ -141,8 +148,9 @@ def plan_adapter(
     `tokens` are supervised tokens of one epoch, `episodes` policy-gradient episodes of the run, `data` a file that is
     counted with `tokenizer`, or the directory's own; under goal "rl" each of its records is a prompt with `rollouts`
     episodes (16) an epoch. Without `goal`, episodes mean "rl" and the others "sft". `loss` is the mean of a first epoch
-    in nats a token. `batch` is 32 sequences, or 32 prompts' episodes. `rank` overrides the advised one; patterns are
-    those of a probe; `gpu` is a name that `lorafuse.plan.find` knows.
+    in nats a token. `devices` train together, as many on each of `nodes`. `batch` is 32 sequences, or 32 prompts'
+    episodes. `rank` overrides the advised one; patterns are those of a probe; `gpu` is a name that `lorafuse.plan.find`
+    knows.
 
     Raises ValueError and FileNotFoundError, with the option, its value and the fix.
     """
@@ -152,7 +160,7 @@ def plan_adapter(
         raise ValueError("give the data in one way: --tokens N, --episodes N or --data FILE")
     goal = goal or ("sft" if episodes is None else "rl")
     rollouts = rollouts if rollouts is not None else schedule.ROLLOUTS if goal == "rl" else 1
-    numbers = {"length": length, "micro-batch": micro_batch, "devices": devices, "rollouts": rollouts}
+    numbers = {"length": length, "micro-batch": micro_batch, "devices": devices, "rollouts": rollouts, "nodes": nodes}
     for name, value in (numbers | ({} if batch is None else {"batch": batch})).items():
         if value < 1:
             raise ValueError(f"--{name} {value}: it must be at least 1")
@@ -183,6 +191,8 @@ def plan_adapter(
     used = rank or ranks.advised
     usual = max(schedule.BATCH_CLOSE * rollouts, micro_batch * devices)
     accumulation = schedule.accumulation(usual if batch is None else batch, micro_batch, devices)
+    if devices % nodes:
+        raise ValueError(f"--devices {devices} --nodes {nodes}: every node must have as many devices")
     is_paired = bool(count and count.is_paired)
     # both answers of a pair are trained on
     each = 2 if is_paired else 1
@@ -207,6 +217,7 @@ def plan_adapter(
         length=length,
         micro_batch=micro_batch,
         devices=devices,
+        nodes=nodes,
         batch=used_batch,
         rollouts=rollouts,
         epochs=epochs,
@@ -232,6 +243,10 @@ def plan_adapter(
         quantized=settings.method == "qlora",
         half="float16" if device and device.arch < 80 else "bfloat16",
     )
+    offered = []
+    if device is not None and devices > 1:
+        cluster = cluster_of(device, devices, nodes)
+        offered = layouts(shapes, used, length, micro_batch, batch or usual, device, cluster, sequences=each)
     return Advice(
         shapes=shapes,
         request=request,
@@ -252,6 +267,7 @@ def plan_adapter(
         },
         fit=settings,
         step_seconds=_step_seconds(shapes, used, each, length, settings, accumulation, device) if device else {},
+        layouts=offered,
         rank_pattern=written.rank_pattern,
         alpha_pattern=written.alpha_pattern,
         snippet=snippet(shapes, written),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lorafuse.advise import bases, schedule
 from lorafuse.advise import capacity as cap
 from lorafuse.advise.fit import usable_bytes
+from lorafuse.advise.layouts import Layout, fastest
 from lorafuse.plan import find
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Line:
 
 def lines_of(a: Advice) -> list[Line]:
     """All lines, section by section."""
-    return [*_capacity(a), *_rank(a), *_schedule(a), *_cost(a)]
+    return [*_capacity(a), *_rank(a), *_schedule(a), *_cost(a), *_layouts(a)]
 
 
 def _big(number: float) -> str:
@@ -214,6 +215,33 @@ def _cost(a: Advice) -> list[Line]:
             value = f"at least {value}; weights are decoded before each product, PEFT's casts left out"
         lines.append(Line(section, f"step on {request.gpu}, {training}", value, "model", "PLAN"))
     return lines
+
+
+def _layouts(a: Advice) -> list[Line]:
+    request = a.request
+    if request.devices == 1:
+        return []
+    section, source = f"layouts of {request.devices} devices", "CARD, PLAN, LAYOUT, LINKS"
+    if request.gpu is None:
+        return [Line(section, "which fits, which is fastest", "name a GPU: --gpu H200", "model", source)]
+    best = fastest(a.layouts)
+    lines = [Line(section, each.name, _laid_out(each), "model", source) for each in a.layouts]
+    if best is None:
+        value = f"none: more devices, a shorter --length, or a GPU with more memory than {request.gpu} (model)"
+    else:
+        value = f"{best.name} (model); within 2% the first of the list"
+    lines.append(Line(section, "fastest that fits", value, "model", source))
+    if best is not None and best.batch > schedule.BATCH_CEILING:
+        large = f"{best.batch} sequences a step, above {schedule.BATCH_CEILING}, where losses get worse: fewer devices"
+        lines.append(Line(section, "large batch", large, "secondary digest", "NOTE"))
+    return lines
+
+
+def _laid_out(each: Layout) -> str:
+    settings = f"micro-batch {each.micro_batch}{', checkpointing' if each.checkpointing else ''}, {each.batch} a step"
+    size = f"{each.memory / 2**30:.1f} GiB a device{'' if each.fits else ', does not fit'}"
+    fraction = f"waits {each.waited / each.seconds:.1%}"
+    return f"{each.rate:.3g} sequences/s, {size}, {each.sent / 1e9:.3g} GB sent a step, {fraction} (model); {settings}"
 
 
 def _bases(a: Advice) -> Line:

@@ -24,6 +24,8 @@ FINDINGS = {
     "BASES": "bytes of a weight as lorafuse.formats holds it with its scales, which a test counts; lorafuse reads them and writes 2 before each product, at the bandwidth of the cost model",
     "CARD": "95% of the memory in the GPU's datasheet, whose GB are 10^9 bytes",
     "PLAN": "the cost model of lorafuse.plan, as `lorafuse plan` prints it; attention, loss, optimizer, and the rest calibrated on one run: 8 layers of Llama-3.1-8B on an H200 (full fine-tuning of it within 10%)",
+    "LAYOUT": "the formulas of docs/scaling.md: DDP sums the adapters' gradients, FSDP2 and ZeRO-3 gather the base while they compute, TP and EP wait for their sums and exchanges; not measured on several devices",
+    "LINKS": "NVLink or PCIe of the GPU's datasheet (half of it where copies go through the host), 200 Gbit/s a device between nodes of A100 and 400 of H100, H200 and B200 (DGX datasheets), else 100 a node; 80% of each, and 10 us a collective in a node, 20 more for each doubling of nodes (assumed)",
     "MODULES": "counted from the model's own modules",
     "TRL": "counted as TRL 1.16 trains it: end of sequence included, cut at the sequence's length",
     "GIVEN": "what was passed",

@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence (2048)")
     parser.add_argument("--micro-batch", type=int, default=4, help="sequences of a device at a time (4)")
     parser.add_argument("--devices", type=int, default=1, help="devices that train together (1)")
+    parser.add_argument("--nodes", type=int, default=1, help="machines that these devices are in (1)")
     parser.add_argument("--batch", type=int, help="sequences of an optimizer step (32, or 32 prompts)")
     parser.add_argument("--epochs", type=float, default=1, help="passes over the data (1)")
     parser.add_argument("--rollouts", type=int, help="episodes of a prompt with --goal rl (16)")
@@ -62,13 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; raises ValueError and FileNotFoundError for what cannot be."""
-    sizes = "rank", "length", "micro_batch", "devices", "batch", "rollouts", "active_experts", "probe"
+    sizes = "rank", "length", "micro_batch", "devices", "nodes", "batch", "rollouts", "active_experts", "probe"
     _common.check_numbers(args, *sizes)
     _common.check_numbers(args, "tokens", "episodes", most=_MOST_DATA)
     if not 0 < args.epochs <= _MOST_EPOCHS:
         raise ValueError(f"--epochs {args.epochs}: it must be above 0 and at most {_MOST_EPOCHS}")
-    names = "tokens", "episodes", "data", "goal", "rank", "gpu", "length", "micro_batch", "devices", "batch", "epochs"
-    given = {name: getattr(args, name) for name in (*names, "loss", "rollouts", "active_experts")}
+    names = "tokens", "episodes", "data", "goal", "rank", "gpu", "loss", "length", "batch", "epochs"
+    numbers = "micro_batch", "devices", "nodes", "rollouts", "active_experts"
+    given = {name: getattr(args, name) for name in (*names, *numbers)}
     advice = plan_adapter(args.model, **given)
     if args.probe is not None:
         patterns = _probe(args, advice.rank)

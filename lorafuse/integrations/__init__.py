@@ -8,6 +8,7 @@ from lorafuse.integrations.peft_files import load_adapter, save_adapter
 from lorafuse.integrations.report import PatchReport
 from lorafuse.integrations.serving import check_for_serving
 from lorafuse.integrations.status import Status, status
+from lorafuse.integrations.zero3 import prepare_zero3
 
 __all__ = [
     "ExactMerge",
@@ -19,6 +20,7 @@ __all__ = [
     "load_adapter",
     "merge_exact",
     "patch",
+    "prepare_zero3",
     "register_experts",
     "save_adapter",
     "status",

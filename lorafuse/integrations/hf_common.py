@@ -23,11 +23,15 @@ __all__ = [
     "CALL",
     "CALL_IMPL",
     "FSDP1",
+    "ZERO3",
     "altered",
     "described",
     "interception",
     "is_called_otherwise",
+    "is_dtensor",
     "is_fsdp1",
+    "is_fsdp2",
+    "is_zero3",
     "original",
     "trainable",
     "warn_once",
@@ -37,6 +41,11 @@ __all__ = [
 FSDP1 = (
     "FSDP1 (FullyShardedDataParallel) holds its weights: shard by FSDP2 (torch.distributed.fsdp.fully_shard, "
     "fsdp_version 2 in accelerate) to run it fused"
+)
+
+ZERO3 = (
+    "DeepSpeed's ZeRO-3 gathers its weights for the modules inside it: call lorafuse.integrations.prepare_zero3 after "
+    "lorafuse.patch and before deepspeed.initialize"
 )
 
 _linear = torch._C._nn.linear
@@ -146,7 +155,15 @@ def watched() -> str:
     )
     if any(hooks):
         return "global module hooks are registered"
-    return "torch.nn.functional.linear was replaced" if functional.linear is not _linear else ""
+    if functional.linear is _linear or functional.linear is _linear_of_zero3():
+        return ""
+    return "torch.nn.functional.linear was replaced"
+
+
+def _linear_of_zero3() -> Any:
+    """What DeepSpeed puts in the place of `functional.linear` under ZeRO-3; it multiplies as torch does."""
+    module = sys.modules.get("deepspeed.runtime.zero.linear")
+    return None if module is None else original(module, "zero3_linear_wrap")
 
 
 def _cause(x: Tensor) -> str | None:
@@ -169,6 +186,23 @@ def is_fsdp1(module: nn.Module) -> bool:
     """Whether a module is a `FullyShardedDataParallel`, which nobody can have made without importing it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+
+
+def is_fsdp2(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on a module: the parameters in it are whole while its forward runs."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor is a `DTensor`, which nobody can have made without importing it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_zero3(module: nn.Module) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has put its hooks on a module."""
+    return "pre_bwd_fn" in module.__dict__
 
 
 def trainable(module: nn.Module, name: str) -> str:

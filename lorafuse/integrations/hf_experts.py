@@ -19,13 +19,16 @@ from lorafuse.functional import lora_experts
 from lorafuse.integrations import calls
 from lorafuse.integrations.hf_common import (
     FSDP1,
+    ZERO3,
     altered,
     interception,
     is_called_otherwise,
     is_fsdp1,
+    is_zero3,
     original,
     warn_once,
 )
+from lorafuse.integrations.hf_expert_parallel import experts_here, implementation_of, running
 from lorafuse.integrations.hf_transformers import base_stacks, block_operands, first_projection, is_dispatched
 from lorafuse.operands import Weight
 from lorafuse.versions import EXPERTS, is_older
@@ -69,6 +72,8 @@ class FusedExperts(ParamWrapper):
                 parts = expert_parts(self)
             if isinstance(parts, tuple):
                 index, weight = args
+                if (implementation := implementation_of(self.get_base_layer())) is not None:
+                    return self._dispatched(implementation, x, index, weight, *parts[1:])
                 operands = _operands(*parts)
                 out = lora_experts(x, index.long(), weight, **operands, backend=self._lorafuse_backend)
                 calls.ran(self)
@@ -77,6 +82,30 @@ class FusedExperts(ParamWrapper):
                 warn_once("a patched experts layer runs as PEFT ships it", parts)
         calls.fell_back(self, parts or calls.OFF)
         return ParamWrapper.forward(self, x, *args, **kwargs)
+
+    def _dispatched(
+        self, implementation: Any, x: Tensor, index: Tensor, weight: Tensor, experts: int,
+        factors: dict[str, list[_Factors]],
+    ) -> Tensor:  # fmt: skip
+        """The result of experts that lie on several devices: those of this one run fused."""
+        base = self.get_base_layer()
+        adapters = {
+            key: experts_here(implementation, value) if isinstance(value, Tensor) else value
+            for key, value in _operands({}, experts, factors).items()
+        }
+
+        def run(rows: Tensor, local: Tensor, weights: Tensor) -> Tensor:
+            # the stacks are this rank's plain tensors inside the call
+            operands = block_operands(base, base_stacks(base))
+            if isinstance(operands, str):
+                raise RuntimeError(f"experts that were patched cannot run: {operands}")
+            operands |= adapters
+            return lora_experts(rows, local.long(), weights, **operands, backend=self._lorafuse_backend)
+
+        with running(implementation, run):
+            out = base(x, index, weight)
+        calls.ran(self)
+        return out
 
 
 # PEFT's reports, and PEFT itself, know a wrapper by this name; pickle goes by __module__ and __qualname__
@@ -104,12 +133,15 @@ def why_not_wrapped() -> str:
     return ""
 
 
-def expert_parts(layer: ParamWrapper) -> tuple[dict[str, Any], int, dict[str, list[_Factors]]] | str:
+def expert_parts(
+    layer: ParamWrapper, is_resting: bool = False
+) -> tuple[dict[str, Any], int, dict[str, list[_Factors]]] | str:
     """The present state of an outermost wrapper, or why it does not run fused; nothing is computed.
 
     The state: keyword arguments of `lora_experts` for the base, the number of experts, and the factors of the active
     adapters of "gate_up" and "down" as PEFT packs them. "" means that adapters are disabled or merged, PEFT's own
-    paths. The one statement of which experts lorafuse takes: the report and every forward ask here.
+    paths. The one statement of which experts lorafuse takes: the report and every forward ask here. Experts that are
+    `is_resting` lie in a module that FSDP2 shards.
     """
     if reason := why_not_wrapped():
         return reason
@@ -117,11 +149,13 @@ def expert_parts(layer: ParamWrapper) -> tuple[dict[str, Any], int, dict[str, li
     if any(wrapper.disable_adapters or wrapper.merged for wrapper in chain):
         return ""
     base = layer.get_base_layer()
-    if altered(*chain[1:], base):
-        return "an inner wrapper or its base has hooks or a replaced forward"
+    is_spread = implementation_of(base) is not None
+    # what spreads experts over devices replaces their forward and may have FSDP's hooks there
+    if altered(*chain[1:]) or (altered(base) and not is_spread):
+        return ZERO3 if is_zero3(base) else "an inner wrapper or its base has hooks or a replaced forward"
     if is_called_otherwise(ParamWrapper) or is_called_otherwise(type(base)):
         return "the call of nn.Module was replaced"
-    operands = block_operands(base, base_stacks(base))
+    operands = block_operands(base, base_stacks(base), is_resting or is_spread)
     if isinstance(operands, str):
         return operands
     if not is_dispatched(type(base)):

@@ -12,7 +12,7 @@ from torch import nn
 from lorafuse.backends import base as backends
 from lorafuse.integrations import calls, gated_mlp, groups
 from lorafuse.integrations.bypassed import bypassed
-from lorafuse.integrations.hf_common import FSDP1, is_fsdp1, watched
+from lorafuse.integrations.hf_common import FSDP1, is_fsdp1, is_fsdp2, watched
 from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, wrappers
 from lorafuse.integrations.hf_mixed import lift, lower
 from lorafuse.integrations.hf_peft import FusedLinear, FusedTorchaoLinear, FusedWeight, why_not_fused
@@ -20,7 +20,7 @@ from lorafuse.integrations.hf_quantized import described_format, notes, stored
 from lorafuse.integrations.report import Patched, PatchReport, Skipped
 from lorafuse.operands import Weight
 
-__all__ = ["adopt", "lift", "regroup", "release", "survey"]
+__all__ = ["adopt", "lift", "patched_layers", "regroup", "release", "survey"]
 
 # our class: PEFT's
 _SHIPPED: dict[type, type] = {
@@ -53,8 +53,8 @@ def _full_name(layer: BaseTunerLayer) -> str:
     return f"{type(layer).__module__}.{type(layer).__qualname__}"
 
 
-def _reason(layer: BaseTunerLayer) -> str:
-    """Why a layer is left to PEFT, or "" if lorafuse takes it."""
+def _reason(layer: BaseTunerLayer, is_resting: bool) -> str:
+    """Why a layer is left to PEFT, or "" if lorafuse takes it; `is_resting`: it lies in a module that FSDP2 shards."""
     if not isinstance(layer, LoraLayer):
         return f"{_full_name(layer)} is not a LoRA layer"
     # fully_shard changes the class of a layer passed to it to a subclass of its own, which still runs fused
@@ -71,10 +71,10 @@ def _reason(layer: BaseTunerLayer) -> str:
         return reason
     shipped: Any = next(kind for kind in type(layer).__mro__ if kind in classes.values())
     if _kind(layer) == "experts":
-        parts = expert_parts(layer)
+        parts = expert_parts(layer, is_resting)
         # experts whose adapters are merely off, merged or elsewhere run fused when they are on again
         return parts if isinstance(parts, str) and parts != NOTHING_ACTIVE else ""
-    return why_not_fused(layer, shipped)
+    return why_not_fused(layer, shipped, is_resting)
 
 
 def _replaced_forward(layer: nn.Module) -> str:
@@ -96,6 +96,7 @@ def survey(model: nn.Module, backend: str) -> tuple[PatchReport, list[LoraLayer]
     # what lies inside another module: wrappers of the same experts, and layers that are never called
     inner: set[nn.Module] = set()
     reasons: dict[nn.Module, str] = {}
+    resting: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             reasons[module.out_proj] = (
@@ -104,13 +105,15 @@ def survey(model: nn.Module, backend: str) -> tuple[PatchReport, list[LoraLayer]
             )
         elif is_fsdp1(module):
             reasons |= dict.fromkeys(module.modules(), FSDP1)
+        elif is_fsdp2(module) and module not in resting:
+            resting.update(module.modules())
         reasons |= bypassed(module)
     for name, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer) or layer in inner:
             continue
         if isinstance(layer, ParamWrapper):
             inner.update(wrappers(layer)[1:])
-        reason = reasons.get(layer) or _reason(layer)
+        reason = reasons.get(layer) or _reason(layer, layer in resting)
         if reason:
             report.skipped.append(Skipped(name, _kind(layer), reason))
             continue
@@ -158,10 +161,15 @@ def regroup(model: nn.Module, layers: list[Any], report: PatchReport, has_groups
     report.apart += apart
 
 
+def patched_layers(model: nn.Module) -> list[Any]:
+    """Every layer of the model that is one of our classes."""
+    classes = tuple(_shipped())
+    return [layer for layer in model.modules() if isinstance(layer, classes)]
+
+
 def release(model: nn.Module) -> int:
     """Make every patched layer of the model PEFT's class again; returns how many."""
-    classes = _shipped()
-    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, tuple(classes))]
+    classes, layers = _shipped(), patched_layers(model)
     for layer in (*layers, *gated_mlp.formed(model)):
         if type(layer) not in classes and not gated_mlp.is_ours(layer):
             raise RuntimeError(

@@ -21,10 +21,13 @@ from lorafuse.integrations.hf_common import (
     CALL,
     CALL_IMPL,
     FSDP1,
+    ZERO3,
     altered,
     described,
     interception,
+    is_dtensor,
     is_fsdp1,
+    is_zero3,
     original,
     trainable,
     warn_once,
@@ -32,6 +35,7 @@ from lorafuse.integrations.hf_common import (
 from lorafuse.integrations.hf_experts import why_not_wrapped
 from lorafuse.integrations.hf_mixed import run_mixed
 from lorafuse.integrations.hf_quantized import PACKED, is_quantized, multiplies_packed, run_quantized, stored
+from lorafuse.integrations.hf_tensor_parallel import Sharded, run_sharded, sharded_parts
 from lorafuse.operands import Weight
 
 __all__ = ["FusedLinear", "FusedTorchaoLinear", "FusedWeight", "fused", "operands_of", "why_not_fused"]
@@ -96,6 +100,10 @@ def fused(shipped: type) -> Any:
                     y = run_quantized(self._modules["base_layer"], rows, parts, self._lorafuse_backend)
                 calls.ran(self)
                 return y if rows is x else y.unflatten(0, x.shape[:-3])
+            if type(parts) is Sharded:
+                y = run_sharded(x, parts, self._lorafuse_backend)
+                calls.ran(self)
+                return y
             if parts and not torch.compiler.is_compiling():
                 warn_once("a patched linear layer runs as PEFT ships it", parts)
         elif kwargs.keys() == {"adapter_names"} and not args:
@@ -150,12 +158,13 @@ FusedTorchaoLinear.__name__ = TorchaoLoraLinear.__name__
 FusedWeight.__name__ = ParamWrapper.__name__
 
 
-def _parts(layer: Any, active: Any = None) -> _Operands | _Unfolded | str | None:
+def _parts(layer: Any, active: Any = None, is_resting: bool = False) -> _Operands | _Unfolded | Sharded | str | None:
     """The operands of the layer's present state, or what they are to be computed from: nothing is computed here.
     `active` are the names of the adapters, None for the layer's own active ones.
 
     None when no adapter is active in this layer, so that there is nothing to fuse; a str, the reason, when there is
     but it cannot be fused. The one statement of which layers lorafuse takes: the report and every forward ask here.
+    A layer that `is_resting` lies in a module that FSDP2 shards: its weight is a DTensor now and whole in a forward.
     """
     is_wrapper = isinstance(layer, ParamWrapper)
     if is_wrapper:
@@ -182,7 +191,10 @@ def _parts(layer: Any, active: Any = None) -> _Operands | _Unfolded | str | None
     weight: Any = base._parameters.get("weight")
     if weight is not None and weight.requires_grad:
         return trainable(base, "weight")
-    if not is_linear or (type(weight) is not nn.Parameter and type(weight) is not Tensor):
+    is_plain = is_linear and (type(weight) is nn.Parameter or type(weight) is Tensor)
+    if not is_plain and is_linear and is_dtensor(weight) and not is_resting:
+        return _sharded(layer, names)
+    if not is_plain and not (is_resting and is_dtensor(weight)):
         weight = None if is_wrapper else stored(base)
         if type(weight) is not Weight:
             return weight or f"its base weight {described(base, 'weight')}"
@@ -198,15 +210,10 @@ def _parts(layer: Any, active: Any = None) -> _Operands | _Unfolded | str | None
             return _why_not_plain(base, a, b)
         if a._parameters["bias"] is not None:
             return "its lora_A has a bias"
-        kind = type(dropout)
-        if kind is nn.Identity and kind.forward is _IDENTITY_FORWARD:
-            p = 0.0
-        elif kind is nn.Dropout and kind.forward is _DROPOUT_FORWARD and nn.functional.dropout is _DROPOUT:
-            p = dropout.p if dropout.training else 0.0
-        elif kind in (nn.Identity, nn.Dropout):
-            return f"the forward of {kind.__name__} was replaced"
-        else:
-            return f"its dropout is a {kind.__name__}, not nn.Dropout"
+        drawn = _dropout_p(dropout)
+        if isinstance(drawn, str):
+            return drawn
+        p = drawn
         a_weight, b_weight = a._parameters.get("weight"), b._parameters.get("weight")
         if a_weight is None or b_weight is None:
             return f"its lora_A or lora_B {described(b if a_weight is not None else a, 'weight')}"
@@ -217,6 +224,27 @@ def _parts(layer: Any, active: Any = None) -> _Operands | _Unfolded | str | None
             return weight, a_weight, b_weight, scale, base._parameters["bias"], p
         factors.append((a_weight, b_weight, b_bias, scale))
     return _Unfolded(weight, base._parameters["bias"], factors, p)
+
+
+def _dropout_p(dropout: nn.Module) -> float | str:
+    """The probability that a layer's dropout has now, or why lorafuse cannot draw its mask."""
+    kind = type(dropout)
+    if kind is nn.Identity and kind.forward is _IDENTITY_FORWARD:
+        return 0.0
+    if kind is nn.Dropout and kind.forward is _DROPOUT_FORWARD and nn.functional.dropout is _DROPOUT:
+        return dropout.p if dropout.training else 0.0  # type: ignore[return-value]
+    if kind in (nn.Identity, nn.Dropout):
+        return f"the forward of {kind.__name__} was replaced"
+    return f"its dropout is a {kind.__name__}, not nn.Dropout"
+
+
+def _sharded(layer: Any, names: list[str]) -> Sharded | str:
+    """The operands of a layer whose weight is a DTensor in its forward: tensor parallelism."""
+    if len(names) > 1 or names[0] in layer.lora_variant:
+        return "tensor parallelism with several active adapters, or with a variant of LoRA"
+    dropout = layer.lora_dropout[names[0]]
+    p = "its dropout has hooks or a replaced forward" if altered(dropout) else _dropout_p(dropout)
+    return p if isinstance(p, str) else sharded_parts(layer, names[0], p)
 
 
 def operands_of(layer: Any) -> _Operands | None:
@@ -238,6 +266,8 @@ def _why_not_linear(base: nn.Module) -> str:
 
 def _why_not_plain(base: nn.Module, a: nn.Module, b: nn.Module) -> str:
     """Which of a layer's modules is altered or of another class."""
+    if is_zero3(base):
+        return ZERO3
     if altered(base):
         return "its base layer has hooks or a replaced forward"
     if is_fsdp1(a) or is_fsdp1(b):
@@ -268,7 +298,7 @@ def _folded(weight: Tensor | Weight, bias: Tensor | None, factors: list[_Factors
     return weight, a, b, 1.0, bias, dropout_p
 
 
-def why_not_fused(layer: Any, shipped: type) -> str:
+def why_not_fused(layer: Any, shipped: type, is_resting: bool) -> str:
     """Why a layer of one of PEFT's classes cannot run fused in its present state, or "" if it can."""
-    parts = _parts(layer) if _forwards[shipped] is shipped.forward else _replaced(shipped)  # type: ignore[attr-defined]
+    parts = _parts(layer, None, is_resting) if _forwards[shipped] is shipped.forward else _replaced(shipped)  # type: ignore[attr-defined]
     return parts if isinstance(parts, str) else ""

@@ -19,6 +19,7 @@ from lorafuse.integrations.hf_common import (
     described,
     interception,
     is_called_otherwise,
+    is_dtensor,
     original,
     trainable,
     warn_once,
@@ -147,10 +148,11 @@ def is_dispatched(kind: type) -> bool:
     return getattr(kind.forward, "__globals__", None) is vars(moe)  # type: ignore[attr-defined]
 
 
-def block_operands(base: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any] | str:
+def block_operands(base: nn.Module, weights: Mapping[str, Any], is_resting: bool = False) -> dict[str, Any] | str:
     """Keyword arguments of `lora_experts` for a frozen experts module without adapters, or why there are none.
 
-    `weights` holds its two stacks by their names (`base_stacks`); biases are read from the module.
+    `weights` holds its two stacks by their names (`base_stacks`); biases are read from the module. Those that are
+    `is_resting` may be DTensors: FSDP2 makes them whole for a forward.
     """
     name = type(base).__name__
     if not all(hasattr(base, flag) for flag in FLAGS):
@@ -179,7 +181,8 @@ def block_operands(base: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any
             weight = dataclasses.replace(weight, is_transposed=base.is_transposed)
             operands |= {argument: weight, f"{argument}_bias": bias}
             continue
-        if type(weight) not in (nn.Parameter, Tensor) or weight.dim() != 3 or (base.has_bias and bias is None):  # type: ignore[union-attr]
+        is_plain = type(weight) in (nn.Parameter, Tensor) or (is_resting and is_dtensor(weight))
+        if not is_plain or weight.dim() != 3 or (base.has_bias and bias is None):  # type: ignore[union-attr]
             return f"its base {parameter} is not an ordinary stack [experts, …] of parameters"
         if weight.dtype not in _DTYPES:  # type: ignore[union-attr]
             return f"its base {parameter} is {weight.dtype}"  # type: ignore[union-attr]

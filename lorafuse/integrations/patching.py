@@ -2,6 +2,7 @@
 
 import warnings
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -10,7 +11,7 @@ from lorafuse.errors import MissingDependency
 from lorafuse.integrations.report import PatchReport
 from lorafuse.versions import MINIMUM, is_older
 
-__all__ = ["patch", "unpatch"]
+__all__ = ["patch", "patched_layers", "unpatch"]
 
 
 def _hf_model() -> ModuleType:
@@ -81,6 +82,13 @@ def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False, grou
         hf_model.lift(model)
     hf_model.regroup(model, layers, report, groups)
     return report
+
+
+def patched_layers(model: nn.Module, caller: str) -> list[Any]:
+    """The patched layers of a model; TypeError, naming the `caller`, when it is no `nn.Module`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller} got a {type(model).__name__}; it takes a torch.nn.Module")
+    return _hf_model().patched_layers(model)
 
 
 def unpatch(model: nn.Module) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from lorafuse.operands import Weight
 from lorafuse.philox import draw_seed
 
-__all__ = ["check_projection", "check_scale", "check_statistics", "check_tensors", "seed_tensor"]
+__all__ = ["check_gathered", "check_projection", "check_scale", "check_statistics", "check_tensors", "seed_tensor"]
 
 
 def check_tensors(operator: str, x: object, required: dict[str, object], optional: dict[str, object]) -> None:
@@ -26,6 +26,17 @@ def check_tensors(operator: str, x: object, required: dict[str, object], optiona
             raise ValueError(
                 f"lorafuse's {operator} got x on {x.device} and {name} on {t.device}; all tensors must be on one "
                 "device: move them with .to()"
+            )
+
+
+def check_gathered(operator: str, *weights: Tensor) -> None:
+    """Raises RuntimeError for a saved weight that backward finds empty: ZeRO-3 has freed it."""
+    for weight in weights:
+        if weight.shape == (0,):
+            raise RuntimeError(
+                f"lorafuse's {operator} finds a weight empty in backward: DeepSpeed's ZeRO-3 freed it after forward "
+                "and did not gather it again for this layer. Call lorafuse.integrations.prepare_zero3(model) before "
+                "deepspeed.initialize; with activation checkpointing use the reentrant kind (use_reentrant=True)"
             )
 
 

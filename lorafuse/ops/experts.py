@@ -26,6 +26,7 @@ from lorafuse.operands import Activate, ActivateBackward, LowRank, Rows, Weight,
 from lorafuse.ops import plain
 from lorafuse.ops._define import LIBRARY, implement, no_gradients
 from lorafuse.ops.autocast import outside_autocast
+from lorafuse.ops.checks import check_gathered
 from lorafuse.ops.choose import choose
 from lorafuse.ops.grouped import kept, low_rank, rank, rank_gradients
 from lorafuse.ops.transforms import is_transformed, needs_plain_backward
@@ -221,6 +222,7 @@ def _differentiate(ctx, dout, *_):
     tensors = ctx.saved_tensors
     inputs, saved, statistics = tensors[:11], tensors[11:16], tensors[16:]
     stored = *ctx.formats, statistics[: ctx.statistics], statistics[ctx.statistics :]
+    check_gathered("lora_experts", *inputs[3:5])
     if needs_plain_backward(dout):
         x, index, weight, up, down, *others = inputs
         up, down = (w.decoded(x.dtype).data for w in _weights(up, down, ctx.settings[2], *stored))

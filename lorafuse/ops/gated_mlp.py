@@ -23,6 +23,7 @@ from lorafuse.operands import LowRank, matrix, shaped_like
 from lorafuse.ops import group, plain
 from lorafuse.ops._define import LIBRARY, implement
 from lorafuse.ops.autocast import outside_autocast
+from lorafuse.ops.checks import check_gathered
 from lorafuse.ops.layers import (
     SCHEMA,
     Layer,
@@ -209,6 +210,7 @@ class _LoRAGatedMLP(torch.autograd.Function):
         if dy is None:
             return (None,) * (3 + len(tensors))
         arguments = settings.arguments(tensors)
+        check_gathered("lora_gated_mlp", *arguments[0])
         # the dtypes are those of forward, whatever autocast is on now
         with outside_autocast(dy):
             if needs_plain_backward(dy):

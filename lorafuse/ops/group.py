@@ -25,6 +25,7 @@ from lorafuse.operands import LowRank, matrix, shaped_like
 from lorafuse.ops import plain
 from lorafuse.ops._define import LIBRARY, implement
 from lorafuse.ops.autocast import outside_autocast
+from lorafuse.ops.checks import check_gathered
 from lorafuse.ops.layers import (
     SCHEMA,
     Layer,
@@ -245,6 +246,7 @@ class _LoRALinears(torch.autograd.Function):
         if given is None:
             return (None,) * (4 + len(tensors))
         arguments, here = settings.arguments(tensors), [dy is not None for dy in dys]
+        check_gathered("lora_linears", *arguments[0])
         # the dtypes are those of forward, whatever autocast is on now
         with outside_autocast(given):
             if dxa is not None or needs_plain_backward(given):

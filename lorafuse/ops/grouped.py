@@ -19,6 +19,7 @@ from lorafuse.operands import LowRank, Rows, Weight
 from lorafuse.ops import plain
 from lorafuse.ops._define import LIBRARY, implement, no_gradients
 from lorafuse.ops.autocast import outside_autocast
+from lorafuse.ops.checks import check_gathered
 from lorafuse.ops.choose import choose
 from lorafuse.ops.transforms import is_transformed, needs_plain_backward
 from lorafuse.plan import Plan
@@ -128,6 +129,7 @@ def _differentiate(ctx, dy, _):
         return tuple(grads)
     x, offsets, w, bias, a, b, xa, *statistics = ctx.saved_tensors
     scale, transposed, backend = ctx.settings
+    check_gathered("lora_grouped_linear", w)
     if needs_plain_backward(dy):
         weight = Weight(w, transposed, tuple(statistics), ctx.format).decoded(dy.dtype)
         if x is None:

@@ -24,6 +24,7 @@ from lorafuse.backends.protocol import NO_GUARD, Backend
 from lorafuse.operands import Dropout, LowRank, Weight, matrix, shaped_like
 from lorafuse.ops._define import LIBRARY, implement
 from lorafuse.ops.autocast import autocast_is_on, outside_autocast
+from lorafuse.ops.checks import check_gathered
 from lorafuse.ops.choose import choose
 from lorafuse.ops.transforms import needs_plain_backward
 from lorafuse.philox import keep_mask, rescaled
@@ -265,6 +266,8 @@ def _run_backward(ctx, dy, dxa, leading):
     needs = [need_x, need_a, need_b, need_bias]
     x, xa, weight, a, b, seed, *statistics = ctx.saved_tensors
     scale, dropout_p, backend, wide, format = ctx.settings
+    if not weight.numel():
+        check_gathered("lora_linear", weight)
     if dxa is not None or needs_plain_backward(given):
         dtype = next(t.dtype for t in (dy, x, dxa) if t is not None)
         plain = _weight(weight, format, statistics).decoded(dtype).data

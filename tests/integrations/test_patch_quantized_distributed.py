@@ -6,8 +6,9 @@ import pytest
 import tiny_families
 import torch
 from quantized_models import SIZES, adapted, quantize
-from test_patch_distributed import fsdp2, joined, spawn
+from test_patch_distributed import fsdp2
 from test_patch_quantized import counting
+from two_processes import joined, spawn
 
 import lorafuse
 
@@ -41,13 +42,18 @@ def train(rank, one):
 
 def train_three(rank, folder):
     results = {"stock": train(rank, fsdp2(model()))}
-    patched = model()
-    lorafuse.patch(patched, strict=True)
-    with counting() as calls, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        results["patched"] = train(rank, fsdp2(patched))
-    results["warned"] = [str(w.message) for w in caught if "runs as PEFT ships it" in str(w.message)]
-    results["calls"] = calls.call_count
+    for order in ("before", "after"):
+        patched = model()
+        if order == "before":
+            lorafuse.patch(patched, strict=True)
+        patched = fsdp2(patched)
+        if order == "after":
+            lorafuse.patch(patched, strict=True)
+        with counting() as calls, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            results[order] = train(rank, patched)
+        warned = [str(w.message) for w in caught if "runs as PEFT ships it" in str(w.message)]
+        results[f"seen {order}"] = calls.call_count, warned
     torch.save(results, f"{folder}/{rank}.pt")
 
 
@@ -55,7 +61,7 @@ def test_trains_as_peft_does(tmp_path):
     spawn(joined, str(tmp_path), train_three)
     for rank in range(2):
         results = torch.load(tmp_path / f"{rank}.pt")
-        assert results["warned"] == []
-        assert results["calls"] == STEPS * 14
-        assert len(set(results["patched"])) == STEPS
-        assert results["patched"] == pytest.approx(results["stock"], rel=2e-2)
+        for order in ("before", "after"):
+            assert results[f"seen {order}"] == (STEPS * 14, [])
+            assert len(set(results[order])) == STEPS
+            assert results[order] == pytest.approx(results["stock"], rel=2e-2)
