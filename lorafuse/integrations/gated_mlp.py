@@ -179,8 +179,9 @@ def form(model: nn.Module, layers: Iterable[Any]) -> tuple[list[Group], list[Ski
         roles = _roles(parent, children, fused)
         if isinstance(roles, _Roles):
             groups.append(Group(path, "gated_mlp", roles.names))
-            if _shipped(parent) is type(parent):
-                parent.__class__ = _fused(type(parent), type(parent).forward)
+            kind: Any = type(parent)
+            if _shipped(parent) is kind:
+                parent.__class__ = _fused(kind, kind.forward)
             parent._lorafuse_mlp = roles
         elif len(set(sizes.values())) > 1:
             # q, k and v of equal sizes are no MLP that somebody would look for

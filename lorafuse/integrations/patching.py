@@ -39,8 +39,9 @@ def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False, grou
             unless told.
         strict: raise ValueError, leaving the model as it was, if any adapted layer would be left to PEFT, or none
         found.
-        groups: run layers of one parent that are called with one x (q, k and v; gate and up) as one operator, where
-            their bases are dense. Names of known families tell which; others are learned from one forward.
+        groups: run layers of one parent that are called with one x (q, k and v) as one operator, where their bases are
+            dense, and gated MLPs whole. Names of known families tell which read one x; others are learned from one
+            forward. An MLP is known by a run of its forward with small layers.
 
     Returns:
         a `PatchReport`; `print(report)` shows it as a table.
