@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lorafuse.activation import ACTIVATIONS, GATES, gate_differentiable
 from lorafuse.functional import Projection, run_gated_mlp
+from lorafuse.integrations import calls
 from lorafuse.integrations.groups import fits
 from lorafuse.integrations.hf_common import altered, interception, is_called_otherwise, original
 from lorafuse.integrations.hf_peft import FusedLinear, operands_of
@@ -120,7 +121,11 @@ class _Roles:
             if operands[i][5]:
                 seeds[i] = seed_tensor(None, x.device)
         layers = [Projection(w, a, b, scale, bias, p, seeds[i]) for i, (w, a, b, scale, bias, p) in enumerate(operands)]
-        return run_gated_mlp(x, layers, self.activation, backends.pop())
+        y = run_gated_mlp(x, layers, self.activation, backends.pop())
+        for member in members:
+            if isinstance(member, FusedLinear):
+                calls.ran_grouped(member)
+        return y
 
     def _is_as_checked(self, parent: Any) -> bool:
         modules = parent._modules

@@ -10,7 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lorafuse.backends import base as backends
-from lorafuse.integrations import gated_mlp, groups
+from lorafuse.integrations import calls, gated_mlp, groups
+from lorafuse.integrations.bypassed import bypassed
 from lorafuse.integrations.hf_common import FSDP1, is_fsdp1, watched
 from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, wrappers
 from lorafuse.integrations.hf_peft import FusedLinear, FusedTorchaoLinear, FusedWeight, why_not_fused
@@ -102,6 +103,7 @@ def survey(model: nn.Module, backend: str) -> tuple[PatchReport, list[LoraLayer]
             )
         elif is_fsdp1(module):
             reasons |= dict.fromkeys(module.modules(), FSDP1)
+        reasons |= bypassed(module)
     for name, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer) or layer in inner:
             continue
@@ -136,6 +138,7 @@ def adopt(layer: Any, backend: str) -> None:
         layer.__class__ = ours.get(type(layer), type(layer))
     # None follows lorafuse.use_backend at every call
     layer._lorafuse_backend = None if backend == "auto" else backend
+    calls.begin(layer)
 
 
 def regroup(model: nn.Module, layers: list[Any], report: PatchReport, has_groups: bool) -> None:
@@ -168,5 +171,6 @@ def release(model: nn.Module) -> int:
     for layer in layers:
         layer.__class__ = classes[type(layer)]
         del layer._lorafuse_backend
+        calls.end(layer)
         groups.leave(layer)
     return len(layers)

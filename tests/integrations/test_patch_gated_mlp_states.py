@@ -9,7 +9,7 @@ from unittest import mock
 import peft
 import pytest
 import torch
-from test_gated_mlp import Factored, H, Mlp, Scaled, UpFirst, mlp_of, net, pair, step, x_of
+from test_patch_gated_mlp import Factored, H, Mlp, Scaled, UpFirst, mlp_of, net, pair, step, x_of
 from tiny_models import assert_close, counting_groups, counting_mlps, train_away_from_zero
 from torch import nn
 
