@@ -184,8 +184,9 @@ def form(model: nn.Module, layers: Iterable[Any]) -> tuple[list[Group], list[Ski
         roles = _roles(parent, children, fused)
         if isinstance(roles, _Roles):
             groups.append(Group(path, "gated_mlp", roles.names))
-            if _shipped(parent) is type(parent):
-                parent.__class__ = _fused(type(parent), type(parent).forward)
+            kind: Any = type(parent)
+            if _shipped(parent) is kind:
+                parent.__class__ = _fused(kind, kind.forward)
             parent._lorafuse_mlp = roles
         elif len(set(sizes.values())) > 1:
             # q, k and v of equal sizes are no MLP that somebody would look for
@@ -251,10 +252,10 @@ def _roles(parent: Any, children: dict[str, nn.Linear], fused: set[Any]) -> _Rol
         return f"its forward was replaced by {getattr(forward, '__qualname__', type(forward).__name__)}"
     if parent._parameters or parent._buffers:
         return "it has parameters or buffers of its own"
-    calls = _calls(parent, children, others)
-    if isinstance(calls, str):
-        return calls
-    names, activation = calls
+    seen = _seen(parent, children, others)
+    if isinstance(seen, str):
+        return seen
+    names, activation = seen
     gate, up, down = names if activation[1] else (names[1], names[0], names[2])
     checked = {name: (module, _attributes(module)) for name, module in others.items()}
     return _Roles(gate, up, down, not activation[1], activation[0], checked, _attributes(parent))
@@ -263,7 +264,7 @@ def _roles(parent: Any, children: dict[str, nn.Linear], fused: set[Any]) -> _Rol
 class _Small(nn.Linear):
     """A small layer that notes its calls: itself, x and y."""
 
-    def __init__(self, n: int, k: int, like: Tensor, generator: torch.Generator, has_bias: bool, calls: list) -> None:
+    def __init__(self, n: int, k: int, like: Tensor, generator: torch.Generator, has_bias: bool, noted: list) -> None:
         super().__init__(k, n, has_bias, device="meta")
         size = (n, k + 1)
         # gates from -10 to 10: activations differ near 2, and limits are at 7
@@ -271,15 +272,15 @@ class _Small(nn.Linear):
         self.weight = nn.Parameter(made[:, :k].contiguous(), requires_grad=False)
         if has_bias:
             self.bias = nn.Parameter(made[:, k].contiguous(), requires_grad=False)
-        self.calls = calls
+        self.noted = noted
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        self.calls.append((self, x, y))
+        self.noted.append((self, x, y))
         return y
 
 
-def _calls(
+def _seen(
     parent: Any, children: dict[str, nn.Linear], others: dict[str, nn.Module]
 ) -> tuple[tuple[str, ...], tuple[str, bool]] | str:
     """The names of the children in the order of their calls and `(activation, whether the first is the gate)`, as a
@@ -291,9 +292,9 @@ def _calls(
     for base in children.values():
         for size in (base.in_features, base.out_features):
             small.setdefault(size, 24 + 8 * len(small))
-    calls: list[tuple[Any, Any, Any]] = []
+    noted: list[tuple[Any, Any, Any]] = []
     layers = {
-        name: _Small(small[base.out_features], small[base.in_features], like, generator, base.bias is not None, calls)
+        name: _Small(small[base.out_features], small[base.in_features], like, generator, base.bias is not None, noted)
         for name, base in children.items()
     }
     known = [(name, is_first) for name in (*ACTIVATIONS, *GATES) for is_first in (True, False)]
@@ -306,15 +307,15 @@ def _calls(
             some = list(layers.values())
             first = next(one.in_features for one in some if sum(one.in_features == o.in_features for o in some) > 1)
             x = torch.randn((*rows, first), generator=generator, device="cpu", dtype=like.dtype).to(device)
-            calls.clear()
+            noted.clear()
             try:
                 y = _shipped(parent).forward(probe, x)
             # whatever a forward raises, it is not what is looked for
             except Exception as error:
                 return f"its forward fails on a small input: {type(error).__name__}: {error}"
-            if len({id(one) for one, *_ in calls}) != 3 or len(calls) != 3:
+            if len({id(one) for one, *_ in noted}) != 3 or len(noted) != 3:
                 return "its forward does not call each of its layers once"
-            (one, x_one, y_one), (two, x_two, y_two), (three, h, y_three) = calls
+            (one, x_one, y_one), (two, x_two, y_two), (three, h, y_three) = noted
             orders.add(tuple(next(name for name in layers if layers[name] is layer) for layer in (one, two, three)))
             if x_one is not x or x_two is not x or y is not y_three or y_one.shape != h.shape:
                 return "its forward is not down(act(gate(x)) · up(x))"

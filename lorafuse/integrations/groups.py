@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from lorafuse.functional import Projection, run_linears
 from lorafuse.integrations.report import Group, Skipped
@@ -200,10 +199,15 @@ class Siblings:
             self._run, self._run_x, self._is_single = [], weakref.ref(x), True
 
 
-@torch.compiler.assume_constant_result
 def _is_in_subgraph() -> bool:
     """Whether Dynamo traces a graph within a graph, a checkpoint's: it must not change the slot, which lies outside."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
     return not InstructionTranslator.current_tx().output.is_root_tracer()
+
+
+# called while Dynamo traces, as torch.compiler.assume_constant_result marks it; that would import Dynamo here
+_is_in_subgraph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _expire(group: weakref.ref[Siblings], reference: weakref.ref[Tensor], *_: Any) -> None:

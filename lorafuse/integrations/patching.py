@@ -42,8 +42,9 @@ def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False, grou
         backend: the one every patched layer must use; "auto" follows `lorafuse.use_backend`, which chooses by itself
             unless told.
         strict: raise ValueError, leaving the model as it was, if no layer is adapted or any would be left to PEFT.
-        groups: run layers of one parent that are called with one x (q, k and v; gate and up) as one operator, where
-            their bases are dense. Names of known families tell which; others are learned from one forward.
+        groups: run layers of one parent that are called with one x (q, k and v) as one operator, where their bases are
+            dense, and gated MLPs whole. Names of known families tell which read one x; others are learned from one
+            forward. An MLP is known by a run of its forward with small layers.
 
     Returns:
         a `PatchReport`; `print(report)` shows it as a table.

@@ -26,7 +26,8 @@ class Skipped(NamedTuple):
 class Group(NamedTuple):
     """Layers of one parent that run as one operator: the parent's name, a kind and their names in it.
 
-    "siblings" are called with one x as their names tell; of "candidates" the first forward shows which are.
+    "siblings" are called with one x as their names tell; of "candidates" the first forward shows which are. The members
+    of a "gated_mlp" are gate, up and down.
     """
 
     name: str

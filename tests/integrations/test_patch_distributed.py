@@ -108,6 +108,15 @@ def shard_layers(rank, folder):
         lorafuse.unpatch(model)
     assert {name: type(module) for name, module in model.named_modules()} == before
 
+    model = adapted()
+    lorafuse.patch(model, strict=True, groups=True)
+    fully_shard(model.base_model.model.model.layers[0].mlp)
+    with counting_mlps() as mlps:
+        assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(expected, rel=1e-5)
+    assert mlps.call_count == 2
+    with pytest.raises(RuntimeError, match="FSDPLlamaMLP.*unpatch before it, or shard whole blocks"):
+        lorafuse.unpatch(model)
+
 
 def test_sharded_layers(tmp_path):
     spawn(joined, str(tmp_path), shard_layers)
