@@ -2,6 +2,7 @@
 
 from lorafuse.integrations.hf_adapt import adapt_experts, from_experts
 from lorafuse.integrations.hf_transformers import register_experts
+from lorafuse.integrations.merging import ExactMerge, merge_exact
 from lorafuse.integrations.patching import patch, unpatch
 from lorafuse.integrations.peft_files import load_adapter, save_adapter
 from lorafuse.integrations.report import PatchReport
@@ -9,12 +10,14 @@ from lorafuse.integrations.serving import check_for_serving
 from lorafuse.integrations.status import Status, status
 
 __all__ = [
+    "ExactMerge",
     "PatchReport",
     "Status",
     "adapt_experts",
     "check_for_serving",
     "from_experts",
     "load_adapter",
+    "merge_exact",
     "patch",
     "register_experts",
     "save_adapter",

@@ -19,7 +19,7 @@ _is_tracing = compiler.is_dynamo_compiling
 
 
 class Calls:
-    """Counts of one layer's calls: `fused` by backend, `grouped` of those as one operator with siblings, `fallbacks` by
+    """Counts of one layer's calls: `fused` by backend, `grouped` of those in one operator with others, `fallbacks` by
     reason. `traced` holds the reason for which a graph of torch.compile has PEFT's path, "" where it is fused.
     """
 
@@ -50,7 +50,7 @@ def ran(layer: Any) -> None:
 
 
 def ran_grouped(layer: Any) -> None:
-    """Count a call whose output the operator of its siblings computed."""
+    """Count a call whose output one operator computed for several layers."""
     if _is_tracing():
         _note(layer, "")
     else:

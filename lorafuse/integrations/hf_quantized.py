@@ -107,7 +107,9 @@ def run_quantized(base: nn.Module, x: Tensor, operands: tuple[Any, ...], backend
         bias = bias.to(dtype)
     x = x.to(dtype)
     if not is_autocast or dtype is torch.get_autocast_dtype(x.device.type):
-        y = run_linear(x, weight, a, b, scale, bias, dropout_p, None, backend)
+        # GPU kernels add the low-rank path to fp32 sums; on a CPU it is rounded apart, unless it is fp32 as in PEFT
+        wide = dtype is torch.bfloat16 and x.is_cpu and not is_autocast and a.dtype is b.dtype is torch.float32
+        y = run_linear(x, weight, a, b, scale, bias, dropout_p, None, backend, wide=wide)
     else:
         with outside_autocast(x):
             y = run_linear(x, weight, a, b, scale, bias, dropout_p, None, backend)

@@ -16,10 +16,10 @@ NOT_PATCHED = "not patched: lorafuse.patch(model) takes it"
 class LayerStatus(NamedTuple):
     """What one adapted layer ran.
 
-    `fused` are its calls by the backend that ran them, `grouped` how many of these were one operator with siblings, of
-    the parent `group`. `fallbacks` are the other calls by reason. `compiled` tells that a graph of torch.compile holds
-    the layer: its calls cannot be counted, and `compiled_reason` is "" where they run fused there. `reason` is why a
-    layer is not patched, or is never called.
+    `fused` are its calls by the backend that ran them, `grouped` how many of these ran in one operator with other
+    layers, those of the parent `group`. `fallbacks` are the other calls by reason. `compiled` tells that a graph of
+    torch.compile holds the layer: its calls cannot be counted, and `compiled_reason` is "" where they run fused there.
+    `reason` is why a layer is not patched, or is never called.
     """
 
     name: str
@@ -39,7 +39,7 @@ class LayerStatus(NamedTuple):
         parts = []
         if self.fused:
             text = f"fused, {', '.join(sorted(self.fused))}"
-            grouped = f" ({'all' if self.grouped == sum(self.fused.values()) else 'some'} with its siblings)"
+            grouped = f" ({'all' if self.grouped == sum(self.fused.values()) else 'some'} with its group)"
             parts.append(text + grouped * bool(self.grouped))
         if self.compiled:
             parts.append("compiled" + (f", as PEFT ships it: {self.compiled_reason}" if self.compiled_reason else ""))
@@ -131,7 +131,7 @@ def status(model: nn.Module) -> Status:
                 dict(calls.fused),
                 dict(calls.fallbacks),
                 calls.grouped,
-                name.rpartition(".")[0] if "_lorafuse_siblings" in module.__dict__ else "",
+                name.rpartition(".")[0] if calls.grouped or "_lorafuse_siblings" in module.__dict__ else "",
                 reason is not None,
                 reason or "",
                 skipped.get(name, "") if idle else "",

@@ -31,7 +31,7 @@ def choose(backend: str, x: Tensor, operator: Problems, *weights: Tensor) -> tup
     """
     global latest
     latest = ATEN.name
-    name = base.resolve(backend)
+    name = base.current() if backend == "current" else backend
     if name == "auto":
         name = SOLE_BACKEND.get("cpu" if x.is_cpu else x.device.type, name)
     if name == "eager" and x.is_cpu:

@@ -91,9 +91,9 @@ def test_groups():
     assert {row.name: (row.grouped, row.group) for row in rows.values() if row.name.startswith(parent)} == {
         f"{parent}.gate_proj": (1, parent),
         f"{parent}.up_proj": (1, parent),
-        DOWN: (0, ""),
+        DOWN: (1, parent),
     }
-    assert "fused, eager (all with its siblings)" in str(lorafuse.status(model))
+    assert "fused, eager (all with its group)" in str(lorafuse.status(model))
 
 
 def test_experts():
