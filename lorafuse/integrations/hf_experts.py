@@ -189,7 +189,7 @@ def _factors(wrapper: ParamWrapper, base: nn.Module, stack: Tensor | Weight) -> 
         if wrapper.num_experts == 1 and base.is_transposed:
             return "a single expert stored transposed, which PEFT adapts in another layout"
         a, b = lora_a.weight, lora_b.weight
-        # PEFT 0.18 exchanged in and out features, and no call may fail for what another version does
+        # PEFT up to 0.19.0 exchanged in and out features, and no call may fail for what another version does
         if a.shape[1:] != (ins,) or b.shape != (outs, *a.shape[:1]) or a.shape[0] % experts:
             return (
                 f"its lora_A {list(a.shape)} and lora_B {list(b.shape)} are not [{experts}·R, {ins}] and "

@@ -20,18 +20,24 @@ from lorafuse.versions import EXPERTS, MINIMUM
 pytestmark = pytest.mark.no_poison
 
 ROOT = Path(__file__).parents[2]
-# requirements: the versions, the tests that run with them
+# requirements: the versions, the tests that run with them. After PEFT 0.18 prepared a
+# hot swap, an adapter that is not active requires gradients and has none, in the unpatched model too; PEFT 0.19 has no
+# second adapter with target_parameters.
 OLDEST = {
     "linear": (
         MINIMUM,
-        ["tests/integrations/test_patch_states.py", "-k", "test_state and before or warning or wrapped"],
+        [
+            "tests/integrations/test_patch_states.py",
+            "-k",
+            "(test_state and before or warning or wrapped) and not scales_as_tensors",
+        ],
     ),
     "experts": (
         EXPERTS,
         [
             "tests/integrations/test_peft_experts.py",
             "-k",
-            "test_together or test_one_projection or several or disabled",
+            "test_together or test_one_projection or disabled",
         ],
     ),
 }
@@ -65,9 +71,8 @@ def installed(name):
 def test_states(name):
     """The tests of the pinned versions pass with the oldest."""
     needed, tests = OLDEST[name]
-    assert {package: pins(name)[package].rpartition(".")[0] for package in ("peft", "transformers")} == {
-        package: needed[package] for package in ("peft", "transformers")
-    }
+    for package in ("peft", "transformers"):
+        assert pins(name)[package] in (needed[package], f"{needed[package]}.0")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (installed(name), ROOT, ROOT / "tests")))
     environment["OMP_NUM_THREADS"] = "1"
@@ -87,7 +92,7 @@ class TestFactors:
     """Of another version's layout a report tells, and no forward fails."""
 
     def turned_round(self):
-        """A model whose factors of down_proj have in and out features exchanged, as PEFT 0.18 lays them out."""
+        """A model whose factors of down_proj have in and out features exchanged, as PEFT up to 0.19.0 lays them out."""
         model = moe_models.adapted("qwen3_moe")
         for module in model.modules():
             if isinstance(module, peft.tuners.lora.ParamWrapper) and module.parameter_name == "down_proj":
