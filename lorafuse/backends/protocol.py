@@ -151,10 +151,16 @@ class Backend:
             product = self.matmul(x, w, None, plan, low=rest.pop(0) if rest else None)
             total = product if total is None else total.add_(product)
         assert total is not None
+        return total, self.outers(lows, wide, plan, likes)
+
+    def outers(
+        self, lows: Sequence[LowRank], wide: Tensor | None, plan: Plan | None, likes: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The gradients that `matmul_sum` returns, each by `outer`."""
         if not likes:
-            return total, []
+            return []
         assert wide is not None
-        return total, [
+        return [
             self.outer(low.xa, wide, None, plan, like=like, dropout=low.dropout)
             for low, like in zip(lows, likes, strict=True)
         ]

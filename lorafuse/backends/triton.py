@@ -8,6 +8,7 @@ Triton's interpreter, where TRITON_INTERPRET=1 asked for it.
 """
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from lorafuse.activation import Activation
 from lorafuse.backends import problems
 from lorafuse.backends.protocol import Backend, Problems, device_guard, finish
-from lorafuse.kernels import combine, decode, epilogues, lowrank, matmul
+from lorafuse.kernels import combine, decode, epilogues, lowrank, matmul, siblings
 from lorafuse.kernels.rows import Tiles
 from lorafuse.operands import Activate, Dropout, Epilogue, LowRank, Rows, Weight, contiguous_rows
 from lorafuse.plan import DeviceSpec, Plan, interpreted_as, select
@@ -97,9 +98,8 @@ class Triton(Backend):
             b = b.mT if low.is_transposed else _packed(b, b.dtype)
         if rows is None:
             with self.dense(w, x.dtype) as dense:
-                left = Weight(contiguous_rows(dense.data), dense.is_transposed).left()
                 mask = _mask(None if low is None else low.dropout)
-                return finish(matmul.matmul(x, left, bias, xa, b, scale, programs, config, **mask), epilogue)
+                return finish(matmul.matmul(x, _left(dense), bias, xa, b, scale, programs, config, **mask), epilogue)
         act = None if epilogue is None else epilogue.activation
         known = act if isinstance(act, Activation) and _is_fused(act) else None
         out: Any = None
@@ -124,6 +124,17 @@ class Triton(Backend):
             return out
         du, h, shares = out
         return du, h, None if shares is None else shares.sum(0)
+
+    def matmul_sum(
+        self, terms: Sequence[tuple[Tensor, Weight]], lows: Sequence[LowRank], plan: Plan | None, *,
+        wide: Tensor | None = None, likes: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        assert plan is not None
+        if plan.kernel != "siblings":
+            return super().matmul_sum(terms, lows, plan, wide=wide, likes=likes)
+        given = [(x, _left(w)) for x, w in terms]
+        total = siblings.matmul_sum(given, _lows(lows), _spec(given[0][0].device).sms, plan.config("matmul"))
+        return total, self.outers(lows, wide, plan, likes)
 
     def outer(
         self, narrow: Tensor, wide: Tensor, rows: Rows | None, plan: Plan | None, *, like: Tensor,
@@ -163,6 +174,22 @@ class Triton(Backend):
         assert rows.order is not None
         weight = None if weight is None else weight.contiguous()
         return combine.combine(y, rows.order, rows.offsets, weight, rows.count // rows.choices)
+
+
+def _left(w: Weight) -> Tensor:
+    """A dense w `[N, K]` as a product reads it."""
+    return Weight(contiguous_rows(w.data), w.is_transposed).left()
+
+
+def _lows(lows: Sequence[LowRank]) -> list[siblings.Low]:
+    """Low-rank products as the kernels of siblings take them."""
+    return [
+        siblings.Low(
+            contiguous_rows(low.xa), low.b.mT if low.is_transposed else low.b, None if low.scale == 1.0 else low.scale,
+            **_mask(low.dropout),
+        )
+        for low in lows
+    ]  # fmt: skip
 
 
 def _read(rows: Rows | None) -> dict[str, Any]:

@@ -44,13 +44,18 @@ _RAGGED: dict[int, tuple[_Tile, ...]] = {
 }
 # for groups of a few rows, which wait for their weights whatever the tile
 _RAGGED_SHORT: tuple[_Tile, ...] = ((32, 64, 64, 3, 4), (16, 64, 64, 3, 4))
+# of a sum with several masks, which is not to have fewer rows (Triton 3.6, 2026-11-29; no speed was measured)
+_MASKED_SUM: dict[int, _Tile] = {_TMA: (64, 128, 64, 4, 8), _POINTER: (64, 128, 32, 4, 8)}
 # ranks that a matmul takes at a time: at 64 the tiles of a and b no longer fit next to the pipeline's buffers
 _MAX_BLOCK_R = 32
 # fp32 accumulators in the registers of one thread, of 255: above this all shapes spilled
 _MAX_ACCUMULATORS = 128
-# the same with an activation's backward; with an activation too on sm_100, where accumulators come from tensor memory
+# the same with an activation's backward; in a sum with several masks (128 left 16 bytes in local memory); with an activation too on sm_100, where accumulators come from tensor memory
 # all at once, and after a loop over several rank tiles (Triton 3.6, 2026-11-25)
 _MAX_ACTIVATED = 64
+# layers of one launch, each of which has a main loop of its own in the kernel; quantized weights are decoded one at a
+# time, and have a launch each
+_MOST_SIBLINGS = 4
 # left alone, ptxas 12.9 stops at 64, 80 or 128 registers and spills one or two (Triton 3.6): ragged kernels, and all
 # where accumulators come from tensor memory; and aligned dx in fp32, where two blocks of 8 warps have 128 each
 _MAX_REGISTERS, _MAX_REGISTERS_DX = 255, 128
@@ -98,6 +103,7 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
         accumulators *= 2
     activates = is_matmul and bool(problem.epilogue)
     tight = activates and (bool(problem.gradients) or tensor_memory or c.block_r < problem.R)
+    tight = tight or (is_matmul and _sums_masked(problem))
     if accumulators > (_MAX_ACTIVATED if tight else _MAX_ACCUMULATORS) * 32 * c.warps:
         return f"{accumulators} accumulators do not fit the registers of {c.warps} warps"
     if activates and problem.gradients and tensor_memory and c.block_n > 128:
@@ -139,10 +145,17 @@ def _matmuls(problem: Problem, device: DeviceSpec) -> Iterator[KernelConfig]:
         read = _POINTER
     form = "tma" if read in (_TMA, _TMA_TENSOR_MEMORY) else "pointer"
     tiles = [(form, tile) for tile in (_RAGGED if problem.is_ragged else _DENSE)[read]]
+    if _sums_masked(problem) and read in _MASKED_SUM:
+        tiles.append((form, _MASKED_SUM[read]))
     if problem.is_ragged and read in (_TMA, _TMA_TENSOR_MEMORY, _POINTER):
         tiles += [("pointer", tile) for tile in _RAGGED_SHORT]
     for form, tile in tiles:
         yield KernelConfig("matmul", form, *tile[:3], block_r, *tile[3:])
+
+
+def _sums_masked(problem: Problem) -> bool:
+    """Whether a matmul sums low-rank products of siblings, each with a mask of its own."""
+    return problem.siblings > 1 and problem.dropout and bool(problem.gradients)
 
 
 def _skinny(kernel: str, problem: Problem, device: DeviceSpec) -> Iterator[KernelConfig]:
@@ -219,10 +232,15 @@ def operator_candidates(operator: Sequence[Problem], device: DeviceSpec, pick: P
         kernels += [sums[gradient] for gradient in sums if gradient in p.gradients]
     else:
         name, kernels = "two_kernel", ["project", "matmul"]
-    picked = _picked(kernels, p, device, pick)
-    if len(picked) == len(kernels):
-        steps = [cost.step(config, p, device) for config in picked if config.kernel != "reduce"]
-        yield Candidate("triton", name, (picked,), in_a_row(steps))
+    # a launch for each layer, or one for all
+    forms = [(name, replace(p, siblings=1))] if p.siblings > 1 else [(name, p)]
+    if 1 < p.siblings <= _MOST_SIBLINGS and p.format == "dense":
+        forms.append(("siblings", p))
+    for name, problem in forms:
+        picked = _picked(kernels, problem, device, pick)
+        if len(picked) == len(kernels):
+            steps = [cost.step(config, problem, device) for config in picked if config.kernel != "reduce"]
+            yield Candidate("triton", name, (picked,), in_a_row(steps))
 
 
 def _picked(kernels: Sequence[str], problem: Problem, device: DeviceSpec, pick: Pick) -> tuple[KernelConfig, ...]:

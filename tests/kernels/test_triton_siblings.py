@@ -1,0 +1,63 @@
+"""Siblings in one launch each way (T2; on a GPU, T6): by name against fp64, in every form, forced by the plan."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from group_reference import Case, check, linears, make, plain_linears, results
+
+from lorafuse.kernels import siblings
+from lorafuse.plan import find, override
+from lorafuse.testing.numerics import relative_l2, tolerance
+
+# fewer programs than tiles, so that they walk from one layer's to the next one's
+FORMS = {"tma": replace(find("H200"), sms=3), "pointer": replace(find("A100"), sms=3)}
+ALIGNED = Case(N=(136, 40, 72), K=96, R=(13, 0, 40), leading=(150,), dtype=torch.float16, adapter_dtype=torch.float32)
+CASES = {
+    "aligned": ALIGNED,
+    "masked": replace(ALIGNED, p=(0.3, 0.0, 0.5), R=(6, 4, 40)),
+    "misaligned": Case(N=(65, 12, 33), K=67, R=(5, 3, 0), leading=(70,), dtype=torch.float16),
+    "fp32": Case(N=(65, 8), K=130, R=(20, 3), p=(0.25, 0.25), bias=(False, True), leading=(3, 23)),
+    "frozen": replace(ALIGNED, R=(0, 0, 0), leading=(7,)),
+    "four": Case(N=(8, 8, 16, 8), K=16, R=(2, 2, 2, 1), p=(0.0,) * 4, bias=(True,) * 4, dtype=torch.float16),
+}
+
+
+@pytest.fixture(params=FORMS)
+def form(request):
+    with override(interpreted_as=FORMS[request.param]):
+        yield request.param
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """How often each launcher of the kernels ran."""
+    counts = {}
+    for name in ("matmul_sum",):
+        run = getattr(siblings, name)
+
+        def counted(*args, name=name, run=run, **more):
+            counts[name] = counts.get(name, 0) + 1
+            return run(*args, **more)
+
+        monkeypatch.setattr(siblings, name, counted)
+    return counts
+
+
+def one_launch(o):
+    with override(force_kernel="siblings"):
+        return linears(o, backend="triton")
+
+
+def forced(o, names=None, used=None):
+    with override(force_kernel="siblings"):
+        return results(lambda o: linears(o, backend="triton"), o, names, used)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_gradient(case, form, launches):
+    if form == "pointer" and case not in ("aligned", "masked"):
+        pytest.skip("rows that TMA cannot read are read through pointers on every GPU")
+    with override(force_kernel="siblings"):
+        check(lambda o: linears(o, backend="triton"), plain_linears, make(CASES[case]), draws=1)
+    assert launches == {"matmul_sum": 1}
