@@ -1,9 +1,10 @@
-"""The six primitives: what a backend implements once, and what every operator of `lorafuse.ops` is made of.
+"""The primitives: what a backend implements once, and what every operator of `lorafuse.ops` is made of.
 
     project         xa = scale · drop(x) aᵀ                         to the rank: xa, and dyb = dy b
     matmul          y = epilogue(x wᵀ + bias + scale · xa bᵀ)        the one main loop: y, dx, (u, h), (du, h)
     outer           scale · Σ_s narrow[s]ᵀ (row_scale[s] · wide[s])  sums over rows in a fixed order: da, db
     project_outer   dyb, db and dbias from one read of dy           default: project and outer
+    matmuls         y_i = x w_iᵀ + bias_i + low_i                    of layers of one x; default: matmul for each
     matmul_sum      Σ_i x_i w_iᵀ + Σ_j scale_j · xa_j b_jᵀ          dx of layers of one x; default: matmul and sums
     combine         out[t] = Σ_j weight[t, j] · y of choice j       the weighted sum over a token's choices
 
@@ -131,6 +132,14 @@ class Backend:
         Rows of no group hold anything.
         """
         raise NotImplementedError
+
+    def matmuls(
+        self, x: Tensor, weights: Sequence[Weight], plan: Plan | None, *, lows: Sequence[LowRank | None],
+        biases: Sequence[Tensor | None],
+    ) -> list[Tensor]:  # fmt: skip
+        """`[x w_iᵀ + bias_i + low_i]`, `[S, N_i]` each, of layers that read one x; rows are dense."""
+        each = zip(weights, lows, biases, strict=True)
+        return [self.matmul(x, w, None, plan, low=low, bias=bias) for w, low, bias in each]
 
     def matmul_sum(
         self, terms: Sequence[tuple[Tensor, Weight]], lows: Sequence[LowRank], plan: Plan | None, *,

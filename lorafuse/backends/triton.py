@@ -125,6 +125,17 @@ class Triton(Backend):
         du, h, shares = out
         return du, h, None if shares is None else shares.sum(0)
 
+    def matmuls(
+        self, x: Tensor, weights: Sequence[Weight], plan: Plan | None, *, lows: Sequence[LowRank | None],
+        biases: Sequence[Tensor | None],
+    ) -> list[Tensor]:  # fmt: skip
+        assert plan is not None
+        if plan.kernel != "siblings":
+            return super().matmuls(x, weights, plan, lows=lows, biases=biases)
+        given = [_left(w) for w in weights], [None if bias is None else bias.contiguous() for bias in biases]
+        each = [None if low is None else _low(low) for low in lows]
+        return siblings.matmuls(x, *given, each, _spec(x.device).sms, plan.config("matmul"))
+
     def matmul_sum(
         self, terms: Sequence[tuple[Tensor, Weight]], lows: Sequence[LowRank], plan: Plan | None, *,
         wide: Tensor | None = None, likes: Sequence[Tensor] = (),
@@ -133,7 +144,7 @@ class Triton(Backend):
         if plan.kernel != "siblings":
             return super().matmul_sum(terms, lows, plan, wide=wide, likes=likes)
         given = [(x, _left(w)) for x, w in terms]
-        total = siblings.matmul_sum(given, _lows(lows), _spec(given[0][0].device).sms, plan.config("matmul"))
+        total = siblings.matmul_sum(given, [_low(low) for low in lows], _spec(given[0][0].device).sms, plan.config("matmul"))
         return total, self.outers(lows, wide, plan, likes)
 
     def outer(
@@ -181,15 +192,10 @@ def _left(w: Weight) -> Tensor:
     return Weight(contiguous_rows(w.data), w.is_transposed).left()
 
 
-def _lows(lows: Sequence[LowRank]) -> list[siblings.Low]:
-    """Low-rank products as the kernels of siblings take them."""
-    return [
-        siblings.Low(
-            contiguous_rows(low.xa), low.b.mT if low.is_transposed else low.b, None if low.scale == 1.0 else low.scale,
-            **_mask(low.dropout),
-        )
-        for low in lows
-    ]  # fmt: skip
+def _low(low: LowRank) -> siblings.Low:
+    """A low-rank product as the kernels of siblings take it."""
+    b, scale = low.b.mT if low.is_transposed else low.b, None if low.scale == 1.0 else low.scale
+    return siblings.Low(contiguous_rows(low.xa), b, scale, **_mask(low.dropout))
 
 
 def _read(rows: Rows | None) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from lorafuse.kernels.product import base_products, low_rank_product, store_tile
 from lorafuse.kernels.rows import tile_rows
 from lorafuse.plan import KernelConfig
 
-__all__ = ["MOST_LAYERS", "Low", "matmul_sum", "matmuls"]
+__all__ = ["MOST_LAYERS", "Low", "low_arguments", "matmul_sum", "matmuls"]
 
 # a kernel has a main loop for each layer: more would only make it longer to compile
 MOST_LAYERS = 4
@@ -50,6 +50,137 @@ class Low(NamedTuple):
     scale: float | None = None
     seed: Tensor | None = None
     p: float = 0.0
+
+
+@triton.jit
+def _lora_matmuls_kernel(
+    p_x,
+    p_w,
+    p_bias,
+    p_xa,
+    p_b,
+    p_y,
+    M,
+    N,
+    K,
+    R,
+    stride_xm,
+    stride_w,
+    stride_xa,
+    stride_b,
+    scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    RANK_STEPS: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LOW_PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    TMA_X: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANKS_LAST: tl.constexpr,
+):
+    """Arguments are tuples, one entry for each layer, but x and what is of it."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    d_x, d_w, d_y = None, (), ()
+    if TMA_X:
+        d_x = tl.make_tensor_descriptor(p_x, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
+    if TMA:
+        for i in tl.static_range(len(p_w)):
+            d_wi = weight_descriptor(
+                p_w[i], None, N[i], K, stride_w[i], tl.constexpr(ROWS[i]), False, BLOCK_N, BLOCK_K
+            )  # fmt: skip
+            d_w = d_w + (d_wi,)
+            d_y = d_y + (tl.make_tensor_descriptor(p_y[i], [M, N[i]], [N[i], 1], [BLOCK_M, BLOCK_N // 2]),)
+
+    programs = tl.num_programs(0)
+    # this program's first tile of a layer
+    first = tl.program_id(0)
+    for i in tl.static_range(len(p_w)):
+        tiles_n = tl.cdiv(N[i], BLOCK_N)
+        for t in range(first, tiles_m * tiles_n, programs):
+            i_m, i_n = tile_of(t, tiles_m, tiles_n, GROUP_M)
+            group, row, end = tile_rows(None, i_m, M, BLOCK_M)
+            o_m = row + tl.arange(0, BLOCK_M)
+            o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+            rows = o_m < end
+            inside = o_n < N[i]
+            accs = base_products(
+                (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),), p_x, d_x, p_w[i : i + 1], d_w[i : i + 1], None, group, row,
+                end, o_m, o_n, inside, i_n * BLOCK_N, K, stride_xm, stride_w[i : i + 1], BLOCK_N, BLOCK_K, PRECISION,
+                tl.constexpr(ROWS[i]), False,
+            )  # fmt: skip
+            acc = accs[0]
+            if p_xa[i] is not None:
+                acc = low_rank_product(
+                    acc, p_xa[i], p_b[i], None, 0, scale[i], o_m, o_n, rows, inside, i_n * BLOCK_N, N[i], R[i],
+                    stride_xa[i], stride_b[i], BLOCK_R, RANK_STEPS[i], RANKS_LAST[i], False, LOW_PRECISION,
+                )  # fmt: skip
+            if p_bias[i] is not None:
+                acc += tl.load(p_bias[i] + o_n, mask=inside, other=0.0).to(tl.float32)[None, :]
+            d_yi = None
+            if TMA:
+                d_yi = d_y[i]
+            store_tile(acc, d_yi, p_y[i], row, i_n * BLOCK_N, o_m, o_n, rows, inside, N[i])
+        first = (first + programs - tiles_m * tiles_n % programs) % programs
+
+
+def matmuls(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lows: Sequence[Low | None], programs: int,
+    config: KernelConfig,
+) -> list[Tensor]:  # fmt: skip
+    """`[y_i [M, N_i]]` of x `[M, K]` and weights `[N_i, K]`, at most MOST_LAYERS, in x's dtype.
+
+    x has contiguous rows, biases are contiguous; in a "tma" configuration the rows of weights start on 16-byte
+    boundaries. Low-rank products are without masks. `programs` is how many run at a time.
+    """
+    assert 0 < len(weights) <= MOST_LAYERS
+    c, (M, K), N = config, x.shape, [w.shape[0] for w in weights]
+    y = [x.new_empty((M, n)) for n in N]
+    tma = c.form == "tma"
+    count = triton.cdiv(M, c.block_m) * sum(triton.cdiv(n, c.block_n) for n in N)
+    of_low = low_arguments(lows, c, len(lows))
+    low_dtype = next((low.xa.dtype for low in lows if low is not None), None)
+
+    def launch() -> None:
+        _lora_matmuls_kernel[(min(programs, count) if tma else count,)](
+            x,
+            tuple(weights),
+            tuple(biases),
+            of_low.xa,
+            of_low.b,
+            tuple(y),
+            M,
+            tuple(N),
+            K,
+            of_low.R,
+            x.stride(0),
+            tuple((max(w.stride()), *w.stride()) for w in weights),
+            of_low.stride_xa,
+            of_low.stride_b,
+            of_low.scale,
+            BLOCK_M=c.block_m,
+            BLOCK_N=c.block_n,
+            BLOCK_K=c.block_k,
+            BLOCK_R=c.block_r,
+            RANK_STEPS=of_low.rank_steps,
+            GROUP_M=c.group_m,
+            PRECISION=precision(x.dtype),
+            LOW_PRECISION=precision(x.dtype, low_dtype),
+            TMA=tma,
+            TMA_X=tma and fits_descriptor(x),
+            ROWS=tuple("nk" if w.stride(1) == 1 else "kn" for w in weights),
+            RANKS_LAST=of_low.ranks_last,
+            **options(c),
+        )
+
+    if tma:
+        launch_with_scratch(launch, x.device)
+    else:
+        launch()
+    return y
 
 
 @triton.jit
@@ -159,7 +290,7 @@ def matmul_sum(
     count = triton.cdiv(M, c.block_m) * triton.cdiv(N, c.block_n)
     lows = sorted(lows, key=lambda low: low.seed is not None)
     plain = sum(low.seed is None for low in lows)
-    of_low = _low_arguments(lows, c, plain)
+    of_low = low_arguments(lows, c, plain)
 
     def launch() -> None:
         _lora_matmul_sum_kernel[(min(programs, count) if tma else count,)](
@@ -218,7 +349,7 @@ class _LowArguments(NamedTuple):
     ranks_last: tuple[bool, ...]
 
 
-def _low_arguments(lows: Sequence[Low | None], config: KernelConfig, plain: int) -> _LowArguments:
+def low_arguments(lows: Sequence[Low | None], config: KernelConfig, plain: int) -> _LowArguments:
     """All of them; from `plain` on they have one dtype of b, and the same constants, that of the most ranks."""
     masked = [low for low in lows[plain:] if low is not None]
     dtype = masked[0].b.dtype if len({low.b.dtype for low in masked}) == 1 else torch.float32

@@ -65,11 +65,13 @@ def forward(
     if all(dropout is None for _, dropout in adapted):
         adapted = [(_stacked([a for a, _ in adapted]), None)] if adapted else []
     each = [run.project(x, a, None, plan, dropout=dropout, dtype=low) for a, dropout in adapted]
-    xa, ys = _side_by_side(each, x, low), []
-    for layer, mine in zip(layers, columns(xa, layers), strict=True):
-        added = None if mine is None or layer.b is None else LowRank(mine, layer.b, layer.factor)
-        ys.append(run.matmul(x, layer.weight, None, plan, low=added, bias=layer.bias))
-    return xa, ys
+    xa = _side_by_side(each, x, low)
+    lows = [
+        None if mine is None or layer.b is None else LowRank(mine, layer.b, layer.factor)
+        for layer, mine in zip(layers, columns(xa, layers), strict=True)
+    ]
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    return xa, run.matmuls(x, weights, plan, lows=lows, biases=biases)
 
 
 def backward(

@@ -23,17 +23,11 @@ CASES = {
 }
 
 
-@pytest.fixture(params=FORMS)
-def form(request):
-    with override(interpreted_as=FORMS[request.param]):
-        yield request.param
-
-
 @pytest.fixture
 def launches(monkeypatch):
     """How often each launcher of the kernels ran."""
     counts = {}
-    for name in ("matmul_sum",):
+    for name in ("matmuls", "matmul_sum"):
         run = getattr(siblings, name)
 
         def counted(*args, name=name, run=run, **more):
@@ -44,20 +38,12 @@ def launches(monkeypatch):
     return counts
 
 
-def one_launch(o):
-    with override(force_kernel="siblings"):
-        return linears(o, backend="triton")
+# rows that TMA cannot read are read through pointers on every GPU
+RUNS = [("tma", name) for name in CASES] + [("pointer", "aligned"), ("pointer", "masked")]
 
 
-def forced(o, names=None, used=None):
-    with override(force_kernel="siblings"):
-        return results(lambda o: linears(o, backend="triton"), o, names, used)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_every_gradient(case, form, launches):
-    if form == "pointer" and case not in ("aligned", "masked"):
-        pytest.skip("rows that TMA cannot read are read through pointers on every GPU")
-    with override(force_kernel="siblings"):
+@pytest.mark.parametrize(("form", "case"), RUNS)
+def test_every_gradient(form, case, launches):
+    with override(force_kernel="siblings", interpreted_as=FORMS[form]):
         check(lambda o: linears(o, backend="triton"), plain_linears, make(CASES[case]), draws=1)
-    assert launches == {"matmul_sum": 1}
+    assert launches == {"matmuls": 1, "matmul_sum": 1}

@@ -1,0 +1,50 @@
+"""The launches of siblings' kernels that `compile_only` compiles, on meta tensors: q, k and v, or gate, up and down."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lorafuse.kernels import siblings
+from lorafuse.plan import DeviceSpec, KernelConfig, Problem
+from lorafuse.plan.configs_triton import candidates
+
+__all__ = ["KERNELS", "configs", "launch"]
+
+# (name, gradients, epilogue)
+KERNELS = {"siblings": ((), ""), "siblings_dx": (("dx",), "")}
+_OUT = (4096, 1024, 1024)
+
+
+def problem(kernel: str, given: Problem) -> Problem:
+    """The problem of one of `KERNELS` with the sizes and dtypes of `given`."""
+    gradients, epilogue = KERNELS[kernel]
+    return replace(given, gradients=gradients, epilogue=epilogue, siblings=3)
+
+
+def configs(given: Problem, device: DeviceSpec) -> Iterator[tuple[str, KernelConfig]]:
+    """Kernels and the configurations of `given`, whose masks only dx has."""
+    for kernel, (gradients, _) in KERNELS.items():
+        if gradients or not given.dropout:
+            yield from ((kernel, config) for config in candidates("matmul", problem(kernel, given), device))
+
+
+def launch(kernel: str, config: KernelConfig, dtype: torch.dtype, R: int, aligned: bool, dropout: bool) -> None:
+    """One launch of R ranks a layer, fp32 adapters; unless `aligned`, sizes are odd."""
+    M, K, *N = (8192, 4096, *_OUT) if aligned else (8191, 4095, *(n + 1 for n in _OUT))
+
+    def tensor(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    fp32, seed = torch.float32, tensor(1, of=torch.int64) if dropout else None
+    xa = [tensor(M, 3 * R)[:, i * R : (i + 1) * R] for i in range(3)]
+    if kernel == "siblings":
+        lows = [siblings.Low(low, tensor(n, R, of=fp32), 2.0) for low, n in zip(xa, N, strict=True)]
+        siblings.matmuls(tensor(M, K), [tensor(n, K) for n in N], [tensor(n) for n in N], lows, 132, config)
+        return
+    terms = [(tensor(M, n), tensor(n, K).t()) for n in N]
+    # those without a mask are one
+    rows = xa if dropout else [tensor(M, R)]
+    lows = [siblings.Low(low, tensor(R, K, of=fp32).t(), None, seed, 0.1) for low in rows]
+    siblings.matmul_sum(terms, lows, 132, config)
