@@ -50,7 +50,7 @@ def linear_problem(
 
 def siblings_problem(
     x: Tensor, weights: Sequence[Weight], adapters: Sequence[Tensor], bias: bool, dropout: bool,
-    gradients: tuple[str, ...] = (), wide: bool = False, also: Sequence[Weight] = (),
+    gradients: tuple[str, ...] = (), wide: bool = False, also: Sequence[Weight] = (), epilogue: str = "",
 ) -> Problem:  # fmt: skip
     """The problem of layers of one x `[M, K]`, or of their dy, as that of one layer with all their out features and
     ranks; `adapters` are the a `[R, K]` of those that have one. `also` are weights that the same backend reads after.
@@ -63,7 +63,8 @@ def siblings_problem(
     return _problem(
         x.shape[0], sum(w.sizes[0] for w in weights), weights[0].sizes[1], sum(a.shape[0] for a in adapters) or 1,
         x.dtype, adapters[0].dtype if adapters else x.dtype, bias, dropout, gradients, aligned, wide,
-        format=next((name for name in sorted(formats) if name != "dense"), "dense"), siblings=len(weights),
+        format=next((name for name in sorted(formats) if name != "dense"), "dense"), epilogue=epilogue,
+        siblings=len(weights),
     )  # fmt: skip
 
 

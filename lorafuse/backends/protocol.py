@@ -5,6 +5,8 @@
     outer           scale · Σ_s narrow[s]ᵀ (row_scale[s] · wide[s])  sums over rows in a fixed order: da, db
     project_outer   dyb, db and dbias from one read of dy           default: project and outer
     matmuls         y_i = x w_iᵀ + bias_i + low_i                    of layers of one x; default: matmul for each
+    matmul_gated    gate and up as of matmuls, h = act(gate) · up    default: matmuls, and the activation
+    gated_backward  dgate, dup, h of dh = x wᵀ + low                 default: matmul, and the activation's backward
     matmul_sum      Σ_i x_i w_iᵀ + Σ_j scale_j · xa_j b_jᵀ          dx of layers of one x; default: matmul and sums
     combine         out[t] = Σ_j weight[t, j] · y of choice j       the weighted sum over a token's choices
 
@@ -28,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafuse.activation import gate_backward, gate_forward
 from lorafuse.backends import workspace
 from lorafuse.operands import ActivateBackward, Dropout, Epilogue, LowRank, Rows, Weight
 from lorafuse.plan import Plan, Problem
@@ -140,6 +143,21 @@ class Backend:
         """`[x w_iᵀ + bias_i + low_i]`, `[S, N_i]` each, of layers that read one x; rows are dense."""
         each = zip(weights, lows, biases, strict=True)
         return [self.matmul(x, w, None, plan, low=low, bias=bias) for w, low, bias in each]
+
+    def matmul_gated(
+        self, x: Tensor, weights: Sequence[Weight], plan: Plan | None, *, lows: Sequence[LowRank | None],
+        biases: Sequence[Tensor | None], activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """`(gate, up, h)`, `[S, I]` each: the `matmuls` of two layers, and their activation, by name."""
+        gate, up = self.matmuls(x, weights, plan, lows=lows, biases=biases)
+        return gate, up, gate_forward(activation, gate, up)
+
+    def gated_backward(
+        self, dy: Tensor, w: Weight, plan: Plan | None, *, low: LowRank, gate: Tensor, up: Tensor, activation: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`(dgate, dup, h)`, `[S, I]` each, for dh = dy wᵀ + low; rows are dense."""
+        dh, h = self.matmul(dy, w, None, plan, low=low), torch.empty_like(gate)
+        return *gate_backward(activation, dh, gate, up, h), h
 
     def matmul_sum(
         self, terms: Sequence[tuple[Tensor, Weight]], lows: Sequence[LowRank], plan: Plan | None, *,

@@ -18,7 +18,7 @@ from torch import Tensor
 from lorafuse.activation import Activation
 from lorafuse.backends import problems
 from lorafuse.backends.protocol import Backend, Problems, device_guard, finish
-from lorafuse.kernels import combine, decode, epilogues, lowrank, matmul, siblings
+from lorafuse.kernels import combine, decode, epilogues, gated, lowrank, matmul, siblings
 from lorafuse.kernels.rows import Tiles
 from lorafuse.operands import Activate, Dropout, Epilogue, LowRank, Rows, Weight, contiguous_rows
 from lorafuse.plan import DeviceSpec, Plan, interpreted_as, select
@@ -132,9 +132,28 @@ class Triton(Backend):
         assert plan is not None
         if plan.kernel != "siblings":
             return super().matmuls(x, weights, plan, lows=lows, biases=biases)
-        given = [_left(w) for w in weights], [None if bias is None else bias.contiguous() for bias in biases]
-        each = [None if low is None else _low(low) for low in lows]
-        return siblings.matmuls(x, *given, each, _spec(x.device).sms, plan.config("matmul"))
+        given = _side_by_side(weights, biases, lows)
+        return siblings.matmuls(x, *given, _spec(x.device).sms, plan.config("matmul"))
+
+    def matmul_gated(
+        self, x: Tensor, weights: Sequence[Weight], plan: Plan | None, *, lows: Sequence[LowRank | None],
+        biases: Sequence[Tensor | None], activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        assert plan is not None
+        given = _side_by_side(weights, biases, lows) if plan.kernel == "siblings" else None
+        if given is None or len({w.stride(1) == 1 for w in given[0]}) > 1:
+            return super().matmul_gated(x, weights, plan, lows=lows, biases=biases, activation=activation)
+        return gated.gated(x, *given, activation, _spec(x.device).sms, plan.config("matmul"))
+
+    def gated_backward(
+        self, dy: Tensor, w: Weight, plan: Plan | None, *, low: LowRank, gate: Tensor, up: Tensor, activation: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert plan is not None
+        if plan.kernel != "siblings":
+            return super().gated_backward(dy, w, plan, low=low, gate=gate, up=up, activation=activation)
+        (xa, b, scale, seed, p), u = _low(low), (gate.contiguous(), up.contiguous())
+        settings = activation, _spec(dy.device).sms, plan.config("matmul")
+        return matmul.gated_backward(dy, _left(w), xa.contiguous(), b, scale, *u, *settings, seed=seed, p=p)
 
     def matmul_sum(
         self, terms: Sequence[tuple[Tensor, Weight]], lows: Sequence[LowRank], plan: Plan | None, *,
@@ -196,6 +215,14 @@ def _low(low: LowRank) -> siblings.Low:
     """A low-rank product as the kernels of siblings take it."""
     b, scale = low.b.mT if low.is_transposed else low.b, None if low.scale == 1.0 else low.scale
     return siblings.Low(contiguous_rows(low.xa), b, scale, **_mask(low.dropout))
+
+
+def _side_by_side(
+    weights: Sequence[Weight], biases: Sequence[Tensor | None], lows: Sequence[LowRank | None]
+) -> tuple[list[Tensor], list[Tensor | None], list[siblings.Low | None]]:
+    """The operands of layers of one x as the kernels of siblings take them."""
+    of_bias = [None if bias is None else bias.contiguous() for bias in biases]
+    return [_left(w) for w in weights], of_bias, [None if low is None else _low(low) for low in lows]
 
 
 def _read(rows: Rows | None) -> dict[str, Any]:

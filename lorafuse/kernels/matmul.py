@@ -39,7 +39,7 @@ from lorafuse.kernels.product import base_products, low_rank_product, store_tile
 from lorafuse.kernels.rows import Tiles, tile_count, tile_rows
 from lorafuse.plan import KernelConfig
 
-__all__ = ["activated", "activation_backward", "matmul"]
+__all__ = ["activated", "activation_backward", "fits_descriptor", "gated_backward", "matmul", "parts_of"]
 
 # accumulators of a thread that an activation takes at a time: u, h and the slopes of more do not fit beside those that
 # wait (Triton 3.6, 2026-11-25)
@@ -90,7 +90,7 @@ def _lora_matmul_kernel(
     # gate and up of the same columns of h are in one tile, so that x is read once and both are in one accumulator
     PAIRED: tl.constexpr = EPILOGUE[0] == "activate" and EPILOGUE[2] == "concatenated"
     COLUMNS: tl.constexpr = BLOCK_N // 2 if PAIRED else BLOCK_N
-    TMA_Y: tl.constexpr = TMA_X and TMA_W and p_tiles is None
+    TMA_Y: tl.constexpr = TMA_X and TMA_W and p_tiles is None and EPILOGUE[0] == "store"
     limit = N // 2 if PAIRED else N
     tiles_m = tile_count(p_tiles, M, BLOCK_M)
     tiles_n = tl.cdiv(limit, COLUMNS)
@@ -138,11 +138,11 @@ def _lora_matmul_kernel(
 
 
 def _launch(
-    epilogue: tuple[str, str, str], operands: tuple[Tensor | None, ...], x: Tensor, w: Tensor, bias: Tensor | None,
-    xa: Tensor | None, b: Tensor | None, scale: float | None, y: Tensor, programs: int, config: KernelConfig,
-    tiles: Tiles | None, source: Tensor | None, seed: Tensor | None = None, p: float = 0.0,
+    epilogue: tuple[str, str, str], operands: tuple, x: Tensor, w: Tensor, bias: Tensor | None,
+    xa: Tensor | None, b: Tensor | None, scale: float | None, y: Tensor | tuple[Tensor, Tensor], programs: int,
+    config: KernelConfig, tiles: Tiles | None, source: Tensor | None, seed: Tensor | None = None, p: float = 0.0,
 ) -> None:  # fmt: skip
-    c, M, (N, K) = config, y.shape[0], w.shape[-2:]
+    c, M, (N, K) = config, x.shape[0] if tiles is None else tiles.rows, w.shape[-2:]
     table = None if tiles is None else tiles.of(c.block_m)
     paired = 2 if epilogue[0] == "activate" and epilogue[2] == "concatenated" else 1
     # the most tiles that there can be
@@ -190,8 +190,7 @@ def _launch(
             TMA_W=tma,
             ROWS="nk" if w.stride(-1) == 1 else "kn",
             RANKS_LAST=ranks_last,
-            # columns of the accumulator that the epilogue takes at a time
-            EPILOGUE=(*epilogue, max(1, c.block_m * c.block_n // (32 * c.warps * _PART))),
+            EPILOGUE=(*epilogue, parts_of(c)),
             **options(c),
         )
 
@@ -199,6 +198,11 @@ def _launch(
         launch_with_scratch(launch, x.device)
     else:
         launch()
+
+
+def parts_of(config: KernelConfig) -> int:
+    """Parts of a tile's columns that an epilogue takes one after the other."""
+    return max(1, config.block_m * config.block_n // (32 * config.warps * _PART))
 
 
 def fits_descriptor(x: Tensor) -> bool:
@@ -260,3 +264,17 @@ def activation_backward(
         ("activate_backward", activation, gate), operands, g, w, None, gb, a, scale, du, programs, config, tiles, source
     )
     return out
+
+
+def gated_backward(
+    dy: Tensor, w: Tensor, dyb: Tensor | None, a: Tensor | None, scale: float | None, gate: Tensor, up: Tensor,
+    activation: str, programs: int, config: KernelConfig, *, seed: Tensor | None = None, p: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`(dgate, dup, h)`, `[M, I]` each, for dh = dy wᵀ + drop(dyb (scale · a)ᵀ) of dense rows, which is not stored.
+
+    w `[I, N]` and a `[I, R]` are those of the down projection, read transposed; gate and up are contiguous.
+    """
+    dgate, dup, h = torch.empty_like(gate), torch.empty_like(up), torch.empty_like(gate)
+    operands, epilogue = ((gate, up), h, None, None), ("activate_backward", activation, "apart")
+    _launch(epilogue, operands, dy, w, None, dyb, a, scale, (dgate, dup), programs, config, None, None, seed, p)
+    return dgate, dup, h

@@ -146,7 +146,7 @@ def _matmuls(problem: Problem, device: DeviceSpec) -> Iterator[KernelConfig]:
     form = "tma" if read in (_TMA, _TMA_TENSOR_MEMORY) else "pointer"
     tiles = [(form, tile) for tile in (_RAGGED if problem.is_ragged else _DENSE)[read]]
     if _sums_masked(problem) and read in _MASKED_SUM:
-        tiles.append((form, _MASKED_SUM[read]))
+        tiles.insert(0, (form, _MASKED_SUM[read]))
     if problem.is_ragged and read in (_TMA, _TMA_TENSOR_MEMORY, _POINTER):
         tiles += [("pointer", tile) for tile in _RAGGED_SHORT]
     for form, tile in tiles:
@@ -232,9 +232,10 @@ def operator_candidates(operator: Sequence[Problem], device: DeviceSpec, pick: P
         kernels += [sums[gradient] for gradient in sums if gradient in p.gradients]
     else:
         name, kernels = "two_kernel", ["project", "matmul"]
-    # a launch for each layer, or one for all
-    forms = [(name, replace(p, siblings=1))] if p.siblings > 1 else [(name, p)]
-    if 1 < p.siblings <= _MOST_SIBLINGS and p.format == "dense":
+    # a launch for each layer, or one for all and for the activation that follows
+    is_group = p.siblings > 1 or p.epilogue
+    forms = [(name, replace(p, siblings=1, epilogue="") if is_group else p)]
+    if is_group and p.siblings <= _MOST_SIBLINGS and p.format == "dense":
         forms.append(("siblings", p))
     for name, problem in forms:
         picked = _picked(kernels, problem, device, pick)

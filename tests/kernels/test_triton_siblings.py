@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from group_reference import Case, check, linears, make, plain_linears, results
+from group_reference import Case, check, linears, make, mlp, plain_linears, plain_mlp
 
-from lorafuse.kernels import siblings
+from lorafuse.kernels import gated, matmul, siblings
 from lorafuse.plan import find, override
-from lorafuse.testing.numerics import relative_l2, tolerance
 
 # fewer programs than tiles, so that they walk from one layer's to the next one's
 FORMS = {"tma": replace(find("H200"), sms=3), "pointer": replace(find("A100"), sms=3)}
@@ -27,14 +26,15 @@ CASES = {
 def launches(monkeypatch):
     """How often each launcher of the kernels ran."""
     counts = {}
-    for name in ("matmuls", "matmul_sum"):
-        run = getattr(siblings, name)
+    names = (siblings, "matmuls"), (siblings, "matmul_sum"), (gated, "gated"), (matmul, "gated_backward")
+    for module, name in names:
+        run = getattr(module, name)
 
         def counted(*args, name=name, run=run, **more):
             counts[name] = counts.get(name, 0) + 1
             return run(*args, **more)
 
-        monkeypatch.setattr(siblings, name, counted)
+        monkeypatch.setattr(module, name, counted)
     return counts
 
 
@@ -47,3 +47,22 @@ def test_every_gradient(form, case, launches):
     with override(force_kernel="siblings", interpreted_as=FORMS[form]):
         check(lambda o: linears(o, backend="triton"), plain_linears, make(CASES[case]), draws=1)
     assert launches == {"matmuls": 1, "matmul_sum": 1}
+
+
+MLP = Case(N=(136, 136, 40), K=96, R=(13, 0, 40), leading=(70,), dtype=torch.float16, adapter_dtype=torch.float32)
+MLPS = {
+    "aligned": ("tma", MLP, "silu"),
+    "pointers": ("pointer", MLP, "gelu_tanh"),
+    "fp32": ("tma", Case(N=(65, 65, 9), K=33, R=(0, 3, 5), bias=(False, True, False), leading=(23,)), "clamped_swiglu"),
+}
+
+
+@pytest.mark.parametrize("name", MLPS)
+def test_every_gradient_of_a_gated_mlp(name, launches):
+    form, case, activation = MLPS[name]
+    with override(force_kernel="siblings", interpreted_as=FORMS[form]):
+        check(
+            lambda o: mlp(o, activation, backend="triton"), lambda o: plain_mlp(o, activation),
+            make(case, of_mlp=True), draws=1,
+        )  # fmt: skip
+    assert launches == {"gated": 1, "gated_backward": 1, "matmul_sum": 1}
