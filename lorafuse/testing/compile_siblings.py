@@ -6,34 +6,40 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lorafuse.kernels import siblings
+from lorafuse.kernels import gated, matmul, siblings
 from lorafuse.plan import DeviceSpec, KernelConfig, Problem
 from lorafuse.plan.configs_triton import candidates
 
 __all__ = ["KERNELS", "configs", "launch"]
 
-# (name, gradients, epilogue)
-KERNELS = {"siblings": ((), ""), "siblings_dx": (("dx",), "")}
+# kernel: its gradients, epilogue, and how many layers it has
+KERNELS = {
+    "siblings": ((), "", 3),
+    "siblings_dx": (("dx",), "", 3),
+    "gated": ((), "gated", 2),
+    "gated_backward": (("dx",), "gated", 1),
+}
 _OUT = (4096, 1024, 1024)
+# of those that a gate multiplies by up, the one that holds most registers
+_ACTIVATION = "gelu_tanh"
 
 
 def problem(kernel: str, given: Problem) -> Problem:
     """The problem of one of `KERNELS` with the sizes and dtypes of `given`."""
-    gradients, epilogue = KERNELS[kernel]
-    return replace(given, gradients=gradients, epilogue=epilogue, siblings=3)
+    gradients, epilogue, layers = KERNELS[kernel]
+    return replace(given, gradients=gradients, epilogue=epilogue, siblings=layers)
 
 
 def configs(given: Problem, device: DeviceSpec, everything: bool = True) -> Iterator[tuple[str, KernelConfig]]:
     """Kernels and the configurations of `given`, whose masks only dx has.
 
-    Without `everything` the largest tile, in fp32 and of misaligned rows at several rank tiles only: each kernel takes
+    Without `everything` the largest tile, at several rank tiles: what holds most registers. Each of these kernels takes
     long to compile, with a main loop for each layer.
     """
-    is_common = given.dtype == "bfloat16" and given.aligned
-    if not everything and given.R not in ((16, 64) if is_common else (64,)):
+    if not everything and given.R != 64:
         return
-    for kernel, (gradients, _) in KERNELS.items():
-        if gradients or not given.dropout:
+    for kernel, (gradients, epilogue, _) in KERNELS.items():
+        if not given.dropout or (gradients and (everything or not epilogue)):
             legal = candidates("matmul", problem(kernel, given), device)
             yield from ((kernel, config) for config in (legal if everything else legal[:1]))
 
@@ -47,6 +53,16 @@ def launch(kernel: str, config: KernelConfig, dtype: torch.dtype, R: int, aligne
 
     fp32, seed = torch.float32, tensor(1, of=torch.int64) if dropout else None
     xa = [tensor(M, 3 * R)[:, i * R : (i + 1) * R] for i in range(3)]
+    if kernel == "gated_backward":
+        gate, up, w = tensor(M, K), tensor(M, K), tensor(N[0], K)
+        operands = tensor(M, N[0]), w.t(), tensor(M, R), tensor(R, K, of=fp32).t(), None, gate, up
+        matmul.gated_backward(*operands, _ACTIVATION, 132, config, seed=seed, p=0.1)
+        return
+    if kernel == "gated":
+        lows = [siblings.Low(low, tensor(N[0], R, of=fp32), 2.0) for low in xa[:2]]
+        weights, biases = [tensor(N[0], K), tensor(N[0], K)], [tensor(N[0]), None]
+        gated.gated(tensor(M, K), weights, biases, lows, _ACTIVATION, 132, config)
+        return
     if kernel == "siblings":
         lows = [siblings.Low(low, tensor(n, R, of=fp32), 2.0) for low, n in zip(xa, N, strict=True)]
         siblings.matmuls(tensor(M, K), [tensor(n, K) for n in N], [tensor(n) for n in N], lows, 132, config)
