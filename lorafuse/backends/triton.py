@@ -162,8 +162,8 @@ class Triton(Backend):
         assert plan is not None
         if plan.kernel != "siblings":
             return super().matmul_sum(terms, lows, plan, wide=wide, likes=likes)
-        given = [(x, _left(w)) for x, w in terms]
-        total = siblings.matmul_sum(given, [_low(low) for low in lows], _spec(given[0][0].device).sms, plan.config("matmul"))
+        given, added = [(x, _left(w)) for x, w in terms], [_low(low) for low in lows]
+        total = siblings.matmul_sum(given, added, _spec(terms[0][0].device).sms, plan.config("matmul"))
         return total, self.outers(lows, wide, plan, likes)
 
     def outer(

@@ -6,9 +6,9 @@ An epilogue is a function of `acc`, fp32 `[BLOCK_M, BLOCK_N]`, of where it lies,
 (`operands`). `matmul` calls it by name. One more is a function here and a line there.
 
 The gate layout says how u holds gate and up: "concatenated" (columns of gate, then those of up), "interleaved" (column
-2i is gate, 2i + 1 is up), "apart" (two matrices, of a gated MLP's two layers), or "" without a gate. Everything is fp32 in registers; u is what was rounded and stored, so
-that backward computes from the numbers that forward used. Tiles are processed in PARTS narrower ones, one after the
-other, so that u, h and the slopes of one part are in registers.
+2i is gate, 2i + 1 is up), "apart" (two matrices, of a gated MLP's two layers), or "" without a gate. Everything is fp32
+in registers; u is what was rounded and stored, so that backward computes from the numbers that forward used. Tiles are
+processed in PARTS narrower ones, one after the other, so that u, h and the slopes of one part are in registers.
 """
 
 import triton

@@ -3,8 +3,8 @@
     matmuls       y_i = x w_iᵀ + bias_i + xa_i (scale_i · b_i)ᵀ
     matmul_sum    y = Σ_i x_i w_iᵀ + Σ_j drop_j(xa_j (scale_j · b_j)ᵀ)
 
-Shapes: as `matmul` has them for dense rows, with N_i columns of each y, and K_i of each x that is summed over. An xa may
-be columns of a wider matrix. Weights lie where they are: nothing concatenates them, and neither the x of a sum.
+Shapes: as `matmul` has them for dense rows, with N_i columns of each y, and K_i of each x that is summed over. An xa
+may be columns of a wider matrix. Weights lie where they are: nothing concatenates them, and neither the x of a sum.
 
 Fused: the tiles of all y are one walk, in which a program that has none left of one y continues with the next, so that
 there is one last wave instead of one for each layer. A sum has one accumulator, which takes one main loop after the
@@ -237,7 +237,10 @@ def _lora_matmul_sum_kernel(
                 d_x = d_x + (tl.make_tensor_descriptor(p_x[i], [M, K[i]], [stride_xm[i], 1], [BLOCK_M, BLOCK_K]),)
             else:
                 d_x = d_x + (0,)
-            d_w = d_w + (weight_descriptor(p_w[i], None, N, K[i], stride_w[i], tl.constexpr(ROWS[i]), False, BLOCK_N, BLOCK_K),)
+            d_wi = weight_descriptor(
+                p_w[i], None, N, K[i], stride_w[i], tl.constexpr(ROWS[i]), False, BLOCK_N, BLOCK_K
+            )  # fmt: skip
+            d_w = d_w + (d_wi,)
         d_y = tl.make_tensor_descriptor(p_y, [M, N], [N, 1], [BLOCK_M, BLOCK_N // 2])
 
     for t in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -254,7 +257,8 @@ def _lora_matmul_sum_kernel(
                 d_xi = d_x[i]
             accs = base_products(
                 accs, p_x[i], d_xi, p_w[i : i + 1], d_w[i : i + 1], None, group, row, end, o_m, o_n, inside,
-                i_n * BLOCK_N, K[i], stride_xm[i], stride_w[i : i + 1], BLOCK_N, BLOCK_K, PRECISION, tl.constexpr(ROWS[i]), False,
+                i_n * BLOCK_N, K[i], stride_xm[i], stride_w[i : i + 1], BLOCK_N, BLOCK_K, PRECISION,
+                tl.constexpr(ROWS[i]), False,
             )  # fmt: skip
         acc = accs[0]
         for j in tl.static_range(PLAIN):
@@ -262,7 +266,7 @@ def _lora_matmul_sum_kernel(
                 acc, p_xa[j], p_b[j], None, 0, scale[j], o_m, o_n, rows, inside, i_n * BLOCK_N, N, R[j], stride_xa[j],
                 stride_b[j], BLOCK_R, RANK_STEPS[j], RANKS_LAST[j], GROUPED, LOW_PRECISION,
             )  # fmt: skip
-        if PLAIN < len(p_xa):
+        if len(p_xa) > PLAIN:
             # a loop and not unrolled, or the words of all masks are in registers at once
             for j in tl.range(0, len(p_xa) - PLAIN, num_stages=1):
                 acc = low_rank_product(
@@ -282,7 +286,8 @@ def matmul_sum(
     Every x has contiguous rows; in a "tma" configuration the rows of x and w start on 16-byte boundaries. The masks of
     low-rank products are over `[M, N]`, and nothing is rescaled. `programs` is how many run at a time.
     """
-    assert 0 < len(terms) <= MOST_LAYERS and len(lows) <= MOST_LAYERS
+    assert 0 < len(terms) <= MOST_LAYERS
+    assert len(lows) <= MOST_LAYERS
     c, (x, w) = config, zip(*terms, strict=True)
     M, N = x[0].shape[0], w[0].shape[0]
     y = x[0].new_empty((M, N))

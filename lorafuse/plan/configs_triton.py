@@ -50,14 +50,16 @@ _MASKED_SUM: dict[int, _Tile] = {_TMA: (64, 128, 64, 4, 8), _POINTER: (64, 128, 
 _MAX_BLOCK_R = 32
 # fp32 accumulators in the registers of one thread, of 255: above this all shapes spilled
 _MAX_ACCUMULATORS = 128
-# the same with an activation's backward; in a sum with several masks (128 left 16 bytes in local memory); with an activation too on sm_100, where accumulators come from tensor memory
-# all at once, and after a loop over several rank tiles (Triton 3.6, 2026-11-25)
+# the same with an activation's backward; with an activation too on sm_100, where accumulators come from tensor memory
+# all at once, and after a loop over several rank tiles (Triton 3.6, 2026-11-25); and in a sum with several masks, where
+# twice as many left 16 bytes in local memory (2026-11-29)
 _MAX_ACTIVATED = 64
 # layers of one launch, each of which has a main loop of its own in the kernel; quantized weights are decoded one at a
 # time, and have a launch each
 _MOST_SIBLINGS = 4
-# left alone, ptxas 12.9 stops at 64, 80 or 128 registers and spills one or two (Triton 3.6): ragged kernels, and all
-# where accumulators come from tensor memory; and aligned dx in fp32, where two blocks of 8 warps have 128 each
+# left alone, ptxas 12.9 stops at 64, 80 or 128 registers and spills one or two (Triton 3.6): kernels of ragged rows
+# and with an activation, and all where accumulators come from tensor memory; and aligned dx in fp32, where two blocks
+# of 8 warps have 128 each
 _MAX_REGISTERS, _MAX_REGISTERS_DX = 255, 128
 
 
@@ -106,6 +108,8 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
     tight = tight or (is_matmul and _sums_masked(problem))
     if accumulators > (_MAX_ACTIVATED if tight else _MAX_ACCUMULATORS) * 32 * c.warps:
         return f"{accumulators} accumulators do not fit the registers of {c.warps} warps"
+    if is_matmul and _sums_masked(problem) and problem.itemsize == 4:
+        return "a sum with several masks leaves 32 bytes of a thread in local memory in fp32"
     if activates and problem.gradients and tensor_memory and c.block_n > 128:
         return "on sm_100 the backward of interleaved gate and up leaves 16 bytes of 256 columns in local memory"
     needed = shared_memory(c, problem)
@@ -123,7 +127,7 @@ def candidates(kernel: str, problem: Problem, device: DeviceSpec) -> tuple[Kerne
     else:
         configs = (_ragged_skinny if problem.is_ragged else _skinny)(kernel, problem, device)
     registers = 0
-    if problem.is_ragged or device.features.has_tensor_memory:
+    if problem.is_ragged or problem.epilogue or device.features.has_tensor_memory:
         registers = _MAX_REGISTERS
     elif kernel == "matmul" and problem.gradients and problem.itemsize == 4:
         registers = 0 if problem.dropout or problem.is_misaligned else _MAX_REGISTERS_DX

@@ -1,4 +1,4 @@
-"""The launches of ragged kernels that `compile_only` compiles, on meta tensors, as the experts of a layer launch them."""
+"""The launches of ragged kernels that `compile_only` compiles, on meta tensors, as experts launch them."""
 
 from typing import Any
 

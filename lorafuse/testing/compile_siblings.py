@@ -19,6 +19,7 @@ KERNELS = {
     "gated": ((), "gated", 2),
     "gated_backward": (("dx",), "gated", 1),
 }
+_ARCHITECTURES = (80, 90, 100)
 _OUT = (4096, 1024, 1024)
 # of those that a gate multiplies by up, the one that holds most registers
 _ACTIVATION = "gelu_tanh"
@@ -33,10 +34,10 @@ def problem(kernel: str, given: Problem) -> Problem:
 def configs(given: Problem, device: DeviceSpec, everything: bool = True) -> Iterator[tuple[str, KernelConfig]]:
     """Kernels and the configurations of `given`, whose masks only dx has.
 
-    Without `everything` the largest tile, at several rank tiles: what holds most registers. Each of these kernels takes
-    long to compile, with a main loop for each layer.
+    Without `everything` the largest tile, at several rank tiles: what holds most registers, on one architecture for
+    each form of loads and accumulators. A kernel with a main loop for each layer takes long to compile.
     """
-    if not everything and given.R != 64:
+    if not everything and (given.R != 64 or device.arch not in _ARCHITECTURES):
         return
     for kernel, (gradients, epilogue, _) in KERNELS.items():
         if not given.dropout or (gradients and (everything or not epilogue)):

@@ -110,7 +110,9 @@ def test_each_mutation_is_red(name, monkeypatch, tmp_path):
 
 
 QKV = Case(N=(72, 40, 24), K=40, R=(13, 4, 5), leading=(130,), dtype=torch.float16)
-MASKED = Case(N=(72, 40, 24), K=40, R=(5, 4, 13), p=(0.3, 0.5, 0.0), bias=(False,) * 3, leading=(20,), dtype=torch.float16)
+MASKED = Case(
+    N=(72, 40, 24), K=40, R=(5, 4, 13), p=(0.3, 0.5, 0.0), bias=(False,) * 3, leading=(20,), dtype=torch.float16
+)
 MLP = Case(N=(72, 72, 24), K=40, R=(13, 4, 5), leading=(20,), dtype=torch.float16)
 # of siblings in one launch: (case, module, what is changed, into what, the tensor that turns red first)
 SIBLINGS = {
@@ -136,7 +138,9 @@ def red(case):
     exact = results(reference, o.fresh(dtype=torch.float64))
     with override(force_kernel="siblings"):
         actual = results(lambda o: run(o, backend="triton"), o)
-    wrong = (n for n, t in actual.items() if n != "differentiable" and not relative_l2(t, exact[n]) < tolerance(t.dtype))
+    wrong = (
+        n for n, t in actual.items() if n != "differentiable" and not relative_l2(t, exact[n]) < tolerance(t.dtype)
+    )
     return next(wrong, "")
 
 
