@@ -77,7 +77,21 @@ def _problem(
 ) -> Problem:  # fmt: skip
     names = _name(dtype), _name(adapter_dtype)
     return Problem(
-        M, N, K, R, *names, bias, dropout, gradients, aligned, wide, groups, is_ragged, choices, format, epilogue,
+        M,
+        N,
+        K,
+        R,
+        *names,
+        bias,
+        dropout,
+        gradients,
+        aligned,
+        wide,
+        groups,
+        is_ragged,
+        choices,
+        format,
+        epilogue,
         siblings=siblings,
     )
 

@@ -152,8 +152,9 @@ class Triton(Backend):
         if plan.kernel != "siblings":
             return super().gated_backward(dy, w, plan, low=low, gate=gate, up=up, activation=activation)
         (xa, b, scale, seed, p), u = _low(low), (gate.contiguous(), up.contiguous())
-        settings = activation, _spec(dy.device).sms, plan.config("matmul")
-        return matmul.gated_backward(dy, _left(w), xa.contiguous(), b, scale, *u, *settings, seed=seed, p=p)
+        programs, config = _spec(dy.device).sms, plan.config("matmul")
+        operands = dy, _left(w), xa.contiguous(), b, scale, *u
+        return matmul.gated_backward(*operands, activation, programs, config, seed=seed, p=p)
 
     def matmul_sum(
         self, terms: Sequence[tuple[Tensor, Weight]], lows: Sequence[LowRank], plan: Plan | None, *,

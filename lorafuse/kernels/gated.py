@@ -66,7 +66,7 @@ def _lora_gated_kernel(
     HALF: tl.constexpr = BLOCK_N // 2
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, HALF)
-    d_x, d_w = None, ()
+    d_x, d_w = None, ()  # type: object, tuple
     if TMA_X:
         d_x = tl.make_tensor_descriptor(p_x, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
     if TMA:
@@ -85,12 +85,12 @@ def _lora_gated_kernel(
             (zeros, zeros), p_x, d_x, p_w, d_w, None, group, row, end, o_m, o_n, inside, i_n * HALF, K, stride_xm,
             stride_w, HALF, BLOCK_K, PRECISION, ROWS, False,
         )  # fmt: skip
-        sums = ()
+        sums = ()  # type: tuple
         for i in tl.static_range(2):
             acc = accs[i]
             if p_xa[i] is not None:
                 acc = low_rank_product(
-                    acc, p_xa[i], p_b[i], None, 0, scale[i], o_m, o_n, rows, inside, i_n * HALF, N, R[i], stride_xa[i],
+                    acc, p_xa[i], p_b[i], None, 0, scale[i], o_m, o_n, rows, inside, i_n, N, R[i], stride_xa[i],
                     stride_b[i], BLOCK_R, RANK_STEPS[i], RANKS_LAST[i], False, LOW_PRECISION,
                 )  # fmt: skip
             if p_bias[i] is not None:

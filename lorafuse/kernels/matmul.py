@@ -97,7 +97,7 @@ def _lora_matmul_kernel(
     d_x = None
     if TMA_X:
         d_x = tl.make_tensor_descriptor(p_x, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
-    d_w = ()
+    d_w = ()  # type: tuple
     if TMA_W:
         d_w = (weight_descriptor(p_w, G, N, K, stride_w, ROWS, PAIRED, BLOCK_N, BLOCK_K),)
     d_y = None
@@ -124,7 +124,7 @@ def _lora_matmul_kernel(
         if p_xa is not None:
             acc = low_rank_product(
                 acc, p_xa, p_b + group_w * stride_b[0], p_seed, drop_below, scale, o_m, o_n, rows, inside,
-                i_n * BLOCK_N, N, R, R, stride_b[1], BLOCK_R, RANK_STEPS, RANKS_LAST, GROUPED, LOW_PRECISION,
+                i_n, N, R, R, stride_b[1], BLOCK_R, RANK_STEPS, RANKS_LAST, GROUPED, LOW_PRECISION,
             )  # fmt: skip
         if p_bias is not None:
             acc += tl.load(p_bias + group_w * N + o_n, mask=inside, other=0.0).to(tl.float32)[None, :]

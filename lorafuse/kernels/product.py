@@ -93,7 +93,8 @@ def base_products(
     Operands are read through d_x and d_w, or through pointers where d_x is None or d_w empty.
     """
     o_k = tl.arange(0, BLOCK_K)
-    p_xk, p_wk, step_w = p_x, (), ()
+    p_xk = p_x
+    p_wk, step_w = (), ()  # type: tuple, tuple
     if d_x is None:
         p_xk = p_x + source_rows(p_source, o_m, row, end)[:, None] * stride_xm + o_k[None, :]
     if len(d_w) == 0:
@@ -113,7 +114,7 @@ def base_products(
             p_xk += BLOCK_K
         else:
             b_x = d_x.load([row, i_k])
-        sums, ahead = (), ()
+        sums, ahead = (), ()  # type: tuple, tuple
         for i in tl.static_range(len(p_w)):
             if len(d_w) == 0:
                 mask_k = (o_k < K - i_k)[:, None]
@@ -128,11 +129,11 @@ def base_products(
 
 @triton.jit
 def low_rank_product(
-    acc, p_xa, p_b, p_seed, drop_below, scale, o_m, o_n, rows, inside, first, N, R, stride_xa, stride_b,
+    acc, p_xa, p_b, p_seed, drop_below, scale, o_m, o_n, rows, inside, i_n, N, R, stride_xa, stride_b,
     BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, RANKS_LAST: tl.constexpr, GROUPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`acc + drop(xa (scale · b)ᵀ)`, a mask over `[…, N]`, of which `first` is the tile's first column."""
+    """`acc + drop(xa (scale · b)ᵀ)` of column block `i_n`, with a mask over `[…, N]`."""
     # with dropout the low-rank product is masked on its way, in an accumulator of its own
     low = acc if p_seed is None else tl.zeros(acc.shape, tl.float32)
     if RANK_STEPS == 1:
@@ -149,7 +150,9 @@ def low_rank_product(
     if p_seed is None:
         return low
     else:
-        return acc + tl.where(keep_tile(p_seed, drop_below, o_m, first, N, acc.shape[1], GROUPED), low, 0.0)
+        return acc + tl.where(
+            keep_tile(p_seed, drop_below, o_m, i_n * acc.shape[1], N, acc.shape[1], GROUPED), low, 0.0
+        )
 
 
 @triton.jit

@@ -84,7 +84,7 @@ def _lora_matmuls_kernel(
 ):
     """Arguments are tuples, one entry for each layer, but x and what is of it."""
     tiles_m = tl.cdiv(M, BLOCK_M)
-    d_x, d_w, d_y = None, (), ()
+    d_x, d_w, d_y = None, (), ()  # type: object, tuple, tuple
     if TMA_X:
         d_x = tl.make_tensor_descriptor(p_x, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
     if TMA:
@@ -115,12 +115,12 @@ def _lora_matmuls_kernel(
             acc = accs[0]
             if p_xa[i] is not None:
                 acc = low_rank_product(
-                    acc, p_xa[i], p_b[i], None, 0, scale[i], o_m, o_n, rows, inside, i_n * BLOCK_N, N[i], R[i],
+                    acc, p_xa[i], p_b[i], None, 0, scale[i], o_m, o_n, rows, inside, i_n, N[i], R[i],
                     stride_xa[i], stride_b[i], BLOCK_R, RANK_STEPS[i], RANKS_LAST[i], False, LOW_PRECISION,
                 )  # fmt: skip
             if p_bias[i] is not None:
                 acc += tl.load(p_bias[i] + o_n, mask=inside, other=0.0).to(tl.float32)[None, :]
-            d_yi = None
+            d_yi = None  # type: object
             if TMA:
                 d_yi = d_y[i]
             store_tile(acc, d_yi, p_y[i], row, i_n * BLOCK_N, o_m, o_n, rows, inside, N[i])
@@ -230,7 +230,7 @@ def _lora_matmul_sum_kernel(
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    d_x, d_w, d_y = (), (), None
+    d_x, d_w, d_y = (), (), None  # type: tuple, tuple, object
     if TMA:
         for i in tl.static_range(len(p_w)):
             if TMA_X[i]:
@@ -252,7 +252,7 @@ def _lora_matmul_sum_kernel(
         inside = o_n < N
         accs = (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
         for i in tl.static_range(len(p_w)):
-            d_xi = None
+            d_xi = None  # type: object
             if TMA_X[i]:
                 d_xi = d_x[i]
             accs = base_products(
@@ -263,7 +263,7 @@ def _lora_matmul_sum_kernel(
         acc = accs[0]
         for j in tl.static_range(PLAIN):
             acc = low_rank_product(
-                acc, p_xa[j], p_b[j], None, 0, scale[j], o_m, o_n, rows, inside, i_n * BLOCK_N, N, R[j], stride_xa[j],
+                acc, p_xa[j], p_b[j], None, 0, scale[j], o_m, o_n, rows, inside, i_n, N, R[j], stride_xa[j],
                 stride_b[j], BLOCK_R, RANK_STEPS[j], RANKS_LAST[j], GROUPED, LOW_PRECISION,
             )  # fmt: skip
         if len(p_xa) > PLAIN:
@@ -271,7 +271,7 @@ def _lora_matmul_sum_kernel(
             for j in tl.range(0, len(p_xa) - PLAIN, num_stages=1):
                 acc = low_rank_product(
                     acc, _pick(p_xa[PLAIN:], j), _pick(p_b[PLAIN:], j), _pick(p_seed[PLAIN:], j),
-                    _pick(drop_below[PLAIN:], j), _pick(scale[PLAIN:], j), o_m, o_n, rows, inside, i_n * BLOCK_N, N,
+                    _pick(drop_below[PLAIN:], j), _pick(scale[PLAIN:], j), o_m, o_n, rows, inside, i_n, N,
                     _pick(R[PLAIN:], j), _pick(stride_xa[PLAIN:], j), _pick(stride_b[PLAIN:], j),
                     BLOCK_R, RANK_STEPS[-1], RANKS_LAST[-1], GROUPED, LOW_PRECISION,
                 )  # fmt: skip
