@@ -31,9 +31,9 @@ test-peft: $(READY) ## PEFT's own LoRA tests, from its source distribution, with
 	@$(PY) tests/peft_suite/run.py -n logical --maxprocesses 4 $(ARGS)
 
 # dill, which datasets hashes functions with, pickles modules by value that lie elsewhere than in site-packages
-test-trl: $(READY) ## count --data by TRL's own collators, and run the advisor's scripts under TRL; installs 400 MB
+test-trl: $(READY) ## count --data by TRL's own collators, and run the advisor's scripts and the callback under TRL; installs 400 MB
 	@$(INSTALL) --no-deps --upgrade --target build/trl-tests/site-packages -r requirements/trl-tests.txt
-	@PYTHONPATH=build/trl-tests/site-packages $(PY) -m pytest tests/tools/test_advise_data.py tests/tools/test_advise_snippet.py $(ARGS)
+	@PYTHONPATH=build/trl-tests/site-packages $(PY) -m pytest tests/tools/test_advise_data.py tests/tools/test_advise_snippet.py tests/tools/test_trl_callback.py $(ARGS)
 
 cuda: $(READY) ## build the CUDA kernels (with nvcc) and their emulator (with g++) into lorafuse/
 	@$(PY) csrc/build.py emu

@@ -8,7 +8,7 @@ from lorafuse import functional, nn
 from lorafuse.backends.base import use_backend
 from lorafuse.backends.workspace import clear_workspace
 from lorafuse.errors import BackendUnavailable, MissingDependency
-from lorafuse.integrations import PatchReport, patch, unpatch
+from lorafuse.integrations import PatchReport, Status, patch, status, unpatch
 
 __version__ = "0.1.0"
 
@@ -16,10 +16,12 @@ __all__ = [
     "BackendUnavailable",
     "MissingDependency",
     "PatchReport",
+    "Status",
     "clear_workspace",
     "functional",
     "nn",
     "patch",
+    "status",
     "unpatch",
     "use_backend",
 ]

@@ -39,6 +39,17 @@ _LIBRARY = _OPERATORS | {"functional", "nn", "integrations", "__init__"}
 _TOOLS = _LIBRARY | {"testing", "advise"}
 _MEASURING = ("advise", "bench", "cli", "demo", "study", "testing", "tune")
 _HUGGING_FACE = {"peft", "transformers", "accelerate"}
+_TRAINERS = {
+    "axolotl",
+    "lightning",
+    "llamafactory",
+    "nemo_automodel",
+    "pydantic",
+    "pytorch_lightning",
+    "safetensors",
+    "swift",
+    "torchtune",
+}
 LAYERS = {
     "errors": (set(), set()),
     "env": ({"errors"}, set()),
@@ -54,7 +65,7 @@ LAYERS = {
     "ops": (_OPERANDS | {"backends", "plan"}, {"torch"}),
     "functional": (_OPERATORS, {"torch"}),
     "nn": (_OPERANDS | {"functional"}, {"torch"}),
-    "integrations": (_OPERATORS | {"functional", "nn"}, {"torch"} | _HUGGING_FACE),
+    "integrations": (_OPERATORS | {"functional", "nn"}, {"torch"} | _HUGGING_FACE | _TRAINERS),
     "advise": (_LEAVES | {"plan"}, {"torch"} | _HUGGING_FACE),
     "__init__": (_LIBRARY, set()),
     "tune": (_TOOLS, {"torch", "triton", "rich"}),

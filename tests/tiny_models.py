@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 import lorafuse
-from lorafuse.integrations import groups, hf_peft
+from lorafuse.integrations import gated_mlp, groups, hf_peft
 from lorafuse.testing.numerics import relative_l2, tolerance
 
 _VOCABULARY, _HIDDEN, _TOKENS = 64, 32, 7
@@ -200,8 +200,15 @@ def counting_fused():
 
 @contextlib.contextmanager
 def counting_groups():
-    """A mock that counts the groups that ran as one operator inside the block."""
+    """A mock that counts the siblings that ran as one operator inside the block."""
     with mock.patch.object(groups, "run_linears", wraps=groups.run_linears) as calls:
+        yield calls
+
+
+@contextlib.contextmanager
+def counting_mlps():
+    """A mock that counts the gated MLPs that ran as one operator inside the block."""
+    with mock.patch.object(gated_mlp, "run_gated_mlp", wraps=gated_mlp.run_gated_mlp) as calls:
         yield calls
 
 

@@ -7,6 +7,7 @@ Importing this package loads neither transformers nor PEFT.
 from typing import Any
 
 from lorafuse.advise.advice import Advice, plan_adapter
+from lorafuse.advise.bases import decode_seconds, frozen_bytes
 from lorafuse.advise.capacity import (
     Rank,
     capacity_bits,
@@ -53,9 +54,11 @@ __all__ = [
     "capacity_bits",
     "count_file",
     "data_bits",
+    "decode_seconds",
     "expert_rank",
     "fit",
     "flops_ratio",
+    "frozen_bytes",
     "full_learning_rate",
     "learning_rate",
     "memory",

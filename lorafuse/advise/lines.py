@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorafuse.advise import bases, schedule
 from lorafuse.advise import capacity as cap
-from lorafuse.advise import schedule
 from lorafuse.advise.fit import usable_bytes
 from lorafuse.plan import find
 
@@ -199,6 +199,7 @@ def _cost(a: Advice) -> list[Line]:
         if method == "qlora" and any(x.parameter for x in a.shapes.adapted):
             value += "; stacks of experts stay bf16"
         lines.append(Line(section, name, value, "model", source))
+    lines.append(_bases(a))
     if a.shapes.scores.heads:
         value = "eager, which keeps a score of each pair of tokens; a flash kernel, by attn_implementation, keeps none"
         lines.append(Line(section, "attention", value, "measured here", "MODULES"))
@@ -213,6 +214,22 @@ def _cost(a: Advice) -> list[Line]:
             value = f"at least {value}; weights are decoded before each product, PEFT's casts left out"
         lines.append(Line(section, f"step on {request.gpu}, {training}", value, "model", "PLAN"))
     return lines
+
+
+def _bases(a: Advice) -> Line:
+    """The frozen weights by the format of the base; where a GPU is named, what decoding adds to a step of lorafuse."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for base in bases.BASES:
+        values = [f"{bases.frozen_bytes(a.shapes, base) / 2**30:.1f} GiB"]
+        if a.request.gpu is not None:
+            seconds = bases.decode_seconds(a.shapes, base, find(a.request.gpu), checkpointing=a.fit.checkpointing)
+            values.append(f"decoding {seconds * a.accumulation:.3g} s a step")
+        groups.setdefault(tuple(values), []).append(base)
+    parts = [f"{' and '.join(names)} {', '.join(values)}" for values, names in groups.items()]
+    half = 2 * a.shapes.parameters / 2**30
+    experts = ", experts too" if any(x.parameter for x in a.shapes.adapted) else ""
+    value = f"16 bits {half:.1f} GiB; as adapted{experts} (model): {'; '.join(parts)}"
+    return Line("cost", "frozen weights by format", value, "model", "BASES, NF4")
 
 
 def _fits(a: Advice, gpu: str) -> Line:

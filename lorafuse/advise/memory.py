@@ -10,6 +10,7 @@ on a CPU, both in tests.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lorafuse.advise.bases import frozen_bytes
 from lorafuse.advise.capacity import rank_of, trainable
 from lorafuse.advise.shapes import Linear, ModelShapes
 
@@ -20,7 +21,7 @@ __all__ = ["METHODS", "Memory", "activation_bytes", "expert_blocks", "memory"]
 _TRAINED = {"full": 8, "master": 16, "lora": 16, "qlora": 16}
 _GRADIENT = {"full": 2, "master": 2, "lora": 4, "qlora": 4}
 METHODS = tuple(_TRAINED)
-_HALF, _SINGLE, _NF4 = 2, 4, 4.127 / 8
+_HALF, _SINGLE = 2, 4
 # activations of a block and the gradients of about half of them, in its backward (peaks of a Llama on a CPU, in tests)
 _BACKWARD = 1.5
 # bytes of a score in eager attention's backward, beside what is kept: gradients in fp32 and bf16 (as above)
@@ -66,8 +67,9 @@ def memory(
         held = activations + max(logits, gradients_of_scores)
     number = shapes.parameters if is_full else trainable(shapes, rank)
     trained = number * _TRAINED[method]
-    packed = sum(x.weights for x in shapes.adapted if not x.parameter) if method == "qlora" else 0
-    frozen = 0 if is_full else round((shapes.parameters - packed) * _HALF + packed * _NF4)
+    frozen = 0 if is_full else shapes.parameters * _HALF
+    if method == "qlora":
+        frozen = frozen_bytes(shapes, "NF4", experts=False)
     gradients = 0 if accumulates else number * _GRADIENT[method]
     return Memory(frozen, trained, activations, logits, frozen + trained - gradients + max(held, gradients))
 

@@ -21,6 +21,7 @@ FINDINGS = {
     "ADAM": "bytes of a trained parameter with gradient and Adam's two moments: 8 all in bf16, 16 with an fp32 weight and moments (ZeRO, Rajbhandari et al. 2020), 16 for an fp32 adapter; fused AdamW, no copies",
     "SAVED": "activations, eager attention's scores among them, as autograd saves them, tested against its hooks; the peak against bench/results/h200-2026-11-26-model.json (LoRA and full within 2%)",
     "NF4": "4.127 bits for each weight of a linear layer, double quantization included (QLoRA, Dettmers et al. 2023)",
+    "BASES": "bytes of a weight as lorafuse.formats holds it with its scales, which a test counts; lorafuse reads them and writes 2 before each product, at the bandwidth of the cost model",
     "CARD": "95% of the memory in the GPU's datasheet, whose GB are 10^9 bytes",
     "PLAN": "the cost model of lorafuse.plan, as `lorafuse plan` prints it; attention, loss, optimizer, and the rest calibrated on one run: 8 layers of Llama-3.1-8B on an H200 (full fine-tuning of it within 10%)",
     "MODULES": "counted from the model's own modules",

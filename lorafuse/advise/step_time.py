@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 
+from lorafuse.advise.bases import decode_seconds
 from lorafuse.advise.capacity import rank_of, trainable
 from lorafuse.advise.memory import activation_bytes, expert_blocks
 from lorafuse.advise.shapes import LAST, Linear, ModelShapes
@@ -15,9 +16,8 @@ WAYS = ("frozen", "full fine-tuning", "lorafuse", "QLoRA")
 _GRADIENTS = ("dx", "da", "db")
 # where nvcc is: without it, lorafuse has Triton and eager
 _AVAILABLE = (("eager", ""), ("triton", ""), ("cuda", ""))
-# torch's products alone, of weights that are decoded before each: NF4 read (source NF4), bf16 written
+# torch's products alone, of weights that are decoded before each
 _PLAIN = (("eager", ""),)
-_DECODED = 4.127 / 8 + 2
 # bytes that transformers' loss moves for each logit, forward and backward: to fp32, log-softmax, gradients, to bf16
 _LOSS_BYTES = 36
 # of what cuBLAS sustains: FlashAttention-2 reaches 35% of an H100's peak (FlashAttention-3, Shah et al. 2024)
@@ -60,8 +60,7 @@ def micro_step_seconds(
         base = replace(base, choices=shapes.active_experts)
         for training, seconds in _experts(base, down[2], device, again).items():
             total[training] += seconds * count
-    packed = sum(x.weights for x in shapes.adapted if not x.parameter)
-    total["QLoRA"] += (again + 1) * packed * _DECODED / device.sustained_bandwidth
+    total["QLoRA"] += decode_seconds(shapes, "NF4", device, checkpointing=checkpointing, experts=False)
     attention = _attention(shapes, rest, tokens * length, device, again)
     loss = shapes.vocabulary * tokens * _LOSS_BYTES
     for training in WAYS:

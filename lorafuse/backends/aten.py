@@ -11,13 +11,14 @@ read.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafuse.backends import aten_loop, base, problems
+from lorafuse.backends import aten_loop, base, problems, workspace
 from lorafuse.backends.aten_grouped import GroupedMM
 from lorafuse.backends.protocol import Backend, Problems, finish
 from lorafuse.operands import Dropout, Epilogue, LowRank, Rows, Weight
@@ -25,6 +26,12 @@ from lorafuse.philox import keep_mask, row_chunks
 from lorafuse.plan import Plan, no_grouped_mm, select
 
 __all__ = ["Aten", "backend"]
+
+# what addmm adds nothing of
+_NO_TERM = {
+    dtype: torch.zeros((), dtype=dtype, device="cpu")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
 
 
 class Aten(Backend):
@@ -76,10 +83,34 @@ class Aten(Backend):
     ) -> Any:  # fmt: skip
         if rows is not None:
             return finish(self._ragged(plan).matmul(self, x, w, rows, low, bias), epilogue)
-        if w.format == "dense":
-            return _matmul(x, w, plan, low, bias)
-        with self.dense(w, x.dtype) as dense:
-            return _matmul(x, dense, plan, low, bias)
+        if w.format != "dense":
+            with self.dense(w, x.dtype) as dense:
+                return self.matmul(x, dense, None, plan, low=low, bias=bias)
+        if low is None:
+            return F.linear(x, w.left(), bias)
+        if low.dropout is not None:
+            y = _masked_matmul(x, w, low, None, None)
+            return y if bias is None else y.add_(bias)
+        xa, b, scale = low.xa, low.b, low.scale
+        if b.dtype is not xa.dtype:
+            b = b.to(xa.dtype)
+        right = b if low.is_transposed else b.t()
+        if xa.dtype is not x.dtype:
+            y, right = _product(x, w, bias), right if scale == 1.0 else right * scale
+            if y.dtype is xa.dtype:
+                return y.addmm_(xa, right).to(x.dtype)
+            for chunk in row_chunks(x.shape[0], max(w.sizes), x.device):
+                y[chunk] = torch.addmm(y[chunk].to(xa.dtype), xa[chunk], right)
+            return y
+        # on a CPU forward adds 0.62 ms to a base of 4.1 ms in the first order, 0.70 ms in the other (M 1024, K = N
+        # 2048, R 16, bf16, Xeon with AMX, 2 threads, 2026-11-24), and at M = 1 it is one operator less
+        if not low.is_transposed if plan is None else plan.kernel == "aten_addmm":
+            return F.linear(x, w.left(), bias).addmm_(xa, right, alpha=scale)
+        # accumulating the base product onto the low-rank one hides the read of y behind the large GEMM
+        if scale != 1.0:
+            xa = xa * scale
+        y = torch.mm(xa, right) if bias is None else torch.addmm(bias, xa, right)
+        return y.addmm_(x, w.right())
 
     def outer(
         self, narrow: Tensor, wide: Tensor, rows: Rows | None, plan: Plan | None, *, like: Tensor,
@@ -93,16 +124,16 @@ class Aten(Backend):
         if dropout is not None or narrow.dtype is not wide.dtype:
             product = _chunked_outer(narrow, wide, dropout, like).mul_(scale)
             return (product.t() if is_transposed else product).to(like.dtype)
-        if not is_transposed:
-            product = torch.mm(_transposed(narrow), wide)
-        elif not wide.is_cuda and _takes_transposed(wide):
-            product = torch.mm(wide.t(), narrow)
+        if is_transposed and not wide.is_cuda and _takes_transposed(wide):
+            product = _outer(wide.t(), narrow, scale)
         else:
-            # (narrowᵀ wide)ᵀ: with the long side last it took 0.26 ms where wideᵀ narrow took 0.34 ms (M 1024,
-            # N 2048, R 16, bf16, Xeon with AMX, 2 threads, 2026-11-24)
-            product = torch.mm(_transposed(narrow), wide)
-            return like.new_empty(like.shape).copy_(_scaled(product, scale).t())
-        return _scaled(product, scale).to(like.dtype)
+            product = _outer(_transposed(narrow), wide, scale)
+            if is_transposed:
+                # (narrowᵀ wide)ᵀ: with the long side last it took 0.26 ms where wideᵀ narrow took 0.34 ms (M 1024,
+                # N 2048, R 16, bf16, Xeon with AMX, 2 threads, 2026-11-24)
+                return like.new_empty(like.shape).copy_(product.t())
+        # `to` its own dtype takes a third of the time of a small product
+        return product if product.dtype is like.dtype else product.to(like.dtype)
 
     def matmul_outer(  # type: ignore[override]
         self, dy: Tensor, w: Weight, plan: Plan | None, low: LowRank, x: Tensor, like: Tensor
@@ -159,33 +190,6 @@ class Aten(Backend):
         return aten_loop if plan is None or plan.kernel == "loop" else self.grouped_mm
 
 
-def _matmul(x: Tensor, w: Weight, plan: Plan | None, low: LowRank | None, bias: Tensor | None) -> Tensor:
-    """y of a dense layer."""
-    if low is None:
-        return F.linear(x, w.left(), bias)
-    if low.dropout is not None:
-        y = _masked_matmul(x, w, low, None, None)
-        return y if bias is None else y.add_(bias)
-    xa, b, scale = low.xa, low.b, low.scale
-    if b.dtype is not xa.dtype:
-        b = b.to(xa.dtype)
-    right = b if low.is_transposed else b.t()
-    if xa.dtype is not x.dtype:
-        y, right = F.linear(x, w.left(), bias), right if scale == 1.0 else right * scale
-        for chunk in row_chunks(x.shape[0], max(w.sizes), x.device):
-            y[chunk] = torch.addmm(y[chunk].to(xa.dtype), xa[chunk], right)
-        return y
-    # on a CPU forward adds 0.62 ms to a base of 4.1 ms in the first order, 0.70 ms in the other (M 1024, K = N 2048,
-    # R 16, bf16, Xeon with AMX, 2 threads, 2026-11-24), and at M = 1 it is one operator less
-    if not low.is_transposed if plan is None else plan.kernel == "aten_addmm":
-        return F.linear(x, w.left(), bias).addmm_(xa, right, alpha=scale)
-    # accumulating the base product onto the low-rank one hides the read of y behind the large GEMM
-    if scale != 1.0:
-        xa = xa * scale
-    y = torch.mm(xa, right) if bias is None else torch.addmm(bias, xa, right)
-    return y.addmm_(x, w.right())
-
-
 def _masked_matmul(x: Tensor, w: Weight, low: LowRank, wide: Tensor | None, outer: Tensor | None) -> Tensor:
     """`x wᵀ + mask ⊙ (scale · xa bᵀ)`; adds `xaᵀ (mask ⊙ wide)` to `outer`, from the same mask of each row chunk."""
     assert low.dropout is not None
@@ -193,7 +197,7 @@ def _masked_matmul(x: Tensor, w: Weight, low: LowRank, wide: Tensor | None, oute
     right, columns = b if low.is_transposed else b.t(), w.sizes[0]
     scaled = xa if low.scale == 1.0 else xa * low.scale
     is_fp32 = xa.dtype is not x.dtype
-    y = torch.mm(x, w.right()) if is_fp32 else torch.mm(scaled, right)
+    y = _product(x, w, None) if is_fp32 else torch.mm(scaled, right)
     for chunk in row_chunks(x.shape[0], columns, x.device):
         keep = keep_mask(dropout.seed, dropout.p, chunk, columns)
         if is_fp32:
@@ -202,7 +206,30 @@ def _masked_matmul(x: Tensor, w: Weight, low: LowRank, wide: Tensor | None, oute
             y[chunk] *= keep
         if outer is not None and wide is not None:
             outer += torch.mm(xa[chunk].t(), wide[chunk].to(xa.dtype) * keep)
-    return y if is_fp32 else y.addmm_(x, w.right())
+    return y.to(x.dtype) if is_fp32 else y.addmm_(x, w.right())
+
+
+def _product(x: Tensor, w: Weight, bias: Tensor | None) -> Tensor:
+    """`x wᵀ + bias` in x's dtype; in fp32, of the same operands, on a CPU without products of this one."""
+    if not x.is_cpu or _multiplies(x.dtype):
+        return F.linear(x, w.left(), bias)
+    with workspace.buffer(tuple(w.data.shape), torch.float32, x.device) as out:
+        wide = Weight(out.copy_(w.data), w.is_transposed)
+        return F.linear(x.float(), wide.left(), None if bias is None else bias.float())
+
+
+@cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products of 16 bits, as torch decides to leave them to oneDNN.
+
+    Without, torch's own loop takes 27 to 30 ms for y and 130 for dx, where fp32 takes 5 (M 128, K 576, N 1536, bf16,
+    EPYC with AVX2, one thread, 2026-11-29).
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
+    asked = torch.ops.mkldnn
+    is_supported = asked._is_mkldnn_fp16_supported if dtype is torch.float16 else asked._is_mkldnn_bf16_supported
+    return bool(is_supported())
 
 
 def _accumulated(total: Tensor | None, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
@@ -245,6 +272,15 @@ def _chunked_outer(narrow: Tensor, wide: Tensor, dropout: Dropout | None, like: 
 
 def _masked(x: Tensor, dropout: Dropout | None, rows: slice) -> Tensor:
     return x if dropout is None else x * keep_mask(dropout.seed, dropout.p, rows, x.shape[1])
+
+
+def _outer(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """`scale · left right`, a sum over rows."""
+    if scale == 1.0 or not left.is_cpu:
+        return _scaled(torch.mm(left, right), scale)
+    # one operator less, 4.8 instead of 8.1 us for db of one row, and in 16 bits one rounding less (N 64, R 16, fp32,
+    # EPYC, torch 2.13, 2026-11-29); beta = 0 reads no term
+    return torch.addmm(_NO_TERM[left.dtype], left, right, beta=0, alpha=scale)
 
 
 def _scaled(t: Tensor, scale: float) -> Tensor:

@@ -31,8 +31,6 @@ from lorafuse.backends import native, problems
 from lorafuse.backends.aten import Aten
 from lorafuse.backends.aten_grouped import GroupedMM
 from lorafuse.backends.protocol import Problems, device_guard
-from lorafuse.formats import bnb_4bit
-from lorafuse.formats.codec import parse
 from lorafuse.operands import Dropout, Rows, Weight, contiguous_rows
 from lorafuse.plan import DeviceSpec, KernelConfig, Plan, configs_cuda, select
 
@@ -40,7 +38,7 @@ __all__ = ["TYPES", "Cuda", "backend"]
 
 # the numbers of Type in api.hpp
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_SCALES = {torch.bfloat16: 0, torch.float32: 2, torch.float8_e8m0fnu: 3}
+_SCALES, _EXPONENT = {torch.bfloat16: 0, torch.float32: 2}, 3
 # elements of 16 bits in 16 bytes
 _ALIGN = 8
 _INSTEAD = "use 'triton', 'eager' or 'auto'"
@@ -74,8 +72,8 @@ class Cuda(Aten):
         return contiguous_rows(t)
 
     def decode(self, w: Weight, dtype: torch.dtype, out: Tensor) -> Tensor:
-        decoder = _DECODERS.get(w.format_name)
-        if not out.numel() or (decoder is not None and dtype in TYPES and decoder(self, w, out)):
+        name, operands = w.kernel or ("", {})
+        if not out.numel() or (name in _DECODERS and dtype in TYPES and _DECODERS[name](self, out, **operands)):
             return out
         # csrc has no kernel for it
         return super().decode(w, dtype, out)
@@ -269,43 +267,48 @@ def _adapter(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     return (t := _aligned(t if t.dtype in (dtype, torch.float32) else t.float())), TYPES[t.dtype]
 
 
-def _codebook(run: Cuda, w: Weight, out: Tensor) -> bool:
-    """Decode bitsandbytes' 4 bits."""
-    _, block, rounded, first = bnb_4bit.parameters_of(w.parameters)
-    data, (absmax, code, *nested) = _aligned(w.data), w.statistics
-    absmax = absmax if nested else absmax.float()
-    pointers = dict(zip(("nested_absmax", "nested_code", "nested_offset"), map(_at, nested), strict=False))
+def _codebook(
+    run: Cuda, out: Tensor, *, code: Tensor, table: Tensor, scale: Tensor, block: int, first: int,
+    rounded: torch.dtype, outer: tuple[Tensor, ...] | None = None,
+) -> bool:  # fmt: skip
+    """Decode 4 bits by a table of fp32, bitsandbytes'; nothing where each step is in another dtype."""
+    if table.dtype is not torch.float32:
+        return False
+    data, absmax = _aligned(code), scale if outer else scale.float()
+    pointers = dict(zip(("nested_absmax", "nested_code", "nested_offset"), map(_at, outer or ()), strict=False))
     run.native.decode_codebook(
         type=TYPES[out.dtype], count=out.numel(), first=first, block_size=block, data=data.data_ptr(),
-        code=code.data_ptr(), absmax=absmax.data_ptr(), **pointers, rounded=TYPES[rounded], out=out.data_ptr(),
+        code=table.data_ptr(), absmax=absmax.data_ptr(), **pointers, rounded=TYPES[rounded], out=out.data_ptr(),
         stream=run.stream(out.device),
     )  # fmt: skip
     return True
 
 
-def _fp8(run: Cuda, w: Weight, out: Tensor) -> bool:
+def _grid(
+    run: Cuda, out: Tensor, *, code: Tensor, scale: Tensor, kind: str = "", scale_kind: str = "",
+    block: tuple[int, int] = (1, 1), is_scale_rounded: bool = False, **_: object,
+) -> bool:  # fmt: skip
     """Decode e4m3 with scales of blocks; nothing where its dtypes are others than those of the kernel."""
-    _, fields = parse(w.parameters)
-    data, (scale,) = w.data, w.statistics
-    if data.dtype is not torch.float8_e4m3fn or scale.dtype not in _SCALES:
+    scale_type = _EXPONENT if scale_kind == "e8m0" else _SCALES.get(scale.dtype)
+    if kind != "e4m3" or scale_type is None:
         return False
-    *groups, N, K = data.shape
-    G, (rows, columns) = math.prod(groups), map(int, fields["block"].split("x"))
+    *groups, N, K = code.shape
+    G, (rows, columns) = math.prod(groups), block
     if scale.numel() == 1:
         # of all matrices
         G, N, rows, columns = 1, G * N, G * N, K
-    data, scale = _aligned(data), scale.contiguous()
+    data = _aligned(code)
     run.native.decode_fp8(
         type=TYPES[out.dtype], G=G, N=N, K=K, block_rows=rows, block_columns=columns, data=data.data_ptr(),
-        scale=scale.data_ptr(), scale_type=_SCALES[scale.dtype],
-        rounded_scale=TYPES[out.dtype if fields.get("scale") == "rounded" else torch.float32], out=out.data_ptr(),
+        scale=scale.data_ptr(), scale_type=scale_type,
+        rounded_scale=TYPES[out.dtype if is_scale_rounded else torch.float32], out=out.data_ptr(),
         stream=run.stream(out.device),
     )  # fmt: skip
     return True
 
 
-# by the name of a format
-_DECODERS: dict[str, Callable[[Cuda, Weight, Tensor], bool]] = {"nf4": _codebook, "fp4": _codebook, "fp8": _fp8}
+# by what `lorafuse.formats` calls a kernel
+_DECODERS: dict[str, Callable[..., bool]] = {"codebook": _codebook, "grid": _grid}
 
 
 def _rounding(

@@ -49,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpointing", choices=("both", "on", "off"), default="both", help="of activations (both)")
     parser.add_argument("--rank", type=int, default=16, help="of every adapter (16)")
     parser.add_argument(
+        "--quant", choices=("nf4", "fp4", "int8"), help="store the linear layers by bitsandbytes; --dtype computes"
+    )
+    parser.add_argument(
         "--variants", nargs="+", metavar="NAME", help="what to train, as bench/baselines names it (all)"
     )
     parser.add_argument(
@@ -85,7 +88,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
             steps = args.steps
             if steps is None:
                 steps = _STEPS.get(device.type, _STEPS["cpu"]) if model.real and index == 0 else 0
-            cases.append(Case(model, sizes, accumulate, checkpointing, args.batch, tokens, steps))
+            cases.append(Case(model, sizes, accumulate, checkpointing, args.batch, tokens, steps, args.quant))
     return cases
 
 

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -27,6 +27,8 @@ from lorafuse.bench.transformer_cost import Sizes, Training, fits, step_flops, t
 __all__ = ["Case", "chosen", "run_case"]
 
 _T = TypeVar("_T")
+# the files of bench/baselines that leave the base as it is to PEFT, bitsandbytes or lorafuse
+_QUANTIZED = ("frozen", "peft", "peft_autocast", "peft_compiled", "peft_half", "lorafuse")
 # what a variant without adapters is, in messages
 _BEGINS = {"base": "full fine-tuning", "nothing": "the frozen model"}
 
@@ -35,7 +37,7 @@ _BEGINS = {"base": "full fine-tuning", "nothing": "the frozen model"}
 class Case:
     """A model of those sizes, `accumulate` micro-batches of `batch` sequences of `tokens` a step.
 
-    `steps`: of the loss curves, from PEFT's own initialization; 0 for none.
+    `steps`: of the loss curves, from PEFT's own initialization; 0 for none. `quant`: how bitsandbytes stores the base.
     """
 
     model: Model
@@ -45,10 +47,12 @@ class Case:
     batch: int
     tokens: int
     steps: int = 0
+    quant: str | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.model.name}, accumulate {self.accumulate}, checkpointing {'on' if self.checkpointing else 'off'}"
+        model = f"{self.model.name} over {self.quant}" if self.quant else self.model.name
+        return f"{model}, accumulate {self.accumulate}, checkpointing {'on' if self.checkpointing else 'off'}"
 
     @property
     def tokens_per_step(self) -> int:
@@ -68,7 +72,12 @@ def chosen(args: argparse.Namespace, device: torch.device) -> list[Baseline]:
     for name in args.variants or ():
         if name not in known:
             raise ValueError(f"--variants {name}: it trains no model; the known ones: {', '.join(known)}")
-    return [one for one in baselines if not args.variants or one.name in args.variants]
+    selected = [one for one in baselines if not args.variants or one.name in args.variants]
+    if not args.quant:
+        return selected
+    # the others train the base, read its weight, or load one of their own
+    reason = f"it does not run over a base in {args.quant}"
+    return [one if one.file.stem in _QUANTIZED else replace(one, absent=one.absent or reason) for one in selected]
 
 
 @dataclass
@@ -260,8 +269,9 @@ def _build(run: _Run, names: list[str], stack: ExitStack) -> tuple[Given, list[T
     run.progress(0, 1, f"building {run.case.model.name}")
     micro, case = run.ids(0)[0], run.case
     alone = names == ["full"]
-    given = Given(case.model, case.sizes, run.dtype, run.device, run.args.rank, case.tokens, case.checkpointing, alone)
-    parameters = sum(p.numel() for p in given.base.parameters())
+    given = Given(
+        case.model, case.sizes, run.dtype, run.device, run.args.rank, case.tokens, case.checkpointing, alone, case.quant
+    )
     reference = None if alone else _Reference(run, given, micro)
     trainees: list[Trainee | RemoteTrainee] = []
     for name in names:
@@ -286,7 +296,7 @@ def _build(run: _Run, names: list[str], stack: ExitStack) -> tuple[Given, list[T
         trainees.append(made)
         run.losses[name] = made.losses
         trained = sum(p.numel() for p in made.trained) if isinstance(made, Trainee) else facts.pop("trained")
-        run.built[name] = {"parameters": parameters, "trained": trained, **facts}
+        run.built[name] = {"parameters": given.parameters, "trained": trained, **facts}
     return given, trainees
 
 
@@ -372,6 +382,7 @@ def _result(run: _Run, turns: list[list[str]]) -> dict[str, Any]:
         "accumulate": case.accumulate, "batch": case.batch, "tokens": case.tokens,
         "tokens_per_step": case.tokens_per_step,
         "checkpointing": case.checkpointing, "R": args.rank, "dtype": args.dtype,
+        **({"quant": case.quant} if case.quant else {}),
         "peak_flops_per_s": peaks.matmul_flops(run.dtype, run.device),
         "floors": {
             "tax": flops["lorafuse"] / flops["frozen"] - 1, "ratio_to_full": flops["lorafuse"] / flops["full"],

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lorafuse import formats
 from lorafuse.bench.plugins import Baseline
 from lorafuse.testing.memory import peak_bytes
 from lorafuse.testing.numerics import relative_l2, rounding, tolerance
@@ -97,7 +98,7 @@ class Trainee:
         The measured step has two micro-batches at most: from the second on, each starts with gradients in memory.
         """
         step = peak_bytes(lambda: self.update(ids[:2]), ids.device)
-        weights = _bytes(list(self.model.parameters()))
+        weights = _bytes([*self.model.parameters(), *_statistics(self.model)])
         states = self.optimizer.state.values() if self.optimizer is not None else ()
         state = _bytes([v for s in states for v in s.values() if isinstance(v, Tensor)])
         return {
@@ -107,6 +108,12 @@ class Trainee:
             "step_peak_bytes": step,
             "peak_bytes": weights + state + step,
         }
+
+
+def _statistics(model: Any) -> list[Tensor]:
+    """What scales the quantized weights of linear layers, beside their parameters."""
+    weights = (formats.adopt(layer) for layer in model.modules() if isinstance(layer, nn.Linear))
+    return [t for weight in weights if weight is not None for t in weight.statistics]
 
 
 def built(baseline: Baseline, given: Any) -> tuple[Trainee, dict[str, Any]]:

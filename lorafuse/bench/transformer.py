@@ -144,16 +144,22 @@ def build(model: Model, sizes: Sizes, dtype: torch.dtype, device: torch.device, 
 class Given:
     """What the `model` function of a baseline builds from: one frozen base, whose weights all but full share.
 
-    `alone`: nothing else is built from the base, so that full fine-tuning may train it in place.
+    `alone`: nothing else is built from the base, so that full fine-tuning may train it in place. `quant`: its linear
+    layers are bitsandbytes', of that type.
     """
 
     def __init__(
         self, model: Model, sizes: Sizes, dtype: torch.dtype, device: torch.device, rank: int, sequence: int,
-        checkpointing: bool, alone: bool = False,
+        checkpointing: bool, alone: bool = False, quant: str | None = None,
     ) -> None:  # fmt: skip
         self.dtype, self.device, self.rank, self.sequence = dtype, device, rank, sequence
         self.checkpointing, self.alone = checkpointing, alone
         self.base = build(model, sizes, dtype, device).requires_grad_(False)
+        self.parameters = sum(p.numel() for p in self.base.parameters())
+        if quant is not None:
+            from lorafuse.demo.model import quantize
+
+            quantize(self.base, quant)
         self.has_experts = bool(sizes.E)
         if checkpointing:
             # non-reentrant: inputs need no gradient for it

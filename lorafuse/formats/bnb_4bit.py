@@ -40,8 +40,6 @@ _SMALLEST = 1e-30
 # of nested statistics; bitsandbytes has no other
 _NESTED_BLOCK = 256
 _TYPES = ("nf4", "fp4")
-# of bitsandbytes' CPU kernels that round as torch does
-_SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -70,29 +68,21 @@ def decode(
     """The dense weight in `dtype`, in chunks: temporaries are those of one chunk."""
     sizes, block, rounded, first = parameters_of(parameters)
     out = target(out, sizes, dtype, data.device)
-    run = _library_kernel(data, statistics[1], block, rounded, first, out)
+    run = _library_kernel(data, statistics[1], block, first, out)
     scales = None if run is None else _scales_for_library(statistics, first + out.numel(), block)
     if run is not None and scales is not None:
         return _decode_by_library(run, data, scales, block, rounded, first, out)
     return decode_flat(data, statistics[1], lambda *blocks: _absmax(statistics, *blocks), block, rounded, first, out)
 
 
-def _library_kernel(
-    data: Tensor, code: Tensor, block: int, rounded: torch.dtype, first: int, out: Tensor
-) -> Callable[..., object] | None:
+def _library_kernel(data: Tensor, code: Tensor, block: int, first: int, out: Tensor) -> Callable[..., object] | None:
     """bitsandbytes' own CPU kernel, `(bytes, scales, out, block, rows, columns)` by address; None where other bits may
     come of it, or none is loaded.
 
     With AVX512 it takes wrong scales for blocks across rows and has "accuracy issues" from blocks of 2048 on
     (bitsandbytes 0.50.2). It writes into `out` without its operator, which allocates what it returns.
     """
-    if (
-        data.device.type != "cpu"
-        or not out.numel()
-        or out.shape[-1] % block
-        or block > 1024
-        or rounded not in _SUFFIXES
-    ):
+    if data.device.type != "cpu" or not out.numel() or out.shape[-1] % block or block > 1024:
         return None
     # whoever quantized the weight has brought its library; a subclass of tensors, or what Dynamo traces, has no address
     library = sys.modules.get("bitsandbytes.backends.cpu.ops")
@@ -104,7 +94,7 @@ def _library_kernel(
     # its tables are its own
     kind = next((kind for kind in _TYPES if torch.equal(code, _library_table(kind))), None)
     # a library that did not load has no symbols
-    return getattr(getattr(library.lib, "_lib", None), f"cdequantize_blockwise_cpu_{kind}_{_SUFFIXES[rounded]}", None)
+    return getattr(getattr(library.lib, "_lib", None), f"cdequantize_blockwise_cpu_{kind}_fp32", None)
 
 
 @cache
@@ -129,16 +119,18 @@ def _scales_for_library(statistics: tuple[Tensor, ...], stop: int, block: int) -
 def _decode_by_library(
     run: Callable[..., object], data: Tensor, scales: Tensor, block: int, rounded: torch.dtype, first: int, out: Tensor
 ) -> Tensor:
-    rows = out.view(-1, out.shape[-1])
-    # of another dtype, chunks are rounded to the weight's own first
-    parts = [(0, rows.shape[0])] if rounded is out.dtype else row_chunks(out)
+    rows, is_wide = out.view(-1, out.shape[-1]), out.dtype is torch.float32
+    parts = [(0, rows.shape[0])] if rounded is torch.float32 and is_wide else list(row_chunks(out))
+    wide = rows if is_wide else torch.empty((parts[0][1], rows.shape[1]))
     for start, stop in parts:
-        part = rows[start:stop]
-        values = part if rounded is out.dtype else torch.empty(part.shape, dtype=rounded)
-        begin = first + start * out.shape[-1]
+        part, values = rows[start:stop], wide[start:stop] if is_wide else wide[: stop - start]
+        begin = first + start * rows.shape[1]
         addresses = data.data_ptr() + begin // 2, scales.data_ptr() + begin // block * 4, values.data_ptr()
         run(*map(c_void_p, addresses), *map(c_longlong, (block, *part.shape)))
-        if values is not part:
+        # torch rounds as bitsandbytes does, to the weight's own dtype first
+        if rounded not in (torch.float32, out.dtype):
+            part.copy_(values.to(rounded))
+        elif not is_wide:
             part.copy_(values)
     return out
 

@@ -15,7 +15,7 @@ from lorafuse.ops.checks import check_scale, check_statistics, seed_tensor
 from lorafuse.ops.choose import requested_backend
 from lorafuse.ops.transforms import is_transformed
 
-__all__ = ["Projection", "lora_gated_mlp", "lora_linears", "lora_qkv", "run_linears"]
+__all__ = ["Projection", "lora_gated_mlp", "lora_linears", "lora_qkv", "run_gated_mlp", "run_linears"]
 
 # of a projection, in the order in which they are checked
 _OPERANDS = ("weight", "a", "b", "bias")
@@ -76,6 +76,12 @@ def run_linears(x: Tensor, projections: Sequence[Projection], backend: str | Non
     """`lora_linears` for callers that know that operands fit each other and x, which no transform sees."""
     x, arguments = _prepared("lora_linears", x, {f"projection {i}": one for i, one in enumerate(projections)}, backend)
     return tuple(_group.lora_linears(x, *arguments))
+
+
+def run_gated_mlp(x: Tensor, layers: Sequence[Projection], activation: str, backend: str | None) -> Tensor:
+    """`lora_gated_mlp` of gate, up and down for the same callers, up being kept."""
+    x, arguments = _prepared("lora_gated_mlp", x, dict(zip(("gate", "up", "down"), layers, strict=True)), backend)
+    return _gated_mlp.lora_gated_mlp(x, *arguments, activation, False)
 
 
 def lora_qkv(

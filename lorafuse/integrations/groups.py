@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from lorafuse.functional import Projection, run_linears
 from lorafuse.integrations.report import Group, Skipped
 from lorafuse.operands import Weight
 
-__all__ = ["Siblings", "form", "join", "leave"]
+__all__ = ["Siblings", "fits", "form", "join", "leave"]
 
 # children that read one x, in the order in which families of transformers call them
 _NAMES = (
@@ -65,6 +66,9 @@ class Siblings:
         # x, weak reference to x, state of the call, order, operands and versions of each, outputs not yet fetched
         self.slot: tuple[Any, ...] | None = None
         self._run: list[int] = []
+        # whether each of the run was called alone; such runs
+        self._is_single = True
+        self._single: set[tuple[int, ...] | None] = set()
         self._run_x: weakref.ref[Tensor] | None = None
         self._self = weakref.ref(self)
 
@@ -75,18 +79,23 @@ class Siblings:
         memo[id(self)] = copied = Siblings(len(self.members), self.orders.values())
         return copied
 
-    def output(self, index: int, member: Any, x: Tensor, operands: tuple, read: Callable[[Any], Any]) -> Tensor | None:
+    def output(
+        self, index: int, member: Any, x: Tensor, operands: tuple, read: Callable[[Any], tuple | None]
+    ) -> Tensor | None:
         """y of a member called with x, whose present `operands` are given; None where it runs alone.
 
-        `read` gives the operands of another member, or anything that is no tuple where it cannot run fused.
+        `read` gives the operands of another member, or None where it cannot run fused.
         """
         slot, is_compiling = self.slot, torch.compiler.is_compiling()
         # what a group saves is in backward; and no trace shows a change of x in place, which autograd forbids
         if not torch.is_grad_enabled():
             if not is_compiling:
-                self._observe(x, (index,))
+                self._end_run(x, index)
+                self._run.append(index)
             return None
         if is_compiling:
+            if _is_in_subgraph():
+                return None
             if slot is not None and slot[0] is x and index in slot[5]:
                 y = slot[5].pop(index)
                 if not slot[5]:
@@ -112,29 +121,33 @@ class Siblings:
             if self._fixed is None:
                 self._fixed = dict(orders)
             orders = self._fixed
+            order = orders.get(index)
         else:
+            self._end_run(x, index)
+            order = orders.get(index)
+            # a reentrant checkpoint called the layers without gradients, and the masks drawn then are drawn again
+            if operands[5] and torch._C._current_graph_task_id() != -1 and order not in self._single:
+                order = None
             # members that will fetch their output are not called to observe
-            self._observe(x, orders.get(index, (index,)))
-        order = orders.get(index)
+            self._run += (index,) if order is None else [i for i in order if i not in self._run]
+            self._is_single &= order is None
         return None if order is None else self._compute(index, order, member, x, operands, read, state)
 
     def _compute(
         self, index: int, order: tuple[int, ...], member: Any, x: Tensor, operands: tuple,
-        read: Callable[[Any], Any], state: tuple | None,
+        read: Callable[[Any], tuple | None], state: tuple | None,
     ) -> Tensor | None:  # fmt: skip
         """y of the first of an order; those of the others are in the slot."""
-        every = {index: operands}
+        every, features = {index: operands}, x.shape[-1:]
         for i in order[1:]:
             reference = self.members[i]
             other = None if reference is None else reference()
-            if other is None or other._disable_adapters or other.merged_adapters:
-                continue
-            if other._lorafuse_backend != member._lorafuse_backend:
+            if other is None or other._lorafuse_backend != member._lorafuse_backend:
                 continue
             theirs = read(other)
-            if type(theirs) is tuple and _fits(theirs, operands, x):
+            if theirs is not None and fits(theirs, operands, x, features):
                 every[i] = theirs
-        if len(every) == 1 or not _fits(operands, operands, x):
+        if len(every) == 1 or not fits(operands, operands, x, features):
             return None
         layers = [Projection(w, a, b, scale, bias, p) for w, a, b, scale, bias, p in every.values()]
         ys = dict(zip(every, run_linears(x, layers, member._lorafuse_backend), strict=True))
@@ -176,14 +189,21 @@ class Siblings:
             if self.orders.get(order[0]) == order:
                 del self.orders[order[0]]
 
-    def _observe(self, x: Tensor, called: tuple[int, ...]) -> None:
-        """Learn from calls: members called one after the other with one x are an order."""
-        if self._run_x is None or self._run_x() is not x or called[0] in self._run:
+    def _end_run(self, x: Tensor, index: int) -> None:
+        """Learn from calls, where this one begins another run: members called one after the other with one x."""
+        if self._run_x is None or self._run_x() is not x or index in self._run:
             order = tuple(self._run)
             if len(order) > 1 and order not in self._dropped:
                 self.orders[order[0]] = order
-            self._run, self._run_x = [], weakref.ref(x)
-        self._run += [i for i in called if i not in self._run]
+            if self._is_single:
+                self._single.add(order)
+            self._run, self._run_x, self._is_single = [], weakref.ref(x), True
+
+
+@torch.compiler.assume_constant_result
+def _is_in_subgraph() -> bool:
+    """Whether Dynamo traces a graph within a graph, a checkpoint's: it must not change the slot, which lies outside."""
+    return not InstructionTranslator.current_tx().output.is_root_tracer()
 
 
 def _expire(group: weakref.ref[Siblings], reference: weakref.ref[Tensor], *_: Any) -> None:
@@ -226,16 +246,21 @@ def _is_same(kept: tuple, operands: tuple) -> bool:
     )
 
 
-def _fits(theirs: tuple, first: tuple, x: Tensor) -> bool:
-    """Whether a layer with these operands runs in one operator with the first: sharded and offloaded ones do not."""
+def fits(theirs: tuple, first: tuple, x: Tensor, features: torch.Size) -> bool:
+    """Whether a layer of so many in features runs in one operator with the first, whose input x is.
+
+    a and b of a layer without an adapter are None. Sharded and offloaded layers do not fit.
+    """
     w, a, b, _, bias, _ = theirs
     if type(w) is Weight or type(first[0]) is Weight:
         return False
+    if a is not None and (
+        a.dtype is not first[1].dtype or a.shape[1:] != features or b.shape != (*w.shape[:1], *a.shape[:1])
+    ):
+        return False
     return (
         w.dtype is first[0].dtype
-        and a.dtype is first[1].dtype
-        and w.shape[1:] == a.shape[1:] == x.shape[-1:]
-        and b.shape == (*w.shape[:1], *a.shape[:1])
+        and w.shape[1:] == features
         and (bias is None or bias.dtype is w.dtype)
         and all(t.device == x.device for t in (w, a, b, bias) if t is not None)
     )

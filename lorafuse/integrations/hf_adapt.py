@@ -1,4 +1,4 @@
-"""Adapters on experts that PEFT cannot adapt: `lorafuse.nn.LoRAExperts` over the quantized stacks of a model."""
+"""`lorafuse.nn.LoRAExperts` over experts modules of transformers: for owners of a model, and where PEFT adapts none."""
 
 import torch
 from torch import nn
@@ -6,7 +6,40 @@ from torch import nn
 from lorafuse.integrations.hf_transformers import FLAGS, adopted_stack, base_stacks, block_operands
 from lorafuse.nn import LoRAExperts
 
-__all__ = ["adapt_experts"]
+__all__ = ["adapt_experts", "from_experts"]
+
+
+def from_experts(
+    module: nn.Module,
+    r: int,
+    *,
+    alpha: float | None = None,
+    shared_outer: bool = False,
+    adapter_dtype: torch.dtype | None = None,
+) -> LoRAExperts:
+    """A `LoRAExperts` over one experts module of transformers, whose stacks and biases are shared and frozen.
+
+    Layout and activation are read from what transformers declares of the module: transposed stacks (GPT-OSS), gate and
+    up that alternate, biases, clamped gates, experts without a gate. Quantized stacks are held as they are.
+
+    Args:
+        module: an experts module of transformers >= 5.7, such as `Qwen3MoeExperts` or `GptOssExperts`.
+        r, alpha, shared_outer, adapter_dtype: as of `LoRAExperts`.
+
+    Raises ValueError, changing nothing, for a module that holds no such stacks, with the reason.
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    module.requires_grad_(False)
+    operands = block_operands(module, base_stacks(module))
+    if isinstance(operands, str):
+        for parameter in trained:
+            parameter.requires_grad_()
+        raise ValueError(f"lorafuse.integrations.from_experts: {operands}")
+    stacks = operands.pop("gate_up"), operands.pop("down")
+    layer = LoRAExperts.from_stacks(
+        *stacks, r, alpha=alpha, shared_outer=shared_outer, adapter_dtype=adapter_dtype, **operands
+    )
+    return layer.train(module.training)
 
 
 def adapt_experts(
@@ -44,16 +77,10 @@ def adapt_experts(
                 problems.append(f"{name}: its down_proj {refusal}")
             continue
         trained += [parameter for parameter in module.parameters() if parameter.requires_grad]
-        module.requires_grad_(False)
-        operands = block_operands(module, base_stacks(module))
-        if isinstance(operands, str):
-            problems.append(f"{name}: {operands}")
-            continue
-        stacks = operands.pop("gate_up"), operands.pop("down")
-        layer = LoRAExperts.from_stacks(
-            *stacks, r, alpha=alpha, shared_outer=shared_outer, adapter_dtype=adapter_dtype, **operands
-        )
-        layers[name] = layer.train(module.training)
+        try:
+            layers[name] = from_experts(module, r, alpha=alpha, shared_outer=shared_outer, adapter_dtype=adapter_dtype)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
     if problems:
         for parameter in trained:
             parameter.requires_grad_()

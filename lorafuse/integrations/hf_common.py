@@ -88,10 +88,27 @@ def altered(*modules: nn.Module) -> bool:
             or state["_backward_hooks"]
             or state["_backward_pre_hooks"]
             # accelerate leaves the class's own forward there when it removes its hooks
-            or ("forward" in state and getattr(state["forward"], "__func__", None) is not type(module).forward)
+            or (
+                "forward" in state
+                and getattr(state["forward"], "__func__", None) is not type(module).forward
+                and not _only_moves_x(module)
+            )
         ):
             return True
     return False
+
+
+def _only_moves_x(module: nn.Module) -> bool:
+    """Whether a forward is ms-swift's `keep_device_forward` over the class's own: it moves x to the weight's device and
+    does nothing else. Its trainers put it on every lora_A and lora_B.
+    """
+    state = module.__dict__
+    function = getattr(state["forward"], "__func__", None)
+    return (
+        getattr(function, "__name__", "") == "keep_device_forward"
+        and getattr(function, "__module__", "").startswith("swift.")
+        and getattr(state.get("forward_origin"), "__func__", None) is type(module).forward
+    )
 
 
 def is_called_otherwise(kind: type) -> bool:

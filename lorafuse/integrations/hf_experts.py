@@ -7,6 +7,7 @@ W + ΔW in the place of each parameter. A patched outermost wrapper is the same 
 
 from typing import Any
 
+import peft
 import torch
 from peft.tuners.lora import ParamWrapper
 from peft.tuners.lora import layer as peft_layer
@@ -15,6 +16,7 @@ from torch.nn.modules import module as _hooks
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lorafuse.functional import lora_experts
+from lorafuse.integrations import calls
 from lorafuse.integrations.hf_common import (
     FSDP1,
     altered,
@@ -25,17 +27,29 @@ from lorafuse.integrations.hf_common import (
     warn_once,
 )
 from lorafuse.integrations.hf_transformers import base_stacks, block_operands, first_projection, is_dispatched
+from lorafuse.operands import Weight
+from lorafuse.versions import EXPERTS, is_older
 
 __all__ = ["NOTHING_ACTIVE", "FusedExperts", "expert_parts", "why_not_wrapped", "wrappers"]
 
 NOTHING_ACTIVE = "no adapter is active"
 
 
+# the modules through which a wrapper puts W + ΔW in place, by PEFT's version
+_PROXIES = ("_LoraFactorsProxy", "_LoraParameterProxy")
 # what an unpatched wrapper runs in every forward, besides its base
 _FORWARDS = {
     kind: original(kind, "forward")
-    for kind in (ParamWrapper, ParametrizationList, peft_layer._LoraFactorsProxy, peft_layer._LoraParameterProxy)
-}
+    for kind in (
+        ParamWrapper, ParametrizationList, *(vars(peft_layer)[name] for name in _PROXIES if hasattr(peft_layer, name))
+    )
+}  # fmt: skip
+TOO_OLD = ""
+if is_older(peft.__version__, EXPERTS["peft"]):
+    TOO_OLD = (
+        f"adapted parameters need peft >= {EXPERTS['peft']}; this is {peft.__version__}, which lays out their factors "
+        "otherwise"
+    )
 
 # lora_A.weight, lora_B.weight, scale
 _Factors = tuple[Tensor, Tensor, float]
@@ -46,16 +60,22 @@ class FusedExperts(ParamWrapper):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # who kept this method (accelerate's hooks) calls it after unpatch too
-        if len(args) == 2 and not kwargs and x.dim() == 2 and type(self) is not ParamWrapper:
-            parts: Any = interception(x)
+        if type(self) is ParamWrapper:
+            return ParamWrapper.forward(self, x, *args, **kwargs)
+        parts: Any = "its experts are called with other arguments than transformers' own blocks give them"
+        if len(args) == 2 and not kwargs and x.dim() == 2:
+            parts = interception(x)
             if parts is None:
                 parts = expert_parts(self)
             if isinstance(parts, tuple):
                 index, weight = args
                 operands = _operands(*parts)
-                return lora_experts(x, index.long(), weight, **operands, backend=self._lorafuse_backend)
+                out = lora_experts(x, index.long(), weight, **operands, backend=self._lorafuse_backend)
+                calls.ran(self)
+                return out
             if parts not in ("", NOTHING_ACTIVE) and not torch.compiler.is_compiling():
                 warn_once("a patched experts layer runs as PEFT ships it", parts)
+        calls.fell_back(self, parts or calls.OFF)
         return ParamWrapper.forward(self, x, *args, **kwargs)
 
 
@@ -73,6 +93,8 @@ def wrappers(layer: ParamWrapper) -> list[ParamWrapper]:
 
 def why_not_wrapped() -> str:
     """Why no `ParamWrapper` of this process runs fused at present, or ""."""
+    if TOO_OLD:
+        return TOO_OLD
     for kind, forward in _FORWARDS.items():
         if kind.forward is not forward:
             return f"the forward of {kind.__name__} was replaced"
@@ -109,7 +131,7 @@ def expert_parts(layer: ParamWrapper) -> tuple[dict[str, Any], int, dict[str, li
     for wrapper in chain:
         if wrapper.parameter_name not in names:
             return f"it adapts {wrapper.parameter_name}, not one of {', '.join(names)}"
-        packed = _factors(wrapper, base)
+        packed = _factors(wrapper, base, operands[names[wrapper.parameter_name]])
         if isinstance(packed, str):
             return packed
         if packed:
@@ -117,9 +139,11 @@ def expert_parts(layer: ParamWrapper) -> tuple[dict[str, Any], int, dict[str, li
     return (operands, chain[0].num_experts, factors) if factors else NOTHING_ACTIVE
 
 
-def _factors(wrapper: ParamWrapper, base: nn.Module) -> list[_Factors] | str:
-    """The factors of a wrapper's active adapters, as PEFT packs them."""
+def _factors(wrapper: ParamWrapper, base: nn.Module, stack: Tensor | Weight) -> list[_Factors] | str:
+    """The factors of a wrapper's active adapters over a stack, as PEFT packs them."""
     factors = []
+    experts = wrapper.num_experts
+    outs, ins = stack.sizes if isinstance(stack, Weight) else Weight(stack, base.is_transposed).sizes
     for name in wrapper.active_adapters:
         if name not in wrapper.lora_A:
             continue
@@ -130,7 +154,14 @@ def _factors(wrapper: ParamWrapper, base: nn.Module) -> list[_Factors] | str:
             return "its lora_A or lora_B is not a plain nn.Linear"
         if wrapper.num_experts == 1 and base.is_transposed:
             return "a single expert stored transposed, which PEFT adapts in another layout"
-        factors.append((lora_a.weight, lora_b.weight, wrapper.scaling[name]))
+        a, b = lora_a.weight, lora_b.weight
+        # PEFT 0.18 exchanged in and out features, and no call may fail for what another version does
+        if a.shape[1:] != (ins,) or b.shape != (outs, *a.shape[:1]) or a.shape[0] % experts:
+            return (
+                f"its lora_A {list(a.shape)} and lora_B {list(b.shape)} are not [{experts}·R, {ins}] and "
+                f"[{outs}, R·{experts}]"
+            )
+        factors.append((a, b, wrapper.scaling[name]))
     return factors
 
 

@@ -10,7 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lorafuse.backends import base as backends
-from lorafuse.integrations.groups import form, leave
+from lorafuse.integrations import calls, gated_mlp, groups
+from lorafuse.integrations.bypassed import bypassed
 from lorafuse.integrations.hf_common import FSDP1, is_fsdp1, watched
 from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, wrappers
 from lorafuse.integrations.hf_peft import FusedLinear, FusedTorchaoLinear, FusedWeight, why_not_fused
@@ -102,6 +103,7 @@ def survey(model: nn.Module, backend: str) -> tuple[PatchReport, list[LoraLayer]
             )
         elif is_fsdp1(module):
             reasons |= dict.fromkeys(module.modules(), FSDP1)
+        reasons |= bypassed(module)
     for name, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer) or layer in inner:
             continue
@@ -136,30 +138,39 @@ def adopt(layer: Any, backend: str) -> None:
         layer.__class__ = ours.get(type(layer), type(layer))
     # None follows lorafuse.use_backend at every call
     layer._lorafuse_backend = None if backend == "auto" else backend
+    calls.begin(layer)
 
 
 def regroup(model: nn.Module, layers: list[Any], report: PatchReport, has_groups: bool) -> None:
     """Make groups of adopted layers, into the report; without `has_groups` take them apart."""
     linear = [layer for layer in layers if isinstance(layer, FusedLinear)]
-    if has_groups:
-        report.groups, report.apart = form(model, linear)
-    else:
+    gated_mlp.dissolve(model)
+    if not has_groups:
         for layer in linear:
-            leave(layer)
+            groups.leave(layer)
+        return
+    report.groups, report.apart = groups.form(model, linear)
+    mlps, apart = gated_mlp.form(model, linear)
+    # gate and up of an MLP are siblings where its layers have to be called
+    whole = {(mlp.name, name) for mlp in mlps for name in mlp.members}
+    report.groups = [one for one in report.groups if not whole.issuperset((one.name, m) for m in one.members)] + mlps
+    report.apart += apart
 
 
 def release(model: nn.Module) -> int:
     """Make every patched layer of the model PEFT's class again; returns how many."""
     classes = _shipped()
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, tuple(classes))]
-    for layer in layers:
-        if type(layer) not in classes:
+    for layer in (*layers, *gated_mlp.formed(model)):
+        if type(layer) not in classes and not gated_mlp.is_ours(layer):
             raise RuntimeError(
                 f"cannot unpatch a {type(layer).__name__}: its class was changed after lorafuse.patch (fully_shard "
                 "does that to a layer passed to it); unpatch before it, or shard whole blocks"
             )
+    gated_mlp.dissolve(model)
     for layer in layers:
         layer.__class__ = classes[type(layer)]
         del layer._lorafuse_backend
-        leave(layer)
+        calls.end(layer)
+        groups.leave(layer)
     return len(layers)

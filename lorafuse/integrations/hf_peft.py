@@ -15,6 +15,7 @@ from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
 from lorafuse.functional import run_linear
+from lorafuse.integrations import calls
 from lorafuse.integrations.groups import join
 from lorafuse.integrations.hf_common import (
     CALL,
@@ -29,10 +30,10 @@ from lorafuse.integrations.hf_common import (
     warn_once,
 )
 from lorafuse.integrations.hf_experts import why_not_wrapped
-from lorafuse.integrations.hf_quantized import is_quantized, multiplies_packed, run_quantized, stored
+from lorafuse.integrations.hf_quantized import PACKED, is_quantized, multiplies_packed, run_quantized, stored
 from lorafuse.operands import Weight
 
-__all__ = ["FusedLinear", "FusedTorchaoLinear", "FusedWeight", "fused", "why_not_fused"]
+__all__ = ["FusedLinear", "FusedTorchaoLinear", "FusedWeight", "fused", "operands_of", "why_not_fused"]
 
 
 # weight, a, b, scale, bias, dropout_p
@@ -65,11 +66,17 @@ def fused(shipped: type) -> Any:
     own = _forwards[shipped] = original(shipped, "forward")
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # per-sample adapters (kwargs), disabled and merged adapters are PEFT's own paths and cost no more there;
         # who kept this method (accelerate's hooks) calls it after unpatch too
-        if not (args or kwargs or self._disable_adapters or self.merged_adapters or type(self) is shipped):
-            parts: Any = interception(x)
+        if type(self) is shipped:
+            return shipped.forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
+        parts: Any = None
+        # per-sample adapters (kwargs), disabled and merged adapters are PEFT's own paths and cost no more there
+        if not (args or kwargs or self._disable_adapters or self.merged_adapters):
+            parts = interception(x)
             if parts is None:
+                if multiplies_packed(self._modules["base_layer"], x):
+                    calls.fell_back(self, PACKED)
+                    return shipped.forward(self, x)  # type: ignore[attr-defined]
                 parts = _parts(self) if shipped.forward is own else _replaced(shipped)  # type: ignore[attr-defined]
             if type(parts) is _Unfolded:
                 parts = _folded(*parts)
@@ -77,19 +84,20 @@ def fused(shipped: type) -> Any:
                 # (group, index); absent from layers in no group
                 group = self.__dict__.get("_lorafuse_siblings")
                 if group is not None:
-                    y = group[0].output(group[1], self, x, parts, _parts)
+                    y = group[0].output(group[1], self, x, parts, operands_of)
                     if y is not None:
+                        calls.ran_grouped(self)
                         return y
                 rows = x if x.dim() <= 4 else x.flatten(0, -4)
                 if type(parts[0]) is not Weight:
                     y = run_linear(rows, *parts, None, self._lorafuse_backend)  # type: ignore[call-arg]
-                elif multiplies_packed(self._modules["base_layer"], x):
-                    return shipped.forward(self, x)  # type: ignore[attr-defined]
                 else:
                     y = run_quantized(self._modules["base_layer"], rows, parts, self._lorafuse_backend)
+                calls.ran(self)
                 return y if rows is x else y.unflatten(0, x.shape[:-3])
             if parts and not torch.compiler.is_compiling():
                 warn_once("a patched linear layer runs as PEFT ships it", parts)
+        calls.fell_back(self, parts or calls.OFF)
         return shipped.forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
 
     return forward
@@ -198,6 +206,14 @@ def _parts(layer: Any) -> _Operands | _Unfolded | str | None:
             return weight, a_weight, b_weight, scale, base._parameters["bias"], p
         factors.append((a_weight, b_weight, b_bias, scale))
     return _Unfolded(weight, base._parameters["bias"], factors, p)
+
+
+def operands_of(layer: Any) -> _Operands | None:
+    """The operands of one of our layers where it runs fused in its present state, with nothing to compute before."""
+    if layer._disable_adapters or layer.merged_adapters or PeftLinear.forward is not _forwards[PeftLinear]:
+        return None
+    parts: Any = _parts(layer)
+    return parts if type(parts) is tuple else None
 
 
 def _why_not_linear(base: nn.Module) -> str:

@@ -26,8 +26,9 @@ from lorafuse.integrations.hf_common import original
 from lorafuse.operands import Weight
 from lorafuse.ops.autocast import autocast_is_on, outside_autocast
 
-__all__ = ["described_format", "is_quantized", "multiplies_packed", "notes", "run_quantized", "stored"]
+__all__ = ["PACKED", "described_format", "is_quantized", "multiplies_packed", "notes", "run_quantized", "stored"]
 
+PACKED = "few rows without gradients: bitsandbytes multiplies by the weight as it is packed"
 # where the classes of linear layers with a forward of their own are defined
 _CLASSES = (
     ("bitsandbytes.nn.modules", "Linear4bit"),
@@ -106,7 +107,9 @@ def run_quantized(base: nn.Module, x: Tensor, operands: tuple[Any, ...], backend
         bias = bias.to(dtype)
     x = x.to(dtype)
     if not is_autocast or dtype is torch.get_autocast_dtype(x.device.type):
-        y = run_linear(x, weight, a, b, scale, bias, dropout_p, None, backend)
+        # GPU kernels add the low-rank path to fp32 sums; on a CPU it is rounded apart, unless it is fp32 as in PEFT
+        wide = dtype is torch.bfloat16 and x.is_cpu and not is_autocast and a.dtype is b.dtype is torch.float32
+        y = run_linear(x, weight, a, b, scale, bias, dropout_p, None, backend, wide=wide)
     else:
         with outside_autocast(x):
             y = run_linear(x, weight, a, b, scale, bias, dropout_p, None, backend)

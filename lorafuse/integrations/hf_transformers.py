@@ -24,7 +24,7 @@ from lorafuse.integrations.hf_common import (
     warn_once,
 )
 from lorafuse.operands import Weight
-from lorafuse.versions import MINIMUM, is_older
+from lorafuse.versions import EXPERTS, is_older
 
 __all__ = [
     "FLAGS",
@@ -59,7 +59,7 @@ def register_experts(name: str = "lorafuse") -> None:
     except ImportError as error:
         raise MissingDependency("experts need transformers >= 5.7: pip install 'transformers>=5.7'") from error
     # before 5.7 the names of experts implementations were a fixed list
-    if is_older(transformers.__version__, MINIMUM["transformers"]):
+    if is_older(transformers.__version__, EXPERTS["transformers"]):
         raise MissingDependency(
             f"experts need transformers >= 5.7, found {transformers.__version__}: pip install -U it"
         )
@@ -96,7 +96,11 @@ def _weights_and_adapters(experts: nn.Module) -> tuple[dict[str, Any], dict[str,
         weights[parameter] = over.original
         # what is PEFT's has brought its file
         peft_layer = sys.modules.get("peft.tuners.lora.layer")
-        if peft_layer is not None and len(over) == 1 and type(over[0]) is peft_layer._LoraFactorsProxy:
+        if (
+            peft_layer is not None
+            and len(over) == 1
+            and type(over[0]) is getattr(peft_layer, "_LoraFactorsProxy", None)
+        ):
             # the delta is scaling * lhs @ rhs, in the layout of the weight
             lhs, rhs = over[0].lhs, over[0].rhs
             a, b = (lhs.mT, rhs.mT) if experts.is_transposed else (rhs, lhs)

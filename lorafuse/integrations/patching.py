@@ -17,9 +17,12 @@ def _hf_model() -> ModuleType:
     try:
         import peft
     except ImportError as error:
-        raise MissingDependency("lorafuse.patch works on PEFT models: pip install 'peft>=0.21'") from error
+        oldest = f"pip install 'peft>={MINIMUM['peft']}'"
+        raise MissingDependency(f"lorafuse.patch works on PEFT models: {oldest}") from error
     if is_older(peft.__version__, MINIMUM["peft"]):
-        raise MissingDependency(f"lorafuse.patch needs peft >= 0.21, found {peft.__version__}: pip install -U peft")
+        raise MissingDependency(
+            f"lorafuse.patch needs peft >= {MINIMUM['peft']}, found {peft.__version__}: pip install -U peft"
+        )
     from lorafuse.integrations import hf_model
 
     return hf_model
@@ -49,7 +52,7 @@ def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False, grou
         TypeError: model is not an `nn.Module`.
         ValueError: unknown backend; with `strict`, see above.
         BackendUnavailable: the backend cannot run here.
-        MissingDependency: PEFT is missing or older than 0.21.
+        MissingDependency: PEFT is missing or older than `lorafuse.versions.MINIMUM`.
 
     Warns (UserWarning) when nothing was patched, naming why, and of each of the report's notes: experts of a model
     loaded in 4 or 8 bits that are not quantized, or not adapted.

@@ -7,9 +7,12 @@ from lorafuse.backends import aten, base, problems
 from lorafuse.backends.protocol import Backend, Problems
 from lorafuse.plan import Plan, Problem, select
 
-__all__ = ["ATEN", "SOLE_BACKEND", "choose", "current_backend", "plan_for", "requested_backend"]
+__all__ = ["ATEN", "SOLE_BACKEND", "choose", "current_backend", "latest", "plan_for", "requested_backend"]
 
 ATEN = aten.BACKEND
+# the backend that an operator of this process chose last, for who counts calls: where several threads run operators,
+# one may read the other's
+latest = ATEN.name
 # the one backend of a device type, which needs no plan
 SOLE_BACKEND = {"cpu": base.candidates("cpu")[-1]}
 
@@ -26,7 +29,9 @@ def choose(backend: str, x: Tensor, operator: Problems, *weights: Tensor) -> tup
     Where x or a weight is empty there is nothing to launch over: plain torch runs it, after the backend that was asked
     for has checked x.
     """
-    name = base.resolve(backend)
+    global latest
+    latest = ATEN.name
+    name = base.current() if backend == "current" else backend
     if name == "auto":
         name = SOLE_BACKEND.get("cpu" if x.is_cpu else x.device.type, name)
     if name == "eager" and x.is_cpu:
@@ -34,12 +39,16 @@ def choose(backend: str, x: Tensor, operator: Problems, *weights: Tensor) -> tup
     is_empty = not x.numel() or not all(w.numel() for w in weights)
     if name == "auto" and not is_empty:
         plan = plan_for(operator(), x.device)
+        latest = plan.backend
         return (ATEN if plan.backend == "eager" else base.load(plan.backend)), plan
     if name in ("auto", "eager"):
         return ATEN, None if is_empty else ATEN.plan(operator, x.device)
     run = base.load(name)
     run.check(x)
-    return (ATEN, None) if is_empty else (run, run.plan(operator, x.device))
+    if is_empty:
+        return ATEN, None
+    latest = name
+    return run, run.plan(operator, x.device)
 
 
 def current_backend() -> str:

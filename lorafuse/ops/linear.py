@@ -23,7 +23,7 @@ from lorafuse.backends.problems import linear_problem
 from lorafuse.backends.protocol import NO_GUARD, Backend
 from lorafuse.operands import Dropout, LowRank, Weight, matrix, shaped_like
 from lorafuse.ops._define import LIBRARY, implement
-from lorafuse.ops.autocast import outside_autocast
+from lorafuse.ops.autocast import autocast_is_on, outside_autocast
 from lorafuse.ops.choose import choose
 from lorafuse.ops.transforms import needs_plain_backward
 from lorafuse.philox import keep_mask, rescaled
@@ -221,16 +221,16 @@ def _plain_gradients(leading, dy, dxa, x, xa, weight, a, b, seed, scale, dropout
 op = torch.ops.lorafuse.lora_linear.default
 _op_backward = torch.ops.lorafuse.lora_linear_backward.default
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+# looked up once: each name of `torch._C` takes 0.1 us of every call
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_is_active = torch._C._are_functorch_transforms_active
+_is_profiled = torch.autograd._profiler_enabled
 
 
 def can_bypass_dispatcher(*tensors):
     """True when no dispatch mode, functorch transform, profiler or tensor subclass would see the operator."""
-    if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd._profiler_enabled()
-    ):
+    if _dispatch_modes() or _functorch_is_active() or _is_profiled():
         return False
     # a loop, since `all` over a generator takes 1 us more
     for t in tensors:  # noqa: SIM110
@@ -254,28 +254,29 @@ def _run_forward(ctx, x, weight, bias, a, b, seed, settings, *statistics):
 
 
 def _run_backward(ctx, dy, dxa, leading):
-    need_x, _, need_bias, need_a, need_b, *rest = ctx.needs_input_grad
-    unneeded = (None,) * len(rest)
+    given = dy if dxa is None else dxa
+    if given is None:
+        return (None,) * len(ctx.needs_input_grad)
+    if autocast_is_on(given):
+        # the dtypes are those of forward, whatever autocast is on now
+        with outside_autocast(given):
+            return _run_backward(ctx, dy, dxa, leading)
+    need_x, _, need_bias, need_a, need_b, *unneeded = ctx.needs_input_grad
     needs = [need_x, need_a, need_b, need_bias]
     x, xa, weight, a, b, seed, *statistics = ctx.saved_tensors
     scale, dropout_p, backend, wide, format = ctx.settings
-    given = dy if dxa is None else dxa
-    if given is None:
-        return (None, None, None, None, None, *unneeded)
-    # the dtypes are those of forward, whatever autocast is on now
-    with outside_autocast(given):
-        if dxa is not None or needs_plain_backward(given):
-            dtype = next(t.dtype for t in (dy, x, dxa) if t is not None)
-            plain = _weight(weight, format, statistics).decoded(dtype).data
-            grads = _plain_gradients(leading, dy, dxa, x, xa, plain, a, b, seed, scale, dropout_p, needs, wide)
+    if dxa is not None or needs_plain_backward(given):
+        dtype = next(t.dtype for t in (dy, x, dxa) if t is not None)
+        plain = _weight(weight, format, statistics).decoded(dtype).data
+        grads = _plain_gradients(leading, dy, dxa, x, xa, plain, a, b, seed, scale, dropout_p, needs, wide)
+    else:
+        args = dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backend, wide, format, statistics or None
+        if can_bypass_dispatcher(dy, x, weight, a, b):
+            grads = _gradients(*args)
         else:
-            args = dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backend, wide, format, statistics or None
-            if can_bypass_dispatcher(dy, x, weight, a, b):
-                grads = _gradients(*args)
-            else:
-                grads = (g if need else None for g, need in zip(_op_backward(*args), needs, strict=True))
+            grads = (g if need else None for g, need in zip(_op_backward(*args), needs, strict=True))
     dx, da, db, dbias = grads
-    return dx, None, dbias, da, db, *unneeded
+    return dx, None, dbias, da, db, *(None,) * len(unneeded)
 
 
 class _LoRALinear(torch.autograd.Function):

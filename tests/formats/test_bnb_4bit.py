@@ -224,9 +224,6 @@ class TestAdoption:
             formats.adopt(linear)
 
 
-SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-
-
 def tiny(sizes, dtype):
     return torch.randn(sizes, dtype=dtype) * 1e-36
 
@@ -265,13 +262,13 @@ def test_the_librarys_kernel_decodes_where_it_is_exact(make, sizes, block, is_us
     operators = sys.modules["bitsandbytes.backends.cpu.ops"]
     called = Called(operators.lib._lib)
     monkeypatch.setattr(operators, "lib", SimpleNamespace(_lib=called))
-    decoded = weight.decoded(torch.bfloat16).data
-    assert set(called.names) == ({f"cdequantize_blockwise_cpu_{kind}_{SUFFIXES[dtype]}"} if is_used else set())
+    decoded = [weight.decoded(to).data for to in (torch.bfloat16, torch.float16, torch.float32)]
+    assert set(called.names) == ({f"cdequantize_blockwise_cpu_{kind}_fp32"} if is_used else set())
     called.names.clear()
     monkeypatch.delitem(sys.modules, "bitsandbytes.backends.cpu.ops")
-    expected = weight.decoded(torch.bfloat16).data
+    expected = [weight.decoded(actual.dtype).data for actual in decoded]
     assert called.names == []
-    assert torch.equal(decoded, expected)
+    assert all(map(torch.equal, decoded, expected))
 
 
 @by_nested

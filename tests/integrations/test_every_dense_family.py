@@ -7,9 +7,10 @@ import peft
 import pytest
 import tiny_families
 import torch
+from tiny_models import counting_groups, counting_mlps
 
 import lorafuse
-from lorafuse.integrations import groups, hf_peft
+from lorafuse.integrations import hf_peft
 from lorafuse.testing.numerics import relative_l2, tolerance
 
 pytestmark = pytest.mark.filterwarnings(
@@ -20,12 +21,15 @@ pytestmark = pytest.mark.filterwarnings(
 DECODERS = {
     "bloom": "BloomForCausalLM",
     "cohere": "CohereForCausalLM",
+    "ernie4_5": "Ernie4_5ForCausalLM",
+    "exaone4": "Exaone4ForCausalLM",
     "falcon": "FalconForCausalLM",
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
     "granite": "GraniteForCausalLM",
+    "helium": "HeliumForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
@@ -34,6 +38,7 @@ DECODERS = {
     "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "stablelm": "StableLmForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
@@ -112,18 +117,30 @@ def test_a_family(family):
 
 # one layer computes q, k and v, and one gate and up where there is a gate
 NO_SIBLINGS = {"bloom", "gpt_neox", "modernbert", "phi3"}
+GATED = {"cohere", "gemma", "gemma2", "gemma3", "granite", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3"}
+GATED |= {"ernie4_5", "exaone4", "helium", "stablelm"}
+# parents that look gated and are no operator
+WITHOUT = {"phi3": "gate and up are one layer (gate_up_proj)", "mt5": "between its layers lies more than"}
+# in training its y goes through dropout
+WITHOUT |= {"seed_oss": "its forward is not down(act(gate(x))"}
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - LEFT.keys() - NOT_CALLED))
 def test_siblings_of_a_family(family):
     stock = adapted(family)
     expected = tiny_families.step(stock)
-    assert lorafuse.patch(stock, groups=True).patched
+    report = lorafuse.patch(stock, groups=True)
+    assert report.patched
+    assert any(group.kind == "gated_mlp" for group in report.groups) == (family in GATED)
+    reasons = {one.reason for one in report.apart}
+    assert all(family in WITHOUT and reason.startswith(WITHOUT[family]) for reason in reasons)
+    assert bool(reasons) == (family in WITHOUT)
     # orders that no name tells are learned in the first
     for _ in range(2):
-        with mock.patch.object(groups, "run_linears", wraps=groups.run_linears) as calls:
+        with counting_groups() as calls, counting_mlps() as mlps:
             actual = tiny_families.step(stock)
         errors = {name: relative_l2(actual[name], tensor) for name, tensor in expected.items()}
         assert actual.keys() == expected.keys()
         assert {name: error for name, error in errors.items() if error > tolerance(torch.float32)} == {}
     assert (calls.call_count == 0) == (family in NO_SIBLINGS)
+    assert mlps.call_count == sum(group.kind == "gated_mlp" for group in report.groups)

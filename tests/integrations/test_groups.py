@@ -8,7 +8,7 @@ import weakref
 import peft
 import pytest
 import torch
-from tiny_models import adapted, assert_close, counting_groups, run, token_ids, train_away_from_zero
+from tiny_models import adapted, assert_close, counting_groups, counting_mlps, run, token_ids, train_away_from_zero
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -104,9 +104,9 @@ class TestModels:
         stock = adapted(family)
         patched = copy.deepcopy(stock)
         report = lorafuse.patch(patched, groups=True)
-        with counting_groups() as calls:
+        with counting_groups() as calls, counting_mlps() as mlps:
             actual = run(patched)
-        assert calls.call_count == len(report.groups) > 0
+        assert calls.call_count + mlps.call_count == len(report.groups) > 0
         assert_close(actual, run(stock))
         assert slots(patched) == []
 
@@ -274,6 +274,21 @@ def test_checkpoints(reentrant, kind, calls):
         assert slots(patched) == []
 
 
+@pytest.mark.parametrize("calls", [None, ["v_proj", "q_proj", "k_proj"], ["q_proj", "v_proj", "k_proj"]])
+def test_reentrant_checkpoints_draw_the_same_masks(calls):
+    torch.manual_seed(0)
+    _, patched = pair(calls=calls, reentrant=True, lora_dropout=0.5)
+    alone = copy.deepcopy(patched)
+    lorafuse.patch(alone)
+    alone.base_model.model.reentrant = None
+    for _ in range(2):
+        results = []
+        for model in (patched, alone):
+            torch.manual_seed(7)
+            results.append(step(model.train()))
+        assert_close(*results)
+
+
 def test_two_forwards_before_the_backwards_of_checkpoints():
     stock, patched = pair(Odd, reentrant=False)
 
@@ -345,6 +360,14 @@ def test_compile():
     targets = [str(node.target) for node in graphs[0].graph.nodes]
     assert sum("lora_linears" in target for target in targets) == 2
     assert sum("lora_linear.default" in target or target.endswith("lora_linear") for target in targets) == 0
+    assert slots(patched) == []
+
+
+def test_compiled_checkpoints_run_siblings_alone():
+    stock, patched = pair(reentrant=False)
+    torch._dynamo.reset()
+    actual = step(torch.compile(patched, fullgraph=True, backend="aot_eager"))
+    assert_close({name.replace("_orig_mod.", ""): t for name, t in actual.items()}, step(stock))
     assert slots(patched) == []
 
 

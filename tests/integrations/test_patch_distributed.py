@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny_models import adapted, token_ids
+from tiny_models import adapted, counting_groups, counting_mlps, token_ids
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -106,14 +106,18 @@ def train(model, wrapper, rank):
 def train_both(rank, folder, wrapper):
     results = {"start": ([], {n: p.detach().clone() for n, p in adapted().named_parameters() if p.requires_grad})}
     results["stock"] = train(adapted(), wrapper, rank)
-    patched = adapted()
-    lorafuse.patch(patched, strict=True)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        results["patched"] = train(patched, wrapper, rank)
-    assert [str(w.message) for w in caught if "runs as PEFT ships it" in str(w.message)] == []
-    assert all(isinstance(m, hf_peft.FusedLinear) for m in patched.modules() if isinstance(m, hf_peft.PeftLinear))
-    assert lorafuse.unpatch(patched) == 14
+    for name in ("patched", "groups"):
+        patched = adapted()
+        lorafuse.patch(patched, strict=True, groups=name == "groups")
+        with warnings.catch_warnings(record=True) as caught, counting_groups() as siblings, counting_mlps() as mlps:
+            warnings.simplefilter("always")
+            results[name] = train(patched, wrapper, rank)
+        assert [str(w.message) for w in caught if "runs as PEFT ships it" in str(w.message)] == []
+        # of two layers, in forward and where it is computed again
+        forwards = 0 if name == "patched" else 2 * STEPS * (2 if "checkpointed" in wrapper else 1)
+        assert (siblings.call_count, mlps.call_count) == (forwards, forwards)
+        assert all(isinstance(m, hf_peft.FusedLinear) for m in patched.modules() if isinstance(m, hf_peft.PeftLinear))
+        assert lorafuse.unpatch(patched) == 14
     torch.save(results, f"{folder}/{rank}.pt")
 
 
@@ -122,18 +126,20 @@ def test_trains_as_peft_does(wrapper, tmp_path):
     spawn(joined, str(tmp_path), train_both, wrapper)
     of_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
     for results in of_rank:
-        (_, start), (expected, stock), (losses, patched) = (results[k] for k in ("start", "stock", "patched"))
-        assert losses == pytest.approx(expected, rel=1e-5)
-        assert len(set(losses)) == STEPS
-        assert patched.keys() == stock.keys() == start.keys()
-        assert len(stock) == 28
-        for name, weight in stock.items():
-            assert relative_l2(patched[name], weight) <= 10 * tolerance(torch.float32), name
-            assert relative_l2(weight, start[name]) > 1e-3, f"{name} was not trained"
+        (_, start), (expected, stock) = results["start"], results["stock"]
+        for losses, patched in (results["patched"], results["groups"]):
+            assert losses == pytest.approx(expected, rel=1e-5)
+            assert len(set(losses)) == STEPS
+            assert patched.keys() == stock.keys() == start.keys()
+            assert len(stock) == 28
+            for name, weight in stock.items():
+                assert relative_l2(patched[name], weight) <= 10 * tolerance(torch.float32), name
+                assert relative_l2(weight, start[name]) > 1e-3, f"{name} was not trained"
     # the ranks saw other data, and agree on the weights
-    assert of_rank[0]["patched"][0] != of_rank[1]["patched"][0]
-    for name, weight in of_rank[0]["patched"][1].items():
-        assert torch.equal(weight, of_rank[1]["patched"][1][name]), name
+    for kind in ("patched", "groups"):
+        assert of_rank[0][kind][0] != of_rank[1][kind][0]
+        for name, weight in of_rank[0][kind][1].items():
+            assert torch.equal(weight, of_rank[1][kind][1][name]), name
 
 
 def shard_layers(rank, folder):

@@ -11,6 +11,7 @@ from quantized_models import FORMATS, adapted, exact, family, quantize
 from torch import nn
 
 import lorafuse
+from lorafuse.backends import aten
 from lorafuse.integrations import hf_quantized
 from lorafuse.testing.numerics import assert_three_way, relative_l2, tolerance
 
@@ -116,9 +117,27 @@ def test_a_format_in_bf16(how, dtype, autocast):
     assert {k: t.dtype for k, t in actual.items()} == {k: t.dtype for k, t in expected.items()}
     for name, tensor in actual.items():
         assert_three_way(name, tensor, expected[name], reference[name])
-    # elsewhere PEFT computes the low-rank path, or the sum, in fp32
-    if dtype is torch.bfloat16 and autocast:
+    # elsewhere PEFT adds in fp32
+    if dtype is torch.bfloat16:
         assert total_error(actual, reference) <= total_error(expected, reference)
+
+
+@pytest.mark.parametrize("has_products", [False, True], ids=["fp32 products", "bf16 products"])
+@pytest.mark.parametrize("factor", [0.1, 1, 10])
+def test_bf16_on_a_cpu_is_no_further_from_the_truth_than_peft(factor, has_products, monkeypatch):
+    """Whether the CPU multiplies bf16 or not, with a low-rank path below the base and above it."""
+    monkeypatch.setattr(aten, "_multiplies", lambda dtype: has_products)
+    stock = mlp("nf4", torch.bfloat16, torch.bfloat16)
+    for name, p in stock.named_parameters():
+        if "lora_B" in name:
+            p.data.mul_(factor)
+    patched, _ = patched_copy(stock)
+    x = torch.randn(64, 128).to(torch.bfloat16)
+    reference = step(exact(stock), x.double())
+    actual, expected = step(patched, x), step(stock, x)
+    assert total_error(actual, reference) <= total_error(expected, reference)
+    for name in ("y", "dx"):
+        assert relative_l2(actual[name], reference[name]) <= 1.01 * relative_l2(expected[name], reference[name])
 
 
 @pytest.mark.parametrize("compute_dtype", [None, torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -10,14 +10,14 @@ from unittest import mock
 import pytest
 import torch
 from rich.console import Console
-from tiny_transformers import TINY, TINY_MOE
+from tiny_transformers import TINY, TINY_64, TINY_MOE
 
 from lorafuse.bench import figures, model, model_run, training, transformer
 from lorafuse.bench.result import Wrong
 from lorafuse.bench.training import Trainee
 from lorafuse.bench.transformer_cost import VARIANTS, Sizes, Training, step_flops, training_bytes
 from lorafuse.cli import main
-from lorafuse.integrations import hf_experts, hf_peft, patch
+from lorafuse.integrations import hf_experts, hf_peft, hf_quantized, patch
 
 CPU = torch.device("cpu")
 # what matrix products reach is made up here, so that it is known
@@ -29,6 +29,7 @@ NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory.\nTried to")
 def _tiny_models(monkeypatch):
     monkeypatch.setitem(transformer.MODELS, "tiny", TINY)
     monkeypatch.setitem(transformer.MODELS, "tiny-moe", TINY_MOE)
+    monkeypatch.setitem(transformer.MODELS, "tiny-64", TINY_64)
     monkeypatch.setattr(model_run.peaks, "matmul_flops", lambda dtype, device: PEAK)
     # several threads wait for each other longer than such products take
     threads = torch.get_num_threads()
@@ -103,6 +104,28 @@ def test_every_figure_of_a_result():
     assert parity["first_micro_batch"]["lorafuse"]["adapters_effect"] > 0.1
     assert [text for _, _, text in shown][-1] == "memory of lorafuse"
     assert all(0 <= done <= total for done, total, _ in shown)
+
+
+@pytest.mark.parametrize(("quant", "bits"), [("nf4", 4.5), ("int8", 8.5)])
+def test_a_quantized_base(quant, bits):
+    """Without its training, and with its memory; parameters are those of the dense base."""
+    pytest.importorskip("bitsandbytes")
+    with mock.patch.object(hf_quantized, "run_linear", wraps=hf_quantized.run_linear) as calls:
+        result = run(quant=quant, variants=list(VARIANTS), case=["tiny-64"])
+    assert calls.call_count == 14 * (1 + 3 + 1)
+    assert result["case"] == f"tiny-64 over {quant}, accumulate 1, checkpointing off"
+    assert (result["quant"], result["failed"]) == (quant, {})
+    assert result["absent"] == {"full": f"it does not run over a base in {quant}"}
+    frozen, peft, ours = (result["variants"][name] for name in ("frozen", "peft", "lorafuse"))
+    sizes = replace(Sizes.of(TINY_64.config()), layers=2)
+    packed = sizes.active_weights() - sizes.vocabulary * sizes.H
+    rest = frozen["weights_bytes"] - 4 * (frozen["parameters"] - packed)
+    # absmax, code and nested statistics of small weights
+    assert packed * int(bits) / 8 < rest < packed * bits / 8 + 14 * 2000
+    assert ours["weights_bytes"] == peft["weights_bytes"] == frozen["weights_bytes"] + 4 * peft["trained"]
+    assert ours["last_loss"] == pytest.approx(peft["last_loss"], abs=1e-5)
+    assert result["parity"]["first_micro_batch"]["lorafuse"]["adapters_effect"] > 0.1
+    assert {"tax", "peak_bytes"} <= ours.keys()
 
 
 def test_experts_run_fused_and_are_compared():

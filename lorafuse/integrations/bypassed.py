@@ -1,0 +1,29 @@
+"""Adapted layers that another library's LoRA kernels bypass: these read the weights and never call the layers."""
+
+from torch import nn
+
+__all__ = ["bypassed"]
+
+# attribute that the kernel replaces: the children whose weights it reads
+_READS = {
+    "apply_qkv": ("q_proj", "k_proj", "v_proj"),
+    "apply_o": ("o_proj",),
+    "forward": ("gate_proj", "up_proj", "down_proj"),
+}
+_ADVICE = {
+    "unsloth": "Unsloth and lorafuse exclude each other, load the model by transformers and PEFT",
+    "axolotl": "set lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel to false, as lorafuse's plugin for Axolotl does",
+}
+
+
+def bypassed(module: nn.Module) -> dict[nn.Module, str]:
+    """The children of an attention or MLP that another library's kernel reads, with the reason; empty for most."""
+    reasons: dict[nn.Module, str] = {}
+    for attribute, children in _READS.items():
+        function = getattr(module.__dict__.get(attribute), "__func__", None)
+        name, library = getattr(function, "__name__", ""), getattr(function, "__module__", "").partition(".")[0]
+        # the same attributes hold functions that do call the layers, where an adapter has what the kernels lack
+        if library in _ADVICE and name.startswith("apply_lora"):
+            reason = f"{library}'s {name} reads its weights and never calls it: {_ADVICE[library]}"
+            reasons |= {module._modules[child]: reason for child in children if child in module._modules}
+    return reasons

@@ -1,0 +1,338 @@
+"""Gated MLPs of a patched model, `down(act(gate(x)) · up(x))`, run as one operator (`lora_gated_mlp`).
+
+`form` looks for parents of three linear layers whose sizes fit, and runs the forward of the parent's class on a small
+input with small layers in their places: which layer is which, and the activation, follow from what these computed. The
+model itself computes nothing, and no random number is drawn.
+
+The parent keeps its object and gets a subclass of its class, which replaces `forward` only. A call whose layers are not
+as they were (hooks, a merged or disabled adapter, another device) runs the forward of the parent's own class.
+"""
+
+import copy
+import functools
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from lorafuse.activation import ACTIVATIONS, GATES, gate_differentiable
+from lorafuse.functional import Projection, run_gated_mlp
+from lorafuse.integrations import calls
+from lorafuse.integrations.groups import fits
+from lorafuse.integrations.hf_common import altered, interception, is_called_otherwise, original
+from lorafuse.integrations.hf_peft import FusedLinear, operands_of
+from lorafuse.integrations.hf_quantized import stored
+from lorafuse.integrations.report import Group, Skipped
+from lorafuse.operands import Weight
+from lorafuse.ops.autocast import outside_autocast
+from lorafuse.ops.checks import seed_tensor
+
+__all__ = ["dissolve", "form", "formed", "is_ours"]
+
+_LINEAR_FORWARD = original(nn.Linear, "forward")
+# attributes that are equal where they are not the same object
+_SCALARS = (bool, float, int, str)
+
+
+@functools.cache
+def _fused(shipped: Any, own: Any) -> Any:
+    """The subclass of a parent's class, whose forward is `own`."""
+
+    @functools.wraps(own)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # without gradients layers run alone, as siblings do; who kept this method calls it after unpatch too
+        if len(args) == 1 and not kwargs and shipped.forward is own and torch.is_grad_enabled():
+            mlp = self.__dict__.get("_lorafuse_mlp")
+            y = None if mlp is None else mlp.output(self, args[0])
+            if y is not None:
+                return y
+        return shipped.forward(self, *args, **kwargs)
+
+    def reduced(self: Any, protocol: Any) -> Any:
+        # pickle finds the shipped class alone
+        _, (_, *args), *rest = shipped.__reduce_ex__(self, max(2, int(protocol)))
+        return _made, (shipped, *args), *rest
+
+    # tools know a class by its names
+    body = {name: getattr(shipped, name) for name in ("__module__", "__qualname__", "__doc__")}
+    body |= {"forward": forward, "__reduce_ex__": reduced, "_lorafuse_shipped": shipped}
+    return types.new_class(shipped.__name__, (shipped,), exec_body=lambda space: space.update(body))
+
+
+def _made(shipped: Any, *args: Any) -> Any:
+    """A new object of the subclass, for copies and for what pickle loads."""
+    ours = _fused(shipped, shipped.forward)
+    return ours.__new__(ours, *args)
+
+
+@dataclass(eq=False)
+class _Roles:
+    """Which children of a parent are what, and what its forward may read besides them.
+
+    Attributes:
+        gate, up, down: names of children.
+        is_up_first: whether forward calls up before gate, and so draws its mask first.
+        others: the children that are no linear layers, by name, and the public attributes of each.
+        attributes: those of the parent.
+    """
+
+    gate: str
+    up: str
+    down: str
+    is_up_first: bool
+    activation: str
+    others: dict[str, tuple[nn.Module, dict[str, Any]]]
+    attributes: dict[str, Any]
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        return self.gate, self.up, self.down
+
+    def output(self, parent: Any, x: Any) -> Tensor | None:
+        """y of the parent called with x; None where its layers have to be called."""
+        if not isinstance(x, Tensor) or not 1 <= x.dim() <= 4 or interception(x) is not None:
+            return None
+        if not self._is_as_checked(parent):
+            return None
+        members = [parent._modules.get(name) for name in self.names]
+        operands: list[Any] = [_operands(member) for member in members]
+        if None in operands:
+            return None
+        gate, up, down = operands
+        backends = {member._lorafuse_backend for member in members if isinstance(member, FusedLinear)}
+        first = next((one for one in operands if one[1] is not None), None)
+        inner = gate[0].shape[:1]
+        if (
+            first is None
+            or len(backends) > 1
+            or not fits(gate, first, x, x.shape[-1:])
+            or not fits(up, first, x, x.shape[-1:])
+            or not fits(down, first, x, inner)
+            or up[0].shape[:1] != inner
+        ):
+            return None
+        seeds: list[Tensor | None] = [None] * 3
+        # masks are drawn in the order in which layers are called
+        for i in (1, 0, 2) if self.is_up_first else range(3):
+            if operands[i][5]:
+                seeds[i] = seed_tensor(None, x.device)
+        layers = [Projection(w, a, b, scale, bias, p, seeds[i]) for i, (w, a, b, scale, bias, p) in enumerate(operands)]
+        y = run_gated_mlp(x, layers, self.activation, backends.pop())
+        for member in members:
+            if isinstance(member, FusedLinear):
+                calls.ran_grouped(member)
+        return y
+
+    def _is_as_checked(self, parent: Any) -> bool:
+        modules = parent._modules
+        for name, (module, attributes) in self.others.items():
+            if modules.get(name) is not module or altered(module) or not _has(module, attributes):
+                return False
+        return _has(parent, self.attributes)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What the forward of a module may read besides parameters, buffers and children; it was checked in both modes."""
+    return {name: value for name, value in module.__dict__.items() if name[0] != "_" and name != "training"}
+
+
+def _has(module: nn.Module, attributes: dict[str, Any]) -> bool:
+    """Whether a module still has these attributes; numbers may be other objects in a copy."""
+    state = module.__dict__
+    for name, value in attributes.items():
+        now = state.get(name)
+        if now is not value and (type(now) not in _SCALARS or now != value):
+            return False
+    return True
+
+
+def _operands(member: Any) -> tuple | None:
+    """Operands of a layer in its present state, a and b None where it has no adapter; None where it must be called."""
+    kind = type(member)
+    if member is None or altered(member) or is_called_otherwise(kind):
+        return None
+    if isinstance(member, FusedLinear):
+        operands = operands_of(member)
+        return None if operands is None or type(operands[0]) is Weight else operands
+    weight = member._parameters.get("weight")
+    if kind.forward is not _LINEAR_FORWARD or type(weight) is not nn.Parameter or weight.requires_grad:
+        return None
+    return weight, None, None, 1.0, member._parameters["bias"], 0.0
+
+
+def form(model: nn.Module, layers: Iterable[Any]) -> tuple[list[Group], list[Skipped]]:
+    """Make one operator of each gated MLP of a model that holds one of the `layers`.
+
+    Returns those, and the parents that look like one but are none, with the reason.
+    """
+    fused, groups, apart = set(layers), [], []
+    for path, parent in model.named_modules():
+        if fused.isdisjoint(parent._modules.values()):
+            continue
+        children = {
+            name: base for name, child in parent._modules.items() if isinstance(base := _base(child), nn.Linear)
+        }
+        sizes = {name: (base.out_features, base.in_features) for name, base in children.items()}
+        if reason := _why_no_gate(sizes):
+            apart.append(Skipped(path, "gated_mlp", reason))
+        if not _has_its_sizes(sizes):
+            continue
+        roles = _roles(parent, children, fused)
+        if isinstance(roles, _Roles):
+            groups.append(Group(path, "gated_mlp", roles.names))
+            if _shipped(parent) is type(parent):
+                parent.__class__ = _fused(type(parent), type(parent).forward)
+            parent._lorafuse_mlp = roles
+        elif len(set(sizes.values())) > 1:
+            # q, k and v of equal sizes are no MLP that somebody would look for
+            apart.append(Skipped(path, "gated_mlp", f"{roles} ({', '.join(children)})"))
+    return groups, apart
+
+
+def formed(model: nn.Module) -> list[Any]:
+    """The parents of a model that have a class of ours, or one made of it (fully_shard)."""
+    return [module for module in model.modules() if hasattr(module, "_lorafuse_shipped")]
+
+
+def is_ours(parent: Any) -> bool:
+    """Whether the class of a formed parent is as `form` left it."""
+    return "_lorafuse_shipped" in vars(type(parent))
+
+
+def dissolve(model: nn.Module) -> None:
+    """Give every formed parent its class back; one whose class was changed since only runs as that class ships it."""
+    for parent in formed(model):
+        if is_ours(parent):
+            parent.__class__ = parent._lorafuse_shipped
+        parent.__dict__.pop("_lorafuse_mlp", None)
+
+
+def _shipped(parent: nn.Module) -> Any:
+    return getattr(parent, "_lorafuse_shipped", type(parent))
+
+
+def _base(child: Any) -> Any:
+    """A child, or the layer that its adapter is over."""
+    return child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
+
+
+def _why_no_gate(sizes: dict[str, tuple[int, int]]) -> str:
+    """The reason for an MLP whose gate and up are one layer, by its sizes; "" for anything else."""
+    if len(sizes) == 2:
+        (first, (n, _)), (_, (_, k)) = sizes.items()
+        if n == 2 * k and "gate" in first:
+            return f"gate and up are one layer ({first})"
+    return ""
+
+
+def _has_its_sizes(sizes: dict[str, tuple[int, int]]) -> bool:
+    """Whether there are three layers of which two read x and the third what both compute."""
+    every = list(sizes.values())
+    return len(every) == 3 and any(every[i] == every[i - 1] and every[i - 2][1] == every[i][0] for i in range(3))
+
+
+def _roles(parent: Any, children: dict[str, nn.Linear], fused: set[Any]) -> _Roles | str:
+    """The roles of three children, whose base layers are given; or why the parent's forward is no operator."""
+    for name, base in children.items():
+        child = parent._modules[name]
+        if type(base) is not nn.Linear or stored(base) is not None:
+            return f"the base of {name} is quantized or no plain nn.Linear"
+        if child is not base and child not in fused:
+            return f"{name} is left to PEFT"
+    others = {name: child for name, child in parent._modules.items() if name not in children and child is not None}
+    for name, module in others.items():
+        if altered(module) or module._modules or module._parameters or module._buffers:
+            return f"{name} has hooks, parameters or children"
+    if forward := parent.__dict__.get("forward"):
+        return f"its forward was replaced by {getattr(forward, '__qualname__', type(forward).__name__)}"
+    if parent._parameters or parent._buffers:
+        return "it has parameters or buffers of its own"
+    calls = _calls(parent, children, others)
+    if isinstance(calls, str):
+        return calls
+    names, activation = calls
+    gate, up, down = names if activation[1] else (names[1], names[0], names[2])
+    checked = {name: (module, _attributes(module)) for name, module in others.items()}
+    return _Roles(gate, up, down, not activation[1], activation[0], checked, _attributes(parent))
+
+
+class _Small(nn.Linear):
+    """A small layer that notes its calls: itself, x and y."""
+
+    def __init__(self, n: int, k: int, like: Tensor, generator: torch.Generator, has_bias: bool, calls: list) -> None:
+        super().__init__(k, n, has_bias, device="meta")
+        size = (n, k + 1)
+        # gates from -10 to 10: activations differ near 2, and limits are at 7
+        made = (3 * k**-0.5 * torch.randn(size, generator=generator, device="cpu", dtype=like.dtype)).to(like.device)
+        self.weight = nn.Parameter(made[:, :k].contiguous(), requires_grad=False)
+        if has_bias:
+            self.bias = nn.Parameter(made[:, k].contiguous(), requires_grad=False)
+        self.calls = calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.calls.append((self, x, y))
+        return y
+
+
+def _calls(
+    parent: Any, children: dict[str, nn.Linear], others: dict[str, nn.Module]
+) -> tuple[tuple[str, ...], tuple[str, bool]] | str:
+    """The names of the children in the order of their calls and `(activation, whether the first is the gate)`, as a
+    run of the forward with small layers shows them; or what it shows against a gated MLP."""
+    weight = next(iter(children.values())).weight
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    like, generator = torch.empty(0, device=device, dtype=torch.float32), torch.Generator().manual_seed(0)
+    small: dict[int, int] = {}
+    for base in children.values():
+        for size in (base.in_features, base.out_features):
+            small.setdefault(size, 24 + 8 * len(small))
+    calls: list[tuple[Any, Any, Any]] = []
+    layers = {
+        name: _Small(small[base.out_features], small[base.in_features], like, generator, base.bias is not None, calls)
+        for name, base in children.items()
+    }
+    known = [(name, is_first) for name in (*ACTIVATIONS, *GATES) for is_first in (True, False)]
+    orders: set[tuple[str, ...]] = set()
+    devices = [] if device.type == "cpu" else [device]
+    with torch.no_grad(), outside_autocast(like), torch.random.fork_rng(devices, device_type=device.type):
+        # a dropout layer computes something else in training
+        for rows, is_training in (((11,), True), ((2, 7), True), ((2, 7), False)):
+            probe = _probe(parent, layers, others, is_training)
+            some = list(layers.values())
+            first = next(one.in_features for one in some if sum(one.in_features == o.in_features for o in some) > 1)
+            x = torch.randn((*rows, first), generator=generator, device="cpu", dtype=like.dtype).to(device)
+            calls.clear()
+            try:
+                y = _shipped(parent).forward(probe, x)
+            # whatever a forward raises, it is not what is looked for
+            except Exception as error:
+                return f"its forward fails on a small input: {type(error).__name__}: {error}"
+            if len({id(one) for one, *_ in calls}) != 3 or len(calls) != 3:
+                return "its forward does not call each of its layers once"
+            (one, x_one, y_one), (two, x_two, y_two), (three, h, y_three) = calls
+            orders.add(tuple(next(name for name in layers if layers[name] is layer) for layer in (one, two, three)))
+            if x_one is not x or x_two is not x or y is not y_three or y_one.shape != h.shape:
+                return "its forward is not down(act(gate(x)) · up(x))"
+            pairs = {True: (y_one, y_two), False: (y_two, y_one)}
+            known = [one for one in known if torch.allclose(gate_differentiable(one[0], *pairs[one[1]]), h, 1e-5, 1e-5)]
+    if not known or len(orders) > 1:
+        names = ", ".join((*ACTIVATIONS, *GATES))
+        return f"between its layers lies more than act(gate) · up with an activation of {names}"
+    return orders.pop(), known[0]
+
+
+def _probe(parent: Any, layers: dict[str, nn.Module], others: dict[str, nn.Module], is_training: bool) -> nn.Module:
+    """An object of the parent's class and attributes with these layers and copies of the other children."""
+    shipped = _shipped(parent)
+    probe = shipped.__new__(shipped)
+    probe.__dict__.update(parent.__dict__)
+    # a child may be None
+    probe.__dict__["_modules"] = parent._modules | layers | {n: copy.deepcopy(module) for n, module in others.items()}
+    for module in probe.modules():
+        module.training = is_training
+    return probe

@@ -1,0 +1,105 @@
+"""LoRA layers that other libraries wrote themselves, run by lorafuse: their class is changed to a subclass.
+
+As with PEFT's, the layer stays the same object and its library the owner of parameters, names and files; `forward`
+alone is replaced, reads the layer's present state, and runs what the library ships where that does not run fused.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafuse.backends import base as backends
+from lorafuse.functional import run_linear
+from lorafuse.integrations import calls
+from lorafuse.integrations.hf_common import altered, interception, warn_once
+from lorafuse.integrations.report import Patched, PatchReport, Skipped
+from lorafuse.operands import Weight
+
+__all__ = ["Operands", "factors_of", "patch_owned", "unpatch_owned"]
+
+# weight, a, b, scale, bias, dropout_p; or why there are none
+Operands = tuple[Tensor | Weight, Tensor, Tensor, float, Tensor | None, float] | str
+
+
+@functools.cache
+def _fused(shipped: type, read: Callable[[Any], Operands]) -> type:
+    """The subclass of a layer's class that runs `read(layer)` as one operator."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        operands: Any = interception(x)
+        if operands is None:
+            operands = read(self)
+        if type(operands) is tuple:
+            rows = x if x.dim() <= 4 else x.flatten(0, -4)
+            y = run_linear(rows, *operands, None, self._lorafuse_backend)
+            calls.ran(self)
+            return y if rows is x else y.unflatten(0, x.shape[:-3])
+        if operands and not torch.compiler.is_compiling():
+            warn_once(f"a patched {shipped.__name__} runs as it was shipped", operands)
+        calls.fell_back(self, operands or calls.OFF)
+        return shipped.forward(self, x)  # type: ignore[attr-defined]
+
+    # recipes and reports know a layer by its name
+    return type(shipped.__name__, (shipped,), {"forward": forward, "_lorafuse_shipped": shipped})
+
+
+def patch_owned(
+    model: nn.Module, kinds: tuple[Any, ...], read: Callable[[Any], Operands], backend: str, strict: bool
+) -> PatchReport:
+    """Patch every layer in a model that runs the forward of one of `kinds`, of which the first is the base of all; what
+    `lorafuse.patch` is to PEFT's.
+
+    Raises what `lorafuse.patch` raises, and warns as it does.
+    """
+    backends.require(backend)
+    report, adopted = PatchReport(), []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, kinds[0]):
+            continue
+        shipped = getattr(type(layer), "_lorafuse_shipped", type(layer))
+        operands: Operands = f"its class {shipped.__name__} has a forward of its own"
+        if shipped.forward in [kind.forward for kind in kinds] and "forward" not in layer.__dict__:
+            operands = read(layer)
+        if isinstance(operands, str) and operands:
+            report.skipped.append(Skipped(name, "linear", operands))
+            continue
+        report.patched.append(Patched(name, "linear", backend))
+        adopted.append((layer, shipped))
+    problem = (
+        "" if report.patched else f"{type(model).__name__} has no {kinds[0].__name__} that can run fused\n{report}"
+    )
+    if strict and (problem or report.skipped):
+        raise ValueError(f"lorafuse changed nothing: {problem or report}")
+    if problem:
+        warnings.warn(f"lorafuse patched nothing: {problem}", stacklevel=3)
+    for layer, shipped in adopted:
+        layer.__class__ = _fused(shipped, read)
+        layer._lorafuse_backend = None if backend == "auto" else backend
+        calls.begin(layer)
+    return report
+
+
+def unpatch_owned(model: nn.Module) -> int:
+    """Give every layer of `patch_owned` back to its library; returns how many there were."""
+    layers: list[Any] = [layer for layer in model.modules() if "_lorafuse_shipped" in vars(type(layer))]
+    for layer in layers:
+        layer.__class__ = type(layer)._lorafuse_shipped
+        del layer._lorafuse_backend
+        calls.end(layer)
+    return len(layers)
+
+
+def factors_of(layer: nn.Module, lora_a: nn.Module, lora_b: nn.Module) -> tuple[Tensor, Tensor] | str:
+    """The weights of a layer's two factors, or why they are not read."""
+    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear or altered(lora_a, lora_b):
+        return "its factors are not plain nn.Linear without hooks"
+    if lora_a.bias is not None or lora_b.bias is not None:
+        return "one of its factors has a bias"
+    weight = layer._parameters.get("weight")
+    if weight is None or weight.requires_grad:
+        return "its base weight is trainable; lorafuse computes no gradient for it"
+    return lora_a.weight, lora_b.weight

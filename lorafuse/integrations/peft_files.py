@@ -1,0 +1,175 @@
+"""PEFT's adapter files for models with `lorafuse.nn` modules: written for PEFT, vLLM and SGLang, and read.
+
+| module | tensors, after `base_model.model.` |
+|---|---|
+| `LoRALinear` x | `x.lora_A.weight [r, in]`, `x.lora_B.weight [out, r]` |
+| `LoRAExperts` x, first projection | `x.base_layer.lora_A.weight [E·r, H]`, `x.base_layer.lora_B.weight [2I, r·E]` |
+| `LoRAExperts` x, down | `x.lora_A.weight [E·r, I]`, `x.lora_B.weight [H, r·E]` |
+
+PEFT packs A of experts expert-slowest and B expert-fastest.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafuse.errors import MissingDependency
+from lorafuse.nn import LoRAExperts, LoRALinear
+
+__all__ = ["load_adapter", "save_adapter"]
+
+_PREFIX = "base_model.model."
+_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise MissingDependency("adapter files need safetensors: pip install safetensors") from error
+    return safetensors.torch
+
+
+def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", task_type: str = "CAUSAL_LM") -> None:
+    """Write the adapters of every `LoRALinear` and `LoRAExperts` of a model as PEFT would.
+
+    `PeftModel.from_pretrained(base, folder)` then computes what the model computes. Factors that are shared by all
+    experts (`shared_outer`) are written once for each.
+
+    Args:
+        model: names of its modules must be those of the base model that loads the files.
+        folder: made if it is not there; files in it are replaced.
+        base_model: name or path of the base model, which vLLM and SGLang read.
+        task_type: PEFT's, such as "CAUSAL_LM"; decides which of its classes loads the files.
+
+    Raises ValueError, writing nothing, for a model without such modules, and for experts whose rank, alpha or dropout
+    PEFT's files cannot hold together with the others'.
+    """
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    experts = {n: m for n, m in model.named_modules() if isinstance(m, LoRAExperts)}
+    if not linear and not experts:
+        raise ValueError(f"save_adapter got a {type(model).__name__} without lorafuse.nn.LoRALinear or LoRAExperts")
+    # under any scaling scale = alpha / r, so this is the alpha of the plain one
+    settings = {name: (m.r, m.scale * m.r) for name, m in (linear | experts).items()}
+    r, alpha = Counter(settings[name] for name in experts or linear).most_common(1)[0][0]
+    different = [name for name in experts if settings[name] != (r, alpha)]
+    if different:
+        raise ValueError(
+            f"save_adapter: {different[0]} has r={settings[different[0]][0]}, alpha={settings[different[0]][1]:g}, "
+            f"other experts r={r}, alpha={alpha:g}; PEFT's files hold one of each for all experts"
+        )
+    dropouts = {m.dropout for m in linear.values()} | ({0.0} if experts else set())
+    if len(dropouts) > 1:
+        raise ValueError(f"save_adapter: dropouts {sorted(dropouts)}; PEFT's files hold one (0 with experts)")
+    tensors: dict[str, Tensor] = {}
+    for name, module in linear.items():
+        tensors[f"{name}.lora_A.weight"] = module.lora_A.weight
+        tensors[f"{name}.lora_B.weight"] = module.lora_B.weight
+    for name, block in experts.items():
+        for inner, projection in ((".base_layer", "gate_up"), ("", "down")):
+            a, b = getattr(block, f"{projection}_lora_A"), getattr(block, f"{projection}_lora_B")
+            a, b = (t if t.dim() == 3 else t.expand(block.num_experts, *t.shape) for t in (a, b))
+            tensors[f"{name}{inner}.lora_A.weight"] = a.reshape(-1, a.shape[2])
+            tensors[f"{name}{inner}.lora_B.weight"] = b.permute(1, 2, 0).reshape(b.shape[1], -1)
+    parameters = {
+        f"{name.rpartition('.')[2]}.{parameter}"
+        for name, block in experts.items()
+        for parameter in ("gate_up_proj" if block.has_gate else "up_proj", "down_proj")
+    }
+    config = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model or None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": _number(alpha),
+        "lora_dropout": next(iter(dropouts)),
+        "target_modules": _targets(model, list(linear)),
+        "target_parameters": sorted(parameters) or None,
+        "rank_pattern": {name: m.r for name, m in linear.items() if m.r != r},
+        "alpha_pattern": {name: _number(settings[name][1]) for name in linear if settings[name][1] != alpha},
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    contents = {_PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    _safetensors().save_file(contents, str(Path(folder) / _TENSORS), metadata={"format": "pt"})
+    (Path(folder) / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Read an adapter that PEFT, or `save_adapter`, wrote into the `LoRALinear` and `LoRAExperts` of a model.
+
+    The scales become the file's too. Raises ValueError, changing nothing, when a tensor is missing, is not known, or
+    has another shape, and for experts with `shared_outer`, which PEFT's files cannot give.
+    """
+    config = json.loads((Path(folder) / _CONFIG).read_text())
+    tensors = {
+        key.removeprefix(_PREFIX): tensor
+        for key, tensor in _safetensors().load_file(str(Path(folder) / _TENSORS)).items()
+    }
+    copies: list[tuple[Tensor, Tensor]] = []
+    scales: dict[nn.Module, float] = {}
+
+    def take(key: str, parameter: Tensor, layout: Any = None) -> None:
+        if key not in tensors:
+            raise ValueError(f"load_adapter: {folder} has no {key}")
+        tensor = tensors.pop(key)
+        packed = tensor.numel() == parameter.numel() and (layout is None or tensor.dim() == 2)
+        tensor = layout(tensor) if layout is not None and packed else tensor
+        if tensor.shape != parameter.shape:
+            raise ValueError(
+                f"load_adapter: {key} is {list(tensor.shape)} in the file, {list(parameter.shape)} in the model"
+            )
+        copies.append((parameter, tensor))
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            take(f"{name}.lora_A.weight", module.lora_A.weight)
+            take(f"{name}.lora_B.weight", module.lora_B.weight)
+        elif isinstance(module, LoRAExperts):
+            if module.shared_outer:
+                raise ValueError(f"load_adapter: {name} has shared_outer, and PEFT's files hold a factor an expert")
+            for inner, projection in ((".base_layer", "gate_up"), ("", "down")):
+                a, b = getattr(module, f"{projection}_lora_A"), getattr(module, f"{projection}_lora_B")
+                take(f"{name}{inner}.lora_A.weight", a, lambda t, a=a: t.reshape(a.shape))
+                E, N, r = b.shape
+                take(f"{name}{inner}.lora_B.weight", b, lambda t, N=N, r=r, E=E: t.reshape(N, r, E).permute(2, 0, 1))
+        else:
+            continue
+        alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+        scales[module] = alpha / (math.sqrt(module.r) if config.get("use_rslora") else module.r)
+    if tensors:
+        raise ValueError(f"load_adapter: {folder} has {sorted(tensors)[0]} and no module of the model takes it")
+    with torch.no_grad():
+        for parameter, tensor in copies:
+            parameter.copy_(tensor)
+    for module, scale in scales.items():
+        module.scale = scale  # type: ignore[assignment]
+        if isinstance(module, LoRALinear):
+            module.alpha = scale * module.r
+
+
+def _number(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+def _targets(model: nn.Module, names: list[str]) -> list[str]:
+    """The adapted linear layers by the ends of their names, where no other layer ends so; else by whole names."""
+    ends = {name.rpartition(".")[2] for name in names}
+    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | LoRALinear)}
+    others = {n for n in linear - set(names) if n.rpartition(".")[2] in ends}
+    return sorted(names if others else ends)
+
+
+def _by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    """The value of the first pattern that is, or ends, a module's name, as PEFT matches them."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
