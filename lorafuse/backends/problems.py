@@ -59,7 +59,7 @@ def linear_problem(
 
 def siblings_problem(
     x: Tensor, weights: Sequence[Weight], adapters: Sequence[Tensor], bias: bool, dropout: bool,
-    gradients: tuple[str, ...] = (), wide: bool = False, also: Sequence[Weight] = (),
+    gradients: tuple[str, ...] = (), wide: bool = False, also: Sequence[Weight] = (), epilogue: str = "",
 ) -> Problem:  # fmt: skip
     """The problem of layers of one x `[M, K]`, or of their dy, as that of one layer with all their out features and
     ranks; `adapters` are the a `[R, K]` of those that have one. `also` are weights that the same backend reads after.
@@ -72,7 +72,8 @@ def siblings_problem(
     return _problem(
         x.shape[0], sum(w.sizes[0] for w in weights), weights[0].sizes[1], sum(a.shape[0] for a in adapters) or 1,
         x.dtype, adapters[0].dtype if adapters else x.dtype, bias, dropout, gradients, aligned, wide,
-        format=next((name for name in sorted(formats) if name != "dense"), "dense"),
+        format=next((name for name in sorted(formats) if name != "dense"), "dense"), epilogue=epilogue,
+        siblings=len(weights),
     )  # fmt: skip
 
 
@@ -81,11 +82,26 @@ def siblings_problem(
 def _problem(
     M: int, N: int, K: int, R: int, dtype: torch.dtype, adapter_dtype: torch.dtype, bias: bool, dropout: bool,
     gradients: tuple[str, ...], aligned: bool, wide: bool, groups: int = 1, is_ragged: bool = False, choices: int = 1,
-    format: str = "dense", epilogue: str = "",
+    format: str = "dense", epilogue: str = "", siblings: int = 1,
 ) -> Problem:  # fmt: skip
     names = _name(dtype), _name(adapter_dtype)
     return Problem(
-        M, N, K, R, *names, bias, dropout, gradients, aligned, wide, groups, is_ragged, choices, format, epilogue
+        M,
+        N,
+        K,
+        R,
+        *names,
+        bias,
+        dropout,
+        gradients,
+        aligned,
+        wide,
+        groups,
+        is_ragged,
+        choices,
+        format,
+        epilogue,
+        siblings=siblings,
     )
 
 

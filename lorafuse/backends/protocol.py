@@ -1,9 +1,12 @@
-"""The six primitives: what a backend implements once, and what every operator of `lorafuse.ops` is made of.
+"""The primitives: what a backend implements once, and what every operator of `lorafuse.ops` is made of.
 
     project         xa = scale · drop(x) aᵀ                         to the rank: xa, and dyb = dy b
     matmul          y = epilogue(x wᵀ + bias + scale · xa bᵀ)        the one main loop: y, dx, (u, h), (du, h)
     outer           scale · Σ_s narrow[s]ᵀ (row_scale[s] · wide[s])  sums over rows in a fixed order: da, db
     project_outer   dyb, db and dbias from one read of dy           default: project and outer
+    matmuls         y_i = x w_iᵀ + bias_i + low_i                    of layers of one x; default: matmul for each
+    matmul_gated    gate and up as of matmuls, h = act(gate) · up    default: matmuls, and the activation
+    gated_backward  dgate, dup, h of dh = x wᵀ + low                 default: matmul, and the activation's backward
     matmul_sum      Σ_i x_i w_iᵀ + Σ_j scale_j · xa_j b_jᵀ          dx of layers of one x; default: matmul and sums
     combine         out[t] = Σ_j weight[t, j] · y of choice j       the weighted sum over a token's choices
 
@@ -27,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafuse.activation import gate_backward, gate_forward
 from lorafuse.backends import workspace
 from lorafuse.backends.multi import Multi
 from lorafuse.operands import ActivateBackward, Dropout, Epilogue, LowRank, Rows, Weight
@@ -136,6 +140,29 @@ class Backend:
         """
         raise NotImplementedError
 
+    def matmuls(
+        self, x: Tensor, weights: Sequence[Weight], plan: Plan | None, *, lows: Sequence[LowRank | None],
+        biases: Sequence[Tensor | None],
+    ) -> list[Tensor]:  # fmt: skip
+        """`[x w_iᵀ + bias_i + low_i]`, `[S, N_i]` each, of layers that read one x; rows are dense."""
+        each = zip(weights, lows, biases, strict=True)
+        return [self.matmul(x, w, None, plan, low=low, bias=bias) for w, low, bias in each]
+
+    def matmul_gated(
+        self, x: Tensor, weights: Sequence[Weight], plan: Plan | None, *, lows: Sequence[LowRank | None],
+        biases: Sequence[Tensor | None], activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """`(gate, up, h)`, `[S, I]` each: the `matmuls` of two layers, and their activation, by name."""
+        gate, up = self.matmuls(x, weights, plan, lows=lows, biases=biases)
+        return gate, up, gate_forward(activation, gate, up)
+
+    def gated_backward(
+        self, dy: Tensor, w: Weight, plan: Plan | None, *, low: LowRank, gate: Tensor, up: Tensor, activation: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`(dgate, dup, h)`, `[S, I]` each, for dh = dy wᵀ + low; rows are dense."""
+        dh, h = self.matmul(dy, w, None, plan, low=low), torch.empty_like(gate)
+        return *gate_backward(activation, dh, gate, up, h), h
+
     def matmul_sum(
         self, terms: Sequence[tuple[Tensor, Weight]], lows: Sequence[LowRank], plan: Plan | None, *,
         wide: Tensor | None = None, likes: Sequence[Tensor] = (),
@@ -155,10 +182,16 @@ class Backend:
             product = self.matmul(x, w, None, plan, low=rest.pop(0) if rest else None)
             total = product if total is None else total.add_(product)
         assert total is not None
+        return total, self.outers(lows, wide, plan, likes)
+
+    def outers(
+        self, lows: Sequence[LowRank], wide: Tensor | None, plan: Plan | None, likes: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The gradients that `matmul_sum` returns, each by `outer`."""
         if not likes:
-            return total, []
+            return []
         assert wide is not None
-        return total, [
+        return [
             self.outer(low.xa, wide, None, plan, like=like, dropout=low.dropout)
             for low, like in zip(lows, likes, strict=True)
         ]

@@ -8,6 +8,7 @@ Triton's interpreter, where TRITON_INTERPRET=1 asked for it.
 """
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from lorafuse.activation import Activation
 from lorafuse.backends import problems, triton_multi
 from lorafuse.backends.protocol import Backend, Problems, device_guard, finish
-from lorafuse.kernels import combine, decode, epilogues, lowrank, matmul
+from lorafuse.kernels import combine, decode, epilogues, gated, lowrank, matmul, siblings
 from lorafuse.kernels.rows import Tiles
 from lorafuse.operands import Activate, Dropout, Epilogue, LowRank, Rows, Weight, contiguous_rows
 from lorafuse.plan import DeviceSpec, Plan, interpreted_as, select
@@ -98,9 +99,8 @@ class Triton(Backend):
             b = b.mT if low.is_transposed else _packed(b, b.dtype)
         if rows is None:
             with self.dense(w, x.dtype) as dense:
-                left = Weight(contiguous_rows(dense.data), dense.is_transposed).left()
                 mask = _mask(None if low is None else low.dropout)
-                return finish(matmul.matmul(x, left, bias, xa, b, scale, programs, config, **mask), epilogue)
+                return finish(matmul.matmul(x, _left(dense), bias, xa, b, scale, programs, config, **mask), epilogue)
         act = None if epilogue is None else epilogue.activation
         known = act if isinstance(act, Activation) and _is_fused(act) else None
         out: Any = None
@@ -125,6 +125,48 @@ class Triton(Backend):
             return out
         du, h, shares = out
         return du, h, None if shares is None else shares.sum(0)
+
+    def matmuls(
+        self, x: Tensor, weights: Sequence[Weight], plan: Plan | None, *, lows: Sequence[LowRank | None],
+        biases: Sequence[Tensor | None],
+    ) -> list[Tensor]:  # fmt: skip
+        assert plan is not None
+        if plan.kernel != "siblings":
+            return super().matmuls(x, weights, plan, lows=lows, biases=biases)
+        given = _side_by_side(weights, biases, lows)
+        return siblings.matmuls(x, *given, _spec(x.device).sms, plan.config("matmul"))
+
+    def matmul_gated(
+        self, x: Tensor, weights: Sequence[Weight], plan: Plan | None, *, lows: Sequence[LowRank | None],
+        biases: Sequence[Tensor | None], activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        assert plan is not None
+        given = _side_by_side(weights, biases, lows) if plan.kernel == "siblings" else None
+        if given is None or len({w.stride(1) == 1 for w in given[0]}) > 1:
+            return super().matmul_gated(x, weights, plan, lows=lows, biases=biases, activation=activation)
+        return gated.gated(x, *given, activation, _spec(x.device).sms, plan.config("matmul"))
+
+    def gated_backward(
+        self, dy: Tensor, w: Weight, plan: Plan | None, *, low: LowRank, gate: Tensor, up: Tensor, activation: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert plan is not None
+        if plan.kernel != "siblings":
+            return super().gated_backward(dy, w, plan, low=low, gate=gate, up=up, activation=activation)
+        (xa, b, scale, seed, p), u = _low(low), (gate.contiguous(), up.contiguous())
+        programs, config = _spec(dy.device).sms, plan.config("matmul")
+        operands = dy, _left(w), xa.contiguous(), b, scale, *u
+        return matmul.gated_backward(*operands, activation, programs, config, seed=seed, p=p)
+
+    def matmul_sum(
+        self, terms: Sequence[tuple[Tensor, Weight]], lows: Sequence[LowRank], plan: Plan | None, *,
+        wide: Tensor | None = None, likes: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        assert plan is not None
+        if plan.kernel != "siblings":
+            return super().matmul_sum(terms, lows, plan, wide=wide, likes=likes)
+        given, added = [(x, _left(w)) for x, w in terms], [_low(low) for low in lows]
+        total = siblings.matmul_sum(given, added, _spec(terms[0][0].device).sms, plan.config("matmul"))
+        return total, self.outers(lows, wide, plan, likes)
 
     def outer(
         self, narrow: Tensor, wide: Tensor, rows: Rows | None, plan: Plan | None, *, like: Tensor,
@@ -164,6 +206,25 @@ class Triton(Backend):
         assert rows.order is not None
         weight = None if weight is None else weight.contiguous()
         return combine.combine(y, rows.order, rows.offsets, weight, rows.count // rows.choices)
+
+
+def _left(w: Weight) -> Tensor:
+    """A dense w `[N, K]` as a product reads it."""
+    return Weight(contiguous_rows(w.data), w.is_transposed).left()
+
+
+def _low(low: LowRank) -> siblings.Low:
+    """A low-rank product as the kernels of siblings take it."""
+    b, scale = low.b.mT if low.is_transposed else low.b, None if low.scale == 1.0 else low.scale
+    return siblings.Low(contiguous_rows(low.xa), b, scale, **_mask(low.dropout))
+
+
+def _side_by_side(
+    weights: Sequence[Weight], biases: Sequence[Tensor | None], lows: Sequence[LowRank | None]
+) -> tuple[list[Tensor], list[Tensor | None], list[siblings.Low | None]]:
+    """The operands of layers of one x as the kernels of siblings take them."""
+    of_bias = [None if bias is None else bias.contiguous() for bias in biases]
+    return [_left(w) for w in weights], of_bias, [None if low is None else _low(low) for low in lows]
 
 
 def _read(rows: Rows | None) -> dict[str, Any]:

@@ -6,9 +6,9 @@ An epilogue is a function of `acc`, fp32 `[BLOCK_M, BLOCK_N]`, of where it lies,
 (`operands`). `matmul` calls it by name. One more is a function here and a line there.
 
 The gate layout says how u holds gate and up: "concatenated" (columns of gate, then those of up), "interleaved" (column
-2i is gate, 2i + 1 is up), or "" without a gate. Everything is fp32 in registers; u is what was rounded and stored, so
-that backward computes from the numbers that forward used. Tiles are processed in PARTS narrower ones, one after the
-other, so that u, h and the slopes of one part are in registers.
+2i is gate, 2i + 1 is up), "apart" (two matrices, of a gated MLP's two layers), or "" without a gate. Everything is fp32
+in registers; u is what was rounded and stored, so that backward computes from the numbers that forward used. Tiles are
+processed in PARTS narrower ones, one after the other, so that u, h and the slopes of one part are in registers.
 """
 
 import triton
@@ -16,7 +16,7 @@ import triton.language as tl
 
 from lorafuse.kernels.common import split_columns
 
-__all__ = ["ACTIVATIONS", "GATES", "activate", "activate_backward"]
+__all__ = ["ACTIVATIONS", "GATES", "activate", "activate_apart", "activate_backward"]
 
 # act(x), which a gate multiplies by up
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -121,6 +121,29 @@ def _activate_concatenated(
 
 
 @triton.jit
+def activate_apart(
+    gate, up, first, o_s, rows, p_gate, p_up, p_h, N, ACT: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """Store gate and up, `[…, N]` each, and h of the same columns, from `first` on."""
+    dtype: tl.constexpr = p_h.dtype.element_ty
+    WIDTH: tl.constexpr = gate.shape[1]
+    if PARTS <= 1:
+        o_n = first + tl.arange(0, WIDTH)
+        mask = rows & (o_n < N)[None, :]
+        o_u = o_s * N + o_n[None, :]
+        gate, up = gate.to(dtype), up.to(dtype)
+        tl.store(p_gate + o_u, gate, mask=mask)
+        tl.store(p_up + o_u, up, mask=mask)
+        h, _, _ = _gated(gate.to(tl.float32), up.to(tl.float32), ACT)
+        tl.store(p_h + o_u, h.to(dtype), mask=mask)
+    else:
+        left, right = split_columns(gate)
+        left_up, right_up = split_columns(up)
+        activate_apart(left, left_up, first, o_s, rows, p_gate, p_up, p_h, N, ACT, PARTS // 2)
+        activate_apart(right, right_up, first + WIDTH // 2, o_s, rows, p_gate, p_up, p_h, N, ACT, PARTS // 2)
+
+
+@triton.jit
 def activate(acc, first, o_s, rows, p_u, operands, N, EPILOGUE: tl.constexpr):
     """Store u and h. `first` is the tile's first column of u, of gate where gate and up are concatenated.
 
@@ -141,7 +164,7 @@ def _backward_of_part(
     dh, first, o_s, rows, row_scale, p_u, p_du, p_h, N, ACT: tl.constexpr, GATE: tl.constexpr
 ):  # fmt: skip
     """Store du and h of dh's columns, those of h from `first`; `⟨dh, h⟩` over them."""
-    dtype: tl.constexpr = p_u.dtype.element_ty
+    dtype: tl.constexpr = p_h.dtype.element_ty
     WIDTH: tl.constexpr = dh.shape[1]
     o_n = first + tl.arange(0, WIDTH)
     mask = rows & (o_n < N)[None, :]
@@ -156,6 +179,13 @@ def _backward_of_part(
         h, d_gate, d_up = _gated(gate, up, ACT)
         tl.store(p_du + o_u, (dh * row_scale * d_gate).to(dtype), mask=mask)
         tl.store(p_du + o_u + N, (dh * row_scale * d_up).to(dtype), mask=mask)
+    elif GATE == "apart":
+        o_u = o_s * N + o_n[None, :]
+        gate = tl.load(p_u[0] + o_u, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(p_u[1] + o_u, mask=mask, other=0.0).to(tl.float32)
+        h, d_gate, d_up = _gated(gate, up, ACT)
+        tl.store(p_du[0] + o_u, (dh * row_scale * d_gate).to(dtype), mask=mask)
+        tl.store(p_du[1] + o_u, (dh * row_scale * d_up).to(dtype), mask=mask)
     else:
         o_2 = 2 * first + tl.arange(0, 2 * WIDTH)
         o_u = o_s * (2 * N) + o_2[None, :]
@@ -188,13 +218,16 @@ def _backward_of_columns(
 def activate_backward(dh, i_n, o_m, end, p_du, operands, M, N, EPILOGUE: tl.constexpr):
     """Store du and h of the tile's columns of h, and ⟨dh, h⟩ over them as row `i_n` of its partial sums `[…, M]`.
 
-    operands: u, h, row_scale `[M]`, and the partial sums of ⟨dh, h⟩ or None.
+    operands: u, h, row_scale `[M]` or None, and the partial sums of ⟨dh, h⟩ or None. Of gate and up apart, u and du are
+    pairs.
     """
     ACT: tl.constexpr = EPILOGUE[1]
     GATE: tl.constexpr = EPILOGUE[2]
     PARTS: tl.constexpr = EPILOGUE[3]
     p_u, p_h, p_row_scale, p_router_grad = operands
-    row_scale = tl.load(p_row_scale + o_m, mask=o_m < end, other=0.0).to(tl.float32)[:, None]
+    row_scale = 1.0
+    if p_row_scale is not None:
+        row_scale = tl.load(p_row_scale + o_m, mask=o_m < end, other=0.0).to(tl.float32)[:, None]
     o_s, rows = o_m.to(tl.int64)[:, None], (o_m < end)[:, None]
     router_grad = _backward_of_columns(dh, i_n * dh.shape[1], o_s, rows, row_scale, p_u, p_du, p_h, N, ACT, GATE, PARTS)
     if p_router_grad is not None:

@@ -32,85 +32,18 @@ from lorafuse.kernels.common import (
     options,
     precision,
     rank_steps,
-    store_halves,
     tile_of,
 )
 from lorafuse.kernels.epilogues import activate, activate_backward
-from lorafuse.kernels.philox import keep_tile
-from lorafuse.kernels.rows import Tiles, source_rows, tile_count, tile_rows
+from lorafuse.kernels.product import base_products, low_rank_product, store_tile, weight_descriptor
+from lorafuse.kernels.rows import Tiles, tile_count, tile_rows
 from lorafuse.plan import KernelConfig
 
-__all__ = ["activated", "activation_backward", "matmul"]
+__all__ = ["activated", "activation_backward", "fits_descriptor", "gated_backward", "matmul", "parts_of"]
 
 # accumulators of a thread that an activation takes at a time: u, h and the slopes of more do not fit beside those that
 # wait (Triton 3.6, 2026-11-25)
 _PART = 16
-
-
-@triton.jit
-def _weight_descriptor(
-    p_w, G, N, K, stride_w, ROWS: tl.constexpr, PAIRED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
-    """Boxes of BLOCK_N rows and BLOCK_K columns of one group; PAIRED: half of the rows from gate, half from up.
-
-    G is None for dense rows.
-    """
-    HALF: tl.constexpr = BLOCK_N // 2
-    if PAIRED:
-        half = (N // 2).to(tl.int64)
-        if ROWS == "nk":
-            return tl.make_tensor_descriptor(
-                p_w, [G, 2, N // 2, K], [stride_w[0], half * stride_w[1], stride_w[1], 1], [1, 2, HALF, BLOCK_K]
-            )
-        else:
-            return tl.make_tensor_descriptor(
-                p_w, [G, K, 2, N // 2], [stride_w[0], stride_w[2], half, 1], [1, BLOCK_K, 2, HALF]
-            )
-    elif G is None:
-        if ROWS == "nk":
-            return tl.make_tensor_descriptor(p_w, [N, K], [stride_w[1], 1], [BLOCK_N, BLOCK_K])
-        else:
-            return tl.make_tensor_descriptor(p_w, [K, N], [stride_w[2], 1], [BLOCK_K, BLOCK_N])
-    elif ROWS == "nk":
-        return tl.make_tensor_descriptor(p_w, [G, N, K], [stride_w[0], stride_w[1], 1], [1, BLOCK_N, BLOCK_K])
-    else:
-        return tl.make_tensor_descriptor(p_w, [G, K, N], [stride_w[0], stride_w[2], 1], [1, BLOCK_K, BLOCK_N])
-
-
-@triton.jit
-def _load_weight(d_w, group, i_n, i_k, ROWS: tl.constexpr, PAIRED: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
-    """`wᵀ [K, N]` of one box, `i_n` its first row of w, or of gate and of up."""
-    if len(d_w.shape) == 2:
-        return d_w.load([i_n, i_k]).T if ROWS == "nk" else d_w.load([i_k, i_n])
-    elif ROWS == "nk":
-        box = d_w.load([group, 0, i_n, i_k]) if PAIRED else d_w.load([group, i_n, i_k])
-        return box.reshape((N, K)).T
-    else:
-        box = d_w.load([group, i_k, 0, i_n]) if PAIRED else d_w.load([group, i_k, i_n])
-        return box.reshape((K, N))
-
-
-@triton.jit
-def _add_low_rank(
-    acc, p_xa, p_b, o_m, o_n, rows, columns, i_r, R, stride_b, scale, BLOCK_R: tl.constexpr,
-    RANKS_LAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`acc + xa (scale · b)ᵀ` for BLOCK_R ranks from `i_r`; RANKS_LAST where they are b's contiguous dimension."""
-    o_r = i_r + tl.arange(0, BLOCK_R)
-    # each load expands its own rows and columns, mask first: the layouts of two loads are not tied to each other then,
-    # which takes up to 20 registers less (Triton 3.6, 2026-11-29)
-    mask = rows[:, None] & (o_r < R)[None, :]
-    b_xa = tl.load(p_xa + o_m.to(tl.int64)[:, None] * R + o_r[None, :], mask=mask, other=0.0)
-    if RANKS_LAST:
-        mask = columns[:, None] & (o_r < R)[None, :]
-        b_b = tl.load(p_b + o_n.to(tl.int64)[:, None] * stride_b + o_r[None, :], mask=mask, other=0.0)
-    else:
-        mask = (o_r < R)[:, None] & columns[None, :]
-        b_b = tl.load(p_b + o_r.to(tl.int64)[:, None] * stride_b + o_n[None, :], mask=mask, other=0.0)
-    if scale is not None:
-        b_b = b_b.to(tl.float32) * scale
-    b_b = b_b.to(p_xa.dtype.element_ty)
-    return tl.dot(b_xa, b_b.T if RANKS_LAST else b_b, acc, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["drop_below"])
@@ -154,18 +87,20 @@ def _lora_matmul_kernel(
 
     ROWS is "nk" where K is the contiguous dimension of w, "kn" where it is another.
     """
-    dtype: tl.constexpr = p_x.dtype.element_ty
     # gate and up of the same columns of h are in one tile, so that x is read once and both are in one accumulator
     PAIRED: tl.constexpr = EPILOGUE[0] == "activate" and EPILOGUE[2] == "concatenated"
     COLUMNS: tl.constexpr = BLOCK_N // 2 if PAIRED else BLOCK_N
-    TMA_Y: tl.constexpr = TMA_X and TMA_W and p_tiles is None
+    TMA_Y: tl.constexpr = TMA_X and TMA_W and p_tiles is None and EPILOGUE[0] == "store"
     limit = N // 2 if PAIRED else N
     tiles_m = tile_count(p_tiles, M, BLOCK_M)
     tiles_n = tl.cdiv(limit, COLUMNS)
+    d_x = None
     if TMA_X:
         d_x = tl.make_tensor_descriptor(p_x, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
+    d_w = ()  # type: tuple
     if TMA_W:
-        d_w = _weight_descriptor(p_w, G, N, K, stride_w, ROWS, PAIRED, BLOCK_N, BLOCK_K)
+        d_w = (weight_descriptor(p_w, G, N, K, stride_w, ROWS, PAIRED, BLOCK_N, BLOCK_K),)
+    d_y = None
     if TMA_Y:
         d_y = tl.make_tensor_descriptor(p_y, [M, N], [N, 1], [BLOCK_M, BLOCK_N // 2])
 
@@ -180,55 +115,17 @@ def _lora_matmul_kernel(
             o_n += tl.arange(0, BLOCK_N) // COLUMNS * limit
         group_w = group.to(tl.int64)
 
-        # the base product
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        o_k = tl.arange(0, BLOCK_K)
-        if not TMA_X:
-            p_xk = p_x + source_rows(p_source, o_m, row, end)[:, None] * stride_xm + o_k[None, :]
-        if not TMA_W:
-            # rows of w outside are computed from row 0 and not stored, which takes no mask; not so where columns of y
-            # are contiguous, because there it would hide that they are
-            p_wg = p_w + group_w * stride_w[0]
-            if ROWS == "nk":
-                p_wk = p_wg + tl.where(inside, o_n, 0).to(tl.int64)[None, :] * stride_w[1] + o_k[:, None]
-            else:
-                p_wk = p_wg + o_k.to(tl.int64)[:, None] * stride_w[2] + o_n.to(tl.int64)[None, :] * stride_w[1]
-            step_w = tl.cast(stride_w[2], tl.int64) * BLOCK_K
-        for i_k in range(0, K, BLOCK_K):
-            if TMA_X:
-                b_x = d_x.load([row, i_k])
-            else:
-                b_x = tl.load(p_xk, mask=(o_k < K - i_k)[None, :], other=0.0)
-                p_xk += BLOCK_K
-            if TMA_W:
-                b_w = _load_weight(d_w, group, i_n * COLUMNS, i_k, ROWS, PAIRED, BLOCK_N, BLOCK_K)
-            else:
-                mask_k = (o_k < K - i_k)[:, None]
-                b_w = tl.load(p_wk, mask=mask_k if ROWS == "nk" else mask_k & inside[None, :], other=0.0)
-                p_wk += step_w
-            acc = tl.dot(b_x, b_w, acc, input_precision=PRECISION)
-
+        (acc,) = base_products(
+            (acc,), p_x, d_x, (p_w,), d_w, p_source, group, row, end, o_m, o_n, inside, i_n * COLUMNS, K, stride_xm,
+            (stride_w,), BLOCK_N, BLOCK_K, PRECISION, ROWS, PAIRED,
+        )  # fmt: skip
         rows = o_m < end
         if p_xa is not None:
-            # with dropout the low-rank product is masked on its way, in an accumulator of its own
-            low = acc if p_seed is None else tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            p_bg = p_b + group_w * stride_b[0]
-            if RANK_STEPS == 1:
-                low = _add_low_rank(
-                    low, p_xa, p_bg, o_m, o_n, rows, inside, 0, R, stride_b[1], scale,
-                    BLOCK_R, RANKS_LAST, LOW_PRECISION,
-                )  # fmt: skip
-            else:
-                # a loop and not unrolled, or the tiles of all ranks are in registers at once
-                for i_r in tl.range(0, R, BLOCK_R, num_stages=1):
-                    low = _add_low_rank(
-                        low, p_xa, p_bg, o_m, o_n, rows, inside, i_r, R, stride_b[1], scale,
-                        BLOCK_R, RANKS_LAST, LOW_PRECISION,
-                    )  # fmt: skip
-            if p_seed is None:
-                acc = low
-            else:
-                acc += tl.where(keep_tile(p_seed, drop_below, o_m, i_n * BLOCK_N, N, BLOCK_N, GROUPED), low, 0.0)
+            acc = low_rank_product(
+                acc, p_xa, p_b + group_w * stride_b[0], p_seed, drop_below, scale, o_m, o_n, rows, inside,
+                i_n, N, R, R, stride_b[1], BLOCK_R, RANK_STEPS, RANKS_LAST, GROUPED, LOW_PRECISION,
+            )  # fmt: skip
         if p_bias is not None:
             acc += tl.load(p_bias + group_w * N + o_n, mask=inside, other=0.0).to(tl.float32)[None, :]
 
@@ -236,19 +133,16 @@ def _lora_matmul_kernel(
             activate(acc, i_n * COLUMNS, o_m.to(tl.int64)[:, None], rows[:, None], p_y, operands, N, EPILOGUE)
         elif EPILOGUE[0] == "activate_backward":
             activate_backward(acc, i_n, o_m, end, p_y, operands, M, N, EPILOGUE)
-        elif TMA_Y:
-            store_halves(d_y, row, i_n * BLOCK_N, acc, dtype)
         else:
-            mask = rows[:, None] & inside[None, :]
-            tl.store(p_y + o_m.to(tl.int64)[:, None] * N + o_n[None, :], acc.to(dtype), mask=mask)
+            store_tile(acc, d_y, p_y, row, i_n * BLOCK_N, o_m, o_n, rows, inside, N)
 
 
 def _launch(
-    epilogue: tuple[str, str, str], operands: tuple[Tensor | None, ...], x: Tensor, w: Tensor, bias: Tensor | None,
-    xa: Tensor | None, b: Tensor | None, scale: float | None, y: Tensor, programs: int, config: KernelConfig,
-    tiles: Tiles | None, source: Tensor | None, seed: Tensor | None = None, p: float = 0.0,
+    epilogue: tuple[str, str, str], operands: tuple, x: Tensor, w: Tensor, bias: Tensor | None,
+    xa: Tensor | None, b: Tensor | None, scale: float | None, y: Tensor | tuple[Tensor, Tensor], programs: int,
+    config: KernelConfig, tiles: Tiles | None, source: Tensor | None, seed: Tensor | None = None, p: float = 0.0,
 ) -> None:  # fmt: skip
-    c, M, (N, K) = config, y.shape[0], w.shape[-2:]
+    c, M, (N, K) = config, x.shape[0] if tiles is None else tiles.rows, w.shape[-2:]
     table = None if tiles is None else tiles.of(c.block_m)
     paired = 2 if epilogue[0] == "activate" and epilogue[2] == "concatenated" else 1
     # the most tiles that there can be
@@ -292,12 +186,11 @@ def _launch(
             GROUPED=grouped(N),
             PRECISION=precision(x.dtype),
             LOW_PRECISION=precision(x.dtype, None if xa is None else xa.dtype),
-            TMA_X=tma and source is None and _fits_descriptor(x),
+            TMA_X=tma and source is None and fits_descriptor(x),
             TMA_W=tma,
             ROWS="nk" if w.stride(-1) == 1 else "kn",
             RANKS_LAST=ranks_last,
-            # columns of the accumulator that the epilogue takes at a time
-            EPILOGUE=(*epilogue, max(1, c.block_m * c.block_n // (32 * c.warps * _PART))),
+            EPILOGUE=(*epilogue, parts_of(c)),
             **options(c),
         )
 
@@ -307,7 +200,12 @@ def _launch(
         launch()
 
 
-def _fits_descriptor(x: Tensor) -> bool:
+def parts_of(config: KernelConfig) -> int:
+    """Parts of a tile's columns that an epilogue takes one after the other."""
+    return max(1, config.block_m * config.block_n // (32 * config.warps * _PART))
+
+
+def fits_descriptor(x: Tensor) -> bool:
     """Whether every row starts on a 16-byte boundary, behind the row before."""
     row = x.stride(0) * x.element_size()
     return row % 16 == 0 and x.data_ptr() % 16 == 0 and x.stride(0) >= x.shape[1]
@@ -366,3 +264,17 @@ def activation_backward(
         ("activate_backward", activation, gate), operands, g, w, None, gb, a, scale, du, programs, config, tiles, source
     )
     return out
+
+
+def gated_backward(
+    dy: Tensor, w: Tensor, dyb: Tensor | None, a: Tensor | None, scale: float | None, gate: Tensor, up: Tensor,
+    activation: str, programs: int, config: KernelConfig, *, seed: Tensor | None = None, p: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`(dgate, dup, h)`, `[M, I]` each, for dh = dy wᵀ + drop(dyb (scale · a)ᵀ) of dense rows, which is not stored.
+
+    w `[I, N]` and a `[I, R]` are those of the down projection, read transposed; gate and up are contiguous.
+    """
+    dgate, dup, h = torch.empty_like(gate), torch.empty_like(up), torch.empty_like(gate)
+    operands, epilogue = ((gate, up), h, None, None), ("activate_backward", activation, "apart")
+    _launch(epilogue, operands, dy, w, None, dyb, a, scale, (dgate, dup), programs, config, None, None, seed, p)
+    return dgate, dup, h

@@ -62,8 +62,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """`(y [M, N], gate [M, I], up [M, I], xa [M, ΣR] of both, ha [M, R])` of x `[M, H]`; layers gate, up and down."""
     *siblings, down = layers
-    xa, (gate, up) = group.forward(run, plan, x, siblings, wide)
-    y, ha = layer_forward(run, gate_forward(activation, gate, up), down, wide)
+    if run.linear_forward is None:
+        xa, lows = group.low_rank(run, plan, x, siblings, wide)
+        weights, biases = [layer.weight for layer in siblings], [layer.bias for layer in siblings]
+        gate, up, h = run.matmul_gated(x, weights, plan, lows=lows, biases=biases, activation=activation)
+    else:
+        xa, (gate, up) = group.forward(run, plan, x, siblings, wide)
+        h = gate_forward(activation, gate, up)
+    y, ha = layer_forward(run, h, down, wide)
     return y, gate, up, xa, ha
 
 
@@ -80,17 +86,15 @@ def backward(
         up = up_again(run, x, xa, siblings, wide)
     needs_of_down = need_dh, of_da[2], of_db[2], of_dbias[2]
     if all(needs_of_down[:2]) and run.linear_backward is None and down.seed is None:
-        dh, h, *of_down = _down_backward(run, dy, gate, ha, down, needs_of_down, wide)
-        du: tuple[Tensor, Tensor] | None = gate_backward(activation, dh, gate, up, h)
-        of_down[0] = run.outer(of_down[0], h, None, of_down.pop(), like=down.a)
-        del h
+        du: tuple[Tensor, Tensor] | None
+        du, *of_down = _down_backward(run, dy, gate, up, ha, down, needs_of_down, activation, wide)
     else:
         # a backend's own backward of a layer, and a mask that dx and da share, read h beforehand
         h = gate_forward(activation, gate, up) if of_da[2] else None
         dh, *of_down = layer_backward(run, dy, h, ha, down, needs_of_down, wide)
         del h
         du = gate_backward(activation, dh, gate, up) if need_dh else None
-    del dh
+        del dh
     of_inputs: list[Tensor | None] = [None] * 7
     if du is not None:
         of_inputs = group.backward(run, plan, [run.matrix(t) for t in du], x, xa, siblings, of_siblings, wide)
@@ -99,15 +103,16 @@ def backward(
     return [dx, *da, *db, *dbias]
 
 
-def _down_backward(run, dy, gate, ha, down, needs, wide):
-    """`(dh, room for h, dyb, db, dbias, plan)` of down: h is there for da after the activation was computed once."""
-    plan = plan_of(run, dy, down, needs, wide)
+def _down_backward(run, dy, gate, up, ha, down, needs, activation, wide):
+    """`((dgate, dup), da, db, dbias of down)`: the activation is computed once for both."""
+    plan = plan_of(run, dy, down, needs, wide, "gated")
     dyb, db, dbias = run.project_outer(
         dy, down.b, ha if needs[2] else None, plan, scale=down.factor, need_dyb=True, need_dbias=needs[3],
         dtype=torch.float32 if wide else dy.dtype,
     )  # fmt: skip
-    dh = run.matmul(dy, down.weight.t, None, plan, low=LowRank(dyb, down.a, is_transposed=True))
-    return dh, torch.empty_like(gate), dyb, db, dbias, plan
+    low = LowRank(dyb, down.a, is_transposed=True)
+    *du, h = run.gated_backward(dy, down.weight.t, plan, low=low, gate=gate, up=up, activation=activation)
+    return du, run.outer(dyb, h, None, plan, like=down.a), db, dbias
 
 
 def up_again(run: Backend, x: Tensor, xa: Tensor | None, siblings: Sequence[Layer], wide: bool) -> Tensor:

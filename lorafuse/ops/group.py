@@ -44,7 +44,7 @@ from lorafuse.ops.linear import can_bypass_dispatcher
 from lorafuse.ops.transforms import needs_plain_backward
 from lorafuse.plan import Plan
 
-__all__ = ["backward", "forward", "lora_linears", "plain_lora_linears"]
+__all__ = ["backward", "forward", "lora_linears", "low_rank", "plain_lora_linears"]
 
 LIBRARY.define(f"lora_linears(Tensor x, {SCHEMA}, str backend, bool wide) -> (Tensor xa, Tensor[] ys)")
 # needs and results are dx, every da, every db, every dbias
@@ -58,19 +58,29 @@ def forward(
     run: Backend, plan: Plan | None, x: Tensor, layers: Sequence[Layer], wide: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """`(xa [M, ΣR], [y_i [M, N_i]])` of x `[M, K]`."""
-    low = torch.float32 if wide else x.dtype
     if run.linear_forward is not None:
-        made = [layer_forward(run, x, layer, wide) for layer in layers]
+        made, low = [layer_forward(run, x, layer, wide) for layer in layers], torch.float32 if wide else x.dtype
         return _side_by_side([xa for _, xa in made if xa is not None], x, low), [y for y, _ in made]
+    xa, lows = low_rank(run, plan, x, layers, wide)
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    return xa, run.matmuls(x, weights, plan, lows=lows, biases=biases)
+
+
+def low_rank(
+    run: Backend, plan: Plan | None, x: Tensor, layers: Sequence[Layer], wide: bool
+) -> tuple[Tensor, list[LowRank | None]]:
+    """`(xa [M, ΣR], [what it adds to each y])` of x `[M, K]`."""
+    low = torch.float32 if wide else x.dtype
     adapted = [(layer.a, layer.dropout) for layer in layers if layer.a is not None]
     if all(dropout is None for _, dropout in adapted):
         adapted = [(_stacked([a for a, _ in adapted]), None)] if adapted else []
     each = [run.project(x, a, None, plan, dropout=dropout, dtype=low) for a, dropout in adapted]
-    xa, ys = _side_by_side(each, x, low), []
-    for layer, mine in zip(layers, columns(xa, layers), strict=True):
-        added = None if mine is None or layer.b is None else LowRank(mine, layer.b, layer.factor)
-        ys.append(run.matmul(x, layer.weight, None, plan, low=added, bias=layer.bias))
-    return xa, ys
+    xa = _side_by_side(each, x, low)
+    lows = [
+        None if mine is None or layer.b is None else LowRank(mine, layer.b, layer.factor)
+        for layer, mine in zip(layers, columns(xa, layers), strict=True)
+    ]
+    return xa, lows
 
 
 def backward(

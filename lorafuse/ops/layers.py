@@ -117,14 +117,15 @@ class Settings:
 
 
 def problem_of(
-    x: Tensor, layers: Sequence[Layer], wide: bool, gradients: tuple[str, ...] = (), also: Sequence[Layer] = ()
-) -> Problem:
+    x: Tensor, layers: Sequence[Layer], wide: bool, gradients: tuple[str, ...] = (), also: Sequence[Layer] = (),
+    epilogue: str = "",
+) -> Problem:  # fmt: skip
     """The problem of layers of one x `[M, K]`, or of their dy."""
     weights, others = ([layer.weight for layer in some] for some in (layers, also))
     adapters = [layer.a for layer in layers if layer.a is not None]
     has_mask = any(layer.seed is not None for layer in layers)
     has_bias = not gradients and any(layer.bias is not None for layer in layers)
-    return siblings_problem(x, weights, adapters, has_bias, has_mask, gradients, wide, others)
+    return siblings_problem(x, weights, adapters, has_bias, has_mask, gradients, wide, others, epilogue)
 
 
 def choose_for(
@@ -133,10 +134,11 @@ def choose_for(
 ) -> tuple[Backend, Plan | None]:  # fmt: skip
     """The backend of layers of one x `[M, K]`, or of their dy, and one plan for all of them.
 
-    `also` are layers that the same backend runs after them.
+    `also` are layers that the same backend runs after them, and in forward after an activation.
     """
     data = (layer.weight.data for layer in (*layers, *also))
-    return choose(backend, x, lambda: problem_of(x, layers, wide, gradients, also), *data)
+    epilogue = "gated" if also and not gradients else ""
+    return choose(backend, x, lambda: problem_of(x, layers, wide, gradients, also, epilogue), *data)
 
 
 def columns(xa: Tensor | None, layers: Sequence[Layer]) -> list[Tensor | None]:
@@ -159,10 +161,12 @@ def layer_forward(run: Backend, x: Tensor, layer: Layer, wide: bool) -> tuple[Te
     return of_one.forward(run, plan, x, w, layer.bias, layer.a, layer.b, layer.factor, layer.dropout, wide)
 
 
-def plan_of(run: Backend, dy: Tensor, layer: Layer, needs: Sequence[bool], wide: bool) -> Plan | None:
-    """The plan of one layer's backward; `needs` are dx, da, db and dbias."""
+def plan_of(
+    run: Backend, dy: Tensor, layer: Layer, needs: Sequence[bool], wide: bool, epilogue: str = ""
+) -> Plan | None:
+    """The plan of one layer's backward, and of what follows dx; `needs` are dx, da, db and dbias."""
     gradients = tuple(name for name, need in zip(_GRADIENTS, needs, strict=True) if need)
-    return run.plan(lambda: problem_of(dy, [layer], wide, gradients), dy.device)
+    return run.plan(lambda: problem_of(dy, [layer], wide, gradients, epilogue=epilogue), dy.device)
 
 
 def layer_backward(

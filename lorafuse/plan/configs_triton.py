@@ -44,15 +44,22 @@ _RAGGED: dict[int, tuple[_Tile, ...]] = {
 }
 # for groups of a few rows, which wait for their weights whatever the tile
 _RAGGED_SHORT: tuple[_Tile, ...] = ((32, 64, 64, 3, 4), (16, 64, 64, 3, 4))
+# of a sum with several masks, which is not to have fewer rows (Triton 3.6, 2026-11-29; no speed was measured)
+_MASKED_SUM: dict[int, _Tile] = {_TMA: (64, 128, 64, 4, 8), _POINTER: (64, 128, 32, 4, 8)}
 # ranks that a matmul takes at a time: at 64 the tiles of a and b no longer fit next to the pipeline's buffers
 _MAX_BLOCK_R = 32
 # fp32 accumulators in the registers of one thread, of 255: above this all shapes spilled
 _MAX_ACCUMULATORS = 128
 # the same with an activation's backward; with an activation too on sm_100, where accumulators come from tensor memory
-# all at once, and after a loop over several rank tiles (Triton 3.6, 2026-11-25)
+# all at once, and after a loop over several rank tiles (Triton 3.6, 2026-11-25); and in a sum with several masks, where
+# twice as many left 16 bytes in local memory (2026-11-29)
 _MAX_ACTIVATED = 64
-# left alone, ptxas 12.9 stops at 64, 80 or 128 registers and spills one or two (Triton 3.6): ragged kernels, and all
-# where accumulators come from tensor memory; and aligned dx in fp32, where two blocks of 8 warps have 128 each
+# layers of one launch, each of which has a main loop of its own in the kernel; quantized weights are decoded one at a
+# time, and have a launch each
+_MOST_SIBLINGS = 4
+# left alone, ptxas 12.9 stops at 64, 80 or 128 registers and spills one or two (Triton 3.6): kernels of ragged rows
+# and with an activation, and all where accumulators come from tensor memory; and aligned dx in fp32, where two blocks
+# of 8 warps have 128 each
 _MAX_REGISTERS, _MAX_REGISTERS_DX = 255, 128
 
 
@@ -98,8 +105,11 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
         accumulators *= 2
     activates = is_matmul and bool(problem.epilogue)
     tight = activates and (bool(problem.gradients) or tensor_memory or c.block_r < problem.R)
+    tight = tight or (is_matmul and _sums_masked(problem))
     if accumulators > (_MAX_ACTIVATED if tight else _MAX_ACCUMULATORS) * 32 * c.warps:
         return f"{accumulators} accumulators do not fit the registers of {c.warps} warps"
+    if is_matmul and _sums_masked(problem) and problem.itemsize == 4:
+        return "a sum with several masks leaves 32 bytes of a thread in local memory in fp32"
     if activates and problem.gradients and tensor_memory and c.block_n > 128:
         return "on sm_100 the backward of interleaved gate and up leaves 16 bytes of 256 columns in local memory"
     needed = shared_memory(c, problem)
@@ -117,7 +127,7 @@ def candidates(kernel: str, problem: Problem, device: DeviceSpec) -> tuple[Kerne
     else:
         configs = (_ragged_skinny if problem.is_ragged else _skinny)(kernel, problem, device)
     registers = 0
-    if problem.is_ragged or device.features.has_tensor_memory:
+    if problem.is_ragged or problem.epilogue or device.features.has_tensor_memory:
         registers = _MAX_REGISTERS
     elif kernel == "matmul" and problem.gradients and problem.itemsize == 4:
         registers = 0 if problem.dropout or problem.is_misaligned else _MAX_REGISTERS_DX
@@ -139,10 +149,17 @@ def _matmuls(problem: Problem, device: DeviceSpec) -> Iterator[KernelConfig]:
         read = _POINTER
     form = "tma" if read in (_TMA, _TMA_TENSOR_MEMORY) else "pointer"
     tiles = [(form, tile) for tile in (_RAGGED if problem.is_ragged else _DENSE)[read]]
+    if _sums_masked(problem) and read in _MASKED_SUM:
+        tiles.insert(0, (form, _MASKED_SUM[read]))
     if problem.is_ragged and read in (_TMA, _TMA_TENSOR_MEMORY, _POINTER):
         tiles += [("pointer", tile) for tile in _RAGGED_SHORT]
     for form, tile in tiles:
         yield KernelConfig("matmul", form, *tile[:3], block_r, *tile[3:])
+
+
+def _sums_masked(problem: Problem) -> bool:
+    """Whether a matmul sums low-rank products of siblings, each with a mask of its own."""
+    return problem.siblings > 1 and problem.dropout and bool(problem.gradients)
 
 
 def _skinny(kernel: str, problem: Problem, device: DeviceSpec) -> Iterator[KernelConfig]:
@@ -219,10 +236,16 @@ def operator_candidates(operator: Sequence[Problem], device: DeviceSpec, pick: P
         kernels += [sums[gradient] for gradient in sums if gradient in p.gradients]
     else:
         name, kernels = "two_kernel", ["project", "matmul"]
-    picked = _picked(kernels, p, device, pick)
-    if len(picked) == len(kernels):
-        steps = [cost.step(config, p, device) for config in picked if config.kernel != "reduce"]
-        yield Candidate("triton", name, (picked,), in_a_row(steps))
+    # a launch for each layer, or one for all and for the activation that follows
+    is_group = p.siblings > 1 or p.epilogue
+    forms = [(name, replace(p, siblings=1, epilogue="") if is_group else p)]
+    if is_group and p.siblings <= _MOST_SIBLINGS and p.format == "dense":
+        forms.append(("siblings", p))
+    for name, problem in forms:
+        picked = _picked(kernels, problem, device, pick)
+        if len(picked) == len(kernels):
+            steps = [cost.step(config, problem, device) for config in picked if config.kernel != "reduce"]
+            yield Candidate("triton", name, (picked,), in_a_row(steps))
 
 
 def _picked(kernels: Sequence[str], problem: Problem, device: DeviceSpec, pick: Pick) -> tuple[KernelConfig, ...]:

@@ -21,7 +21,8 @@ class Problem:
     A dense layer is one group. `is_ragged` rows belong to `groups` through offsets on the device; they are `choices` of
     `M / choices` tokens where that is not 1, and gathered. `format` is the weight's (`lorafuse.formats`). `epilogue`
     "gated" or "activation" says that forward computes h from u; in backward, that the product that gives dh is
-    followed by the activation's backward. `adapters` counts those whose rows are mixed.
+    followed by the activation's backward. `adapters` counts those whose rows are mixed. `siblings` are the layers of
+    one x whose out features are `N` and whose ranks are `R` together.
     """
 
     M: int
@@ -41,6 +42,7 @@ class Problem:
     format: str = "dense"
     epilogue: str = ""
     adapters: int = 1
+    siblings: int = 1
 
     def __post_init__(self) -> None:
         # every call of a layer looks its plan up, and hashing all fields takes longer than that

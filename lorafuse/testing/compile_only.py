@@ -32,10 +32,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from lorafuse.kernels import lowrank, matmul
-from lorafuse.kernels.rows import Tiles
 from lorafuse.plan import DEVICES, DeviceSpec, KernelConfig, Problem
 from lorafuse.plan.configs_triton import candidates
-from lorafuse.testing import compile_decode, compile_multi, compile_record
+from lorafuse.testing import compile_decode, compile_multi, compile_ragged, compile_record, compile_siblings
 from lorafuse.testing.compile_record import sample
 
 __all__ = ["TARGETS", "Resources", "Variant", "compile_variants", "sample", "variants"]
@@ -99,7 +98,10 @@ class Variant:
     @property
     def problem(self) -> Problem:
         """One that has this variant."""
-        return _problem(self.kernel, Problem(8192, 4096, 4096, 16, self.dtype, self.adapter_dtype))
+        given = Problem(8192, 4096, 4096, 16, self.dtype, self.adapter_dtype)
+        if self.kernel in compile_siblings.KERNELS:
+            return compile_siblings.problem(self.kernel, given)
+        return _problem(self.kernel, given)
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,10 @@ def variants(target: str, everything: bool) -> list[Variant]:
                 chosen |= {
                     Variant(kernel, config, dtype, adapter, masked, tiles, aligned, wide=wide) for adapter in adapters
                 }
+        for kernel, config in compile_siblings.configs(problem, device, everything):
+            config = replace(config, max_registers=0 if target == "gfx942" else config.max_registers)
+            tiles = min(2, R // config.block_r)
+            chosen.add(Variant(kernel, config, dtype, "float32", dropout, tiles, aligned, wide=wide))
         if not dropout and not wide and target != "gfx942":
             chosen |= set(_ragged_variants(problem, device, everything))
     cases = itertools.product(dtypes, compile_decode.CASES)
@@ -264,7 +270,9 @@ def _launch(variant: Variant) -> None:
     seed = tensor(1, of=torch.int64) if variant.dropout else None
     p, programs = (0.1 if variant.dropout else 0.0), 132
     if any(variant.kernel == name for name, *_ in _RAGGED):
-        _launch_ragged(variant, m, n, k, r)
+        compile_ragged.launch(variant, m, n, k, r)
+    elif variant.kernel in compile_siblings.KERNELS:
+        compile_siblings.launch(variant.kernel, c, dtype, r, variant.aligned, variant.dropout)
     elif variant.kernel in compile_multi.KERNELS:
         compile_multi.launch(variant.kernel, c, dtype, m, n, k)
     elif variant.kernel == "decode":
@@ -282,45 +290,6 @@ def _launch(variant: Variant) -> None:
     else:
         part = tensor(8, m, r, of=torch.float32)
         lowrank.sum_partials([(part, xa, 2.0), (part, tensor(m, r, of=adapter), 1.0), (part, xa, 1.0)], c)
-
-
-def _launch_ragged(variant: Variant, rows: int, n: int, k: int, r: int) -> None:
-    """As the experts of a layer launch it: x `[rows, k]` gathered, `n` columns of gate and up together."""
-    c, dtype, adapter = variant.config, getattr(torch, variant.dtype), getattr(torch, variant.adapter_dtype)
-    tensor = functools.partial(compile_decode.meta, of=dtype)
-    tiles = Tiles(tensor(128, of=torch.int64), rows)
-    tiles.preset(c.block_m, tensor(rows // 16, 3, of=torch.int32))
-    a, b = tensor(128, r, k, of=adapter), tensor(128, n, r, of=adapter)
-    # what PEFT packs, and matmuls get repacked: b with neighbours from different groups
-    apart = tensor(n, r, 128, of=adapter).permute(2, 0, 1)
-    x, w, u, xa = tensor(rows, k), tensor(128, n, k), tensor(rows, n), tensor(rows, r)
-    token = tensor(rows, of=torch.int64)
-    if variant.kernel == "ragged_project":
-        lowrank.project(u, apart.transpose(1, 2), c, tiles=tiles, source=token)
-    elif variant.kernel == "ragged_outer":
-        lowrank.outer(u, xa, 1.0, apart, c, tiles=tiles, source=token, row_scale=tensor(rows))
-    elif variant.kernel == "ragged":
-        if variant.epilogue == "dx":
-            matmul.matmul(u, w.transpose(1, 2), None, xa, a.transpose(1, 2), 2.0, 132, c, tiles=tiles)
-            return
-        source = token if variant.epilogue == "gathered" else None
-        matmul.matmul(x, w, tensor(128, n), xa, b, 2.0, 132, c, tiles=tiles, source=source)
-    else:
-        interleaved, gated = variant.epilogue == "interleaved", variant.epilogue != "ungated"
-        gate = "" if not gated else "interleaved" if interleaved else "concatenated"
-        # gelu_tanh holds most registers of those that a gate multiplies
-        activation = "clamped_swiglu" if interleaved else "gelu_tanh"
-        transposed = variant.epilogue in ("transposed", "interleaved")
-        if variant.kernel == "activate":
-            w = tensor(128, k, n).transpose(1, 2) if transposed else w
-            forward = x, w, tensor(128, n), xa, b, 2.0, activation, gate, 132, c
-            matmul.activated(*forward, tiles=tiles, source=token)
-            return
-        inner = n // 2 if gated else n
-        down = tensor(128, inner, k) if transposed else tensor(128, k, inner).transpose(1, 2)
-        low = tensor(128, r, inner, of=adapter).transpose(1, 2)
-        backward = x, down, xa, low, 2.0, u, activation, gate, True, 132, c
-        matmul.activation_backward(*backward, tiles=tiles, source=token, row_scale=tensor(rows))
 
 
 def _resources_amd(digest: str, kernel: Any) -> Resources:

@@ -8,7 +8,7 @@ from group_reference import Case, check, make, mlp, plain_mlp, results, single
 
 from lorafuse import activation as activations
 from lorafuse import functional as LF
-from lorafuse.backends import base
+from lorafuse.backends import base, protocol
 from lorafuse.ops import gated_mlp, group
 from lorafuse.testing.numerics import relative_l2, tolerance
 
@@ -255,9 +255,9 @@ MUTATIONS = {
     "down without its scale": (gated_mlp, "forward", change_layer(2, scale=1.0), "y 0"),
     "down with the scale of a mask": (gated_mlp, "forward", change_layer(2, scale=0.5), "y 0"),
     "gate kept as up": (gated_mlp, "forward", change_result(2, lambda made: made[1].clone()), "dx"),
-    "xa of gate for both": (group, "forward", change_result(0, lambda made: made[0][:, :3].repeat(1, 2)), "db 1"),
+    "xa of gate for both": (group, "low_rank", change_result(0, lambda made: made[0][:, :3].repeat(1, 2)), "db 1"),
     "a stale ha": (gated_mlp, "forward", change_result(4, lambda made: made[4].roll(1, 0)), "db 2"),
-    "dgate and dup exchanged": (gated_mlp, "gate_backward", exchange_slopes, "dx"),
+    "dgate and dup exchanged": (protocol, "gate_backward", exchange_slopes, "dx"),
     "up's dx dropped": (group, "backward", drop_a_dx, "dx"),
     "two da exchanged": (group, "backward", change_result(1, lambda made: made[2]), "da 0"),
 }
