@@ -85,24 +85,8 @@ def _problem(
     format: str = "dense", epilogue: str = "", siblings: int = 1,
 ) -> Problem:  # fmt: skip
     names = _name(dtype), _name(adapter_dtype)
-    return Problem(
-        M,
-        N,
-        K,
-        R,
-        *names,
-        bias,
-        dropout,
-        gradients,
-        aligned,
-        wide,
-        groups,
-        is_ragged,
-        choices,
-        format,
-        epilogue,
-        siblings=siblings,
-    )
+    rest = groups, is_ragged, choices, format, epilogue
+    return Problem(M, N, K, R, *names, bias, dropout, gradients, aligned, wide, *rest, siblings=siblings)
 
 
 def grouped_problem(x: Tensor, w: Weight, a: Tensor | None, backward: bool) -> Problem:
