@@ -5,6 +5,7 @@ real is used. Versions read: axolotl 0.19.0, llamafactory 0.9.5, ms-swift 4.6.0,
 nemo-automodel 0.7.0.
 """
 
+import importlib
 import importlib.util
 import sys
 import types
@@ -205,3 +206,11 @@ def randomize(model, names="lora_"):
             if names in name:
                 parameter.normal_(std=0.5)
     return model
+
+
+def module_of(name, monkeypatch):
+    """An integration, imported anew."""
+    monkeypatch.delitem(sys.modules, f"lorafuse.integrations.{name}", raising=False)
+    module = importlib.import_module(f"lorafuse.integrations.{name}")
+    monkeypatch.delitem(sys.modules, f"lorafuse.integrations.{name}")
+    return module

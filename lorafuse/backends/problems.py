@@ -84,9 +84,11 @@ def _problem(
     gradients: tuple[str, ...], aligned: bool, wide: bool, groups: int = 1, is_ragged: bool = False, choices: int = 1,
     format: str = "dense", epilogue: str = "", siblings: int = 1,
 ) -> Problem:  # fmt: skip
-    names = _name(dtype), _name(adapter_dtype)
-    rest = groups, is_ragged, choices, format, epilogue
-    return Problem(M, N, K, R, *names, bias, dropout, gradients, aligned, wide, *rest, siblings=siblings)
+    of, to = _name(dtype), _name(adapter_dtype)
+    return Problem(
+        M, N, K, R, of, to, bias, dropout, gradients, aligned, wide, groups, is_ragged, choices, format, epilogue,
+        siblings=siblings,
+    )  # fmt: skip
 
 
 def grouped_problem(x: Tensor, w: Weight, a: Tensor | None, backward: bool) -> Problem:
