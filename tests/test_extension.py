@@ -35,7 +35,8 @@ def files_that_name(*words):
 @pytest.mark.parametrize(
     ("words", "file", "tables"),
     [
-        (['"int8"', "formats.int8"], "formats/int8.py", {"formats/__init__.py"}),
+        # the table of formats, and what the advisor knows of their sizes
+        (['"int8"', "formats.int8"], "formats/int8.py", {"formats/__init__.py", "advise/bases.py"}),
         # transformers' class of it, by its name here
         (["relu2"], "kernels/epilogues.py", {"activation.py", "integrations/hf_transformers.py"}),
         (["RTX 5090"], "plan/devices.py", set()),
