@@ -19,7 +19,7 @@ KERNELS = {
     "gated": ((), "gated", 2),
     "gated_backward": (("dx",), "gated", 1),
 }
-_ARCHITECTURES = (80,)
+_ARCHITECTURES = (80, 90, 100)
 _OUT = (4096, 1024, 1024)
 # of those that a gate multiplies by up, the one that holds most registers
 _ACTIVATION = "gelu_tanh"
@@ -34,7 +34,7 @@ def problem(kernel: str, given: Problem) -> Problem:
 def configs(given: Problem, device: DeviceSpec, everything: bool = True) -> Iterator[tuple[str, KernelConfig]]:
     """Kernels and the configurations of `given`, whose masks only dx has.
 
-    Without `everything` the largest tile, at several rank tiles, on one architecture: what holds most registers. These
+    Without `everything` the largest tile, at several rank tiles, on an architecture of each kind: what holds most registers. These
     kernels, with a main loop for each layer, take long to compile.
     """
     if not everything and (given.R != 64 or device.arch not in _ARCHITECTURES):
