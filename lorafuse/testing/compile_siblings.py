@@ -34,8 +34,8 @@ def problem(kernel: str, given: Problem) -> Problem:
 def configs(given: Problem, device: DeviceSpec, everything: bool = True) -> Iterator[tuple[str, KernelConfig]]:
     """Kernels and the configurations of `given`, whose masks only dx has.
 
-    Without `everything` the largest tile, at several rank tiles, on an architecture of each kind: what holds most registers. These
-    kernels, with a main loop for each layer, take long to compile.
+    Without `everything` the largest tile, at several rank tiles, on an architecture of each kind: what holds most
+    registers. These kernels, with a main loop for each layer, take long to compile.
     """
     if not everything and (given.R != 64 or device.arch not in _ARCHITECTURES):
         return
