@@ -5,7 +5,6 @@ import ast
 import fnmatch
 import functools
 import importlib
-import importlib.util
 import io
 import pkgutil
 import re
@@ -175,18 +174,27 @@ def exists(name):
     """Whether a dotted name leads to a module or attribute; of a module that needs an absent package, by its source."""
     try:
         pkgutil.resolve_name(name)
-    except errors.MissingDependency:
-        module = next(path for path in (name, name.rpartition(".")[0]) if is_module(path))
-        tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text())
-        tops = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-        return name == module or name.rpartition(".")[2] in tops
     except (ImportError, AttributeError):
-        return False
+        # resolve_name takes a module that does not import for an absent attribute
+        module = next((path for path in map(source_of, (name, name.rpartition(".")[0])) if path.is_file()), None)
+        if module is None or imports(module):
+            return False
+        tops = {node.name for node in ast.parse(module.read_text()).body if hasattr(node, "name")}
+        return module == source_of(name) or name.rpartition(".")[2] in tops
     return True
 
 
-def is_module(name):
-    return (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()
+def source_of(name):
+    return (ROOT / name.replace(".", "/")).with_suffix(".py")
+
+
+def imports(path):
+    """Whether a module of the package has what it needs."""
+    try:
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    except errors.MissingDependency:
+        return False
+    return True
 
 
 def missing_names(markdown):

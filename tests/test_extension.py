@@ -39,7 +39,8 @@ def files_that_name(*words):
         (['"int8"', "formats.int8"], "formats/int8.py", {"formats/__init__.py", "advise/bases.py"}),
         # transformers' class of it, by its name here
         (["relu2"], "kernels/epilogues.py", {"activation.py", "integrations/hf_transformers.py"}),
-        (["RTX 5090"], "plan/devices.py", set()),
+        # and what links it, for the model of many devices
+        (["RTX 5090"], "plan/devices.py", {"advise/links.py"}),
         # the public function, and the formulas of FLOPs
         (["lora_grouped_linear"], "ops/grouped.py", {"functional/__init__.py", "ops/flops.py"}),
     ],
