@@ -110,12 +110,12 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
         return f"{accumulators} accumulators do not fit the registers of {c.warps} warps"
     if is_matmul and _sums_masked(problem) and problem.itemsize == 4:
         return "a sum with several masks leaves 32 bytes of a thread in local memory in fp32"
-    if tensor_memory and problem.is_misaligned and problem.gradients and is_matmul and problem.siblings > 1:
+    if tensor_memory and problem.is_misaligned and is_matmul and problem.gradients and problem.siblings > 1:
         return "on sm_100 a sum over misaligned rows leaves 24 to 200 bytes of a thread in local memory"
-    if tensor_memory and problem.is_misaligned and c.kernel == "outer" and problem.is_ragged and problem.dropout:
-        # of many adapters
-        if c.block_n > 64:
-            return "on sm_100 a masked sum over misaligned rows leaves 176 bytes of 128 columns in local memory"
+    # sums over rows with masks are those of many adapters
+    is_masked_sum = c.kernel == "outer" and problem.is_ragged and problem.dropout
+    if tensor_memory and problem.is_misaligned and is_masked_sum and c.block_n > 64:
+        return "on sm_100 a masked sum over misaligned rows leaves 176 bytes of 128 columns in local memory"
     if activates and problem.gradients and tensor_memory and c.block_n > 128:
         return "on sm_100 the backward of interleaved gate and up leaves 16 bytes of 256 columns in local memory"
     needed = shared_memory(c, problem)
