@@ -23,7 +23,7 @@ from transformers.utils.peft_utils import check_peft_version
 
 import lorafuse
 from lorafuse.backends import base as backends
-from lorafuse.integrations import hf_peft
+from lorafuse.integrations import hf_mixed, hf_peft
 from lorafuse.testing.numerics import relative_l2, tolerance
 
 
@@ -47,8 +47,11 @@ class TestPatch:
         assert after["state"] == before["state"]
         assert after["flags"] == before["flags"]
         changed = {name for name in before["classes"] if after["classes"][name] is not before["classes"][name]}
-        assert changed == {patched.name for patched in report.patched}
-        assert {after["classes"][name] for name in changed} == {hf_peft.FusedLinear}
+        # of PEFT's model too, which refuses mixed batches in training
+        layers = {patched.name for patched in report.patched}
+        assert changed == {"base_model", *layers}
+        assert {after["classes"][name] for name in layers} == {hf_peft.FusedLinear}
+        assert after["classes"]["base_model"] is hf_mixed.FusedLoraModel
         # PEFT names layers by their class
         assert after["text"] == before["text"]
 
