@@ -91,7 +91,7 @@ def _refused(base: nn.Module) -> str:
 def run_quantized(
     base: nn.Module, x: Tensor, operands: tuple[Any, ...], backend: str | None, run: Callable[..., Tensor] | None = None
 ) -> Tensor:
-    """y of `run` (`run_linear`) over a quantized base, in the dtypes of the table above; `operands` as it takes them."""
+    """y of `run`, or `run_linear`, over a quantized base, in the dtypes of the table above."""
     run = run or run_linear
     weight, a, b, scale, bias, dropout_p = operands
     kind, is_autocast = _forwards.get(type(base).forward), autocast_is_on(x)
