@@ -35,11 +35,9 @@ from lorafuse.kernels.matmul import fits_descriptor
 from lorafuse.kernels.product import base_products, low_rank_product, store_tile, weight_descriptor
 from lorafuse.kernels.rows import tile_rows
 from lorafuse.plan import KernelConfig
+from lorafuse.plan.configs_triton import MOST_SIBLINGS
 
-__all__ = ["MOST_LAYERS", "Low", "low_arguments", "matmul_sum", "matmuls"]
-
-# a kernel has a main loop for each layer: more would only make it longer to compile
-MOST_LAYERS = 4
+__all__ = ["Low", "low_arguments", "matmul_sum", "matmuls"]
 
 
 class Low(NamedTuple):
@@ -131,12 +129,12 @@ def matmuls(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], lows: Sequence[Low | None], programs: int,
     config: KernelConfig,
 ) -> list[Tensor]:  # fmt: skip
-    """`[y_i [M, N_i]]` of x `[M, K]` and weights `[N_i, K]`, at most MOST_LAYERS, in x's dtype.
+    """`[y_i [M, N_i]]` of x `[M, K]` and weights `[N_i, K]`, at most MOST_SIBLINGS, in x's dtype.
 
     x has contiguous rows, biases are contiguous; in a "tma" configuration the rows of weights start on 16-byte
     boundaries. Low-rank products are without masks. `programs` is how many run at a time.
     """
-    assert 0 < len(weights) <= MOST_LAYERS
+    assert 0 < len(weights) <= MOST_SIBLINGS
     c, (M, K), N = config, x.shape, [w.shape[0] for w in weights]
     y = [x.new_empty((M, n)) for n in N]
     tma = c.form == "tma"
@@ -281,13 +279,13 @@ def _lora_matmul_sum_kernel(
 def matmul_sum(
     terms: Sequence[tuple[Tensor, Tensor]], lows: Sequence[Low], programs: int, config: KernelConfig
 ) -> Tensor:
-    """`y [M, N]`, the sum over terms `(x [M, K_i], w [N, K_i])` and low-rank products, at most MOST_LAYERS of each.
+    """`y [M, N]`, the sum over terms `(x [M, K_i], w [N, K_i])` and low-rank products, at most MOST_SIBLINGS of each.
 
     Every x has contiguous rows; in a "tma" configuration the rows of x and w start on 16-byte boundaries. The masks of
     low-rank products are over `[M, N]`, and nothing is rescaled. `programs` is how many run at a time.
     """
-    assert 0 < len(terms) <= MOST_LAYERS
-    assert len(lows) <= MOST_LAYERS
+    assert 0 < len(terms) <= MOST_SIBLINGS
+    assert len(lows) <= MOST_SIBLINGS
     c, (x, w) = config, zip(*terms, strict=True)
     M, N = x[0].shape[0], w[0].shape[0]
     y = x[0].new_empty((M, N))

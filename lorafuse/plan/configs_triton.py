@@ -13,7 +13,7 @@ from lorafuse.plan.candidate import Candidate, KernelConfig, in_a_row, padded_ra
 from lorafuse.plan.devices import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["best", "candidates", "illegal", "operator_candidates", "shared_memory"]
+__all__ = ["MOST_SIBLINGS", "best", "candidates", "illegal", "operator_candidates", "shared_memory"]
 
 # a kernel, its problem and the GPU: its configuration, None where it has none
 Pick = Callable[[str, Problem, DeviceSpec], KernelConfig | None]
@@ -56,7 +56,7 @@ _MAX_ACCUMULATORS = 128
 _MAX_ACTIVATED = 64
 # layers of one launch, each of which has a main loop of its own in the kernel; quantized weights are decoded one at a
 # time, and have a launch each
-_MOST_SIBLINGS = 4
+MOST_SIBLINGS = 4
 # left alone, ptxas 12.9 stops at 64, 80 or 128 registers and spills one or two (Triton 3.6): kernels of ragged rows
 # and with an activation, and all where accumulators come from tensor memory; and aligned dx in fp32, where two blocks
 # of 8 warps have 128 each
@@ -245,7 +245,7 @@ def operator_candidates(operator: Sequence[Problem], device: DeviceSpec, pick: P
     # a launch for each layer, or one for all and for the activation that follows
     is_group = p.siblings > 1 or p.epilogue
     forms = [(name, replace(p, siblings=1, epilogue="") if is_group else p)]
-    if is_group and p.siblings <= _MOST_SIBLINGS and p.format == "dense":
+    if is_group and p.siblings <= MOST_SIBLINGS and p.format == "dense":
         forms.append(("siblings", p))
     for name, problem in forms:
         picked = _picked(kernels, problem, device, pick)
