@@ -1,15 +1,19 @@
-"""The launches of decode kernels that `compile_only` compiles, on meta tensors: one for each way to read a weight."""
+"""The launches that `compile_only` compiles of the kernels that decode weights, on meta tensors: one for each way to
+read a weight, and of the main loops that decode some.
+"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorafuse.kernels import decode
-from lorafuse.plan import KernelConfig
+from lorafuse.kernels import decode, packed
+from lorafuse.plan import DeviceSpec, KernelConfig, Problem
+from lorafuse.plan.configs_triton import candidates
 
-__all__ = ["CASES", "CONFIG", "launch", "meta"]
+__all__ = ["CASES", "CONFIG", "PACKED", "launch", "launch_packed", "meta", "packed_configs"]
 
 # they have nothing to plan
 CONFIG = KernelConfig("decode", "pointer", 0, 0, 0, 0, 1, 4)
@@ -57,3 +61,56 @@ def launch(case: str, dtype: torch.dtype) -> None:
     """Launch the kernel of one of `CASES` into an out of `dtype`."""
     sizes, run = CASES[case]
     run(meta(*sizes, of=dtype))
+
+
+def _nested(N: int, K: int, block: int = 64) -> tuple[str, dict[str, Any]]:
+    outer = meta(N * K // block // 256 + 1), meta(256), meta()
+    scale = meta(-(-N * K // block), of=torch.uint8)
+    given = {"code": meta(N * K // 2, of=torch.uint8), "table": meta(16), "scale": scale, "block": block, "first": 0}
+    return "codebook", given | {"rounded": torch.bfloat16, "outer": outer}
+
+
+def _rows(N: int, K: int) -> tuple[str, dict[str, Any]]:
+    return "grid", {"code": meta(N, K, of=torch.int8), "scale": meta(N), "step": 0.5}
+
+
+def _blocks(N: int, K: int) -> tuple[str, dict[str, Any]]:
+    scale = meta(-(-N // 128), -(-K // 128))
+    fp8 = {"kind": "e4m3", "block": (128, 128), "is_scale_rounded": True}
+    return "grid", {"code": meta(N, K, of=torch.uint8), "scale": scale, **fp8}
+
+
+_MXFP4: dict[str, Any] = {"block": (1, 32), "scale_kind": "exponent"}
+
+
+def _exponents(N: int, K: int) -> tuple[str, dict[str, Any]]:
+    scale = meta(N, K // 32, of=torch.uint8)
+    return "grid", {"code": meta(N, K // 2, of=torch.uint8), "scale": scale, "kind": "e2m1", **_MXFP4}
+
+
+# weights of few rows, by sizes
+PACKED: dict[str, Callable[[int, int], tuple[str, dict[str, Any]]]] = {
+    "nf4": _nested, "nf4 across rows": lambda N, K: _nested(N, K, 2048), "int8": _rows, "e4m3": _blocks,
+    "mxfp4": _exponents,
+}  # fmt: skip
+
+
+def packed_configs(problem: Problem, device: DeviceSpec) -> Iterator[tuple[str, KernelConfig]]:
+    """`(kernel, configuration)` of y and dx over packed weights, of the rank and the dropout of `problem`."""
+    few = replace(problem, M=64, format="nf4")
+    yield from (("packed_y", config) for config in candidates("packed", few, device))
+    yield from (("packed_dx", config) for config in candidates("packed", replace(few, gradients=("dx",)), device))
+
+
+def launch_packed(
+    kernel: str, c: KernelConfig, dtype: torch.dtype, case: str, R: int, aligned: bool, dropout: bool
+) -> None:
+    """One launch of "packed_y" or "packed_dx" over one of `PACKED`, fp32 adapters."""
+    M, N, K = (64, 4096, 4096 + 16 * (case == "nf4 across rows")) if aligned else (63, 4097, 4098)
+    is_transposed, weight = kernel == "packed_dx", PACKED[case](N, K)
+    x = meta(M, N if is_transposed else K, of=dtype)
+    bias = None if is_transposed else meta(N, of=dtype)
+    factor = meta(R, K).t() if is_transposed else meta(N, R)
+    seed = meta(1, of=torch.int64) if dropout else None
+    low = meta(M, R, of=dtype), factor, None if is_transposed else 2.0
+    packed.matmul(x, weight, (N, K), is_transposed, bias, *low, c, seed=seed, p=0.1)
