@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorafuse.formats.sizes import NESTED_BLOCK
+
 __all__ = [
     "KERNELS",
-    "NESTED_BLOCK",
     "TYPES",
     "check",
     "codebook",
@@ -34,8 +35,8 @@ __all__ = [
 
 # codes of a thread: 16 bytes of them are one load
 _BYTES, _WARPS = 2048, 4
-# blocks of the scales of a nested codebook
-NESTED_BLOCK = tl.constexpr(256)
+# blocks of a scale of scales
+_NESTED_BLOCK = tl.constexpr(NESTED_BLOCK)
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -44,7 +45,7 @@ def codebook_scale(p_scale, p_outer_table, p_outer_scale, p_offset, i_block, exi
     """fp32 scales of blocks; of those that are nested, from the table and the scales of their own blocks."""
     scale = tl.load(p_scale + i_block, mask=exists, other=0)
     if p_outer_table is not None:
-        outer = tl.load(p_outer_scale + i_block // NESTED_BLOCK, mask=exists, other=0.0)
+        outer = tl.load(p_outer_scale + i_block // _NESTED_BLOCK, mask=exists, other=0.0)
         scale = tl.load(p_outer_table + scale.to(tl.int32)) * outer + tl.load(p_offset)
     return scale.to(tl.float32)
 

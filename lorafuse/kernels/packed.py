@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorafuse.formats.weight import Weight
 from lorafuse.kernels.common import drop_below, grouped, options, precision, rank_steps
 from lorafuse.kernels.decode import TYPES, check, codebook_scale, codebook_values, grid_scale, grid_values
 from lorafuse.kernels.product import low_rank_product, store_tile
@@ -157,18 +158,17 @@ def _lora_packed_kernel(
 
 
 def matmul(
-    x: Tensor, kernel: tuple[str, dict[str, Any]], stored: tuple[int, int], is_transposed: bool, bias: Tensor | None,
-    xa: Tensor | None, b: Tensor | None, scale: float | None, config: KernelConfig, *, seed: Tensor | None = None,
-    p: float = 0.0,
+    x: Tensor, w: Weight, bias: Tensor | None, xa: Tensor | None, b: Tensor | None, scale: float | None,
+    config: KernelConfig, *, seed: Tensor | None = None, p: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """`y [M, N]` in x's dtype, as `lorafuse.kernels.matmul.matmul` of dense rows over the decoded weight.
+    """`y [M, N]` in x's dtype, as `lorafuse.kernels.matmul.matmul` of dense rows over the decoded weight, bit for bit.
 
-    `kernel` is the kernel of `lorafuse.kernels.decode` that decodes w, with its operands; `stored` are w's sizes as
-    stored, `[N, K]`, or `[K, N]` when `is_transposed`. Four bits need an even number of columns.
+    w `[N, K]` has a kernel of `lorafuse.kernels.decode`, and an even number of columns as stored if they are 4 bits.
     """
-    c, M, (N, K) = config, x.shape[0], reversed(stored) if is_transposed else stored
-    (name, operands), y = kernel, x.new_empty((M, N))
-    packed = _READERS[name](stored, x.dtype, **operands)
+    c, M, (N, K), (rows, columns) = config, x.shape[0], w.sizes, w.stored
+    assert w.kernel is not None
+    (name, operands), y = w.kernel, x.new_empty((M, N))
+    packed = _READERS[name]((rows, columns), x.dtype, **operands)
     stride_b, ranks_last = 0, True
     if b is not None:
         b = b if 1 in b.stride() else b.contiguous()
@@ -201,8 +201,8 @@ def matmul(
         GROUPED=grouped(N),
         LOW_PRECISION=precision(x.dtype, None if xa is None else xa.dtype),
         RANKS_LAST=ranks_last,
-        IS_TRANSPOSED=is_transposed,
-        WHOLE=packed.span % (c.block_n if is_transposed else c.block_k) == 0,
+        IS_TRANSPOSED=w.is_transposed,
+        WHOLE=packed.span % (c.block_n if w.is_transposed else c.block_k) == 0,
         **packed.constants,
         # a product and a sum of a nested scale are rounded apart
         enable_fp_fusion=False,

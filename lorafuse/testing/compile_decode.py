@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafuse.formats.weight import Weight
 from lorafuse.kernels import decode, packed
 from lorafuse.plan import DeviceSpec, KernelConfig, Problem
 from lorafuse.plan.configs_triton import candidates
 
-__all__ = ["CASES", "CONFIG", "PACKED", "launch", "launch_packed", "meta", "packed_configs"]
+__all__ = ["CASES", "CONFIG", "PACKED", "PACKED_KERNELS", "launch", "launch_packed", "meta", "packed_configs"]
 
 # they have nothing to plan
 CONFIG = KernelConfig("decode", "pointer", 0, 0, 0, 0, 1, 4)
@@ -63,54 +64,54 @@ def launch(case: str, dtype: torch.dtype) -> None:
     run(meta(*sizes, of=dtype))
 
 
-def _nested(N: int, K: int, block: int = 64) -> tuple[str, dict[str, Any]]:
-    outer = meta(N * K // block // 256 + 1), meta(256), meta()
-    scale = meta(-(-N * K // block), of=torch.uint8)
-    given = {"code": meta(N * K // 2, of=torch.uint8), "table": meta(16), "scale": scale, "block": block, "first": 0}
-    return "codebook", given | {"rounded": torch.bfloat16, "outer": outer}
+def _stored(N: int, K: int, *statistics: Tensor, format: str, of: torch.dtype = torch.uint8, per_byte: int = 2) -> Weight:
+    return Weight(meta(N, K // per_byte, of=of), statistics=statistics, format=format)
 
 
-def _rows(N: int, K: int) -> tuple[str, dict[str, Any]]:
-    return "grid", {"code": meta(N, K, of=torch.int8), "scale": meta(N), "step": 0.5}
+def _nested(N: int, K: int, block: int) -> Weight:
+    statistics = meta(-(-N * K // block), of=torch.uint8), meta(16), meta(N * K // block // 256 + 1), meta(256), meta()
+    return _stored(N, K, *statistics, format=f"nf4:{N},{K};block={block};dtype=bfloat16")
 
 
-def _blocks(N: int, K: int) -> tuple[str, dict[str, Any]]:
-    scale = meta(-(-N // 128), -(-K // 128))
-    fp8 = {"kind": "e4m3", "block": (128, 128), "is_scale_rounded": True}
-    return "grid", {"code": meta(N, K, of=torch.uint8), "scale": scale, **fp8}
+def _e4m3(N: int, K: int) -> Weight:
+    scale, fp8 = meta(-(-N // 128), -(-K // 128)), torch.float8_e4m3fn
+    return _stored(N, K, scale, format="fp8:block=128x128;scale=rounded", of=fp8, per_byte=1)
 
 
-_MXFP4: dict[str, Any] = {"block": (1, 32), "scale_kind": "exponent"}
+# weights of few rows, by their sizes
+PACKED: dict[str, Callable[[int, int], Weight]] = {
+    "nf4": lambda N, K: _nested(N, K, 64),
+    "nf4 across rows": lambda N, K: _nested(N, K, 2048),
+    "int8": lambda N, K: _stored(N, K, meta(N), format="int8", of=torch.int8, per_byte=1),
+    "e4m3": _e4m3,
+    "mxfp4": lambda N, K: _stored(N, K, meta(N, -(-K // 32), of=torch.uint8), format="mxfp4"),
+}
+PACKED_KERNELS = ("packed_y", "packed_dx")
 
 
-def _exponents(N: int, K: int) -> tuple[str, dict[str, Any]]:
-    scale = meta(N, K // 32, of=torch.uint8)
-    return "grid", {"code": meta(N, K // 2, of=torch.uint8), "scale": scale, "kind": "e2m1", **_MXFP4}
-
-
-# weights of few rows, by sizes
-PACKED: dict[str, Callable[[int, int], tuple[str, dict[str, Any]]]] = {
-    "nf4": _nested, "nf4 across rows": lambda N, K: _nested(N, K, 2048), "int8": _rows, "e4m3": _blocks,
-    "mxfp4": _exponents,
-}  # fmt: skip
-
-
-def packed_configs(problem: Problem, device: DeviceSpec) -> Iterator[tuple[str, KernelConfig]]:
-    """`(kernel, configuration)` of y and dx over packed weights, of the rank and the dropout of `problem`."""
-    few = replace(problem, M=64, format="nf4")
-    yield from (("packed_y", config) for config in candidates("packed", few, device))
-    yield from (("packed_dx", config) for config in candidates("packed", replace(few, gradients=("dx",)), device))
+def packed_configs(problem: Problem, device: DeviceSpec) -> Iterator[tuple[str, KernelConfig, str]]:
+    """`(kernel, configuration, one of PACKED)` of few rows, of the rank, dtype and alignment of `problem`, with masks
+    where its dx has one: every tile of NF4, and the largest of the others and of more ranks.
+    """
+    for kernel in PACKED_KERNELS:
+        if problem.itemsize == 4 or problem.R not in (16, 64) or problem.dropout != (kernel == "packed_dx"):
+            continue
+        few = replace(problem, M=64, format="nf4", gradients=("dx",) if kernel == "packed_dx" else ())
+        configs = sorted(candidates("packed", few, device), key=lambda c: c.block_m * c.block_n)
+        for case in PACKED if problem.R == 16 else ("nf4",):
+            every = case == "nf4" and problem.R == 16 and problem.aligned
+            yield from ((kernel, config, case) for config in (configs if every else configs[-1:]))
 
 
 def launch_packed(
     kernel: str, c: KernelConfig, dtype: torch.dtype, case: str, R: int, aligned: bool, dropout: bool
 ) -> None:
-    """One launch of "packed_y" or "packed_dx" over one of `PACKED`, fp32 adapters."""
-    M, N, K = (64, 4096, 4096 + 16 * (case == "nf4 across rows")) if aligned else (63, 4097, 4098)
-    is_transposed, weight = kernel == "packed_dx", PACKED[case](N, K)
-    x = meta(M, N if is_transposed else K, of=dtype)
-    bias = None if is_transposed else meta(N, of=dtype)
-    factor = meta(R, K).t() if is_transposed else meta(N, R)
+    """One launch of a kernel of `PACKED_KERNELS` over one of `PACKED`, fp32 adapters."""
+    # blocks of 64 cross rows of other sizes
+    M, N, K = (64, 4096, 4096) if aligned else (63, 4097, 4098)
+    w = PACKED[case](N, K)
+    if kernel == "packed_y":
+        packed.matmul(meta(M, K, of=dtype), w, meta(N, of=dtype), meta(M, R, of=dtype), meta(N, R), 2.0, c)
+        return
     seed = meta(1, of=torch.int64) if dropout else None
-    low = meta(M, R, of=dtype), factor, None if is_transposed else 2.0
-    packed.matmul(x, weight, (N, K), is_transposed, bias, *low, c, seed=seed, p=0.1)
+    packed.matmul(meta(M, N, of=dtype), w.t, None, meta(M, R, of=dtype), meta(R, K).t(), None, c, seed=seed, p=0.1)
