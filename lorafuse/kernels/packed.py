@@ -165,10 +165,9 @@ def matmul(
 
     w `[N, K]` has a kernel of `lorafuse.kernels.decode`, and an even number of columns as stored if they are 4 bits.
     """
-    c, M, (N, K), (rows, columns) = config, x.shape[0], w.sizes, w.stored
-    assert w.kernel is not None
-    (name, operands), y = w.kernel, x.new_empty((M, N))
-    packed = _READERS[name]((rows, columns), x.dtype, **operands)
+    c, M, (N, K), known = config, x.shape[0], w.sizes, w.kernel
+    assert known is not None
+    packed, y = _READERS[known[0]](w.stored, x.dtype, **known[1]), x.new_empty((M, N))
     stride_b, ranks_last = 0, True
     if b is not None:
         b = b if 1 in b.stride() else b.contiguous()
@@ -251,8 +250,8 @@ def _grid(
         check("scale", scale, triton.cdiv(stored[0], rows) * stride_row)
     columns = _ROW if is_one or columns >= stored[1] else columns
     rounded = TYPES[dtype if is_scale_rounded else torch.float32]
-    constants = {"CODE": kind, "BLOCK": (1 if is_one else rows, columns), "SCALE": scale_kind, "ROUNDED": rounded, "STEP": step}
-    return _Packed(code, scale, (divisor,), 0 if is_one else stride_row, columns, constants)
+    constants = {"CODE": kind, "BLOCK": (1 if is_one else rows, columns), "SCALE": scale_kind, "ROUNDED": rounded}
+    return _Packed(code, scale, (divisor,), 0 if is_one else stride_row, columns, constants | {"STEP": step})
 
 
 _READERS: dict[str, Callable[..., _Packed]] = {"codebook": _codebook, "grid": _grid}

@@ -159,9 +159,7 @@ def _select(
         elif device is not None:
             candidates += configs_cuda.operator_candidates(operator, device, given.tiles)
     if device is not None and (decoding := cost.decoding(operator, device)):
-        candidates = [
-            one if one.kernel == "packed" else replace(one, parts=decoding + one.parts) for one in candidates
-        ]
+        candidates = [one if one.kernel == "packed" else replace(one, parts=decoding + one.parts) for one in candidates]
     if not candidates:
         raise ValueError(f"no backend can run {problems}: " + "; ".join(reasons))
     chosen, why = _choose(candidates, operator, device, given)

@@ -14,8 +14,20 @@ from lorafuse.kernels import decode, packed
 from lorafuse.plan import DeviceSpec, KernelConfig, Problem
 from lorafuse.plan.configs_triton import candidates
 
-__all__ = ["CASES", "CONFIG", "PACKED", "PACKED_KERNELS", "launch", "launch_packed", "meta", "packed_configs"]
+__all__ = [
+    "ARCHITECTURES",
+    "CASES",
+    "CONFIG",
+    "PACKED",
+    "PACKED_KERNELS",
+    "launch",
+    "launch_packed",
+    "meta",
+    "packed_configs",
+]
 
+# one of each kind, for kernels with long main loops
+ARCHITECTURES = (80, 90, 100)
 # they have nothing to plan
 CONFIG = KernelConfig("decode", "pointer", 0, 0, 0, 0, 1, 4)
 # of a matrix whose sizes and start are multiples of 16, and of one whose are not
@@ -64,7 +76,9 @@ def launch(case: str, dtype: torch.dtype) -> None:
     run(meta(*sizes, of=dtype))
 
 
-def _stored(N: int, K: int, *statistics: Tensor, format: str, of: torch.dtype = torch.uint8, per_byte: int = 2) -> Weight:
+def _stored(
+    N: int, K: int, *statistics: Tensor, format: str, of: torch.dtype = torch.uint8, per_byte: int = 2
+) -> Weight:
     return Weight(meta(N, K // per_byte, of=of), statistics=statistics, format=format)
 
 
@@ -81,7 +95,7 @@ def _e4m3(N: int, K: int) -> Weight:
 # weights of few rows, by their sizes
 PACKED: dict[str, Callable[[int, int], Weight]] = {
     "nf4": lambda N, K: _nested(N, K, 64),
-    "nf4 across rows": lambda N, K: _nested(N, K, 2048),
+    "nf4 across rows": lambda N, K: _nested(N, K, 4096),
     "int8": lambda N, K: _stored(N, K, meta(N), format="int8", of=torch.int8, per_byte=1),
     "e4m3": _e4m3,
     "mxfp4": lambda N, K: _stored(N, K, meta(N, -(-K // 32), of=torch.uint8), format="mxfp4"),
@@ -91,8 +105,11 @@ PACKED_KERNELS = ("packed_y", "packed_dx")
 
 def packed_configs(problem: Problem, device: DeviceSpec) -> Iterator[tuple[str, KernelConfig, str]]:
     """`(kernel, configuration, one of PACKED)` of few rows, of the rank, dtype and alignment of `problem`, with masks
-    where its dx has one: every tile of NF4, and the largest of the others and of more ranks.
+    where its dx has one: every tile of NF4, and the largest of the others and of more ranks. On an architecture of each
+    kind, as those of siblings.
     """
+    if device.arch not in ARCHITECTURES:
+        return
     for kernel in PACKED_KERNELS:
         if problem.itemsize == 4 or problem.R not in (16, 64) or problem.dropout != (kernel == "packed_dx"):
             continue
@@ -107,8 +124,8 @@ def launch_packed(
     kernel: str, c: KernelConfig, dtype: torch.dtype, case: str, R: int, aligned: bool, dropout: bool
 ) -> None:
     """One launch of a kernel of `PACKED_KERNELS` over one of `PACKED`, fp32 adapters."""
-    # blocks of 64 cross rows of other sizes
-    M, N, K = (64, 4096, 4096) if aligned else (63, 4097, 4098)
+    # rows of other sizes end within a block of NF4
+    M, N, K = (64, 4096, 4112 if "across" in case else 4096) if aligned else (63, 4097, 4098)
     w = PACKED[case](N, K)
     if kernel == "packed_y":
         packed.matmul(meta(M, K, of=dtype), w, meta(N, of=dtype), meta(M, R, of=dtype), meta(N, R), 2.0, c)
