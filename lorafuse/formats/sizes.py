@@ -2,8 +2,6 @@
 
 import math
 
-from lorafuse.formats import FORMATS
-
 __all__ = ["MXFP4_BLOCK", "NESTED_BLOCK", "NVFP4_BLOCK", "stored_bytes"]
 
 # elements of a scale, which their formats fix
@@ -12,18 +10,15 @@ MXFP4_BLOCK, NVFP4_BLOCK = 32, 16
 NESTED_BLOCK = 256
 # elements of a scale, where a library lets its user choose: what it takes unless told
 _BLOCK_4BIT, _BLOCK_FP8 = 64, 128
-# bytes of the code of an element
-_CODES = {"nf4": 0.5, "fp4": 0.5, "nf4_torchao": 0.5, "mxfp4": 0.5, "nvfp4": 0.5, "int8": 1, "intx": 1, "fp8": 1}
+# bytes of the code of an element, where that is not one
+_CODES = {"nf4": 0.5, "fp4": 0.5, "nf4_torchao": 0.5, "mxfp4": 0.5, "nvfp4": 0.5}
 
 
 def stored_bytes(format: str, N: int, K: int) -> float:
     """Bytes of a matrix `[N, K]` with its scales, in the blocks that the format's library takes by default (of
-    bitsandbytes nested, of transformers' FP8 128 x 128); tables of 16 and 256 numbers are left out.
-
-    Raises ValueError for an unknown format.
+    bitsandbytes nested, of transformers' FP8 128 x 128); tables of 16 and 256 numbers are left out. A format without a
+    row here counts as a byte an element.
     """
-    if format not in _CODES:
-        raise ValueError(f"weight format {format!r} is not one of {', '.join(FORMATS)}")
     elements = N * K
     scales = {
         # a byte, and one number of fp32 (bitsandbytes) or of 16 bits (torchao) for 256 of these
@@ -36,4 +31,4 @@ def stored_bytes(format: str, N: int, K: int) -> float:
         "int8": 4 * N,
         "intx": 3 * N,
     }
-    return elements * _CODES[format] + scales["nf4" if format == "fp4" else format]
+    return elements * _CODES.get(format, 1) + scales.get("nf4" if format == "fp4" else format, 0)
