@@ -46,8 +46,8 @@ _RAGGED: dict[int, tuple[_Tile, ...]] = {
 _RAGGED_SHORT: tuple[_Tile, ...] = ((32, 64, 64, 3, 4), (16, 64, 64, 3, 4))
 # of a sum with several masks, which is not to have fewer rows (Triton 3.6, 2026-11-29; no speed was measured)
 _MASKED_SUM: dict[int, _Tile] = {_TMA: (64, 128, 64, 4, 8), _POINTER: (64, 128, 32, 4, 8)}
-# of a main loop that decodes w: tiles of few rows, narrow ones for more programs. 64 columns of misaligned rows leave 16
-# bytes of a thread in local memory (Triton 3.6, sm_90, 2026-11-29); no speed was measured
+# of a main loop that decodes w: tiles of few rows, narrow ones for more programs. 64 columns of misaligned rows leave
+# 16 bytes of a thread in local memory (Triton 3.6, sm_90, 2026-11-29); no speed was measured
 _PACKED: tuple[_Tile, ...] = tuple((m, n, 64, 1, 4) for n in (64, 32) for m in (16, 32, 64))
 # rows up to which it is a candidate. bitsandbytes 0.50 leaves its own such kernel from 16 to 64 rows on sm_90 on
 MOST_PACKED_ROWS = 64
@@ -149,9 +149,7 @@ def candidates(kernel: str, problem: Problem, device: DeviceSpec) -> tuple[Kerne
     else:
         configs = (_ragged_skinny if problem.is_ragged else _skinny)(kernel, problem, device)
     registers = 0
-    if problem.is_ragged or problem.epilogue or device.features.has_tensor_memory:
-        registers = _MAX_REGISTERS
-    elif kernel == "packed":
+    if problem.is_ragged or problem.epilogue or device.features.has_tensor_memory or kernel == "packed":
         registers = _MAX_REGISTERS
     elif kernel == "matmul" and problem.gradients and problem.itemsize == 4:
         registers = 0 if problem.dropout or problem.is_misaligned else _MAX_REGISTERS_DX

@@ -92,7 +92,9 @@ def red(name, p=0.3):
 def test_every_gradient(name, p, monkeypatch):
     """Forced by the plan, both directions run it; no weight is decoded to memory."""
     runs, run = [], packed.matmul
-    monkeypatch.setattr(packed, "matmul", lambda *args, **more: runs.append(args[1].is_transposed) or run(*args, **more))
+    monkeypatch.setattr(
+        packed, "matmul", lambda *args, **more: runs.append(args[1].is_transposed) or run(*args, **more)
+    )
     monkeypatch.setattr(decode, "KERNELS", {})
     assert red(name, p) == ""
     assert runs == [False, True]
