@@ -76,7 +76,10 @@ LAYERS = {
     "testing": (_TOOLS, {"torch", "triton", "numpy"} | _HUGGING_FACE),
     "study": (_TOOLS | {"demo"}, {"torch", "numpy", "matplotlib"} | _HUGGING_FACE),
     "bench": (_TOOLS | {"demo"}, {"torch", "rich", "matplotlib", "psutil"} | _HUGGING_FACE),
-    "demo": (_TOOLS, {"torch", "numpy", "rich", "matplotlib", "gguf", "reasoning_gym", "bitsandbytes"} | _HUGGING_FACE),
+    "demo": (
+        _TOOLS,
+        {"torch", "numpy", "rich", "matplotlib", "gguf", "reasoning_gym", "bitsandbytes", "torchao"} | _HUGGING_FACE,
+    ),
     "cli": (_TOOLS | {"demo", "study", "bench", "tune"}, {"torch", "numpy", "rich", "matplotlib"} | _HUGGING_FACE),
     "__main__": ({"cli"}, set()),
 }
