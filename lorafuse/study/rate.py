@@ -29,8 +29,6 @@ RATIO, SLOPE = 2.0, 0.5
 RANK, TIMES = 16, 10.0
 SEEDS = 4, 8
 WIDTHS = {True: (64, 128), False: (64, 128, 256, 512)}
-# a small model's runs are short and its valleys flat: with --quick so many times the seeds
-MORE_SEEDS = 4
 
 __all__ = ["SEEDS", "SOURCE", "SUMMARY", "best_rates", "conduct", "slope", "small", "vertex"]
 
@@ -52,11 +50,10 @@ def vertex(rates: Sequence[float], losses: Sequence[float]) -> float:
     return math.exp(math.log(rates[1]) + moved * math.log(rates[2] / rates[1]))
 
 
-def best_rates(lab: Lab, swept: Swept, times: int = 1) -> list[float]:
-    """Of each seed, of `times` as many as the lab's, around the rate that the sweep chose."""
+def best_rates(lab: Lab, swept: Swept) -> list[float]:
+    """Of each seed, around the rate that the sweep chose."""
     rates = [swept.best / 2, swept.best, swept.best * 2]
-    seeds = range(lab.seeds[0], lab.seeds[0] + times * len(lab.seeds))
-    runs = lab.run([replace(swept.spec, lr=rate, seed=seed) for seed in seeds for rate in rates])
+    runs = lab.run([replace(swept.spec, lr=rate, seed=seed) for seed in lab.seeds for rate in rates])
     losses = [float(run["validation"]) for run in runs]
     return [vertex(rates, losses[at : at + 3]) for at in range(0, len(losses), 3)]
 
@@ -72,7 +69,7 @@ def conduct(lab: Lab, quick: bool) -> Finding:
     specs = [sft(lab, rank, quick) for rank in (0, RANK)]
     specs += [small(width, rank, quick) for width in widths for rank in (0, RANK)]
     swept = lab.sweep(specs)
-    rates = [best_rates(lab, one, 1 if one.spec.task == "problems" or not quick else MORE_SEEDS) for one in swept]
+    rates = [best_rates(lab, one) for one in swept]
     # of SmolLM2, then of each width: the logarithm of the ratio, seed by seed
     ratios = [[math.log(b / a) for a, b in zip(*pair, strict=True)]
               for pair in zip(rates[::2], rates[1::2], strict=True)]  # fmt: skip

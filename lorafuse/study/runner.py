@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import signal
+import statistics
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -181,8 +182,8 @@ class Lab:
     def sweep(self, conditions: list[Spec]) -> list[Swept]:
         """Each condition at its best learning rate, with every seed.
 
-        The rate is the best on the validation split, on the average of the selection seeds, of the `grid` around the
-        condition's. This goes on at its end while the best rate is there, `FURTHER` rates at most.
+        The rate is the best of the `grid` around the condition's, on the validation split of the selection seeds. The
+        grid goes on at its end while the best rate is there, `FURTHER` rates at most.
         """
         grids: list[list[float]] = []
         wider = [grid(condition.lr) for condition in conditions]
@@ -217,9 +218,13 @@ def _selections(condition: Spec) -> int:
 
 
 def _best(losses: dict[float, list[float]]) -> float:
-    """The rate with the least mean, of those that all selection seeds ran."""
+    """Of the rates that all selection seeds ran: the least mean of the two worst losses.
+
+    So a lucky run wins nothing, and one that diverges counts.
+    """
     most = max(map(len, losses.values()))
-    return min((rate for rate in losses if len(losses[rate]) == most), key=lambda rate: sum(losses[rate]))
+    complete = [rate for rate in losses if len(losses[rate]) == most]
+    return min(complete, key=lambda rate: statistics.fmean(sorted(losses[rate])[-2:]))
 
 
 def _widened(rates: list[float], best: float) -> list[float]:
