@@ -319,6 +319,16 @@ def test_the_page_shows_what_was_measured_and_says_what_was_not(set_run, tmp_pat
     assert f"n = {len(content['seeds'])}); {claim['margin']}; power" in text
     assert text.count("| not measured |") == len(STUDIES) - 1
     assert "old" not in text
+    # small models' rates by three seeds, SmolLM2's by one
+    assert "6 seeds, small models' rates chosen by 3 others," in text
+    assert study(tmp_path, "equivalence") == 0
+    assert "8 seeds, SmolLM2's rates chosen by 1 other," in page.rewrite(tmp_path / PAGE.name)
     content["finding"]["outcome"] = "planted"
     (tmp_path / "rl.json").write_text(json.dumps(content))
     assert page.rewrite(tmp_path / PAGE.name) != text
+    # a study that was interrupted has no finding, which is said
+    part = {key: value for key, value in content.items() if key not in ("finding", "seconds")}
+    (tmp_path / "rl.json").write_text(json.dumps(part))
+    text = page.rewrite(tmp_path / PAGE.name)
+    assert f"| not measured: stopped after {len(content['runs'])} runs |" in text
+    assert "### rl" not in text
