@@ -34,7 +34,14 @@ from triton.runtime.jit import JITFunction
 from lorafuse.kernels import lowrank, matmul
 from lorafuse.plan import DEVICES, DeviceSpec, KernelConfig, Problem
 from lorafuse.plan.configs_triton import candidates
-from lorafuse.testing import compile_decode, compile_multi, compile_ragged, compile_record, compile_siblings
+from lorafuse.testing import (
+    compile_decode,
+    compile_multi,
+    compile_ragged,
+    compile_record,
+    compile_routing,
+    compile_siblings,
+)
 from lorafuse.testing.compile_record import sample
 
 __all__ = ["TARGETS", "Resources", "Variant", "compile_variants", "sample", "variants"]
@@ -152,6 +159,7 @@ def variants(target: str, everything: bool) -> list[Variant]:
             chosen |= set(_ragged_variants(problem, device, everything))
     cases = itertools.product(dtypes, compile_decode.CASES)
     chosen |= {Variant("decode", compile_decode.CONFIG, dtype, epilogue=case) for dtype, case in cases}
+    chosen |= {Variant(kernel, compile_decode.CONFIG, "int64") for kernel in compile_routing.KERNELS}
     many = compile_multi.configs(itertools.product(dtypes, alignments if target != "gfx942" else ()), device)
     chosen |= {Variant(*one, dropout=True, aligned=aligned) for one, aligned in many}
     return sorted(chosen, key=lambda v: v.name)
@@ -275,6 +283,8 @@ def _launch(variant: Variant) -> None:
         compile_siblings.launch(variant.kernel, c, dtype, r, variant.aligned, variant.dropout)
     elif variant.kernel in compile_multi.KERNELS:
         compile_multi.launch(variant.kernel, c, dtype, m, n, k)
+    elif variant.kernel in compile_routing.KERNELS:
+        compile_routing.launch(variant.kernel)
     elif variant.kernel == "decode":
         compile_decode.launch(variant.epilogue, dtype)
     elif variant.kernel == "project":
