@@ -17,10 +17,11 @@ from lorafuse.kernels import (
     routing,
     rows,
     siblings,
+    tickets,
 )
 
 # every module after those that it imports
-MODULES = (common, philox, rows, routing, epilogues, product, combine, lowrank, matmul, siblings, gated)
+MODULES = (common, philox, rows, routing, epilogues, product, combine, lowrank, matmul, tickets, siblings, gated)
 
 
 def _copy(module, source, folder):

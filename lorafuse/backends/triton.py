@@ -18,7 +18,7 @@ from torch import Tensor
 from lorafuse.activation import Activation
 from lorafuse.backends import problems, triton_multi
 from lorafuse.backends.protocol import Backend, Problems, device_guard, finish
-from lorafuse.kernels import combine, decode, epilogues, gated, lowrank, matmul, routing, siblings
+from lorafuse.kernels import combine, decode, epilogues, gated, lowrank, matmul, routing, siblings, tickets
 from lorafuse.kernels.rows import Tiles
 from lorafuse.operands import Activate, Dropout, Epilogue, LowRank, Rows, Weight, contiguous_rows, refuse_negative
 from lorafuse.plan import DeviceSpec, Plan, interpreted_as, select
@@ -105,10 +105,11 @@ class Triton(Backend):
             xa, b, scale = low.xa.contiguous(), low.b, None if low.scale == 1.0 else low.scale
             # the kernel reads a few rows of b, or columns of a; it rounds them, after the scale
             b = b.mT if low.is_transposed else _packed(b, b.dtype)
+        product = tickets.matmul if config.tickets else matmul.matmul
         if rows is None:
             with self.dense(w, x.dtype) as dense:
                 mask = _mask(None if low is None else low.dropout)
-                return finish(matmul.matmul(x, _left(dense), bias, xa, b, scale, programs, config, **mask), epilogue)
+                return finish(product(x, _left(dense), bias, xa, b, scale, programs, config, **mask), epilogue)
         act = None if epilogue is None else epilogue.activation
         known = act if isinstance(act, Activation) and _is_fused(act) else None
         out: Any = None
@@ -116,7 +117,7 @@ class Triton(Backend):
             of_b, of_bias = (None if t is None else t[groups] for t in (b, bias))
             read = {"tiles": _tiles(rows).part(groups), "source": rows.index, "out": out}
             if known is None:
-                out = matmul.matmul(x, part.left(), of_bias, xa, of_b, scale, programs, config, **read)
+                out = product(x, part.left(), of_bias, xa, of_b, scale, programs, config, **read)
             elif isinstance(epilogue, Activate):
                 out = matmul.activated(
                     x, part.left(), of_bias, xa, of_b, scale, known.name, known.layout.value, programs, config, **read

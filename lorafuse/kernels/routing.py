@@ -22,7 +22,7 @@ __all__ = ["MOST_GROUPS", "Routing", "count", "made", "route", "scatter"]
 MOST_GROUPS = 2047
 # choices of a program, those that are ranked at once by comparing each with each, and blocks that are added at once
 # (H200 model: 65536 choices are 128 programs, one for each SM; nothing was measured)
-_BLOCK_S, _BLOCK_R, _BLOCK_B = 512, 128, 16
+_BLOCK_S, _BLOCK_R, _BLOCK_B = 512, 64, 16
 _WARPS = 8
 
 
