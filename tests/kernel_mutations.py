@@ -16,12 +16,17 @@ from lorafuse.kernels import (
     packed,
     philox,
     product,
+    routing,
     rows,
     siblings,
+    tickets,
 )
 
 # every module after those that it imports
-MODULES = (common, philox, rows, epilogues, product, decode, combine, lowrank, matmul, packed, siblings, gated)
+MODULES = (
+    common, philox, rows, routing, epilogues, product, decode, combine, lowrank, matmul, packed, tickets, siblings,
+    gated,
+)  # fmt: skip
 
 
 def _copy(module, source, folder):
