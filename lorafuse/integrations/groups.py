@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from lorafuse.functional import Projection, run_linears
+from lorafuse.integrations.hf_quantized import dtypes_of, is_quantized, stored
 from lorafuse.integrations.report import Group, Skipped
 from lorafuse.operands import Weight
 
-__all__ = ["Siblings", "fits", "form", "join", "leave"]
+__all__ = ["Siblings", "fits", "form", "join", "leave", "why_not_alike"]
 
 # children that read one x, in the order in which families of transformers call them
 _NAMES = (
@@ -137,19 +138,28 @@ class Siblings:
         read: Callable[[Any], tuple | None], state: tuple | None,
     ) -> Tensor | None:  # fmt: skip
         """y of the first of an order; those of the others are in the slot."""
-        every, features = {index: operands}, x.shape[-1:]
+        every, features, dtypes = {index: operands}, x.shape[-1:], None
+        if type(operands[0]) is Weight:
+            dtypes = dtypes_of(member._modules["base_layer"], x, operands)
         for i in order[1:]:
             reference = self.members[i]
             other = None if reference is None else reference()
             if other is None or other._lorafuse_backend != member._lorafuse_backend:
                 continue
             theirs = read(other)
-            if theirs is not None and fits(theirs, operands, x, features):
+            if theirs is None or not fits(theirs, operands, x, features):
+                continue
+            if dtypes is None or dtypes_of(other._modules["base_layer"], x, theirs) == dtypes:
                 every[i] = theirs
         if len(every) == 1 or not fits(operands, operands, x, features):
             return None
         layers = [Projection(w, a, b, scale, bias, p) for w, a, b, scale, bias, p in every.values()]
-        ys = dict(zip(every, run_linears(x, layers, member._lorafuse_backend), strict=True))
+        if dtypes is None:
+            results = run_linears(x, layers, member._lorafuse_backend)
+        else:
+            made = dtypes.run(run_linears, x, layers, member._lorafuse_backend)
+            results = tuple(y.to(dtypes.returned) for y in made)
+        ys = dict(zip(every, results, strict=True))
         y = ys.pop(index)
         if state is None:
             self.slot = x, None, None, order, every, ys
@@ -239,7 +249,7 @@ def _is_same(kept: tuple, operands: tuple) -> bool:
     """Whether a layer still has the operands its output was computed from, and a and b are as they were."""
     (weight, a, b, scale, bias, p), of_a, of_b = kept
     return (
-        weight is operands[0]
+        _is_same_weight(weight, operands[0])
         and a is operands[1]
         and b is operands[2]
         and scale == operands[3]
@@ -250,24 +260,54 @@ def _is_same(kept: tuple, operands: tuple) -> bool:
     )
 
 
+def _is_same_weight(kept: Any, now: Any) -> bool:
+    """Whether a weight is the one that it was; a quantized one is adopted at each call, by reference."""
+    if kept is now:
+        return True
+    return (
+        type(kept) is type(now) is Weight
+        and kept.format == now.format
+        and kept.data.data_ptr() == now.data.data_ptr()
+        and [t.data_ptr() for t in kept.statistics] == [t.data_ptr() for t in now.statistics]
+    )
+
+
 def fits(theirs: tuple, first: tuple, x: Tensor, features: torch.Size) -> bool:
     """Whether a layer of so many in features runs in one operator with the first, whose input x is.
 
     a and b of a layer without an adapter are None. Sharded and offloaded layers do not fit.
     """
     w, a, b, _, bias, _ = theirs
-    if type(w) is Weight or type(first[0]) is Weight:
+    if type(w) is Weight:
+        # dtypes of quantized layers are compared apart
+        if type(first[0]) is not Weight or not all(_is_near(t, x) for t in (w.data, *w.statistics)):
+            return False
+        sizes = w.stored
+    elif type(first[0]) is Weight or w.dtype is not first[0].dtype or not _is_near(w, x):
         return False
-    if a is not None and (
-        a.dtype is not first[1].dtype or a.shape[1:] != features or b.shape != (*w.shape[:1], *a.shape[:1])
-    ):
-        return False
+    else:
+        sizes = w.shape
+        if bias is not None and bias.dtype is not w.dtype:
+            return False
     return (
-        w.dtype is first[0].dtype
-        and w.shape[1:] == features
-        and (bias is None or bias.dtype is w.dtype)
-        and all(t.device == x.device for t in (w, a, b, bias) if t is not None)
+        sizes[1:] == features
+        and (bias is None or _is_near(bias, x))
+        and (
+            a is None
+            or (
+                a.dtype is first[1].dtype
+                and a.shape[1:] == features
+                and b.shape == (sizes[0], len(a))
+                and _is_near(a, x)
+                and _is_near(b, x)
+            )
+        )
     )
+
+
+def _is_near(tensor: Tensor, x: Tensor) -> bool:
+    """Whether a tensor is on x's device."""
+    return tensor.is_cpu if x.is_cpu else tensor.device == x.device
 
 
 def join(member: Any) -> None:
@@ -308,11 +348,20 @@ def form(model: nn.Module, layers: Iterable[Any]) -> tuple[list[Group], list[Ski
 def _why_apart(members: Iterable[Any]) -> str:
     bases = [member.get_base_layer() for member in members]
     devices = {str(base.weight.device) for base in bases}
-    if any(type(base) is not nn.Linear for base in bases):
-        return "a base is quantized or no plain nn.Linear"
+    if reason := why_not_alike(bases):
+        return reason
     if devices == {"meta"}:
         return "weights are on the meta device"
     return f"weights are on {' and '.join(sorted(devices))}" if len(devices) > 1 else ""
+
+
+def why_not_alike(bases: Sequence[nn.Module]) -> str:
+    """Why base layers cannot run in one operator, by their kinds; or ""."""
+    if other := [type(base).__name__ for base in bases if type(base) is not nn.Linear and not is_quantized(type(base))]:
+        return f"a base is a {other[0]}, no plain or quantized nn.Linear"
+    if len({stored(base) is None for base in bases}) > 1:
+        return "some bases are quantized and others are not"
+    return ""
 
 
 def _orders(names: list[str], where: str) -> list[list[int]]:
