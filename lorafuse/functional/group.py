@@ -186,19 +186,32 @@ def _prepared(
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         every = [_cast(one, dtype) for one in every]
-    for name, one in zip(names, every, strict=True):
-        _check_dtypes(operator, x, name, one)
-    weights = [one.weight if isinstance(one.weight, Weight) else Weight(one.weight) for one in every]
-    # PEFT computes the low-rank path in the adapters' dtype; of those only fp16 is short of range
-    factors = [t for one in every for t in (one.a, one.b) if t is not None]
-    wide |= dtype is torch.float16 and not autocast and any(t.dtype is not dtype for t in factors)
-    seeds = [seed_tensor(one.seed, x.device) if one.dropout_p and one.a is not None else None for one in every]
-    return x, (
-        [w.data for w in weights], [one.bias for one in every], [one.a for one in every], [one.b for one in every],
-        seeds, [t for w in weights for t in w.statistics], [float(one.scale) for one in every],
-        [float(one.dropout_p) for one in every], [w.format for w in weights], [len(w.statistics) for w in weights],
-        requested_backend(backend), wide,
-    )  # fmt: skip
+    # the lists of `ops.layers.SCHEMA`, filled in one loop, which every call of a group runs
+    lists: tuple[list, ...] = ([], [], [], [], [], [], [], [], [], [])
+    weights, biases, of_a, of_b, seeds, statistics, scales, dropout_ps, formats, counts = lists
+    for i, one in enumerate(every):
+        weight, a, b, scale, bias, dropout_p, seed = one
+        _check_dtypes(operator, x, names[i], one)
+        if isinstance(weight, Weight):
+            check_statistics(operator, x, weight)
+            weights.append(weight.data)
+            statistics += weight.statistics
+            formats.append(weight.format)
+            counts.append(len(weight.statistics))
+        else:
+            weights.append(weight)
+            formats.append("dense")
+            counts.append(0)
+        biases.append(bias)
+        of_a.append(a)
+        of_b.append(b)
+        seeds.append(seed_tensor(seed, x.device) if dropout_p and a is not None else None)
+        scales.append(float(scale))
+        dropout_ps.append(float(dropout_p))
+        # PEFT computes the low-rank path in the adapters' dtype; of those only fp16 is short of range
+        if dtype is torch.float16 and not autocast and a is not None and b is not None:
+            wide |= a.dtype is not dtype or b.dtype is not dtype
+    return x, (*lists, requested_backend(backend), wide)
 
 
 def _check(operator: str, x: Tensor, name: str, one: Projection) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lorafuse.activation import ACTIVATIONS, GATES, gate_differentiable
 from lorafuse.functional import Projection, run_gated_mlp
 from lorafuse.integrations import calls
-from lorafuse.integrations.groups import fits, why_not_alike
+from lorafuse.integrations.groups import fits, is_small, why_not_alike
 from lorafuse.integrations.hf_common import altered, interception, is_called_otherwise, original
 from lorafuse.integrations.hf_peft import Member, operands_of
 from lorafuse.integrations.hf_quantized import dtypes_of, stored
@@ -94,7 +94,7 @@ class _Roles:
 
     def output(self, parent: Any, x: Any) -> Tensor | None:
         """y of the parent called with x; None where its layers have to be called."""
-        if not isinstance(x, Tensor) or not 1 <= x.dim() <= 4 or interception(x) is not None:
+        if not isinstance(x, Tensor) or not 1 <= x.dim() <= 4 or interception(x) is not None or is_small(x):
             return None
         if not self._is_as_checked(parent):
             return None
@@ -129,10 +129,7 @@ class _Roles:
                 seeds[i] = seed_tensor(None, x.device)
         layers = [Projection(w, a, b, scale, bias, p, seeds[i]) for i, (w, a, b, scale, bias, p) in enumerate(operands)]
         settings = self.activation, backends.pop()
-        if dtypes is None:
-            y = run_gated_mlp(x, layers, *settings)
-        else:
-            y = dtypes.run(run_gated_mlp, x, layers, *settings)
+        y = run_gated_mlp(x, layers, *settings) if dtypes is None else dtypes.run(run_gated_mlp, x, layers, *settings)
         for member in members:
             if isinstance(member, Member):
                 calls.ran_grouped(member)

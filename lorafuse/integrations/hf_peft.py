@@ -38,7 +38,16 @@ from lorafuse.integrations.hf_quantized import PACKED, is_quantized, multiplies_
 from lorafuse.integrations.hf_tensor_parallel import Sharded, run_sharded, sharded_parts
 from lorafuse.operands import Weight
 
-__all__ = ["FusedLinear", "FusedTorchaoLinear", "FusedWeight", "Member", "fused", "operands_of", "rejoins", "why_not_fused"]
+__all__ = [
+    "FusedLinear",
+    "FusedTorchaoLinear",
+    "FusedWeight",
+    "Member",
+    "fused",
+    "operands_of",
+    "rejoins",
+    "why_not_fused",
+]
 
 
 # weight, a, b, scale, bias, dropout_p

@@ -29,7 +29,7 @@ def _hf_model() -> ModuleType:
     return hf_model
 
 
-def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False, groups: bool = False) -> PatchReport:
+def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False, groups: bool = True) -> PatchReport:
     """Run every LoRA layer of a PEFT model fused, in place; the rest of the model and its files stay as they are.
 
     Parameters, state dict, configuration and adapter management remain PEFT's: train, save, load, merge, switch, add
@@ -42,9 +42,10 @@ def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False, grou
         backend: the one every patched layer must use; "auto" follows `lorafuse.use_backend`, which chooses by itself
             unless told.
         strict: raise ValueError, leaving the model as it was, if no layer is adapted or any would be left to PEFT.
-        groups: run layers of one parent that are called with one x (q, k and v) as one operator, where their bases are
-            dense, and gated MLPs whole. Names of known families tell which read one x; others are learned from one
-            forward. An MLP is known by a run of its forward with small layers.
+        groups: run layers of one parent that are called with one x (q, k and v) as one operator, and gated MLPs whole,
+            in calls with gradients where x is not small. Names of known families tell which read one x; others are
+            learned from one forward. An MLP is known by a run of its forward with small layers. False leaves layers
+            and parents apart.
 
     Returns:
         a `PatchReport`; `print(report)` shows it as a table.

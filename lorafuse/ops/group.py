@@ -87,11 +87,12 @@ def backward(
     layers: Sequence[Layer], needs: Sequence[bool], wide: bool,
 ) -> list[Tensor | None]:  # fmt: skip
     """`[dx [M, K], *da, *db, *dbias]` for dy_i `[M, N_i]`, None where not needed; nothing is of a dy that is None."""
-    G, need_dx = len(layers), needs[0]
-    dx, da, db, dbias = None, *([None] * G for _ in range(3))
-    need = list(zip(*(needs[first : first + G] for first in range(1, 1 + 3 * G, G)), strict=True))
-    every = enumerate(zip(dys, layers, columns(xa, layers), strict=True))
-    given = [(i, dy, layer, mine) for i, (dy, layer, mine) in every if dy is not None]
+    G, need_dx, dx = len(layers), needs[0], None
+    none: list[Tensor | None] = [None] * G
+    da, db, dbias = none[:], none[:], none[:]
+    need = list(zip(needs[1 : 1 + G], needs[1 + G : 1 + 2 * G], needs[1 + 2 * G :], strict=True))
+    every = zip(range(G), dys, layers, columns(xa, layers), strict=True)
+    given = [one for one in every if one[1] is not None]
     if run.linear_backward is not None:
         for i, dy, layer, mine in given:
             own, da[i], db[i], dbias[i] = layer_backward(run, dy, x, mine, layer, (need_dx, *need[i]), wide)
@@ -126,11 +127,13 @@ def backward(
     if not sums:
         sums = [run.outer(lows[j].xa, x, None, plan, like=lows[j].b, dropout=lows[j].dropout) for j in summed]
     for j, total in zip(summed, sums, strict=True):
-        for i, mine in zip(members[j], total.split([layers[i].rank for i in members[j]]), strict=True):
+        # results of an operator share no memory
+        ranks = [layers[i].rank for i in members[j]]
+        each = [total] if len(ranks) == 1 else torch.split_with_sizes_copy(total, ranks)
+        for i, mine in zip(members[j], each, strict=True):
             a = layers[i].a
             if need[i][0] and a is not None:
-                # results of an operator share no memory
-                da[i] = mine.to(a.dtype, copy=len(members[j]) > 1)
+                da[i] = mine if mine.dtype is a.dtype else mine.to(a.dtype)
     return [dx, *da, *db, *dbias]
 
 

@@ -152,11 +152,11 @@ def columns(xa: Tensor | None, layers: Sequence[Layer]) -> list[Tensor | None]:
     """The columns of xa `[M, ΣR]` that are each layer's; None for those without an adapter."""
     parts: list[Tensor | None] = [None] * len(layers)
     if xa is not None:
-        places = [i for i, layer in enumerate(layers) if layer.a is not None]
-        # one view operator for all of them
-        each = torch.split_with_sizes(xa, [layers[i].rank for i in places], 1) if places else ()
-        for i, part in zip(places, each, strict=True):
-            parts[i] = part
+        ranks = [0 if layer.a is None else layer.a.shape[0] for layer in layers]
+        # one operator for all views
+        for i, part in enumerate(torch.split_with_sizes(xa, ranks, 1)):
+            if ranks[i]:
+                parts[i] = part
     return parts
 
 
