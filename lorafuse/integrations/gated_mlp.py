@@ -94,7 +94,7 @@ class _Roles:
 
     def output(self, parent: Any, x: Any) -> Tensor | None:
         """y of the parent called with x; None where its layers have to be called."""
-        if not isinstance(x, Tensor) or not 1 <= x.dim() <= 4 or interception(x) is not None or is_small(x):
+        if not isinstance(x, Tensor) or is_small(x) or not 1 <= x.dim() <= 4 or interception(x) is not None:
             return None
         if not self._is_as_checked(parent):
             return None

@@ -2,8 +2,8 @@
 
 The first of them called with x computes the outputs of all (`lora_linears`, one autograd node) and keeps the others in
 one slot. Each takes its own when it is called with the same tensor object, unchanged, in the same state; whatever else
-is called runs alone, and so does every call without gradients. Which layers read one x is known by their names, or
-learned from one forward; a group that leaves outputs behind is given up.
+is called runs alone, and so does every call without gradients or with a small x. Which layers read one x is known by
+their names, or learned from one forward; a group that leaves outputs behind is given up.
 
 Outputs that nobody fetched live until x or their graph's backward is gone, or until the next group runs in the thread.
 """
@@ -90,6 +90,8 @@ class Siblings:
 
         `read` gives the operands of another member, or None where it cannot run fused.
         """
+        if is_small(x):
+            return None
         slot, is_compiling = self.slot, torch.compiler.is_compiling()
         # what a group saves is in backward; and no trace shows a change of x in place, which autograd forbids
         if not torch.is_grad_enabled():
@@ -107,8 +109,6 @@ class Siblings:
                 return y
             order = self.orders.get(index)
             return None if order is None else self._compute(index, order, member, x, operands, read, None)
-        if is_small(x):
-            return None
         state = _state(x)
         if slot is not None and slot[1] is not None and slot[1]() is x and index in slot[5]:
             if slot[2] == state and _is_same(slot[4][index], operands):

@@ -26,7 +26,7 @@ class Training:
         self,
         backend: str = "auto",
         strict: bool = False,
-        groups: bool = False,
+        groups: bool = True,
         log: Callable[[str], object] | None = print,
     ) -> None:
         self.backend, self.strict, self.groups, self.log = backend, strict, groups, log
