@@ -13,7 +13,7 @@ from lorafuse.ops import gated_mlp as _gated_mlp
 from lorafuse.ops import group as _group
 from lorafuse.ops.autocast import autocast_is_on
 from lorafuse.ops.checks import check_scale, check_statistics, seed_tensor
-from lorafuse.ops.choose import requested_backend
+from lorafuse.ops.choose import for_masks, requested_backend
 from lorafuse.ops.transforms import is_transformed
 
 __all__ = ["Projection", "lora_gated_mlp", "lora_linears", "lora_qkv", "run_gated_mlp", "run_linears"]
@@ -33,7 +33,7 @@ class Projection(NamedTuple):
         scale: alpha / R.
         bias: `[N]` or None; it may be trained.
         dropout_p: probability with which elements of x are dropped in the low-rank path, in [0, 1].
-        seed: of this layer's own mask: an int, an int64 tensor `[1]`, or None to draw one.
+        seed: of this layer's own mask: an int, an int64 tensor `[1]`, None to draw one, or the mask, bool `[..., K]`.
     """
 
     weight: Tensor | Weight
@@ -190,7 +190,7 @@ def _prepared(
     lists: tuple[list, ...] = ([], [], [], [], [], [], [], [], [], [])
     weights, biases, of_a, of_b, seeds, statistics, scales, dropout_ps, formats, counts = lists
     for i, one in enumerate(every):
-        weight, a, b, scale, bias, dropout_p, seed = one
+        weight, a, b, scale, bias, dropout_p, _ = one
         _check_dtypes(operator, x, names[i], one)
         if isinstance(weight, Weight):
             check_statistics(operator, x, weight)
@@ -205,13 +205,21 @@ def _prepared(
         biases.append(bias)
         of_a.append(a)
         of_b.append(b)
-        seeds.append(seed_tensor(seed, x.device) if dropout_p and a is not None else None)
+        seeds.append(_seed(one, x) if dropout_p else None)
         scales.append(float(scale))
         dropout_ps.append(float(dropout_p))
         # PEFT computes the low-rank path in the adapters' dtype; of those only fp16 is short of range
         if dtype is torch.float16 and not autocast and a is not None and b is not None:
             wide |= a.dtype is not dtype or b.dtype is not dtype
-    return x, (*lists, requested_backend(backend), wide)
+    return x, (*lists, for_masks(requested_backend(backend), seeds), wide)
+
+
+def _seed(one: Projection, x: Tensor) -> Tensor | None:
+    """The seed of a layer's mask, or the mask; None without dropout."""
+    if not one.dropout_p or one.a is None:
+        return None
+    sizes = (*x.shape[:-1], one.a.shape[1]) if isinstance(one.seed, Tensor) else ()
+    return seed_tensor(one.seed, x.device, sizes)
 
 
 def _check(operator: str, x: Tensor, name: str, one: Projection) -> None:

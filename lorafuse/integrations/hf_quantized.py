@@ -100,8 +100,9 @@ def _refused(base: nn.Module) -> str:
 
 
 def run_quantized(
-    base: nn.Module, x: Tensor, operands: tuple[Any, ...], backend: str | None, run: Callable[..., Tensor] | None = None
-) -> Tensor:
+    base: nn.Module, x: Tensor, operands: tuple[Any, ...], backend: str | None,
+    run: Callable[..., Tensor] | None = None, seed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """y of `run`, or `run_linear`, over a quantized base, in the dtypes of the table above."""
     run = run or run_linear
     weight, a, b, scale, bias, dropout_p = operands
@@ -109,7 +110,7 @@ def run_quantized(
     if bias is not None:
         bias = bias.to(dtypes.computed)
     with dtypes.block(x):
-        y = run(x.to(dtypes.computed), weight, a, b, scale, bias, dropout_p, None, backend, wide=dtypes.wide)
+        y = run(x.to(dtypes.computed), weight, a, b, scale, bias, dropout_p, seed, backend, wide=dtypes.wide)
     return y.to(dtypes.returned)
 
 
