@@ -40,7 +40,7 @@ def _count_kernel(p_index, p_counts, S, E, BLOCK_S: tl.constexpr, BLOCK_E: tl.co
     group, index = _group_of(p_index, i_s * BLOCK_S + tl.arange(0, BLOCK_S), S, E)
     p_row = p_counts + i_s * (BLOCK_E + 1)
     tl.store(p_row + tl.arange(0, BLOCK_E), tl.histogram(group, BLOCK_E))
-    tl.store(p_row + BLOCK_E, tl.sum((index < 0).to(tl.int32), 0))
+    tl.store(p_row + BLOCK_E, tl.sum(tl.where(index < 0, 1, 0), 0))
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def _scatter_kernel(
     end = tl.cumsum(total, 0)
     if i_s == 0:
         tl.store(p_offsets + o_e, end.to(tl.int64), mask=o_e < E)
-        tl.store(p_valid, (negative == 0).to(tl.int8))
+        tl.store(p_valid, tl.where(negative == 0, 1, 0).to(tl.int8))
     place = end - total + before
     o_r = tl.arange(0, BLOCK_R)
     for i_r in range(0, BLOCK_S, BLOCK_R):

@@ -109,7 +109,7 @@ MUTATIONS = {
     "parts of a block over each other": ("place += tl.histogram", "place += 0 * tl.histogram"),
     "tokens are choices": ("(o_s // choices)", "(o_s // 1)"),
     "offsets without the last group": ("mask=o_e < E)", "mask=o_e < E - 1)"),
-    "every index is valid": ("(negative == 0)", "(negative >= 0)"),
+    "every index is valid": ("(negative == 0,", "(negative >= 0,"),
 }
 
 
