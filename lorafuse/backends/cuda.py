@@ -34,7 +34,7 @@ from lorafuse.backends.protocol import Problems, device_guard
 from lorafuse.operands import Dropout, Rows, Weight, contiguous_rows
 from lorafuse.plan import DeviceSpec, KernelConfig, Plan, configs_cuda, select
 
-__all__ = ["TYPES", "Cuda", "backend"]
+__all__ = ["TYPES", "Cuda", "backend", "padded_rows"]
 
 # the numbers of Type in api.hpp
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -128,7 +128,7 @@ class Cuda(Aten):
             rounded_a, round_a = _rounding(given_a, dtype, 1.0)
         if need_db:
             assert xa is not None
-            xa, db = _padded_rows(xa), given_b.new_empty(b.shape)
+            xa, db = padded_rows(xa), given_b.new_empty(b.shape)
         if need_dbias:
             dbias = dy.new_empty((N,))
         if need_da:
@@ -331,7 +331,7 @@ def _rounding(
     }  # fmt: skip
 
 
-def _padded_rows(xa: Tensor) -> Tensor:
+def padded_rows(xa: Tensor) -> Tensor:
     """xa `[M, R]` in a buffer whose rows start on 16-byte boundaries: as `linear_forward` returned it, or copied."""
     R = xa.shape[1]
     if R % _ALIGN == 0:
