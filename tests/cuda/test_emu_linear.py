@@ -362,6 +362,7 @@ def test_any_rank_is_read_where_forward_wrote_it(R, launched):
     lora_linear(x, o.w, a, b, scale=1.5, backend="emu").backward(o.dy)
     calls = dict(reversed(launched))
     assert calls["reduce_dy"]["xa"] == calls["project_x"]["xa"] == calls["linear"]["xa"]
+    assert {a.get("device", -1 if name.endswith("workspace") else None) for name, a in launched} == {-1}
     assert calls["reduce_dy"]["stride_xa"] == calls["project_x"]["stride_xa"] == -(-R // 8) * 8
 
 
