@@ -73,7 +73,11 @@ def run_mixed(layer: Any, x: Tensor, names: list[str], read: Callable[[Any, list
     known = {name: read(layer, [name]) for name in used if name in adapted}
     for parts in (known := known or {"": read(layer, [next(iter(adapted))])}).values():
         if type(parts) is not tuple:
-            return parts if isinstance(parts, str) else "a bias of lora_B, a scale in a tensor, or a variant of LoRA, in a mixed batch"
+            return (
+                parts
+                if isinstance(parts, str)
+                else "a bias of lora_B, a scale in a tensor, or a variant of LoRA, in a mixed batch"
+            )
     weight, any_a, any_b, _, bias, _ = next(iter(known.values()))
     absent = weight, any_a[:0], any_b[:, :0], 1.0, bias, 0.0
     _, a, b, scales, _, p = zip(*(known.get(name, absent) for name in used), strict=True)

@@ -164,7 +164,9 @@ FusedTorchaoLinear.__name__ = TorchaoLoraLinear.__name__
 FusedWeight.__name__ = ParamWrapper.__name__
 
 
-def _parts(layer: Any, active: Any = None, is_resting: bool = False) -> _Operands | _Unfolded | Dora | Sharded | str | None:
+def _parts(
+    layer: Any, active: Any = None, is_resting: bool = False
+) -> _Operands | _Unfolded | Dora | Sharded | str | None:
     """The operands of the layer's present state, or what they are to be computed from: nothing is computed here.
     `active` are the names of the adapters, None for the layer's own active ones.
 

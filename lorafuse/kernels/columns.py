@@ -19,7 +19,7 @@ from torch import Tensor
 __all__ = ["columns_backward", "row_norms"]
 
 # rows of w, or columns of dy, of a program; columns of w at a time; rows of dy at a time
-_ROWS, _BLOCK_K, _BLOCK_M = 32, 64, 16
+_ROWS, _BLOCK_K, _BLOCK_M = 16, 32, 16
 _COLUMNS = 128
 # programs share the rows of dy where there are more than this
 _SPLIT_ROWS = 256
@@ -103,7 +103,8 @@ def row_norms(w: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """`‖w[n] + b[n] a‖`, `[N]`; a, b and c are contiguous fp32."""
     (N, K), R = w.shape, a.shape[0]
     norms = a.new_empty(N)
-    block_r = min(64, max(16, triton.next_power_of_2(R)))
+    # a wider tile of ranks spills in fp32
+    block_r = min(32, max(16, triton.next_power_of_2(R)))
     _row_norms_kernel[(triton.cdiv(N, _ROWS),)](
         w, a, b, c, norms, N, K, R, w.stride(), BLOCK_N=_ROWS, BLOCK_K=_BLOCK_K, BLOCK_R=block_r, num_warps=4
     )
@@ -120,6 +121,6 @@ def columns_backward(
     parts = None if z is None else factor.new_empty((splits, N))
     _columns_backward_kernel[(triton.cdiv(N, _COLUMNS), splits)](
         dy, z, factor, dz, parts, M, N, triton.cdiv(triton.cdiv(M, splits), _BLOCK_M) * _BLOCK_M, BLOCK_M=_BLOCK_M,
-        BLOCK_N=_COLUMNS, num_warps=4,
+        BLOCK_N=_COLUMNS, num_warps=8,
     )  # fmt: skip
     return dz, None if parts is None else parts.sum(0)

@@ -71,8 +71,8 @@ _BACKWARD = {kernel for kernel, _, backward in (*_DENSE, *_RAGGED) if backward} 
 # and without a gate
 _LAYOUTS = ("concatenated", "transposed", "interleaved", "ungated")
 EPILOGUES = {"ragged": ("gathered", "y", "dx"), "activate": _LAYOUTS, "activate_backward": _LAYOUTS}
-# kernels that have nothing to plan: what launches one of their cases
-_UNPLANNED = {"decode": compile_decode.launch, "columns": compile_columns.launch}
+# configurations of kernels that have nothing to plan
+_UNPLANNED = ("decode", "columns")
 # matrix instructions by what each architecture calls them
 _INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "FFMA", "v_mfma")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -96,8 +96,8 @@ class Variant:
     def name(self) -> str:
         c = self.config
         tile = "x".join(str(size) for size in (c.block_m, c.block_n, c.block_k) if size)
-        if self.kernel in _UNPLANNED:
-            return f"{self.kernel} {self.epilogue} {self.dtype}"
+        if self.config.kernel in _UNPLANNED:
+            return " ".join(part for part in (self.kernel, self.epilogue, self.dtype) if part)
         parts = [self.kernel, c.form, tile, f"r{c.block_r * self.rank_tiles}", f"{c.stages}stages", f"{c.warps}warps"]
         parts += [self.dtype, "" if self.adapter_dtype == "float32" else f"adapter-{self.adapter_dtype}"]
         flags = (self.dropout, "dropout"), (not self.aligned, "unaligned"), (self.wide, "wide")
@@ -162,7 +162,7 @@ def variants(target: str, everything: bool) -> list[Variant]:
     cases = itertools.product(dtypes, compile_decode.CASES)
     chosen |= {Variant("decode", compile_decode.CONFIG, dtype, epilogue=case) for dtype, case in cases}
     cases = itertools.product(dtypes, compile_columns.CASES)
-    chosen |= {Variant("columns", compile_columns.CONFIG, dtype, epilogue=case) for dtype, case in cases}
+    chosen |= {Variant(name, compile_columns.CONFIG, dtype, epilogue=case) for dtype, (name, case) in cases}
     many = compile_multi.configs(itertools.product(dtypes, alignments if target != "gfx942" else ()), device)
     chosen |= {Variant(*one, dropout=True, aligned=aligned) for one, aligned in many}
     return sorted(chosen, key=lambda v: v.name)
@@ -286,8 +286,10 @@ def _launch(variant: Variant) -> None:
         compile_siblings.launch(variant.kernel, c, dtype, r, variant.aligned, variant.dropout)
     elif variant.kernel in compile_multi.KERNELS:
         compile_multi.launch(variant.kernel, c, dtype, m, n, k)
-    elif variant.kernel in _UNPLANNED:
-        _UNPLANNED[variant.kernel](variant.epilogue, dtype)
+    elif variant.kernel == "decode":
+        compile_decode.launch(variant.epilogue, dtype)
+    elif c.kernel == "columns":
+        compile_columns.launch(variant.kernel, variant.epilogue, dtype)
     elif variant.kernel == "project":
         lowrank.project(x, a, c, seed=seed, p=p, wide=variant.wide)
     elif variant.kernel == "y":

@@ -1,4 +1,4 @@
-"""`dora_linear` (T1; Triton in its interpreter, T2): every tensor by name against fp64, the norm, transforms, errors."""
+"""`dora_linear` (T1; Triton in its interpreter, T2): every tensor by name, the norm, transforms, errors."""
 
 import pytest
 import torch
