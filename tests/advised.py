@@ -2,7 +2,8 @@
 
 import sys
 from types import SimpleNamespace
-from unittest import mock
+
+import pytest
 
 
 def configured(source):
@@ -14,6 +15,8 @@ def configured(source):
 
     trl = dict.fromkeys(("SFTConfig", "DPOConfig", "GRPOConfig"), config)
     trl = SimpleNamespace(**trl, SFTTrainer=None, DPOTrainer=None, GRPOTrainer=None)
-    with mock.patch.dict(sys.modules, {"trl": trl, "datasets": SimpleNamespace(Dataset=None)}):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "trl", trl)
+        patch.setitem(sys.modules, "datasets", SimpleNamespace(Dataset=None))
         exec(source.partition("tokenizer = ")[0], actual)
     return actual["config"], actual["args"]

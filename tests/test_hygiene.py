@@ -317,6 +317,12 @@ def test_tests_reach_for_public_names():
     assert private_names("from lorafuse.cli import _common\nfrom lorafuse import nn\nnn.__file__, self._select") == []
 
 
+def test_no_test_forgets_what_others_imported():
+    """`mock.patch.dict` takes every module out again that was imported under it, and classes then exist twice."""
+    call = "patch." + "dict(sys.modules"
+    assert [str(path) for path in SOURCES if call in path.read_text()] == []
+
+
 def test_only_commands_print():
     quiet = [p for p in PACKAGE if p.relative_to(ROOT).parts[1] not in ("cli", "demo")]
     assert _report(calls_to_print, quiet) == []

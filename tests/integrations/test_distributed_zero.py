@@ -8,7 +8,6 @@ import importlib.util
 import os
 import sys
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import tiny_models
@@ -110,13 +109,13 @@ def test_deepspeed_trains_as_one_process(results, case):
 
 
 @pytest.fixture
-def imitated():
+def imitated(monkeypatch):
     def mark(module, flag):
         module._z3_leaf = flag
 
     utils = SimpleNamespace(set_z3_leaf_module=mark)
-    with mock.patch.dict(sys.modules, {"deepspeed": SimpleNamespace(utils=utils), "deepspeed.utils": utils}):
-        yield
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(utils=utils))
+    monkeypatch.setitem(sys.modules, "deepspeed.utils", utils)
 
 
 def test_every_patched_layer_is_gathered_as_a_whole(imitated):
@@ -129,7 +128,7 @@ def test_every_patched_layer_is_gathered_as_a_whole(imitated):
     assert one.get_input_embeddings()(tiny_models.token_ids()).requires_grad
 
 
-def test_what_it_refuses(imitated):
+def test_what_it_refuses(imitated, monkeypatch):
     with pytest.raises(ValueError, match="without a patched layer: call lorafuse.patch"):
         prepare_zero3(tiny_models.adapted())
     with pytest.raises(TypeError, match="prepare_zero3 got a str"):
@@ -139,10 +138,9 @@ def test_what_it_refuses(imitated):
     one.base_model.model.model.layers[0].mlp.up_proj.ds_id = 5
     with pytest.raises(RuntimeError, match="came after deepspeed.initialize"):
         prepare_zero3(one)
-    with (
-        mock.patch.dict(sys.modules, {"deepspeed": None, "deepspeed.utils": None}),
-        pytest.raises(MissingDependency, match="pip install deepspeed"),
-    ):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.setitem(sys.modules, "deepspeed.utils", None)
+    with pytest.raises(MissingDependency, match="pip install deepspeed"):
         prepare_zero3(one)
 
 

@@ -1,19 +1,17 @@
 """Triton kernels over ragged rows (T2; on a GPU, T6): experts and grouped layers, every tensor by name against fp64."""
 
 import contextlib
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from experts_reference import block, check, differentiated, fused, plain
-from test_triton_mutations import mutated
+from kernel_mutations import install
 
 from lorafuse.activation import ACTIVATIONS, GATES
 from lorafuse.backends import problems
-from lorafuse.backends import triton as backend
 from lorafuse.functional import lora_grouped_linear
-from lorafuse.kernels import combine, epilogues, lowrank, matmul, rows
+from lorafuse.kernels import combine, epilogues, lowrank, matmul, product, rows
 from lorafuse.operands import Weight
 from lorafuse.plan import find, override
 from lorafuse.plan.configs_triton import best, candidates
@@ -249,20 +247,20 @@ MUTATIONS = {
     "xa of the first expert": (lowrank, "p_a + group.to(tl.int64) * stride_a[0]", "p_a + 0 * stride_a[0]", "out"),
     "gradients of all rows": (lowrank, "tl.load(p_ends + i_g - 1, mask=i_g > 0, other=0)", "tl.load(p_ends, mask=i_g > 99, other=0)", "gate_up_a"),
     "no router weight in the gradient": (lowrank, "* row_scale[:, None]", "* 1.0", "down_a"),
-    "no low-rank product": (matmul, "return tl.dot(b_xa, b_b.T if RANKS_LAST else b_b, acc, input_precision=PRECISION)", "return acc", "out"),
+    "no low-rank product": (product, "return tl.dot(b_xa, b_b.T if RANKS_LAST else b_b, acc, input_precision=PRECISION)", "return acc", "out"),
     "b of the first expert": (matmul, "p_b + group_w * stride_b[0]", "p_b + 0 * stride_b[0]", "out"),
-    "b of up is that of gate": (matmul, "o_n.to(tl.int64)[:, None] * stride_b", "(o_n % 136).to(tl.int64)[:, None] * stride_b", "out", "concatenated", "H200"),
+    "b of up is that of gate": (product, "o_n.to(tl.int64)[:, None] * stride_b", "(o_n % 136).to(tl.int64)[:, None] * stride_b", "out", "concatenated", "H200"),
     "the bias of up is that of gate": (matmul, "group_w * N + o_n, mask", "group_w * N + o_n % 136, mask", "out", "concatenated", "H200"),
     "up's columns from gate (pointers)": (matmul, "o_n += tl.arange(0, BLOCK_N) // COLUMNS * limit", "pass", "out", "concatenated", "A100"),
-    "up's columns from gate (TMA)": (matmul, "[stride_w[0], half * stride_w[1], stride_w[1], 1]", "[stride_w[0], (half - 8) * stride_w[1], stride_w[1], 1]", "out", "concatenated", "H200"),
-    "up's columns from gate (TMA, transposed)": (matmul, "[stride_w[0], stride_w[2], half, 1]", "[stride_w[0], stride_w[2], half - 8, 1]", "out", "concatenated, transposed", "H200"),
-    "the first expert's gate and up (TMA)": (matmul, "d_w.load([group, 0, i_n, i_k])", "d_w.load([0, 0, i_n, i_k])", "out", "concatenated", "H200"),
-    "the first expert's gate and up (TMA, transposed)": (matmul, "d_w.load([group, i_k, 0, i_n])", "d_w.load([0, i_k, 0, i_n])", "out", "concatenated, transposed", "H200"),
-    "the first expert's weight (TMA)": (matmul, "d_w.load([group, i_n, i_k])", "d_w.load([0, i_n, i_k])", "out", "concatenated", "H200"),
-    "the first expert's weight (TMA, transposed)": (matmul, "d_w.load([group, i_k, i_n])", "d_w.load([0, i_k, i_n])", "x", "concatenated", "H200"),
-    "the first expert's weight (pointers)": (matmul, "p_w + group_w * stride_w[0]", "p_w + 0 * stride_w[0]", "out", "concatenated", "A100"),
-    "the last block of K is left out (TMA)": (matmul, "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K * TMA_W, BLOCK_K)", "out", "concatenated", "H200"),
-    "the last block of K is left out (pointers)": (matmul, "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K * (not TMA_W), BLOCK_K)", "out", "concatenated", "A100"),
+    "up's columns from gate (TMA)": (product, "[stride_w[0], half * stride_w[1], stride_w[1], 1]", "[stride_w[0], (half - 8) * stride_w[1], stride_w[1], 1]", "out", "concatenated", "H200"),
+    "up's columns from gate (TMA, transposed)": (product, "[stride_w[0], stride_w[2], half, 1]", "[stride_w[0], stride_w[2], half - 8, 1]", "out", "concatenated, transposed", "H200"),
+    "the first expert's gate and up (TMA)": (product, "d_w.load([group, 0, i_n, i_k])", "d_w.load([0, 0, i_n, i_k])", "out", "concatenated", "H200"),
+    "the first expert's gate and up (TMA, transposed)": (product, "d_w.load([group, i_k, 0, i_n])", "d_w.load([0, i_k, 0, i_n])", "out", "concatenated, transposed", "H200"),
+    "the first expert's weight (TMA)": (product, "d_w.load([group, i_n, i_k])", "d_w.load([0, i_n, i_k])", "out", "concatenated", "H200"),
+    "the first expert's weight (TMA, transposed)": (product, "d_w.load([group, i_k, i_n])", "d_w.load([0, i_k, i_n])", "x", "concatenated", "H200"),
+    "the first expert's weight (pointers)": (product, "p_w[i] + group.to(tl.int64) * stride_w[i][0]", "p_w[i] + 0 * stride_w[i][0]", "out", "concatenated", "A100"),
+    "the last block of K is left out (TMA)": (product, "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K * (len(d_w) > 0), BLOCK_K)", "out", "concatenated", "H200"),
+    "the last block of K is left out (pointers)": (product, "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K * (len(d_w) == 0), BLOCK_K)", "out", "concatenated", "A100"),
     "programs skip tiles": (matmul, "tiles_m * tiles_n, tl.num_programs(0)", "tiles_m * tiles_n, 2 * tl.num_programs(0)", "out", "concatenated", "H200"),
     "an expert's last row is not stored": (matmul, "rows = o_m < end", "rows = o_m < end - 1", "out", "concatenated", "H200"),
     "up is not multiplied": (epilogues, "return h * up, slope * up, h", "return h, slope * up, h", "out", "concatenated", "H200"),
@@ -305,19 +303,6 @@ def gate_of_mutations(layout=None):
 def test_the_right_kernels_are_green(layout, gpu, planned):
     planned(gpu)
     gate_of_mutations(layout)
-
-
-def install(module, old, new, monkeypatch, folder):
-    """Make the backend run a changed module, and those that import from it too."""
-    users = {rows: (matmul, lowrank), epilogues: (matmul,)}.get(module, ())
-    for user in (module, *users):
-        change = (old, new) if user is module else ("import triton\n", "import triton\n\n")
-        changed = mutated(user, *change, folder)
-        name = user.__name__.rpartition(".")[2]
-        monkeypatch.setitem(sys.modules, user.__name__, changed)
-        monkeypatch.setattr(backend, name, changed, raising=False)
-        if user is rows:
-            monkeypatch.setattr(backend, "Tiles", changed.Tiles)
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
