@@ -31,7 +31,7 @@ def row_norms(w: Weight, a: Tensor, b: Tensor, scale: float) -> Tensor:
     dtype = torch.promote_types(left.dtype, torch.float32)
     a, b, squares = small_terms(a, b, scale, dtype)
     total, is_wide = b.new_empty(left.shape[0], dtype=torch.float64), left.dtype is dtype
-    for rows in row_chunks(*left.shape, left.device):
+    for rows in row_chunks(left.shape[0], left.shape[1], left.device):
         part = left[rows].to(dtype)
         total[rows] = _sums_of_squares(part)
         if not is_wide:
@@ -67,7 +67,7 @@ def columns_backward(
     """
     dz = torch.empty_like(dy) if need_dz else None
     dfactor = None if z is None else torch.zeros_like(factor)
-    for rows in row_chunks(*dy.shape, dy.device):
+    for rows in row_chunks(dy.shape[0], dy.shape[1], dy.device):
         if dz is not None:
             torch.mul(dy[rows], factor, out=dz[rows])
         if z is not None and dfactor is not None:

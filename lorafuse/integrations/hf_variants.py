@@ -71,8 +71,9 @@ def magnitude_of(layer: Any, name: str, device: Any) -> Tensor | str:
 
 def run_dora_layer(layer: Any, x: Tensor, parts: Dora) -> Tensor:
     """y of a layer with DoRA."""
-    *operands, magnitude = parts
-    if type(parts.weight) is Weight:
+    weight, a, b, scale, bias, p, magnitude = parts
+    if isinstance(weight, Weight):
         run = partial(run_dora, magnitude=magnitude)
-        return run_quantized(layer._modules["base_layer"], x, tuple(operands), layer._lorafuse_backend, run)
-    return run_dora(x, *operands, None, layer._lorafuse_backend, magnitude=magnitude)  # type: ignore[arg-type]
+        operands = weight, a, b, scale, bias, p
+        return run_quantized(layer._modules["base_layer"], x, operands, layer._lorafuse_backend, run)
+    return run_dora(x, weight, a, b, scale, bias, p, None, layer._lorafuse_backend, magnitude=magnitude)

@@ -161,8 +161,8 @@ def variants(target: str, everything: bool) -> list[Variant]:
             chosen |= set(_ragged_variants(problem, device, everything))
     cases = itertools.product(dtypes, compile_decode.CASES)
     chosen |= {Variant("decode", compile_decode.CONFIG, dtype, epilogue=case) for dtype, case in cases}
-    cases = itertools.product(dtypes, compile_columns.CASES)
-    chosen |= {Variant(name, compile_columns.CONFIG, dtype, epilogue=case) for dtype, (name, case) in cases}
+    passes = itertools.product(dtypes, compile_columns.CASES)
+    chosen |= {Variant(name, compile_columns.CONFIG, dtype, epilogue=case) for dtype, (name, case) in passes}
     many = compile_multi.configs(itertools.product(dtypes, alignments if target != "gfx942" else ()), device)
     chosen |= {Variant(*one, dropout=True, aligned=aligned) for one, aligned in many}
     return sorted(chosen, key=lambda v: v.name)
