@@ -106,7 +106,20 @@ def row_norms(w: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     # a wider tile of ranks spills in fp32
     block_r = min(32, max(16, triton.next_power_of_2(R)))
     _row_norms_kernel[(triton.cdiv(N, _ROWS),)](
-        w, a, b, c, norms, N, K, R, w.stride(), BLOCK_N=_ROWS, BLOCK_K=_BLOCK_K, BLOCK_R=block_r, num_warps=4
+        w,
+        a,
+        b,
+        c,
+        norms,
+        N,
+        K,
+        R,
+        w.stride(),
+        BLOCK_N=_ROWS,
+        BLOCK_K=_BLOCK_K,
+        BLOCK_R=block_r,
+        num_warps=4,
+        num_stages=2,
     )
     return norms
 
