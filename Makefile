@@ -8,7 +8,9 @@ PY := $(VENV)/bin/python
 # every process has a run of files, and one that has ended takes half of what another has left; ARGS=-n0 for a debugger
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 READY := $(VENV)/.ready
-# Python compiles the modules that are imported when they are: a tenth of what is installed
+# Python compiles the modules that are imported when they are: a tenth of what is installed. It has to keep them: tests
+# start dozens of processes, and each would compile torch, transformers and PEFT again, 25 s where an import takes 6
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
 REQUIREMENTS := requirements/dev.txt requirements/no-deps.txt
 
@@ -62,7 +64,7 @@ bench: $(READY) ## measure this machine: call overhead, usual cases, then a laye
 numbers: $(READY) ## write the published tables and graph anew from bench/results/; ARGS=--check only compares
 	@$(PY) bench/publish.py $(ARGS)
 
-gpu: ## on a machine with an NVIDIA GPU: its tests and a short benchmark, with the torch that is there, in 9 minutes
+gpu: ## on a machine with an NVIDIA GPU: probes, its tests and times, with the torch that is there, in 9 minutes; the next call goes on
 	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) bench/gpu.py $(ARGS)
 
 doctor: $(READY) ## versions, devices, backends, and a numerical self-test

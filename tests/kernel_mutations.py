@@ -5,10 +5,28 @@ import sys
 from pathlib import Path
 
 from lorafuse.backends import triton as backend
-from lorafuse.kernels import combine, common, epilogues, gated, lowrank, matmul, philox, product, rows, siblings
+from lorafuse.kernels import (
+    combine,
+    common,
+    decode,
+    epilogues,
+    gated,
+    lowrank,
+    matmul,
+    packed,
+    philox,
+    product,
+    routing,
+    rows,
+    siblings,
+    tickets,
+)
 
 # every module after those that it imports
-MODULES = (common, philox, rows, epilogues, product, combine, lowrank, matmul, siblings, gated)
+MODULES = (
+    common, philox, rows, routing, epilogues, product, decode, combine, lowrank, matmul, packed, tickets, siblings,
+    gated,
+)  # fmt: skip
 
 
 def _copy(module, source, folder):

@@ -78,6 +78,8 @@ def run_mixed(layer: Any, x: Tensor, names: list[str], read: Callable[[Any, list
                 if isinstance(parts, str)
                 else "a bias of lora_B, a scale in a tensor, or a variant of LoRA, in a mixed batch"
             )
+    if "_lorafuse_dropout_rng" in layer.__dict__ and any(parts[5] for parts in known.values()):
+        return 'a mixed batch with dropout and dropout_rng="torch"; PEFT draws a mask for each adapter'
     weight, any_a, any_b, _, bias, _ = next(iter(known.values()))
     absent = weight, any_a[:0], any_b[:, :0], 1.0, bias, 0.0
     _, a, b, scales, _, p = zip(*(known.get(name, absent) for name in used), strict=True)
@@ -87,11 +89,11 @@ def run_mixed(layer: Any, x: Tensor, names: list[str], read: Callable[[Any, list
     ranks = [one.shape[0] for one in a]
 
     def run(
-        x: Tensor, weight: Any, a: Tensor, b: Tensor, scales: Any, bias: Any, p: Any, _: None, backend: Any, **__: Any
-    ) -> Tensor:
-        # rounds the low-rank path as dense bases do, whatever the precision that run_quantized names
+        x: Tensor, weight: Any, a: Tensor, b: Tensor, scales: Any, bias: Any, p: Any, _: None, backend: Any,
+        wide: bool = False,
+    ) -> Tensor:  # fmt: skip
         return lora_linear_multi(
-            x, offsets, weight, a, b, ranks=ranks, scales=scales, bias=bias, dropout_p=p, backend=backend
+            x, offsets, weight, a, b, ranks=ranks, scales=scales, bias=bias, dropout_p=p, backend=backend, wide=wide
         )
 
     rows = x if order is None else x.index_select(0, order)

@@ -15,7 +15,7 @@ from lorafuse.integrations.bypassed import bypassed
 from lorafuse.integrations.hf_common import FSDP1, is_fsdp1, is_fsdp2, watched
 from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, wrappers
 from lorafuse.integrations.hf_mixed import lift, lower
-from lorafuse.integrations.hf_peft import FusedLinear, FusedTorchaoLinear, FusedWeight, why_not_fused
+from lorafuse.integrations.hf_peft import FusedLinear, FusedTorchaoLinear, FusedWeight, Member, why_not_fused
 from lorafuse.integrations.hf_quantized import described_format, notes, stored
 from lorafuse.integrations.report import Patched, PatchReport, Skipped
 from lorafuse.operands import Weight
@@ -133,7 +133,7 @@ def _shown_backend(layer: LoraLayer, backend: str) -> str:
     return able[0] if backend == "auto" and len(able) == 1 else backend
 
 
-def adopt(layer: Any, backend: str) -> None:
+def adopt(layer: Any, backend: str, dropout_rng: str = "philox") -> None:
     """Make a layer that `survey` listed one of our classes."""
     if type(layer) is ParamWrapper:
         layer.__class__ = FusedWeight if _kind(layer) == "linear" else FusedExperts
@@ -142,12 +142,16 @@ def adopt(layer: Any, backend: str) -> None:
         layer.__class__ = ours.get(type(layer), type(layer))
     # None follows lorafuse.use_backend at every call
     layer._lorafuse_backend = None if backend == "auto" else backend
+    # absent from layers whose masks are lorafuse's own
+    layer.__dict__.pop("_lorafuse_dropout_rng", None)
+    if dropout_rng != "philox":
+        layer._lorafuse_dropout_rng = dropout_rng
     calls.begin(layer)
 
 
 def regroup(model: nn.Module, layers: list[Any], report: PatchReport, has_groups: bool) -> None:
     """Make groups of adopted layers, into the report; without `has_groups` take them apart."""
-    linear = [layer for layer in layers if isinstance(layer, FusedLinear)]
+    linear = [layer for layer in layers if isinstance(layer, Member)]
     gated_mlp.dissolve(model)
     if not has_groups:
         for layer in linear:
@@ -181,6 +185,7 @@ def release(model: nn.Module) -> int:
     for layer in layers:
         layer.__class__ = classes[type(layer)]
         del layer._lorafuse_backend
+        layer.__dict__.pop("_lorafuse_dropout_rng", None)
         calls.end(layer)
         groups.leave(layer)
     return len(layers)

@@ -18,7 +18,8 @@ class KernelConfig:
     """How one kernel runs. Sizes that it does not have are 0.
 
     kernel          a step of an operator, "project", "matmul", "project_outer" or "outer", whose problem says in which
-                    direction, over which rows and with which epilogue; or "reduce", the sum of partial results
+                    direction, over which rows and with which epilogue; "packed", a matmul that decodes the tiles of a
+                    quantized weight itself; or "reduce", the sum of partial results
     form            how a main loop reads its operands: "tma" (Triton, tensor descriptors), "pointer", "wgmma" (CUDA,
                     TMA); of other kernels "pointer", or "mma" in CUDA
     block_m, block_n, block_k
@@ -34,6 +35,7 @@ class KernelConfig:
     max_registers   of a thread; 0 leaves it to the compiler
     cluster         blocks that share the tiles of w
     sum_blocks      blocks of a backward matmul that sum da and db concurrently
+    tickets         programs of a "tma" matmul take the next tile when they are free, instead of tiles of their own
     """
 
     kernel: str
@@ -50,6 +52,7 @@ class KernelConfig:
     max_registers: int = 0
     cluster: int = 1
     sum_blocks: int = 0
+    tickets: bool = False
 
 
 @dataclass(frozen=True)

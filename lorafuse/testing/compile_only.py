@@ -40,7 +40,9 @@ from lorafuse.testing import (
     compile_multi,
     compile_ragged,
     compile_record,
+    compile_routing,
     compile_siblings,
+    compile_tickets,
 )
 from lorafuse.testing.compile_record import sample
 
@@ -65,14 +67,13 @@ _RAGGED = (
     ("ragged", "matmul", False), ("activate", "matmul", False), ("activate_backward", "matmul", True),
     ("ragged_project", "project", False), ("ragged_outer", "outer", True),
 )  # fmt: skip
-_BACKWARD = {kernel for kernel, _, backward in (*_DENSE, *_RAGGED) if backward} | {"multi_dx", "multi_outer"}
+_BACKWARD = {kernel for kernel, _, backward in (*_DENSE, *_RAGGED) if backward}
+_BACKWARD |= {"multi_dx", "multi_outer", "packed_dx", "tickets_dx"}
 # of the main loop over ragged rows: y of gathered rows, y, dx; an activation and its backward, of gate and up
 # concatenated (their weights as nn.Linear stores them, or transposed), interleaved and transposed as gpt-oss has them,
 # and without a gate
 _LAYOUTS = ("concatenated", "transposed", "interleaved", "ungated")
 EPILOGUES = {"ragged": ("gathered", "y", "dx"), "activate": _LAYOUTS, "activate_backward": _LAYOUTS}
-# configurations of kernels that have nothing to plan
-_UNPLANNED = ("decode", "columns")
 # matrix instructions by what each architecture calls them
 _INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "FFMA", "v_mfma")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -96,7 +97,7 @@ class Variant:
     def name(self) -> str:
         c = self.config
         tile = "x".join(str(size) for size in (c.block_m, c.block_n, c.block_k) if size)
-        if self.config.kernel in _UNPLANNED:
+        if self.kernel == "decode" or c.kernel == "columns":
             return " ".join(part for part in (self.kernel, self.epilogue, self.dtype) if part)
         parts = [self.kernel, c.form, tile, f"r{c.block_r * self.rank_tiles}", f"{c.stages}stages", f"{c.warps}warps"]
         parts += [self.dtype, "" if self.adapter_dtype == "float32" else f"adapter-{self.adapter_dtype}"]
@@ -157,12 +158,23 @@ def variants(target: str, everything: bool) -> list[Variant]:
             config = replace(config, max_registers=0 if target == "gfx942" else config.max_registers)
             tiles = min(2, R // config.block_r)
             chosen.add(Variant(kernel, config, dtype, "float32", dropout, tiles, aligned, wide=wide))
+        if not wide and target != "gfx942":
+            of_few = compile_decode.packed_configs(problem, device)
+            chosen |= {
+                Variant(kernel, config, dtype, "float32", dropout, min(2, R // config.block_r), aligned, case)
+                for kernel, config, case in of_few
+            }
+        if aligned and target != "gfx942":
+            tiled = compile_tickets.configs(problem, device, everything)
+            ranks = ((kernel, config, min(2, -(-R // config.block_r))) for kernel, config in tiled)
+            chosen |= {Variant(kernel, c, dtype, "float32", dropout, tiles) for kernel, c, tiles in ranks}
         if not dropout and not wide and target != "gfx942":
             chosen |= set(_ragged_variants(problem, device, everything))
     cases = itertools.product(dtypes, compile_decode.CASES)
     chosen |= {Variant("decode", compile_decode.CONFIG, dtype, epilogue=case) for dtype, case in cases}
     passes = itertools.product(dtypes, compile_columns.CASES)
     chosen |= {Variant(name, compile_columns.CONFIG, dtype, epilogue=case) for dtype, (name, case) in passes}
+    chosen |= {Variant(kernel, compile_decode.CONFIG, "int64") for kernel in compile_routing.KERNELS}
     many = compile_multi.configs(itertools.product(dtypes, alignments if target != "gfx942" else ()), device)
     chosen |= {Variant(*one, dropout=True, aligned=aligned) for one, aligned in many}
     return sorted(chosen, key=lambda v: v.name)
@@ -171,7 +183,7 @@ def variants(target: str, everything: bool) -> list[Variant]:
 def _problem(kernel: str, problem: Problem) -> Problem:
     """The problem in the direction, with the rows and the epilogue, of a kernel."""
     gradients = ("dx", "da", "db") if kernel in _BACKWARD else ()
-    ragged = any(kernel == name for name, *_ in _RAGGED) or kernel in compile_multi.KERNELS
+    ragged = any(kernel == name for name, *_ in _RAGGED) or kernel in (*compile_multi.KERNELS, compile_tickets.RAGGED)
     epilogue = "gated" if kernel.startswith("activate") else ""
     return replace(problem, gradients=gradients, is_ragged=ragged, groups=128 if ragged else 1, epilogue=epilogue)
 
@@ -286,6 +298,12 @@ def _launch(variant: Variant) -> None:
         compile_siblings.launch(variant.kernel, c, dtype, r, variant.aligned, variant.dropout)
     elif variant.kernel in compile_multi.KERNELS:
         compile_multi.launch(variant.kernel, c, dtype, m, n, k)
+    elif variant.kernel in compile_decode.PACKED_KERNELS:
+        compile_decode.launch_packed(variant.kernel, c, dtype, variant.epilogue, r, variant.aligned, variant.dropout)
+    elif variant.kernel in compile_tickets.KERNELS:
+        compile_tickets.launch(variant, r)
+    elif variant.kernel in compile_routing.KERNELS:
+        compile_routing.launch(variant.kernel)
     elif variant.kernel == "decode":
         compile_decode.launch(variant.epilogue, dtype)
     elif c.kernel == "columns":
