@@ -8,7 +8,9 @@ PY := $(VENV)/bin/python
 # every process has a run of files, and one that has ended takes half of what another has left; ARGS=-n0 for a debugger
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 READY := $(VENV)/.ready
-# Python compiles the modules that are imported when they are: a tenth of what is installed
+# Python compiles the modules that are imported when they are: a tenth of what is installed. It has to keep them: tests
+# start dozens of processes, and each would compile torch, transformers and PEFT again, 25 s where an import takes 6
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
 REQUIREMENTS := requirements/dev.txt requirements/no-deps.txt
 

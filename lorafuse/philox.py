@@ -13,13 +13,25 @@ Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-__all__ = ["draw_seed", "keep_mask", "philox_4x32", "rescaled", "row_chunks"]
+__all__ = [
+    "DROPOUT_RNGS",
+    "check_dropout_rng",
+    "draw_mask",
+    "draw_seed",
+    "keep_mask",
+    "philox_4x32",
+    "rescaled",
+    "row_chunks",
+]
 
 _LO32 = 0xFFFFFFFF
 _MUL_0, _MUL_1 = 0xD2511F53, 0xCD9E8D57
 _KEY_STEP_0, _KEY_STEP_1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
+# who draws masks: this file, or `torch.nn.Dropout`'s own generator
+DROPOUT_RNGS = ("philox", "torch")
 # elements of a mask that exist at a time, whose words take 32 bytes each while they are made: enough work for every
 # thread, and small beside the tensors it serves
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}
@@ -28,6 +40,24 @@ CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh seed, int64 `[1]` on `device`, from torch's default generator, so that checkpointing replays it."""
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+def check_dropout_rng(dropout_rng: str, backend: str = "auto") -> None:
+    """Raises ValueError for an unknown one, and for "torch" with a backend whose kernels read seeds alone."""
+    if dropout_rng not in DROPOUT_RNGS:
+        raise ValueError(f"dropout_rng={dropout_rng!r} is unknown; it is one of {', '.join(map(repr, DROPOUT_RNGS))}")
+    if dropout_rng == "torch" and backend not in ("auto", "current", "eager"):
+        raise ValueError(
+            f"backend={backend!r} computes dropout's mask from a seed; a mask that torch drew runs by 'eager' or 'auto'"
+        )
+
+
+def draw_mask(x: Tensor, dtype: torch.dtype, p: float) -> Tensor:
+    """The elements that `torch.nn.Dropout(p)` would keep of x cast to `dtype`: bool, with x's sizes and strides, from
+    the same numbers of torch's default generator.
+    """
+    # by what nn.Dropout calls: on GPUs the order of the numbers depends on dtype and strides
+    return F.dropout(torch.ones_like(x, dtype=dtype, requires_grad=False), p).to(torch.bool)
 
 
 def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -48,8 +78,11 @@ def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tenso
 def keep_mask(seed: Tensor, p: float, rows: slice, columns: int) -> Tensor:
     """Which elements of rows `rows.start … rows.stop` survive dropout: bool `[rows, columns]` on the seed's device.
 
-    `seed` is int64 `[1]`; `0 <= p <= 1`; the mask of a row does not depend on which other rows are asked for.
+    `seed` is int64 `[1]`; `0 <= p <= 1`; the mask of a row does not depend on which other rows are asked for. A bool
+    `seed` is the mask itself, of all rows.
     """
+    if seed.dtype is torch.bool:
+        return seed.reshape(-1, columns)[rows]
     first, last = rows.start * columns, rows.stop * columns
     group = torch.arange(first // 4, -(-last // 4), dtype=torch.int64, device=seed.device)
     zero = torch.zeros_like(group)

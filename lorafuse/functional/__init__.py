@@ -17,7 +17,7 @@ from lorafuse.ops import grouped as _grouped
 from lorafuse.ops import linear as _linear
 from lorafuse.ops.autocast import autocast_is_on
 from lorafuse.ops.checks import check_projection, check_scale, check_statistics, check_tensors, seed_tensor
-from lorafuse.ops.choose import current_backend, plan_for, requested_backend
+from lorafuse.ops.choose import current_backend, for_masks, plan_for, requested_backend
 from lorafuse.ops.transforms import is_transformed
 from lorafuse.plan import Plan
 
@@ -62,7 +62,8 @@ def lora_linear(
         bias: `[N]` or None.
         dropout_p: probability with which elements of x are dropped in the low-rank path, in [0, 1]. 0 disables it.
         seed: of the dropout mask (`lorafuse.philox`): an int, or an int64 tensor `[1]` on x's device; None draws one
-            from torch's default generator.
+            from torch's default generator. A bool tensor of x's sizes is the mask itself, True for what is kept: it is
+            saved for backward, and backend "eager" runs it (`lorafuse.philox.draw_mask` draws nn.Dropout's).
         backend: "eager", "triton", "cuda" or "auto"; None takes that of `lorafuse.use_backend`.
 
     Returns:
@@ -143,7 +144,11 @@ def run_linear(
         raise TypeError(f"lora_linear got x {x.dtype} and bias {bias.dtype}; they must have one dtype: cast the bias")
     if backend is None:
         backend = current_backend()
-    seed = seed_tensor(seed, x.device) if dropout_p else None
+    if dropout_p:
+        seed = seed_tensor(seed, x.device, x.shape if isinstance(seed, Tensor) else ())
+        backend = for_masks(backend, [seed])
+    else:
+        seed = None
     # PEFT computes the low-rank path in the adapters' dtype; of those only fp16 is short of range
     wide |= x.dtype is torch.float16 and not autocast and (a.dtype is not x.dtype or b.dtype is not x.dtype)
     run = _linear.plain_lora_linear if transformed else _linear.lora_linear

@@ -12,7 +12,7 @@ from lorafuse.ops import gated_mlp as _gated_mlp
 from lorafuse.ops import group as _group
 from lorafuse.ops.autocast import autocast_is_on
 from lorafuse.ops.checks import check_scale, check_statistics, seed_tensor
-from lorafuse.ops.choose import requested_backend
+from lorafuse.ops.choose import for_masks, requested_backend
 from lorafuse.ops.transforms import is_transformed
 
 __all__ = ["Projection", "lora_gated_mlp", "lora_linears", "lora_qkv", "run_gated_mlp", "run_linears"]
@@ -32,7 +32,7 @@ class Projection(NamedTuple):
         scale: alpha / R.
         bias: `[N]` or None; it may be trained.
         dropout_p: probability with which elements of x are dropped in the low-rank path, in [0, 1].
-        seed: of this layer's own mask: an int, an int64 tensor `[1]`, or None to draw one.
+        seed: of this layer's own mask: an int, an int64 tensor `[1]`, None to draw one, or the mask, bool `[..., K]`.
     """
 
     weight: Tensor | Weight
@@ -179,13 +179,21 @@ def _prepared(
     # PEFT computes the low-rank path in the adapters' dtype; of those only fp16 is short of range
     factors = [t for one in every for t in (one.a, one.b) if t is not None]
     wide = dtype is torch.float16 and not autocast and any(t.dtype is not dtype for t in factors)
-    seeds = [seed_tensor(one.seed, x.device) if one.dropout_p and one.a is not None else None for one in every]
+    seeds = [_seed(one, x) for one in every]
     return x, (
         [w.data for w in weights], [one.bias for one in every], [one.a for one in every], [one.b for one in every],
         seeds, [t for w in weights for t in w.statistics], [float(one.scale) for one in every],
         [float(one.dropout_p) for one in every], [w.format for w in weights], [len(w.statistics) for w in weights],
-        requested_backend(backend), wide,
+        for_masks(requested_backend(backend), seeds), wide,
     )  # fmt: skip
+
+
+def _seed(one: Projection, x: Tensor) -> Tensor | None:
+    """The seed of a layer's mask, or the mask; None without dropout."""
+    if not one.dropout_p or one.a is None:
+        return None
+    sizes = (*x.shape[:-1], one.a.shape[1]) if isinstance(one.seed, Tensor) else ()
+    return seed_tensor(one.seed, x.device, sizes)
 
 
 def _check(operator: str, x: Tensor, name: str, one: Projection) -> None:

@@ -33,6 +33,7 @@ class LorafuseArgs(BaseModel):
     lorafuse_backend: str = "auto"
     lorafuse_strict: bool = False
     lorafuse_groups: bool = False
+    lorafuse_dropout_rng: str = "philox"
 
 
 class LorafusePlugin(BasePlugin):
@@ -58,6 +59,5 @@ class LorafusePlugin(BasePlugin):
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[LorafuseCallback]:
         """The callback that patches at the end of the trainer's constructor, for SFT and RL alike."""
         given = LorafuseArgs(**{name: cfg[name] for name in LorafuseArgs.model_fields if cfg.get(name) is not None})
-        return [
-            LorafuseCallback(backend=given.lorafuse_backend, strict=given.lorafuse_strict, groups=given.lorafuse_groups)
-        ]
+        options = {name.removeprefix("lorafuse_"): value for name, value in given.model_dump().items()}
+        return [LorafuseCallback(**options)]

@@ -74,6 +74,8 @@ def run_mixed(layer: Any, x: Tensor, names: list[str], read: Callable[[Any, list
     for parts in (known := known or {"": read(layer, [next(iter(adapted))])}).values():
         if type(parts) is not tuple:
             return parts if isinstance(parts, str) else "a bias of lora_B, or a scale in a tensor, in a mixed batch"
+    if "_lorafuse_dropout_rng" in layer.__dict__ and any(parts[5] for parts in known.values()):
+        return 'a mixed batch with dropout and dropout_rng="torch"; PEFT draws a mask for each adapter'
     weight, any_a, any_b, _, bias, _ = next(iter(known.values()))
     absent = weight, any_a[:0], any_b[:, :0], 1.0, bias, 0.0
     _, a, b, scales, _, p = zip(*(known.get(name, absent) for name in used), strict=True)

@@ -133,7 +133,7 @@ def _shown_backend(layer: LoraLayer, backend: str) -> str:
     return able[0] if backend == "auto" and len(able) == 1 else backend
 
 
-def adopt(layer: Any, backend: str) -> None:
+def adopt(layer: Any, backend: str, dropout_rng: str = "philox") -> None:
     """Make a layer that `survey` listed one of our classes."""
     if type(layer) is ParamWrapper:
         layer.__class__ = FusedWeight if _kind(layer) == "linear" else FusedExperts
@@ -142,6 +142,10 @@ def adopt(layer: Any, backend: str) -> None:
         layer.__class__ = ours.get(type(layer), type(layer))
     # None follows lorafuse.use_backend at every call
     layer._lorafuse_backend = None if backend == "auto" else backend
+    # absent from layers whose masks are lorafuse's own
+    layer.__dict__.pop("_lorafuse_dropout_rng", None)
+    if dropout_rng != "philox":
+        layer._lorafuse_dropout_rng = dropout_rng
     calls.begin(layer)
 
 
@@ -181,6 +185,7 @@ def release(model: nn.Module) -> int:
     for layer in layers:
         layer.__class__ = classes[type(layer)]
         del layer._lorafuse_backend
+        layer.__dict__.pop("_lorafuse_dropout_rng", None)
         calls.end(layer)
         groups.leave(layer)
     return len(layers)

@@ -37,6 +37,7 @@ from lorafuse.integrations.hf_mixed import run_mixed
 from lorafuse.integrations.hf_quantized import PACKED, is_quantized, multiplies_packed, run_quantized, stored
 from lorafuse.integrations.hf_tensor_parallel import Sharded, run_sharded, sharded_parts
 from lorafuse.operands import Weight
+from lorafuse.philox import draw_mask
 
 __all__ = ["FusedLinear", "FusedTorchaoLinear", "FusedWeight", "fused", "operands_of", "why_not_fused"]
 
@@ -86,8 +87,9 @@ def fused(shipped: type) -> Any:
             if type(parts) is _Unfolded:
                 parts = _folded(*parts)
             if type(parts) is tuple:
+                mask = _mask(self, x, parts)
                 # (group, index); absent from layers in no group
-                group = self.__dict__.get("_lorafuse_siblings")
+                group = self.__dict__.get("_lorafuse_siblings") if mask is None else None
                 if group is not None:
                     y = group[0].output(group[1], self, x, parts, operands_of)
                     if y is not None:
@@ -95,9 +97,9 @@ def fused(shipped: type) -> Any:
                         return y
                 rows = x if x.dim() <= 4 else x.flatten(0, -4)
                 if type(parts[0]) is not Weight:
-                    y = run_linear(rows, *parts, None, self._lorafuse_backend)  # type: ignore[call-arg]
+                    y = run_linear(rows, *parts, mask, self._lorafuse_backend)  # type: ignore[call-arg]
                 else:
-                    y = run_quantized(self._modules["base_layer"], rows, parts, self._lorafuse_backend)
+                    y = run_quantized(self._modules["base_layer"], rows, parts, self._lorafuse_backend, seed=mask)
                 calls.ran(self)
                 return y if rows is x else y.unflatten(0, x.shape[:-3])
             if type(parts) is Sharded:
@@ -119,6 +121,15 @@ def fused(shipped: type) -> Any:
         return shipped.forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
 
     return forward
+
+
+def _mask(layer: Any, x: Tensor, operands: _Operands) -> Tensor | None:
+    """The mask that PEFT would draw for x, by whom `dropout_rng="torch"` is set; as the operator reads it."""
+    a, p = operands[1], operands[5]
+    if not p or "_lorafuse_dropout_rng" not in layer.__dict__:
+        return None
+    mask = draw_mask(x, a.dtype if layer.cast_input_dtype_enabled else x.dtype, p)
+    return mask if x.dim() <= 4 else mask.flatten(0, -4)
 
 
 def _replaced(shipped: type) -> str:
@@ -244,6 +255,8 @@ def _sharded(layer: Any, names: list[str]) -> Sharded | str:
         return "tensor parallelism with several active adapters, or with a variant of LoRA"
     dropout = layer.lora_dropout[names[0]]
     p = "its dropout has hooks or a replaced forward" if altered(dropout) else _dropout_p(dropout)
+    if p and "_lorafuse_dropout_rng" in layer.__dict__:
+        return 'tensor parallelism with dropout_rng="torch"'
     return p if isinstance(p, str) else sharded_parts(layer, names[0], p)
 
 
@@ -252,7 +265,9 @@ def operands_of(layer: Any) -> _Operands | None:
     if layer._disable_adapters or layer.merged_adapters or PeftLinear.forward is not _forwards[PeftLinear]:
         return None
     parts: Any = _parts(layer)
-    return parts if type(parts) is tuple else None
+    # torch's masks are drawn when PEFT would draw them, in the call of each layer
+    is_drawn_apart = type(parts) is tuple and parts[5] and "_lorafuse_dropout_rng" in layer.__dict__
+    return parts if type(parts) is tuple and not is_drawn_apart else None
 
 
 def _why_not_linear(base: nn.Module) -> str:

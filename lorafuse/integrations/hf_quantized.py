@@ -89,8 +89,9 @@ def _refused(base: nn.Module) -> str:
 
 
 def run_quantized(
-    base: nn.Module, x: Tensor, operands: tuple[Any, ...], backend: str | None, run: Callable[..., Tensor] | None = None
-) -> Tensor:
+    base: nn.Module, x: Tensor, operands: tuple[Any, ...], backend: str | None,
+    run: Callable[..., Tensor] | None = None, seed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """y of `run`, or `run_linear`, over a quantized base, in the dtypes of the table above."""
     run = run or run_linear
     weight, a, b, scale, bias, dropout_p = operands
@@ -114,10 +115,10 @@ def run_quantized(
         # GPU kernels add the low-rank path to fp32 sums; on a CPU it is rounded apart, unless it is fp32 as in PEFT
         is_fp32 = a.dtype is b.dtype is torch.float32 and not is_autocast and kind != "FP8Linear"
         wide = dtype is torch.bfloat16 and x.is_cpu and is_fp32
-        y = run(x, weight, a, b, scale, bias, dropout_p, None, backend, wide=wide)
+        y = run(x, weight, a, b, scale, bias, dropout_p, seed, backend, wide=wide)
     else:
         with outside_autocast(x):
-            y = run(x, weight, a, b, scale, bias, dropout_p, None, backend)
+            y = run(x, weight, a, b, scale, bias, dropout_p, seed, backend)
     return y.to(returned)
 
 

@@ -30,8 +30,9 @@ class LorafuseCallback(Callback):
         strict: bool = False,
         groups: bool = False,
         log: Callable[[str], object] | None = print,
+        dropout_rng: str = "philox",
     ) -> None:
-        self.training = Training(backend, strict, groups, log)
+        self.training = Training(backend, strict, groups, log, dropout_rng)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit":

@@ -9,6 +9,7 @@ from torch import nn
 from lorafuse.backends import base
 from lorafuse.errors import MissingDependency
 from lorafuse.integrations.report import PatchReport
+from lorafuse.philox import check_dropout_rng
 from lorafuse.versions import MINIMUM, is_older
 
 __all__ = ["patch", "patched_layers", "unpatch"]
@@ -29,7 +30,9 @@ def _hf_model() -> ModuleType:
     return hf_model
 
 
-def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False, groups: bool = False) -> PatchReport:
+def patch(
+    model: nn.Module, *, backend: str = "auto", strict: bool = False, groups: bool = False, dropout_rng: str = "philox"
+) -> PatchReport:
     """Run every LoRA layer of a PEFT model fused, in place; the rest of the model and its files stay as they are.
 
     Parameters, state dict, configuration and adapter management remain PEFT's: train, save, load, merge, switch, add
@@ -45,13 +48,16 @@ def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False, grou
         groups: run layers of one parent that are called with one x (q, k and v) as one operator, where their bases are
             dense, and gated MLPs whole. Names of known families tell which read one x; others are learned from one
             forward. An MLP is known by a run of its forward with small layers.
+        dropout_rng: "torch" draws the masks that PEFT draws at the same seed, in the same calls, so that curves are
+            PEFT's: each is saved for backward, a byte for each element of x, and backend "eager" runs the layers whose
+            dropout is on, each alone. "philox" draws lorafuse's own, which no kernel has to read.
 
     Returns:
         a `PatchReport`; `print(report)` shows it as a table.
 
     Raises:
         TypeError: model is not an `nn.Module`.
-        ValueError: unknown backend; with `strict`, see above.
+        ValueError: unknown backend or dropout_rng, or "torch" with a backend of kernels; with `strict`, see above.
         BackendUnavailable: the backend cannot run here.
         MissingDependency: PEFT is missing or older than `lorafuse.versions.MINIMUM`.
 
@@ -59,6 +65,7 @@ def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False, grou
     loaded in 4 or 8 bits that are not quantized, or not adapted.
     """
     base.require(backend)
+    check_dropout_rng(dropout_rng, backend)
     if not isinstance(model, nn.Module):
         raise TypeError(f"lorafuse.patch got a {type(model).__name__}; it takes a torch.nn.Module, such as a PeftModel")
     hf_model = _hf_model()
@@ -78,7 +85,7 @@ def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False, grou
     for note in report.notes:
         warnings.warn(f"lorafuse.patch: {note}", stacklevel=2)
     for layer in layers:
-        hf_model.adopt(layer, backend)
+        hf_model.adopt(layer, backend, dropout_rng)
     if layers:
         hf_model.lift(model)
     hf_model.regroup(model, layers, report, groups)

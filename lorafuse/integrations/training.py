@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -17,8 +18,8 @@ class Training:
     """One model in the hands of a trainer, from its patch to its first step.
 
     Args:
-        backend, strict, groups: as in `lorafuse.patch`. With `strict`, a first step in which a layer did not run fused
-            raises RuntimeError too.
+        backend, strict, groups, dropout_rng: as in `lorafuse.patch`. With `strict`, a first step in which a layer did
+            not run fused raises RuntimeError too.
         log: is given the report and the status as text, on the process whose turn it is; None for neither.
     """
 
@@ -28,15 +29,19 @@ class Training:
         strict: bool = False,
         groups: bool = False,
         log: Callable[[str], object] | None = print,
+        dropout_rng: str = "philox",
     ) -> None:
-        self.backend, self.strict, self.groups, self.log = backend, strict, groups, log
+        self.strict, self.log = strict, log
+        self.options: dict[str, Any] = {
+            "backend": backend, "strict": strict, "groups": groups, "dropout_rng": dropout_rng
+        }  # fmt: skip
         self.report: PatchReport | None = None
         self.status: Status | None = None
 
     def early(self, model: nn.Module | None) -> None:
         """Patch a model that a trainer was just given, before it wraps it; one without adapters yet stays as it is."""
         if model is not None and _has_adapters(model):
-            self.report = patch(model, backend=self.backend, strict=self.strict, groups=self.groups)
+            self.report = patch(model, **self.options)
 
     def begin(self, model: nn.Module, shows: bool = True) -> None:
         """Patch what is trained: a model that came since, and layers that were not there. `shows` is False on processes
@@ -50,7 +55,7 @@ class Training:
                 "begins; give the trainer a peft_config or a PEFT model, or remove the callback"
             )
         self.status = None
-        self.report = patch(model, backend=self.backend, strict=self.strict, groups=self.groups)
+        self.report = patch(model, **self.options)
         if shows and self.log is not None:
             self.log(str(self.report))
 

@@ -32,8 +32,8 @@ class _Group(nn.Module):
     def _layers(self) -> Sequence[nn.Linear | LoRALinear]:
         return list(self.children())  # type: ignore[arg-type]
 
-    def _projections(self) -> list[Projection]:
-        return [_projection(layer) for layer in self._layers()]
+    def _projections(self, x: Tensor) -> list[Projection]:
+        return [_projection(layer, x) for layer in self._layers()]
 
     def reset_lora_parameters(self) -> None:
         """PEFT's initialization of every adapter: A uniform, B zero, so that each layer starts as its base."""
@@ -54,22 +54,27 @@ class _Group(nn.Module):
         return [layer for layer in self._layers() if isinstance(layer, LoRALinear)]
 
 
-def _projection(layer: nn.Linear | LoRALinear) -> Projection:
+def _projection(layer: nn.Linear | LoRALinear, x: Tensor) -> Projection:
+    """A layer as it is now; x is what the group reads, and has the sizes of the layer's own input but for features."""
     if not isinstance(layer, LoRALinear) or layer.merged:
         return Projection(layer.weight, bias=layer.bias)
     a, b, p = layer.lora_A.weight, layer.lora_B.weight, layer.dropout if layer.training else 0.0
-    return Projection(layer.weight, a, b, layer.scale, layer.bias, p)
+    own = x if x.shape[-1] == layer.in_features else x.new_empty((*x.shape[:-1], layer.in_features))
+    return Projection(layer.weight, a, b, layer.scale, layer.bias, p, layer.drawn_mask(own))
 
 
 def _adapted(
     linears: Sequence[nn.Linear], names: Sequence[str], targets: Sequence[str], r: int, alpha: float | None,
-    dropout: float, use_rslora: bool, adapter_dtype: torch.dtype | None,
+    dropout: float, use_rslora: bool, dropout_rng: str, adapter_dtype: torch.dtype | None,
 ) -> list[nn.Linear | LoRALinear]:  # fmt: skip
     """The layers, those named in `targets` with an adapter. Raises ValueError for an unknown target."""
     unknown = [name for name in targets if name not in names]
     if unknown or isinstance(targets, str):
         raise ValueError(f"targets={targets!r} must be a sequence of names among {', '.join(names)}")
-    settings = {"alpha": alpha, "dropout": dropout, "use_rslora": use_rslora, "adapter_dtype": adapter_dtype}
+    settings = {
+        "alpha": alpha, "dropout": dropout, "use_rslora": use_rslora, "dropout_rng": dropout_rng,
+        "adapter_dtype": adapter_dtype,
+    }  # fmt: skip
     return [
         LoRALinear.from_linear(linear, r, **settings) if name in targets else linear  # type: ignore[arg-type]
         for linear, name in zip(linears, names, strict=True)
@@ -109,20 +114,22 @@ class LoRAQKV(_Group):
         alpha: float | None = None,
         dropout: float = 0.0,
         use_rslora: bool = False,
+        dropout_rng: str = "philox",
         adapter_dtype: torch.dtype | None = None,
         targets: Sequence[str] = _NAMES,
     ) -> "LoRAQKV":
         """Adapted layers over `nn.Linear`s, whose weights and biases are shared, not copied, and frozen.
 
-        `targets` names the layers that get an adapter; r, alpha, dropout, use_rslora and adapter_dtype are those of
-        `LoRALinear` for each. Raises ValueError for an unknown target, and what `LoRALinear.from_linear` raises.
+        `targets` names the layers that get an adapter; r, alpha, dropout, use_rslora, dropout_rng and adapter_dtype are
+        those of `LoRALinear` for each. Raises ValueError for an unknown target, and what
+        `LoRALinear.from_linear` raises.
         """
-        settings = r, alpha, dropout, use_rslora, adapter_dtype
+        settings = r, alpha, dropout, use_rslora, dropout_rng, adapter_dtype
         return cls(*_adapted((q_proj, k_proj, v_proj), cls._NAMES, targets, *settings)).train(q_proj.training)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`(q, k, v)`, `[..., out_features]` of each layer, for x `[..., in_features]`."""
-        return lora_qkv(x, *self._projections())
+        return lora_qkv(x, *self._projections(x))
 
 
 class LoRAGatedMLP(_Group):
@@ -172,21 +179,23 @@ class LoRAGatedMLP(_Group):
         alpha: float | None = None,
         dropout: float = 0.0,
         use_rslora: bool = False,
+        dropout_rng: str = "philox",
         adapter_dtype: torch.dtype | None = None,
         targets: Sequence[str] = _NAMES,
     ) -> "LoRAGatedMLP":
         """Adapted layers over `nn.Linear`s, whose weights and biases are shared, not copied, and frozen.
 
-        `targets` names the layers that get an adapter; r, alpha, dropout, use_rslora and adapter_dtype are those of
-        `LoRALinear` for each. Raises ValueError for an unknown target, and what `LoRALinear.from_linear` raises.
+        `targets` names the layers that get an adapter; r, alpha, dropout, use_rslora, dropout_rng and adapter_dtype are
+        those of `LoRALinear` for each. Raises ValueError for an unknown target, and what
+        `LoRALinear.from_linear` raises.
         """
-        settings = r, alpha, dropout, use_rslora, adapter_dtype
+        settings = r, alpha, dropout, use_rslora, dropout_rng, adapter_dtype
         layers = _adapted((gate_proj, up_proj, down_proj), cls._NAMES, targets, *settings)
         return cls(*layers, activation=activation, recompute_up=recompute_up).train(gate_proj.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """y `[..., H]` for x `[..., H]`."""
-        return lora_gated_mlp(x, *self._projections(), activation=self.activation, recompute_up=self.recompute_up)
+        return lora_gated_mlp(x, *self._projections(x), activation=self.activation, recompute_up=self.recompute_up)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}" + (", recompute_up=True" if self.recompute_up else "")

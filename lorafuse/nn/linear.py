@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafuse.functional import lora_linear
+from lorafuse.philox import check_dropout_rng, draw_mask
 
 __all__ = ["LoRALinear"]
 
@@ -23,10 +24,12 @@ class LoRALinear(nn.Module):
         dropout: probability with which inputs of the low-rank path are dropped in training.
         bias: whether the base has a bias.
         use_rslora: rank-stabilized scaling (Kalajdzievski 2023, arXiv 2312.03732).
+        dropout_rng: "torch" draws nn.Dropout's masks, as in `lorafuse.patch`; "philox" lorafuse's own.
         device, dtype: of the base.
         adapter_dtype: of lora_A and lora_B; None means fp32 on a half-precision base (as PEFT does), else the base's.
 
-    Raises ValueError for a rank below 1, a dropout outside [0, 1] or an alpha that is not finite.
+    Raises ValueError for a rank below 1, a dropout outside [0, 1], an alpha that is not finite or an unknown
+    dropout_rng.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class LoRALinear(nn.Module):
         dropout: float = 0.0,
         bias: bool = True,
         use_rslora: bool = False,
+        dropout_rng: str = "philox",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
@@ -50,11 +54,12 @@ class LoRALinear(nn.Module):
             raise ValueError(f"dropout={dropout} is not a probability; it must be between 0 and 1")
         if alpha is not None and not math.isfinite(alpha):
             raise ValueError(f"alpha={alpha} is not finite; the low-rank path is scaled by alpha / r")
+        check_dropout_rng(dropout_rng)
         base = nn.Linear(in_features, out_features, bias, device, dtype)
         self.in_features, self.out_features, self.r = in_features, out_features, r
         self.alpha = float(r if alpha is None else alpha)
         self.scale = self.alpha / (math.sqrt(r) if use_rslora else r)
-        self.dropout = dropout
+        self.dropout, self.dropout_rng = dropout, dropout_rng
         self.merged = False
         self.weight = base.weight.requires_grad_(False)
         self.bias = base.bias if base.bias is None else base.bias.requires_grad_(False)
@@ -75,6 +80,7 @@ class LoRALinear(nn.Module):
         alpha: float | None = None,
         dropout: float = 0.0,
         use_rslora: bool = False,
+        dropout_rng: str = "philox",
         adapter_dtype: torch.dtype | None = None,
     ) -> "LoRALinear":
         """An adapted layer over `linear`: its weight and bias are shared, not copied, and frozen.
@@ -93,6 +99,7 @@ class LoRALinear(nn.Module):
             dropout=dropout,
             bias=linear.bias is not None,
             use_rslora=use_rslora,
+            dropout_rng=dropout_rng,
             device="meta",
             dtype=linear.weight.dtype,
             adapter_dtype=adapter_dtype,
@@ -121,7 +128,14 @@ class LoRALinear(nn.Module):
             scale=self.scale,
             bias=self.bias,
             dropout_p=self.dropout if self.training else 0.0,
+            seed=self.drawn_mask(x),
         )
+
+    def drawn_mask(self, x: Tensor) -> Tensor | None:
+        """The mask of torch's dropout for an input like x; None where the operator draws its own, or none is needed."""
+        if self.dropout_rng != "torch" or not self.dropout or not self.training:
+            return None
+        return draw_mask(x, self.lora_A.weight.dtype, self.dropout)
 
     @torch.no_grad()
     def merge(self) -> None:

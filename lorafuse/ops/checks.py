@@ -1,6 +1,7 @@
 """Which operands the operators accept; everything else is refused with what was passed, rule and fix."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -90,17 +91,23 @@ def check_statistics(operator: str, x: Tensor, weight: Weight) -> None:
             )
 
 
-def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """The seed of a dropout mask, int64 `[1]` on the device; None draws one. Raises ValueError for another."""
+def seed_tensor(seed: int | Tensor | None, device: torch.device, sizes: Sequence[int] = ()) -> Tensor:
+    """The seed of a dropout mask, int64 `[1]` on the device, or the mask itself, bool of these sizes; None draws
+    a seed.
+
+    Raises ValueError for another.
+    """
     if seed is None:
         return draw_seed(device)
     if not isinstance(seed, Tensor):
         if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed={seed!r} is not an int of 64 bits; the mask of dropout is drawn from one")
         return torch.tensor([seed], dtype=torch.int64, device=device)
-    if seed.dtype is not torch.int64 or seed.shape != (1,) or seed.device != device:
+    is_seed = seed.dtype is torch.int64 and seed.shape == (1,)
+    is_mask = seed.dtype is torch.bool and seed.shape == tuple(sizes)
+    if not (is_seed or is_mask) or seed.device != device:
         raise ValueError(
             f"seed is a {seed.dtype} tensor {list(seed.shape)} on {seed.device}; it must be int64, of shape [1], on "
-            f"{device}"
+            f"{device}" + f", or a mask, bool {list(sizes)}" * bool(sizes)
         )
     return seed

@@ -1,13 +1,25 @@
 """Which backend runs a call, and its plan: asked once, for each direction, when the operator runs."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from lorafuse.backends import aten, base, problems
 from lorafuse.backends.protocol import Backend, Problems
+from lorafuse.philox import check_dropout_rng
 from lorafuse.plan import Plan, Problem, select
 
-__all__ = ["ATEN", "SOLE_BACKEND", "choose", "current_backend", "latest", "plan_for", "requested_backend"]
+__all__ = [
+    "ATEN",
+    "SOLE_BACKEND",
+    "choose",
+    "current_backend",
+    "for_masks",
+    "latest",
+    "plan_for",
+    "requested_backend",
+]
 
 ATEN = aten.BACKEND
 # the backend that an operator of this process chose last, for who counts calls: where several threads run operators,
@@ -60,3 +72,14 @@ def current_backend() -> str:
 def requested_backend(backend: str | None) -> str:
     """`backend` where it can run here, that of `use_backend` for None. Raises ValueError or BackendUnavailable."""
     return current_backend() if backend is None else base.require(backend)
+
+
+def for_masks(backend: str, seeds: Iterable[Tensor | None]) -> str:
+    """The backend of a call with these seeds: "eager" where one is a mask, which no kernel reads.
+
+    Raises ValueError for a mask and another backend that was asked for by name.
+    """
+    if any(seed is not None and seed.dtype is torch.bool for seed in seeds):
+        check_dropout_rng("torch", backend)
+        return "eager"
+    return backend
