@@ -11,21 +11,20 @@ read.
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafuse.backends import aten_loop, aten_multi, base, problems
+from lorafuse.backends import aten_loop, aten_multi, aten_wide, base, problems
 from lorafuse.backends.aten_grouped import GroupedMM
 from lorafuse.backends.protocol import Backend, Problems, finish
 from lorafuse.operands import Dropout, Epilogue, LowRank, Rows, Weight
 from lorafuse.philox import keep_mask, row_chunks
 from lorafuse.plan import Plan, no_grouped_mm, select
 
-__all__ = ["Aten", "backend", "has_products"]
+__all__ = ["Aten", "backend"]
 
 # what addmm adds nothing of
 _NO_TERM = {
@@ -100,8 +99,8 @@ class Aten(Backend):
         right = b if low.is_transposed else b.t()
         if xa.dtype is not x.dtype:
             right = right if scale == 1.0 else right * scale
-            if x.is_cpu and not has_products(x.dtype):
-                return _wide_product(x, w, bias, (xa, right), x.dtype)
+            if x.is_cpu and not aten_wide.has_products(x.dtype):
+                return aten_wide.product(x, w, bias, (xa, right), x.dtype)
             y = F.linear(x, w.left(), bias)
             for chunk in row_chunks(x.shape[0], max(w.sizes), x.device):
                 y[chunk] = torch.addmm(y[chunk].to(xa.dtype), xa[chunk], right)
@@ -203,10 +202,10 @@ def _masked_matmul(x: Tensor, w: Weight, low: LowRank, wide: Tensor | None, oute
     is_fp32 = xa.dtype is not x.dtype
     if not is_fp32:
         y = torch.mm(scaled, right)
-    elif not x.is_cpu or has_products(x.dtype):
+    elif not x.is_cpu or aten_wide.has_products(x.dtype):
         y = torch.mm(x, w.right())
     else:
-        y = _wide_product(x, w, None, None, torch.float32)
+        y = aten_wide.product(x, w, None, None, torch.float32)
     for chunk in row_chunks(x.shape[0], columns, x.device):
         keep = keep_mask(dropout.seed, dropout.p, chunk, columns)
         if is_fp32:
@@ -216,37 +215,6 @@ def _masked_matmul(x: Tensor, w: Weight, low: LowRank, wide: Tensor | None, oute
         if outer is not None and wide is not None:
             outer += torch.mm(xa[chunk].t(), wide[chunk].to(xa.dtype) * keep)
     return y.to(x.dtype) if is_fp32 else y.addmm_(x, w.right())
-
-
-def _wide_product(
-    x: Tensor, w: Weight, bias: Tensor | None, low: tuple[Tensor, Tensor] | None, dtype: torch.dtype
-) -> Tensor:
-    """`x wᵀ + bias + low[0] low[1]` of 16-bit x and w, computed in fp32 and rounded once; by parts of w."""
-    (M, K), N, left, wide = x.shape, w.sizes[0], w.left(), x.float()
-    y = x.new_empty((M, N), dtype=dtype)
-    # 256 KiB of w in fp32
-    step = max(64, 2**16 // max(K, 1))
-    for first in range(0, N, step):
-        columns = slice(first, first + step)
-        part = F.linear(wide, left[columns].float(), None if bias is None else bias[columns].float())
-        if low is not None:
-            part.addmm_(low[0], low[1][:, columns])
-        y[:, columns] = part
-    return y
-
-
-@cache
-def has_products(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for products of 16 bits, as torch decides to leave them to oneDNN.
-
-    Without, torch's own loop takes 27 to 30 ms for y and 130 for dx, where fp32 takes 5 (M 128, K 576, N 1536, bf16,
-    EPYC with AVX2, one thread, 2026-11-29).
-    """
-    if not torch.backends.mkldnn.is_available():
-        return False
-    asked = torch.ops.mkldnn
-    is_supported = asked._is_mkldnn_fp16_supported if dtype is torch.float16 else asked._is_mkldnn_bf16_supported
-    return bool(is_supported())
 
 
 def _accumulated(total: Tensor | None, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
