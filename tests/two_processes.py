@@ -145,11 +145,16 @@ def train(one, rank, averages=False):
 
 
 @contextlib.contextmanager
-def measure():
-    """What runs inside the block: `calls`, layers and experts that ran fused, and `warned`, why layers did not."""
+def measure(is_compiled=False):
+    """What runs inside the block: `calls`, layers and experts that ran fused, and `warned`, why layers did not.
+
+    A count in a graph of torch.compile would compile it anew for every call: where the model `is_compiled`, none is made.
+    """
     counted = {"calls": 0, "warned": []}
 
     def counting(module, name, layers):
+        if is_compiled:
+            return contextlib.nullcontext()
         own = getattr(module, name)
 
         def run(*args, **kwargs):
