@@ -64,7 +64,7 @@ bench: $(READY) ## measure this machine: call overhead, usual cases, then a laye
 numbers: $(READY) ## write the published tables and graph anew from bench/results/; ARGS=--check only compares
 	@$(PY) bench/publish.py $(ARGS)
 
-gpu: ## on a machine with an NVIDIA GPU: its tests and a short benchmark, with the torch that is there, in 9 minutes
+gpu: ## on a machine with an NVIDIA GPU: probes, its tests and times, with the torch that is there, in 9 minutes; the next call goes on
 	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) bench/gpu.py $(ARGS)
 
 doctor: $(READY) ## versions, devices, backends, and a numerical self-test

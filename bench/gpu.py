@@ -1,185 +1,73 @@
-"""Everything that needs an NVIDIA GPU, in one command and under nine minutes: checks first, then times.
+"""Everything that needs an NVIDIA GPU, in one command and under nine minutes: probes and checks first, then times.
 
     python bench/gpu.py --out DIR [--minutes 9]        (or: make gpu ARGS="--out DIR")
     python bench/gpu.py --out DIR --grid               what bench/README.md lists as not yet measured, and no checks
+    python bench/gpu.py --collect DIR [DIR ...]        without a GPU: their results into bench/results, for make numbers
 
 It runs from a bare checkout with the torch and triton that are there: nothing is installed, nothing is fetched. Checks
-run side by side, since they wait for compilers; what is timed runs alone after them, the most valuable first, each
-within what is left of the time, so that a run that is cut off is still worth keeping. Every step's output is a file in
-DIR, `gpu.json` is the summary, and a short table is printed last.
+run side by side, since they wait for compilers; what is timed runs alone, the most valuable first. A step starts only
+where its budget fits in what is left; the others are listed. Every step's output is a file in DIR, and `gpu.json`, the
+summary, is written anew as each ends: a run that is cut off is worth what it has finished. The next one goes on from
+there: what passed in DIR, or in the folders of --resume, on the same card, driver, versions and commit is not repeated,
+and what failed or was cut off comes last.
 """
 
 import argparse
-import importlib.util
 import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-# seconds: one layer in all variants, with its fp64 reference and the first compilation of its kernels
-_CASE = 75
-_BUILD = [sys.executable, "csrc/build.py", "cuda"]
-# models of the grid, with so many layers
-_LAYERS = {"llama-3.1-8b": 8, "qwen3-30b-a3b": 4}
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+from gpu_steps import Step, grid, steps  # noqa: E402
+
+_MOST_MINUTES = 9.0
+
+Setting = dict[str, str]
+Execute = Callable[[Step, Path], int | None]
 
 
-@dataclass
-class Step:
-    """One command: `name` of its output file, what it shows, and the most seconds it may take.
-
-    Steps of one `stage` run side by side, those of none alone.
-    """
-
-    name: str
-    command: list[str]
-    seconds: int
-    stage: int = 0
-    outcome: str = "not started: no time was left"
-    took: float = 0.0
-
-
-class _Bench:
-    """Steps that measure, each into a file of its own."""
-
-    def __init__(self, out: Path) -> None:
-        self._out = out
-
-    def _step(self, name: str, seconds: int, kind: str, *options: object) -> Step:
-        command = [sys.executable, "-m", "lorafuse", "bench", kind, *map(str, options)]
-        return Step(name, [*command, "--json", str(self._out / f"{name}.json")], seconds)
-
-    def layer(self, m: int, rank: int, *cases: str) -> Step:
-        # the first layer of the list names the file: several steps have the same sizes
-        named = [part for case in cases for part in ("--case", case)]
-        sizes = "--m", m, "--rank", rank
-        return self._step(f"layers-m{m}-r{rank}-{cases[0]}", _CASE * len(cases), "linear", *named, *sizes)
-
-    def group(self, m: int, *cases: str) -> Step:
-        named = [part for case in cases for part in ("--case", case)]
-        return self._step(f"groups-m{m}-{cases[0]}", _CASE * len(cases), "group", *named, "--m", m)
-
-    def decoder(self, m: int, case: str) -> Step:
-        return self._step(f"decoder-m{m}-{case}", 4 * _CASE, "layer", "--case", case, "--m", m)
-
-    def experts(self, m: int, case: str, routing: str) -> Step:
-        name = f"experts-m{m}-{case}-{routing}"
-        return self._step(name, 2 * _CASE, "moe", "--case", case, "--m", m, "--routing", routing)
-
-    def model(self, case: str, accumulate: int = 1, checkpointing: bool = False) -> Step:
-        on = "on" if checkpointing else "off"
-        options = "--layers", _LAYERS[case], "--accumulate", accumulate, "--checkpointing", on, "--rounds", 10
-        return self._step(f"model-{case}-{accumulate}-{on}", 3 * _CASE, "model", "--case", case, *options)
-
-    def losses(self) -> Step:
-        """The loss curves of the real model."""
-        options = "--accumulate", 1, "--checkpointing", "off", "--tokens", 512, "--rounds", 10
-        return self._step("model-smollm2-135m-1-off", 2 * _CASE, "model", "--case", "smollm2-135m", *options)
-
-
-def steps(out: Path) -> list[Step]:
-    python, bench = sys.executable, _Bench(out)
-    layer, experts, model = bench.layer, bench.experts, bench.model
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=25"]
-
-    xdist = importlib.util.find_spec("xdist") is not None
-
-    def parallel(processes: int) -> list[str]:
-        # where pytest-xdist is installed, kernels compile on several cores
-        return ["-n", str(processes)] if xdist else []
-
-    llama = [f"llama-3.1-8b.{name}" for name in ("q", "k", "gate", "down")]
-    sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
-    smoke = [*pytest, "tests/kernels/test_triton_linear.py", "-k", "gate or test_dropout"]
-    cuda_smoke = [*pytest, "tests/ops/test_gpu.py", "-k", "every_rank_of_the_cuda or one_cuda_launch and not 8192"]
-    experts_smoke = [*pytest, "tests/kernels/test_triton_experts.py", "-k", "several_tiles or every_activation"]
-    linear, experts_file = (f"tests/kernels/test_triton_{name}.py" for name in ("linear", "experts"))
-    on_gpu = "tests/ops/test_gpu.py"
-    quantized = "tests/ops/test_gpu_quantized.py", "tests/kernels/test_decode.py"
-    return [
-        Step("doctor", [python, "-m", "lorafuse", "doctor"], 60, 1),
-        Step("cuda-build", _BUILD, 150, 1),
-        Step("gate", [*pytest, linear, "-k", "gate or integers", *parallel(4)], 120, 1),
-        Step("experts-gate", [*pytest, experts_file, "-k", "layout or activation", *parallel(3)], 120, 1),
-        Step("gpu-tests", [*pytest, on_gpu, "-k", "not cuda and not offsets", *parallel(3)], 120, 1),
-        Step("gpu-experts-tests", [*pytest, "tests/ops/test_gpu_experts.py", *parallel(2)], 120, 1),
-        Step("gpu-quantized-tests", [*pytest, *quantized, *parallel(3)], 90, 2),
-        Step("cuda-gate", [*pytest, on_gpu, "-k", "cuda and not offsets", *parallel(3)], 90, 2),
-        Step("decode-gate", [*pytest, "tests/ops/test_gpu_decode.py", *parallel(3)], 90, 2),
-        layer(8192, 16, *llama),
-        bench.decoder(8192, "llama-3.1-8b.layer"),
-        experts(8192, "qwen3-30b-a3b", "balanced"),
-        model("llama-3.1-8b"),
-        bench.group(8192, "llama-3.1-8b.qkv", "llama-3.1-8b.mlp"),
-        bench.losses(),
-        Step("hopper", [python, "bench/hopper.py", "--json", str(out / "hopper.json")], 60),
-        Step("decode", [python, "bench/decode.py", "--json", str(out / "decode.json")], 45),
-        layer(2048, 16, *llama),
-        experts(8192, "qwen3-30b-a3b", "zipf"),
-        layer(8192, 64, "llama-3.1-8b.q"),
-        layer(512, 16, "llama-3.1-8b.q"),
-        layer(16384, 16, "llama-3.1-8b.q"),
-        Step("all-kernel-tests", [*pytest, linear, "tests/ops/test_philox.py", *parallel(8)], 180, 3),
-        Step("all-experts-tests", [*pytest, experts_file, *parallel(5)], 180, 3),
-        Step("offsets", [*pytest, on_gpu, "-k", "offsets"], 90, 3),
-        Step("memcheck", [*sanitizer, "memcheck", *smoke], 120, 4),
-        *(
-            Step(f"cuda-{tool}", [*sanitizer, tool, *cuda_smoke], 120, 4)
-            for tool in ("memcheck", "racecheck", "synccheck")
-        ),
-        Step("racecheck", [*sanitizer, "racecheck", *smoke], 120, 4),
-        Step("experts-memcheck", [*sanitizer, "memcheck", *experts_smoke], 120, 4),
-    ]
-
-
-def grid(out: Path, done: list[dict[str, Any]]) -> list[Step]:
-    """The steps that fill the grid of bench/README.md, but for what `done` has: layers first, then models, experts."""
-    # not at the top, where there may be no torch
+def measured(device: str, folders: Iterable[Path] = ()) -> list[dict[str, Any]]:
+    """The results of that device in bench/results, and in the folders of earlier runs."""
     import goals
-
-    from lorafuse.bench.moe import ROUTINGS
-    from lorafuse.testing.cases import CASES
-
-    bench = _Bench(out)
-
-    def missing(**fields: object) -> bool:
-        # what was measured before the fastest frozen was the floor is measured again
-        return goals.find([result for result in done if "floor" in result], **fields) is None
-
-    layers = {layer: CASES[f"llama-3.1-8b.{layer}"] for layer in ("q", "k", "gate", "down")}
-    plan = []
-    for m in goals.ROWS:
-        sized = {"kind": "linear", "M": m, "R": 16}
-        if cases := [case.name for case in layers.values() if missing(**sized, N=case.N, K=case.K)]:
-            plan.append(bench.layer(m, 16, *cases))
-    groups = "llama-3.1-8b.qkv", "llama-3.1-8b.mlp"
-    if cases := [name for name in groups if missing(case=name, M=8192, R=16)]:
-        plan.append(bench.group(8192, *cases))
-    q = {"kind": "linear", "M": 8192, "N": layers["q"].N, "K": layers["q"].K}
-    ranks = [rank for rank in goals.RANKS if rank != 16 and missing(**q, R=rank)]
-    plan += [bench.layer(8192, rank, layers["q"].name) for rank in ranks]
-    for (accumulate, on), name in itertools.product(goals.SETTINGS, _LAYERS):
-        if missing(kind="model", model=name, accumulate=accumulate, checkpointing=on):
-            plan.append(bench.model(name, accumulate, on))
-    for routing, block in itertools.product(ROUTINGS, goals.BLOCKS):
-        if missing(kind="moe", case=block.name, routing=routing):
-            plan.append(bench.experts(8192, block.name, routing))
-    return plan
-
-
-def measured(device: str) -> list[dict[str, Any]]:
-    """The results in bench/results that were measured on that device."""
-    import goals
+    import gpu_results
     import published
 
-    return goals.results_of(device, [published.load(file) for file in published.on_gpus(ROOT)])
+    contents = [published.load(file) for file in published.on_gpus(ROOT)]
+    return goals.results_of(device, [*contents, *gpu_results.contents(folders)])
+
+
+def remembered(folders: Iterable[Path], setting: Setting) -> dict[str, Step]:
+    """The steps that were tried in those folders, by name. Raises ValueError where the conditions were others."""
+    steps = {}
+    for folder in folders:
+        if not (folder / "gpu.json").exists():
+            continue
+        content = json.loads((folder / "gpu.json").read_text())
+        before = content["conditions"]
+        if differing := [key for key in {**before, **setting} if key != "date" and before.get(key) != setting.get(key)]:
+            parts = (f"{key} {before.get(key)}, here {setting.get(key)}" for key in differing)
+            raise ValueError(f"{folder} was measured with {'; '.join(parts)}: name another folder")
+        steps |= {one["name"]: Step(command=[], **one) for one in content["steps"] if one["outcome"]}
+    return steps
+
+
+def pending(plan: list[Step], before: dict[str, Step]) -> list[Step]:
+    """What is still to run: never tried steps first, then those that failed or were cut off."""
+    left = [step for step in plan if step.name not in before or before[step.name].outcome != "passed"]
+    return sorted(left, key=lambda step: step.name in before)
 
 
 def grouped(plan: list[Step]) -> list[list[Step]]:
@@ -193,66 +81,94 @@ def grouped(plan: list[Step]) -> list[list[Step]]:
     return groups
 
 
-def run(step: Step, out: Path, left: float) -> None:
-    """Run a step for at most `left` seconds and keep what it prints."""
-    if left < 15:
-        return
-    if shutil.which(step.command[0]) is None:
-        step.outcome = f"skipped: there is no {step.command[0]}"
-        return
+def execute(step: Step, out: Path) -> int | None:
+    """The status of a step's command, None where its time was up; what it prints is kept."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment.pop("TRITON_INTERPRET", None)
-    start = time.monotonic()
     with open(out / f"{step.name}.log", "w") as log:
+        # in a session of its own: what it started ends with it, and disturbs no later time
+        process = subprocess.Popen(
+            step.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            done = subprocess.run(
-                step.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
-                timeout=min(left, step.seconds),
-            )  # fmt: skip
-            step.outcome = "passed" if done.returncode == 0 else f"failed with status {done.returncode}"
+            return process.wait(step.seconds)
         except subprocess.TimeoutExpired:
-            step.outcome = f"cut off after {min(left, step.seconds):.0f} s"
-    step.took = time.monotonic() - start
-    print(f"{step.name}: {step.outcome}, {step.took:.0f} s", flush=True)
-    if step.outcome.startswith("failed"):
-        print((out / f"{step.name}.log").read_text()[-3000:], flush=True)
+            return None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
-def table(out: Path) -> list[str]:
-    """One line for each measured layer, block or model: tax, or tokens/s, of every variant."""
-    lines = []
-    for file in sorted(
-        file for kind in ("layers", "groups", "decoder", "experts") for file in out.glob(f"{kind}-*.json")
-    ):
-        for result in json.loads(file.read_text())["results"]:
-            frozen = result["variants"]["frozen"]["total"]["median"] * 1e6
-            taxes = "  ".join(
-                f"{name} {v['tax']:.1%}" for name, v in result["variants"].items() if v["trains"] == "adapters"
-            )
-            lines.append(f"{result['case']} M {result['M']} R {result['R']}: frozen {frozen:.0f} us, tax: {taxes}")
-    for file in sorted(out.glob("model-*.json")):
-        for result in json.loads(file.read_text())["results"]:
-            rates = "  ".join(
-                f"{name} {one['tokens_per_s']:.0f}" + (f" (tax {one['tax']:.1%})" if "tax" in one else "")
-                for name, one in result["variants"].items()
-            )
-            lines.append(f"{result['case']}, tokens/s: {rates}")
-    return lines
+class Lease:
+    """Runs steps until `minutes` are over, and keeps the summary in `out` up to date."""
+
+    def __init__(
+        self, out: Path, setting: Setting, minutes: float, before: dict[str, Step],
+        clock: Callable[[], float] = time.monotonic, execute: Execute = execute,
+    ) -> None:  # fmt: skip
+        self._out, self._setting, self._before, self._clock, self._execute = out, setting, before, clock, execute
+        self._end = clock() + minutes * 60
+        self._lock, self._tried = Lock(), dict(before)
+
+    def run(self, plan: list[Step]) -> list[Step]:
+        """Run what fits; the steps for which no time was left."""
+        left_out = []
+        for group in grouped(plan):
+            left = self._end - self._clock()
+            fitting = [step for step in group if step.seconds <= left]
+            left_out += [step for step in group if step not in fitting]
+            if fitting:
+                with ThreadPoolExecutor(len(fitting)) as pool:
+                    list(pool.map(self._one, fitting))
+        return left_out
+
+    def _one(self, step: Step) -> None:
+        start = self._clock()
+        if shutil.which(step.command[0]) is None:
+            step.outcome = f"skipped: there is no {step.command[0]}"
+        else:
+            status = self._execute(step, self._out)
+            step.outcome = (
+                f"cut off after {step.seconds} s" if status is None
+                else "passed" if status == 0 else f"failed with status {status}"
+            )  # fmt: skip
+        step.took, step.date = self._clock() - start, time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+        with self._lock:
+            self._tried[step.name] = step
+            self._write()
+            print(f"{step.name}: {step.outcome}, {step.took:.0f} s", flush=True)
+            log = self._out / f"{step.name}.log"
+            if step.outcome.startswith("failed") and log.exists():
+                print(log.read_text()[-3000:], flush=True)
+
+    def _write(self) -> None:
+        done = [{k: v for k, v in asdict(step).items() if k != "command"} for step in self._tried.values()]
+        unfinished = self._out / "gpu.json.new"
+        unfinished.write_text(json.dumps({"conditions": self._setting, "steps": done}, indent=1) + "\n")
+        os.replace(unfinished, self._out / "gpu.json")
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of the results (build/gpu)")
-    parser.add_argument("--minutes", type=float, default=8.5, help="stop after so many (8.5)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="stop after so many, nine at most (8.5)")
+    parser.add_argument(
+        "--resume", type=Path, nargs="+", default=[], metavar="DIR", help="go on from these folders too"
+    )
     parser.add_argument(
         "--grid", action="store_true", help="times alone: of the grid, what bench/results does not have"
     )
+    parser.add_argument("--collect", type=Path, nargs="+", metavar="DIR", help="move results into bench/results")
     return parser
 
 
 def main() -> int:
     """0 when every step that ran passed, or when there is no GPU; 1 otherwise."""
-    args = arguments().parse_args()
+    parser = arguments()
+    args = parser.parse_args()
+    if not 0 < args.minutes <= _MOST_MINUTES:
+        parser.error(f"--minutes {args.minutes:g}: it is above 0 and at most {_MOST_MINUTES:g}")
     try:
         import torch
     except ImportError:
@@ -261,29 +177,45 @@ def main() -> int:
             return 0
         print(f"{sys.executable} has no torch: name a Python that has it, make gpu PYTHON=…")
         return 1
+    if args.collect:
+        import gpu_results
+
+        try:
+            print("\n".join(map(str, gpu_results.collect(args.collect, ROOT))))
+        except ValueError as error:
+            print(f"bench/gpu.py: {error}", file=sys.stderr)
+            return 1
+        return 0
     if not torch.cuda.is_available():
         print(f"torch {torch.__version__} sees no NVIDIA GPU here: nothing to run")
         return 0
-    args.out.mkdir(parents=True, exist_ok=True)
-    sys.path.insert(0, str(ROOT))
-    from lorafuse.backends import native
-    from lorafuse.testing.conditions import conditions
+    return _run(args)
 
-    end, setting = time.monotonic() + args.minutes * 60, conditions(torch.device("cuda"))
-    if args.grid:
-        plan = [Step("cuda-build", _BUILD, 150), *grid(args.out, measured(setting["device"]))]
-    else:
-        plan = steps(args.out)
-    if native.built("_cuda") and not native.stale("_cuda"):
-        plan = [step for step in plan if step.name != "cuda-build"]
-    for group in grouped(plan):
-        with ThreadPoolExecutor(len(group)) as pool:
-            list(pool.map(lambda step: run(step, args.out, end - time.monotonic()), group))
-        done = [{k: v for k, v in asdict(s).items() if k != "command"} for s in plan]
-        (args.out / "gpu.json").write_text(json.dumps({"conditions": setting, "steps": done}, indent=1) + "\n")
-    print("\n" + "\n".join(table(args.out)))
-    print("\n".join(f"{step.name:<20} {step.took:5.0f} s  {step.outcome}" for step in plan))
-    return int(any(step.outcome.startswith("failed") for step in plan))
+
+def _run(args: argparse.Namespace) -> int:
+    import gpu_results
+    import torch
+
+    from lorafuse.backends import native
+    from lorafuse.testing.conditions import conditions, describe
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    setting, folders = conditions(torch.device("cuda")), [*args.resume, args.out]
+    try:
+        before = remembered(folders, setting)
+    except ValueError as error:
+        print(f"bench/gpu.py: {error}", file=sys.stderr)
+        return 1
+    built = native.built("_cuda") and not native.stale("_cuda")
+    done = measured(setting["device"], folders) if args.grid else []
+    plan = grid(args.out, done, built) if args.grid else steps(args.out, built)
+    print(describe(setting), flush=True)
+    left_out = Lease(args.out, setting, args.minutes, before).run(left := pending(plan, before))
+    print("\n" + "\n".join(itertools.chain([describe(setting)], gpu_results.lines(folders))))
+    print("\n".join(f"{step.name:<40} {step.took:5.0f} s  {step.outcome}" for step in left if step.outcome))
+    for step in left_out:
+        print(f"{step.name:<40} left for the next call: its budget of {step.seconds} s did not fit")
+    return int(any(step.outcome.startswith(("failed", "cut off")) for step in left))
 
 
 if __name__ == "__main__":

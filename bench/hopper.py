@@ -1,6 +1,7 @@
 """The steps of docs/hopper.md on a Hopper GPU: the bare product against cuBLAS, then what LoRA adds, form by form.
 
     python bench/hopper.py [--json FILE] [--rank 16] [--rounds 50] [--shape 8192,4096,4096]
+    python bench/hopper.py --probes [--json FILE]      the prices of bench/probes.py instead, in three minutes
 
 Needs lorafuse._cuda (`make cuda`). Every result is compared with fp64 first, and none is timed that is wrong. Times are
 medians of interleaved calls with L2 filled by a read before each, on normal random data.
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import probes
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ GROUP_M = 16
 BF16 = 0
 
 Call = Callable[[], Tensor]
+Write = Callable[[list[dict[str, Any]]], None]
 
 
 class Layer:
@@ -132,13 +135,34 @@ def run_shape(native: Any, shape: tuple[int, int, int], rank: int, rounds: int) 
     return {"M": M, "N": N, "K": K, "R": rank, "rounds": rounds, "calls": figures}
 
 
-def main() -> int:
-    """0 when every result was right; 1 when one was not, or the kernels cannot run here."""
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every median and spread there")
+    parser.add_argument("--probes", action="store_true", help="what columns, sums, flags and experts' loops cost")
     parser.add_argument("--rank", type=int, default=16, help="of the adapter, a multiple of 8 (16)")
     parser.add_argument("--rounds", type=int, default=50, help="timed calls of each step (50)")
     parser.add_argument("--shape", action="append", metavar="M,N,K", help="may be repeated (the two of docs/hopper.md)")
+    return parser
+
+
+def run_probes(native: Any, sizes: probes.Sizes, rounds: int, device: torch.device, write: Write) -> int:
+    """Measure each probe and write what is done after each; 1 where one was wrong."""
+    results, status = [], 0
+    for name in probes.PROBES:
+        result = probes.measured(native, name, sizes, rounds, device)
+        if isinstance(result, str):
+            print(f"{name}: no numbers, {result}")
+            status = 1
+            continue
+        results.append(result)
+        print("\n".join(probes.described(result)), flush=True)
+        write(results)
+    return status
+
+
+def main() -> int:
+    """0 when every result was right; 1 when one was not, or the kernels cannot run here."""
+    parser = arguments()
     args = parser.parse_args()
     if args.rank < 8 or args.rank % 8 or args.rounds < 1:
         parser.error("--rank must be a multiple of 8, --rounds at least 1")
@@ -158,6 +182,13 @@ def main() -> int:
 
     setting = conditions(torch.device("cuda"))
     print(describe(setting))
+
+    def write(results: list[dict[str, Any]]) -> None:
+        if args.json:
+            write_text(args.json, json.dumps({"conditions": setting, "results": results}, indent=1) + "\n")
+
+    if args.probes:
+        return run_probes(_cuda, probes.Sizes(), args.rounds, torch.device("cuda"), write)
     results, status = [], 0
     for shape in shapes:
         result = run_shape(_cuda, shape, args.rank, args.rounds)  # type: ignore[arg-type]
@@ -172,8 +203,7 @@ def main() -> int:
                 f"  {name:<42}{figure['median'] * 1e6:9.1f} us [{figure['p20'] * 1e6:.1f}-{figure['p80'] * 1e6:.1f}]"
                 f"  {figure['of_cublas']:6.3f} of cuBLAS  {figure['useful_flops'] / 1e12:6.0f} TFLOP/s"
             )
-        if args.json:
-            write_text(args.json, json.dumps({"conditions": setting, "results": results}, indent=1) + "\n")
+        write(results)
     return status
 
 

@@ -14,7 +14,7 @@ from lorafuse.plan import DEVICES, DeviceSpec, Problem, modelled, select, tuned
 from lorafuse.tune.measure import PASSES, Outcome
 from lorafuse.tune.record import record
 
-__all__ = ["FOLDER", "tables"]
+__all__ = ["FOLDER", "device_of", "tables"]
 
 FOLDER = Path("lorafuse") / "plan" / "measured"
 _AVAILABLE = (("eager", ""), ("triton", ""), ("cuda", ""))
@@ -38,7 +38,7 @@ def tables(contents: list[dict[str, Any]]) -> dict[str, tuple[tuned.Tuned, ...]]
     entries: dict[str, tuple[tuned.Tuned, ...]] = {}
     for content in contents:
         conditions = content["conditions"]
-        device = _device(conditions["device"])
+        device = device_of(conditions["device"])
         if content["kind"] == "linear" and device is not None:
             kept = {name: conditions[name] for name in _CONDITIONS if name in conditions}
             kept["date"] = conditions["date"].split()[0]
@@ -46,7 +46,7 @@ def tables(contents: list[dict[str, Any]]) -> dict[str, tuple[tuned.Tuned, ...]]
     return dict(sorted(entries.items()))
 
 
-def _device(name: str) -> DeviceSpec | None:
+def device_of(name: str) -> DeviceSpec | None:
     """The GPU that torch calls by this name, where the planner knows it."""
     return next((spec for spec in DEVICES.values() if re.search(rf"\b{re.escape(spec.model)}\b", name)), None)
 

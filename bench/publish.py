@@ -37,6 +37,7 @@ from published import (  # noqa: E402
     GPU_EXPERTS,
     GPU_LAYERS,
     GPU_MODEL,
+    GPU_PROBES,
     GPU_ROWS,
     GPU_STEPS,
     LAYERS,
@@ -249,7 +250,7 @@ def results(root: Path) -> str:
             content = load(file)
             listed.append((f"{content['kind']}, {content['conditions']['device']}", file))
     for title, file in listed:
-        table = tables.kernel_steps if title == GPU_STEPS.title else tables.everything
+        table = {GPU_STEPS.title: tables.kernel_steps, GPU_PROBES.title: tables.probes}.get(title, tables.everything)
         text = f"{ABSENT.capitalize()}." if file is None else table(load(file), named(root, file))
         parts.append(f"### {title}\n\n{text}")
     for one in DEMO.values():

@@ -218,6 +218,13 @@ def kernel_steps(content: Content, file: str) -> str:
     return "\n\n".join([all_conditions(content, file), medians, table(head, rows)])
 
 
+def probes(content: Content, file: str) -> str:
+    """The results of bench/hopper.py --probes: what each is for."""
+    rows = [[name, f"{value:.3f}"] for one in content["results"] for name, value in one["figures"].items()]
+    medians = f"From medians of {content['results'][0]['rounds']} rounds, bfloat16."
+    return "\n\n".join([all_conditions(content, file), medians, table(["", "measured"], rows)])
+
+
 def everything(content: Content, file: str) -> str:
     """A file's conditions and a table for each kind of figure; below it what failed or was absent."""
     results = content["results"]

@@ -1,4 +1,4 @@
-// The functions of api.hpp and api_decode.hpp for Python: the fields of each struct by keyword, pointers and the stream as integers, 0 for
+// The functions of api.hpp, api_decode.hpp and api_probes.hpp for Python: the fields of each struct by keyword, pointers and the stream as integers, 0 for
 // none. Compiled as lorafuse._cuda, which needs no driver until it launches, and as lorafuse._emu, whose pointers are the
 // host's.
 //
@@ -9,6 +9,7 @@
 #include <iterator>
 
 #include <lorafuse/api_decode.hpp>
+#include <lorafuse/api_probes.hpp>
 
 #ifdef LORAFUSE_EMULATED
 #include "emu/emulator.hpp"
@@ -143,6 +144,18 @@ struct Fields<DecodeFp8> {
       REQUIRED(type), OPTIONAL(G), REQUIRED(N), REQUIRED(K), REQUIRED(block_rows), REQUIRED(block_columns),
       REQUIRED(data), REQUIRED(scale), OPTIONAL(scale_type), OPTIONAL(rounded_scale), OPTIONAL(rounded),
       REQUIRED(out)};
+};
+
+template <>
+struct Fields<ProbeColumns> {
+  using P = ProbeColumns;
+  static constexpr Field fields[] = {REQUIRED(M), REQUIRED(N), REQUIRED(K),  REQUIRED(x),  REQUIRED(w),
+                                     OPTIONAL(a), REQUIRED(y), OPTIONAL(xa), OPTIONAL(sms)};
+};
+template <>
+struct Fields<ProbeFlags> {
+  using P = ProbeFlags;
+  static constexpr Field fields[] = {REQUIRED(rounds), REQUIRED(words)};
 };
 
 #undef REQUIRED
@@ -295,6 +308,8 @@ PYBIND11_MODULE(LORAFUSE_MODULE, m) {
   m.def("reduce_x", &Bound<reduce_x>::call);
   m.def("decode_codebook", &Bound<decode_codebook>::call);
   m.def("decode_fp8", &Bound<decode_fp8>::call);
+  m.def("probe_columns", &Bound<probe_columns>::call);
+  m.def("probe_flags", &Bound<probe_flags>::call);
 #ifdef LORAFUSE_EMULATED
   bind_emulator(m);
 #endif

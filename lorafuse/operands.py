@@ -27,6 +27,7 @@ __all__ = [
     "Weight",
     "contiguous_rows",
     "matrix",
+    "refuse_negative",
     "route",
     "shaped_like",
 ]
@@ -161,15 +162,20 @@ def route(index: Tensor, groups: int) -> Rows:
     says so.
     """
     flat = index.reshape(-1)
-    if not flat.is_cpu:
-        torch._assert_async((flat >= 0).all(), "topk_index holds a negative expert")
-    elif flat.numel() and int(flat.min()) < 0:
-        raise ValueError(f"topk_index holds {int(flat.min())}; it must be an expert, 0 to {groups - 1}, or a sentinel")
+    refuse_negative(flat, groups)
     # a radix sort reads its keys once for each byte of them; choices of no group stay behind the others
     keys = torch.int16 if groups < 2**15 else torch.int32
     ordered, order = flat.clamp(max=groups).to(keys).sort(stable=True)
     offsets = torch.searchsorted(ordered, torch.arange(groups, dtype=keys, device=index.device), right=True)
     return Rows(flat.shape[0], offsets, order, index.shape[1])
+
+
+def refuse_negative(index: Tensor, groups: int, valid: Tensor | None = None) -> None:
+    """Raises as `route` does; `valid`, bool `[1]`, is there where a kernel has looked."""
+    if not index.is_cpu:
+        torch._assert_async((index >= 0).all() if valid is None else valid, "topk_index holds a negative expert")
+    elif index.numel() and int(index.min()) < 0:
+        raise ValueError(f"topk_index holds {int(index.min())}; it must be an expert, 0 to {groups - 1}, or a sentinel")
 
 
 def matrix(t: Tensor) -> Tensor:

@@ -5,10 +5,23 @@ import sys
 from pathlib import Path
 
 from lorafuse.backends import triton as backend
-from lorafuse.kernels import combine, common, epilogues, gated, lowrank, matmul, philox, product, rows, siblings
+from lorafuse.kernels import (
+    combine,
+    common,
+    epilogues,
+    gated,
+    lowrank,
+    matmul,
+    philox,
+    product,
+    routing,
+    rows,
+    siblings,
+    tickets,
+)
 
 # every module after those that it imports
-MODULES = (common, philox, rows, epilogues, product, combine, lowrank, matmul, siblings, gated)
+MODULES = (common, philox, rows, routing, epilogues, product, combine, lowrank, matmul, tickets, siblings, gated)
 
 
 def _copy(module, source, folder):

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 __all__ = ["page"]
 
 _NOTES = (
-    "memory is of one device and nothing sharded; what an allocator cannot use is left out",
+    "memory, where no other is named, is at micro-batch {0}, of one device, nothing sharded; what an allocator cannot "
+    "use is left out",
     "step time is one optimizer step of a device, accumulation and fused AdamW included; generation and data are not",
 )
 
@@ -29,7 +30,7 @@ def page(a: Advice) -> str:
     for section, group in groupby(lines, lambda line: line.section):
         out += ["", section]
         out += [f"  {line.name:<{width}}  {line.value}  [{line.sure}; {line.source}]" for line in group]
-    out += ["", *(f"  {note}" for note in _NOTES), "", "sources"]
+    out += ["", *(f"  {note.format(a.request.micro_batch)}" for note in _NOTES), "", "sources"]
     named = {key.strip() for line in lines for key in line.source.split(",")}
     out += [f"  {key:<8}{text}" for key, text in FINDINGS.items() if key in named]
     return "\n".join([*out, "", a.snippet.rstrip()])

@@ -84,7 +84,7 @@ class Cuda(Aten):
         self, x: Tensor, w: Weight, bias: Tensor | None, a: Tensor, b: Tensor, plan: Plan, scale: float,
         dropout: Dropout | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """`(y, xa)`, see `Backend`; x and w are not empty."""
+        """`(y, xa)`, see `Backend`; x and w are not empty. Rows of xa begin on 16-byte boundaries, for any R."""
         (M, K), R, dtype, stream = x.shape, a.shape[0], x.dtype, self.stream(x.device)
         config = plan.config("matmul")
         (given_a, a_type), (given_b, _) = _adapter(a, dtype), _adapter(b, dtype)
@@ -107,7 +107,7 @@ class Cuda(Aten):
         y = self._linear(
             x, w, False, xa, b, config, stream, R=R, bias=_at(bias), overlap_previous=not config.fused_xa, **fused_xa
         )
-        return y, xa if xa.shape[1] == R else xa[:, :R].contiguous()
+        return y, xa if xa.shape[1] == R else xa[:, :R]
 
     def linear_backward(  # type: ignore[override]
         self, dy: Tensor, x: Tensor | None, xa: Tensor | None, w: Weight, a: Tensor, b: Tensor, plan: Plan,
@@ -332,10 +332,13 @@ def _rounding(
 
 
 def _padded_rows(xa: Tensor) -> Tensor:
-    """xa `[M, R]` in a buffer whose rows start on 16-byte boundaries."""
+    """xa `[M, R]` in a buffer whose rows start on 16-byte boundaries: as `linear_forward` returned it, or copied."""
     R = xa.shape[1]
     if R % _ALIGN == 0:
         return _aligned(xa)
+    end = xa.storage_offset() + xa.shape[0] * _padded(R)
+    if xa.stride() == (_padded(R), 1) and xa.data_ptr() % 16 == 0 and end <= xa.untyped_storage().nbytes() // 2:
+        return xa
     out = xa.new_zeros((xa.shape[0], _padded(R)))
     out[:, :R] = xa
     return out

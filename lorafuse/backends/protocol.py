@@ -33,7 +33,7 @@ from torch import Tensor
 from lorafuse.activation import gate_backward, gate_forward
 from lorafuse.backends import workspace
 from lorafuse.backends.multi import Multi
-from lorafuse.operands import ActivateBackward, Dropout, Epilogue, LowRank, Rows, Weight
+from lorafuse.operands import ActivateBackward, Dropout, Epilogue, LowRank, Rows, Weight, route
 from lorafuse.plan import Plan, Problem
 
 __all__ = ["NO_GUARD", "Backend", "Problems", "device_guard", "finish"]
@@ -87,6 +87,10 @@ class Backend:
     def in_order(self, x: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
         """x `[T, …]` and the rows by which the primitives read it: gathered here unless the kernels do that."""
         return x.index_select(0, rows.token), rows
+
+    def route(self, index: Tensor, groups: int) -> Rows:
+        """The rows of choices `index [T, k]` among `groups`: `lorafuse.operands.route`."""
+        return route(index, groups)
 
     def decode(self, w: Weight, dtype: torch.dtype, out: Tensor) -> Tensor:
         """The matrices of a quantized w, as stored, in `dtype`: written into `out`, contiguous, of sizes `w.stored`.

@@ -1,10 +1,10 @@
 """The primitives in Triton kernels (`lorafuse.kernels`), configured by the plan of each call.
 
 Launches go to the current stream of x's device and nothing waits for the GPU, so that CUDA graphs, torch.compile and
-checkpointing see ordinary asynchronous work. Rows of tokens are gathered by the kernels that read them; tiles of ragged
-rows are cut on the device. A known activation is computed in the epilogue of the first projection, its backward in that
-of the product that gives dh; a function of the caller's runs in torch between them. On CPU tensors the kernels run in
-Triton's interpreter, where TRITON_INTERPRET=1 asked for it.
+checkpointing see ordinary asynchronous work. Two launches sort choices by expert, the kernels that read rows of tokens
+gather them, tiles of ragged rows are cut on the device. A known activation is computed in the epilogue of the first
+projection, its backward in that of the product that gives dh; a function of the caller's runs in torch between them. On
+CPU tensors the kernels run in Triton's interpreter, where TRITON_INTERPRET=1 asked for it.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from torch import Tensor
 from lorafuse.activation import Activation
 from lorafuse.backends import problems, triton_multi
 from lorafuse.backends.protocol import Backend, Problems, device_guard, finish
-from lorafuse.kernels import combine, decode, epilogues, gated, lowrank, matmul, siblings
+from lorafuse.kernels import combine, decode, epilogues, gated, lowrank, matmul, routing, siblings, tickets
 from lorafuse.kernels.rows import Tiles
-from lorafuse.operands import Activate, Dropout, Epilogue, LowRank, Rows, Weight, contiguous_rows
+from lorafuse.operands import Activate, Dropout, Epilogue, LowRank, Rows, Weight, contiguous_rows, refuse_negative
 from lorafuse.plan import DeviceSpec, Plan, interpreted_as, select
 
 __all__ = ["Triton", "backend"]
@@ -64,6 +64,14 @@ class Triton(Backend):
     def in_order(self, x: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
         return x, rows.gathered
 
+    def route(self, index: Tensor, groups: int) -> Rows:
+        if not index.numel() or groups > routing.MOST_GROUPS:
+            return super().route(index, groups)
+        flat, choices = index.reshape(-1).contiguous(), index.shape[1]
+        made = routing.route(flat, groups, choices)
+        refuse_negative(flat, groups, made.valid.view(torch.bool))
+        return Rows(flat.shape[0], made.offsets, made.order, choices, cache={"token": made.token})
+
     def decode(self, w: Weight, dtype: torch.dtype, out: Tensor) -> Tensor:
         known = w.kernel
         if known is None or not out.numel() or dtype not in _DTYPES:
@@ -97,10 +105,11 @@ class Triton(Backend):
             xa, b, scale = low.xa.contiguous(), low.b, None if low.scale == 1.0 else low.scale
             # the kernel reads a few rows of b, or columns of a; it rounds them, after the scale
             b = b.mT if low.is_transposed else _packed(b, b.dtype)
+        product = tickets.matmul if config.tickets else matmul.matmul
         if rows is None:
             with self.dense(w, x.dtype) as dense:
                 mask = _mask(None if low is None else low.dropout)
-                return finish(matmul.matmul(x, _left(dense), bias, xa, b, scale, programs, config, **mask), epilogue)
+                return finish(product(x, _left(dense), bias, xa, b, scale, programs, config, **mask), epilogue)
         act = None if epilogue is None else epilogue.activation
         known = act if isinstance(act, Activation) and _is_fused(act) else None
         out: Any = None
@@ -108,7 +117,7 @@ class Triton(Backend):
             of_b, of_bias = (None if t is None else t[groups] for t in (b, bias))
             read = {"tiles": _tiles(rows).part(groups), "source": rows.index, "out": out}
             if known is None:
-                out = matmul.matmul(x, part.left(), of_bias, xa, of_b, scale, programs, config, **read)
+                out = product(x, part.left(), of_bias, xa, of_b, scale, programs, config, **read)
             elif isinstance(epilogue, Activate):
                 out = matmul.activated(
                     x, part.left(), of_bias, xa, of_b, scale, known.name, known.layout.value, programs, config, **read

@@ -26,7 +26,7 @@ class Leg:
 
     def __post_init__(self) -> None:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trainable, lr=self.lr, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(trainable, lr=self.lr, weight_decay=0.0, fused=True)
 
     def backward(self, batch: Tensor) -> Tensor:
         """Loss of one batch, with gradients."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from lorafuse.activation import Activation, GateLayout, Recomputed, lookup
 from lorafuse.backends import base, problems
 from lorafuse.backends.protocol import Backend
-from lorafuse.operands import Activate, ActivateBackward, LowRank, Rows, Weight, route
+from lorafuse.operands import Activate, ActivateBackward, LowRank, Rows, Weight
 from lorafuse.ops import plain
 from lorafuse.ops._define import LIBRARY, implement, no_gradients
 from lorafuse.ops.autocast import outside_autocast
@@ -146,7 +146,7 @@ def _forward(
     k = index.shape[1]
     run, plan = _choose(backend, x, k, up, down, up_a, down_a, act, False)
     with outside_autocast(x), run.guard(x.device):
-        rows = route(index, up.stored[0])
+        rows = run.route(index, up.stored[0])
         out, u, of_up, of_down = forward(
             run, plan, run.matrix(x), rows, weight, up, down, up_bias, down_bias, up_a, up_b, down_a, down_b, up_scale,
             down_scale, act,

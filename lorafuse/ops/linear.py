@@ -129,6 +129,12 @@ def _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False,
     return shaped_like(y, x), xa
 
 
+def _op_forward(*args):
+    # a backend may leave a pitch between the rows of xa; a graph is compiled for the strides of the fake kernel
+    y, xa = _forward(*args)
+    return y, xa.contiguous()
+
+
 def _fake_forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False, format="dense", statistics=None):
     w = _weight(weight, format, statistics)
     check_shapes(x, w, bias, a, b)
@@ -318,7 +324,7 @@ def _autograd(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False
     return _LoRALinearWithXa.apply(x, weight, bias, a, b, seed, settings, *(statistics or ()))
 
 
-implement("lora_linear", _forward, _fake_forward)
+implement("lora_linear", _op_forward, _fake_forward)
 implement("lora_linear_backward", _backward, _fake_backward)
 LIBRARY.impl("lora_linear", _autograd, "Autograd")
 

@@ -34,6 +34,7 @@ class KernelConfig:
     max_registers   of a thread; 0 leaves it to the compiler
     cluster         blocks that share the tiles of w
     sum_blocks      blocks of a backward matmul that sum da and db concurrently
+    tickets         programs of a "tma" matmul take the next tile when they are free, instead of tiles of their own
     """
 
     kernel: str
@@ -50,6 +51,7 @@ class KernelConfig:
     max_registers: int = 0
     cluster: int = 1
     sum_blocks: int = 0
+    tickets: bool = False
 
 
 @dataclass(frozen=True)

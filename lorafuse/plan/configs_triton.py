@@ -227,6 +227,17 @@ def best(kernel: str, problem: Problem, device: DeviceSpec) -> KernelConfig | No
     return min(candidates(kernel, problem, device), key=order, default=None)
 
 
+def by_tickets(kernel: str, problem: Problem, device: DeviceSpec) -> KernelConfig | None:
+    """The same, but tiles by ticket where a kernel does that: `override(triton_config=by_tickets)`.
+
+    No plan takes them by itself: nothing was measured.
+    """
+    config = best(kernel, problem, device)
+    if config is None or (config.kernel, config.form) != ("matmul", "tma"):
+        return config
+    return config if problem.siblings > 1 or problem.epilogue else replace(config, tickets=True)
+
+
 def operator_candidates(operator: Sequence[Problem], device: DeviceSpec, pick: Pick = best) -> Iterator[Candidate]:
     """Every candidate for an operator whose dtype and format the kernels run; `pick` chooses configurations."""
     p = operator[0]

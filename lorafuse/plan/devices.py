@@ -131,9 +131,12 @@ def _plain(name: str) -> str:
 
 
 def find(name: str) -> DeviceSpec:
-    """The GPU of that name, whatever its case and spaces. Raises ValueError that lists the nearest and all known."""
+    """The GPU of that name, whatever its case and spaces, with or without RTX.
+
+    Raises ValueError that lists the nearest and all known.
+    """
     for known, device in DEVICES.items():
-        if _plain(known) == _plain(name):
+        if _plain(known) in (_plain(name), "RTX" + _plain(name)):
             return device
     near = difflib.get_close_matches(name.upper(), DEVICES, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else ";"

@@ -81,9 +81,9 @@ def row(swept: Swept, **more: Any) -> dict[str, Any]:
 
 
 def panel_of_rates(swept: Sequence[Swept], names: Sequence[str] = (), y: str = "validation loss, nats") -> Panel:
-    """The sweeps themselves, without rates at which the run diverged."""
+    """The sweeps themselves, without rates at which a run diverged."""
     lines = []
     for one, name in zip(swept, names or [one.spec.side for one in swept], strict=True):
-        kept = [(rate, [loss]) for rate, loss in zip(one.rates, one.validation, strict=True) if loss < DIVERGED]
+        kept = [pair for pair in zip(one.rates, one.validation, strict=True) if max(pair[1]) < DIVERGED]
         lines.append(line(name, *(list(column) for column in zip(*kept, strict=True))) if kept else line(name, [], []))
     return Panel("learning rates", "learning rate", y, lines, log_x=True, log_y=True)

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import signal
+import statistics
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -25,8 +26,13 @@ Result = dict[str, Any]
 
 # rates in factors of sqrt(2), so many to each side of the one that a study names: two decades and a little more
 FACTOR, REACH = math.sqrt(2), 7
-# seeds by which rates are chosen, and which no claim and no base (`tasks`) uses
+# a grid whose best rate is at an end goes on there, by so many rates at most
+FURTHER = 6
+# the first of the seeds by which rates are chosen, which no claim and no base (`tasks`) uses
 SELECTION = 10**5
+# so many seeds choose for a small model, whose runs differ by more than its valley is deep: the first runs every rate,
+# the others its best `KEPT`. SmolLM2's losses are smooth over the rate, and its runs take long: one
+SELECTIONS, KEPT = 3, 5
 
 
 def key(spec: Spec) -> str:
@@ -75,11 +81,14 @@ def _end_with_parent() -> None:
 
 @dataclass(frozen=True)
 class Swept:
-    """A condition at its best rate: `runs` of each seed there, and what every rate of the grid gave in `validation`."""
+    """A condition at its best rate: `runs` of each seed there, and in `validation` what every rate of the grid gave.
+
+    The latter is one loss, or those of all selection seeds.
+    """
 
     spec: Spec
     rates: list[float]
-    validation: list[float]
+    validation: list[list[float]]
     best: float
     runs: list[Result]
 
@@ -170,24 +179,58 @@ class Lab:
             return spec
         return replace(spec, base_seed=self.seeds[0], base_steps=self.base_steps or pretrain.STEPS[spec.lessons])
 
-    def sweep(self, conditions: list[Spec], selections: int = 1) -> list[Swept]:
+    def sweep(self, conditions: list[Spec]) -> list[Swept]:
         """Each condition at its best learning rate, with every seed.
 
-        The rate is the one of the `grid` around the condition's that is best on the validation split, on the average of
-        `selections` seeds that no claim uses.
+        The rate is the best of the `grid` around the condition's, on the validation split of the selection seeds. The
+        grid goes on at its end while the best rate is there, `FURTHER` rates at most.
         """
-        rates = [grid(condition.lr) for condition in conditions]
-        seeds = range(SELECTION, SELECTION + selections)
-        specs = [
-            replace(condition, lr=rate, seed=seed)
-            for condition, row in zip(conditions, rates, strict=True) for rate in row for seed in seeds
-        ]  # fmt: skip
-        losses = iter([float(result["validation"]) for result in self.run(specs)])
-        means = [[sum(next(losses) for _ in seeds) / selections for _ in row] for row in rates]
-        best = [row[values.index(min(values))] for row, values in zip(rates, means, strict=True)]
+        grids: list[list[float]] = []
+        wider = [grid(condition.lr) for condition in conditions]
+        while wider != grids:
+            grids = wider
+            tried = self._tried(conditions, grids)
+            best = [_best(losses) for losses in tried]
+            wider = [_widened(rates, rate) for rates, rate in zip(grids, best, strict=True)]
         jobs = [replace(c, lr=rate, seed=seed) for c, rate in zip(conditions, best, strict=True) for seed in self.seeds]
         results, n = self.run(jobs), len(self.seeds)
         return [
-            Swept(condition, rates[i], means[i], best[i], results[i * n : (i + 1) * n])
+            Swept(condition, grids[i], list(tried[i].values()), best[i], results[i * n : (i + 1) * n])
             for i, condition in enumerate(conditions)
         ]
+
+    def _tried(self, conditions: list[Spec], grids: list[list[float]]) -> list[dict[float, list[float]]]:
+        """Of each condition, the validation losses by rate: of the first selection seed or, of its best, of all."""
+        tried: list[dict[float, list[float]]] = [{rate: [] for rate in rates} for rates in grids]
+        for turn in range(SELECTIONS):
+            jobs = [
+                (losses[rate], replace(condition, lr=rate, seed=SELECTION + turn))
+                for condition, losses in zip(conditions, tried, strict=True) if turn < _selections(condition)
+                for rate in (sorted(losses, key=lambda rate: losses[rate][0])[:KEPT] if turn else losses)
+            ]  # fmt: skip
+            for (losses, _), result in zip(jobs, self.run([spec for _, spec in jobs]), strict=True):
+                losses.append(float(result["validation"]))
+        return tried
+
+
+def _selections(condition: Spec) -> int:
+    return 1 if condition.lessons == "language" else SELECTIONS
+
+
+def _best(losses: dict[float, list[float]]) -> float:
+    """Of the rates that all selection seeds ran: the least mean of the two worst losses.
+
+    So a lucky run wins nothing, and one that diverges counts.
+    """
+    most = max(map(len, losses.values()))
+    complete = [rate for rate in losses if len(losses[rate]) == most]
+    return min(complete, key=lambda rate: statistics.fmean(sorted(losses[rate])[-2:]))
+
+
+def _widened(rates: list[float], best: float) -> list[float]:
+    """The rates and, where the best is at an end, two more beyond it."""
+    if len(rates) >= 2 * REACH + 1 + FURTHER:
+        return rates
+    if best == rates[0]:
+        return [best / FACTOR**2, best / FACTOR, *rates]
+    return [*rates, best * FACTOR, best * FACTOR**2] if best == rates[-1] else rates

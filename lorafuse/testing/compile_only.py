@@ -34,7 +34,15 @@ from triton.runtime.jit import JITFunction
 from lorafuse.kernels import lowrank, matmul
 from lorafuse.plan import DEVICES, DeviceSpec, KernelConfig, Problem
 from lorafuse.plan.configs_triton import candidates
-from lorafuse.testing import compile_decode, compile_multi, compile_ragged, compile_record, compile_siblings
+from lorafuse.testing import (
+    compile_decode,
+    compile_multi,
+    compile_ragged,
+    compile_record,
+    compile_routing,
+    compile_siblings,
+    compile_tickets,
+)
 from lorafuse.testing.compile_record import sample
 
 __all__ = ["TARGETS", "Resources", "Variant", "compile_variants", "sample", "variants"]
@@ -58,7 +66,11 @@ _RAGGED = (
     ("ragged", "matmul", False), ("activate", "matmul", False), ("activate_backward", "matmul", True),
     ("ragged_project", "project", False), ("ragged_outer", "outer", True),
 )  # fmt: skip
-_BACKWARD = {kernel for kernel, _, backward in (*_DENSE, *_RAGGED) if backward} | {"multi_dx", "multi_outer"}
+_BACKWARD = {kernel for kernel, _, backward in (*_DENSE, *_RAGGED) if backward} | {
+    "multi_dx",
+    "multi_outer",
+    "tickets_dx",
+}
 # of the main loop over ragged rows: y of gathered rows, y, dx; an activation and its backward, of gate and up
 # concatenated (their weights as nn.Linear stores them, or transposed), interleaved and transposed as gpt-oss has them,
 # and without a gate
@@ -148,10 +160,15 @@ def variants(target: str, everything: bool) -> list[Variant]:
             config = replace(config, max_registers=0 if target == "gfx942" else config.max_registers)
             tiles = min(2, R // config.block_r)
             chosen.add(Variant(kernel, config, dtype, "float32", dropout, tiles, aligned, wide=wide))
+        if aligned and target != "gfx942":
+            tiled = compile_tickets.configs(problem, device, everything)
+            ranks = ((kernel, config, min(2, -(-R // config.block_r))) for kernel, config in tiled)
+            chosen |= {Variant(kernel, c, dtype, "float32", dropout, tiles) for kernel, c, tiles in ranks}
         if not dropout and not wide and target != "gfx942":
             chosen |= set(_ragged_variants(problem, device, everything))
     cases = itertools.product(dtypes, compile_decode.CASES)
     chosen |= {Variant("decode", compile_decode.CONFIG, dtype, epilogue=case) for dtype, case in cases}
+    chosen |= {Variant(kernel, compile_decode.CONFIG, "int64") for kernel in compile_routing.KERNELS}
     many = compile_multi.configs(itertools.product(dtypes, alignments if target != "gfx942" else ()), device)
     chosen |= {Variant(*one, dropout=True, aligned=aligned) for one, aligned in many}
     return sorted(chosen, key=lambda v: v.name)
@@ -160,7 +177,7 @@ def variants(target: str, everything: bool) -> list[Variant]:
 def _problem(kernel: str, problem: Problem) -> Problem:
     """The problem in the direction, with the rows and the epilogue, of a kernel."""
     gradients = ("dx", "da", "db") if kernel in _BACKWARD else ()
-    ragged = any(kernel == name for name, *_ in _RAGGED) or kernel in compile_multi.KERNELS
+    ragged = any(kernel == name for name, *_ in _RAGGED) or kernel in (*compile_multi.KERNELS, compile_tickets.RAGGED)
     epilogue = "gated" if kernel.startswith("activate") else ""
     return replace(problem, gradients=gradients, is_ragged=ragged, groups=128 if ragged else 1, epilogue=epilogue)
 
@@ -275,6 +292,10 @@ def _launch(variant: Variant) -> None:
         compile_siblings.launch(variant.kernel, c, dtype, r, variant.aligned, variant.dropout)
     elif variant.kernel in compile_multi.KERNELS:
         compile_multi.launch(variant.kernel, c, dtype, m, n, k)
+    elif variant.kernel in compile_tickets.KERNELS:
+        compile_tickets.launch(variant, r)
+    elif variant.kernel in compile_routing.KERNELS:
+        compile_routing.launch(variant.kernel)
     elif variant.kernel == "decode":
         compile_decode.launch(variant.epilogue, dtype)
     elif variant.kernel == "project":

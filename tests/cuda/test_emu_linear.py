@@ -12,7 +12,7 @@ import pytest
 import torch
 from operators import Linear
 
-from lorafuse.backends import base
+from lorafuse.backends import base, cuda
 from lorafuse.functional import lora_linear
 from lorafuse.philox import keep_mask
 from lorafuse.plan import override
@@ -352,3 +352,23 @@ class TestRefusals:
 
     def test_what_the_emulator_objects_to_is_an_error_of_its_own(self, emu):
         assert issubclass(emu.EmulationError, RuntimeError)
+
+
+@pytest.mark.parametrize("R", [1, 13, 40])
+def test_any_rank_is_read_where_forward_wrote_it(R, launched):
+    """xa has a pitch between its rows, and neither direction copies it."""
+    o = make_operands(LinearCase(leading=(130,), N=72, K=136, R=R, dtype=torch.bfloat16))
+    x, a, b = (t.requires_grad_() for t in (o.x, o.a, o.b))
+    lora_linear(x, o.w, a, b, scale=1.5, backend="emu").backward(o.dy)
+    calls = dict(reversed(launched))
+    assert calls["reduce_dy"]["xa"] == calls["project_x"]["xa"] == calls["linear"]["xa"]
+    assert calls["reduce_dy"]["stride_xa"] == calls["project_x"]["stride_xa"] == -(-R // 8) * 8
+
+
+def test_xa_of_another_backend_is_copied():
+    xa = torch.ones(130, 16, dtype=torch.bfloat16)
+    for given in (xa[:, :13].contiguous(), xa[:, 1:14], xa[1:, :13]):
+        padded = cuda._padded_rows(given)
+        assert torch.equal(padded[:, :13], given)
+        is_ours = given.data_ptr() % 16 == 0 and given.stride(0) == 16
+        assert (padded.data_ptr() == given.data_ptr()) == is_ours

@@ -33,7 +33,7 @@ class TestDevice:
             assert device.smem_per_block in (65536, 101376, 166912, 232448)
             assert device.source.startswith("measured") == (name == "H200")
 
-    @pytest.mark.parametrize("name", ["H200", "h200", "NVIDIA H200", "rtx4090", "GeForce RTX 4090", "RTX-4090"])
+    @pytest.mark.parametrize("name", ["H200", "h200", "NVIDIA H200", "rtx4090", "GeForce RTX 4090", "RTX-4090", "4090"])
     def test_names_are_found(self, name):
         assert find(name).name in ("H200", "RTX 4090")
 

@@ -70,9 +70,47 @@ def test_rates_are_chosen_on_other_seeds_and_another_split_than_claims(set_run):
     assert actual.best == 1e-3
     assert not actual.at_edge
     selected = [spec for spec in lab.asked.values() if spec.seed >= runner.SELECTION]
-    assert len(selected) == len(actual.rates) == 15
+    assert len({spec.lr for spec in selected}) == len(actual.rates) == 15
     assert len(lab.asked) - len(selected) == len(actual.losses) == 2
     assert actual.losses[0] == planted(actual.spec, best=lambda spec: 1e-2)["loss"]
+
+
+@pytest.mark.parametrize("lucky", [14, 4], ids=["the last rate of the grid", "one within it"])
+def test_a_run_that_is_lucky_chooses_no_rate_of_a_small_model(set_run, lucky):
+    """By far the least loss, of the first of the seeds that choose and of no other one."""
+
+    def run(spec, base, device):
+        luck = 0.3 * (spec.seed == runner.SELECTION and spec.lr == grid(1e-3)[lucky])
+        actual = planted(spec, best=lambda spec: 1e-3)
+        return actual | {"validation": actual["validation"] - luck}
+
+    set_run(run)
+    lab = Lab([0, 1])
+    small, smollm2 = lab.sweep([Spec(task, 10, 4, lr=1e-3, steps=5, seed=0) for task in ("smaller", "problems")])
+    assert small.rates == grid(1e-3)
+    assert small.best == 1e-3
+    # every rate ran once, the best five of them with two more seeds; SmolLM2's once
+    assert sorted(map(len, small.validation)) == [1] * 10 + [3] * 5
+    assert small.rates.index(small.best) != lucky
+    assert len(small.validation[lucky]) == 3
+    assert set(map(len, smollm2.validation)) == {1}
+
+
+@pytest.mark.parametrize("task", ["smaller", "problems"])
+@pytest.mark.parametrize("decades", [-1.5, 1.5])
+def test_a_grid_goes_on_where_its_best_rate_is_at_an_end(set_run, task, decades):
+    """Up to three octaves: a valley there is reached, one further away decides nothing."""
+    centre = 1e-3
+    for away, at_edge in ((decades, False), (4 * decades, True)):
+        best = centre * 10**away
+        set_run(lambda spec, base, device, best=best: planted(spec, best=lambda spec: best))
+        (actual,) = Lab([0, 1]).sweep([Spec(task, 10, 4, lr=centre, steps=5, seed=0)])
+        assert actual.at_edge == at_edge
+        assert len(actual.rates) <= 21
+        assert all(b / a == pytest.approx(2**0.5) for a, b in zip(actual.rates, actual.rates[1:], strict=False))
+        assert set(grid(centre)) <= set(actual.rates)
+        if not at_edge:
+            assert actual.best == pytest.approx(best, rel=0.2)
 
 
 def test_interrupted_runs_are_kept_and_not_run_again(set_run, tmp_path, capsys):
@@ -96,6 +134,7 @@ def test_interrupted_runs_are_kept_and_not_run_again(set_run, tmp_path, capsys):
     content = read(tmp_path, "equivalence")
     assert len(made) == len(set(map(runner.key, made))) == len(content["runs"])
     # and what one study ran another one has
+    assert study(tmp_path, "rate") == 0
     count = len(made)
     assert study(tmp_path, "rank") == 0
     assert 0 < len(made) - count < len(read(tmp_path, "rank")["runs"])
@@ -280,6 +319,16 @@ def test_the_page_shows_what_was_measured_and_says_what_was_not(set_run, tmp_pat
     assert f"n = {len(content['seeds'])}); {claim['margin']}; power" in text
     assert text.count("| not measured |") == len(STUDIES) - 1
     assert "old" not in text
+    # small models' rates by three seeds, SmolLM2's by one
+    assert "6 seeds, small models' rates chosen by 3 others," in text
+    assert study(tmp_path, "equivalence") == 0
+    assert "8 seeds, SmolLM2's rates chosen by 1 other," in page.rewrite(tmp_path / PAGE.name)
     content["finding"]["outcome"] = "planted"
     (tmp_path / "rl.json").write_text(json.dumps(content))
     assert page.rewrite(tmp_path / PAGE.name) != text
+    # a study that was interrupted has no finding, which is said
+    part = {key: value for key, value in content.items() if key not in ("finding", "seconds")}
+    (tmp_path / "rl.json").write_text(json.dumps(part))
+    text = page.rewrite(tmp_path / PAGE.name)
+    assert f"| not measured: stopped after {len(content['runs'])} runs |" in text
+    assert "### rl" not in text
