@@ -15,7 +15,7 @@ from lorafuse.integrations.hf_common import altered, is_dtensor
 __all__ = ["TWO_MESHES", "Sharded", "run_sharded", "sharded_parts"]
 
 TWO_MESHES = (
-    "its base is sharded by FSDP2 and by tensor parallelism at once, where PEFT makes adapters of wrong sizes: use one, "
+    "its base is sharded by FSDP2 and tensor parallelism at once, where PEFT makes adapters of wrong sizes: use one, "
     "or lorafuse.parallel in groups of a mesh"
 )
 

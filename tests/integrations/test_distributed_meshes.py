@@ -124,7 +124,7 @@ def test_experts_inside_fsdp2(results):
 def test_fsdp2_with_tensor_parallelism_has_a_reason(results):
     for reasons, error in (of_rank["two"] for of_rank in results):
         (reason,) = reasons
-        assert "sharded by FSDP2 and by tensor parallelism at once, where PEFT makes adapters of wrong sizes" in reason
+        assert "sharded by FSDP2 and tensor parallelism at once, where PEFT makes adapters of wrong sizes" in reason
         # PEFT's own forward, unpatched
         assert "is invalid for input of size" in error
 
