@@ -171,13 +171,13 @@ def figures(name: str, sizes: Sizes, medians: dict[str, float]) -> dict[str, flo
     if name == "columns":
         return {"16 more columns, share of a tile": medians["16 more"] / medians["bare"] - 1}
     if name == "sums":
-        found = {}
+        rates = {}
         for blocks in sizes.sums:
             # each reads its columns of x and dy once; while they last longer than the tiles, all of it is theirs
             seconds = medians[f"{blocks} sum"]
-            found[f"{blocks} SMs sum, GB/s each at least"] = 2 * M * (N + K) / blocks / seconds / 1e9
-            found[f"{blocks} SMs sum, times the tiles alone"] = seconds / medians["tiles alone"]
-        return found
+            rates[f"{blocks} SMs sum, GB/s each at least"] = 2 * M * (N + K) / blocks / seconds / 1e9
+            rates[f"{blocks} SMs sum, times the tiles alone"] = seconds / medians["tiles alone"]
+        return rates
     if name == "flags":
         return {"a flag, us": (medians["turns"] - medians["zeroed"]) / (2 * sizes.turns) * 1e6}
     dense = 2 * M * N * K / medians["dense by cuBLAS"]

@@ -1,6 +1,6 @@
-// The functions of api.hpp, api_decode.hpp and api_probes.hpp for Python: the fields of each struct by keyword, pointers and the stream as integers, 0 for
-// none. Compiled as lorafuse._cuda, which needs no driver until it launches, and as lorafuse._emu, whose pointers are the
-// host's.
+// The functions of api.hpp, api_decode.hpp and api_probes.hpp for Python: the fields of each struct by keyword, pointers
+// and the stream as integers, 0 for none, and the index of the device. Compiled as lorafuse._cuda, which needs no driver
+// until it launches, and as lorafuse._emu, whose pointers are the host's.
 //
 // std::invalid_argument becomes ValueError, std::runtime_error RuntimeError. Launches release the interpreter's lock.
 #include <pybind11/pybind11.h>
@@ -9,6 +9,7 @@
 #include <iterator>
 
 #include <lorafuse/api_decode.hpp>
+#include <lorafuse/api_device.hpp>
 #include <lorafuse/api_probes.hpp>
 
 #ifdef LORAFUSE_EMULATED
@@ -185,18 +186,27 @@ size_t find(PyObject* keyword, size_t from) {
   return kCount;
 }
 
+// Where a launch goes: the stream, and the index of its device; -1: the one that is current.
+struct Place {
+  void* stream = nullptr;
+  int device = -1;
+};
+
 // Raises TypeError for a keyword that is no field, a value of another type, and a required field that is missing.
 template <class P>
-P read(const py::handle& arguments, void** stream = nullptr) {
+P read(const py::handle& arguments, Place* launch = nullptr) {
   static PyObject* const stream_name = PyUnicode_InternFromString("stream");
+  static PyObject* const device_name = PyUnicode_InternFromString("device");
   constexpr auto& fields = Fields<P>::fields;
   P p{};
   uint64_t found = 0;
   size_t next = 0;
   PyObject *keyword, *value;
   for (Py_ssize_t at = 0; PyDict_Next(arguments.ptr(), &at, &keyword, &value);) {
-    if (stream != nullptr && keyword == stream_name) {
-      convert(value, *stream);
+    if (launch != nullptr && keyword == stream_name) {
+      convert(value, launch->stream);
+    } else if (launch != nullptr && keyword == device_name) {
+      convert(value, launch->device);
     } else {
       const size_t i = find<P>(keyword, next);
       if (i == std::size(fields)) throw py::type_error("unknown keyword " + std::string(py::repr(keyword)));
@@ -224,15 +234,30 @@ void convert(PyObject* value, Round& place) {
   place = read<Round>(value);
 }
 
+// The device of a launch is current as long as this lives.
+class Current {
+ public:
+  explicit Current(int device) : former_(device < 0 ? -1 : swap_device(device)), device_(device) {}
+  ~Current() {
+    // it was current a moment ago
+    if (former_ != -1 && former_ != device_) swap_device(former_);
+  }
+  Current(const Current&) = delete;
+
+ private:
+  int former_, device_;
+};
+
 template <auto kFunction>
 struct Bound;
 template <class P, void (*kFunction)(const P&, void*)>
 struct Bound<kFunction> {
   static void call(const py::kwargs& arguments) {
-    void* stream = nullptr;
-    const P p = read<P>(arguments, &stream);
+    Place place;
+    const P p = read<P>(arguments, &place);
     py::gil_scoped_release release;
-    kFunction(p, stream);
+    const Current current(place.device);
+    kFunction(p, place.stream);
   }
 };
 template <class P, int64_t (*kFunction)(const P&)>
@@ -308,6 +333,7 @@ PYBIND11_MODULE(LORAFUSE_MODULE, m) {
   m.def("reduce_x", &Bound<reduce_x>::call);
   m.def("decode_codebook", &Bound<decode_codebook>::call);
   m.def("decode_fp8", &Bound<decode_fp8>::call);
+  m.def("swap_device", &swap_device, py::arg("device"));
   m.def("probe_columns", &Bound<probe_columns>::call);
   m.def("probe_flags", &Bound<probe_flags>::call);
 #ifdef LORAFUSE_EMULATED

@@ -105,36 +105,44 @@ def gate_differentiable(name: str, gate: Tensor, up: Tensor) -> Tensor:
 
 def _silu(x: Tensor) -> tuple[Tensor, Tensor]:
     """`(silu(x), its slope)` of one exponential, which a CPU computes slowly; the slope in fp32 at least."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x if x.dtype.itemsize >= 4 else x.float()
     s = torch.sigmoid(wide)
     act = wide * s
-    return act.to(x.dtype), s.addcmul_(act, 1 - s)
+    return act if wide is x else act.to(x.dtype), s.addcmul_(act, 1 - s)
 
 
 def gate_backward(name: str, dh: Tensor, gate: Tensor, up: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up from that of h `[rows, I]`, which is written into; h too, where one is given."""
-    dup = torch.empty_like(dh)
-    for rows in _chunks(gate):
-        d, g, u = dh[rows], gate[rows], up[rows]
-        if name in GATES:
-            forward, backward = GATES[name]
-            dgate, dup[rows] = backward(d, g, u)
-            if h is not None:
-                h[rows] = forward(g, u)
-        else:
-            forward_of_one, backward_of_one = ACTIVATIONS[name]
-            slope = None
-            if name == "silu" and g.is_cpu:
-                act, slope = _silu(g)
-            else:
-                act = forward_of_one(g)
-            if h is not None:
-                torch.mul(act, u, out=h[rows])
-            torch.mul(act, d, out=dup[rows])
-            d.mul_(u)
-            dgate = backward_of_one(d, g) if slope is None else slope.mul_(d)
-        dh[rows] = dgate
+    dup, chunks = torch.empty_like(dh), _chunks(gate)
+    if len(chunks) < 2:
+        dgate = _backward_of_rows(name, dh, gate, up, dup, h)
+        return dgate if dgate.dtype is dh.dtype else dgate.to(dh.dtype), dup
+    for rows in chunks:
+        mine = None if h is None else h[rows]
+        dh[rows] = _backward_of_rows(name, dh[rows], gate[rows], up[rows], dup[rows], mine)
     return dh, dup
+
+
+def _backward_of_rows(name: str, d: Tensor, g: Tensor, u: Tensor, dup: Tensor, h: Tensor | None) -> Tensor:
+    """The gradient of gate; that of up is written into dup, and h where one is given. d is used up."""
+    if name in GATES:
+        forward, backward = GATES[name]
+        if h is not None:
+            h.copy_(forward(g, u))
+        dgate, of_up = backward(d, g, u)
+        dup.copy_(of_up)
+        return dgate
+    forward_of_one, backward_of_one = ACTIVATIONS[name]
+    slope = None
+    if name == "silu" and g.is_cpu:
+        act, slope = _silu(g)
+    else:
+        act = forward_of_one(g)
+    if h is not None:
+        torch.mul(act, u, out=h)
+    torch.mul(act, d, out=dup)
+    d.mul_(u)
+    return backward_of_one(d, g) if slope is None else slope.mul_(d)
 
 
 class GateLayout(str, Enum):

@@ -54,6 +54,14 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def small_groups(monkeypatch):
+    """Layers run as groups however small x is: models of tests have no other."""
+    from lorafuse.integrations import groups
+
+    monkeypatch.setattr(groups, "SMALL", 0)
+
+
 def _method(new, function):
     def allocate(self, *args, dtype=None, device=None, **kwargs):
         # Dynamo cannot trace a method descriptor of torch.Tensor that it meets outside the class

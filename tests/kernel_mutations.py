@@ -8,10 +8,12 @@ from lorafuse.backends import triton as backend
 from lorafuse.kernels import (
     combine,
     common,
+    decode,
     epilogues,
     gated,
     lowrank,
     matmul,
+    packed,
     philox,
     product,
     routing,
@@ -21,7 +23,10 @@ from lorafuse.kernels import (
 )
 
 # every module after those that it imports
-MODULES = (common, philox, rows, routing, epilogues, product, combine, lowrank, matmul, tickets, siblings, gated)
+MODULES = (
+    common, philox, rows, routing, epilogues, product, decode, combine, lowrank, matmul, packed, tickets, siblings,
+    gated,
+)  # fmt: skip
 
 
 def _copy(module, source, folder):

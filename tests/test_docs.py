@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import gpu  # noqa: E402
+import hopper  # noqa: E402
 
 pytestmark = pytest.mark.no_poison
 
@@ -138,8 +139,8 @@ def missing_targets(markdown, makefile):
 
 
 def flags_by_command():
-    """`{command: its flags}` from the argparse parsers themselves, `make gpu` among them."""
-    actual = {"gpu": flags_of(gpu.arguments())}
+    """`{command: its flags}` from the argparse parsers themselves, `make gpu` and bench/hopper.py among them."""
+    actual = {"gpu": flags_of(gpu.arguments()), "hopper": flags_of(hopper.arguments())}
     for name in cli.COMMANDS:
         parser = argparse.ArgumentParser()
         importlib.import_module(f"lorafuse.cli.{name}").add_arguments(parser)

@@ -200,15 +200,21 @@ def counting_fused():
 
 @contextlib.contextmanager
 def counting_groups():
-    """A mock that counts the siblings that ran as one operator inside the block."""
-    with mock.patch.object(groups, "run_linears", wraps=groups.run_linears) as calls:
+    """A mock that counts the siblings that ran as one operator inside the block, where x may be small."""
+    with (
+        mock.patch.object(groups, "SMALL", 0),
+        mock.patch.object(groups, "run_linears", wraps=groups.run_linears) as calls,
+    ):
         yield calls
 
 
 @contextlib.contextmanager
 def counting_mlps():
-    """A mock that counts the gated MLPs that ran as one operator inside the block."""
-    with mock.patch.object(gated_mlp, "run_gated_mlp", wraps=gated_mlp.run_gated_mlp) as calls:
+    """A mock that counts the gated MLPs that ran as one operator inside the block, where x may be small."""
+    with (
+        mock.patch.object(groups, "SMALL", 0),
+        mock.patch.object(gated_mlp, "run_gated_mlp", wraps=gated_mlp.run_gated_mlp) as calls,
+    ):
         yield calls
 
 

@@ -1,21 +1,19 @@
 """What frozen weights hold, and what decoding them takes, by the format of a base. A model, not a measurement.
 
-Bytes of a weight with its scales, as `lorafuse.formats` holds them, which a test counts. Any of them may store stacks
-of experts too, as `lorafuse.integrations.adapt_experts` runs them; transformers quantizes the linear layers alone by
-bitsandbytes, and both as FP8.
+Any of them may store stacks of experts too, as `lorafuse.integrations.adapt_experts` runs them; transformers quantizes
+the linear layers alone by bitsandbytes, and both as FP8.
 """
 
 from lorafuse.advise.shapes import Linear, ModelShapes
+from lorafuse.formats.sizes import stored_bytes
 from lorafuse.plan import DeviceSpec
 
-__all__ = ["BASES", "NF4", "decode_seconds", "frozen_bytes"]
+__all__ = ["BASES", "decode_seconds", "frozen_bytes"]
 
-# 4 bits, one byte a block of 64, and one fp32 a block of 256 of these: 4.127 bits (source NF4)
-NF4 = 4.127 / 8
 # of the product that reads it, and of what is not adapted
 _HALF = 2
-# bytes of a weight and of a row; FP8 with blocks of 128 x 128, MXFP4 with a byte a block of 32
-BASES = {"NF4": (NF4, 0), "FP4": (NF4, 0), "int8": (1.0, 4), "FP8": (1 + 4 / 128**2, 0), "MXFP4": (0.5 + 1 / 32, 0)}
+# their formats in `lorafuse.formats`
+BASES = {"NF4": "nf4", "FP4": "fp4", "int8": "int8", "FP8": "fp8", "MXFP4": "mxfp4"}
 
 
 def frozen_bytes(shapes: ModelShapes, base: str, *, experts: bool = True) -> int:
@@ -44,5 +42,4 @@ def _packed(shapes: ModelShapes, experts: bool) -> list[Linear]:
 def _stored(linear: Linear, base: str) -> float:
     if base not in BASES:
         raise ValueError(f"base {base!r} is not one of {', '.join(BASES)}")
-    of_weight, of_row = BASES[base]
-    return linear.weights * (of_weight + of_row / linear.K)
+    return linear.weights / (linear.N * linear.K) * stored_bytes(BASES[base], linear.N, linear.K)

@@ -11,21 +11,20 @@ read.
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafuse.backends import aten_loop, aten_multi, base, problems
+from lorafuse.backends import aten_loop, aten_multi, aten_wide, base, problems
 from lorafuse.backends.aten_grouped import GroupedMM
 from lorafuse.backends.protocol import Backend, Problems, finish
 from lorafuse.operands import Dropout, Epilogue, LowRank, Rows, Weight
 from lorafuse.philox import keep_mask, row_chunks
 from lorafuse.plan import Plan, no_grouped_mm, select
 
-__all__ = ["Aten", "backend", "has_products"]
+__all__ = ["Aten", "backend"]
 
 # what addmm adds nothing of
 _NO_TERM = {
@@ -70,7 +69,9 @@ class Aten(Backend):
         if a.dtype is not dtype:
             a = a.to(dtype)
         if dropout is None and dtype is x.dtype:
-            xa = torch.mm(x, a) if is_transposed else F.linear(x, a)
+            if is_transposed:
+                return _product(x, a, scale)
+            xa = F.linear(x, a)
         else:
             right = a if is_transposed else a.t()
             xa = x.new_empty((x.shape[0], right.shape[1]), dtype=dtype)
@@ -98,8 +99,8 @@ class Aten(Backend):
         right = b if low.is_transposed else b.t()
         if xa.dtype is not x.dtype:
             right = right if scale == 1.0 else right * scale
-            if x.is_cpu and not has_products(x.dtype):
-                return _wide_product(x, w, bias, (xa, right), x.dtype)
+            if x.is_cpu and not aten_wide.has_products(x.dtype):
+                return aten_wide.product(x, w, bias, (xa, right), x.dtype)
             y = F.linear(x, w.left(), bias)
             for chunk in row_chunks(x.shape[0], max(w.sizes), x.device):
                 y[chunk] = torch.addmm(y[chunk].to(xa.dtype), xa[chunk], right)
@@ -127,9 +128,9 @@ class Aten(Backend):
             product = _chunked_outer(narrow, wide, dropout, like).mul_(scale)
             return (product.t() if is_transposed else product).to(like.dtype)
         if is_transposed and not wide.is_cuda and _takes_transposed(wide):
-            product = _outer(wide.t(), narrow, scale)
+            product = _product(wide.t(), narrow, scale)
         else:
-            product = _outer(_transposed(narrow), wide, scale)
+            product = _product(_transposed(narrow), wide, scale)
             if is_transposed:
                 # (narrowᵀ wide)ᵀ: with the long side last it took 0.26 ms where wideᵀ narrow took 0.34 ms (M 1024,
                 # N 2048, R 16, bf16, Xeon with AMX, 2 threads, 2026-11-24)
@@ -201,10 +202,10 @@ def _masked_matmul(x: Tensor, w: Weight, low: LowRank, wide: Tensor | None, oute
     is_fp32 = xa.dtype is not x.dtype
     if not is_fp32:
         y = torch.mm(scaled, right)
-    elif not x.is_cpu or has_products(x.dtype):
+    elif not x.is_cpu or aten_wide.has_products(x.dtype):
         y = torch.mm(x, w.right())
     else:
-        y = _wide_product(x, w, None, None, torch.float32)
+        y = aten_wide.product(x, w, None, None, torch.float32)
     for chunk in row_chunks(x.shape[0], columns, x.device):
         keep = keep_mask(dropout.seed, dropout.p, chunk, columns)
         if is_fp32:
@@ -216,37 +217,6 @@ def _masked_matmul(x: Tensor, w: Weight, low: LowRank, wide: Tensor | None, oute
     return y.to(x.dtype) if is_fp32 else y.addmm_(x, w.right())
 
 
-def _wide_product(
-    x: Tensor, w: Weight, bias: Tensor | None, low: tuple[Tensor, Tensor] | None, dtype: torch.dtype
-) -> Tensor:
-    """`x wᵀ + bias + low[0] low[1]` of 16-bit x and w, computed in fp32 and rounded once; by parts of w."""
-    (M, K), N, left, wide = x.shape, w.sizes[0], w.left(), x.float()
-    y = x.new_empty((M, N), dtype=dtype)
-    # 256 KiB of w in fp32
-    step = max(64, 2**16 // max(K, 1))
-    for first in range(0, N, step):
-        columns = slice(first, first + step)
-        part = F.linear(wide, left[columns].float(), None if bias is None else bias[columns].float())
-        if low is not None:
-            part.addmm_(low[0], low[1][:, columns])
-        y[:, columns] = part
-    return y
-
-
-@cache
-def has_products(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for products of 16 bits, as torch decides to leave them to oneDNN.
-
-    Without, torch's own loop takes 27 to 30 ms for y and 130 for dx, where fp32 takes 5 (M 128, K 576, N 1536, bf16,
-    EPYC with AVX2, one thread, 2026-11-29).
-    """
-    if not torch.backends.mkldnn.is_available():
-        return False
-    asked = torch.ops.mkldnn
-    is_supported = asked._is_mkldnn_fp16_supported if dtype is torch.float16 else asked._is_mkldnn_bf16_supported
-    return bool(is_supported())
-
-
 def _accumulated(total: Tensor | None, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
     """`total + scale · left right`, written into total where there is one."""
     return _scaled(torch.mm(left, right), scale) if total is None else total.addmm_(left, right, alpha=scale)
@@ -254,7 +224,7 @@ def _accumulated(total: Tensor | None, left: Tensor, right: Tensor, scale: float
 
 def _right(low: LowRank) -> Tensor:
     """The right operand `[R, N]` of a low-rank product, in xa's dtype."""
-    b = low.b.to(low.xa.dtype)
+    b = low.b if low.b.dtype is low.xa.dtype else low.b.to(low.xa.dtype)
     return b if low.is_transposed else b.t()
 
 
@@ -289,8 +259,8 @@ def _masked(x: Tensor, dropout: Dropout | None, rows: slice) -> Tensor:
     return x if dropout is None else x * keep_mask(dropout.seed, dropout.p, rows, x.shape[1])
 
 
-def _outer(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """`scale · left right`, a sum over rows."""
+def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """`scale · left right`."""
     if scale == 1.0 or not left.is_cpu:
         return _scaled(torch.mm(left, right), scale)
     # one operator less, 4.8 instead of 8.1 us for db of one row, and in 16 bits one rounding less (N 64, R 16, fp32,

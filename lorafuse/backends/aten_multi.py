@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lorafuse.backends import aten_wide
 from lorafuse.backends.multi import rank_bounds
 from lorafuse.backends.protocol import Backend
 from lorafuse.operands import Adapters, Rows, Weight
@@ -52,15 +53,22 @@ class _Multi:
         self, run: Backend, x: Tensor, w: Weight, xa: Tensor, f: Tensor, rows: Rows, adapters: Adapters,
         plan: Plan | None, bias: Tensor | None, is_masked: bool, batch_invariant: bool,
     ) -> Tensor:  # fmt: skip
+        # as a layer of one adapter computes it
+        in_fp32 = xa.dtype is not x.dtype and x.is_cpu and not aten_wide.has_products(x.dtype)
         with run.dense(w, x.dtype) as dense:
-            y = _base(x, dense, rows) if batch_invariant else torch.mm(x, dense.right())
+            if in_fp32:
+                parts = [mine for _, mine in _segments(rows)] if batch_invariant else [slice(0, rows.count)]
+                y = torch.cat([aten_wide.product(x[part], dense, None, None, xa.dtype) for part in parts])
+            else:
+                # what is added to it is rounded with it, once
+                y = (_base(x, dense, rows) if batch_invariant else torch.mm(x, dense.right())).to(xa.dtype)
         if bias is not None:
             y += bias
         for g, mine, factor in _adapters(f, rows, adapters, xa.dtype, is_scaled=True):
             for chunk in _chunks(mine, y, is_masked and adapters.seeds is not None):
                 low = _product(xa[chunk, : factor.shape[0]].contiguous(), factor)
                 y[chunk] += _masked(low, g, chunk, mine, adapters if is_masked else None)
-        return y
+        return y.to(x.dtype)
 
     def outer(
         self, run: Backend, narrow: Tensor, wide: Tensor, out: Tensor, rows: Rows, adapters: Adapters,

@@ -34,7 +34,7 @@ from lorafuse.backends.protocol import Problems, device_guard
 from lorafuse.operands import Dropout, Rows, Weight, contiguous_rows
 from lorafuse.plan import DeviceSpec, KernelConfig, Plan, configs_cuda, select
 
-__all__ = ["TYPES", "Cuda", "backend"]
+__all__ = ["TYPES", "Cuda", "backend", "padded_rows"]
 
 # the numbers of Type in api.hpp
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -70,6 +70,10 @@ class Cuda(Aten):
     def guard(self, device: torch.device) -> AbstractContextManager[object]:
         return device_guard(device)
 
+    def place(self, device: torch.device) -> dict[str, int]:
+        """Where a launch goes: a device's current stream, and its index for the runtime of `module`, a static one."""
+        return {"stream": self.stream(device), "device": -1 if device.index is None else device.index}
+
     def matrix(self, t: Tensor) -> Tensor:
         return contiguous_rows(t)
 
@@ -85,7 +89,7 @@ class Cuda(Aten):
         dropout: Dropout | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`(y, xa)`, see `Backend`; x and w are not empty. Rows of xa begin on 16-byte boundaries, for any R."""
-        (M, K), R, dtype, stream = x.shape, a.shape[0], x.dtype, self.stream(x.device)
+        (M, K), R, dtype, place = x.shape, a.shape[0], x.dtype, self.place(x.device)
         config = plan.config("matmul")
         (given_a, a_type), (given_b, _) = _adapter(a, dtype), _adapter(b, dtype)
         b, round_b = _rounding(given_b, dtype, scale)
@@ -94,18 +98,18 @@ class Cuda(Aten):
         if config.fused_xa:
             a, round_a = _rounding(given_a, dtype, 1.0)
             for one in filter(None, (round_a, round_b)):
-                self.native.round_adapter(**one, stream=stream)
-            flags = self._flags(x.device, stream, M)
+                self.native.round_adapter(**one, **place)
+            flags = self._flags(x.device, place["stream"], M)
             fused_xa = {"a": a.data_ptr(), "stride_a": a.stride(0), "workspace": flags.data_ptr()}
         else:
             self.native.project_x(
                 type=TYPES[dtype], a_type=a_type, M=M, K=K, R=R, x=x.data_ptr(), stride_x=x.stride(0),
                 a=given_a.data_ptr(), stride_a=K, xa=xa.data_ptr(), stride_xa=xa.shape[1], **_mask(dropout),
-                rounded=round_b, stream=stream,
+                rounded=round_b, **place,
             )  # fmt: skip
         bias = None if bias is None else _aligned(bias)
         y = self._linear(
-            x, w, False, xa, b, config, stream, R=R, bias=_at(bias), overlap_previous=not config.fused_xa, **fused_xa
+            x, w, False, xa, b, config, place, R=R, bias=_at(bias), overlap_previous=not config.fused_xa, **fused_xa
         )
         return y, xa if xa.shape[1] == R else xa[:, :R]
 
@@ -115,7 +119,7 @@ class Cuda(Aten):
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         """`(dx, da, db, dbias)`, see `Backend`; dy and w are not empty, and something is needed."""
         need_dx, need_da, need_db, need_dbias = needs
-        (M, N), (R, K), dtype, stream = dy.shape, a.shape, dy.dtype, self.stream(dy.device)
+        (M, N), (R, K), dtype, place = dy.shape, a.shape, dy.dtype, self.place(dy.device)
         # linear computes da, and db too where nothing but dyb has a launch before it
         concurrent = plan.kernel == "concurrent_backward"
         db_concurrent = concurrent and any(config.kernel == "project" for config in plan.configs)
@@ -128,7 +132,7 @@ class Cuda(Aten):
             rounded_a, round_a = _rounding(given_a, dtype, 1.0)
         if need_db:
             assert xa is not None
-            xa, db = _padded_rows(xa), given_b.new_empty(b.shape)
+            xa, db = padded_rows(xa), given_b.new_empty(b.shape)
         if need_dbias:
             dbias = dy.new_empty((N,))
         if need_da:
@@ -138,11 +142,11 @@ class Cuda(Aten):
             assert dyb is not None
             transposed, round_b = _rounding(given_b, dtype, scale, transposed=True)
             assert round_b is not None
-            self.native.round_adapter(**round_b, stream=stream)
+            self.native.round_adapter(**round_b, **place)
             self.native.project_x(
                 type=TYPES[dtype], a_type=TYPES[dtype], M=M, K=N, R=R, x=dy.data_ptr(), stride_x=dy.stride(0),
                 a=transposed.data_ptr(), stride_a=transposed.shape[1], xa=dyb.data_ptr(), stride_xa=dyb.shape[1],
-                rounded=round_a, stream=stream,
+                rounded=round_a, **place,
             )  # fmt: skip
         else:
             reduced = {
@@ -152,7 +156,7 @@ class Cuda(Aten):
                 "dbias": _at(dbias),
             }  # fmt: skip
             work = _workspace(self.native.reduce_dy_workspace(**reduced), dy.device)
-            self.native.reduce_dy(**reduced, workspace=work.data_ptr(), rounded=round_a, stream=stream)
+            self.native.reduce_dy(**reduced, workspace=work.data_ptr(), rounded=round_a, **place)
         if need_dx:
             assert dyb is not None
             config = plan.config("matmul")
@@ -163,7 +167,7 @@ class Cuda(Aten):
             if db_concurrent and need_db:
                 sums |= {"layer_xa": _at(xa), "stride_layer_xa": _padded(R), "db": _at(db), "db_type": b_type}
             dx = self._linear(
-                dy, w, True, dyb, rounded_a, config, stream, R=R, overlap_previous=True, **_mask(dropout), **sums,
+                dy, w, True, dyb, rounded_a, config, place, R=R, overlap_previous=True, **_mask(dropout), **sums,
                 scale=scale,
             )  # fmt: skip
         if need_da and not concurrent:
@@ -175,11 +179,12 @@ class Cuda(Aten):
                 **_mask(dropout),
             }  # fmt: skip
             work = _workspace(self.native.reduce_x_workspace(**reduced), dy.device)
-            self.native.reduce_x(**reduced, workspace=work.data_ptr(), stream=stream)
+            self.native.reduce_x(**reduced, workspace=work.data_ptr(), **place)
         return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype), dbias
 
     def _linear(
-        self, x: Tensor, w: Weight, is_transposed: bool, xa: Tensor, b: Tensor, config: KernelConfig, stream: int,
+        self, x: Tensor, w: Weight, is_transposed: bool, xa: Tensor, b: Tensor, config: KernelConfig,
+        place: dict[str, int],
         **more: Any,
     ) -> Tensor:  # fmt: skip
         """`x wᵀ + xa bᵀ`, or `x w + xa b` when `is_transposed`."""
@@ -189,7 +194,7 @@ class Cuda(Aten):
         self.native.linear(
             type=TYPES[x.dtype], M=x.shape[0], N=N, K=K, transposed=is_transposed, x=x.data_ptr(),
             stride_x=x.stride(0), w=data.data_ptr(), stride_w=data.stride(0), xa=xa.data_ptr(), stride_xa=xa.shape[1],
-            b=b.data_ptr(), stride_b=b.stride(0), y=y.data_ptr(), stride_y=N, tiling=_tiling(config), stream=stream,
+            b=b.data_ptr(), stride_b=b.stride(0), y=y.data_ptr(), stride_y=N, tiling=_tiling(config), **place,
             **more,
         )  # fmt: skip
         return y
@@ -229,7 +234,7 @@ class _GroupedLinear(GroupedMM):
             type=TYPES[x.dtype], rows=x.shape[0], groups=G, N=N, K=K, R=xa.shape[1], transposed=is_transposed,
             offsets=rows.cache["int64"].data_ptr(), x=x.data_ptr(), stride_x=x.stride(0), w=w.data_ptr(),
             xa=xa.data_ptr(), stride_xa=xa.stride(0), b=b.data_ptr(), y=y.data_ptr(), stride_y=N,
-            tiling=_tiling(configs_cuda.RAGGED), stream=run.stream(x.device),
+            tiling=_tiling(configs_cuda.RAGGED), **run.place(x.device),
         )  # fmt: skip
         return y
 
@@ -281,7 +286,7 @@ def _codebook(
     run.native.decode_codebook(
         type=TYPES[out.dtype], count=out.numel(), first=first, block_size=block, data=data.data_ptr(),
         code=table.data_ptr(), absmax=absmax.data_ptr(), **pointers, rounded=TYPES[rounded], out=out.data_ptr(),
-        stream=run.stream(out.device),
+        **run.place(out.device),
     )  # fmt: skip
     return True
 
@@ -304,7 +309,7 @@ def _grid(
         type=TYPES[out.dtype], G=G, N=N, K=K, block_rows=rows, block_columns=columns, data=data.data_ptr(),
         scale=scale.data_ptr(), scale_type=scale_type,
         rounded_scale=TYPES[out.dtype if is_scale_rounded else torch.float32], out=out.data_ptr(),
-        stream=run.stream(out.device),
+        **run.place(out.device),
     )  # fmt: skip
     return True
 
@@ -331,7 +336,7 @@ def _rounding(
     }  # fmt: skip
 
 
-def _padded_rows(xa: Tensor) -> Tensor:
+def padded_rows(xa: Tensor) -> Tensor:
     """xa `[M, R]` in a buffer whose rows start on 16-byte boundaries: as `linear_forward` returned it, or copied."""
     R = xa.shape[1]
     if R % _ALIGN == 0:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from lorafuse.operands import Weight
 from lorafuse.plan import DeviceSpec, Problem, recognize
+from lorafuse.plan.configs_triton import MOST_PACKED_ROWS
+from lorafuse.plan.cost import DECODED_IN_LOOP
 
 __all__ = [
     "arch",
@@ -52,9 +54,11 @@ def linear_problem(
     """The problem of matrices `x [M, K]` (or dy `[M, N]`), w `[N, K]` and `a [R, K]`, in any strides."""
     N, K = w.sizes
     aligned = _rows_are_aligned(x) and (w.format != "dense" or _rows_are_aligned(w.data))
+    packed = x.shape[0] <= MOST_PACKED_ROWS and _is_packed(w)
     return _problem(
-        x.shape[0], N, K, a.shape[0], x.dtype, a.dtype, bias, dropout, gradients, aligned, wide, format=w.format_name
-    )
+        x.shape[0], N, K, a.shape[0], x.dtype, a.dtype, bias, dropout, gradients, aligned, wide, format=w.format_name,
+        packed=packed,
+    )  # fmt: skip
 
 
 def siblings_problem(
@@ -82,12 +86,12 @@ def siblings_problem(
 def _problem(
     M: int, N: int, K: int, R: int, dtype: torch.dtype, adapter_dtype: torch.dtype, bias: bool, dropout: bool,
     gradients: tuple[str, ...], aligned: bool, wide: bool, groups: int = 1, is_ragged: bool = False, choices: int = 1,
-    format: str = "dense", epilogue: str = "", siblings: int = 1,
+    format: str = "dense", epilogue: str = "", siblings: int = 1, packed: bool = False,
 ) -> Problem:  # fmt: skip
     of, to = _name(dtype), _name(adapter_dtype)
     return Problem(
         M, N, K, R, of, to, bias, dropout, gradients, aligned, wide, groups, is_ragged, choices, format, epilogue,
-        siblings=siblings,
+        siblings=siblings, packed=packed,
     )  # fmt: skip
 
 
@@ -145,6 +149,14 @@ def _ragged(
         rows, N, K, rank, x.dtype, adapter, bias=False, dropout=False, gradients=_GRADIENTS if backward else (),
         aligned=aligned, wide=False, groups=E, is_ragged=True, choices=choices, format=w.format_name, epilogue=epilogue,
     )  # fmt: skip
+
+
+def _is_packed(w: Weight) -> bool:
+    """Whether the codes of a quantized w are contiguous and each row begins with a byte."""
+    if w.format_name not in DECODED_IN_LOOP or (known := w.kernel) is None:
+        return False
+    *_, rows, columns = w.stored
+    return columns % 2 == 0 or known[1]["code"].numel() == rows * columns
 
 
 @cache

@@ -18,7 +18,7 @@ from torch import Tensor
 from lorafuse.activation import Activation
 from lorafuse.backends import problems, triton_multi
 from lorafuse.backends.protocol import Backend, Problems, device_guard, finish
-from lorafuse.kernels import combine, decode, epilogues, gated, lowrank, matmul, routing, siblings, tickets
+from lorafuse.kernels import combine, decode, epilogues, gated, lowrank, matmul, packed, routing, siblings, tickets
 from lorafuse.kernels.rows import Tiles
 from lorafuse.operands import Activate, Dropout, Epilogue, LowRank, Rows, Weight, contiguous_rows, refuse_negative
 from lorafuse.plan import DeviceSpec, Plan, interpreted_as, select
@@ -99,7 +99,8 @@ class Triton(Backend):
         bias: Tensor | None = None, epilogue: Epilogue | None = None,
     ) -> Any:  # fmt: skip
         assert plan is not None
-        config, programs = plan.config("matmul"), _spec(x.device).sms
+        is_packed = rows is None and plan.kernel == "packed"
+        config, programs = plan.config("packed" if is_packed else "matmul"), _spec(x.device).sms
         bias, xa, b, scale = None if bias is None else bias.contiguous(), None, None, None
         if low is not None:
             xa, b, scale = low.xa.contiguous(), low.b, None if low.scale == 1.0 else low.scale
@@ -107,8 +108,10 @@ class Triton(Backend):
             b = b.mT if low.is_transposed else _packed(b, b.dtype)
         product = tickets.matmul if config.tickets else matmul.matmul
         if rows is None:
+            mask = _mask(None if low is None else low.dropout)
+            if is_packed:
+                return finish(packed.matmul(x, w, bias, xa, b, scale, config, **mask), epilogue)
             with self.dense(w, x.dtype) as dense:
-                mask = _mask(None if low is None else low.dropout)
                 return finish(product(x, _left(dense), bias, xa, b, scale, programs, config, **mask), epilogue)
         act = None if epilogue is None else epilogue.activation
         known = act if isinstance(act, Activation) and _is_fused(act) else None

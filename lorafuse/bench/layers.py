@@ -30,15 +30,16 @@ def peft_linear(
     given: "Inputs", autocast_adapter_dtype: bool = True, quantized: nn.Module | None = None
 ) -> tuple[Any, dict[str, Tensor]]:
     """PEFT's `lora.Linear` and its two factors: in fp32 as shipped, or in the base's dtype; over `quantized`, a layer
-    in 4 bits, where given.
+    in 4 or 8 bits, where given.
     """
     from peft import LoraConfig, get_peft_model
 
     rank = given.a.shape[0]
     config = LoraConfig(r=rank, lora_alpha=int(SCALE * rank), target_modules=["0"])
     whole = nn.Sequential(quantized or plain_linear(given))
-    # PEFT goes by it
-    whole.is_loaded_in_4bit = quantized is not None  # type: ignore[assignment]
+    # PEFT goes by them
+    whole.is_loaded_in_4bit = type(quantized).__name__ == "Linear4bit"  # type: ignore[assignment]
+    whole.is_loaded_in_8bit = type(quantized).__name__ == "Linear8bitLt"  # type: ignore[assignment]
     model = get_peft_model(whole, config, autocast_adapter_dtype=autocast_adapter_dtype)
     layer = model.base_model.model[0]
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lorafuse.bench import group, layer, linear, moe, timed
+from lorafuse.bench import group, layer, linear, moe, quantized, timed
 from lorafuse.bench.problem import Problem, title
 from lorafuse.bench.result import shown
 from lorafuse.bench.timed import Progress
@@ -27,15 +27,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--all", action="store_true", help="every named layer, group and block")
     parser.add_argument("--m", type=int, nargs="+", default=[512, 2048], help="tokens (512 2048)")
     parser.add_argument("--rank", type=int, nargs="+", default=[16], help="of the adapters (16)")
+    parser.add_argument("--quant", choices=quantized.TYPES, nargs="+", help="of linear layers alone: type of the base")
 
 
 def cases(args: argparse.Namespace) -> list[Problem]:
-    """Every case at every M and rank. Raises ValueError for unknown names, ranks above the layers'."""
-    names = [*CASES, *GROUPS, *DECODERS, *MOE_CASES] if args.all else args.case or _DEFAULT
+    """Every case at every M and rank. Raises ValueError for unknown names, ranks above the layers', and a quantized
+    base of what is no linear layer.
+    """
+    every = [*CASES] if args.quant else [*CASES, *GROUPS, *DECODERS, *MOE_CASES]
+    names = every if args.all else args.case or (_DEFAULT[:2] if args.quant else _DEFAULT)
     problems: list[Problem] = []
     for name in names:
         kind = find_any(name)
+        if args.quant and kind != "linear":
+            raise ValueError(f"--quant: {name!r} is no linear layer; name one with --case: {', '.join(CASES)}")
         module: Any = {"linear": linear, "group": group, "layer": layer, "moe": moe}[kind]
+        module = quantized if args.quant else module
         options = {"case": [name], "all": False, "shape": None, "routing": ["balanced"]}
         problems += module.cases(argparse.Namespace(**vars(args) | options))
     return problems

@@ -1,8 +1,8 @@
-"""One linear layer over a base that bitsandbytes stores in 4 bits, forward and backward, with every baseline.
+"""One linear layer over a base stored in 4 or 8 bits, forward and backward, with every baseline.
 
 The references are those of the weight as it is decoded. LoRA tax = time(adapted) / time(frozen, quantized) - 1;
-"over dense" = time / time(lorafuse over the same weight decoded once and kept) - 1: what 4 bits cost. No number is
-printed for a wrong result.
+"over dense" = time / time(lorafuse over the same weight decoded once and kept) - 1: what the format costs. No number
+is printed for a wrong result: on a GPU that leaves bitsandbytes' int8 out where LLM.int8 rounds x to 8 bits.
 """
 
 import argparse
@@ -17,17 +17,19 @@ from lorafuse.bench import linear
 from lorafuse.bench.layers import plain_linear
 from lorafuse.bench.linear import Inputs, Linear
 from lorafuse.bench.problem import Variant, Work
-from lorafuse.demo.quantized import linear_4bit
+from lorafuse.demo.quantized import linear_4bit, linear_8bit
+from lorafuse.formats.sizes import stored_bytes
 from lorafuse.operands import Weight
 
-SUMMARY = "one linear layer over a base in 4 bits, with PEFT and bitsandbytes"
+SUMMARY = "one linear layer over a base in 4 or 8 bits, with PEFT and bitsandbytes"
+TYPES = ("nf4", "fp4", "int8", "int8_torchao")
 
-__all__ = ["SUMMARY", "Quantized", "QuantizedInputs", "add_arguments", "cases"]
+__all__ = ["SUMMARY", "TYPES", "Quantized", "QuantizedInputs", "add_arguments", "cases"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     linear.add_arguments(parser)
-    parser.add_argument("--quant", choices=("nf4", "fp4"), nargs="+", default=["nf4"], help="type of the base (nf4)")
+    parser.add_argument("--quant", choices=TYPES, nargs="+", default=["nf4"], help="type of the base (nf4)")
 
 
 def cases(args: argparse.Namespace) -> list["Quantized"]:
@@ -41,7 +43,9 @@ def cases(args: argparse.Namespace) -> list["Quantized"]:
 
 @dataclass(frozen=True)
 class QuantizedInputs(Inputs):
-    """`w` is the decoded weight; `layer` is bitsandbytes' `Linear4bit`, `stored` its weight by reference."""
+    """`w` is the decoded weight; `layer` is bitsandbytes' `Linear4bit` or `Linear8bitLt`, or an `nn.Linear` with
+    torchao's tensor, `stored` its weight by reference.
+    """
 
     layer: nn.Module
     stored: Weight
@@ -49,7 +53,9 @@ class QuantizedInputs(Inputs):
 
 @dataclass(frozen=True)
 class Quantized(Linear):
-    """`lorafuse.bench.linear.Linear` over a weight stored as `quant`, of blocks of 64 with nested statistics."""
+    """`lorafuse.bench.linear.Linear` over a weight stored as `quant`, one of TYPES: 4 bits in blocks of 64 with nested
+    statistics, int8 with a scale for each row.
+    """
 
     kind: ClassVar[str] = "quantized"
 
@@ -57,7 +63,11 @@ class Quantized(Linear):
 
     def inputs(self, device: torch.device) -> QuantizedInputs:
         dense = super().inputs(device)
-        layer = linear_4bit(plain_linear(dense), self.quant)
+        plain = plain_linear(dense)
+        if self.quant in ("nf4", "fp4"):
+            layer = linear_4bit(plain, self.quant)
+        else:
+            layer = linear_8bit(plain, "torchao" if self.quant == "int8_torchao" else "bitsandbytes")
         stored = formats.adopt(layer)
         assert stored is not None
         given = {field.name: getattr(dense, field.name) for field in fields(dense)}
@@ -69,8 +79,7 @@ class Quantized(Linear):
         return Variant(name, lambda: (call(x),), ("y",), (given.dy,), {"dx": x, **trained})
 
     def work(self, trains: str) -> dict[str, Work]:
-        """Of a dense base, but for the passes over its weight: 4 bits an element, 8 of statistics a block."""
+        """Of a dense base, but for the passes over its weight, which are over what is stored."""
         size = self.N * self.K * self.torch_dtype.itemsize
-        # an absmax of one byte a block, an fp32 one for 256 of them
-        stored = self.N * self.K // 2 + self.N * self.K // 64 + self.N * self.K // 64 // 256 * 4
+        stored = round(stored_bytes(self.quant.partition("_")[0], self.N, self.K))
         return {part: Work(one.flops, one.bytes - size + stored) for part, one in super().work(trains).items()}

@@ -1,4 +1,4 @@
-"""Layers whose weight bitsandbytes stores in 4 bits, made of dense ones."""
+"""Layers whose weight bitsandbytes or torchao stores in 4 or 8 bits, made of dense ones."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import nn
 
 from lorafuse.errors import MissingDependency
 
-__all__ = ["keep_packing", "linear_4bit"]
+__all__ = ["keep_packing", "linear_4bit", "linear_8bit"]
 
 
 def linear_4bit(layer: nn.Linear, kind: str) -> Any:
@@ -23,6 +23,34 @@ def linear_4bit(layer: nn.Linear, kind: str) -> Any:
     made = bnb.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, weight.dtype, device="meta")
     made.weight = bnb.Params4bit(weight.data, requires_grad=False, quant_type=kind, compress_statistics=True)
     made.bias = layer.bias
+    # the move to a device quantizes
+    return made.to(weight.device)
+
+
+def linear_8bit(layer: nn.Linear, library: str = "bitsandbytes") -> Any:
+    """The layer with an int8 weight of a scale for each row: bitsandbytes' `Linear8bitLt`, or a layer like the dense
+    one with "torchao"'s tensor; with its bias, on its device.
+
+    Raises MissingDependency without the library.
+    """
+    weight, sizes, has_bias = layer.weight, (layer.in_features, layer.out_features), layer.bias is not None
+    try:
+        if library == "torchao":
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+            made: Any = nn.Linear(*sizes, has_bias, device="meta")
+            made.weight = nn.Parameter(weight.data, requires_grad=False)
+        else:
+            from bitsandbytes import nn as bnb
+
+            made = bnb.Linear8bitLt(*sizes, has_bias, has_fp16_weights=False, device="meta")
+            made.weight = bnb.Int8Params(weight.data, requires_grad=False, has_fp16_weights=False)
+    except ImportError as error:
+        raise MissingDependency(f"a base in int8 needs {library}: pip install {library}") from error
+    made.bias = layer.bias
+    if library == "torchao":
+        quantize_(made, Int8WeightOnlyConfig())
+        return made
     # the move to a device quantizes
     return made.to(weight.device)
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lorafuse.formats.codec import decode_flat, held, is_of, parse, remembered, spell, target
+from lorafuse.formats.sizes import NESTED_BLOCK
 from lorafuse.formats.weight import Weight
 
 __all__ = ["adopt", "decode", "kernel", "parameters_of", "select", "shape"]
@@ -39,8 +40,6 @@ _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _SMALLEST = 1e-30
 # values of fp32 that are rounded at a time: 256 KiB
 _ROUNDED = 2**16
-# of nested statistics; bitsandbytes has no other
-_NESTED_BLOCK = 256
 _TYPES = ("nf4", "fp4")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -144,9 +143,9 @@ def _absmax(statistics: tuple[Tensor, ...], start: int, stop: int) -> Tensor:
     if len(statistics) == 2:
         return absmax.float()
     _, _, outer, code, offset = statistics
-    first = start // _NESTED_BLOCK
-    outer = outer[first : -(-stop // _NESTED_BLOCK)].repeat_interleave(_NESTED_BLOCK)
-    return code.index_select(0, absmax.int()).mul_(outer[start - first * _NESTED_BLOCK :][: stop - start]).add_(offset)
+    first = start // NESTED_BLOCK
+    outer = outer[first : -(-stop // NESTED_BLOCK)].repeat_interleave(NESTED_BLOCK)
+    return code.index_select(0, absmax.int()).mul_(outer[start - first * NESTED_BLOCK :][: stop - start]).add_(offset)
 
 
 def select(
@@ -219,7 +218,7 @@ def _weight(stored: Tensor, state: Any, owner: str) -> Weight:
     # every forward of every layer comes here, so that texts are made for what is refused alone
     if not (
         kind in _TYPES and block in _BLOCKS and dtype in _DTYPES and len(sizes) in (2, 3)
-        and (nested is None or nested.blocksize == _NESTED_BLOCK)
+        and (nested is None or nested.blocksize == NESTED_BLOCK)
         and not getattr(state, "packing_format_for_cpu", False)
         and data.numel() * data.element_size() == -(-math.prod(sizes) // 2) and data.is_contiguous()
     ):  # fmt: skip
@@ -237,13 +236,13 @@ def _problem(data: Tensor, state: Any, owner: str) -> str:
             "load the model anew and patch it before its first forward in eval mode"
         )
     nested = getattr(state, "state2", None)
-    nested_block = _NESTED_BLOCK if nested is None else nested.blocksize
+    nested_block = NESTED_BLOCK if nested is None else nested.blocksize
     rules = {
         f"quant_type {kind!r}": (kind in _TYPES, f"one of {', '.join(_TYPES)}"),
         f"blocksize {block}": (block in _BLOCKS, f"one of {', '.join(map(str, _BLOCKS))}"),
         f"dtype {dtype}": (dtype in _DTYPES, "bfloat16, float16 or float32"),
         f"shape {sizes}": (len(sizes) in (2, 3), "a matrix [N, K] or a stack [G, N, K]"),
-        f"nested blocksize {nested_block}": (nested_block == _NESTED_BLOCK, str(_NESTED_BLOCK)),
+        f"nested blocksize {nested_block}": (nested_block == NESTED_BLOCK, str(NESTED_BLOCK)),
     }
     for given, (is_held, rule) in rules.items():
         if not is_held:

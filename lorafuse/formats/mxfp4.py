@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from lorafuse.formats.codec import e2m1, is_of, row_chunks, target, unpacked
+from lorafuse.formats.sizes import MXFP4_BLOCK
 from lorafuse.formats.weight import Weight
 
 __all__ = ["adopt", "decode", "kernel", "select", "shape", "weight"]
 
-_BLOCK = 32
 _BIAS = 127
 
 
@@ -36,7 +36,7 @@ def decode(
     out, code = target(out, shape(data, statistics, parameters), dtype, data.device), e2m1(data.device)
     stored, scale, to = data.flatten(0, -2), statistics[0].flatten(0, -2), out.flatten(0, -2)
     for start, stop in row_chunks(out):
-        values = unpacked(stored[start:stop], code, low_first=True).view(*scale[start:stop].shape, _BLOCK)
+        values = unpacked(stored[start:stop], code, low_first=True).view(*scale[start:stop].shape, MXFP4_BLOCK)
         part = scale[start:stop, :, None]
         values = values.mul_(part) if part.is_floating_point() else torch.ldexp(values, part.int() - _BIAS)
         to[start:stop] = values.flatten(1)
@@ -56,7 +56,7 @@ def kernel(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tup
     if not (data.is_contiguous() and scale.is_contiguous()):
         return None
     kind = "" if scale.is_floating_point() else "exponent"
-    return "grid", {"code": data, "kind": "e2m1", "scale": scale, "scale_kind": kind, "block": (1, _BLOCK)}
+    return "grid", {"code": data, "kind": "e2m1", "scale": scale, "scale_kind": kind, "block": (1, MXFP4_BLOCK)}
 
 
 def weight(blocks: Tensor, scales: Tensor) -> Weight:
@@ -64,7 +64,7 @@ def weight(blocks: Tensor, scales: Tensor) -> Weight:
     scales `[…, N, K / 32]`. Raises ValueError for other sizes or dtypes.
     """
     data = blocks.flatten(-2) if blocks.dim() == scales.dim() + 1 else blocks
-    fits = data.dim() in (2, 3) and data.shape == (*scales.shape[:-1], scales.shape[-1] * _BLOCK // 2)
+    fits = data.dim() in (2, 3) and data.shape == (*scales.shape[:-1], scales.shape[-1] * MXFP4_BLOCK // 2)
     if not fits or data.element_size() != 1 or scales.dtype not in (torch.uint8, torch.float32, torch.float8_e8m0fnu):
         raise ValueError(
             f"MXFP4 blocks {blocks.dtype} {list(blocks.shape)} and scales {scales.dtype} {list(scales.shape)}; blocks "

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from lorafuse.formats.codec import e2m1, is_of, row_chunks, scale_blocks, target, unpacked
+from lorafuse.formats.sizes import NVFP4_BLOCK
 from lorafuse.formats.weight import Weight
 
 __all__ = ["adopt", "decode", "kernel", "select", "shape"]
-
-_BLOCK = 16
 
 
 def shape(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tuple[int, ...]:
@@ -38,7 +37,7 @@ def decode(
     scale, divisor = statistics
     for start, stop in row_chunks(out):
         values = unpacked(data[start:stop], code, low_first=True).view(stop - start, out.shape[-1])
-        out[start:stop] = scale_blocks(values, scale[start:stop].float() / divisor, _BLOCK)
+        out[start:stop] = scale_blocks(values, scale[start:stop].float() / divisor, NVFP4_BLOCK)
     return out
 
 
@@ -47,7 +46,7 @@ def kernel(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tup
     scale, divisor = statistics
     if not (data.is_contiguous() and scale.is_contiguous()):
         return None
-    given = {"scale": scale.view(torch.uint8), "scale_kind": "float8", "divisor": divisor, "block": (1, _BLOCK)}
+    given = {"scale": scale.view(torch.uint8), "scale_kind": "float8", "divisor": divisor, "block": (1, NVFP4_BLOCK)}
     return "grid", {"code": data, "kind": "e2m1", **given}
 
 
@@ -73,7 +72,7 @@ def adopt(storage: object, name: str = "weight") -> Weight | None:
     else:
         return None
     divisor = getattr(layer, f"{name}_global_scale")
-    fits = data.dim() == 2 and scale.shape == (data.shape[0], 2 * data.shape[1] // _BLOCK) and divisor.numel() == 1
+    fits = data.dim() == 2 and scale.shape == (data.shape[0], 2 * data.shape[1] // NVFP4_BLOCK) and divisor.numel() == 1
     if data.dtype is not torch.uint8 or scale.dtype not in (torch.uint8, torch.float8_e4m3fn) or not fits:
         raise ValueError(
             f"{type(layer).__name__} holds {data.dtype} {list(data.shape)} and scales {scale.dtype} "

@@ -1,6 +1,7 @@
 """Layers that read one x as one operator each: siblings, and the gated MLP of a transformer."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -68,19 +69,32 @@ def lora_linears(x: Tensor, projections: Sequence[Projection], *, backend: str |
     """
     if not len(projections):
         raise ValueError("lora_linears got no projection; it runs one or more layers of one x")
-    named = {f"projection {i}": one for i, one in enumerate(projections)}
+    named = dict(zip(_numbered(len(projections)), projections, strict=True))
     return _siblings("lora_linears", x, named, backend)
 
 
-def run_linears(x: Tensor, projections: Sequence[Projection], backend: str | None) -> tuple[Tensor, ...]:
-    """`lora_linears` for callers that know that operands fit each other and x, which no transform sees."""
-    x, arguments = _prepared("lora_linears", x, {f"projection {i}": one for i, one in enumerate(projections)}, backend)
+def run_linears(
+    x: Tensor, projections: Sequence[Projection], backend: str | None, wide: bool = False
+) -> tuple[Tensor, ...]:
+    """`lora_linears` for callers that know that operands fit each other and x, which no transform sees.
+
+    `wide` computes low-rank paths in fp32, over bf16 too.
+    """
+    x, arguments = _prepared("lora_linears", x, projections, _numbered(len(projections)), backend, wide)
     return tuple(_group.lora_linears(x, *arguments))
 
 
-def run_gated_mlp(x: Tensor, layers: Sequence[Projection], activation: str, backend: str | None) -> Tensor:
+@cache
+def _numbered(count: int) -> tuple[str, ...]:
+    """What messages call projections without a name."""
+    return tuple(f"projection {i}" for i in range(count))
+
+
+def run_gated_mlp(
+    x: Tensor, layers: Sequence[Projection], activation: str, backend: str | None, wide: bool = False
+) -> Tensor:
     """`lora_gated_mlp` of gate, up and down for the same callers, up being kept."""
-    x, arguments = _prepared("lora_gated_mlp", x, dict(zip(("gate", "up", "down"), layers, strict=True)), backend)
+    x, arguments = _prepared("lora_gated_mlp", x, layers, ("gate", "up", "down"), backend, wide)
     return _gated_mlp.lora_gated_mlp(x, *arguments, activation, False)
 
 
@@ -160,32 +174,44 @@ def _arguments(
                     f"{operator} got a gate of {inner} out features and an up of {N}; they must be as many"
                 )
             inner = N
-    return _prepared(operator, x, {name: _unwrapped(one) for name, one in named.items()}, backend)
+    return _prepared(operator, x, [_unwrapped(one) for one in named.values()], list(named), backend)
 
 
 def _prepared(
-    operator: str, x: Tensor, named: Mapping[str, Projection], backend: str | None
-) -> tuple[Tensor, tuple]:  # fmt: skip
+    operator: str, x: Tensor, every: Sequence[Projection], names: Sequence[str], backend: str | None, wide: bool = False
+) -> tuple[Tensor, tuple]:
     """The same without checks of shapes and devices."""
     autocast, dtype = autocast_is_on(x), x.dtype
     if autocast and x.is_floating_point() and x.dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
-        named = {name: _cast(one, dtype) for name, one in named.items()}
-    for name, one in named.items():
-        _check_dtypes(operator, x, name, one)
-    every = list(named.values())
-    weights = [one.weight if isinstance(one.weight, Weight) else Weight(one.weight) for one in every]
-    # PEFT computes the low-rank path in the adapters' dtype; of those only fp16 is short of range
-    factors = [t for one in every for t in (one.a, one.b) if t is not None]
-    wide = dtype is torch.float16 and not autocast and any(t.dtype is not dtype for t in factors)
-    seeds = [_seed(one, x) for one in every]
-    return x, (
-        [w.data for w in weights], [one.bias for one in every], [one.a for one in every], [one.b for one in every],
-        seeds, [t for w in weights for t in w.statistics], [float(one.scale) for one in every],
-        [float(one.dropout_p) for one in every], [w.format for w in weights], [len(w.statistics) for w in weights],
-        for_masks(requested_backend(backend), seeds), wide,
-    )  # fmt: skip
+        every = [_cast(one, dtype) for one in every]
+    # the lists of `ops.layers.SCHEMA`, filled in one loop, which every call of a group runs
+    lists: tuple[list, ...] = ([], [], [], [], [], [], [], [], [], [])
+    weights, biases, of_a, of_b, seeds, statistics, scales, dropout_ps, formats, counts = lists
+    for i, one in enumerate(every):
+        weight, a, b, scale, bias, dropout_p, _ = one
+        _check_dtypes(operator, x, names[i], one)
+        if isinstance(weight, Weight):
+            check_statistics(operator, x, weight)
+            weights.append(weight.data)
+            statistics += weight.statistics
+            formats.append(weight.format)
+            counts.append(len(weight.statistics))
+        else:
+            weights.append(weight)
+            formats.append("dense")
+            counts.append(0)
+        biases.append(bias)
+        of_a.append(a)
+        of_b.append(b)
+        seeds.append(_seed(one, x) if dropout_p else None)
+        scales.append(float(scale))
+        dropout_ps.append(float(dropout_p))
+        # PEFT computes the low-rank path in the adapters' dtype; of those only fp16 is short of range
+        if dtype is torch.float16 and not autocast and a is not None and b is not None:
+            wide |= a.dtype is not dtype or b.dtype is not dtype
+    return x, (*lists, for_masks(requested_backend(backend), seeds), wide)
 
 
 def _seed(one: Projection, x: Tensor) -> Tensor | None:

@@ -29,6 +29,7 @@ def lora_linear_multi(
     grad_buffers: tuple[Tensor, Tensor] | None = None,
     batch_invariant: bool = True,
     backend: str | None = None,
+    wide: bool = False,
 ) -> Tensor:
     """One frozen linear layer over rows of L adapters: `y = x·weightᵀ + bias + scale[g] · (drop(x)·a[g]ᵀ)·b[g]ᵀ`.
 
@@ -58,6 +59,7 @@ def lora_linear_multi(
             fp32, one thread of an EPYC with AVX2, shared, 2026-11-29), and whose bits depend on all rows. "triton" is
             as fast either way, and always invariant.
         backend: "eager", "triton" or "auto"; None takes that of `lorafuse.use_backend`.
+        wide: True computes the low-rank path in fp32 over x of bf16 too, as it is over fp16 where adapters are not.
 
     Returns y `[…, N]` in x's dtype; gradients reach x, a and b.
 
@@ -93,7 +95,7 @@ def lora_linear_multi(
     if p is not None and seeds is None:
         seeds = torch.randint(0, 2**63 - 1, (len(ranks),), dtype=torch.int64, device=x.device)
     # PEFT computes the low-rank path in the adapters' dtype; of those only fp16 is short of range
-    wide = x.dtype is torch.float16 and not autocast and (a.dtype is not x.dtype or b.dtype is not x.dtype)
+    wide |= x.dtype is torch.float16 and not autocast and (a.dtype is not x.dtype or b.dtype is not x.dtype)
     return _multi.lora_linear_multi(
         x, offsets, w, bias, a, b, None if p is None else seeds, ranks, scales, p, batch_invariant,
         requested_backend(backend), wide, stored.format, list(stored.statistics) or None, grad_buffers,

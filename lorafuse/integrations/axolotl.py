@@ -32,7 +32,7 @@ class LorafuseArgs(BaseModel):
 
     lorafuse_backend: str = "auto"
     lorafuse_strict: bool = False
-    lorafuse_groups: bool = False
+    lorafuse_groups: bool = True
     lorafuse_dropout_rng: str = "philox"
 
 

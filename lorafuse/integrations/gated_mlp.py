@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from lorafuse.activation import ACTIVATIONS, GATES, gate_differentiable
 from lorafuse.functional import Projection, run_gated_mlp
 from lorafuse.integrations import calls
-from lorafuse.integrations.groups import fits
+from lorafuse.integrations.groups import fits, is_small, why_not_alike
 from lorafuse.integrations.hf_common import altered, interception, is_called_otherwise, original
-from lorafuse.integrations.hf_peft import FusedLinear, operands_of
-from lorafuse.integrations.hf_quantized import stored
+from lorafuse.integrations.hf_peft import Member, operands_of
+from lorafuse.integrations.hf_quantized import dtypes_of, stored
 from lorafuse.integrations.report import Group, Skipped
 from lorafuse.operands import Weight
 from lorafuse.ops.autocast import outside_autocast
@@ -94,7 +94,7 @@ class _Roles:
 
     def output(self, parent: Any, x: Any) -> Tensor | None:
         """y of the parent called with x; None where its layers have to be called."""
-        if not isinstance(x, Tensor) or not 1 <= x.dim() <= 4 or interception(x) is not None:
+        if not isinstance(x, Tensor) or is_small(x) or not 1 <= x.dim() <= 4 or interception(x) is not None:
             return None
         if not self._is_as_checked(parent):
             return None
@@ -103,27 +103,35 @@ class _Roles:
         if None in operands:
             return None
         gate, up, down = operands
-        backends = {member._lorafuse_backend for member in members if isinstance(member, FusedLinear)}
+        backends = {member._lorafuse_backend for member in members if isinstance(member, Member)}
         first = next((one for one in operands if one[1] is not None), None)
-        inner = gate[0].shape[:1]
+        inner = _out_features(gate)
         if (
             first is None
             or len(backends) > 1
             or not fits(gate, first, x, x.shape[-1:])
             or not fits(up, first, x, x.shape[-1:])
             or not fits(down, first, x, inner)
-            or up[0].shape[:1] != inner
+            or _out_features(up) != inner
         ):
             return None
+        dtypes = None
+        if type(first[0]) is Weight:
+            given = zip(members, operands, strict=True)
+            dtypes, *others = {dtypes_of(member.get_base_layer(), x, one) for member, one in given}
+            # what lies between layers would be computed in another dtype
+            if others or dtypes.computed is not dtypes.returned:
+                return None
         seeds: list[Tensor | None] = [None] * 3
         # masks are drawn in the order in which layers are called
         for i in (1, 0, 2) if self.is_up_first else range(3):
             if operands[i][5]:
                 seeds[i] = seed_tensor(None, x.device)
         layers = [Projection(w, a, b, scale, bias, p, seeds[i]) for i, (w, a, b, scale, bias, p) in enumerate(operands)]
-        y = run_gated_mlp(x, layers, self.activation, backends.pop())
+        settings = self.activation, backends.pop()
+        y = run_gated_mlp(x, layers, *settings) if dtypes is None else dtypes.run(run_gated_mlp, x, layers, *settings)
         for member in members:
-            if isinstance(member, FusedLinear):
+            if isinstance(member, Member):
                 calls.ran_grouped(member)
         return y
 
@@ -150,14 +158,18 @@ def _has(module: nn.Module, attributes: dict[str, Any]) -> bool:
     return True
 
 
+def _out_features(operands: tuple) -> torch.Size | tuple[int, ...]:
+    weight = operands[0]
+    return weight.stored[:1] if type(weight) is Weight else weight.shape[:1]
+
+
 def _operands(member: Any) -> tuple | None:
     """Operands of a layer in its present state, a and b None where it has no adapter; None where it must be called."""
     kind = type(member)
     if member is None or altered(member) or is_called_otherwise(kind):
         return None
-    if isinstance(member, FusedLinear):
-        operands = operands_of(member)
-        return None if operands is None or type(operands[0]) is Weight else operands
+    if isinstance(member, Member):
+        return operands_of(member)
     weight = member._parameters.get("weight")
     if kind.forward is not _LINEAR_FORWARD or type(weight) is not nn.Parameter or weight.requires_grad:
         return None
@@ -238,10 +250,12 @@ def _has_its_sizes(sizes: dict[str, tuple[int, int]]) -> bool:
 
 def _roles(parent: Any, children: dict[str, nn.Linear], fused: set[Any]) -> _Roles | str:
     """The roles of three children, whose base layers are given; or why the parent's forward is no operator."""
+    if reason := why_not_alike(list(children.values())):
+        return reason
     for name, base in children.items():
         child = parent._modules[name]
-        if type(base) is not nn.Linear or stored(base) is not None:
-            return f"the base of {name} is quantized or no plain nn.Linear"
+        if child is base and stored(base) is not None:
+            return f"{name} is quantized and has no adapter"
         if child is not base and child not in fused:
             return f"{name} is left to PEFT"
     others = {name: child for name, child in parent._modules.items() if name not in children and child is not None}

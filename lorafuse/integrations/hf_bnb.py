@@ -2,21 +2,25 @@
 
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 
-from lorafuse.integrations.hf_peft import fused
+from lorafuse.integrations.hf_peft import Member, fused, rejoins
 
 __all__ = ["SHIPPED", "FusedLinear4bit", "FusedLinear8bitLt"]
 
 
-class FusedLinear4bit(Linear4bit):
+class FusedLinear4bit(Linear4bit, Member):
     """`peft.tuners.lora.bnb.Linear4bit` whose forward is one lorafuse operator."""
 
+    _lorafuse_kind = Linear4bit
     forward = fused(Linear4bit)
+    __setstate__ = rejoins(Linear4bit)
 
 
-class FusedLinear8bitLt(Linear8bitLt):
+class FusedLinear8bitLt(Linear8bitLt, Member):
     """`peft.tuners.lora.bnb.Linear8bitLt` whose forward is one lorafuse operator."""
 
+    _lorafuse_kind = Linear8bitLt
     forward = fused(Linear8bitLt)
+    __setstate__ = rejoins(Linear8bitLt)
 
 
 # our class: PEFT's

@@ -85,11 +85,11 @@ def run_mixed(layer: Any, x: Tensor, names: list[str], read: Callable[[Any, list
     ranks = [one.shape[0] for one in a]
 
     def run(
-        x: Tensor, weight: Any, a: Tensor, b: Tensor, scales: Any, bias: Any, p: Any, _: None, backend: Any, **__: Any
-    ) -> Tensor:
-        # rounds the low-rank path as dense bases do, whatever the precision that run_quantized names
+        x: Tensor, weight: Any, a: Tensor, b: Tensor, scales: Any, bias: Any, p: Any, _: None, backend: Any,
+        wide: bool = False,
+    ) -> Tensor:  # fmt: skip
         return lora_linear_multi(
-            x, offsets, weight, a, b, ranks=ranks, scales=scales, bias=bias, dropout_p=p, backend=backend
+            x, offsets, weight, a, b, ranks=ranks, scales=scales, bias=bias, dropout_p=p, backend=backend, wide=wide
         )
 
     rows = x if order is None else x.index_select(0, order)

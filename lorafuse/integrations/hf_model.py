@@ -15,7 +15,7 @@ from lorafuse.integrations.bypassed import bypassed
 from lorafuse.integrations.hf_common import FSDP1, is_fsdp1, is_fsdp2, watched
 from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, wrappers
 from lorafuse.integrations.hf_mixed import lift, lower
-from lorafuse.integrations.hf_peft import FusedLinear, FusedTorchaoLinear, FusedWeight, why_not_fused
+from lorafuse.integrations.hf_peft import FusedLinear, FusedTorchaoLinear, FusedWeight, Member, why_not_fused
 from lorafuse.integrations.hf_quantized import described_format, notes, stored
 from lorafuse.integrations.report import Patched, PatchReport, Skipped
 from lorafuse.operands import Weight
@@ -151,7 +151,7 @@ def adopt(layer: Any, backend: str, dropout_rng: str = "philox") -> None:
 
 def regroup(model: nn.Module, layers: list[Any], report: PatchReport, has_groups: bool) -> None:
     """Make groups of adopted layers, into the report; without `has_groups` take them apart."""
-    linear = [layer for layer in layers if isinstance(layer, FusedLinear)]
+    linear = [layer for layer in layers if isinstance(layer, Member)]
     gated_mlp.dissolve(model)
     if not has_groups:
         for layer in linear:

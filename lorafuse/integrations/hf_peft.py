@@ -39,7 +39,16 @@ from lorafuse.integrations.hf_tensor_parallel import TWO_MESHES, Sharded, run_sh
 from lorafuse.operands import Weight
 from lorafuse.philox import draw_mask
 
-__all__ = ["FusedLinear", "FusedTorchaoLinear", "FusedWeight", "fused", "operands_of", "why_not_fused"]
+__all__ = [
+    "FusedLinear",
+    "FusedTorchaoLinear",
+    "FusedWeight",
+    "Member",
+    "fused",
+    "operands_of",
+    "rejoins",
+    "why_not_fused",
+]
 
 
 # weight, a, b, scale, bias, dropout_p
@@ -136,21 +145,41 @@ def _replaced(shipped: type) -> str:
     return f"{shipped.__module__.removesuffix('.layer')}.{shipped.__name__}.forward was replaced"
 
 
-class FusedLinear(PeftLinear):
-    """`peft.tuners.lora.Linear` whose forward is one lorafuse operator; created by `lorafuse.patch`, not by hand."""
+class Member:
+    """A base of our classes of linear layers whose objects may run in one operator with others.
 
-    forward = fused(PeftLinear)
+    The last base, without slots: Python gives an object another class only where the layout stays, by the first base.
+    """
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy, or what pickle loads."""
-        super().__setstate__(state)
+    __slots__ = ()
+    # PEFT's class
+    _lorafuse_kind: type
+
+
+def rejoins(shipped: Any) -> Any:
+    """`__setstate__` of such a class: of a copy, or of what pickle loads."""
+
+    def __setstate__(self: Any, state: dict[str, Any]) -> None:
+        shipped.__setstate__(self, state)
         join(self)
 
+    return __setstate__
 
-class FusedTorchaoLinear(TorchaoLoraLinear):
+
+class FusedLinear(PeftLinear, Member):
+    """`peft.tuners.lora.Linear` whose forward is one lorafuse operator; created by `lorafuse.patch`, not by hand."""
+
+    _lorafuse_kind = PeftLinear
+    forward = fused(PeftLinear)
+    __setstate__ = rejoins(PeftLinear)
+
+
+class FusedTorchaoLinear(TorchaoLoraLinear, Member):
     """The same of `peft.tuners.lora.torchao.TorchaoLoraLinear`."""
 
+    _lorafuse_kind = TorchaoLoraLinear
     forward = fused(TorchaoLoraLinear)
+    __setstate__ = rejoins(TorchaoLoraLinear)
 
 
 class FusedWeight(ParamWrapper):
@@ -265,7 +294,8 @@ def _sharded(layer: Any, names: list[str]) -> Sharded | str:
 
 def operands_of(layer: Any) -> _Operands | None:
     """The operands of one of our layers where it runs fused in its present state, with nothing to compute before."""
-    if layer._disable_adapters or layer.merged_adapters or PeftLinear.forward is not _forwards[PeftLinear]:
+    kind = layer._lorafuse_kind
+    if layer._disable_adapters or layer.merged_adapters or kind.forward is not _forwards[kind]:
         return None
     parts: Any = _parts(layer)
     # torch's masks are drawn when PEFT would draw them, in the call of each layer

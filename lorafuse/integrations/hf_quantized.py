@@ -13,21 +13,32 @@ but not equal to theirs. The others give what their libraries give.
 Nothing of a library is imported here: whoever holds such a layer has brought it.
 """
 
+import contextlib
 import sys
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lorafuse import formats
-from lorafuse.functional import run_linear
+from lorafuse.functional import Projection, run_linear
 from lorafuse.integrations.hf_common import original
 from lorafuse.operands import Weight
 from lorafuse.ops.autocast import autocast_is_on, outside_autocast
 
-__all__ = ["PACKED", "described_format", "is_quantized", "multiplies_packed", "notes", "run_quantized", "stored"]
+__all__ = [
+    "PACKED",
+    "Dtypes",
+    "described_format",
+    "dtypes_of",
+    "is_quantized",
+    "multiplies_packed",
+    "notes",
+    "run_quantized",
+    "stored",
+]
 
 PACKED = "few rows without gradients: bitsandbytes multiplies by the weight as it is packed"
 # where the classes of linear layers with a forward of their own are defined
@@ -95,6 +106,43 @@ def run_quantized(
     """y of `run`, or `run_linear`, over a quantized base, in the dtypes of the table above."""
     run = run or run_linear
     weight, a, b, scale, bias, dropout_p = operands
+    dtypes = dtypes_of(base, x, operands)
+    if bias is not None:
+        bias = bias.to(dtypes.computed)
+    with dtypes.block(x):
+        y = run(x.to(dtypes.computed), weight, a, b, scale, bias, dropout_p, seed, backend, wide=dtypes.wide)
+    return y.to(dtypes.returned)
+
+
+class Dtypes(NamedTuple):
+    """The row of the table above that a call of a layer has.
+
+    Attributes:
+        computed, returned: the dtypes of the product and of y.
+        wide: whether the low-rank path is computed in fp32.
+        is_outside: whether autocast, which has another dtype, is kept out.
+    """
+
+    computed: torch.dtype
+    returned: torch.dtype
+    wide: bool
+    is_outside: bool
+
+    def block(self, x: Tensor) -> contextlib.AbstractContextManager[object]:
+        """Where the operator is called."""
+        return outside_autocast(x) if self.is_outside else contextlib.nullcontext()
+
+    def run(self, several: Callable[..., Any], x: Tensor, layers: list[Projection], *rest: Any) -> Any:
+        """The results of `several` layers that have these, before they are cast to `returned`."""
+        dtype = self.computed
+        layers = [one if one.bias is None else one._replace(bias=one.bias.to(dtype)) for one in layers]
+        with self.block(x):
+            return several(x.to(dtype), layers, *rest, self.wide)
+
+
+def dtypes_of(base: nn.Module, x: Tensor, operands: tuple[Any, ...]) -> Dtypes:
+    """Those of a layer over a quantized base called with x."""
+    a, b = operands[1:3]
     kind, is_autocast = _forwards.get(type(base).forward), autocast_is_on(x)
     dtype = returned = x.dtype
     if kind == "Linear4bit":
@@ -108,18 +156,10 @@ def run_quantized(
         # torchao decodes, as bitsandbytes does in training on a CPU, and multiplies by a function that autocast knows
         if kind is None or (kind == "Linear8bitLt" and x.is_cpu and base.training):
             returned = dtype
-    if bias is not None:
-        bias = bias.to(dtype)
-    x = x.to(dtype)
-    if not is_autocast or dtype is torch.get_autocast_dtype(x.device.type):
-        # GPU kernels add the low-rank path to fp32 sums; on a CPU it is rounded apart, unless it is fp32 as in PEFT
-        is_fp32 = a.dtype is b.dtype is torch.float32 and not is_autocast and kind != "FP8Linear"
-        wide = dtype is torch.bfloat16 and x.is_cpu and is_fp32
-        y = run(x, weight, a, b, scale, bias, dropout_p, seed, backend, wide=wide)
-    else:
-        with outside_autocast(x):
-            y = run(x, weight, a, b, scale, bias, dropout_p, seed, backend)
-    return y.to(returned)
+    is_outside = is_autocast and dtype is not torch.get_autocast_dtype(x.device.type)
+    # GPU kernels add the low-rank path to fp32 sums; on a CPU it is rounded apart, unless it is fp32 as in PEFT
+    is_fp32 = a.dtype is b.dtype is torch.float32 and not is_autocast and kind != "FP8Linear"
+    return Dtypes(dtype, returned, dtype is torch.bfloat16 and x.is_cpu and is_fp32, is_outside)
 
 
 def multiplies_packed(base: nn.Module, x: Tensor) -> bool:

@@ -28,7 +28,7 @@ class LorafuseCallback(Callback):
         *,
         backend: str = "auto",
         strict: bool = False,
-        groups: bool = False,
+        groups: bool = True,
         log: Callable[[str], object] | None = print,
         dropout_rng: str = "philox",
     ) -> None:

@@ -31,7 +31,7 @@ def _hf_model() -> ModuleType:
 
 
 def patch(
-    model: nn.Module, *, backend: str = "auto", strict: bool = False, groups: bool = False, dropout_rng: str = "philox"
+    model: nn.Module, *, backend: str = "auto", strict: bool = False, groups: bool = True, dropout_rng: str = "philox"
 ) -> PatchReport:
     """Run every LoRA layer of a PEFT model fused, in place; the rest of the model and its files stay as they are.
 
@@ -45,9 +45,10 @@ def patch(
         backend: the one every patched layer must use; "auto" follows `lorafuse.use_backend`, which chooses by itself
             unless told.
         strict: raise ValueError, leaving the model as it was, if no layer is adapted or any would be left to PEFT.
-        groups: run layers of one parent that are called with one x (q, k and v) as one operator, where their bases are
-            dense, and gated MLPs whole. Names of known families tell which read one x; others are learned from one
-            forward. An MLP is known by a run of its forward with small layers.
+        groups: run layers of one parent that are called with one x (q, k and v) as one operator, and gated MLPs whole,
+            in calls with gradients where x is not small. Names of known families tell which read one x; others are
+            learned from one forward. An MLP is known by a run of its forward with small layers. False leaves layers
+            and parents apart.
         dropout_rng: "torch" draws the masks that PEFT draws at the same seed, in the same calls, so that curves are
             PEFT's: each is saved for backward, a byte for each element of x, and backend "eager" runs the layers whose
             dropout is on, each alone. "philox" draws lorafuse's own, which no kernel has to read.

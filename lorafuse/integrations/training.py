@@ -27,7 +27,7 @@ class Training:
         self,
         backend: str = "auto",
         strict: bool = False,
-        groups: bool = False,
+        groups: bool = True,
         log: Callable[[str], object] | None = print,
         dropout_rng: str = "philox",
     ) -> None:

@@ -19,13 +19,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["KERNELS", "codebook", "grid"]
+from lorafuse.formats.sizes import NESTED_BLOCK
+
+__all__ = [
+    "KERNELS",
+    "TYPES",
+    "check",
+    "codebook",
+    "codebook_scale",
+    "codebook_values",
+    "grid",
+    "grid_scale",
+    "grid_values",
+]
 
 # codes of a thread: 16 bytes of them are one load
 _BYTES, _WARPS = 2048, 4
-# blocks of the scales of a nested codebook
-_OUTER = tl.constexpr(256)
-_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+# blocks of a scale of scales
+_NESTED_BLOCK = tl.constexpr(NESTED_BLOCK)
+TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def codebook_scale(p_scale, p_outer_table, p_outer_scale, p_offset, i_block, exists):
+    """fp32 scales of blocks; of those that are nested, from the table and the scales of their own blocks."""
+    scale = tl.load(p_scale + i_block, mask=exists, other=0)
+    if p_outer_table is not None:
+        outer = tl.load(p_outer_scale + i_block // _NESTED_BLOCK, mask=exists, other=0.0)
+        scale = tl.load(p_outer_table + scale.to(tl.int32)) * outer + tl.load(p_offset)
+    return scale.to(tl.float32)
+
+
+@triton.jit
+def codebook_values(code, p_table, scale):
+    """`table[nibble] · scale`, twice as many columns as bytes."""
+    code = code.to(tl.int32)
+    return tl.interleave(tl.load(p_table + (code >> 4)) * scale, tl.load(p_table + (code & 15)) * scale)
 
 
 @triton.jit
@@ -39,16 +68,11 @@ def _decode_codebook_kernel(
     end = first + count
     # one scale for a block and not for an element: of two that are neighbours in a thread, ptxas contracts product and
     # sum of Blackwell's packed instructions, whatever their rounding (CUDA 12.9, 2026-11-29)
-    exists = i_block * BLOCK < end
-    scale = tl.load(p_scale + i_block, mask=exists, other=0)
-    if p_outer_table is not None:
-        outer = tl.load(p_outer_scale + i_block // _OUTER, mask=exists, other=0.0)
-        scale = tl.load(p_outer_table + scale.to(tl.int32)) * outer + tl.load(p_offset)
-    scale = scale.to(tl.float32)[:, None]
+    scale = codebook_scale(p_scale, p_outer_table, p_outer_scale, p_offset, i_block, i_block * BLOCK < end)
     o_byte = i_block[:, None] * HALF + tl.arange(0, HALF)[None, :]
     inside = (o_byte >= first // 2) & (o_byte < (end + 1) // 2)
-    code = tl.load(p_code + o_byte, mask=inside, other=0, eviction_policy="evict_first").to(tl.int32)
-    value = tl.interleave(tl.load(p_table + (code >> 4)) * scale, tl.load(p_table + (code & 15)) * scale)
+    code = tl.load(p_code + o_byte, mask=inside, other=0, eviction_policy="evict_first")
+    value = codebook_values(code, p_table, scale[:, None])
     o_out = i_block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :] - first
     tl.store(p_out + o_out, value.to(ROUNDED).to(p_out.dtype.element_ty), mask=(o_out >= 0) & (o_out < count))
 
@@ -80,7 +104,19 @@ def _exponent(code, BIAS: tl.constexpr):
 
 
 @triton.jit
-def _grid_scale(scale, p_divisor, SCALE: tl.constexpr, ROUNDED: tl.constexpr):
+def grid_values(code, CODE: tl.constexpr):
+    """fp32 of codes; of e2m1 twice as many columns as bytes, the low nibble first."""
+    if CODE == "e2m1":
+        code = code.to(tl.int32)
+        return tl.interleave(_float4(code & 15), _float4(code >> 4))
+    elif CODE == "integer":
+        return code.to(tl.float32)
+    else:
+        return _float8(code, 3 if CODE == "e4m3" else 2)
+
+
+@triton.jit
+def grid_scale(scale, p_divisor, SCALE: tl.constexpr, ROUNDED: tl.constexpr):
     """fp32 of scales as they are stored."""
     if SCALE == "float8":
         scale = _float8(scale, 3)
@@ -110,17 +146,14 @@ def _decode_grid_kernel(
     o_k = first + tl.arange(0, BLOCK)
     inside = o_k < K
     if CODE == "e2m1":
-        # two a byte, the low nibble first; K is even
+        # two a byte; K is even
         o_byte = first // 2 + tl.arange(0, BLOCK // 2)
         code = tl.load(p_code + row * (K // 2) + o_byte, mask=o_byte < K // 2, other=0, eviction_policy="evict_first")
-        code = code.to(tl.int32)
-        value = tl.interleave(_float4(code & 15), _float4(code >> 4))
     else:
         code = tl.load(p_code + row * K + o_k, mask=inside, other=0, eviction_policy="evict_first")
-        value = code.to(tl.float32) if CODE == "integer" else _float8(code, 3 if CODE == "e4m3" else 2)
     p_row = p_scale + row // N * stride_group + row % N // ROWS * stride_row
     scale = tl.load(p_row) if COLUMNS is None else tl.load(p_row + o_k // COLUMNS, mask=inside, other=0)
-    value *= _grid_scale(scale, p_divisor, SCALE, ROUNDED)
+    value = grid_values(code, CODE) * grid_scale(scale, p_divisor, SCALE, ROUNDED)
     if SCALE == "exponent":
         value *= 2.0
     if STEP is not None:
@@ -139,11 +172,11 @@ def codebook(
     outer_scale, outer_table, offset = outer or (None, None, None)
     end, blocks = first + out.numel(), max(1, 2 * _BYTES // block)
     first_block, last_block = first // block, triton.cdiv(end, block)
-    _check("scale", scale, last_block)
-    _check("code", code, triton.cdiv(end, 2))
+    check("scale", scale, last_block)
+    check("code", code, triton.cdiv(end, 2))
     _decode_codebook_kernel[(triton.cdiv(last_block - first_block, blocks),)](
         code, table, scale, outer_table, outer_scale, offset, out, first_block, first, out.numel(), BLOCK=block,
-        BLOCKS=blocks, ROUNDED=_TYPES[rounded], num_warps=_WARPS, enable_fp_fusion=False,
+        BLOCKS=blocks, ROUNDED=TYPES[rounded], num_warps=_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -163,18 +196,18 @@ def grid(
     stride_row = -(-K // columns)
     strides = (0, 0) if scale.numel() == 1 else (-(-N // rows) * stride_row, stride_row)
     if scale.numel() != 1:
-        _check("scale", scale, out.numel() // (N * K) * -(-N // rows) * stride_row)
-    _check("code", code, out.numel() // (2 if kind == "e2m1" else 1))
+        check("scale", scale, out.numel() // (N * K) * -(-N // rows) * stride_row)
+    check("code", code, out.numel() // (2 if kind == "e2m1" else 1))
     size = min(_BYTES, triton.next_power_of_2(K))
     _decode_grid_kernel[(out.numel() // K, triton.cdiv(K, size))](
         code, scale, divisor, out, N, K, *strides, CODE=kind, SCALE=scale_kind, ROWS=rows,
         COLUMNS=None if columns >= K or scale.numel() == 1 else columns,
-        ROUNDED=_TYPES[out.dtype if is_scale_rounded else torch.float32], STEP=step, BLOCK=max(2, size),
+        ROUNDED=TYPES[out.dtype if is_scale_rounded else torch.float32], STEP=step, BLOCK=max(2, size),
         num_warps=_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-def _check(name: str, t: Tensor, needed: int) -> None:
+def check(name: str, t: Tensor, needed: int) -> None:
     """Raises ValueError for an operand that a kernel would read beyond."""
     if t.numel() < needed:
         raise ValueError(

@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["MOST_GROUPS", "Routing", "count", "made", "route", "scatter"]
+__all__ = ["BLOCK_S", "MOST_GROUPS", "Routing", "count", "made", "route", "scatter"]
 
 # counters of all groups are registers of a program: 2048 of eight warps are eight each
 MOST_GROUPS = 2047
 # choices of a program, those that are ranked at once by comparing each with each, and blocks that are added at once
 # (H200 model: 65536 choices are 128 programs, one for each SM; nothing was measured)
-_BLOCK_S, _BLOCK_R, _BLOCK_B = 512, 64, 16
+BLOCK_S, _BLOCK_R, _BLOCK_B = 512, 64, 16
 _WARPS = 8
 
 
@@ -40,7 +40,7 @@ def _count_kernel(p_index, p_counts, S, E, BLOCK_S: tl.constexpr, BLOCK_E: tl.co
     group, index = _group_of(p_index, i_s * BLOCK_S + tl.arange(0, BLOCK_S), S, E)
     p_row = p_counts + i_s * (BLOCK_E + 1)
     tl.store(p_row + tl.arange(0, BLOCK_E), tl.histogram(group, BLOCK_E))
-    tl.store(p_row + BLOCK_E, tl.sum((index < 0).to(tl.int32), 0))
+    tl.store(p_row + BLOCK_E, tl.sum(tl.where(index < 0, 1, 0), 0))
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def _scatter_kernel(
     end = tl.cumsum(total, 0)
     if i_s == 0:
         tl.store(p_offsets + o_e, end.to(tl.int64), mask=o_e < E)
-        tl.store(p_valid, (negative == 0).to(tl.int8))
+        tl.store(p_valid, tl.where(negative == 0, 1, 0).to(tl.int8))
     place = end - total + before
     o_r = tl.arange(0, BLOCK_R)
     for i_r in range(0, BLOCK_S, BLOCK_R):
@@ -96,7 +96,7 @@ def made(index: Tensor, groups: int, choices: int) -> Routing:
     """The memory of the results, and of the counts between the launches."""
     S, device = index.shape[0], index.device
     # few choices are one block
-    block_s = max(_BLOCK_R, min(_BLOCK_S, triton.next_power_of_2(S)))
+    block_s = max(_BLOCK_R, min(BLOCK_S, triton.next_power_of_2(S)))
     counts = torch.empty((triton.cdiv(S, block_s), _bins(groups) + 1), dtype=torch.int32, device=device)
     order, token = torch.empty((2, S), dtype=torch.int64, device=device)
     offsets = torch.empty(groups, dtype=torch.int64, device=device)

@@ -33,7 +33,6 @@ from lorafuse.ops.layers import (
     layer_backward,
     layer_forward,
     layers_of,
-    names_of,
     plain_layer,
     plain_xa,
     plan_of,
@@ -127,7 +126,11 @@ def up_again(run: Backend, x: Tensor, xa: Tensor | None, siblings: Sequence[Laye
 
 def _forward(x, *arguments):
     *of_layers, backend, wide, activation, recompute_up = arguments
-    layers, flat = layers_of(*of_layers), matrix(x)
+    return _run_forward(x, layers_of(*of_layers), backend, wide, activation, recompute_up)
+
+
+def _run_forward(x, layers, backend, wide, activation, recompute_up):
+    flat = matrix(x)
     run, plan = choose_for(backend, flat, layers[:2], wide, also=layers[2:])
     with NO_GUARD if x.is_cpu else run.guard(x.device):
         y, gate, up, xa, ha = forward(run, plan, run.matrix(flat), layers, activation, wide)
@@ -149,11 +152,15 @@ def _fake_forward(x, *arguments):
 def _gradients(dy, x, gate, up, xa, ha, *arguments):
     """`[dx, *da, *db, *dbias]`, None where not needed."""
     *of_layers, needs, backend, wide, activation, _ = arguments
-    layers, flat = layers_of(*of_layers), matrix(x)
+    return _run_backward(dy, x, gate, up, xa, ha, layers_of(*of_layers), needs, backend, wide, activation)
+
+
+def _run_backward(dy, x, gate, up, xa, ha, layers, needs, backend, wide, activation):
+    flat = matrix(x)
     # du has gate's shape and strides
     planned = flat if gate is None else gate
     of_siblings = [needs[0], *(need for i, need in enumerate(needs[1:]) if i % 3 < 2)]
-    run, plan = choose_for(backend, planned, layers[:2], wide, names_of(of_siblings), also=layers[2:])
+    run, plan = choose_for(backend, planned, layers[:2], wide, of_siblings, also=layers[2:])
     with NO_GUARD if dy.is_cpu else run.guard(dy.device):
         operands = run.matrix(matrix(dy)), run.matrix(flat), gate, up, xa, ha
         dx, *rest = backward(run, plan, *operands, layers, needs, activation, wide)
@@ -189,14 +196,13 @@ _op_backward = torch.ops.lorafuse.lora_gated_mlp_backward.default
 
 class _LoRAGatedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, settings, others, *tensors):
-        arguments = *settings.arguments(tensors), *others
+    def forward(ctx, x, layers, settings, others, *tensors):
         if can_bypass_dispatcher(x, *tensors):
-            y, *made = _forward(x, *arguments)
+            y, *made = _run_forward(x, layers, *others)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                y, *made = _op(x, *arguments)
-        need_dx, _, _, *of_tensors = ctx.needs_input_grad
+                y, *made = _op(x, *settings.arguments(tensors), *others)
+        need_dx, _, _, _, *of_tensors = ctx.needs_input_grad
         needs = [need_dx, *settings.needs(of_tensors)]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*made)
@@ -213,18 +219,20 @@ class _LoRAGatedMLP(torch.autograd.Function):
         x, gate, up, xa, ha, *tensors = ctx.saved_tensors
         settings, others, needs = ctx.settings, ctx.others, ctx.needs
         if dy is None:
-            return (None,) * (3 + len(tensors))
-        arguments = settings.arguments(tensors)
-        check_gathered("lora_gated_mlp", *arguments[0])
+            return (None,) * (4 + len(tensors))
+        check_gathered("lora_gated_mlp", *tensors[:3])
         # the dtypes are those of forward, whatever autocast is on now
         with outside_autocast(dy):
             if needs_plain_backward(dy):
-                grads = _plain_gradients(dy, x, layers_of(*arguments), needs, others)
+                grads = _plain_gradients(dy, x, settings.layers(tensors), needs, others)
             else:
-                run = _gradients if can_bypass_dispatcher(dy, x, *tensors) else _op_backward
-                grads = run(dy, x, gate, up, xa, ha, *arguments, needs, *others)
-                grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-        return grads[0], None, None, *settings.gradients(grads[1:], len(tensors))
+                saved = dy, x, gate, up, xa, ha
+                if can_bypass_dispatcher(dy, x, *tensors):
+                    grads = _run_backward(*saved, settings.layers(tensors), needs, *others[:-1])
+                else:
+                    grads = _op_backward(*saved, *settings.arguments(tensors), needs, *others)
+                    grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        return grads[0], None, None, None, *settings.gradients(grads[1:], len(tensors))
 
 
 def _plain_gradients(dy, x, layers, needs, others):
@@ -248,10 +256,11 @@ _apply = super(torch.autograd.Function, _LoRAGatedMLP).apply
 
 def _autograd(x, *arguments):
     settings, tensors = Settings.of(arguments[:10])
+    layers = settings.layers(tensors)
     if not torch.is_grad_enabled() and can_bypass_dispatcher(x, *tensors):
         # nothing is recorded
-        return _forward(x, *arguments)
-    return _apply(x, settings, arguments[10:], *tensors)
+        return _run_forward(x, layers, *arguments[10:])
+    return _apply(x, layers, settings, arguments[10:], *tensors)
 
 
 implement("lora_gated_mlp", _forward, _fake_forward)

@@ -35,7 +35,6 @@ from lorafuse.ops.layers import (
     layer_backward,
     layer_forward,
     layers_of,
-    names_of,
     plain_layer,
     plain_xa,
     refuse_masks_of_nested,
@@ -88,11 +87,12 @@ def backward(
     layers: Sequence[Layer], needs: Sequence[bool], wide: bool,
 ) -> list[Tensor | None]:  # fmt: skip
     """`[dx [M, K], *da, *db, *dbias]` for dy_i `[M, N_i]`, None where not needed; nothing is of a dy that is None."""
-    G, need_dx = len(layers), needs[0]
-    dx, da, db, dbias = None, *([None] * G for _ in range(3))
-    need = list(zip(*(needs[first : first + G] for first in range(1, 1 + 3 * G, G)), strict=True))
-    every = enumerate(zip(dys, layers, columns(xa, layers), strict=True))
-    given = [(i, dy, layer, mine) for i, (dy, layer, mine) in every if dy is not None]
+    G, need_dx, dx = len(layers), needs[0], None
+    none: list[Tensor | None] = [None] * G
+    da, db, dbias = none[:], none[:], none[:]
+    need = list(zip(needs[1 : 1 + G], needs[1 + G : 1 + 2 * G], needs[1 + 2 * G :], strict=True))
+    every = zip(range(G), dys, layers, columns(xa, layers), strict=True)
+    given = [one for one in every if one[1] is not None]
     if run.linear_backward is not None:
         for i, dy, layer, mine in given:
             own, da[i], db[i], dbias[i] = layer_backward(run, dy, x, mine, layer, (need_dx, *need[i]), wide)
@@ -127,11 +127,13 @@ def backward(
     if not sums:
         sums = [run.outer(lows[j].xa, x, None, plan, like=lows[j].b, dropout=lows[j].dropout) for j in summed]
     for j, total in zip(summed, sums, strict=True):
-        for i, mine in zip(members[j], total.split([layers[i].rank for i in members[j]]), strict=True):
+        # results of an operator share no memory
+        ranks = [layers[i].rank for i in members[j]]
+        each = [total] if len(ranks) == 1 else torch.split_with_sizes_copy(total, ranks)
+        for i, mine in zip(members[j], each, strict=True):
             a = layers[i].a
             if need[i][0] and a is not None:
-                # results of an operator share no memory
-                da[i] = mine.to(a.dtype, copy=len(members[j]) > 1)
+                da[i] = mine if mine.dtype is a.dtype else mine.to(a.dtype)
     return [dx, *da, *db, *dbias]
 
 
@@ -148,7 +150,11 @@ def _side_by_side(parts: list[Tensor], like: Tensor, dtype: torch.dtype) -> Tens
 
 def _forward(x, *arguments):
     *of_layers, backend, wide = arguments
-    layers, flat = layers_of(*of_layers), matrix(x)
+    return _run_forward(x, layers_of(*of_layers), backend, wide)
+
+
+def _run_forward(x, layers, backend, wide):
+    flat = matrix(x)
     run, plan = choose_for(backend, flat, layers, wide)
     with NO_GUARD if x.is_cpu else run.guard(x.device):
         xa, ys = forward(run, plan, run.matrix(flat), layers, wide)
@@ -166,8 +172,12 @@ def _fake_forward(x, *arguments):
 def _gradients(dys, x, xa, *arguments):
     """`[dx, *da, *db, *dbias]`, None where not needed; some dy is there."""
     *of_layers, needs, backend, wide = arguments
-    layers, given = layers_of(*of_layers), next(dy for dy in dys if dy is not None)
-    run, plan = choose_for(backend, matrix(given), layers, wide, names_of(needs))
+    return _run_backward(dys, x, xa, layers_of(*of_layers), needs, backend, wide)
+
+
+def _run_backward(dys, x, xa, layers, needs, backend, wide):
+    given = next(dy for dy in dys if dy is not None)
+    run, plan = choose_for(backend, matrix(given), layers, wide, needs)
     if not any(needs):
         return [None] * len(needs)
     with NO_GUARD if given.is_cpu else run.guard(given.device):
@@ -230,14 +240,13 @@ _op_backward = torch.ops.lorafuse.lora_linears_backward.default
 
 class _LoRALinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, settings, backend, wide, *tensors):
-        arguments = *settings.arguments(tensors), backend, wide
+    def forward(ctx, x, layers, settings, backend, wide, *tensors):
         if can_bypass_dispatcher(x, *tensors):
-            xa, ys = _forward(x, *arguments)
+            xa, ys = _run_forward(x, layers, backend, wide)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                xa, ys = _op(x, *arguments)
-        G, (need_dx, _, _, _, *of_tensors) = len(ys), ctx.needs_input_grad
+                xa, ys = _op(x, *settings.arguments(tensors), backend, wide)
+        G, (need_dx, _, _, _, _, *of_tensors) = len(ys), ctx.needs_input_grad
         needs = [need_dx, *settings.needs(of_tensors)]
         ctx.set_materialize_grads(False)
         if not need_dx:
@@ -254,9 +263,8 @@ class _LoRALinears(torch.autograd.Function):
         x, xa, *tensors = ctx.saved_tensors
         settings, wide, given = ctx.settings, ctx.wide, next((g for g in (*dys, dxa) if g is not None), None)
         if given is None:
-            return (None,) * (4 + len(tensors))
-        arguments, here = settings.arguments(tensors), [dy is not None for dy in dys]
-        check_gathered("lora_linears", *arguments[0])
+            return (None,) * (5 + len(tensors))
+        check_gathered("lora_linears", *tensors[: len(dys)])
         # the dtypes are those of forward, whatever autocast is on now
         with outside_autocast(given):
             if dxa is not None or needs_plain_backward(given):
@@ -265,13 +273,16 @@ class _LoRALinears(torch.autograd.Function):
                     x = tensors[0].new_zeros(ctx.shape, dtype=ctx.dtype).requires_grad_()
                 else:
                     xa = None
-                grads = _plain_gradients(dys, dxa, x, xa, layers_of(*arguments), ctx.needs, wide)
+                grads = _plain_gradients(dys, dxa, x, xa, settings.layers(tensors), ctx.needs, wide)
             else:
-                needs = [need and reached for need, reached in zip(ctx.needs, [True, *here * 3], strict=True)]
-                run = _gradients if can_bypass_dispatcher(*dys, x, *tensors) else _op_backward
-                grads = run(list(dys), x, xa, *arguments, needs, ctx.backend, wide)
-                grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-        return grads[0], None, None, None, *settings.gradients(grads[1:], len(tensors))
+                reached = [True, *[dy is not None for dy in dys] * 3]
+                needs = [need and here for need, here in zip(ctx.needs, reached, strict=True)]
+                if can_bypass_dispatcher(*dys, x, *tensors):
+                    grads = _run_backward(dys, x, xa, settings.layers(tensors), needs, ctx.backend, wide)
+                else:
+                    grads = _op_backward(list(dys), x, xa, *settings.arguments(tensors), needs, ctx.backend, wide)
+                    grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        return grads[0], None, None, None, None, *settings.gradients(grads[1:], len(tensors))
 
 
 # without what only functorch needs, as `ops.linear` calls autograd
@@ -280,10 +291,11 @@ _apply = super(torch.autograd.Function, _LoRALinears).apply
 
 def _autograd(x, *arguments):
     settings, tensors = Settings.of(arguments[:10])
+    layers = settings.layers(tensors)
     if not torch.is_grad_enabled() and can_bypass_dispatcher(x, *tensors):
         # nothing is recorded
-        return _forward(x, *arguments)
-    xa, *ys = _apply(x, settings, *arguments[10:], *tensors)
+        return _run_forward(x, layers, *arguments[10:])
+    xa, *ys = _apply(x, layers, settings, *arguments[10:], *tensors)
     return xa, ys
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,19 +70,10 @@ class Layer:
         return self.scale if self.seed is None else rescaled(self.scale, self.dropout_p)
 
 
-def layers_of(
-    weights: Sequence[Tensor], biases: Sequence[Tensor | None], a: Sequence[Tensor | None], b: Sequence[Tensor | None],
-    seeds: Sequence[Tensor | None], statistics: Sequence[Tensor], scales: Sequence[float],
-    dropout_ps: Sequence[float], formats: Sequence[str], counts: Sequence[int],
-) -> list[Layer]:  # fmt: skip
+def layers_of(*arguments: Any) -> list[Layer]:
     """The layers of the arguments that `SCHEMA` names."""
-    layers, first = [], 0
-    every = zip(weights, formats, counts, biases, a, b, seeds, scales, dropout_ps, strict=True)
-    for data, format, count, *rest in every:
-        weight = Weight(data, statistics=tuple(statistics[first : first + count]), format=format)
-        layers.append(Layer(weight, *rest))
-        first += count
-    return layers
+    settings, tensors = Settings.of(arguments)
+    return settings.layers(tensors)
 
 
 @dataclass(slots=True, eq=False)
@@ -104,6 +96,18 @@ class Settings:
         G = len(self.scales)
         lists = (list(tensors[i : i + G]) for i in range(0, 5 * G, G))
         return *lists, list(tensors[5 * G :]), self.scales, self.dropout_ps, self.formats, self.counts
+
+    def layers(self, tensors: Sequence[Tensor | None]) -> list[Layer]:
+        """The layers of the same `tensors`."""
+        G, layers, first = len(self.scales), [], 5 * len(self.scales)
+        for i, (format, count) in enumerate(zip(self.formats, self.counts, strict=True)):
+            weight: Any = tensors[i]
+            statistics: Any = tensors[first : first + count]
+            bias, a, b, seed = tensors[i + G : 5 * G : G]
+            w = Weight(weight, statistics=tuple(statistics), format=format)
+            layers.append(Layer(w, bias, a, b, seed, self.scales[i], self.dropout_ps[i]))
+            first += count
+        return layers
 
     def needs(self, of_tensors: Sequence[bool]) -> list[bool]:
         """Which of da, db and dbias are needed, of each layer, where `of_tensors` says it of `tensors`."""
@@ -129,27 +133,30 @@ def problem_of(
 
 
 def choose_for(
-    backend: str, x: Tensor, layers: Sequence[Layer], wide: bool, gradients: tuple[str, ...] = (),
+    backend: str, x: Tensor, layers: Sequence[Layer], wide: bool, needs: Sequence[bool] = (),
     also: Sequence[Layer] = (),
 ) -> tuple[Backend, Plan | None]:  # fmt: skip
-    """The backend of layers of one x `[M, K]`, or of their dy, and one plan for all of them.
+    """The backend of layers of one x `[M, K]`, or of their dy where `needs` are those of `names_of`; one plan for all.
 
     `also` are layers that the same backend runs after them, and in forward after an activation.
     """
-    data = (layer.weight.data for layer in (*layers, *also))
-    epilogue = "gated" if also and not gradients else ""
-    return choose(backend, x, lambda: problem_of(x, layers, wide, gradients, also, epilogue), *data)
+
+    def problem() -> Problem:
+        gradients = names_of(needs)
+        return problem_of(x, layers, wide, gradients, also, "gated" if also and not gradients else "")
+
+    return choose(backend, x, problem, *[layer.weight.data for layer in (*layers, *also)])
 
 
 def columns(xa: Tensor | None, layers: Sequence[Layer]) -> list[Tensor | None]:
     """The columns of xa `[M, ΣR]` that are each layer's; None for those without an adapter."""
     parts: list[Tensor | None] = [None] * len(layers)
     if xa is not None:
-        start = 0
-        for i, layer in enumerate(layers):
-            if layer.a is not None:
-                parts[i] = xa.narrow(1, start, layer.rank)
-                start += layer.rank
+        ranks = [0 if layer.a is None else layer.a.shape[0] for layer in layers]
+        # one operator for all views
+        for i, part in enumerate(torch.split_with_sizes(xa, ranks, 1)):
+            if ranks[i]:
+                parts[i] = part
     return parts
 
 

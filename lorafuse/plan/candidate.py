@@ -18,7 +18,8 @@ class KernelConfig:
     """How one kernel runs. Sizes that it does not have are 0.
 
     kernel          a step of an operator, "project", "matmul", "project_outer" or "outer", whose problem says in which
-                    direction, over which rows and with which epilogue; or "reduce", the sum of partial results
+                    direction, over which rows and with which epilogue; "packed", a matmul that decodes the tiles of a
+                    quantized weight itself; or "reduce", the sum of partial results
     form            how a main loop reads its operands: "tma" (Triton, tensor descriptors), "pointer", "wgmma" (CUDA,
                     TMA); of other kernels "pointer", or "mma" in CUDA
     block_m, block_n, block_k

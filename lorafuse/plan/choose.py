@@ -50,8 +50,9 @@ _OLDEST_ARCH = 80
 _DTYPES = ("bfloat16", "float16", "float32")
 # chosen only where a measurement says so, or forced. xa in the matmul's launch was never the fastest on an H200, sums
 # concurrent with dx have run on no GPU, and the grouped CUDA kernel took 5.6 ms where Triton's took 3.2. They are kept
-# because one launch each way and faster experts are built on them. Triton's siblings in one launch have run on no GPU.
-_MEASURED_FIRST = ("cuda fused_xa", "cuda concurrent_backward", "cuda ragged", "siblings")
+# because one launch each way and faster experts are built on them. Triton's siblings in one launch, and its main loop
+# that decodes, have run on no GPU.
+_MEASURED_FIRST = ("cuda fused_xa", "cuda concurrent_backward", "cuda ragged", "siblings", "packed")
 # torch starts a thread for each group of grouped_mm, in one block
 _MOST_GROUPS = 1023
 
@@ -158,7 +159,7 @@ def _select(
         elif device is not None:
             candidates += configs_cuda.operator_candidates(operator, device, given.tiles)
     if device is not None and (decoding := cost.decoding(operator, device)):
-        candidates = [replace(one, parts=decoding + one.parts) for one in candidates]
+        candidates = [one if one.kernel == "packed" else replace(one, parts=decoding + one.parts) for one in candidates]
     if not candidates:
         raise ValueError(f"no backend can run {problems}: " + "; ".join(reasons))
     chosen, why = _choose(candidates, operator, device, given)

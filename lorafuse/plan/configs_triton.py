@@ -13,7 +13,7 @@ from lorafuse.plan.candidate import Candidate, KernelConfig, in_a_row, padded_ra
 from lorafuse.plan.devices import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["MOST_SIBLINGS", "best", "candidates", "illegal", "operator_candidates", "shared_memory"]
+__all__ = ["MOST_PACKED_ROWS", "MOST_SIBLINGS", "best", "candidates", "illegal", "operator_candidates", "shared_memory"]
 
 # a kernel, its problem and the GPU: its configuration, None where it has none
 Pick = Callable[[str, Problem, DeviceSpec], KernelConfig | None]
@@ -46,6 +46,11 @@ _RAGGED: dict[int, tuple[_Tile, ...]] = {
 _RAGGED_SHORT: tuple[_Tile, ...] = ((32, 64, 64, 3, 4), (16, 64, 64, 3, 4))
 # of a sum with several masks, which is not to have fewer rows (Triton 3.6, 2026-11-29; no speed was measured)
 _MASKED_SUM: dict[int, _Tile] = {_TMA: (64, 128, 64, 4, 8), _POINTER: (64, 128, 32, 4, 8)}
+# of a main loop that decodes w: tiles of few rows, narrow ones for more programs. 64 columns of misaligned rows leave
+# 16 bytes of a thread in local memory (Triton 3.6, sm_90, 2026-11-29); no speed was measured
+_PACKED: tuple[_Tile, ...] = tuple((m, n, 64, 1, 4) for n in (64, 32) for m in (16, 32, 64))
+# rows up to which it is a candidate. bitsandbytes 0.50 leaves its own such kernel from 16 to 64 rows on sm_90 on
+MOST_PACKED_ROWS = 64
 # ranks that a matmul takes at a time: at 64 the tiles of a and b no longer fit next to the pipeline's buffers
 _MAX_BLOCK_R = 32
 # fp32 accumulators in the registers of one thread, of 255: above this all shapes spilled
@@ -76,6 +81,9 @@ def shared_memory(config: KernelConfig, problem: Problem) -> int:
         pipeline = c.stages * (c.block_m + c.block_n) * c.block_k * itemsize
         # tiles of the ranks take the place of the pipeline's buffers, or lie next to those that pointers fill
         return (max(pipeline, 2 * ranks) if c.form == "tma" else pipeline + 2 * ranks) + staging + 1024
+    if c.kernel == "packed":
+        # a tile of x and one of w, or of xa and b, which may be fp32
+        return (c.block_m + c.block_n) * max(c.block_k * itemsize, c.block_r * 4) + 1024
     if c.kernel == "project":
         # a may be fp32, and a masked x passes through shared memory once more
         return c.stages * (c.block_m * itemsize + c.block_r * 4) * c.block_k + c.block_m * c.block_k * 4
@@ -98,7 +106,12 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
             return f"the TMA form is for 16-bit dtypes, not {problem.dtype}"
         if problem.is_misaligned:
             return "TMA needs rows that start on 16-byte boundaries"
-    is_matmul = c.kernel == "matmul"
+    is_matmul = c.kernel in ("matmul", "packed")
+    if c.kernel == "packed":
+        if problem.itemsize != 2:
+            return f"a main loop that decodes is for 16-bit dtypes, not {problem.dtype}"
+        if problem.is_misaligned and c.block_n > 32:
+            return "64 columns of misaligned rows leave 16 bytes of a thread in local memory"
     accumulators = c.block_m * c.block_n if is_matmul else max(c.block_m, c.block_n) * c.block_r
     if is_matmul and problem.gradients and problem.dropout:
         # the masked low-rank product has accumulators of its own
@@ -130,10 +143,13 @@ def candidates(kernel: str, problem: Problem, device: DeviceSpec) -> tuple[Kerne
         return (KernelConfig("reduce", "pointer", 0, 1024, 0, 0, 1, 4),)
     if kernel == "matmul":
         configs = _matmuls(problem, device)
+    elif kernel == "packed":
+        block_r = min(padded_rank(problem.R), 16 if problem.wide else _MAX_BLOCK_R)
+        configs = (KernelConfig("packed", "pointer", *tile[:3], block_r, *tile[3:]) for tile in _PACKED)
     else:
         configs = (_ragged_skinny if problem.is_ragged else _skinny)(kernel, problem, device)
     registers = 0
-    if problem.is_ragged or problem.epilogue or device.features.has_tensor_memory:
+    if problem.is_ragged or problem.epilogue or device.features.has_tensor_memory or kernel == "packed":
         registers = _MAX_REGISTERS
     elif kernel == "matmul" and problem.gradients and problem.itemsize == 4:
         registers = 0 if problem.dropout or problem.is_misaligned else _MAX_REGISTERS_DX
@@ -255,10 +271,12 @@ def operator_candidates(operator: Sequence[Problem], device: DeviceSpec, pick: P
         name, kernels = "two_kernel", ["project", "matmul"]
     # a launch for each layer, or one for all and for the activation that follows
     is_group = p.siblings > 1 or p.epilogue
-    forms = [(name, replace(p, siblings=1, epilogue="") if is_group else p)]
+    forms = [(name, replace(p, siblings=1, epilogue="") if is_group else p, kernels)]
     if is_group and p.siblings <= MOST_SIBLINGS and p.format == "dense":
-        forms.append(("siblings", p))
-    for name, problem in forms:
+        forms.append(("siblings", p, kernels))
+    if p.packed and p.M <= MOST_PACKED_ROWS and p.format in cost.DECODED_IN_LOOP and "matmul" in kernels:
+        forms.append(("packed", p, ["packed" if kernel == "matmul" else kernel for kernel in kernels]))
+    for name, problem, kernels in forms:
         picked = _picked(kernels, problem, device, pick)
         if len(picked) == len(kernels):
             steps = [cost.step(config, problem, device) for config in picked if config.kernel != "reduce"]

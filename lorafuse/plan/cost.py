@@ -9,17 +9,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from lorafuse.formats.sizes import stored_bytes
 from lorafuse.plan.candidate import Candidate, KernelConfig, Part, in_a_row, padded_rank
 from lorafuse.plan.devices import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["aten", "decoding", "frozen", "kernel_seconds", "ragged", "step", "tile_seconds"]
+__all__ = ["DECODED_IN_LOOP", "aten", "decoding", "frozen", "kernel_seconds", "ragged", "step", "tile_seconds"]
 
 
 # what a tile reaches of the sustained rate, by its area (assumed, after published ablations of Hopper kernels)
-_TILE = {128 * 256: 1.0, 128 * 128: 0.92, 64 * 128: 0.8, 64 * 64: 0.65, 32 * 64: 0.45, 16 * 64: 0.25}
+_TILE = {128 * 256: 1.0, 128 * 128: 0.92, 64 * 128: 0.8, 64 * 64: 0.65, 32 * 64: 0.45, 16 * 64: 0.25, 16 * 32: 0.15}
 # the same where a warp multiplies by itself (mma.sync), which needs less from shared memory (assumed)
-_WARP_TILE = {128 * 256: 1.0, 128 * 128: 0.97, 64 * 128: 0.85, 64 * 64: 0.7, 32 * 64: 0.5, 16 * 64: 0.3}
+_WARP_TILE = {
+    128 * 256: 1.0, 128 * 128: 0.97, 64 * 128: 0.85, 64 * 64: 0.7, 32 * 64: 0.5, 16 * 64: 0.3, 16 * 32: 0.2,
+}  # fmt: skip
 _CUBLAS_TILES = ((128, 256), (128, 128), (64, 128), (64, 64), (32, 64))
 # what a main loop reaches of cuBLAS: Triton's with descriptors and ours in CUDA (H200, 2026-11-26); pointers feed
 # Hopper's tensor cores through cp.async and keep up on older GPUs (assumed)
@@ -40,6 +43,10 @@ _L2_BYTES, _SM_FLOPS = 6336, 4096
 _SHARED_BANDWIDTH, _RIGHT_BYTES = 128 * 1.7e9, 64 * 64 * 2
 # Philox 4x32-10: 100 integer operations give four words; an SM does 64 a clock at 1.7 GHz
 _MASK_PER_ELEMENT, _SM_INTEGERS = 25, 64 * 1.7e9
+# instructions that decode an element of a tile in the main loop, by format, whose blocks do not cross rows (counted in
+# sm_90 code of Triton 3.6, 2026-11-29; across rows 26 of nf4); those of one SM in a clock of 1.7 GHz
+DECODED_IN_LOOP = {"nf4": 13, "fp4": 13, "int8": 7, "fp8": 15, "mxfp4": 17}
+_SM_INSTRUCTIONS = 128 * 1.7e9
 # in torch's integer operations a mask is about 40 operators that read and write int64 (counted in lorafuse.philox)
 _MASK_PASSES, _MASK_BYTES = 40, 16
 # rows of a tile of torch's grouped_mm (CUTLASS; assumed)
@@ -126,6 +133,8 @@ def kernel_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -
             stage = 2 * (c.block_n * c.block_k * problem.itemsize + _RIGHT_BYTES) / _SHARED_BANDWIDTH
             return max(seconds, blocks * -(-M // c.block_k) * stage)
         return seconds + (_mask(problem, device) if problem.gradients else 0.0)
+    if c.kernel == "packed":
+        return _packed(c, problem, device) + (_mask(problem, device) if problem.gradients else 0.0)
     columns = K if c.kernel == "outer" else problem.read
     rank_tiles = math.ceil(R / c.block_r)
     programs = math.ceil(M / c.block_m) if c.kernel == "project" else math.ceil(columns / c.block_n) * c.splits
@@ -141,6 +150,18 @@ def kernel_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -
     )
 
 
+def _packed(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
+    """Seconds of a main loop that decodes its tiles: of memory, of what an SM streams, or of its instructions."""
+    c, p = config, problem
+    stored = stored_bytes(p.format, p.N, p.K)
+    moved = stored + p.M * (p.read + p.written + padded_rank(p.R)) * p.itemsize
+    waves = math.ceil(math.ceil(p.M / c.block_m) * math.ceil(p.written / c.block_n) / device.sms)
+    streamed = (c.block_m * p.itemsize + c.block_n * stored / (p.N * p.K)) * p.read / _SM_BANDWIDTH
+    decoded = c.block_n * p.read * DECODED_IN_LOOP[p.format] / _SM_INSTRUCTIONS
+    of_tiles = max(waves * streamed, waves * decoded + tile_seconds(c, p, device))
+    return max(of_tiles, moved / device.sustained_bandwidth)
+
+
 def _xa_in_tiles(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
     """What the xa items of a matmul add, on the SMs that the last wave leaves free, before the first tiles.
 
@@ -154,11 +175,13 @@ def _xa_in_tiles(config: KernelConfig, problem: Problem, device: DeviceSpec) -> 
     return math.ceil(items / (-tiles % programs or programs)) * item
 
 
-_FORWARD = {"project": "xa = x aᵀ", "matmul": "y = x wᵀ + xa bᵀ"}
+_ONE_LAUNCH = ("project", "matmul", "packed")
+_FORWARD = {"project": "xa = x aᵀ", "matmul": "y = x wᵀ + xa bᵀ", "packed": "y = x wᵀ + xa bᵀ, w decoded"}
 _BACKWARD = {
     "project": "dyb = dy b",
     "project_outer": "dyb, db from one read of dy",
     "matmul": "dx = dy w + dyb a",
+    "packed": "dx = dy w + dyb a, w decoded",
     "outer": "da = dybᵀ x",
 }
 
@@ -166,7 +189,7 @@ _BACKWARD = {
 def step(config: KernelConfig, problem: Problem, device: DeviceSpec) -> Part:
     """A kernel of dense rows, with the launch that reads its partial sums."""
     name = (_BACKWARD if problem.gradients else _FORWARD)[config.kernel]
-    return Part(name, kernel_seconds(config, problem, device), 1 if config.kernel in ("project", "matmul") else 2)
+    return Part(name, kernel_seconds(config, problem, device), 1 if config.kernel in _ONE_LAUNCH else 2)
 
 
 def _rows(
@@ -245,13 +268,13 @@ def _grouped(problem: Problem, of: str, device: DeviceSpec, loop: bool) -> Part:
 
 
 def decoding(problems: Sequence[Problem], device: DeviceSpec) -> tuple[Part, ...]:
-    """What any backend does to quantized weights before it multiplies: one write in x's dtype, and one read of codes,
-    of at most a byte each. The same for all, and so without launches.
+    """What any backend does to quantized weights before it multiplies: one read as they are stored, and one write in
+    x's dtype. The same for all, and so without launches.
     """
     parts = []
     for p, of in zip(problems, _NAMES[len(problems)], strict=True):
         if p.format != "dense" and p.M and (not p.gradients or "dx" in p.gradients):
-            moved = p.groups * p.N * p.K * (p.itemsize + 1)
+            moved = p.groups * (p.N * p.K * p.itemsize + stored_bytes(p.format, p.N, p.K))
             parts.append(Part(f"decode {p.format} of {of}", moved / device.sustained_bandwidth, 0))
     return tuple(parts)
 

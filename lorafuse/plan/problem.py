@@ -22,7 +22,8 @@ class Problem:
     `M / choices` tokens where that is not 1, and gathered. `format` is the weight's (`lorafuse.formats`). `epilogue`
     "gated" or "activation" says that forward computes h from u; in backward, that the product that gives dh is
     followed by the activation's backward. `adapters` counts those whose rows are mixed. `siblings` are the layers of
-    one x whose out features are `N` and whose ranks are `R` together.
+    one x whose out features are `N` and whose ranks are `R` together. `packed` says that a kernel can decode tiles of
+    the weight where they lie: its codes are contiguous, and every row begins with a byte.
     """
 
     M: int
@@ -43,6 +44,7 @@ class Problem:
     epilogue: str = ""
     adapters: int = 1
     siblings: int = 1
+    packed: bool = False
 
     def __post_init__(self) -> None:
         # every call of a layer looks its plan up, and hashing all fields takes longer than that

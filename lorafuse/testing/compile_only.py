@@ -66,11 +66,8 @@ _RAGGED = (
     ("ragged", "matmul", False), ("activate", "matmul", False), ("activate_backward", "matmul", True),
     ("ragged_project", "project", False), ("ragged_outer", "outer", True),
 )  # fmt: skip
-_BACKWARD = {kernel for kernel, _, backward in (*_DENSE, *_RAGGED) if backward} | {
-    "multi_dx",
-    "multi_outer",
-    "tickets_dx",
-}
+_BACKWARD = {kernel for kernel, _, backward in (*_DENSE, *_RAGGED) if backward}
+_BACKWARD |= {"multi_dx", "multi_outer", "packed_dx", "tickets_dx"}
 # of the main loop over ragged rows: y of gathered rows, y, dx; an activation and its backward, of gate and up
 # concatenated (their weights as nn.Linear stores them, or transposed), interleaved and transposed as gpt-oss has them,
 # and without a gate
@@ -160,6 +157,12 @@ def variants(target: str, everything: bool) -> list[Variant]:
             config = replace(config, max_registers=0 if target == "gfx942" else config.max_registers)
             tiles = min(2, R // config.block_r)
             chosen.add(Variant(kernel, config, dtype, "float32", dropout, tiles, aligned, wide=wide))
+        if not wide and target != "gfx942":
+            of_few = compile_decode.packed_configs(problem, device)
+            chosen |= {
+                Variant(kernel, config, dtype, "float32", dropout, min(2, R // config.block_r), aligned, case)
+                for kernel, config, case in of_few
+            }
         if aligned and target != "gfx942":
             tiled = compile_tickets.configs(problem, device, everything)
             ranks = ((kernel, config, min(2, -(-R // config.block_r))) for kernel, config in tiled)
@@ -292,6 +295,8 @@ def _launch(variant: Variant) -> None:
         compile_siblings.launch(variant.kernel, c, dtype, r, variant.aligned, variant.dropout)
     elif variant.kernel in compile_multi.KERNELS:
         compile_multi.launch(variant.kernel, c, dtype, m, n, k)
+    elif variant.kernel in compile_decode.PACKED_KERNELS:
+        compile_decode.launch_packed(variant.kernel, c, dtype, variant.epilogue, r, variant.aligned, variant.dropout)
     elif variant.kernel in compile_tickets.KERNELS:
         compile_tickets.launch(variant, r)
     elif variant.kernel in compile_routing.KERNELS:

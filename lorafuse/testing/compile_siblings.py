@@ -9,6 +9,7 @@ from torch import Tensor
 from lorafuse.kernels import gated, matmul, siblings
 from lorafuse.plan import DeviceSpec, KernelConfig, Problem
 from lorafuse.plan.configs_triton import candidates
+from lorafuse.testing.compile_decode import ARCHITECTURES
 
 __all__ = ["KERNELS", "configs", "launch"]
 
@@ -19,7 +20,6 @@ KERNELS = {
     "gated": ((), "gated", 2),
     "gated_backward": (("dx",), "gated", 1),
 }
-_ARCHITECTURES = (80, 90, 100)
 _OUT = (4096, 1024, 1024)
 # of those that a gate multiplies by up, the one that holds most registers
 _ACTIVATION = "gelu_tanh"
@@ -37,7 +37,7 @@ def configs(given: Problem, device: DeviceSpec, everything: bool = True) -> Iter
     Without `everything` the largest tile, at several rank tiles, on an architecture of each kind: what holds most
     registers. These kernels, with a main loop for each layer, take long to compile.
     """
-    if not everything and (given.R != 64 or device.arch not in _ARCHITECTURES):
+    if not everything and (given.R != 64 or device.arch not in ARCHITECTURES):
         return
     for kernel, (gradients, epilogue, _) in KERNELS.items():
         if not given.dropout or (gradients and (everything or not epilogue)):

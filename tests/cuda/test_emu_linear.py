@@ -362,13 +362,14 @@ def test_any_rank_is_read_where_forward_wrote_it(R, launched):
     lora_linear(x, o.w, a, b, scale=1.5, backend="emu").backward(o.dy)
     calls = dict(reversed(launched))
     assert calls["reduce_dy"]["xa"] == calls["project_x"]["xa"] == calls["linear"]["xa"]
+    assert {a.get("device", -1 if name.endswith("workspace") else None) for name, a in launched} == {-1}
     assert calls["reduce_dy"]["stride_xa"] == calls["project_x"]["stride_xa"] == -(-R // 8) * 8
 
 
 def test_xa_of_another_backend_is_copied():
     xa = torch.ones(130, 16, dtype=torch.bfloat16)
     for given in (xa[:, :13].contiguous(), xa[:, 1:14], xa[1:, :13]):
-        padded = cuda._padded_rows(given)
+        padded = cuda.padded_rows(given)
         assert torch.equal(padded[:, :13], given)
         is_ours = given.data_ptr() % 16 == 0 and given.stride(0) == 16
         assert (padded.data_ptr() == given.data_ptr()) == is_ours

@@ -16,6 +16,7 @@ import lorafuse
 from lorafuse.integrations import groups
 from lorafuse.integrations.report import Group, Skipped
 
+pytestmark = pytest.mark.usefixtures("small_groups")
 K = 16
 
 

@@ -21,6 +21,8 @@ from torch import nn
 
 import lorafuse
 
+pytestmark = pytest.mark.usefixtures("small_groups")
+
 
 def block_of(model):
     return model.base_model.model.blocks[0]

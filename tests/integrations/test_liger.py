@@ -12,6 +12,8 @@ from transformers.models.llama import modeling_llama
 
 import lorafuse
 
+pytestmark = pytest.mark.usefixtures("small_groups")
+
 
 class TestLiger:
     @pytest.fixture(autouse=True)

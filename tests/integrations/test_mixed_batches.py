@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import lorafuse
+from lorafuse import formats
+from lorafuse.backends import aten_wide
 from lorafuse.integrations import hf_mixed, hf_peft
 from lorafuse.testing.numerics import relative_l2, tolerance
 
@@ -179,3 +181,33 @@ def test_quantized_base(fused):
     y = model.train()(x, adapter_names=names)
     assert relative_l2(y, expected) <= tolerance(torch.float32)
     assert len(fused) == 2
+
+
+@pytest.mark.parametrize("has_products", [False, True], ids=["fp32 products", "bf16 products"])
+def test_a_bf16_quantized_base_rounds_as_it_does_unmixed(has_products, monkeypatch, fused):
+    """One adapter's batch through the operator of many is as near to fp64 as through that of one."""
+    bnb = pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(aten_wide, "has_products", lambda dtype: has_products)
+    base = nn.Sequential(bnb.nn.Linear4bit(128, 96, bias=True, compute_dtype=torch.bfloat16, quant_type="nf4"))
+    base = base.to(torch.bfloat16).to("cpu")
+    base.is_loaded_in_4bit = True
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False), "a")
+    lorafuse.patch(model)
+    layer = model.base_model.model[0]
+    a, b, scale = layer.lora_A["a"].weight, layer.lora_B["a"].weight, layer.scaling["a"]
+    x, dy = torch.randn(64, 128).to(torch.bfloat16), torch.randn(64, 96).to(torch.bfloat16)
+
+    def results(run, x):
+        model.zero_grad()
+        x = x.clone().requires_grad_()
+        y = run(x)
+        y.backward(dy.to(y.dtype))
+        return {"y": y.detach(), "dx": x.grad, "da": a.grad.clone(), "db": b.grad.clone()}
+
+    w = formats.adopt(layer.base_layer).decoded(torch.bfloat16).data.double()
+    bias = layer.base_layer.bias.double()
+    exact = results(lambda x: F.linear(x, w, bias) + scale * (x @ a.double().t() @ b.double().t()), x.double())
+    alone, mixed = (results(run, x) for run in (model, lambda x: model(x, adapter_names=["a"] * 64)))
+    for name, t in exact.items():
+        assert relative_l2(mixed[name], t) <= 1.02 * relative_l2(alone[name], t), name
+    assert len(fused) == 1

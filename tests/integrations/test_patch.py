@@ -47,9 +47,11 @@ class TestPatch:
         assert after["state"] == before["state"]
         assert after["flags"] == before["flags"]
         changed = {name for name in before["classes"] if after["classes"][name] is not before["classes"][name]}
-        # of PEFT's model too, which refuses mixed batches in training
+        # of PEFT's model too, which refuses mixed batches in training, and of MLPs that are one operator
         layers = {patched.name for patched in report.patched}
-        assert changed == {"base_model", *layers}
+        mlps = {group.name for group in report.groups if group.kind == "gated_mlp"}
+        assert len(mlps) == 2
+        assert changed == {"base_model", *layers, *mlps}
         assert {after["classes"][name] for name in layers} == {hf_peft.FusedLinear}
         assert after["classes"]["base_model"] is hf_mixed.FusedLoraModel
         # PEFT names layers by their class

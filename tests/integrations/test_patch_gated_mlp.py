@@ -15,6 +15,8 @@ import lorafuse
 from lorafuse.activation import ACTIVATIONS, gate_differentiable
 from lorafuse.integrations.report import Group
 
+pytestmark = pytest.mark.usefixtures("small_groups")
+
 H, I = 16, 24
 NAMES = ("gate_proj", "up_proj", "down_proj")
 

@@ -17,6 +17,8 @@ import lorafuse
 from lorafuse.integrations import gated_mlp
 from lorafuse.testing.numerics import relative_l2
 
+pytestmark = pytest.mark.usefixtures("small_groups")
+
 
 def merged(model):
     mlp_of(model).up_proj.merge()

@@ -11,7 +11,7 @@ from quantized_models import FORMATS, adapted, exact, family, quantize
 from torch import nn
 
 import lorafuse
-from lorafuse.backends import aten
+from lorafuse.backends import aten_wide
 from lorafuse.integrations import hf_quantized
 from lorafuse.testing.numerics import assert_three_way, relative_l2, tolerance
 
@@ -126,7 +126,7 @@ def test_a_format_in_bf16(how, dtype, autocast):
 @pytest.mark.parametrize("factor", [0.1, 1, 10])
 def test_bf16_on_a_cpu_is_no_further_from_the_truth_than_peft(factor, has_products, monkeypatch):
     """Whether the CPU multiplies bf16 or not, with a low-rank path below the base and above it."""
-    monkeypatch.setattr(aten, "has_products", lambda dtype: has_products)
+    monkeypatch.setattr(aten_wide, "has_products", lambda dtype: has_products)
     stock = mlp("nf4", torch.bfloat16, torch.bfloat16)
     for name, p in stock.named_parameters():
         if "lora_B" in name:

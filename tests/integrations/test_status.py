@@ -83,6 +83,7 @@ def test_layers_that_were_not_patched_are_listed():
     assert (len(rows), rows["base_model.model.lm_head"].reason) == (15, NOT_PATCHED)
 
 
+@pytest.mark.usefixtures("small_groups")
 def test_groups():
     model = patched(groups=True)
     run(model)

@@ -42,7 +42,7 @@ def test_rows_are_those_of_a_stable_sort(sizes):
 
 
 def test_counts_of_many_blocks(monkeypatch):
-    monkeypatch.setattr(routing, "_BLOCK_S", 128)
+    monkeypatch.setattr(routing, "BLOCK_S", 128)
     check(choices(*SUMS), 3)
 
 
@@ -109,13 +109,13 @@ MUTATIONS = {
     "parts of a block over each other": ("place += tl.histogram", "place += 0 * tl.histogram"),
     "tokens are choices": ("(o_s // choices)", "(o_s // 1)"),
     "offsets without the last group": ("mask=o_e < E)", "mask=o_e < E - 1)"),
-    "every index is valid": ("(negative == 0)", "(negative >= 0)"),
+    "every index is valid": ("(negative == 0,", "(negative >= 0,"),
 }
 
 
 def differences(module, index, groups, block_s=128):
     """The results in which a module's kernels differ from torch, which may write far out of bounds."""
-    flat, expected, module._BLOCK_S = index.reshape(-1), route(index, groups), block_s
+    flat, expected, module.BLOCK_S = index.reshape(-1), route(index, groups), block_s
     made = module.made(flat, groups, index.shape[1])
     S, margin = flat.shape[0], 4 * flat.shape[0] + 1024
     order, token = torch.full((2, S + 2 * margin), -1, device=DEVICE)[:, margin : margin + S]

@@ -50,10 +50,10 @@ def test_bit_for_bit_what_owned_tiles_give(name, ran):
         owned = check_linear(CASES[name], "triton", DEVICE)
         before = dict(ran)
         with override(triton_config=by_tickets):
-            taken = check_linear(CASES[name], "triton", DEVICE)
+            drawn = check_linear(CASES[name], "triton", DEVICE)
     assert before["matmul"] == ran["matmul"] == ran["tickets"] > 0
     assert before["tickets"] == 0
-    assert [name for name in owned if not torch.equal(owned[name], taken[name])] == []
+    assert [name for name in owned if not torch.equal(owned[name], drawn[name])] == []
 
 
 def tiled(kernel, problem, device):
@@ -62,7 +62,7 @@ def tiled(kernel, problem, device):
     return next((config for config in legal if config.form == "tma"), best(kernel, problem, device))
 
 
-def taken_of(config):
+def with_tickets(config):
     return replace(config, tickets=config.kernel == "matmul")
 
 
@@ -74,15 +74,15 @@ def test_ragged_rows(ran):
     x, w, a, b = (torch.randn(s, generator=generator).to(DEVICE, torch.float16) / 3 for s in shapes)
     ends = torch.tensor(sizes, device=DEVICE).cumsum(0)
     out = []
-    for pick in (tiled, lambda *given: taken_of(tiled(*given))):
+    for pick in (tiled, lambda *given: with_tickets(tiled(*given))):
         leaves = [t.clone().requires_grad_() for t in (x, a, b)]
         with override(interpreted_as=GPU, triton_config=pick):
             y = lora_grouped_linear(leaves[0], ends, w, *leaves[1:], scale=1.3, backend="triton")
             out.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y))))
     assert ran == {"matmul": 2, "tickets": 2}
-    for owned, taken in zip(*out, strict=True):
+    for owned, drawn in zip(*out, strict=True):
         assert owned.any()
-        assert torch.equal(owned, taken)
+        assert torch.equal(owned, drawn)
 
 
 def test_only_what_has_the_form_is_taken_by_ticket(ran):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from plan_problems import ALL, BACKWARD, HEADLINE, problems
 
-from lorafuse.plan import DEVICES, cost, find, select
+from lorafuse.plan import DEVICES, cost, find, override, select
 from lorafuse.plan.candidate import KernelConfig
 
 pytestmark = pytest.mark.no_poison
@@ -175,10 +175,46 @@ class TestCost:
         dense = select(replace(HEADLINE, gradients=gradients), device, available)
         plan = select(replace(HEADLINE, gradients=gradients, format="nf4"), device, available)
         assert (plan.backend, plan.kernel) == (dense.backend, dense.kernel)
-        seconds = 4096 * 4096 * (2 + 1) / device.sustained_bandwidth if decoded else 0.0
+        stored = 0.5 + 1 / 64 + 4 / (64 * 256)
+        seconds = 4096 * 4096 * (2 + stored) / device.sustained_bandwidth if decoded else 0.0
         for one, other in zip(plan.candidates, dense.candidates, strict=True):
             assert one.seconds - other.seconds == pytest.approx(seconds)
             assert one.launch_seconds == other.launch_seconds
+
+    @pytest.mark.parametrize("gradients", [(), BACKWARD], ids=["forward", "backward"])
+    def test_few_rows_may_decode_in_the_main_loop(self, gradients):
+        """A candidate with no decoding of its own, which the model does not choose by itself."""
+        few = replace(HEADLINE, M=16, format="nf4", packed=True, gradients=gradients)
+        plan = select(few, find("H200"), ALL)
+        candidates = {c.kernel: c for c in plan.candidates}
+        packed = candidates["packed"]
+        assert plan.kernel != "packed"
+        assert plan.reasons[-1].endswith("packed is chosen only where measured") or plan.backend == "eager"
+        assert not any(part.name.startswith("decode") for part in packed.parts)
+        decoded = candidates["one_pass_backward" if gradients else "two_kernel"]
+        assert packed.seconds < decoded.seconds
+        with override(force_kernel="packed"):
+            forced = select(few, find("H200"), ALL)
+        assert (forced.kernel, forced.config("packed").block_m) == ("packed", 16)
+        no_dx = tuple(g for g in gradients if g != "dx") or ("da",)
+        unfit = {
+            "many rows": {"M": 65}, "codes that no kernel reads": {"packed": False}, "fp32": {"dtype": "float32"},
+            "another format": {"format": "intx"}, "nothing to decode": {"gradients": no_dx},
+        }  # fmt: skip
+        for reason, fields in unfit.items():
+            kernels = {c.kernel for c in select(replace(few, **fields), find("H200"), ALL).candidates}
+            assert "packed" not in kernels, reason
+
+    def test_what_a_tile_that_is_decoded_costs(self):
+        """128 tiles of 16 x 32 on 132 SMs: 13 instructions an element, 128 of an SM in a clock, and their products."""
+        config = KernelConfig("packed", "pointer", 16, 32, 64, 16, 1, 4)
+        few, device = replace(HEADLINE, M=16, format="nf4"), find("H200")
+        decoded = 32 * 4096 * 13 / (128 * 1.7e9)
+        actual = cost.kernel_seconds(config, few, device)
+        assert actual == pytest.approx(decoded + cost.tile_seconds(config, few, device))
+        # 64 rows of x for each tile, at what an SM streams
+        tall = replace(config, block_m=64)
+        assert cost.kernel_seconds(tall, replace(few, M=64, format="int8"), device) >= 64 * 2 * 4096 / 110e9
 
     def test_the_host_is_a_figure_of_its_own(self):
         """An ATen operator takes the host 12 us, a Triton kernel 60: at 512 rows longer than the GPU needs."""

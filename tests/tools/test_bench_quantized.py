@@ -1,4 +1,4 @@
-"""`lorafuse bench quantized`: a layer over a base in 4 bits, and what it is compared with."""
+"""`lorafuse bench quantized`: a layer over a base in 4 or 8 bits, and what it is compared with."""
 
 import json
 
@@ -8,10 +8,10 @@ import torch
 from lorafuse.bench import peaks, plugins
 from lorafuse.bench.linear import Linear
 from lorafuse.bench.problem import title, wrong
-from lorafuse.bench.quantized import Quantized
+from lorafuse.bench.quantized import TYPES, Quantized
 from lorafuse.cli import main
 
-pytest.importorskip("bitsandbytes", reason="bases in 4 bits need bitsandbytes: pip install --no-deps bitsandbytes")
+pytest.importorskip("bitsandbytes", reason="quantized bases need bitsandbytes: pip install --no-deps bitsandbytes")
 CPU = torch.device("cpu")
 # K is a multiple of the block: bitsandbytes' AVX512 kernel, which PEFT runs, is right there alone
 SIZES = 16, 24, 128, 3
@@ -31,19 +31,23 @@ def baselines():
 
 def test_every_side_is_there(baselines):
     assert {"frozen", *ADAPTED} <= baselines.keys()
-    # a base in 4 bits is not trained, and a dense one is another problem
+    # a quantized base is not trained, and a dense one is another problem
     assert not {"full", "addmm", "frozen-lorafuse"} & baselines.keys()
 
 
-@pytest.mark.parametrize("quant", ["nf4", "fp4"])
+@pytest.mark.parametrize("quant", TYPES)
 @pytest.mark.parametrize("name", ["frozen", *ADAPTED])
 def test_every_variant_computes_the_formula_of_the_decoded_weight(name, quant, baselines):
+    if quant == "int8_torchao":
+        pytest.importorskip("torchao", reason="its int8 needs torchao: pip install --no-deps torchao")
     problem = Quantized("tiny", "bfloat16", *SIZES, quant)
     given, dense = problem.inputs(CPU), Linear("tiny", "bfloat16", *SIZES).inputs(CPU)
     one = baselines[name]
     variant = problem.variant(name, one.module, given, **one.options)
     assert wrong(variant, problem.references(given)[one.trains], problem.shaped) == ""
-    # the weight before it was quantized is out of reach of the tolerance
+    if "int8" in quant:
+        return
+    # the weight before it was quantized to 4 bits is out of reach of the tolerance
     assert "y is wrong" in wrong(variant, problem.references(dense)[one.trains], problem.shaped)
 
 
@@ -55,6 +59,9 @@ def test_the_work_counts_packed_bytes():
             assert packed[part].flops == dense[part].flops
             # 64 · 256 elements: 2 bytes each, or half a byte and one of statistics a block of 64, 4 for 256 blocks
             assert dense[part].bytes - packed[part].bytes == 32768 - 8192 - 256 - 4
+            # a byte each, and 4 a row
+            int8 = Quantized("t", "bfloat16", 8, 64, 256, 4, "int8_torchao").work(trains)[part]
+            assert dense[part].bytes - int8.bytes == 32768 - 16384 - 4 * 64
 
 
 @pytest.mark.no_poison
