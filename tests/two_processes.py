@@ -1,4 +1,4 @@
-"""Two gloo processes on this machine, and tiny models that they train as one process does."""
+"""Two gloo processes on this machine, or more, and tiny models that they train as one process does."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from lorafuse.integrations import gated_mlp, groups, hf_experts, hf_peft, hf_transformers
 from lorafuse.parallel import tp
 
-__all__ = ["STEPS", "WORLD", "alone", "joined", "measure", "model", "spawn", "token_ids", "train"]
+__all__ = ["STEPS", "WORLD", "alone", "joined", "joined_by", "measure", "model", "spawn", "token_ids", "train"]
 
 WORLD, STEPS = 2, 6
 # seconds in which processes that do not wait for each other compute something, however many others share the cores
@@ -43,11 +43,11 @@ def cpu_seconds(pid):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def spawn(worker, *args, limit_s=LIMIT_S):
-    """Run `worker(rank, *args)` in two processes; AssertionError, with both ended, when for `limit_s` seconds neither
+def spawn(worker, *args, limit_s=LIMIT_S, world=WORLD):
+    """Run `worker(rank, *args)` in `world` processes; AssertionError, with all ended, when for `limit_s` seconds none
     computes, or it takes an hour: what counts is their own time, which a machine with other work gives slowly.
     """
-    context = mp.start_processes(worker, args=args, nprocs=WORLD, join=False, start_method="forkserver")
+    context = mp.start_processes(worker, args=args, nprocs=world, join=False, start_method="forkserver")
     start = since = time.monotonic()
     used = 0.0
     try:
@@ -65,8 +65,12 @@ def spawn(worker, *args, limit_s=LIMIT_S):
 
 def joined(rank, folder, worker, *args):
     """`worker(rank, folder, *args)` in a process group."""
+    joined_by(rank, WORLD, folder, worker, *args)
+
+
+def joined_by(rank, world, folder, worker, *args):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     worker(rank, folder, *args)
     dist.barrier()
     dist.destroy_process_group()
@@ -79,9 +83,9 @@ def base(name):
     return tiny_families.tiny_model(tiny_families.model_classes("qwen3_moe")[0])
 
 
-def model(name, of=None):
+def model(name, of=None, is_filled=True):
     """A PEFT model of "llama", adapters on every linear layer, or of "qwen3_moe", on attention and experts, or on
-    attention alone ("qwen3_moe, frozen experts"); none of them zero.
+    attention alone ("qwen3_moe, frozen experts"); none of them zero, unless they stay as PEFT makes them.
     """
     settings = {} if name == "llama" else {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
     if name == "qwen3_moe":
@@ -91,6 +95,8 @@ def model(name, of=None):
     if of is None:
         torch.manual_seed(3)
         return tiny_models.train_away_from_zero(one)
+    if not is_filled:
+        return one
     # the same numbers, whichever of them this rank holds
     with torch.no_grad():
         for key, whole in model(name).named_parameters():
@@ -128,16 +134,17 @@ def alone(name, ranks=range(WORLD)):
     return losses
 
 
-def train(one, rank, averages=False):
-    """The user's script: the losses of this rank; `averages` the gradients, where nothing wraps the adapters."""
+def train(one, rank, averages=False, group=None):
+    """The user's script: the losses of this rank; `averages` gradients over a group, where nothing wraps them."""
     optimizer, losses = _optimizer(one), []
     for step in range(STEPS):
         loss = _loss(one, step, rank)
         loss.backward()
         for parameter in one.parameters() if averages else ():
             if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= WORLD
+                grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+                dist.all_reduce(grad, group=group)
+                grad /= dist.get_world_size(group)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -145,11 +152,16 @@ def train(one, rank, averages=False):
 
 
 @contextlib.contextmanager
-def measure():
-    """What runs inside the block: `calls`, layers and experts that ran fused, and `warned`, why layers did not."""
+def measure(is_compiled=False):
+    """What runs inside the block: `calls`, layers and experts that ran fused, and `warned`, why layers did not.
+
+    A count in a graph of torch.compile would compile it anew for every call: where it `is_compiled`, none is made.
+    """
     counted = {"calls": 0, "warned": []}
 
     def counting(module, name, layers):
+        if is_compiled:
+            return contextlib.nullcontext()
         own = getattr(module, name)
 
         def run(*args, **kwargs):

@@ -16,7 +16,7 @@ from lorafuse.advise.page import page
 from lorafuse.advise.shapes import ModelShapes, shapes_of
 from lorafuse.advise.snippet import Settings, snippet
 from lorafuse.advise.sources import cite
-from lorafuse.advise.step_time import WAYS, micro_step_seconds, update_seconds
+from lorafuse.advise.step_time import TRAININGS, micro_step_seconds, update_seconds
 from lorafuse.plan import DeviceSpec, find
 
 __all__ = ["Advice", "Request", "plan_adapter"]
@@ -285,7 +285,7 @@ def _name_of(model: Any) -> str:
 def _step_seconds(
     shapes: ModelShapes, rank: int, each: int, length: int, settings: Fit, accumulation: int, device: DeviceSpec
 ) -> dict[str, float]:
-    """Seconds of an optimizer step, accumulation included, of each of `WAYS` that fits with the same settings."""
+    """Seconds of an optimizer step, accumulation included, of each of `TRAININGS` that fits with the same settings."""
     if settings.fits is False:
         return {}
     tokens = settings.micro_batch * each * length
@@ -294,5 +294,5 @@ def _step_seconds(
     if settings.method == "lora":
         full = memory(shapes, "full", rank, tokens, checkpointing=settings.checkpointing, length=length).total
         fits = full <= usable_bytes(device)
-        shown = [one for one in WAYS if one != "QLoRA" and (fits or one != "full fine-tuning")]
+        shown = [one for one in TRAININGS if one != "QLoRA" and (fits or one != "full fine-tuning")]
     return {one: micro[one] * accumulation + update_seconds(shapes, one, rank, device) for one in shown}

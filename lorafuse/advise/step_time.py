@@ -10,9 +10,9 @@ from lorafuse.advise.memory import activation_bytes, expert_blocks
 from lorafuse.advise.shapes import LAST, Linear, ModelShapes
 from lorafuse.plan import DeviceSpec, Problem, cost, select
 
-__all__ = ["WAYS", "micro_step_seconds", "update_seconds"]
+__all__ = ["TRAININGS", "micro_step_seconds", "update_seconds"]
 
-WAYS = ("frozen", "full fine-tuning", "lorafuse", "QLoRA")
+TRAININGS = ("frozen", "full fine-tuning", "lorafuse", "QLoRA")
 _GRADIENTS = ("dx", "da", "db")
 # where nvcc is: without it, lorafuse has Triton and eager
 _AVAILABLE = (("eager", ""), ("triton", ""), ("cuda", ""))
@@ -34,14 +34,14 @@ def micro_step_seconds(
     shapes: ModelShapes, rank: int, tokens: int, length: int, device: DeviceSpec, *, checkpointing: bool = False
 ) -> dict[str, float]:
     """Modelled seconds of one micro-batch of `tokens`, in sequences of `length`, forward and backward, for each of
-    `WAYS`; half precision. Checkpointing runs forward twice. Raises ValueError for tokens below 1.
+    `TRAININGS`; half precision. Checkpointing runs forward twice. Raises ValueError for tokens below 1.
 
     "QLoRA" is a lower bound: each adapted `nn.Linear` weight is decoded to half precision before each of its products,
     which are torch's; PEFT's casts of x are left out.
     """
     if tokens < 1:
         raise ValueError(f"tokens {tokens}: it must be at least 1")
-    total = dict.fromkeys(WAYS, 0.0)
+    total = dict.fromkeys(TRAININGS, 0.0)
     blocks, rest = expert_blocks(shapes.linears)
     again = 2 if checkpointing else 1
     dtype = "bfloat16" if device.arch >= 80 else "float16"
@@ -63,7 +63,7 @@ def micro_step_seconds(
     total["QLoRA"] += decode_seconds(shapes, "NF4", device, checkpointing=checkpointing, experts=False)
     attention = _attention(shapes, rest, tokens * length, device, again)
     loss = shapes.vocabulary * tokens * _LOSS_BYTES
-    for training in WAYS:
+    for training in TRAININGS:
         saved = activation_bytes(shapes, 0 if training == "full fine-tuning" else rank, tokens) * (again + 2) / 3
         total[training] += attention + (loss + _PASSES * saved) / device.sustained_bandwidth
     return total

@@ -42,11 +42,11 @@ def end(layer: nn.Module) -> None:
 
 
 def ran(layer: Any) -> None:
-    """Count a call that ran fused, by the backend that ran last."""
+    """Count a call that ran fused, by the backend that this thread ran last."""
     if _is_tracing():
         _note(layer, "")
     else:
-        layer._lorafuse_calls.fused[choose.latest] += 1
+        layer._lorafuse_calls.fused[choose.latest.name] += 1
 
 
 def ran_grouped(layer: Any) -> None:
@@ -55,7 +55,7 @@ def ran_grouped(layer: Any) -> None:
         _note(layer, "")
     else:
         calls = layer._lorafuse_calls
-        calls.fused[choose.latest] += 1
+        calls.fused[choose.latest.name] += 1
         calls.grouped += 1
 
 

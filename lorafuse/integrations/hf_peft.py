@@ -35,7 +35,7 @@ from lorafuse.integrations.hf_common import (
 from lorafuse.integrations.hf_experts import why_not_wrapped
 from lorafuse.integrations.hf_mixed import run_mixed
 from lorafuse.integrations.hf_quantized import PACKED, is_quantized, multiplies_packed, run_quantized, stored
-from lorafuse.integrations.hf_tensor_parallel import Sharded, run_sharded, sharded_parts
+from lorafuse.integrations.hf_tensor_parallel import TWO_MESHES, Sharded, run_sharded, sharded_parts
 from lorafuse.integrations.hf_variants import Dora, column_factor, magnitude_of, run_dora_layer, variant_of
 from lorafuse.operands import Weight
 from lorafuse.philox import draw_mask
@@ -241,8 +241,11 @@ def _parts(
     if weight is not None and weight.requires_grad:
         return trainable(base, "weight")
     is_plain = is_linear and (type(weight) is nn.Parameter or type(weight) is Tensor)
-    if not is_plain and is_linear and is_dtensor(weight) and not is_resting:
-        return _sharded(layer, names)
+    if not is_plain and is_linear and is_dtensor(weight):
+        if weight.device_mesh.ndim > 1 and "tp" in (weight.device_mesh.mesh_dim_names or ()):
+            return TWO_MESHES
+        if not is_resting:
+            return _sharded(layer, names)
     if not is_plain and not (is_resting and is_dtensor(weight)):
         weight = None if is_wrapper else stored(base)
         if type(weight) is not Weight:

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from lorafuse.integrations.hf_common import altered, is_dtensor
 
-__all__ = ["Sharded", "run_sharded", "sharded_parts"]
+__all__ = ["TWO_MESHES", "Sharded", "run_sharded", "sharded_parts"]
+
+TWO_MESHES = (
+    "its base is sharded by FSDP2 and tensor parallelism at once, where PEFT makes adapters of wrong sizes: use one, "
+    "or lorafuse.parallel in groups of a mesh"
+)
 
 
 class Sharded(NamedTuple):

@@ -55,12 +55,11 @@ class _Group(nn.Module):
 
 
 def _projection(layer: nn.Linear | LoRALinear, x: Tensor) -> Projection:
-    """A layer as it is now; x is what the group reads, and has the sizes of the layer's own input but for features."""
+    """A layer as it is now; x is what the group reads."""
     if not isinstance(layer, LoRALinear) or layer.merged:
         return Projection(layer.weight, bias=layer.bias)
     a, b, p = layer.lora_A.weight, layer.lora_B.weight, layer.dropout if layer.training else 0.0
-    own = x if x.shape[-1] == layer.in_features else x.new_empty((*x.shape[:-1], layer.in_features))
-    return Projection(layer.weight, a, b, layer.scale, layer.bias, p, layer.drawn_mask(own))
+    return Projection(layer.weight, a, b, layer.scale, layer.bias, p, layer.drawn_mask(x))
 
 
 def _adapted(

@@ -132,9 +132,13 @@ class LoRALinear(nn.Module):
         )
 
     def drawn_mask(self, x: Tensor) -> Tensor | None:
-        """The mask of torch's dropout for an input like x; None where the operator draws its own, or none is needed."""
+        """The mask of torch's dropout for an input with the sizes of x, but for features; None where the operator draws
+        its own, or none is needed.
+        """
         if self.dropout_rng != "torch" or not self.dropout or not self.training:
             return None
+        if x.shape[-1] != self.in_features:
+            x = x.new_empty((*x.shape[:-1], self.in_features))
         return draw_mask(x, self.lora_A.weight.dtype, self.dropout)
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """Which backend runs a call, and its plan: asked once, for each direction, when the operator runs."""
 
+import threading
 from collections.abc import Iterable
 
 import torch
@@ -22,9 +23,15 @@ __all__ = [
 ]
 
 ATEN = aten.BACKEND
-# the backend that an operator of this process chose last, for who counts calls: where several threads run operators,
-# one may read the other's
-latest = ATEN.name
+
+
+class _Latest(threading.local):
+    """The backend that an operator of this thread chose last, for who counts calls."""
+
+    name = ATEN.name
+
+
+latest = _Latest()
 # the one backend of a device type, which needs no plan
 SOLE_BACKEND = {"cpu": base.candidates("cpu")[-1]}
 
@@ -41,8 +48,7 @@ def choose(backend: str, x: Tensor, operator: Problems, *weights: Tensor) -> tup
     Where x or a weight is empty there is nothing to launch over: plain torch runs it, after the backend that was asked
     for has checked x.
     """
-    global latest
-    latest = ATEN.name
+    latest.name = ATEN.name
     name = base.resolve(backend)
     if name == "auto":
         name = SOLE_BACKEND.get("cpu" if x.is_cpu else x.device.type, name)
@@ -51,7 +57,7 @@ def choose(backend: str, x: Tensor, operator: Problems, *weights: Tensor) -> tup
     is_empty = not x.numel() or not all(w.numel() for w in weights)
     if name == "auto" and not is_empty:
         plan = plan_for(operator(), x.device)
-        latest = plan.backend
+        latest.name = plan.backend
         return (ATEN if plan.backend == "eager" else base.load(plan.backend)), plan
     if name in ("auto", "eager"):
         return ATEN, None if is_empty else ATEN.plan(operator, x.device)
@@ -59,7 +65,7 @@ def choose(backend: str, x: Tensor, operator: Problems, *weights: Tensor) -> tup
     run.check(x)
     if is_empty:
         return ATEN, None
-    latest = name
+    latest.name = name
     return run, run.plan(operator, x.device)
 
 

@@ -33,7 +33,7 @@ LLAMA = {
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 # ways of the run, and of the model; memory within 2%, a step within 10%
 MEMORY, STEP = 0.02, 0.10
-WAYS = {"full": ("full", "full fine-tuning"), "lorafuse": ("lora", "lorafuse")}
+VARIANTS = {"full": ("full", "full fine-tuning"), "lorafuse": ("lora", "lorafuse")}
 # passes over the parameters of AdamW without fused=True, with which the run was made
 FOREACH = 18
 
@@ -55,16 +55,16 @@ def measured():
     return result["variants"]
 
 
-@pytest.mark.parametrize("variant", WAYS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_memory_is_what_an_h200_took(variant, shapes, measured):
-    modelled = advise.memory(shapes, WAYS[variant][0], 16, 4096, checkpointing=False, accumulates=False).total
+    modelled = advise.memory(shapes, VARIANTS[variant][0], 16, 4096, checkpointing=False, accumulates=False).total
     elapsed = measured[variant]["peak_bytes"]
     assert modelled == pytest.approx(elapsed, rel=MEMORY), f"{modelled / 2**20:.0f} MiB against {elapsed / 2**20:.0f}"
 
 
-@pytest.mark.parametrize("variant", WAYS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_is_what_an_h200_took(variant, shapes, measured):
-    name = WAYS[variant][1]
+    name = VARIANTS[variant][1]
     modelled = advise.micro_step_seconds(shapes, 16, 4096, 4096, find("H200"))[name]
     modelled += advise.update_seconds(shapes, name, 16, find("H200"), passes=FOREACH)
     elapsed = measured[variant]["step"]["median"]
