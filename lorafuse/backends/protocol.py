@@ -9,6 +9,7 @@
     gated_backward  dgate, dup, h of dh = x wᵀ + low                 default: matmul, and the activation's backward
     matmul_sum      Σ_i x_i w_iᵀ + Σ_j scale_j · xa_j b_jᵀ          dx of layers of one x; default: matmul and sums
     combine         out[t] = Σ_j weight[t, j] · y of choice j       the weighted sum over a token's choices
+    row_norms, columns_backward                                     DoRA's (`lorafuse.backends.columns`)
 
 Operands are values (`lorafuse.operands`). `x` is a matrix `[rows, K]` as `Backend.matrix` gives it, of float dtype;
 adapters may be of another dtype and any strides, and are rounded to x's dtype inside. `rows` is None for a dense layer.
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 
 from lorafuse.activation import gate_backward, gate_forward
-from lorafuse.backends import workspace
+from lorafuse.backends import columns, workspace
 from lorafuse.backends.multi import Multi
 from lorafuse.operands import ActivateBackward, Dropout, Epilogue, LowRank, Rows, Weight, route
 from lorafuse.plan import Plan, Problem
@@ -230,6 +231,18 @@ class Backend:
         `rows` have an order; `weight` `[T, k]` is 1 where it is None. y may be written into.
         """
         raise NotImplementedError
+
+    def row_norms(self, w: Weight, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        """`‖w[n] + scale · b[n] a‖`, `[N]` in fp32 at least, of a dense w; a `[R, K]`, b `[N, R]`."""
+        return columns.row_norms(w, a, b, scale)
+
+    def columns_backward(
+        self, dy: Tensor, z: Tensor | None, factor: Tensor, need_dz: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """`(dz = dy ⊙ factor, dfactor = Σ dy ⊙ z)` of contiguous dy and z `[M, N]`, factor `[N]` in fp32 at least; dz
+        None unless needed, dfactor without z.
+        """
+        return columns.columns_backward(dy, z, factor, need_dz)
 
 
 def finish(product: Tensor, epilogue: Epilogue | None) -> Any:

@@ -16,8 +16,9 @@ import triton
 from torch import Tensor
 
 from lorafuse.activation import Activation
-from lorafuse.backends import problems, triton_multi
+from lorafuse.backends import columns, problems, triton_multi
 from lorafuse.backends.protocol import Backend, Problems, device_guard, finish
+from lorafuse.kernels import columns as column_kernels
 from lorafuse.kernels import combine, decode, epilogues, gated, lowrank, matmul, packed, routing, siblings, tickets
 from lorafuse.kernels.rows import Tiles
 from lorafuse.operands import Activate, Dropout, Epilogue, LowRank, Rows, Weight, contiguous_rows, refuse_negative
@@ -218,6 +219,15 @@ class Triton(Backend):
         assert rows.order is not None
         weight = None if weight is None else weight.contiguous()
         return combine.combine(y, rows.order, rows.offsets, weight, rows.count // rows.choices)
+
+    def row_norms(self, w: Weight, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        terms = columns.small_terms(a, b, scale, torch.float32)
+        return column_kernels.row_norms(w.left(), *(t.contiguous() for t in terms))
+
+    def columns_backward(
+        self, dy: Tensor, z: Tensor | None, factor: Tensor, need_dz: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return column_kernels.columns_backward(dy, z, factor, need_dz)
 
 
 def _left(w: Weight) -> Tensor:

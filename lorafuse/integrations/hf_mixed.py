@@ -73,7 +73,11 @@ def run_mixed(layer: Any, x: Tensor, names: list[str], read: Callable[[Any, list
     known = {name: read(layer, [name]) for name in used if name in adapted}
     for parts in (known := known or {"": read(layer, [next(iter(adapted))])}).values():
         if type(parts) is not tuple:
-            return parts if isinstance(parts, str) else "a bias of lora_B, or a scale in a tensor, in a mixed batch"
+            return (
+                parts
+                if isinstance(parts, str)
+                else "a bias of lora_B, a scale in a tensor, or a variant of LoRA, in a mixed batch"
+            )
     if "_lorafuse_dropout_rng" in layer.__dict__ and any(parts[5] for parts in known.values()):
         return 'a mixed batch with dropout and dropout_rng="torch"; PEFT draws a mask for each adapter'
     weight, any_a, any_b, _, bias, _ = next(iter(known.values()))

@@ -36,6 +36,7 @@ from lorafuse.integrations.hf_experts import why_not_wrapped
 from lorafuse.integrations.hf_mixed import run_mixed
 from lorafuse.integrations.hf_quantized import PACKED, is_quantized, multiplies_packed, run_quantized, stored
 from lorafuse.integrations.hf_tensor_parallel import Sharded, run_sharded, sharded_parts
+from lorafuse.integrations.hf_variants import Dora, column_factor, magnitude_of, run_dora_layer, variant_of
 from lorafuse.operands import Weight
 from lorafuse.philox import draw_mask
 
@@ -53,8 +54,8 @@ __all__ = [
 
 # weight, a, b, scale, bias, dropout_p
 _Operands = tuple[Tensor | Weight, Tensor, Tensor, float, Tensor | None, float]
-# of each active adapter: a, b, bias of b, scale
-_Factors = tuple[Tensor, Tensor, Tensor | None, Any]
+# of each active adapter: a, b, bias of b, scale, factor for each column of b or None
+_Factors = tuple[Tensor, Tensor, Tensor | None, Any, Tensor | None]
 
 
 class _Unfolded(NamedTuple):
@@ -111,6 +112,11 @@ def fused(shipped: type) -> Any:
                     y = run_quantized(self._modules["base_layer"], rows, parts, self._lorafuse_backend, seed=mask)
                 calls.ran(self)
                 return y if rows is x else y.unflatten(0, x.shape[:-3])
+            if type(parts) is Dora:
+                rows = x if x.dim() <= 4 else x.flatten(0, -4)
+                y = run_dora_layer(self, rows, parts)
+                calls.ran(self)
+                return y if rows is x else y.unflatten(0, x.shape[:-3])
             if type(parts) is Sharded:
                 y = run_sharded(x, parts, self._lorafuse_backend)
                 calls.ran(self)
@@ -154,6 +160,7 @@ class Member:
     __slots__ = ()
     # PEFT's class
     _lorafuse_kind: type
+    _lorafuse_backend: str | None
 
 
 def rejoins(shipped: Any) -> Any:
@@ -198,7 +205,9 @@ FusedTorchaoLinear.__name__ = TorchaoLoraLinear.__name__
 FusedWeight.__name__ = ParamWrapper.__name__
 
 
-def _parts(layer: Any, active: Any = None, is_resting: bool = False) -> _Operands | _Unfolded | Sharded | str | None:
+def _parts(
+    layer: Any, active: Any = None, is_resting: bool = False
+) -> _Operands | _Unfolded | Dora | Sharded | str | None:
     """The operands of the layer's present state, or what they are to be computed from: nothing is computed here.
     `active` are the names of the adapters, None for the layer's own active ones.
 
@@ -242,9 +251,13 @@ def _parts(layer: Any, active: Any = None, is_resting: bool = False) -> _Operand
         return f"its base bias {described(base, 'bias')}"
     factors: list[_Factors] = []
     for name in names:
-        if name in layer.lora_variant:
-            variant = type(layer.lora_variant[name]).__name__.removesuffix("LinearVariant")
-            return f"its adapter is a variant of LoRA ({variant})"
+        variant = "lora"
+        if layer.lora_variant:
+            variant, reason = variant_of(layer, name)
+            if reason:
+                return reason
+            if variant == "dora" and len(names) > 1:
+                return "several active adapters, one of them DoRA; PEFT scales what the others add too"
         a, b, dropout = lora_a[name], lora_b[name], modules["lora_dropout"]._modules[name]
         if type(a) is not nn.Linear or type(b) is not nn.Linear or altered(base, a, b, dropout):
             return _why_not_plain(base, a, b)
@@ -260,9 +273,17 @@ def _parts(layer: Any, active: Any = None, is_resting: bool = False) -> _Operand
         if p and len(names) > 1:
             return "several active adapters with dropout; PEFT draws a mask for each"
         b_bias, scale = b._parameters["bias"], layer.scaling[name]
-        if len(names) == 1 and b_bias is None and not isinstance(scale, Tensor):
+        if variant == "dora":
+            if b_bias is not None or isinstance(scale, Tensor):
+                return "DoRA with a bias of lora_B, or with its scale in a tensor"
+            magnitude = magnitude_of(layer, name, a_weight.device)
+            if isinstance(magnitude, str):
+                return magnitude
+            return Dora(weight, a_weight, b_weight, scale, base._parameters["bias"], p, magnitude)
+        columns = column_factor(layer, name) if variant == "kasa" else None
+        if len(names) == 1 and b_bias is None and columns is None and not isinstance(scale, Tensor):
             return weight, a_weight, b_weight, scale, base._parameters["bias"], p
-        factors.append((a_weight, b_weight, b_bias, scale))
+        factors.append((a_weight, b_weight, b_bias, scale, columns))
     return _Unfolded(weight, base._parameters["bias"], factors, p)
 
 
@@ -325,7 +346,9 @@ def _why_not_plain(base: nn.Module, a: nn.Module, b: nn.Module) -> str:
 def _folded(weight: Tensor | Weight, bias: Tensor | None, factors: list[_Factors], dropout_p: float) -> _Operands:
     """What the operator takes: the bias of B in the bias, several adapters as one."""
     pairs = []
-    for a, b, b_bias, scale in factors:
+    for a, b, b_bias, scale, columns in factors:
+        if columns is not None:
+            b = b * columns
         if b_bias is not None:
             b_bias = b_bias * scale
             if isinstance(weight, Tensor):

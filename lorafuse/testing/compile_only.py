@@ -35,6 +35,7 @@ from lorafuse.kernels import lowrank, matmul
 from lorafuse.plan import DEVICES, DeviceSpec, KernelConfig, Problem
 from lorafuse.plan.configs_triton import candidates
 from lorafuse.testing import (
+    compile_columns,
     compile_decode,
     compile_multi,
     compile_ragged,
@@ -96,8 +97,8 @@ class Variant:
     def name(self) -> str:
         c = self.config
         tile = "x".join(str(size) for size in (c.block_m, c.block_n, c.block_k) if size)
-        if self.kernel == "decode":
-            return f"decode {self.epilogue} {self.dtype}"
+        if self.kernel == "decode" or c.kernel == "columns":
+            return " ".join(part for part in (self.kernel, self.epilogue, self.dtype) if part)
         parts = [self.kernel, c.form, tile, f"r{c.block_r * self.rank_tiles}", f"{c.stages}stages", f"{c.warps}warps"]
         parts += [self.dtype, "" if self.adapter_dtype == "float32" else f"adapter-{self.adapter_dtype}"]
         flags = (self.dropout, "dropout"), (not self.aligned, "unaligned"), (self.wide, "wide")
@@ -171,6 +172,8 @@ def variants(target: str, everything: bool) -> list[Variant]:
             chosen |= set(_ragged_variants(problem, device, everything))
     cases = itertools.product(dtypes, compile_decode.CASES)
     chosen |= {Variant("decode", compile_decode.CONFIG, dtype, epilogue=case) for dtype, case in cases}
+    passes = itertools.product(dtypes, compile_columns.CASES)
+    chosen |= {Variant(name, compile_columns.CONFIG, dtype, epilogue=case) for dtype, (name, case) in passes}
     chosen |= {Variant(kernel, compile_decode.CONFIG, "int64") for kernel in compile_routing.KERNELS}
     many = compile_multi.configs(itertools.product(dtypes, alignments if target != "gfx942" else ()), device)
     chosen |= {Variant(*one, dropout=True, aligned=aligned) for one, aligned in many}
@@ -303,6 +306,8 @@ def _launch(variant: Variant) -> None:
         compile_routing.launch(variant.kernel)
     elif variant.kernel == "decode":
         compile_decode.launch(variant.epilogue, dtype)
+    elif c.kernel == "columns":
+        compile_columns.launch(variant.kernel, variant.epilogue, dtype)
     elif variant.kernel == "project":
         lowrank.project(x, a, c, seed=seed, p=p, wide=variant.wide)
     elif variant.kernel == "y":

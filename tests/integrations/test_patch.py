@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 import transformers
+from peft.tuners.lora.config import VeloraConfig
 from tiny_models import (
     Mlp,
     adapted,
@@ -190,7 +191,12 @@ def ids():
 
 # Models with layers that are not taken: the model, its adapter, an input, and per skipped layer kind and reason.
 SKIPPED = {
-    "DoRA": (Mlp, lora_config(target_modules="first|second", use_dora=True), ids, {"linear": "variant of LoRA (Dora)"}),
+    "VeLoRA": (
+        Mlp,
+        lora_config(target_modules="first|second", velora_config=VeloraConfig(num_groups=4)),
+        ids,
+        {"linear": "variant of LoRA (Velora)"},
+    ),
     "embedding": (Mlp, lora_config(target_modules="first|embedding"), ids, {"embedding": "not a LoRA layer over"}),
     "Conv2d": (Mlp, lora_config(target_modules="first|convolution"), ids, {"conv2d": "not a LoRA layer over"}),
     "Conv1d": (Mlp, lora_config(target_modules="first|sequence"), ids, {"conv1d": "not a LoRA layer over"}),
@@ -238,7 +244,7 @@ def test_what_is_skipped(name):
     patched, report = patched_copy(stock)
     assert {skipped.kind for skipped in report.skipped} == reasons.keys()
     assert all(reasons[skipped.kind] in skipped.reason for skipped in report.skipped)
-    assert bool(report.patched) == (name not in ("DoRA", "LoHa", "IA3", "AdaLoRA"))
+    assert bool(report.patched) == (name not in ("VeLoRA", "LoHa", "IA3", "AdaLoRA"))
     x = make_input()
     y, expected = patched(x), stock(x)
     assert relative_l2(y, expected) <= tolerance(torch.float32)

@@ -14,6 +14,7 @@ from tiny_models import (
     assert_same_model,
     counting_fused,
     inputs_of,
+    lora_config,
     patched_copy,
     run,
     tiny,
@@ -154,3 +155,27 @@ class TestFiles:
         assert capsys.readouterr().out == expected
         assert "trainable params: 3,520" in expected
         assert patched.get_model_status() == stock.get_model_status()
+
+
+@pytest.mark.parametrize("groups", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_nothing_is_saved_while_adapters_are_off(groups, grad):
+    """A reference policy's log-probabilities: what the frozen model computes, and no more kept than it keeps."""
+    frozen = tiny().requires_grad_(False)
+    patched = train_away_from_zero(peft.get_peft_model(tiny(), lora_config()), "lora_B").eval()
+    lorafuse.patch(patched, groups=groups)
+    saved, ids = [], torch.randint(64, (2, 7))
+
+    def run(model):
+        saved.clear()
+        with (
+            torch.set_grad_enabled(grad),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t), lambda t: t),
+        ):
+            return model(ids).logits, len(saved)
+
+    with patched.disable_adapter():
+        actual, count = run(patched)
+    expected, least = run(frozen)
+    assert torch.equal(actual, expected)
+    assert count == least == 0

@@ -178,8 +178,11 @@ class TestLeftToPeft:
         assert calls.call_count == 0
         assert_equal_to_peft(actual, expected)
 
-    def test_dora(self):
-        assert "variant of LoRA (Dora)" in self.reason(mlp(use_dora=True))
+    def test_a_variant(self):
+        model = mlp()
+        for layer in (model.base_model.model.up, model.base_model.model.down):
+            layer.lora_variant["default"] = peft.tuners.lora.variants.QALoraLinearVariant()
+        assert "variant of LoRA (QALora)" in self.reason(model)
 
     def test_weights_repacked_for_inference(self):
         """CPUs with AVX512-BF16: a forward in eval mode without gradients repacks the weight, in PEFT's path alone."""

@@ -88,9 +88,10 @@ def digests():
 
 
 def configured(digests):
-    """Warps and alignment of the kernels that decode and route are their launchers' own."""
+    """Warps and alignment of the kernels that decode and route, and of DoRA's, are their launchers' own."""
     fixed = [kernel for kernel in digests["kernels"] if kernel.startswith(("decode ", "route_"))]
     assert len(fixed) > 3
+    fixed += ["row_norms", "columns_backward"]
     return [kernel for kernel in digests["kernels"] if kernel not in fixed]
 
 

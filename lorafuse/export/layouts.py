@@ -1,0 +1,198 @@
+"""Adapters by the names and in the layouts of vLLM and SGLang.
+
+| layer | modules, each with `lora_A.weight` and `lora_B.weight`, after `base_model.model.` |
+|---|---|
+| linear x | `x`: A `[r, in]`, B `[out, r]` |
+| experts x, expert e | `x.e.gate_proj`, `x.e.up_proj`, `x.e.down_proj`, as linear layers; gate and up have one A |
+| experts x, SGLang's shared outer | `x.w1` (gate), `x.w3` (up): A `[1, r, H]`, B `[E, I, r]` |
+| | `x.w2` (down): A `[E, r, I]`, B `[1, H, r]` |
+
+Servers scale every layer by one lora_alpha / r: what differs from it is multiplied into B. Read in the sources of vLLM
+(`lora/utils.py`, `lora/lora_model.py`); of SGLang's shared-outer form in what trainers send it (2026-11). Nothing here
+was loaded into a running server.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafuse.errors import MissingDependency
+from lorafuse.nn import LoRAExperts, LoRALinear
+
+__all__ = ["to_sglang", "to_vllm"]
+
+_PREFIX = "base_model.model."
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass
+class _Experts:
+    """A and B of gate_up, `[E, r, H]` and `[E, 2I, r]` (I without a gate), of down, `[E, r, I]` and `[E, H, r]`.
+
+    A factor that all experts share has E = 1.
+    """
+
+    gate_up: tuple[Tensor, Tensor]
+    down: tuple[Tensor, Tensor]
+    scales: tuple[float, float]
+    count: int
+    has_gate: bool
+
+
+@dataclass
+class _Adapter:
+    linear: dict[str, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
+    experts: dict[str, _Experts] = field(default_factory=dict)
+    base: str | None = None
+
+
+def to_vllm(
+    model: nn.Module, folder: str | Path | None = None, *, adapter_name: str = "default",
+    projections: tuple[str, str, str] = _PROJECTIONS,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The tensors of a model's adapters by the names under which vLLM loads them; with `folder`, its two files too.
+
+    Experts are written one by one, factors that they share once for each.
+
+    Args:
+        model: a `PeftModel`, patched or not, or a model with `lorafuse.nn.LoRALinear` and `LoRAExperts`.
+        folder: made if it is not there.
+        adapter_name: of a `PeftModel`.
+        projections: what vLLM's model calls the gate, up and down projection of an expert ("w1", "w3", "w2" in
+            Mixtral).
+
+    Raises ValueError, writing nothing, for a model without adapters and for what vLLM does not load: DoRA and other
+    variants, biases, other modules, convolutions.
+    """
+    adapter = _read(model, adapter_name)
+    return _finished(adapter, _tensors(adapter, projections, is_shared=False), folder, projections)
+
+
+def to_sglang(
+    model: nn.Module, folder: str | Path | None = None, *, adapter_name: str = "default", shared_outer: bool = False,
+    projections: tuple[str, str, str] = _PROJECTIONS,
+) -> dict[str, Tensor]:  # fmt: skip
+    """As `to_vllm`, for SGLang. `shared_outer` writes experts as the stacks that its experts_shared_outer_loras reads,
+    and raises ValueError where a model's experts do not share their outer factors.
+    """
+    adapter = _read(model, adapter_name)
+    if shared_outer:
+        apart = [n for n, one in adapter.experts.items() if one.gate_up[0].shape[0] > 1 or one.down[1].shape[0] > 1]
+        if apart:
+            raise ValueError(f"to_sglang: the experts of {apart[0]} share no outer factors: pass shared_outer=False")
+    return _finished(adapter, _tensors(adapter, projections, shared_outer), folder, projections)
+
+
+def _read(model: nn.Module, adapter_name: str) -> _Adapter:
+    adapter = _Adapter(base=getattr(getattr(model, "config", None), "name_or_path", None) or None)
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            adapter.linear[name] = module.lora_A.weight, module.lora_B.weight, module.scale
+        elif isinstance(module, LoRAExperts):
+            of = [getattr(module, f"{p}_lora_{letter}") for p in ("gate_up", "down") for letter in "AB"]
+            of = [t if t.dim() == 3 else t[None] for t in of]
+            adapter.experts[name] = _Experts(
+                (of[0], of[1]), (of[2], of[3]), (module.scale, module.scale), module.num_experts, module.has_gate
+            )
+        elif adapter_name in getattr(module, "lora_embedding_A", {}):
+            raise ValueError(f"{name} adapts an embedding; this writes linear layers and experts")
+        elif hasattr(module, "lora_A") and adapter_name in getattr(module, "lora_A", {}):
+            _read_peft(adapter, name.removeprefix(_PREFIX), module, adapter_name)
+    if not adapter.linear and not adapter.experts:
+        raise ValueError(f"a {type(model).__name__} has no adapter {adapter_name!r}, and no lorafuse.nn layers")
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if config is not None:
+        if config.modules_to_save:
+            raise ValueError(f"servers load no modules_to_save ({', '.join(config.modules_to_save)}): merge them")
+        adapter.base = config.base_model_name_or_path or adapter.base
+    return adapter
+
+
+def _read_peft(adapter: _Adapter, name: str, module: Any, which: str) -> None:
+    if which in getattr(module, "lora_variant", {}):
+        kind = type(module.lora_variant[which]).__name__.removesuffix("LinearVariant")
+        if kind != "MiCA":
+            raise ValueError(f"{name} is a variant of LoRA ({kind}), which servers do not load: merge it into the base")
+    a, b, scale = module.lora_A[which], module.lora_B[which], float(module.scaling[which])
+    if getattr(a, "bias", None) is not None or getattr(b, "bias", None) is not None:
+        raise ValueError(f"{name} has an adapter with a bias, which servers do not load")
+    if not isinstance(a, nn.Linear) or not isinstance(b, nn.Linear):
+        raise ValueError(f"{name} adapts a {type(module.get_base_layer()).__name__}; servers load linear layers")
+    if not hasattr(module, "parameter_name"):
+        adapter.linear[name] = a.weight, b.weight, scale
+        return
+    E, base, inner = module.num_experts, module.get_base_layer(), name.removesuffix(".base_layer")
+    # PEFT packs A expert-slowest and B expert-fastest
+    pair = a.weight.view(E, -1, a.in_features), b.weight.view(b.out_features, -1, E).permute(2, 0, 1)
+    if getattr(base, "is_transposed", False) or not getattr(base, "is_concatenated", True):
+        raise ValueError(f"{inner} stores its experts transposed or gate and up in turns; no server's layout has that")
+    former = adapter.experts.get(inner) or _Experts(
+        (a.weight[:0], a.weight[:0]), (a.weight[:0],) * 2, (1.0, 1.0), E, True
+    )
+    has_gate = module.parameter_name != "up_proj" and former.has_gate
+    if module.parameter_name == "down_proj":
+        adapter.experts[inner] = _Experts(former.gate_up, pair, (former.scales[0], scale), E, has_gate)
+    else:
+        adapter.experts[inner] = _Experts(pair, former.down, (scale, former.scales[1]), E, has_gate)
+
+
+def _tensors(
+    adapter: _Adapter, projections: tuple[str, str, str], is_shared: bool
+) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """`{module: (A, B, scale)}` by the names of a server."""
+    pairs = dict(adapter.linear)
+    for name, one in adapter.experts.items():
+        (gate_a, gate_b), (down_a, down_b) = one.gate_up, one.down
+        parts = []
+        if gate_a.numel():
+            halves = gate_b.chunk(2, dim=1) if one.has_gate else (gate_b,)
+            names = (projections[0], projections[1]) if one.has_gate else (projections[1],)
+            stacked = ("w1", "w3") if one.has_gate else ("w1",)
+            parts += [(n, s, gate_a, half, one.scales[0]) for n, s, half in zip(names, stacked, halves, strict=True)]
+        if down_a.numel():
+            parts.append((projections[2], "w2", down_a, down_b, one.scales[1]))
+        for projection, stack, a, b, scale in parts:
+            if is_shared:
+                pairs[f"{name}.{stack}"] = a, b, scale
+                continue
+            for e in range(one.count):
+                of_a, of_b = (t[e if t.shape[0] > 1 else 0] for t in (a, b))
+                pairs[f"{name}.{e}.{projection}"] = of_a, of_b, scale
+    return pairs
+
+
+@torch.no_grad()
+def _finished(
+    adapter: _Adapter, pairs: dict[str, tuple[Tensor, Tensor, float]], folder: str | Path | None,
+    projections: tuple[str, str, str],
+) -> dict[str, Tensor]:  # fmt: skip
+    rank = max(a.shape[-2] for a, _, _ in pairs.values())
+    # of the layers of that rank, so that in most adapters no B is multiplied
+    scale = next(s for a, _, s in pairs.values() if a.shape[-2] == rank)
+    tensors = {}
+    for name, (a, b, own) in pairs.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.detach().contiguous()
+        factor = own / scale if scale else 0.0
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = (b.detach() if factor == 1.0 else b.detach() * factor).contiguous()
+    if folder is not None:
+        try:
+            from safetensors.torch import save_file
+        except ImportError as error:
+            raise MissingDependency("adapter files need safetensors: pip install safetensors") from error
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        contents = {key: t.cpu().clone() for key, t in tensors.items()}
+        save_file(contents, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+        targets = {name.rpartition(".")[2] for name in adapter.linear} | (
+            set(projections) if adapter.experts else set()
+        )
+        config = {
+            "base_model_name_or_path": adapter.base, "bias": "none", "inference_mode": True, "lora_alpha": scale * rank,
+            "lora_dropout": 0.0, "modules_to_save": None, "peft_type": "LORA", "r": rank,
+            "target_modules": sorted(targets), "task_type": "CAUSAL_LM", "use_dora": False, "use_rslora": False,
+        }  # fmt: skip
+        (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return tensors
