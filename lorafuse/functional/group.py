@@ -1,7 +1,6 @@
 """Layers that read one x as one operator each: siblings, and the gated MLP of a transformer."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -69,7 +68,7 @@ def lora_linears(x: Tensor, projections: Sequence[Projection], *, backend: str |
     """
     if not len(projections):
         raise ValueError("lora_linears got no projection; it runs one or more layers of one x")
-    named = dict(zip(_numbered(len(projections)), projections, strict=True))
+    named = {f"projection {i}": one for i, one in enumerate(projections)}
     return _siblings("lora_linears", x, named, backend)
 
 
@@ -80,14 +79,8 @@ def run_linears(
 
     `wide` computes low-rank paths in fp32, over bf16 too.
     """
-    x, arguments = _prepared("lora_linears", x, projections, _numbered(len(projections)), backend, wide)
+    x, arguments = _prepared("lora_linears", x, projections, None, backend, wide)
     return tuple(_group.lora_linears(x, *arguments))
-
-
-@cache
-def _numbered(count: int) -> tuple[str, ...]:
-    """What messages call projections without a name."""
-    return tuple(f"projection {i}" for i in range(count))
 
 
 def run_gated_mlp(
@@ -178,7 +171,12 @@ def _arguments(
 
 
 def _prepared(
-    operator: str, x: Tensor, every: Sequence[Projection], names: Sequence[str], backend: str | None, wide: bool = False
+    operator: str,
+    x: Tensor,
+    every: Sequence[Projection],
+    names: Sequence[str] | None,
+    backend: str | None,
+    wide: bool = False,
 ) -> tuple[Tensor, tuple]:
     """The same without checks of shapes and devices."""
     autocast, dtype = autocast_is_on(x), x.dtype
@@ -191,7 +189,7 @@ def _prepared(
     weights, biases, of_a, of_b, seeds, statistics, scales, dropout_ps, formats, counts = lists
     for i, one in enumerate(every):
         weight, a, b, scale, bias, dropout_p, _ = one
-        _check_dtypes(operator, x, names[i], one)
+        _check_dtypes(operator, x, f"projection {i}" if names is None else names[i], one)
         if isinstance(weight, Weight):
             check_statistics(operator, x, weight)
             weights.append(weight.data)

@@ -40,8 +40,8 @@ _NAMES = (
 # parts of a parent's or its class's name, in which k and v read another tensor than q
 _CROSS = ("cross", "encoder_attn", "encdec")
 
-# elements of x: at K 576 q, k and v as a group took 1.015 of the time of the three alone with 32 rows, 0.97 with 64;
-# an MLP 1.02 and 0.93 with 64 and 128 (forward and backward, fp32, EPYC, one thread, shared machine, 2026-11-29)
+# elements of x: at K 576 q, k and v as a group took 1.015, 0.97 and 0.99 of the time of the three alone with 32, 64 and
+# 128 rows, an MLP 1.09, 1.02 and 0.93 (forward and backward, fp32, EPYC, one thread, a shared machine, 2026-11-29)
 SMALL = 1 << 15
 
 _hooks_of_saved_tensors = torch._C._autograd._top_saved_tensors_default_hooks

@@ -160,6 +160,7 @@ class Member:
     __slots__ = ()
     # PEFT's class
     _lorafuse_kind: type
+    _lorafuse_backend: str | None
 
 
 def rejoins(shipped: Any) -> Any:

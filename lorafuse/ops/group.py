@@ -92,7 +92,7 @@ def backward(
     da, db, dbias = none[:], none[:], none[:]
     need = list(zip(needs[1 : 1 + G], needs[1 + G : 1 + 2 * G], needs[1 + 2 * G :], strict=True))
     every = zip(range(G), dys, layers, columns(xa, layers), strict=True)
-    given = [one for one in every if one[1] is not None]
+    given = [(i, dy, layer, mine) for i, dy, layer, mine in every if dy is not None]
     if run.linear_backward is not None:
         for i, dy, layer, mine in given:
             own, da[i], db[i], dbias[i] = layer_backward(run, dy, x, mine, layer, (need_dx, *need[i]), wide)

@@ -38,7 +38,7 @@ def launch(variant: Any, r: int) -> None:
     """One launch of a `compile_only.Variant` of r ranks."""
     c, of = variant.config, getattr(torch, variant.dtype)
     adapter = getattr(torch, variant.adapter_dtype)
-    m, n, k = 8192, 4096, 4096
+    m, n, k = (8192, 4096, 4096) if variant.aligned else (8191, 4097, 4095)
     x, w, xa = meta(m, k, of=of), meta(n, k, of=of), meta(m, r, of=of)
     seed, p = (meta(1, of=torch.int64), 0.1) if variant.dropout else (None, 0.0)
     if variant.kernel == RAGGED:

@@ -20,6 +20,7 @@ from tiny_models import (
 from torch import nn
 
 import lorafuse
+from lorafuse.integrations import groups
 
 pytestmark = pytest.mark.usefixtures("small_groups")
 
@@ -216,3 +217,13 @@ def test_unpatched_it_is_what_it_was():
 def test_state_dicts_are_pefts():
     stock, patched = pair()
     assert patched.state_dict().keys() == stock.state_dict().keys()
+
+
+@pytest.mark.parametrize("is_small", [False, True])
+def test_a_small_x_runs_layer_by_layer(is_small, monkeypatch):
+    _, patched = pair()
+    sizes, original = [], groups.run_linears
+    monkeypatch.setattr(groups, "SMALL", x_of().numel() + is_small)
+    monkeypatch.setattr(groups, "run_linears", lambda *args: sizes.append(len(args[1])) or original(*args))
+    step(patched)
+    assert sizes == ([] if is_small else [3, 3])

@@ -42,8 +42,25 @@ def several_experts_adapters():
 def test_nothing_is_computed(make):
     model = make()
     with NothingRuns():
-        report = lorafuse.patch(model, strict=True)
+        report = lorafuse.patch(model, strict=True, groups=False)
     assert report.patched
+
+
+class NothingIsRead(TorchDispatchMode):
+    def __init__(self, model):
+        super().__init__()
+        self.pointers = {parameter.data_ptr() for parameter in model.parameters()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(isinstance(t, torch.Tensor) and t.data_ptr() in self.pointers for t in args), f"{func} ran"
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_mlp_is_known_without_its_weights():
+    model = several_adapters()
+    with NothingIsRead(model):
+        report = lorafuse.patch(model)
+    assert any(group.kind == "gated_mlp" for group in report.groups)
 
 
 @pytest.mark.parametrize("base", ["cpu", "meta"])
