@@ -35,8 +35,12 @@ def files_that_name(*words):
 @pytest.mark.parametrize(
     ("words", "file", "tables"),
     [
-        # the table of formats, and what the advisor knows of their sizes
-        (['"int8"', "formats.int8"], "formats/int8.py", {"formats/__init__.py", "advise/bases.py"}),
+        # the table of formats, what they cost, and the advisor's names of bases
+        (
+            ['"int8"', "formats.int8"],
+            "formats/int8.py",
+            {"formats/__init__.py", "formats/sizes.py", "advise/bases.py"},
+        ),
         # transformers' class of it, by its name here
         (["relu2"], "kernels/epilogues.py", {"activation.py", "integrations/hf_transformers.py"}),
         # and what links it, for the model of many devices
@@ -52,6 +56,8 @@ def test_what_exists_stands_in_one_file_and_tables(words, file, tables):
 
 # where a word is part of what is said to users, or is torch's own name of a device
 IN_MESSAGES = {
+    # the names of `bench --quant`
+    "formats/int8.py": {"bench/quantized.py"},
     "ops/grouped.py": {"ops/plain.py"},
 }
 

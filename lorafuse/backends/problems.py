@@ -6,10 +6,10 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
+from lorafuse.formats.sizes import DECODED_IN_LOOP
 from lorafuse.operands import Weight
 from lorafuse.plan import DeviceSpec, Problem, recognize
 from lorafuse.plan.configs_triton import MOST_PACKED_ROWS
-from lorafuse.plan.cost import DECODED_IN_LOOP
 
 __all__ = [
     "arch",

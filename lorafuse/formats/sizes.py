@@ -1,8 +1,11 @@
-"""How many bytes a weight takes as each format stores it, and the blocks that libraries fix. Standard library only."""
+"""What a format costs: bytes of a weight as stored, instructions that decode it; the blocks that libraries fix.
+
+Standard library only, for the planner and the advisor.
+"""
 
 import math
 
-__all__ = ["MXFP4_BLOCK", "NESTED_BLOCK", "NVFP4_BLOCK", "stored_bytes"]
+__all__ = ["DECODED_IN_LOOP", "MXFP4_BLOCK", "NESTED_BLOCK", "NVFP4_BLOCK", "stored_bytes"]
 
 # elements of a scale, which their formats fix
 MXFP4_BLOCK, NVFP4_BLOCK = 32, 16
@@ -12,6 +15,9 @@ NESTED_BLOCK = 256
 _BLOCK_4BIT, _BLOCK_FP8 = 64, 128
 # bytes of the code of an element, where that is not one
 _CODES = {"nf4": 0.5, "fp4": 0.5, "nf4_torchao": 0.5, "mxfp4": 0.5, "nvfp4": 0.5}
+# instructions that decode an element of a tile in the main loop, where blocks do not cross rows (counted in sm_90 code
+# of Triton 3.6, 2026-11-29; across rows 26 of nf4)
+DECODED_IN_LOOP = {"nf4": 13, "fp4": 13, "int8": 7, "fp8": 15, "mxfp4": 17}
 
 
 def stored_bytes(format: str, N: int, K: int) -> float:

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from lorafuse.formats.sizes import DECODED_IN_LOOP
 from lorafuse.plan import cost
 from lorafuse.plan.candidate import Candidate, KernelConfig, in_a_row, padded_rank
 from lorafuse.plan.devices import DeviceSpec
@@ -274,7 +275,7 @@ def operator_candidates(operator: Sequence[Problem], device: DeviceSpec, pick: P
     forms = [(name, replace(p, siblings=1, epilogue="") if is_group else p, kernels)]
     if is_group and p.siblings <= MOST_SIBLINGS and p.format == "dense":
         forms.append(("siblings", p, kernels))
-    if p.packed and p.M <= MOST_PACKED_ROWS and p.format in cost.DECODED_IN_LOOP and "matmul" in kernels:
+    if p.packed and p.M <= MOST_PACKED_ROWS and p.format in DECODED_IN_LOOP and "matmul" in kernels:
         forms.append(("packed", p, ["packed" if kernel == "matmul" else kernel for kernel in kernels]))
     for name, problem, kernels in forms:
         picked = _picked(kernels, problem, device, pick)

@@ -9,12 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lorafuse.formats.sizes import stored_bytes
+from lorafuse.formats.sizes import DECODED_IN_LOOP, stored_bytes
 from lorafuse.plan.candidate import Candidate, KernelConfig, Part, in_a_row, padded_rank
 from lorafuse.plan.devices import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["DECODED_IN_LOOP", "aten", "decoding", "frozen", "kernel_seconds", "ragged", "step", "tile_seconds"]
+__all__ = ["aten", "decoding", "frozen", "kernel_seconds", "ragged", "step", "tile_seconds"]
 
 
 # what a tile reaches of the sustained rate, by its area (assumed, after published ablations of Hopper kernels)
@@ -43,9 +43,7 @@ _L2_BYTES, _SM_FLOPS = 6336, 4096
 _SHARED_BANDWIDTH, _RIGHT_BYTES = 128 * 1.7e9, 64 * 64 * 2
 # Philox 4x32-10: 100 integer operations give four words; an SM does 64 a clock at 1.7 GHz
 _MASK_PER_ELEMENT, _SM_INTEGERS = 25, 64 * 1.7e9
-# instructions that decode an element of a tile in the main loop, by format, whose blocks do not cross rows (counted in
-# sm_90 code of Triton 3.6, 2026-11-29; across rows 26 of nf4); those of one SM in a clock of 1.7 GHz
-DECODED_IN_LOOP = {"nf4": 13, "fp4": 13, "int8": 7, "fp8": 15, "mxfp4": 17}
+# instructions of one SM in a clock of 1.7 GHz
 _SM_INSTRUCTIONS = 128 * 1.7e9
 # in torch's integer operations a mask is about 40 operators that read and write int64 (counted in lorafuse.philox)
 _MASK_PASSES, _MASK_BYTES = 40, 16

@@ -34,11 +34,20 @@ def digest(source: Any, options: Any, backend: Any, readers: str) -> str:
 
 def drop_comments(package: str) -> None:
     """Cut comments and line numbers, which decide nothing, from the kernels of a package that is imported."""
-    for name, module in list(sys.modules.items()):
-        for function in vars(module).values() if name.startswith(package) else ():
-            if isinstance(function, JITCallable):
-                function._unsafe_update_src(without_comments(function.src))
-                function.starting_line_number = 1
+    functions = [
+        function
+        for name, module in list(sys.modules.items())
+        for function in (vars(module).values() if name.startswith(package) else ())
+        if isinstance(function, JITCallable)
+    ]
+    for function in functions:
+        function._unsafe_update_src(without_comments(function.src))
+        function.starting_line_number = 1
+    # the hash of a function has the constants of one that it calls only where that was hashed before it (Triton 3.6)
+    hashed = [function.cache_key for function in functions]
+    assert all(hashed)
+    for function in functions:
+        function._unsafe_update_src(function.src)
 
 
 def without_comments(source: str) -> str:

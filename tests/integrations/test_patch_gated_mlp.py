@@ -217,10 +217,19 @@ class TestWhichAreOne:
 
     def test_other_adapters(self):
         model = net(target_modules=["up_proj"])
-        model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["down_proj"], use_dora=True))
+        velora = peft.tuners.lora.VeloraConfig(num_groups=4)
+        model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["down_proj"], velora_config=velora))
         model.set_adapter("other")
         report = lorafuse.patch(model, groups=True)
         assert report.apart[0].reason.startswith("down_proj is left to PEFT")
+
+    def test_a_layer_with_dora_runs_alone(self):
+        stock = net(target_modules=["down_proj"], use_dora=True)
+        patched = copy.deepcopy(stock)
+        assert lorafuse.patch(patched, groups=True).skipped == []
+        with counting_mlps() as calls:
+            assert_close(step(patched), step(stock))
+        assert calls.call_count == 0
 
     @pytest.mark.parametrize("target", NAMES)
     def test_one_adapted_layer(self, target):
