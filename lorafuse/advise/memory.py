@@ -42,19 +42,20 @@ class Memory:
 
 def memory(
     shapes: ModelShapes, method: str, rank: int, tokens: int, *, checkpointing: bool, length: int | None = None,
-    accumulates: bool = True,
+    accumulates: bool = True, groups: bool = True,
 ) -> Memory:  # fmt: skip
     """Bytes on one device for a micro-batch of `tokens` in sequences of `length` (one, unless given), nothing sharded.
 
     `method` is "full" (bf16 weights, gradients and moments), "master" (full with fp32 master weights), "lora" or
     "qlora", which holds the adapted `nn.Linear` weights in NF4 and everything else, stacked experts included, in bf16.
     With checkpointing each block keeps its input, and one at a time its activations, once the logits are gone.
-    Without accumulation gradients grow while activations go. Raises ValueError for an unknown method.
+    Without accumulation gradients grow while activations go; `groups` is that of `lorafuse.patch`. Raises
+    ValueError for an unknown method.
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
     is_full = method in ("full", "master")
-    block = activation_bytes(shapes, 0 if is_full else rank, tokens) // shapes.layers
+    block = activation_bytes(shapes, 0 if is_full else rank, tokens, groups=groups) // shapes.layers
     pairs = shapes.scores.heads * tokens * (length or tokens) // shapes.layers
     scores, gradients_of_scores = shapes.scores.kept * pairs, _SCORE_GRADIENTS * pairs
     logits = shapes.vocabulary * tokens * 3 * _SINGLE
@@ -74,15 +75,18 @@ def memory(
     return Memory(frozen, trained, activations, logits, frozen + trained - gradients + max(held, gradients))
 
 
-def activation_bytes(shapes: ModelShapes, rank: int, tokens: int) -> int:
-    """Bytes that autograd saves for all blocks; rank 0 is full fine-tuning, which saves more of norms and experts."""
+def activation_bytes(shapes: ModelShapes, rank: int, tokens: int, *, groups: bool = True) -> int:
+    """Bytes that autograd saves for all blocks; rank 0 is full fine-tuning, which saves more of norms and experts.
+
+    Without `groups` (`lorafuse.patch(model, groups=False)`) a gated MLP saves its activation and its product too.
+    """
     blocks, rest = expert_blocks(shapes.linears)
     halves = sum(_experts(up, down, rank) for up, down in blocks)
     modules: dict[str, list[Linear]] = {}
     for linear in rest:
         if linear.kind not in ("unembedding", "tower"):
             modules.setdefault(linear.name.rpartition(".")[0], []).append(linear)
-    halves += sum(_module(linears, shapes.hidden) for linears in modules.values())
+    halves += sum(_module(linears, shapes.hidden, rank > 0 and groups) for linears in modules.values())
     if rank:
         halves += sum(x.active * rank_of(x, rank, shapes.active_experts) for x in shapes.adapted)
     # of a trained norm the normalized input too
@@ -90,10 +94,13 @@ def activation_bytes(shapes: ModelShapes, rank: int, tokens: int) -> int:
     return round((halves * _HALF + norms) * tokens)
 
 
-def _module(linears: list[Linear], hidden: int) -> float:
+def _module(linears: list[Linear], hidden: int, groups: bool) -> float:
     """bf16 elements a token of the layers of one module. Those with as many in features read the same input: q, k and
     v, or gate and up."""
     saved = 0.0
+    if groups and (gate := _gate(linears)) is not None:
+        # the rest is computed again from the outputs of gate and up
+        return gate.active * (gate.K + 2 * gate.N)
     readers: dict[int, list[Linear]] = {}
     for linear in linears:
         readers.setdefault(linear.K, []).append(linear)
@@ -108,6 +115,16 @@ def _module(linears: list[Linear], hidden: int) -> float:
         if any(out == 2 * other.K and other.K != K and other.kind != "attention" for other in linears):
             saved += active * out / 2
     return saved
+
+
+def _gate(linears: list[Linear]) -> Linear | None:
+    """One of gate and up, where the layers are a gated MLP that runs as one operator."""
+    if len(linears) == 3:
+        for i, down in enumerate(linears):
+            gate, up = linears[i - 1], linears[i - 2]
+            if (gate.N, gate.K) == (up.N, up.K) == (down.K, down.N) and down.kind != "attention":
+                return gate
+    return None
 
 
 def _experts(up: Linear, down: Linear, rank: int) -> float:

@@ -64,7 +64,11 @@ def micro_step_seconds(
     attention = _attention(shapes, rest, tokens * length, device, again)
     loss = shapes.vocabulary * tokens * _LOSS_BYTES
     for training in TRAININGS:
-        saved = activation_bytes(shapes, 0 if training == "full fine-tuning" else rank, tokens) * (again + 2) / 3
+        saved = (
+            activation_bytes(shapes, 0 if training == "full fine-tuning" else rank, tokens, groups=False)
+            * (again + 2)
+            / 3
+        )
         total[training] += attention + (loss + _PASSES * saved) / device.sustained_bandwidth
     return total
 

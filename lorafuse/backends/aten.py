@@ -69,9 +69,7 @@ class Aten(Backend):
         if a.dtype is not dtype:
             a = a.to(dtype)
         if dropout is None and dtype is x.dtype:
-            if is_transposed:
-                return _product(x, a, scale)
-            xa = F.linear(x, a)
+            xa = torch.mm(x, a) if is_transposed else F.linear(x, a)
         else:
             right = a if is_transposed else a.t()
             xa = x.new_empty((x.shape[0], right.shape[1]), dtype=dtype)

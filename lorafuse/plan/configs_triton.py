@@ -47,8 +47,7 @@ _RAGGED: dict[int, tuple[_Tile, ...]] = {
 _RAGGED_SHORT: tuple[_Tile, ...] = ((32, 64, 64, 3, 4), (16, 64, 64, 3, 4))
 # of a sum with several masks, which is not to have fewer rows (Triton 3.6, 2026-11-29; no speed was measured)
 _MASKED_SUM: dict[int, _Tile] = {_TMA: (64, 128, 64, 4, 8), _POINTER: (64, 128, 32, 4, 8)}
-# of a main loop that decodes w: tiles of few rows, narrow ones for more programs. 64 columns of misaligned rows leave
-# 16 bytes of a thread in local memory (Triton 3.6, sm_90, 2026-11-29); no speed was measured
+# of a main loop that decodes w: tiles of few rows, narrow ones for more programs; no speed was measured
 _PACKED: tuple[_Tile, ...] = tuple((m, n, 64, 1, 4) for n in (64, 32) for m in (16, 32, 64))
 # rows up to which it is a candidate. bitsandbytes 0.50 leaves its own such kernel from 16 to 64 rows on sm_90 on
 MOST_PACKED_ROWS = 64
@@ -111,8 +110,9 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
     if c.kernel == "packed":
         if problem.itemsize != 2:
             return f"a main loop that decodes is for 16-bit dtypes, not {problem.dtype}"
-        if problem.is_misaligned and c.block_n > 32:
-            return "64 columns of misaligned rows leave 16 bytes of a thread in local memory"
+        if problem.is_misaligned and c.block_m * c.block_n > 32 * 32:
+            # Triton 3.6, sm_80 and sm_90, 2026-11-29
+            return "tiles of more than 32 x 32 over misaligned rows leave 16 to 64 bytes of a thread in local memory"
     accumulators = c.block_m * c.block_n if is_matmul else max(c.block_m, c.block_n) * c.block_r
     if is_matmul and problem.gradients and problem.dropout:
         # the masked low-rank product has accumulators of its own

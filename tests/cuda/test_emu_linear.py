@@ -284,7 +284,8 @@ def test_eager_and_the_kernels_may_be_mixed(operator):
     eager = Linear("eager")
     xa = {op: op.forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)[1] for op in (eager, operator)}
     assert xa[operator].shape == xa[eager].shape
-    assert xa[operator].is_contiguous()
+    # rows of the kernels' xa begin on 16-byte boundaries
+    assert xa[operator].stride() == (16, 1)
     one = operator.backward(o.dy, o.x, xa[eager], *settings)
     other = eager.backward(o.dy, o.x, xa[operator], *settings)
     for left, right in zip(one, other, strict=True):

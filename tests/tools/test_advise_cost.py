@@ -57,7 +57,9 @@ def measured():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_memory_is_what_an_h200_took(variant, shapes, measured):
-    modelled = advise.memory(shapes, VARIANTS[variant][0], 16, 4096, checkpointing=False, accumulates=False).total
+    # the run's layers ran one by one
+    given = {"checkpointing": False, "accumulates": False, "groups": False}
+    modelled = advise.memory(shapes, VARIANTS[variant][0], 16, 4096, **given).total
     elapsed = measured[variant]["peak_bytes"]
     assert modelled == pytest.approx(elapsed, rel=MEMORY), f"{modelled / 2**20:.0f} MiB against {elapsed / 2**20:.0f}"
 
@@ -334,7 +336,7 @@ def test_memory_adds_up(shapes):
     assert lora.frozen == 2 * shapes.parameters
     assert lora.trained == 16 * advise.trainable(shapes, 16)
     packed = sum(x.weights for x in shapes.adapted)
-    assert qlora.frozen == round(2 * (shapes.parameters - packed) + packed * 4.127 / 8)
+    assert qlora.frozen == round(2 * (shapes.parameters - packed) + packed * (0.5 + (1 + 4 / 256) / 64))
     without = advise.memory(shapes, "lora", 16, tokens, checkpointing=False)
     assert without.activations > 4 * lora.activations
     assert without.total == without.frozen + without.trained + without.activations + without.logits
