@@ -6,7 +6,6 @@ import warnings
 import peft.utils.hotswap
 import pytest
 import torch
-from peft.tuners.lora.config import VeloraConfig
 from tiny_models import (
     adapted_twice,
     assert_close,
@@ -25,7 +24,6 @@ from lorafuse.integrations import hf_common
 # What is done to a model whose adapters are "default" (14 layers, active) and "other" (4 of them): the number of layers
 # that run fused afterwards, and why the others do not, if anybody needs to be told.
 STATES = {}
-VELORA = VeloraConfig(num_groups=4)
 
 
 def state(fused, reason=None):
@@ -148,7 +146,8 @@ def add_a_velora_adapter_and_switch(model):
     torch.manual_seed(21)
     model.add_adapter("default", lora_config(exclude_modules=r".*1\.mlp\.down_proj"))
     model.delete_adapter("other")
-    model.add_adapter("other", lora_config(target_modules=r".*1\.mlp\.down_proj", velora_config=VELORA))
+    velora = peft.tuners.lora.config.VeloraConfig(num_groups=4)
+    model.add_adapter("other", lora_config(target_modules=r".*1\.mlp\.down_proj", velora_config=velora))
     train_away_from_zero(model.eval(), "lora_A")
     train_away_from_zero(model.eval(), "lora_B").base_model.set_adapter(["default", "other"])
 
