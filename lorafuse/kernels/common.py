@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from lorafuse.plan import KernelConfig
 
@@ -15,6 +16,7 @@ __all__ = [
     "launch_with_scratch",
     "load_rank_tile",
     "options",
+    "oriented",
     "precision",
     "rank_steps",
     "split_columns",
@@ -65,6 +67,15 @@ def precision(dtype: torch.dtype, low: torch.dtype | None = None) -> str:
     if low is torch.float32 and dtype is not low:
         return "tf32"
     return "tf32" if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def oriented(b: Tensor) -> tuple[Tensor, bool, tuple[int, int]]:
+    """b `[…, N, R]`, copied only where neither of its last two dimensions is contiguous; whether ranks are, and its
+    strides over groups (0 without) and over the other of the two dimensions.
+    """
+    b = b if 1 in b.stride()[-2:] else b.contiguous()
+    ranks_last = b.stride(-1) == 1
+    return b, ranks_last, (b.stride(0) if b.dim() == 3 else 0, b.stride(-2 if ranks_last else -1))
 
 
 def rank_steps(R: int, config: KernelConfig) -> int:

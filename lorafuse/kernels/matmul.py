@@ -30,6 +30,7 @@ from lorafuse.kernels.common import (
     grouped,
     launch_with_scratch,
     options,
+    oriented,
     precision,
     rank_steps,
     tile_of,
@@ -151,9 +152,7 @@ def _launch(
     tma = c.form == "tma"
     stride_b, ranks_last = (0, 0), True
     if b is not None:
-        b = b if 1 in b.stride()[-2:] else b.contiguous()
-        ranks_last = b.stride(-1) == 1
-        stride_b = (0 if tiles is None else b.stride(0)), b.stride(-2 if ranks_last else -1)
+        b, ranks_last, stride_b = oriented(b)
 
     def launch() -> None:
         _lora_matmul_kernel[(min(programs, count) if tma else count,)](

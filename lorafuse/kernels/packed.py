@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorafuse.formats.weight import Weight
-from lorafuse.kernels.common import drop_below, grouped, options, precision, rank_steps
+from lorafuse.kernels.common import drop_below, grouped, options, oriented, precision, rank_steps
 from lorafuse.kernels.decode import TYPES, check, codebook_scale, codebook_values, grid_scale, grid_values
 from lorafuse.kernels.product import low_rank_product, store_tile
 from lorafuse.kernels.rows import source_rows
@@ -170,9 +170,7 @@ def matmul(
     packed, y = _READERS[known[0]](w.stored, x.dtype, **known[1]), x.new_empty((M, N))
     stride_b, ranks_last = 0, True
     if b is not None:
-        b = b if 1 in b.stride() else b.contiguous()
-        ranks_last = b.stride(1) == 1
-        stride_b = b.stride(0 if ranks_last else 1)
+        b, ranks_last, (_, stride_b) = oriented(b)
     _lora_packed_kernel[(triton.cdiv(M, c.block_m), triton.cdiv(N, c.block_n))](
         x,
         packed.code,

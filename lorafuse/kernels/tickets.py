@@ -14,7 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorafuse.kernels.common import drop_below, grouped, launch_with_scratch, options, precision, rank_steps, tile_of
+from lorafuse.kernels.common import (
+    drop_below,
+    grouped,
+    launch_with_scratch,
+    options,
+    oriented,
+    precision,
+    rank_steps,
+    tile_of,
+)
 from lorafuse.kernels.matmul import fits_descriptor
 from lorafuse.kernels.product import base_products, low_rank_product, store_tile, weight_descriptor
 from lorafuse.kernels.rows import Tiles, tile_count, tile_rows
@@ -111,9 +120,7 @@ def matmul(
     count = tiles_m * triton.cdiv(N, c.block_n)
     stride_b, ranks_last = (0, 0), True
     if b is not None:
-        b = b if 1 in b.stride()[-2:] else b.contiguous()
-        ranks_last = b.stride(-1) == 1
-        stride_b = (0 if tiles is None else b.stride(0)), b.stride(-2 if ranks_last else -1)
+        b, ranks_last, stride_b = oriented(b)
     ticket = torch.zeros(1, dtype=torch.int32, device=x.device)
 
     def launch() -> None:
