@@ -1,6 +1,8 @@
 """A batch of many adapters, and what it is to give: the formula for each adapter alone, in fp64."""
 
 import random
+import sys
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +11,7 @@ from lorafuse.functional import lora_linear_multi
 from lorafuse.philox import keep_mask, rescaled
 from lorafuse.testing.numerics import lora_formula
 
-__all__ = ["Batch", "batch", "reference", "run"]
+__all__ = ["Batch", "batch", "count_reads", "reference", "run"]
 
 
 @dataclass
@@ -102,3 +104,28 @@ def reference(given):
         out["y"][rows], out["dx"][rows] = one["y"] + bias, one["dx"]
         out["da"][ranks], out["db"][:, ranks] = one["da"], one["db"]
     return out
+
+
+_READS = "item", "cpu", "tolist", "numpy", "__bool__", "__int__", "__index__", "__float__", "nonzero", "to", "cuda"
+
+
+def count_reads(monkeypatch):
+    """A counter of tensors that lorafuse itself reads on the host, or copies from it, from now on: a stand-in for
+    stream capture.
+    """
+    seen = Counter()
+
+    def counting(name, function):
+        def call(*args, **kwargs):
+            module = sys._getframe(1).f_globals["__name__"]
+            moves = name != "to" or any(isinstance(t, str | torch.device) for t in args[1:])
+            if module.startswith("lorafuse.") and moves:
+                seen[f"{name} in {module}"] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in _READS:
+        monkeypatch.setattr(torch.Tensor, name, counting(name, getattr(torch.Tensor, name)))
+    monkeypatch.setattr(torch, "tensor", counting("tensor", torch.tensor))
+    return seen

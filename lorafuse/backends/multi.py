@@ -1,13 +1,16 @@
 """The primitives over rows of many adapters that a backend may offer, and what they share.
 
-One weight serves all rows; the factors of the adapters are stacked, `[ΣR, C]` with any strides: a as it is, b
-transposed. The last group of `rows` has no adapter. What depends on the rows, ranks, scale and seed of one adapter has
-the same bits whatever the rest of the batch is.
+Rows stand in groups: number e (L + 1) + g are those of expert e and adapter g, of which number L is none. A dense layer
+is one expert; rows of no group hold anything. The factors of the adapters are stacked, `[ΣR, C]` with any strides, a as
+it is, b transposed, or `[E, ΣR, C]`, one stack an expert, where an expert stride of 0 shares one. `rows` may gather x
+and `wide`. What depends on the rows, ranks, scale and seed of one adapter has the same bits whatever the rest of the
+batch is.
 """
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,7 +24,7 @@ from lorafuse.plan import Plan
 if TYPE_CHECKING:
     from lorafuse.backends.protocol import Backend
 
-__all__ = ["Multi", "adapters_on", "constant", "rank_bounds", "rows_by_adapter"]
+__all__ = ["Dots", "Multi", "adapters_on", "constant", "experts_of", "rank_bounds", "rows_by_adapter"]
 
 
 class Multi(Protocol):
@@ -31,22 +34,51 @@ class Multi(Protocol):
         self, run: Backend, x: Tensor, f: Tensor, rows: Rows, adapters: Adapters, plan: Plan | None, is_masked: bool,
         dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        """`drop(x) f[g]ᵀ`, `[S, adapters.widest]` in `dtype`; anything beyond an adapter's rank."""
+        """`drop(x) f[e, g]ᵀ`, `[S, adapters.widest]` in `dtype`; anything beyond an adapter's rank."""
         ...
 
     def matmul(
         self, run: Backend, x: Tensor, w: Weight, xa: Tensor, f: Tensor, rows: Rows, adapters: Adapters,
-        plan: Plan | None, bias: Tensor | None, is_masked: bool, batch_invariant: bool,
+        plan: Plan | None, bias: Tensor | None, is_masked: bool, batch_invariant: bool, total: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """`x wᵀ + bias + drop(xa (scale[g] · f[g]))`, `[S, N]` in x's dtype, of every row."""
+        """`x wᵀ[e] + bias[e] + drop(xa (scale[g] · f[e, g]))`, `[S, N]` in x's dtype, w `[(E,) N, K]`; added to
+        `total`, which may be written into.
+        """
         ...
 
     def outer(
         self, run: Backend, narrow: Tensor, wide: Tensor, out: Tensor, rows: Rows, adapters: Adapters,
-        plan: Plan | None, is_masked: bool, is_sum: bool,
+        plan: Plan | None, is_masked: bool,
     ) -> None:  # fmt: skip
-        """`out[g] = scale[g] · narrowᵀ drop(wide)`, zero without rows; if `is_sum`, added to out `[ΣR, C]`."""
+        """`out[e, g] += scale[g] · narrowᵀ drop(wide)` of the groups with rows; out `[(E,) ΣR, C]`."""
         ...
+
+    def activate(self, name: str, gate: Tensor, up: Tensor | None, rows: Rows, adapters: Adapters) -> Tensor:
+        """h `[S, I]`: `lorafuse.activation`'s `name` of gate and up `[S, I]`, of the same strides; up None without."""
+        ...
+
+    def activate_backward(
+        self, name: str, dh: Tensor, gate: Tensor, up: Tensor | None, dgate: Tensor, dup: Tensor | None, rows: Rows,
+        adapters: Adapters, *, row_scale: Tensor | None = None, dots: Dots | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """`(h, ⟨dh, h⟩ + ⟨dy, bias[e]⟩ [S])`, the second None without `dots`; the gradients for `row_scale · dh` are
+        written into dgate and dup, which have gate's strides. dh is used up.
+        """
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Dots:
+    """The gradient of a row's factor: its second term is there with a bias `[E, H]`; `rows` may gather dy."""
+
+    dy: Tensor
+    rows: Rows
+    bias: Tensor | None
+
+
+def experts_of(rows: Rows, adapters: Adapters) -> int:
+    """E: how many experts the groups of `rows` have."""
+    return rows.groups // (len(adapters.ranks) + 1)
 
 
 @lru_cache(maxsize=256)

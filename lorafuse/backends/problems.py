@@ -101,12 +101,12 @@ def grouped_problem(x: Tensor, w: Weight, a: Tensor | None, backward: bool) -> P
 
 
 def multi_problem(x: Tensor, w: Weight, a: Tensor, backward: bool, wide: bool) -> Problem:
-    """The problem of a layer whose rows are of many adapters: x `[S, K]` or dy `[S, N]`, w `[N, K]`, a `[ΣR, K]`.
+    """The problem of a layer whose rows are of many adapters: x `[S, K]` or dy `[S, N]`, w `[(E,) N, K]`, a `[…, K]`.
 
     Sizes and dropout are not those of the call: an adapter's bits depend on the configuration, which must be one
     whatever its neighbours are.
     """
-    stack = Weight(w.data[None], w.is_transposed) if w.format == "dense" else w
+    stack = Weight(w.data[None], w.is_transposed) if w.format == "dense" and w.data.dim() == 2 else w
     aligned = _fit_descriptors(stack) and not any(size * x.element_size() % 16 for size in w.sizes)
     return multi_settings(_name(x.dtype), _name(a.dtype), aligned, backward, wide)
 

@@ -10,7 +10,8 @@ from lorafuse.backends.problems import experts_problems
 from lorafuse.functional.dora import dora_linear, run_dora
 from lorafuse.functional.group import Projection, lora_gated_mlp, lora_linears, lora_qkv, run_gated_mlp, run_linears
 from lorafuse.functional.linear import lora_linear, plan_linear, run_linear
-from lorafuse.functional.multi import lora_linear_multi
+from lorafuse.functional.multi import MultiProjection, lora_gated_mlp_multi, lora_linear_multi, lora_linears_multi
+from lorafuse.functional.multi_experts import lora_experts_multi
 from lorafuse.operands import Weight
 from lorafuse.ops import experts as _experts
 from lorafuse.ops import flops  # noqa: F401 (registers the formulas)
@@ -21,14 +22,18 @@ from lorafuse.ops.choose import plan_for, requested_backend
 from lorafuse.plan import Plan
 
 __all__ = [
+    "MultiProjection",
     "Projection",
     "dora_linear",
     "lora_experts",
+    "lora_experts_multi",
     "lora_gated_mlp",
+    "lora_gated_mlp_multi",
     "lora_grouped_linear",
     "lora_linear",
     "lora_linear_multi",
     "lora_linears",
+    "lora_linears_multi",
     "lora_qkv",
     "plan_experts",
     "plan_linear",

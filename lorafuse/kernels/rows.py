@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Tiles", "ragged_tiles", "source_rows", "tile_count", "tile_rows"]
+__all__ = ["MOST_COMPARED", "Tiles", "ragged_tiles", "source_rows", "tile_count", "tile_rows"]
 
 
 @triton.jit
@@ -64,6 +64,11 @@ def _ragged_tiles_kernel(
     tl.store(p_tile + 2, end, mask=t < capacity)
 
 
+# groups of which one program compares all with its tiles; more are searched for (2^20 elements are the most that a
+# block of Triton holds, and a program's time is linear in them)
+MOST_COMPARED = 4096
+
+
 class Tiles:
     """The tiles of a batch of groups, or of some of them: a table on the device for each height of a tile, made once.
 
@@ -104,6 +109,8 @@ def ragged_tiles(ends: Tensor, rows: int, block_m: int, part: slice | None = Non
     start, stop = (0, ends.shape[0]) if part is None else (part.start, part.stop)
     groups = stop - start
     capacity = rows // block_m + min(groups, rows)
+    if groups > MOST_COMPARED:
+        return _searched(ends, start, stop, capacity, block_m)
     tiles = torch.empty((1 + capacity, 3), dtype=torch.int32, device=ends.device)
     block_g = triton.next_power_of_2(groups)
     block_t = max(1, min(64, 16384 // block_g))
@@ -111,3 +118,18 @@ def ragged_tiles(ends: Tensor, rows: int, block_m: int, part: slice | None = Non
         ends, tiles, start, groups, capacity, block_m, BLOCK_G=block_g, BLOCK_T=block_t, num_warps=8
     )
     return tiles
+
+
+def _searched(ends: Tensor, start: int, stop: int, capacity: int, block_m: int) -> Tensor:
+    """The same table by torch's search on the device."""
+    last = ends[start:stop].int()
+    before = ends[start - 1 : start].int() if start else last.new_zeros(1)
+    first = torch.cat((before, last[:-1]))
+    tiles = (last - first + block_m - 1) // block_m
+    tile_end = tiles.cumsum(0, dtype=torch.int32)
+    t = torch.arange(capacity, dtype=torch.int32, device=ends.device)
+    group = torch.searchsorted(tile_end, t, right=True, out_int32=True)
+    mine = group.clamp(max=stop - start - 1)
+    row = first[mine] + (t - tile_end[mine] + tiles[mine]) * block_m
+    head = torch.stack((torch.full_like(tile_end[-1], stop - start), tile_end[-1], torch.zeros_like(tile_end[-1])))
+    return torch.cat((head[None], torch.stack((group, row, last[mine]), 1)))

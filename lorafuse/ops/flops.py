@@ -24,14 +24,19 @@ import lorafuse.ops.gated_mlp
 import lorafuse.ops.group
 import lorafuse.ops.grouped
 import lorafuse.ops.linear
-import lorafuse.ops.multi  # noqa: F401
+import lorafuse.ops.multi
+import lorafuse.ops.multi_experts  # noqa: F401
 from lorafuse.operands import Weight
 
 __all__ = [
     "experts",
     "experts_backward",
+    "experts_multi",
+    "experts_multi_backward",
     "gated_mlp",
     "gated_mlp_backward",
+    "gated_mlp_multi",
+    "gated_mlp_multi_backward",
     "grouped",
     "grouped_backward",
     "linear",
@@ -39,7 +44,6 @@ __all__ = [
     "linears",
     "linears_backward",
     "multi",
-    "multi_accumulate",
     "multi_backward",
 ]
 
@@ -181,27 +185,79 @@ def experts_backward(
 
 
 def multi(
-    x: _Shape, offsets: object, weight: _Shape, bias: object, a: object, b: object, seeds: object, ranks: Sequence[int],
-    scales: object, dropout_p: object, batch_invariant: bool, backend: str, wide: bool, *stored: Any, **_: object,
+    x: _Shape, offsets: object, weights: Sequence[_Shape], biases: object, a: object, b: object, seeds: object,
+    statistics: Sequence[_Shape], ranks: Sequence[int], scales: object, dropout_ps: object, formats: Sequence[str],
+    counts: Sequence[int], *_: object, **__: object,
 ) -> int:  # fmt: skip
     """Every row counts with the largest rank: shapes do not show which adapter it has."""
-    return _forward(math.prod(x[:-1]), _stored(weight, *stored), (max(ranks), x[-1]))
+    each = _widest(weights, statistics, ranks, formats, counts)
+    return sum(_forward(math.prod(x[:-1]), w, (rank, 0)) for w, rank in each)
 
 
 def multi_backward(
-    dy: _Shape, x: object, xa: object, offsets: object, weight: _Shape, a: object, b: object, needs: Sequence[bool],
-    seeds: object, ranks: Sequence[int], scales: object, dropout_p: object, batch_invariant: bool, backend: str,
-    wide: bool, *stored: Any, **_: object,
+    dys: Sequence[_Shape | None], x: object, xas: object, offsets: object, weights: Sequence[_Shape], biases: object,
+    a: object, b: object, seeds: object, statistics: Sequence[_Shape], ranks: Sequence[int], scales: object,
+    dropout_ps: object, formats: Sequence[str], counts: Sequence[int], transposed: bool, batch_invariant: bool,
+    backend: str, wide: bool, da: object, db: object, needs: Sequence[bool], *_: object, **__: object,
 ) -> int:  # fmt: skip
-    return _backward(math.prod(dy[:-1]), _stored(weight, *stored), (max(ranks), 0), False, *needs)
+    each, G, total = _widest(weights, statistics, ranks, formats, counts), len(weights), 0
+    for i, (dy, (w, rank)) in enumerate(zip(dys, each, strict=True)):
+        if dy is not None:
+            of_layer = needs[0], needs[1 + i], needs[1 + G + i]
+            total += _backward(math.prod(dy[:-1]), w, (rank, 0), False, *of_layer)
+    return total
 
 
-def multi_accumulate(
-    dy: _Shape, x: object, xa: object, offsets: object, weight: _Shape, a: object, b: object, da: _Shape | None,
-    db: _Shape | None, need_dx: bool, *given: Any, **_: object,
+gated_mlp_multi = multi
+
+
+def gated_mlp_multi_backward(
+    dy: _Shape, x: object, gate: object, up: object, xas: object, offsets: object, weights: Sequence[_Shape],
+    *given: Any, **_: object,
 ) -> int:  # fmt: skip
-    needs = need_dx, da is not None, db is not None
-    return multi_backward(dy, x, xa, offsets, weight, a, b, needs, *given)
+    needs = given[_NEEDS]
+    dys = (*dy[:-1], weights[0][0]), (*dy[:-1], weights[1][0]), dy
+    siblings = multi_backward(dys, x, xas, offsets, weights, *given[:_NEEDS], [*needs[:3], False, *needs[4:6], False])
+    # of these every layer's own gradient of its input, down's being that of h
+    each = _widest(weights, given[4], given[5], given[8], given[9])
+    (w, rank), dh = each[2], any((*needs[:3], *needs[4:6]))
+    less = _backward(math.prod(dy[:-1]), w, (rank, 0), False, needs[0], False, False)
+    return siblings - less + _backward(math.prod(dy[:-1]), w, (rank, 0), False, dh, needs[3], needs[6])
+
+
+def experts_multi(
+    x: _Shape, offsets: object, index: _Shape, weight: object, weights: Sequence[_Shape], biases: object, a: object,
+    b: object, seeds: object, statistics: Sequence[_Shape], ranks: Sequence[int], scales: object, dropout_ps: object,
+    formats: Sequence[str], counts: Sequence[int], *_: object, **__: object,
+) -> int:  # fmt: skip
+    """As if no factor were shared."""
+    each = _widest(weights, statistics, ranks, formats, counts)
+    return sum(_forward(math.prod(index), w, (rank, 0)) for w, rank in each)
+
+
+def experts_multi_backward(
+    dout: object, x: object, weight: _Shape, u: object, xa: object, ha: object, order: object, ends: object,
+    offsets: object, weights: Sequence[_Shape], *given: Any, **_: object,
+) -> int:  # fmt: skip
+    (up, rank), (down, down_rank) = _widest(weights, given[4], given[5], given[8], given[9])
+    dx, up_a, down_a, up_b, down_b, dweight = given[_NEEDS]
+    rows, transposed, dh = math.prod(weight), given[10], dx or up_a or up_b or dweight
+    of_up = _backward(rows, up, (rank, 0), transposed, dx, up_a, up_b)
+    return of_up + _backward(rows, down, (down_rank, 0), transposed, dh, down_a, down_b)
+
+
+# where needs are, after the weights
+_NEEDS = 16
+
+
+def _widest(
+    weights: Sequence[_Shape], statistics: Sequence[_Shape], ranks: Sequence[int], formats: Sequence[str],
+    counts: Sequence[int],
+) -> list[tuple[_Shape, int]]:  # fmt: skip
+    """The sizes and the largest rank of each layer."""
+    L = len(ranks) // len(weights)
+    widest = (max(ranks[first : first + L]) for first in range(0, len(ranks), L))
+    return list(zip(_each(weights, statistics, formats, counts), widest, strict=True))
 
 
 _FORMULAS = {
@@ -213,9 +269,12 @@ _FORMULAS = {
     "lora_gated_mlp_backward": gated_mlp_backward,
     "lora_grouped_linear": grouped,
     "lora_grouped_linear_backward": grouped_backward,
-    "lora_linear_multi": multi,
-    "lora_linear_multi_backward": multi_backward,
-    "lora_linear_multi_accumulate": multi_accumulate,
+    "lora_linears_multi": multi,
+    "lora_linears_multi_backward": multi_backward,
+    "lora_gated_mlp_multi": gated_mlp_multi,
+    "lora_gated_mlp_multi_backward": gated_mlp_multi_backward,
+    "lora_experts_multi": experts_multi,
+    "lora_experts_multi_backward": experts_multi_backward,
     "lora_experts": experts,
     "lora_experts_backward": experts_backward,
 }

@@ -1,218 +1,334 @@
-"""`lorafuse::lora_linear_multi`: schema, fake kernels, autograd; one frozen layer whose rows are of many adapters.
+"""`lorafuse::lora_linears_multi` and `lora_gated_mlp_multi`: layers whose rows are of many adapters.
 
-    y[s] = x[s] Wᵀ + bias + scale[g] · xa[s] b[g]ᵀ       xa[s] = drop(x[s]) a[g]ᵀ       g the adapter of row s
-    dx[s] = dy[s] W + drop(scale[g] · dyb[s] a[g])        dyb[s] = dy[s] b[g]
-    da[g] = scale[g] · Σ dybᵀ drop(x)       db[g] = scale[g] · Σ dyᵀ xa       over the rows of g
+    y_i = the layer i of x, each as `multi_layers` has it                            siblings, or one layer
+    y = down(h)       h = act(gate(x)) · up(x)                                         a gated MLP
+    dx = Σ over the layers that read x, one product added to the other
 
 Shapes: x `[…, K]`, its rows those of adapter 0, then of adapter 1, …, whose ends `offsets [L]` holds, int32; rows after
-the last end have no adapter. W `[N, K]`; a `[ΣR, K]` and b `[N, ΣR]`, the adapters' factors next to each other. xa
-`[S, max R]` is returned too, so that a compiled graph holds what backward needs. dyb is kept without its scale. W and
-the bias have no gradient. An adapter's mask is drawn by its seed over its own rows.
+the last end have no adapter. Every layer has factors of all adapters, of any rank, 0 for one that it does not adapt.
+Returned besides are each layer's xa and, of the MLP, gate and up, so that a compiled graph holds what backward needs; h
+is computed again.
 
-With buffers, backward adds da and db to them and returns none: to the adapters with rows alone. Gradients of gradients,
-and calls under a transform, are those of `plain`.
+Backward adds da and db to tensors that it is given, for the adapters with rows. It is one function for all forms, that
+of `multi_experts` too: `_Multi`. Gradients of gradients, and calls under a transform, are those of
+`plain`.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorafuse.backends.base import candidates, resolve
-from lorafuse.backends.multi import Multi, adapters_on, rows_by_adapter
-from lorafuse.backends.problems import multi_problem
-from lorafuse.backends.protocol import Backend
-from lorafuse.operands import Weight, matrix, shaped_like
+from lorafuse.activation import gate_differentiable
+from lorafuse.backends.multi import rows_by_adapter
+from lorafuse.operands import Rows, Weight, matrix, shaped_like
 from lorafuse.ops import plain
 from lorafuse.ops._define import LIBRARY, implement
 from lorafuse.ops.autocast import outside_autocast
-from lorafuse.ops.choose import ATEN, choose
+from lorafuse.ops.checks import check_gathered
+from lorafuse.ops.multi_layers import SCHEMA, MultiLayer, MultiSettings, layers_of, low_dtype, running, widest
 from lorafuse.ops.transforms import is_transformed, needs_plain_backward
-from lorafuse.plan import Plan
 
-__all__ = ["lora_linear_multi"]
+__all__ = ["FORMS", "GRADIENTS", "Form", "apply", "plain_layer", "siblings_backward"]
 
-# what both directions are given of the adapters and of how to run
-_GIVEN = (
-    "Tensor? seeds, int[] ranks, float[] scales, float[]? dropout_p, bool batch_invariant, str backend, bool wide,"
-    " str format, Tensor[]? statistics"
+# what backward is given besides; needs are dx, every da, every db
+GRADIENTS = "Tensor(a!)[] da, Tensor(b!)[] db, bool[] needs"
+LIBRARY.define(f"lora_linears_multi(Tensor x, Tensor offsets, {SCHEMA}) -> (Tensor[] ys, Tensor[] xas)")
+LIBRARY.define(
+    f"lora_linears_multi_backward(Tensor?[] dys, Tensor? x, Tensor?[] xas, Tensor offsets, {SCHEMA}, {GRADIENTS})"
+    " -> Tensor dx"
 )
 LIBRARY.define(
-    "lora_linear_multi(Tensor x, Tensor offsets, Tensor weight, Tensor? bias, Tensor a, Tensor b,"
-    f" {_GIVEN}) -> (Tensor y, Tensor xa)"
+    f"lora_gated_mlp_multi(Tensor x, Tensor offsets, {SCHEMA}, str activation)"
+    " -> (Tensor y, Tensor gate, Tensor up, Tensor[] xas)"
 )
 LIBRARY.define(
-    "lora_linear_multi_backward(Tensor dy, Tensor? x, Tensor? xa, Tensor offsets, Tensor weight, Tensor a, Tensor b,"
-    f" bool[] needs, {_GIVEN}) -> (Tensor dx, Tensor da, Tensor db)"
-)
-LIBRARY.define(
-    "lora_linear_multi_accumulate(Tensor dy, Tensor? x, Tensor? xa, Tensor offsets, Tensor weight, Tensor a, Tensor b,"
-    f" Tensor(a!)? da, Tensor(b!)? db, bool need_dx, {_GIVEN}) -> Tensor dx"
+    "lora_gated_mlp_multi_backward(Tensor dy, Tensor x, Tensor gate, Tensor up, Tensor[] xas, Tensor offsets,"
+    f" {SCHEMA}, {GRADIENTS}, str activation) -> Tensor dx"
 )
 
 
-def _weight(weight: Tensor, format: str, statistics: list[Tensor] | None) -> Weight:
-    return Weight(weight, False, tuple(statistics or ()), format)
+def siblings_backward(
+    layers: Sequence[MultiLayer], dys: Sequence[Tensor | None], x: Tensor | None, xas: Sequence[Tensor | None],
+    rows: Rows, da: Sequence[Tensor], db: Sequence[Tensor], needs: Sequence[bool],
+) -> Tensor | None:  # fmt: skip
+    """dx of layers that read one x, None where not needed; nothing is of a dy that is None."""
+    G, need_dx, dx = len(layers), needs[0], None
+    for i, (layer, dy) in enumerate(zip(layers, dys, strict=True)):
+        if dy is None:
+            continue
+        need_da, need_db = needs[1 + i], needs[1 + G + i]
+        if need_dx or need_da:
+            dyb = layer.dyb(dy, rows)
+            if need_dx:
+                dx = layer.dx(dy, dyb, rows, dx)
+            if need_da:
+                assert x is not None
+                layer.add_da(dyb, x, rows, da[i])
+        xa = xas[i]
+        if need_db and xa is not None:
+            layer.add_db(xa, dy, rows, db[i])
+    return dx
 
 
-def _run(
-    backend: str, x: Tensor, w: Weight, a: Tensor, backward: bool, wide: bool
-) -> tuple[Backend, Multi, Plan | None]:
-    """The backend, its primitives over many adapters, and its plan. Raises ValueError where it has none."""
-    backend = resolve(backend)
-    if backend == "auto":
-        # the one backend that reads nothing on the host
-        runs = x.dtype is not torch.float64 and "triton" in candidates(x.device.type)
-        backend = "triton" if runs else "eager"
-    if backend not in ("eager", "triton"):
-        raise ValueError(
-            f"backend={backend!r} has no kernels for rows of many adapters; use 'triton', 'eager' or 'auto'"
-        )
-    run, plan = choose(backend, x, lambda: multi_problem(x, w, a, backward, wide), w.data)
-    assert run.multi is not None
-    return run, run.multi, plan if run is not ATEN else None
-
-
-def _forward(
-    x, offsets, weight, bias, a, b, seeds, ranks, scales, dropout_p, batch_invariant, backend, wide, format, statistics
-):
-    w, flat = _weight(weight, format, statistics), matrix(x)
-    run, multi, plan = _run(backend, flat, w, a, False, wide)
-    with outside_autocast(x), run.guard(x.device):
+def _linears(x, offsets, *arguments):
+    flat = matrix(x)
+    layers = layers_of(flat, False, arguments)
+    with running(layers, x) as run:
         flat = run.matrix(flat)
         rows = rows_by_adapter(offsets, flat.shape[0])
-        adapters = adapters_on(x.device, tuple(ranks), tuple(scales), _tuple(dropout_p), seeds)
-        low = torch.float32 if wide else x.dtype
-        xa = multi.project(run, flat, a, rows, adapters, plan, True, low)
-        y = multi.matmul(run, flat, w, xa, b.t(), rows, adapters, plan, bias, False, batch_invariant)
-        return shaped_like(y, x), xa
+        xas = [layer.xa(flat, rows) for layer in layers]
+        ys = [layer.y(flat, xa, rows) for layer, xa in zip(layers, xas, strict=True)]
+        return [shaped_like(y, x) for y in ys], xas
 
 
-def _fake_forward(
-    x, offsets, weight, bias, a, b, seeds, ranks, scales, dropout_p, batch_invariant, backend, wide, format, statistics
-):
-    N, _ = _weight(weight, format, statistics).sizes
-    xa = x.new_empty((math.prod(x.shape[:-1]), max(ranks)), dtype=torch.float32 if wide else x.dtype)
-    return x.new_empty((*x.shape[:-1], N)), xa
+def _fake_xas(x, arguments):
+    rows, dtype = math.prod(x.shape[:-1]), low_dtype(x, arguments[14])
+    return [x.new_empty((rows, rank), dtype=dtype) for _, rank in widest(arguments)]
 
 
-def _gradients(
-    dy, x, xa, offsets, weight, a, b, da, db, need_dx, is_sum, seeds, ranks, scales, dropout_p, batch_invariant,
-    backend, wide, format, statistics,
-):  # fmt: skip
-    """dx, or None; da and db are written into the tensors of theirs, None where not needed."""
-    w, flat = _weight(weight, format, statistics), matrix(dy)
-    run, multi, plan = _run(backend, flat, w, a, True, wide)
-    with outside_autocast(dy), run.guard(dy.device):
-        flat, dx = run.matrix(flat), None
+def _fake_linears(x, offsets, *arguments):
+    ys = [x.new_empty((*x.shape[:-1], weight.sizes[0])) for weight, _ in widest(arguments)]
+    return ys, _fake_xas(x, arguments)
+
+
+def _linears_backward(dys, x, xas, offsets, *arguments):
+    *_, da, db, needs = arguments
+    given = next(dy for dy in dys if dy is not None)
+    layers = layers_of(matrix(given), True, arguments)
+    with running(layers, given) as run:
+        flat = [None if dy is None else run.matrix(matrix(dy)) for dy in dys]
+        rows = rows_by_adapter(offsets, matrix(given).shape[0])
+        x = None if x is None else run.matrix(matrix(x))
+        dx = siblings_backward(layers, flat, x, xas, rows, da, db, needs)
+        return given.new_empty(0) if dx is None else shaped_like(dx, given)
+
+
+def _fake_linears_backward(dys, x, xas, offsets, *arguments):
+    given = next(dy for dy in dys if dy is not None)
+    K = widest(arguments)[0][0].sizes[1]
+    return given.new_empty((*given.shape[:-1], K) if arguments[-1][0] else 0)
+
+
+def _gated(x, offsets, *arguments):
+    *of_layers, activation = arguments
+    flat = matrix(x)
+    layers = layers_of(flat, False, of_layers)
+    *siblings, down = layers
+    with running(layers, x) as run:
+        flat = run.matrix(flat)
         rows = rows_by_adapter(offsets, flat.shape[0])
-        adapters = adapters_on(dy.device, tuple(ranks), tuple(scales), _tuple(dropout_p), seeds)
-        if need_dx or da is not None:
-            dyb = multi.project(run, flat, b.t(), rows, adapters, plan, False, torch.float32 if wide else dy.dtype)
-            if need_dx:
-                product = multi.matmul(run, flat, w.t, dyb, a, rows, adapters, plan, None, True, batch_invariant)
-                dx = shaped_like(product, dy)
-            if da is not None:
-                multi.outer(run, dyb, run.matrix(matrix(x)), da, rows, adapters, plan, True, is_sum)
-        if db is not None:
-            multi.outer(run, xa, flat, db.t(), rows, adapters, plan, False, is_sum)
-        return dx
+        xas = [layer.xa(flat, rows) for layer in siblings]
+        gate, up = (layer.y(flat, xa, rows) for layer, xa in zip(siblings, xas, strict=True))
+        h = down.multi.activate(activation, gate, up, rows, down.adapters)
+        xas.append(down.xa(h, rows))
+        return shaped_like(down.y(h, xas[2], rows), x), gate, up, xas
 
 
-def _backward(dy, x, xa, offsets, weight, a, b, needs, *given):
-    need_dx, need_da, need_db = needs
-    da, db = (torch.empty_like(t) if need else None for t, need in ((a, need_da), (b, need_db)))
-    dx = _gradients(dy, x, xa, offsets, weight, a, b, da, db, need_dx, False, *given)
-    return tuple(dy.new_empty(0) if t is None else t for t in (dx, da, db))
+def _fake_gated(x, offsets, *arguments):
+    rows, sizes = math.prod(x.shape[:-1]), [weight.sizes[0] for weight, _ in widest(arguments)]
+    gate, up = (x.new_empty((rows, N)) for N in sizes[:2])
+    return x.new_empty((*x.shape[:-1], sizes[2])), gate, up, _fake_xas(x, arguments)
 
 
-def _fake_backward(dy, x, xa, offsets, weight, a, b, needs, *given):
-    da, db = (torch.empty_like(t) if need else dy.new_empty(0) for t, need in zip((a, b), needs[1:], strict=True))
-    return _fake_dx(dy, weight, needs[0], *given), da, db
+def _gated_backward(dy, x, gate, up, xas, offsets, *arguments):
+    *of_layers, da, db, needs, activation = arguments
+    flat = matrix(dy)
+    layers = layers_of(flat, True, of_layers)
+    *siblings, down = layers
+    need_da, need_db = needs[3], needs[6]
+    of_siblings = [*needs[:3], *needs[4:6]]
+    with running(layers, dy) as run:
+        flat, du, h = run.matrix(flat), None, None
+        rows = rows_by_adapter(offsets, flat.shape[0])
+        dyb = down.dyb(flat, rows) if any(of_siblings) or need_da else None
+        if any(of_siblings):
+            du = torch.empty_like(gate), torch.empty_like(up)
+            dh = down.dx(flat, dyb, rows)
+            h, _ = down.multi.activate_backward(activation, dh, gate, up, *du, rows, down.adapters)
+        elif need_da:
+            h = down.multi.activate(activation, gate, up, rows, down.adapters)
+        if need_da:
+            down.add_da(dyb, h, rows, da[2])
+        if need_db:
+            down.add_db(xas[2], flat, rows, db[2])
+        if du is None:
+            return dy.new_empty(0)
+        x = run.matrix(matrix(x))
+        dx = siblings_backward(siblings, du, x, xas[:2], rows, da[:2], db[:2], of_siblings)
+        return dy.new_empty(0) if dx is None else shaped_like(dx, dy)
 
 
-def _accumulate(dy, x, xa, offsets, weight, a, b, da, db, need_dx, *given):
-    dx = _gradients(dy, x, xa, offsets, weight, a, b, da, db, need_dx, True, *given)
-    return dy.new_empty(0) if dx is None else dx
+def _fake_gated_backward(dy, x, gate, up, xas, offsets, *arguments):
+    return x.new_empty(x.shape if arguments[-2][0] else 0)
 
 
-def _fake_accumulate(dy, x, xa, offsets, weight, a, b, da, db, need_dx, *given):
-    return _fake_dx(dy, weight, need_dx, *given)
+implement("lora_linears_multi", _linears, _fake_linears)
+implement("lora_linears_multi_backward", _linears_backward, _fake_linears_backward)
+implement("lora_gated_mlp_multi", _gated, _fake_gated)
+implement("lora_gated_mlp_multi_backward", _gated_backward, _fake_gated_backward)
 
 
-def _fake_dx(dy, weight, need_dx, *given):
-    *_, format, statistics = given
-    return dy.new_empty((*dy.shape[:-1], _weight(weight, format, statistics).sizes[1]) if need_dx else 0)
+@dataclass(frozen=True)
+class Form:
+    """How `_Multi` runs one form of the operator. `others` are its tensors besides x, offsets and layers, `options`
+    what follows the layers in its schema.
+
+    forward: `(x, offsets, others, arguments, options)` → `(results, what backward needs)`
+    backward: `(douts, x, saved, offsets, others, arguments, gradients, options)` → the gradients of x and others
+    plain: `(x, offsets, others, layers, options)` → results; a layer is `(w, bias, a, b, seeds, ranks, scales, p)`
+    """
+
+    forward: Callable[..., tuple[Sequence[Tensor], Sequence[Tensor]]]
+    backward: Callable[..., Sequence[Tensor]]
+    plain: Callable[..., Sequence[Tensor]]
 
 
-def _tuple(values):
-    return None if values is None else tuple(values)
+def plain_layer(x, offsets, layer):
+    """y of a dense layer in plain torch."""
+    return plain.multi(x, offsets, *layer)
 
 
-class _LoRALinearMulti(torch.autograd.Function):
+def _run_linears_backward(douts, x, saved, offsets, others, arguments, gradients, options):
+    return [torch.ops.lorafuse.lora_linears_multi_backward(list(douts), x, saved, offsets, *arguments, *gradients)]
+
+
+def _run_gated(x, offsets, others, arguments, options):
+    y, gate, up, xas = torch.ops.lorafuse.lora_gated_mlp_multi(x, offsets, *arguments, *options)
+    return [y], [gate, up, *xas]
+
+
+def _run_gated_backward(douts, x, saved, offsets, others, arguments, gradients, options):
+    gate, up, *xas = saved
+    op = torch.ops.lorafuse.lora_gated_mlp_multi_backward
+    return [op(douts[0], x, gate, up, xas, offsets, *arguments, *gradients, *options)]
+
+
+def _plain_gated(x, offsets, others, layers, options):
+    gate, up = (plain_layer(x, offsets, layer) for layer in layers[:2])
+    return [plain_layer(gate_differentiable(options[0], gate, up), offsets, layers[2])]
+
+
+FORMS = {
+    "linears": Form(
+        lambda x, offsets, _, arguments, __: torch.ops.lorafuse.lora_linears_multi(x, offsets, *arguments),
+        _run_linears_backward,
+        lambda x, offsets, _, layers, __: [plain_layer(x, offsets, layer) for layer in layers],
+    ),
+    "gated_mlp": Form(_run_gated, _run_gated_backward, _plain_gated),
+}
+
+
+class _Multi(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, offsets, weight, bias, a, b, seeds, buffers, settings, *statistics):
+    def forward(ctx, form, options, settings, buffers, x, offsets, index, weight, *tensors):
         ctx.set_materialize_grads(False)
-        y, xa = torch.ops.lorafuse.lora_linear_multi(
-            x, offsets, weight, bias, a, b, seeds, *settings, list(statistics) or None
-        )
-        _, _, _, _, need_a, need_b, *_ = ctx.needs_input_grad
-        ctx.leading, ctx.settings, ctx.buffers = x.shape[:-1], settings, buffers
-        ctx.save_for_backward(
-            x if need_a else None, xa if need_b else None, offsets, weight, bias, a, b, seeds, *statistics
-        )
-        return y
+        results, saved = FORMS[form].forward(x, offsets, (index, weight), settings.arguments(tensors), options)
+        G = len(settings.formats)
+        *_, need_weight = ctx.needs_input_grad[:8]
+        of_a, of_b = (ctx.needs_input_grad[8 + i * G : 8 + (i + 1) * G] for i in (2, 3))
+        if form == "linears":
+            # the gradient of x depends on neither
+            saved = [xa if need else None for xa, need in zip(saved, of_b, strict=True)]
+        ctx.given, ctx.shape, ctx.dtype = (form, options, settings, buffers), x.shape, x.dtype
+        kept = x if form != "linears" or any(of_a) else None
+        ctx.save_for_backward(kept, offsets, index, weight, *tensors, *saved)
+        ctx.count = len(tensors)
+        return tuple(results)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, *douts):
         grads = [None] * len(ctx.needs_input_grad)
-        if dy is None:
+        given = next((dout for dout in douts if dout is not None), None)
+        if given is None:
             return tuple(grads)
-        needed = [i for i in (0, 4, 5) if ctx.needs_input_grad[i]]
-        x, xa, offsets, weight, bias, a, b, seeds, *statistics = ctx.saved_tensors
-        da, db = ctx.buffers or (None, None)
+        form, options, settings, buffers = ctx.given
+        x, offsets, index, weight, *rest = ctx.saved_tensors
+        tensors, saved, G = rest[: ctx.count], rest[ctx.count :], len(settings.formats)
+        check_gathered(f"lora_{form}_multi", *tensors[:G])
+        # of a layer whose y has no gradient nothing has
+        reached = [len(douts) < G or douts[i] is not None for i in range(G)] * 2
+        of_factors = ctx.needs_input_grad[8 + 2 * G : 8 + 4 * G]
+        needs = [ctx.needs_input_grad[4], *(need and here for need, here in zip(of_factors, reached, strict=True))]
+        need_weight, places = ctx.needs_input_grad[7], [4, *range(8 + 2 * G, 8 + 4 * G)]
         # Dynamo traces this function, and knows no second derivatives of it
-        if not torch.compiler.is_compiling() and needs_plain_backward(dy):
-            if ctx.buffers is not None:
+        if not torch.compiler.is_compiling() and needs_plain_backward(given):
+            if buffers is not None:
                 raise NotImplementedError(
-                    "lora_linear_multi adds gradients to buffers, which has no derivative and no batching rule; pass "
+                    f"lora_{form}_multi adds gradients to buffers, which has no derivative and no batching rule; pass "
                     "grad_buffers=None"
                 )
-            plain_weight = _weight(weight, ctx.settings[-1], statistics).decoded(dy.dtype).data
             if x is None:
-                x = dy.new_zeros((*ctx.leading, plain_weight.shape[1])).requires_grad_()
-            ranks, scales, dropout_p, *_ = ctx.settings
-            given = x, offsets, plain_weight, bias, a, b, seeds, ranks, scales, dropout_p
-            computed = plain.gradients(plain.multi, given, needed, dy)
-            for i, grad in zip(needed, computed, strict=True):
-                grads[i] = grad
+                x = given.new_zeros(ctx.shape, dtype=ctx.dtype).requires_grad_()
+            computed = _plain_gradients(form, options, settings, douts, x, offsets, index, weight, tensors, needs,
+                                        need_weight)  # fmt: skip
+            for place, grad in zip((*places, 7), computed, strict=True):
+                grads[place] = grad
             return tuple(grads)
-        given = seeds, *ctx.settings, list(statistics) or None
-        operands = dy, x, xa, offsets, weight, a, b
-        if ctx.buffers is None:
-            every = torch.ops.lorafuse.lora_linear_multi_backward(*operands, [i in needed for i in (0, 4, 5)], *given)
-            for i, grad in zip((0, 4, 5), every, strict=True):
-                grads[i] = grad if i in needed else None
-            return tuple(grads)
-        da, db = (t if i in needed else None for i, t in ((4, da), (5, db)))
-        dx = torch.ops.lorafuse.lora_linear_multi_accumulate(*operands, da, db, 0 in needed, *given)
-        grads[0] = dx if 0 in needed else None
+        factors = tensors[2 * G : 4 * G]
+        held = [None] * 2 * G if buffers is None else [*(one[0] for one in buffers), *(one[1] for one in buffers)]
+        # what nobody needs is no tensor, which the schema needs
+        outs = [
+            given.new_empty(0) if not need else torch.zeros_like(t) if out is None else out
+            for t, out, need in zip(factors, held, needs[1:], strict=True)
+        ]
+        gradients = outs[:G], outs[G:], [*needs, need_weight] if weight is not None else needs
+        made = FORMS[form].backward(
+            douts, x, saved, offsets, (index, weight), settings.arguments(tensors), gradients, options
+        )  # fmt: skip
+        grads[4] = made[0] if needs[0] else None
+        grads[7] = made[1] if need_weight else None
+        if buffers is None:
+            for place, out, need in zip(places[1:], outs, needs[1:], strict=True):
+                grads[place] = out if need else None
         return tuple(grads)
 
 
-implement("lora_linear_multi", _forward, _fake_forward)
-implement("lora_linear_multi_backward", _backward, _fake_backward)
-implement("lora_linear_multi_accumulate", _accumulate, _fake_accumulate)
+def _plain_layers(settings, tensors, a, b, dtype):
+    """The layers as `Form.plain` takes them."""
+    weights, biases, _, _, seeds, statistics, ranks, scales, dropout_ps, formats, counts, *_ = settings.arguments(
+        tensors
+    )
+    L, first, layers = len(ranks) // len(weights), 0, []
+    for i, w in enumerate(weights):
+        own, some = tuple(statistics[first : first + counts[i]]), slice(i * L, (i + 1) * L)
+        first += counts[i]
+        dense = Weight(w, settings.transposed, own, formats[i]).decoded(dtype).left()
+        p = None if seeds[i] is None else dropout_ps[some]
+        layers.append((dense, biases[i], a[i], b[i], seeds[i], ranks[some], scales[some], p))
+    return layers
 
 
-def lora_linear_multi(
-    x, offsets, weight, bias, a, b, seeds, ranks, scales, dropout_p, batch_invariant, backend, wide, format="dense",
-    statistics=None, buffers=None,
-):  # fmt: skip
-    """y of the operator; see `lorafuse.functional.lora_linear_multi` for the meaning."""
+def _plain_gradients(form, options, settings, douts, x, offsets, index, weight, tensors, needs, need_weight):
+    """Those of x, every a and b, and of weight, in plain torch, differentiable."""
+    G = len(settings.formats)
+    inputs = [x, *tensors[2 * G : 4 * G], weight]
+    needed = [i for i, need in enumerate((*needs, need_weight)) if need]
+
+    def formula(x, *others):
+        *factors, weight = others
+        layers = _plain_layers(settings, tensors, factors[:G], factors[G:], x.dtype)
+        results = FORMS[form].plain(x, offsets, (index, weight), layers, options)
+        return [y for y, dout in zip(results, douts, strict=True) if dout is not None]
+
+    given = [dout for dout in douts if dout is not None]
+    by_place = dict(zip(needed, plain.gradients(formula, inputs, needed, *given), strict=True))
+    return [by_place.get(i) for i in range(len(inputs))]
+
+
+def apply(
+    form: str, options: tuple, x: Tensor, offsets: Tensor, settings: MultiSettings, tensors: Sequence[Tensor | None],
+    buffers: Sequence[tuple[Tensor, Tensor]] | None = None, index: Tensor | None = None, weight: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The results of a form; `tensors` and `settings` are those of `MultiSettings.arguments`, `buffers` of each layer
+    where its da and db are added.
+    """
     if is_transformed(x):
         with outside_autocast(x):
-            decoded = _weight(weight, format, statistics).decoded(x.dtype).data
-            return plain.multi(x, offsets, decoded, bias, a, b, seeds, ranks, scales, dropout_p)
-    settings = ranks, scales, dropout_p, batch_invariant, backend, wide, format
-    return _LoRALinearMulti.apply(x, offsets, weight, bias, a, b, seeds, buffers, settings, *(statistics or ()))
+            G = len(settings.formats)
+            layers = _plain_layers(settings, tensors, tensors[2 * G : 3 * G], tensors[3 * G : 4 * G], x.dtype)
+            return tuple(FORMS[form].plain(x, offsets, (index, weight), layers, options))
+    return _Multi.apply(form, options, settings, buffers, x, offsets, index, weight, *tensors)

@@ -16,7 +16,7 @@ from lorafuse.activation import Activation, Recomputed
 from lorafuse.ops.autocast import outside_autocast
 from lorafuse.philox import keep_mask, rescaled
 
-__all__ = ["experts", "gradients", "grouped", "multi"]
+__all__ = ["experts", "experts_multi", "gradients", "grouped", "multi"]
 
 
 def _layers(
@@ -104,6 +104,44 @@ def experts(
     y = _layers(act.differentiable(u), group, down, down_bias, down_a, down_b, down_scale, transposed)
     y = y * weight.reshape(-1, 1)[choice].to(y.dtype)
     return x.new_zeros((T * k, y.shape[1])).index_copy(0, choice, y).view(T, k, y.shape[1]).sum(1)
+
+
+def experts_multi(
+    x: Tensor,
+    ends: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    projections: Sequence[Sequence[Any]],
+    act: Activation,
+) -> Tensor:
+    """out of `lora_experts_multi`; of gate_up and down `(w [E, N, K], bias, a, b, ranks, scales)`, a or b 2-D where
+    shared.
+    """
+    _refuse_batched("lora_experts_multi", "offsets", ends)
+    _refuse_batched("lora_experts_multi", "topk_index", index)
+    (T, k), flat = index.shape, index.reshape(-1)
+    up, down = projections
+    choice = (flat < up[0].shape[0]).nonzero().squeeze(1)
+    token = choice // k
+    adapter = torch.searchsorted(ends, token.to(ends.dtype), right=True)
+    u = _layers_multi(x[token], flat[choice], adapter, *up)
+    y = _layers_multi(act.differentiable(u), flat[choice], adapter, *down)
+    y = y * weight.reshape(-1, 1)[choice].to(y.dtype)
+    return x.new_zeros((T * k, y.shape[1])).index_copy(0, choice, y).view(T, k, y.shape[1]).sum(1)
+
+
+def _layers_multi(
+    x: Tensor, group: Tensor, adapter: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
+    ranks: Sequence[int], scales: Sequence[float],
+) -> Tensor:  # fmt: skip
+    y = _layers(x, group, w, bias, None, None, 1.0, False)
+    for e in range(w.shape[0]):
+        of_a, of_b, first = a if a.dim() == 2 else a[e], b if b.dim() == 2 else b[e], 0
+        for g, (R, scale) in enumerate(zip(ranks, scales, strict=True)):
+            mine, some = ((group == e) & (adapter == g)).nonzero().squeeze(1), slice(first, first := first + R)
+            xa = F.linear(x[mine], of_a[some].to(x.dtype))
+            y = y.index_add(0, mine, F.linear(xa, (of_b[:, some] * scale).to(x.dtype)))
+    return y
 
 
 def gradients(

@@ -50,4 +50,4 @@ def launch(kernel: str, c: KernelConfig, dtype: torch.dtype, m: int, n: int, k: 
     elif kernel == "multi_dx":
         multi.matmul(dy, w.t(), None, xa, a, scales, tiles, ends, True, 132, c, **mask)
     else:
-        multi.outer(xa, x, a, tensor(total, 2, of=torch.int32), tiles, ends, scales, True, c, **mask)
+        multi.outer(xa, x, a[None], tensor(total, 2, of=torch.int32), tiles, ends, scales, c, **mask)

@@ -1,11 +1,8 @@
 """`lora_linear_multi` (T1; Triton in its interpreter, T2): every tensor by name against a loop in fp64, and bits."""
 
-import sys
-from collections import Counter
-
 import pytest
 import torch
-from multi_reference import batch, reference, run
+from multi_reference import batch, count_reads, reference, run
 from quantized_weights import four_bits
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -161,29 +158,12 @@ def test_gradients_are_added_to_buffers(backend):
         assert torch.equal(buffer[rest], 1 + gradient[rest] + gradient[rest])
 
 
-READS = "item", "cpu", "tolist", "numpy", "__bool__", "__int__", "__index__", "__float__", "nonzero", "to", "cuda"
-
-
 @by_backend
 def test_nothing_waits_for_the_device(backend, monkeypatch):
-    """Reads of tensors on the host, and copies from it, by lorafuse itself: a stand-in for stream capture."""
-    given, seen = batch(COUNTS, RANKS, torch.float32), Counter()
+    given = batch(COUNTS, RANKS, torch.float32)
     # what is copied to the device once
     run(given, backend=backend)
-
-    def counting(name, function):
-        def call(*args, **kwargs):
-            module = sys._getframe(1).f_globals["__name__"]
-            moves = name != "to" or any(isinstance(t, str | torch.device) for t in args[1:])
-            if module.startswith("lorafuse.") and moves:
-                seen[f"{name} in {module}"] += 1
-            return function(*args, **kwargs)
-
-        return call
-
-    for name in READS:
-        monkeypatch.setattr(torch.Tensor, name, counting(name, getattr(torch.Tensor, name)))
-    monkeypatch.setattr(torch, "tensor", counting("tensor", torch.tensor))
+    seen = count_reads(monkeypatch)
     # a new batch of other rows
     given.counts = [20, 0, 5, 30, 6]
     run(given, backend=backend)
@@ -259,19 +239,16 @@ def test_compiled():
 
 def test_opcheck():
     given = batch([2, 0, 3], [2, 1, 3], torch.float32, rest=1)
-    settings = given.ranks, given.scales, given.p, True, "eager", False, "dense", None
-    operands = given.offsets, given.w
-    adapters = given.a, given.b
-    op = torch.ops.lorafuse.lora_linear_multi
-    torch.library.opcheck(op, (given.x, *operands, None, *adapters, given.seeds, *settings))
-    xa = op(given.x, *operands, None, *adapters, given.seeds, *settings)[1]
-    backward = given.dy, given.x, xa, *operands, *adapters
+    factors = [given.a], [given.b]
+    settings = given.ranks, given.scales, given.p, ["dense"], [0], False, True, "eager", False
+    layers = [given.w], [None], *factors, [given.seeds], [], *settings
+    op = torch.ops.lorafuse.lora_linears_multi
+    torch.library.opcheck(op, (given.x, given.offsets, *layers))
+    _, xas = op(given.x, given.offsets, *layers)
     for needs in ([True, True, True], [True, False, True]):
-        torch.library.opcheck(torch.ops.lorafuse.lora_linear_multi_backward, (*backward, needs, given.seeds, *settings))
-    buffers = torch.zeros_like(given.a), torch.zeros_like(given.b)
-    torch.library.opcheck(
-        torch.ops.lorafuse.lora_linear_multi_accumulate, (*backward, *buffers, True, given.seeds, *settings)
-    )
+        gradients = [torch.zeros_like(given.a)], [torch.zeros_like(given.b)], needs
+        operands = [given.dy], given.x, xas, given.offsets
+        torch.library.opcheck(torch.ops.lorafuse.lora_linears_multi_backward, (*operands, *layers, *gradients))
 
 
 def test_flops_are_those_of_the_largest_rank():

@@ -1,0 +1,308 @@
+"""Siblings, gated MLP and experts over rows of many adapters (T1; Triton in its interpreter, T2): fp64 and bits."""
+
+import pytest
+import torch
+from multi_forms import CHOICES, EXPERTS, FORMS, make, reference, run
+from multi_reference import count_reads
+from quantized_weights import four_bits
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from lorafuse.backends import triton as triton_backend
+from lorafuse.backends import workspace
+from lorafuse.functional import MultiProjection, lora_experts_multi, lora_gated_mlp_multi, lora_linears_multi
+from lorafuse.kernels import rows
+from lorafuse.ops import multi_experts
+from lorafuse.testing.numerics import relative_l2, tolerance
+
+COUNTS, RANKS = [3, 0, 7, 1], [2, 4, 1, 20]
+RUNS = [("eager", torch.float64), ("eager", torch.float32), ("triton", torch.float32)]
+by_run = pytest.mark.parametrize(("backend", "dtype"), RUNS, ids=[f"{b}-{str(d)[6:]}" for b, d in RUNS])
+by_backend = pytest.mark.parametrize("backend", ["eager", "triton"])
+by_form = pytest.mark.parametrize("form", FORMS)
+
+
+def check(actual, expected, dtype):
+    assert actual.keys() == expected.keys()
+    for name, t in expected.items():
+        for g, (mine, one) in enumerate(zip(*([t] if torch.is_tensor(t) else t for t in (actual[name], t)), strict=True)):
+            assert mine.dtype is dtype, name
+            if one.count_nonzero():
+                assert relative_l2(mine, one) <= tolerance(dtype), (name, g)
+            else:
+                assert not mine.any(), (name, g)
+
+
+@by_form
+@by_run
+def test_every_tensor(form, backend, dtype):
+    given = make(form, COUNTS, RANKS, dtype)
+    expected = reference(given)
+    # the adapter without rows, and the ranks that a layer does not have
+    assert all(t.count_nonzero() for g, t in enumerate(expected["da0"]) if COUNTS[g])
+    check(run(given, backend=backend), expected, dtype)
+
+
+@by_backend
+@pytest.mark.parametrize("form", ["experts", "shared"])
+def test_layouts_of_experts(form, backend):
+    """Gate and up alternating, a function of both, weights as they are transposed, no bias, an fp32 xa over fp16."""
+    given = make(form, COUNTS, RANKS, torch.float16, activation="clamped_swiglu", interleaved=True, bias=False)
+    expected = reference(given)
+    for layer in given.layers:
+        layer.w = layer.w.mT.contiguous()
+        layer.a, layer.b = ([t.float() for t in some] for some in (layer.a, layer.b))
+    actual = run(given, backend=backend, is_transposed=True)
+    for name, t in expected.items():
+        both = zip(actual[name], t, strict=True) if isinstance(t, list) else [(actual[name], t)]
+        assert all(relative_l2(mine, one) <= tolerance(torch.float16) for mine, one in both if one.any()), name
+
+
+# rows 0 to 300 and ranks 1 to 128 in plain torch; less where the interpreter computes
+SHAPES = {
+    "eager": {
+        1: ([300], [128]), 2: ([1, 299], [128, 1]), 7: ([0, 3, 130, 2, 64, 1, 31], [64, 1, 13, 128, 2, 8, 33]),
+        64: ([i * i % 51 for i in range(64)], [1 + i * 7 % 128 for i in range(64)]),
+        2000: ([0 if i % 90 else i % 7 for i in range(2000)], [1 + i % 4 for i in range(2000)]),
+    },
+    "triton": {
+        1: ([20], [40]), 2: ([1, 19], [40, 1]), 7: ([0, 3, 12, 2, 0, 1, 5], [64, 1, 13, 128, 2, 8, 33]),
+        64: ([0 if i % 24 else 1 + i % 5 for i in range(64)], [0 if i % 8 else 1 + i * 7 % 40 for i in range(64)]),
+        # more groups than are compared with tiles
+        2000: ([0 if i % 700 else 1 + i % 7 for i in range(2000)], [0 if i % 100 else 1 + i % 4 for i in range(2000)]),
+    },
+}  # fmt: skip
+
+
+def differing(given, every, chosen, **more):
+    """The names of tensors of which an adapter has other bits in the batch, whose results are `every`, than alone."""
+    names = []
+    for g in chosen:
+        for name, expected in run(given.pick([g]), **more).items():
+            mine = every[name][g] if isinstance(expected, list) else every[name][given.rows(g)]
+            if not torch.equal(mine, expected[0] if isinstance(expected, list) else expected):
+                names.append((g, name))
+    return names
+
+
+@by_form
+@pytest.mark.parametrize("L", [1, 2, 7, 64, 2000])
+@by_backend
+def test_bits_are_those_of_an_adapter_alone(backend, L, form):
+    counts, ranks = SHAPES[backend][L]
+    given = make(form, counts, ranks)
+    every = run(given, backend=backend)
+    used = [g for g, count in enumerate(counts) if count]
+    # an adapter alone takes as long as a batch
+    assert differing(given, every, used[:: max(1, len(used) // 6)], backend=backend) == []
+    for g in [g for g, count in enumerate(counts) if not count][:20]:
+        assert not any(t[g].any() for t in every.values() if isinstance(t, list))
+
+
+@by_form
+@by_backend
+def test_bits_do_not_depend_on_the_order(backend, form):
+    given, order = make(form, COUNTS, RANKS), [3, 2, 0, 1]
+    first, moved = run(given, backend=backend), given.pick(order)
+    second = run(moved, backend=backend)
+    for name, t in first.items():
+        for at, g in enumerate(order):
+            mine, other = (t[g], second[name][at]) if isinstance(t, list) else (
+                t[given.rows(g)], second[name][moved.rows(at)]
+            )  # fmt: skip
+            assert torch.equal(mine, other), (name, g)
+
+
+def test_one_product_over_all_rows_is_not_invariant():
+    """That the tests above can fail."""
+    for form in ("siblings", "experts"):
+        given = make(form, [1, 2, 1, 30], [2, 3, 4, 8], H=512, I=64, rest=0)
+        every = run(given, backend="eager", batch_invariant=False)
+        check(every, reference(given), torch.float32)
+        assert differing(given, every, range(4), backend="eager", batch_invariant=False)
+
+
+@by_form
+@by_backend
+def test_gradients_are_added_to_buffers(backend, form):
+    given = make(form, COUNTS, RANKS)
+    expected = run(given, backend=backend)
+    buffers = [
+        [torch.ones_like(torch.cat(t, dim)) for t, dim in ((layer.a, -2), (layer.b, -1))] for layer in given.layers
+    ]
+    for i, layer in enumerate(given.layers):
+        first = sum(layer.ranks[:1])
+        buffers[i][0][..., first : first + layer.ranks[1], :] = float("nan")
+    actual = run(given, buffers=buffers, backend=backend)
+    for name, t in expected.items():
+        if not isinstance(t, list):
+            assert torch.equal(actual[name], t), name
+            continue
+        for g, (mine, one) in enumerate(zip(actual[name], t, strict=True)):
+            # an adapter without rows keeps what was there
+            is_kept = mine.isnan().all() if name.startswith("da") else (mine == 1).all()
+            assert is_kept if g == 1 else relative_l2(mine - 1, one) <= 1e-5 or not one.any(), (name, g)
+
+
+@by_form
+@by_backend
+def test_nothing_waits_for_the_device(backend, form, monkeypatch):
+    given = make(form, COUNTS, RANKS)
+    run(given, backend=backend)
+    for module in (multi_experts, triton_backend):
+        # of a CPU's values, which is where it reads them
+        monkeypatch.setattr(module, "refuse_negative", lambda *_: None)
+    seen = count_reads(monkeypatch)
+    given.counts = [2, 5, 0, 4]
+    run(given, backend=backend)
+    assert bool(seen) is (backend == "eager"), seen
+
+
+@by_form
+@by_backend
+def test_quantized_base(backend, form):
+    given = make(form, COUNTS, RANKS, H=64, I=32)
+    for layer in given.layers:
+        layer.weight = four_bits(*layer.w.shape, rounded="float32")
+        layer.w = layer.weight.decoded(torch.float32).data
+    actual, weights = run(given, backend=backend), [layer.weight for layer in given.layers]
+    for layer in given.layers:
+        layer.weight = None
+    expected = run(given, backend=backend)
+    assert all(weight.format_name != "dense" for weight in weights)
+    for name, t in expected.items():
+        both = zip(actual[name], t, strict=True) if isinstance(t, list) else [(actual[name], t)]
+        assert all(torch.equal(mine, one) for mine, one in both), name
+
+
+def test_a_quantized_stack_in_parts(monkeypatch):
+    """One expert's matrix at a time in the workspace, where kernels number their groups from 0."""
+    given = make("experts", COUNTS, RANKS, H=64, I=32)
+    for layer in given.layers:
+        layer.weight = four_bits(*layer.w.shape, rounded="float32")
+    whole = run(given, backend="triton")
+    monkeypatch.setattr(workspace, "budget", lambda: 64 * 64 * 4)
+    parts = run(given, backend="triton")
+    assert all(torch.equal(parts[name], t) for name, t in whole.items() if not isinstance(t, list))
+
+
+def formula(given):
+    def call(x, weight, *factors):
+        given_now = given.offsets
+        layers = [
+            MultiProjection(layer.w, a, b, layer.ranks, layer.scales, layer.bias, layer.p,
+                            layer.seeds if layer.p else None)
+            for layer, a, b in zip(given.layers, factors[::2], factors[1::2], strict=True)
+        ]  # fmt: skip
+        if given.form == "siblings":
+            return lora_linears_multi(x, given_now, layers)
+        if given.form == "gated":
+            return lora_gated_mlp_multi(x, given_now, *layers)
+        return lora_experts_multi(x, given_now, given.index, weight, *layers)
+
+    factors = [t for layer in given.layers for t in (torch.cat(layer.a, -2), torch.cat(layer.b, -1))]
+    return call, [None if t is None else t.clone().requires_grad_() for t in (given.x, given.weight, *factors)]
+
+
+@by_form
+def test_gradcheck_of_both_orders(form):
+    call, leaves = formula(make(form, [1, 0, 2], [1, 1, 2], torch.float64, H=4, I=2, rest=1))
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+@by_form
+def test_functional_transform(form):
+    given = make(form, [1, 0, 2], [1, 1, 2], torch.float64)
+    call, leaves = formula(given)
+    if leaves[1] is None:
+        ys, gradients = torch.func.vjp(lambda x, *factors: call(x, None, *factors), leaves[0], *leaves[2:])
+    else:
+        ys, gradients = torch.func.vjp(call, *leaves)
+    dx = gradients(tuple(given.dy) if form == "siblings" else given.dy[0])[0]
+    assert relative_l2(dx, run(given)["dx"]) <= tolerance(torch.float64)
+
+
+@by_form
+def test_compiled(form):
+    given = make(form, COUNTS, RANKS)
+    call, leaves = formula(given)
+    ys = torch.compile(call, backend="aot_eager", fullgraph=True)(*leaves)
+    torch.autograd.backward(list(ys) if form == "siblings" else [ys], given.dy)
+    expected = run(given)
+    assert torch.equal(leaves[0].grad, expected["dx"])
+    for i in range(len(given.layers)):
+        assert torch.equal(leaves[2 + 2 * i].grad, torch.cat(expected[f"da{i}"], -2))
+        assert torch.equal(leaves[3 + 2 * i].grad, torch.cat(expected[f"db{i}"], -1))
+
+
+@pytest.mark.parametrize("form", ["gated", "shared"])
+def test_opcheck(form):
+    """And FLOPs: those of the formula with every row of the largest rank."""
+    given, seen = make(form, [2, 0, 3], [2, 1, 3], dropout=False), []
+    if given.index is not None:
+        # what a sentinel's rows hold is nobody's
+        given.index %= EXPERTS
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op.namespace == "lorafuse":
+                seen.append((op, tree_map_only(torch.Tensor, torch.Tensor.detach, args)))
+            return op(*args, **(kwargs or {}))
+
+    with Recording():
+        run(given)
+    assert len(seen) == 2
+    for op, args in seen:
+        torch.library.opcheck(op, args)
+    with FlopCounterMode(display=False) as counter:
+        run(given)
+    T, R = given.x.shape[0] * (CHOICES if form == "shared" else 1), 3
+    # y, dx; xa, xa b, dyb, dyb a, da, db
+    products = sum(2 * N * K + 3 * R * (N + K) for N, K in (layer.w.shape[-2:] for layer in given.layers))
+    assert counter.get_total_flops() == 2 * T * products
+
+
+def test_what_does_not_fit_is_refused():
+    given = make("experts", [2, 3], [2, 3])
+    up, down = formula_layers = [
+        MultiProjection(layer.w, torch.cat(layer.a, -2), torch.cat(layer.b, -1), layer.ranks, layer.scales)
+        for layer in given.layers
+    ]
+    operands = given.x, given.offsets, given.index, given.weight
+    assert len(formula_layers) == 2
+    for change, message in (
+        ((up._replace(b=up.b[0]), down), "the rule is weight"),
+        ((up._replace(weight=up.weight[0]), down), r"the rule is \[E, N, K\]"),
+        ((up._replace(dropout_p=(0.5, 0.0)), down), "no dropout"),
+        ((up._replace(a=None), down), "only one of a and b"),
+        ((down, up), "out features|the rule is"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lora_experts_multi(*operands, *change)
+    dense = MultiProjection(torch.zeros(8, 20))
+    with pytest.raises(ValueError, match="no projection"):
+        lora_linears_multi(given.x, given.offsets, [])
+    with pytest.raises(ValueError, match="gate and up"):
+        lora_gated_mlp_multi(given.x, given.offsets, dense, dense, dense)
+    with pytest.raises(ValueError, match="must be one of"):
+        lora_gated_mlp_multi(given.x, given.offsets, dense, dense, dense, activation="swish")
+    adapted = MultiProjection(torch.zeros(8, 20), torch.zeros(2, 20), torch.zeros(8, 2), (1, 1), (1.0, 1.0))
+    with pytest.raises(ValueError, match="or none"):
+        buffers = adapted._replace(grad_buffers=(adapted.a, adapted.b))
+        lora_linears_multi(given.x, given.offsets, [adapted, buffers])
+
+
+def test_tiles_of_more_groups_than_are_compared(monkeypatch):
+    counts = torch.tensor([0, 5, 0, 0, 70, 16, 1, 0])
+    ends = counts.cumsum(0).int()
+    for part in (None, slice(2, 6)):
+        expected = rows.ragged_tiles(ends, 100, 16, part)
+        with monkeypatch.context() as patch:
+            patch.setattr(rows, "MOST_COMPARED", 1)
+            actual = rows.ragged_tiles(ends, 100, 16, part)
+        count = int(expected[0, 1])
+        assert torch.equal(actual[0, :2], expected[0, :2])
+        assert torch.equal(actual[1 : 1 + count], expected[1 : 1 + count])
+        assert (actual[1 + count :, 0] == expected[0, 0]).all()
