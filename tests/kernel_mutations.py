@@ -4,15 +4,17 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from lorafuse.backends import triton as backend
+from lorafuse.backends import triton, triton_multi
 from lorafuse.kernels import (
     combine,
     common,
     decode,
     epilogues,
     gated,
+    gates,
     lowrank,
     matmul,
+    multi,
     packed,
     philox,
     product,
@@ -25,7 +27,7 @@ from lorafuse.kernels import (
 # every module after those that it imports
 MODULES = (
     common, philox, rows, routing, epilogues, product, decode, combine, lowrank, matmul, packed, tickets, siblings,
-    gated,
+    gated, gates, multi,
 )  # fmt: skip
 
 
@@ -51,6 +53,7 @@ def install(module, old, new, monkeypatch, folder):
         copy = _copy(each, source, folder)
         changed.add(each.__name__)
         monkeypatch.setitem(sys.modules, each.__name__, copy)
-        monkeypatch.setattr(backend, each.__name__.rpartition(".")[2], copy, raising=False)
-        if each is rows:
-            monkeypatch.setattr(backend, "Tiles", copy.Tiles)
+        for backend in (triton, triton_multi):
+            monkeypatch.setattr(backend, each.__name__.rpartition(".")[2], copy, raising=False)
+            if each is rows:
+                monkeypatch.setattr(backend, "Tiles", copy.Tiles)

@@ -109,8 +109,8 @@ def make(
     return given
 
 
-def run(given, buffers=None, **more):
-    """`{"y0", …, "dx", "dweight", "da0": of each adapter, "db0", …}`; `buffers` are of each layer."""
+def run(given, buffers=None, backward=True, **more):
+    """`{"y0", …, "dx", "dweight", "da0": of each adapter, "db0", …}`, or the y alone; `buffers` are of each layer."""
     x, projections, factors = given.x.clone().requires_grad_(), [], []
     weight = None if given.weight is None else given.weight.clone().requires_grad_()
     for i, layer in enumerate(given.layers):
@@ -128,8 +128,11 @@ def run(given, buffers=None, **more):
     else:
         given_more = {"activation": given.activation, "is_concatenated": not given.interleaved} | more
         ys = [lora_experts_multi(x, offsets, given.index, weight, *projections, **given_more)]
+    out = {f"y{i}": y.detach() for i, y in enumerate(ys)}
+    if not backward:
+        return out
     torch.autograd.backward(list(ys), given.dy)
-    out = {f"y{i}": y.detach() for i, y in enumerate(ys)} | {"dx": x.grad}
+    out["dx"] = x.grad
     if weight is not None:
         out["dweight"] = weight.grad
     for i, (layer, (a, b)) in enumerate(zip(given.layers, factors, strict=True)):
@@ -186,9 +189,7 @@ def reference(given):
     L, last = len(given.counts), sum(given.counts)
     x = _leaf(given.x)
     weight = None if given.weight is None else _leaf(given.weight)
-    factors = [
-        [tuple(_leaf(t[g]) for t in (layer.a, layer.b)) for layer in given.layers] for g in range(L)
-    ]
+    factors = [[tuple(_leaf(t[g]) for t in (layer.a, layer.b)) for layer in given.layers] for g in range(L)]
     parts = []
     for g in [*range(L), None]:
         some = slice(last, None) if g is None else given.rows(g)
@@ -204,4 +205,3 @@ def reference(given):
             leaves = [factors[g][i][j] for g in range(L)]
             out[f"{name}{i}"] = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
     return out
-

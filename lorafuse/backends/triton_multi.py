@@ -40,7 +40,6 @@ class _Multi:
     ) -> Tensor:  # fmt: skip
         assert plan is not None
         programs, each = (problems.device_spec(x.device) or interpreted_as()).sms, len(adapters.ranks) + 1
-        given = {"source": rows.index, "is_sum": total is not None, **_mask(adapters, is_masked)}
         x, f, xa, bias = _aligned(x), _stacks(f), xa.contiguous(), None if bias is None else bias.contiguous()
 
         def product(dense: Weight, out: Tensor | None, experts: slice) -> Tensor:
@@ -48,7 +47,8 @@ class _Multi:
             of_bias = bias if bias is None or bias.dim() == 1 else bias[experts]
             return multi.matmul(
                 x, left, of_bias, xa, f[experts], adapters.factors, tiles, adapters.ends, is_masked, programs,
-                plan.config("matmul"), out=out, **given,
+                plan.config("matmul"), source=rows.index, out=out, is_sum=total is not None,
+                **_mask(adapters, is_masked),
             )  # fmt: skip
 
         if len(w.stored) == 2:

@@ -28,7 +28,7 @@ __all__ = [
 class MultiProjection(NamedTuple):
     """One frozen linear layer of a group, with the factors of L adapters; see `lora_linear_multi` for each.
 
-    Of a stack of experts (`lora_experts_multi`) weight is `[E, N, K]`, bias `[E, N]`, a `[E, ΣR, K]` and b `[E, N, ΣR]`.
+    Of a stack of experts (`lora_experts_multi`) weight is `[E, N, K]`, bias `[E, N]`, a `[E, ΣR, K]`, b `[E, N, ΣR]`.
 
     Attributes:
         weight: `[N, K]`, frozen, of x's dtype, or a quantized `Weight` of `lorafuse.formats.adopt`.
@@ -159,7 +159,8 @@ def lora_gated_mlp_multi(
 
     Args:
         x, offsets, batch_invariant, backend, wide: those of `lora_linear_multi`.
-        gate, up, down: layers with factors of the same L adapters, I out features of gate and up, I in features of down.
+        gate, up, down: layers with factors of the same L adapters; I out features of gate and up, and in features of
+            down.
         activation: of the gate, a name of `lorafuse.activation.ACTIVATIONS` or of `GATES`.
 
     Returns y `[…, N]`. Raises as `lora_linear_multi` does, and ValueError for an unknown activation.

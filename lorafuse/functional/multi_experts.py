@@ -40,8 +40,8 @@ def lora_experts_multi(
         offsets: int32 `[L]` on x's device: where the tokens of each adapter end; tokens after the last have none.
         topk_index, topk_weight: `[T, k]`, those of `lora_experts`; the gradient of the second is computed.
         gate_up, down: weights `[E, 2I, H]` (`[E, I, H]` without a gate) and `[E, H, I]`, or with the last two exchanged
-            when `is_transposed`; a `[E, ΣR, in]`, b `[E, out, ΣR]`, any strides. gate_up's a may be `[ΣR, H]` and down's
-            b `[H, ΣR]`: shared. Ranks of the two may differ. There is no dropout, as PEFT has none in experts.
+            when `is_transposed`; a `[E, ΣR, in]`, b `[E, out, ΣR]`, any strides. gate_up's a may be `[ΣR, H]` and
+            down's b `[H, ΣR]`: shared. Ranks of the two may differ. There is no dropout, as PEFT has none in experts.
         activation: a name of `lorafuse.activation.ACTIVATIONS`, or of `GATES` with a gate.
         has_gate, is_concatenated, is_transposed: those of `lora_experts`.
         batch_invariant, backend, wide: those of `lora_linear_multi`.
@@ -96,7 +96,7 @@ def _check(name: str, one: MultiProjection, w: Weight, x: Tensor, features: int,
     E, (N, K), total = w.stored[0], w.sizes, sum(one.ranks)
     rules = {"a": (total, K), "b": (N, total)}
     factors: dict[str, Tensor] = {} if one.a is None or one.b is None else {"a": one.a, "b": one.b}
-    fits = K == features and E == experts and x.dim() == 2 and (one.bias is None or one.bias.shape == (E, N))
+    fits = features == K and experts == E and x.dim() == 2 and (one.bias is None or one.bias.shape == (E, N))
     for letter, t in factors.items():
         shared = letter == outer and t.shape == rules[letter]
         fits = fits and (shared or t.shape == (E, *rules[letter]))

@@ -1,36 +1,56 @@
 """`LoRAQKV` and `LoRAGatedMLP`: layers that read one x, run as one operator."""
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lorafuse.activation import ACTIVATIONS, GATES
-from lorafuse.functional import Projection, lora_gated_mlp, lora_qkv
+from lorafuse.functional import (
+    MultiProjection,
+    Projection,
+    lora_gated_mlp,
+    lora_gated_mlp_multi,
+    lora_linears_multi,
+    lora_qkv,
+)
 from lorafuse.nn.linear import LoRALinear
+from lorafuse.nn.multi import AdapterRows, LoRALinearMulti, shared_rows
 
 __all__ = ["LoRAGatedMLP", "LoRAQKV"]
 
 
-class _Group(nn.Module):
-    """Named layers, each a `LoRALinear` or a frozen `nn.Linear`; their own forward is not called."""
+_Layer: TypeAlias = nn.Linear | LoRALinear | LoRALinearMulti
 
-    def __init__(self, **layers: nn.Linear | LoRALinear) -> None:
+
+class _Group(nn.Module):
+    """Named layers, each a `LoRALinear`, a frozen `nn.Linear` or, of many adapters, a `LoRALinearMulti`; their own
+    forward is not called.
+    """
+
+    def __init__(self, **layers: _Layer) -> None:
         super().__init__()
         for name, layer in layers.items():
-            if not isinstance(layer, LoRALinear) and getattr(type(layer), "forward", None) is not nn.Linear.forward:
+            if isinstance(layer, LoRALinear | LoRALinearMulti):
+                self.add_module(name, layer)
+                continue
+            if getattr(type(layer), "forward", None) is not nn.Linear.forward:
                 raise TypeError(
-                    f"{type(self).__name__} got a {type(layer).__name__} for {name}; it takes a LoRALinear, or an "
-                    "nn.Linear with nn.Linear's forward"
+                    f"{type(self).__name__} got a {type(layer).__name__} for {name}; it takes a LoRALinear, a "
+                    "LoRALinearMulti, or an nn.Linear with nn.Linear's forward"
                 )
-            if not isinstance(layer, LoRALinear):
-                layer.weight.requires_grad_(False)
-                if layer.bias is not None:
-                    layer.bias.requires_grad_(False)
+            layer.weight.requires_grad_(False)
+            if layer.bias is not None:
+                layer.bias.requires_grad_(False)
             self.add_module(name, layer)
 
-    def _layers(self) -> Sequence[nn.Linear | LoRALinear]:
+    def _layers(self) -> Sequence[_Layer]:
         return list(self.children())  # type: ignore[arg-type]
+
+    def _rows(self) -> AdapterRows | None:
+        """Those of many adapters, within `AdapterPool.use_adapters`."""
+        return shared_rows([layer for layer in self._layers() if isinstance(layer, LoRALinearMulti)])
 
     def _projections(self, x: Tensor) -> list[Projection]:
         return [_projection(layer, x) for layer in self._layers()]
@@ -54,12 +74,26 @@ class _Group(nn.Module):
         return [layer for layer in self._layers() if isinstance(layer, LoRALinear)]
 
 
-def _projection(layer: nn.Linear | LoRALinear, x: Tensor) -> Projection:
+def _projection(layer: _Layer, x: Tensor) -> Projection:
     """A layer as it is now; x is what the group reads."""
+    if isinstance(layer, LoRALinearMulti):
+        return Projection(layer.weight, bias=layer.base.bias)  # type: ignore[arg-type]
     if not isinstance(layer, LoRALinear) or layer.merged:
         return Projection(layer.weight, bias=layer.bias)
     a, b, p = layer.lora_A.weight, layer.lora_B.weight, layer.dropout if layer.training else 0.0
     return Projection(layer.weight, a, b, layer.scale, layer.bias, p, layer.drawn_mask(x))
+
+
+def _multi_projections(layers: Sequence[_Layer], rows: AdapterRows) -> list[MultiProjection]:
+    """Layers of many adapters, and frozen ones. Raises TypeError for one with an adapter of its own for all rows."""
+    for layer in layers:
+        if isinstance(layer, LoRALinear):
+            raise TypeError("a LoRALinear has one adapter for all rows; the layers beside it have one for each")
+    return [
+        layer.projection(rows) if isinstance(layer, LoRALinearMulti) else MultiProjection(layer.weight, bias=layer.bias)
+        for layer in layers
+        if not isinstance(layer, LoRALinear)
+    ]
 
 
 def _adapted(
@@ -87,7 +121,8 @@ class LoRAQKV(_Group):
     own rank, scale, dropout and bias; out features may differ (grouped-query attention).
 
     Args:
-        q_proj, k_proj, v_proj: a `LoRALinear` each, or an `nn.Linear`, which is frozen and has no adapter.
+        q_proj, k_proj, v_proj: a `LoRALinear` each, or an `nn.Linear`, which is frozen and has no adapter. An
+            `AdapterPool` replaces these by `LoRALinearMulti`s, whose rows of many adapters are one operator too.
 
     Raises TypeError for other modules, ValueError for in features that differ.
     """
@@ -95,7 +130,10 @@ class LoRAQKV(_Group):
     _NAMES = ("q_proj", "k_proj", "v_proj")
 
     def __init__(
-        self, q_proj: nn.Linear | LoRALinear, k_proj: nn.Linear | LoRALinear, v_proj: nn.Linear | LoRALinear
+        self,
+        q_proj: _Layer,
+        k_proj: _Layer,
+        v_proj: _Layer,
     ) -> None:
         super().__init__(q_proj=q_proj, k_proj=k_proj, v_proj=v_proj)
         if len({layer.in_features for layer in self._layers()}) > 1:
@@ -128,7 +166,14 @@ class LoRAQKV(_Group):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`(q, k, v)`, `[..., out_features]` of each layer, for x `[..., in_features]`."""
-        return lora_qkv(x, *self._projections(x))
+        rows = self._rows()
+        if rows is None:
+            return lora_qkv(x, *self._projections(x))
+        flat, offsets = rows.sorted(x)
+        q, k, v = (rows.restored(y, x) for y in lora_linears_multi(
+            flat, offsets, _multi_projections(self._layers(), rows)
+        ))  # fmt: skip
+        return q, k, v
 
 
 class LoRAGatedMLP(_Group):
@@ -138,7 +183,7 @@ class LoRAGatedMLP(_Group):
     x, gate and up, and computes `act(gate) · up` again.
 
     Args:
-        gate_proj, up_proj, down_proj: a `LoRALinear` each, or an `nn.Linear`, which is frozen and has no adapter.
+        gate_proj, up_proj, down_proj: a `LoRALinear` each, an `nn.Linear`, or a `LoRALinearMulti`, as of `LoRAQKV`.
         activation: a name of `lorafuse.activation.ACTIVATIONS` or `GATES`.
         recompute_up: do not keep up either; backward multiplies x by its weight once more.
 
@@ -149,9 +194,9 @@ class LoRAGatedMLP(_Group):
 
     def __init__(
         self,
-        gate_proj: nn.Linear | LoRALinear,
-        up_proj: nn.Linear | LoRALinear,
-        down_proj: nn.Linear | LoRALinear,
+        gate_proj: _Layer,
+        up_proj: _Layer,
+        down_proj: _Layer,
         *,
         activation: str = "silu",
         recompute_up: bool = False,
@@ -194,6 +239,11 @@ class LoRAGatedMLP(_Group):
 
     def forward(self, x: Tensor) -> Tensor:
         """y `[..., H]` for x `[..., H]`."""
+        rows = self._rows()
+        if rows is not None:
+            flat, offsets = rows.sorted(x)
+            layers = _multi_projections(self._layers(), rows)
+            return rows.restored(lora_gated_mlp_multi(flat, offsets, *layers, activation=self.activation), x)
         return lora_gated_mlp(x, *self._projections(x), activation=self.activation, recompute_up=self.recompute_up)
 
     def extra_repr(self) -> str:

@@ -1,15 +1,16 @@
 """`LoRALinearMulti`: a frozen linear layer with many LoRA adapters, whose rows one call may mix."""
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lorafuse.formats import adopt
-from lorafuse.functional import lora_linear_multi
+from lorafuse.functional import MultiProjection, lora_linears_multi
 from lorafuse.operands import Weight
 
-__all__ = ["AdapterRows", "LoRALinearMulti"]
+__all__ = ["AdapterRows", "LoRALinearMulti", "shared_rows"]
 
 
 class AdapterRows:
@@ -42,6 +43,26 @@ class AdapterRows:
             adapters = torch.arange(self.count, device=index.device)
             self._rows[sizes] = torch.searchsorted(index, adapters, right=True, out_int32=True), order, place
         return self._rows[sizes]
+
+    def sorted(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of x `[*sizes, K]` in the order of their adapters, `[rows, K]`, and where each adapter's end."""
+        offsets, order, _ = self.of(tuple(x.shape[:-1]))
+        flat = x.reshape(-1, x.shape[-1])
+        return flat if order is None else flat.index_select(0, order), offsets
+
+    def restored(self, y: Tensor, x: Tensor) -> Tensor:
+        """y `[rows, N]` of sorted rows as x has them, `[*sizes, N]`."""
+        _, _, place = self.of(tuple(x.shape[:-1]))
+        y = y if place is None else y.index_select(0, place)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def shared_rows(layers: Sequence["LoRALinearMulti"]) -> AdapterRows | None:
+    """The rows of layers that run as one operator; None without. Raises ValueError for rows that are not the same."""
+    every = {id(layer.rows): layer.rows for layer in layers}
+    if len(every) > 1:
+        raise ValueError("layers that run as one operator have rows of different pools, or some have none")
+    return next(iter(every.values()), None)
 
 
 class LoRALinearMulti(nn.Module):
@@ -101,26 +122,36 @@ class LoRALinearMulti(nn.Module):
         bounds = tuple(itertools.accumulate(self.ranks[: i + 1], initial=0))
         return slice(bounds[i], bounds[i + 1])
 
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.weight.sizes[1]
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.weight.sizes[0]
+
+    def projection(self, rows: AdapterRows) -> MultiProjection:
+        """The layer as the operators take it."""
+        return MultiProjection(
+            self.weight,
+            self.a,
+            self.b.t(),
+            self.ranks,
+            self.scales,
+            self.base.bias,  # type: ignore[arg-type]
+            self.dropout_p if self.training else None,
+            None if rows.seeds is None else rows.seeds + self.number,
+            (self.a_grad, self.b_grad.t()),
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """y `[…, N]` for x `[…, K]`."""
         rows = self.rows
         if rows is None:
             return self.base(x)
         # through the operator where no adapter has ranks here too, whose rows keep their bits then
-        offsets, order, place = rows.of(tuple(x.shape[:-1]))
-        flat = x.reshape(-1, x.shape[-1])
-        y = lora_linear_multi(
-            flat if order is None else flat.index_select(0, order),
-            offsets,
-            self.weight,
-            self.a,
-            self.b.t(),
-            ranks=self.ranks,
-            scales=self.scales,
-            bias=self.base.bias,  # type: ignore[arg-type]
-            dropout_p=self.dropout_p if self.training else None,
-            seeds=None if rows.seeds is None else rows.seeds + self.number,
-            grad_buffers=(self.a_grad, self.b_grad.t()),
-        )
-        y = y if place is None else y.index_select(0, place)
-        return y.view(*x.shape[:-1], -1)
+        flat, offsets = rows.sorted(x)
+        (y,) = lora_linears_multi(flat, offsets, [self.projection(rows)])
+        return rows.restored(y, x)

@@ -17,7 +17,6 @@ of `multi_experts` too: `_Multi`. Gradients of gradients, and calls under a tran
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor

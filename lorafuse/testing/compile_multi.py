@@ -17,7 +17,7 @@ __all__ = ["KERNELS", "configs", "launch"]
 # (kernel, its configuration, whether it is one of backward)
 KERNELS = {
     "multi_project": ("project", False), "multi_y": ("matmul", False), "multi_dx": ("matmul", True),
-    "multi_outer": ("outer", True),
+    "multi_outer": ("outer", True), "multi_experts": ("matmul", False),
 }  # fmt: skip
 _ADAPTERS, _RANK = 64, 40
 
@@ -43,11 +43,17 @@ def launch(kernel: str, c: KernelConfig, dtype: torch.dtype, m: int, n: int, k: 
     total = _ADAPTERS * _RANK
     x, w, dy, xa = tensor(m, k), tensor(n, k), tensor(m, n), tensor(m, _RANK)
     a, b = tensor(total, k, of=torch.float32), tensor(n, total, of=torch.float32).t()
-    if kernel == "multi_project":
-        multi.project(x, a, tiles, ends, _RANK, dtype, c, **mask)
+    if kernel == "multi_experts":
+        # two experts of half as many adapters each, whose rows are gathered
+        stack, factors, ends = tensor(2, n, k), b[None].expand(2, -1, -1), ends[: _ADAPTERS // 2]
+        multi.matmul(
+            x, stack, tensor(2, n), xa, factors, scales, tiles, ends, False, 132, c, source=tensor(m, of=torch.int64)
+        )
+    elif kernel == "multi_project":
+        multi.project(x, a[None], tiles, ends, _RANK, dtype, c, **mask)
     elif kernel == "multi_y":
-        multi.matmul(x, w, tensor(n), xa, b, scales, tiles, ends, False, 132, c, **mask)
+        multi.matmul(x, w, tensor(n), xa, b[None], scales, tiles, ends, False, 132, c, **mask)
     elif kernel == "multi_dx":
-        multi.matmul(dy, w.t(), None, xa, a, scales, tiles, ends, True, 132, c, **mask)
+        multi.matmul(dy, w.t(), None, xa, a[None], scales, tiles, ends, True, 132, c, **mask)
     else:
         multi.outer(xa, x, a[None], tensor(total, 2, of=torch.int32), tiles, ends, scales, c, **mask)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import lorafuse
 from lorafuse import formats
@@ -79,6 +81,40 @@ def test_equal_to_pefts_loop_in_evaluation_and_training(dims, fused):
     with pytest.raises(ValueError, match="training mode"):
         model(x, adapter_names=NAMES)
     assert torch.equal(step(model.eval(), x)[0], y)
+
+
+class Block(nn.Module):
+    """Layers that `patch` groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(64, 64), nn.Linear(64, 32), nn.Linear(64, 32)
+        self.mlp = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=96))
+
+    def forward(self, x):
+        return self.mlp(x) + self.q_proj(x) + torch.cat((self.k_proj(x), self.v_proj(x)), -1)
+
+
+def test_groups_run_layer_by_layer(fused):
+    """An operator of a whole group would run one adapter for all rows."""
+    targets = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    model = peft.get_peft_model(Block(), peft.LoraConfig(r=3, target_modules=targets), "a")
+    model.add_adapter("b", peft.LoraConfig(r=8, target_modules=targets))
+    model.add_adapter("c", peft.LoraConfig(r=1, target_modules=["q_proj", "down_proj"]))
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+        if "lora_B" in name:
+            nn.init.normal_(p)
+    # enough elements for a group
+    x = torch.randn(len(NAMES), 100, 64)
+    y, grads = step(model.eval(), x)
+    report = lorafuse.patch(model)
+    assert {group.kind for group in report.groups} == {"siblings", "gated_mlp"}
+    ours, own = step(model.train(), x)
+    assert relative_l2(ours, y) <= tolerance(torch.float32)
+    assert own.keys() == grads.keys()
+    assert all(relative_l2(own[name], grad) <= tolerance(torch.float32) for name, grad in grads.items())
+    assert len(fused) == 6
 
 
 def test_an_adapter_is_bit_for_bit_what_it_is_alone(fused):
