@@ -16,15 +16,7 @@ import triton.language as tl
 
 from lorafuse.kernels.common import split_columns
 
-__all__ = [
-    "ACTIVATIONS",
-    "GATES",
-    "activate",
-    "activate_apart",
-    "activate_backward",
-    "activation",
-    "gated_activation",
-]
+__all__ = ["ACTIVATIONS", "GATES", "activate", "activate_apart", "activate_backward"]
 
 # act(x), which a gate multiplies by up
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -33,7 +25,7 @@ GATES = ("clamped_swiglu",)
 
 
 @triton.jit
-def activation(x, ACT: tl.constexpr):
+def _activation(x, ACT: tl.constexpr):
     """`(act(x), act'(x))`."""
     if ACT == "silu":
         s = tl.sigmoid(x)
@@ -55,7 +47,7 @@ def activation(x, ACT: tl.constexpr):
 
 
 @triton.jit
-def gated_activation(gate, up, ACT: tl.constexpr):
+def _gated(gate, up, ACT: tl.constexpr):
     """`(h, ∂h/∂gate, ∂h/∂up)`."""
     if ACT == "clamped_swiglu":
         # as torch.clamp: NaN stays, and at the limit itself the gradient passes
@@ -66,7 +58,7 @@ def gated_activation(gate, up, ACT: tl.constexpr):
         d_up = tl.where((up >= -7.0) & (up <= 7.0), low * s, 0.0)
         return raised * low * s, d_gate, d_up
     else:
-        h, slope = activation(gate, ACT)
+        h, slope = _activation(gate, ACT)
         return h * up, slope * up, h
 
 
@@ -92,11 +84,11 @@ def _activate_columns(
         u = acc.to(dtype)
         tl.store(p_u + o_s * N + o_n[None, :], u, mask=rows & (o_n < N)[None, :])
         if GATE == "":
-            h, _ = activation(u.to(tl.float32), ACT)
+            h, _ = _activation(u.to(tl.float32), ACT)
             tl.store(p_h + o_s * N + o_n[None, :], h.to(dtype), mask=rows & (o_n < N)[None, :])
         else:
             gate, up = _split_gate(u, GATE)
-            h, _, _ = gated_activation(gate.to(tl.float32), up.to(tl.float32), ACT)
+            h, _, _ = _gated(gate.to(tl.float32), up.to(tl.float32), ACT)
             o_h = first // 2 + tl.arange(0, WIDTH // 2)
             tl.store(p_h + o_s * (N // 2) + o_h[None, :], h.to(dtype), mask=rows & (o_h < N // 2)[None, :])
     else:
@@ -119,7 +111,7 @@ def _activate_concatenated(
         p_gate = p_u + o_s * (2 * half) + o_n[None, :]
         tl.store(p_gate, gate, mask=mask)
         tl.store(p_gate + half, up, mask=mask)
-        h, _, _ = gated_activation(gate.to(tl.float32), up.to(tl.float32), ACT)
+        h, _, _ = _gated(gate.to(tl.float32), up.to(tl.float32), ACT)
         tl.store(p_h + o_s * half + o_n[None, :], h.to(dtype), mask=mask)
     else:
         left, right = split_columns(gate)
@@ -142,7 +134,7 @@ def activate_apart(
         gate, up = gate.to(dtype), up.to(dtype)
         tl.store(p_gate + o_u, gate, mask=mask)
         tl.store(p_up + o_u, up, mask=mask)
-        h, _, _ = gated_activation(gate.to(tl.float32), up.to(tl.float32), ACT)
+        h, _, _ = _gated(gate.to(tl.float32), up.to(tl.float32), ACT)
         tl.store(p_h + o_u, h.to(dtype), mask=mask)
     else:
         left, right = split_columns(gate)
@@ -178,20 +170,20 @@ def _backward_of_part(
     mask = rows & (o_n < N)[None, :]
     if GATE == "":
         o_u = o_s * N + o_n[None, :]
-        h, slope = activation(tl.load(p_u + o_u, mask=mask, other=0.0).to(tl.float32), ACT)
+        h, slope = _activation(tl.load(p_u + o_u, mask=mask, other=0.0).to(tl.float32), ACT)
         tl.store(p_du + o_u, (dh * row_scale * slope).to(dtype), mask=mask)
     elif GATE == "concatenated":
         o_u = o_s * (2 * N) + o_n[None, :]
         gate = tl.load(p_u + o_u, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(p_u + o_u + N, mask=mask, other=0.0).to(tl.float32)
-        h, d_gate, d_up = gated_activation(gate, up, ACT)
+        h, d_gate, d_up = _gated(gate, up, ACT)
         tl.store(p_du + o_u, (dh * row_scale * d_gate).to(dtype), mask=mask)
         tl.store(p_du + o_u + N, (dh * row_scale * d_up).to(dtype), mask=mask)
     elif GATE == "apart":
         o_u = o_s * N + o_n[None, :]
         gate = tl.load(p_u[0] + o_u, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(p_u[1] + o_u, mask=mask, other=0.0).to(tl.float32)
-        h, d_gate, d_up = gated_activation(gate, up, ACT)
+        h, d_gate, d_up = _gated(gate, up, ACT)
         tl.store(p_du[0] + o_u, (dh * row_scale * d_gate).to(dtype), mask=mask)
         tl.store(p_du[1] + o_u, (dh * row_scale * d_up).to(dtype), mask=mask)
     else:
@@ -199,7 +191,7 @@ def _backward_of_part(
         o_u = o_s * (2 * N) + o_2[None, :]
         both = rows & (o_2 < 2 * N)[None, :]
         gate, up = _split_gate(tl.load(p_u + o_u, mask=both, other=0.0), GATE)
-        h, d_gate, d_up = gated_activation(gate.to(tl.float32), up.to(tl.float32), ACT)
+        h, d_gate, d_up = _gated(gate.to(tl.float32), up.to(tl.float32), ACT)
         du = tl.join((dh * row_scale * d_gate).to(dtype), (dh * row_scale * d_up).to(dtype))
         tl.store(p_du + o_u, du.reshape((dh.shape[0], 2 * WIDTH)), mask=both)
     tl.store(p_h + o_s * N + o_n[None, :], h.to(dtype), mask=mask)

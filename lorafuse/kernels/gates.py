@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorafuse.kernels.epilogues import activation, gated_activation
+from lorafuse.kernels.epilogues import _activation, _gated
 from lorafuse.kernels.rows import source_rows
 
 __all__ = ["activate", "activate_backward"]
@@ -36,9 +36,9 @@ def _activate_kernel(
     o_g = o_m[:, None] * stride_g[0] + o_n[None, :] * stride_g[1]
     gate = tl.load(p_gate + o_g, mask=mask, other=0.0).to(tl.float32)
     if p_up is None:
-        h, _ = activation(gate, ACT)
+        h, _ = _activation(gate, ACT)
     else:
-        h, _, _ = gated_activation(gate, tl.load(p_up + o_g, mask=mask, other=0.0).to(tl.float32), ACT)
+        h, _, _ = _gated(gate, tl.load(p_up + o_g, mask=mask, other=0.0).to(tl.float32), ACT)
     tl.store(p_h + o_m[:, None] * stride_h + o_n[None, :], h.to(p_h.dtype.element_ty), mask=mask)
 
 
@@ -81,9 +81,9 @@ def _activate_backward_kernel(
         dh = tl.load(p_dh + o_h, mask=mask, other=0.0).to(tl.float32)
         gate = tl.load(p_gate + o_g, mask=mask, other=0.0).to(tl.float32)
         if p_up is None:
-            h, slope = activation(gate, ACT)
+            h, slope = _activation(gate, ACT)
         else:
-            h, slope, d_up = gated_activation(gate, tl.load(p_up + o_g, mask=mask, other=0.0).to(tl.float32), ACT)
+            h, slope, d_up = _gated(gate, tl.load(p_up + o_g, mask=mask, other=0.0).to(tl.float32), ACT)
             tl.store(p_dup + o_g, (dh * row_scale * d_up).to(dtype), mask=mask)
         tl.store(p_dgate + o_g, (dh * row_scale * slope).to(dtype), mask=mask)
         tl.store(p_h + o_h, h.to(dtype), mask=mask)

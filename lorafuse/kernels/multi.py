@@ -307,8 +307,7 @@ def matmul(
     is_maskable: bool, programs: int, config: KernelConfig, *, source: Tensor | None = None,
     seeds: Tensor | None = None, below: Tensor | None = None, out: Tensor | None = None, is_sum: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`y [S, N]` in x's dtype: x wᵀ + bias + drop(xa (scale · f)); w `[E, N, K]`, or `[N, K]` of a dense layer, and
-    f `[E, ΣR, N]`.
+    """`y [S, N]` in x's dtype: x wᵀ + bias + drop(xa (scale · f)); w `[(E,) N, K]`, f `[E, ΣR, N]`.
 
     x has contiguous rows, w rows or columns, with 16-byte alignment in a "tma" configuration. Only what `is_maskable`
     is masked. `programs` is the number of SMs. Tiles of some experts write theirs of `out`, which is y then; with

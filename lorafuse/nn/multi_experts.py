@@ -71,8 +71,8 @@ class LoRAExpertsMulti(nn.Module):
 
     @torch.no_grad()
     def fill(self, adapters: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], scales: Sequence[float]) -> None:
-        """Stack adapters: of each gate_up's a `[E, R, H]` and b `[E, 2I, R]`, down's a `[E, R, I]` and b `[E, H, R]`, the
-        shared ones without E; scales are alpha / R. Gradients start from zero. Raises ValueError for other shapes.
+        """Stack adapters: of each gate_up's a `[E, R, H]` and b `[E, 2I, R]`, down's a `[E, R, I]` and b `[E, H, R]`,
+        the shared ones without E; scales are alpha / R. Gradients start from zero. Raises ValueError for other shapes.
         """
         weights = [self._weight(name) for name in ("gate_up", "down")]
         E, device = weights[0].stored[0], weights[0].data.device
@@ -100,8 +100,9 @@ class LoRAExpertsMulti(nn.Module):
         return some[0], some[1].mT, some[2], some[3].mT
 
     def forward(self, x: Tensor, topk_index: Tensor, topk_weight: Tensor) -> Tensor:
-        """out `[T, H]` for x `[T, H]`, index and weight `[T, k]`: the tokens of the samples that `rows` knows, one sample
-        after the other. Raises ValueError for a T that is no multiple of the samples or tokens there.
+        """out `[T, H]` for x `[T, H]`, index and weight `[T, k]`, the tokens of each sample of `rows` after each other.
+
+        Raises ValueError for a T that is no multiple of the samples or tokens there.
         """
         up, down, rows = self._weight("gate_up"), self._weight("down"), self.rows
         up_bias, down_bias = self._parameters["gate_up_bias"], self._parameters["down_bias"]
