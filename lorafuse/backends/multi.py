@@ -24,7 +24,7 @@ from lorafuse.plan import Plan
 if TYPE_CHECKING:
     from lorafuse.backends.protocol import Backend
 
-__all__ = ["Dots", "Multi", "adapters_on", "constant", "experts_of", "rank_bounds", "rows_by_adapter"]
+__all__ = ["Dots", "Multi", "adapters_on", "constant", "rank_bounds", "rows_by_adapter"]
 
 
 class Multi(Protocol):
@@ -74,11 +74,6 @@ class Dots:
     dy: Tensor
     rows: Rows
     bias: Tensor | None
-
-
-def experts_of(rows: Rows, adapters: Adapters) -> int:
-    """E: how many experts the groups of `rows` have."""
-    return rows.groups // (len(adapters.ranks) + 1)
 
 
 @lru_cache(maxsize=256)
