@@ -96,6 +96,7 @@ def fused(shipped: type) -> Any:
                 parts = _parts(self) if shipped.forward is own else _replaced(shipped)  # type: ignore[attr-defined]
             if type(parts) is _Unfolded:
                 parts = _folded(*parts)
+            mask = None
             if type(parts) is tuple:
                 mask = _mask(self, x, parts)
                 # (group, index); absent from layers in no group
@@ -105,20 +106,8 @@ def fused(shipped: type) -> Any:
                     if y is not None:
                         calls.ran_grouped(self)
                         return y
-                rows = x if x.dim() <= 4 else x.flatten(0, -4)
-                if type(parts[0]) is not Weight:
-                    y = run_linear(rows, *parts, mask, self._lorafuse_backend)  # type: ignore[call-arg]
-                else:
-                    y = run_quantized(self._modules["base_layer"], rows, parts, self._lorafuse_backend, seed=mask)
-                calls.ran(self)
-                return y if rows is x else y.unflatten(0, x.shape[:-3])
-            if type(parts) is Dora:
-                rows = x if x.dim() <= 4 else x.flatten(0, -4)
-                y = run_dora_layer(self, rows, parts)
-                calls.ran(self)
-                return y if rows is x else y.unflatten(0, x.shape[:-3])
-            if type(parts) is Sharded:
-                y = run_sharded(x, parts, self._lorafuse_backend)
+            if parts is not None and type(parts) is not str:
+                y = _output(self, x, parts, mask)
                 calls.ran(self)
                 return y
             if parts and not torch.compiler.is_compiling():
@@ -136,6 +125,21 @@ def fused(shipped: type) -> Any:
         return shipped.forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
 
     return forward
+
+
+def _output(layer: Any, x: Tensor, parts: Any, mask: Tensor | None) -> Tensor:
+    """y of a layer that runs alone: `parts` are `_Operands`, Dora or Sharded."""
+    if type(parts) is Sharded:
+        return run_sharded(x, parts, layer._lorafuse_backend)
+    # the operators take x of up to four dimensions
+    rows = x if x.dim() <= 4 else x.flatten(0, -4)
+    if type(parts) is Dora:
+        y = run_dora_layer(layer, rows, parts)
+    elif type(parts[0]) is not Weight:
+        y = run_linear(rows, *parts, mask, layer._lorafuse_backend)  # type: ignore[call-arg]
+    else:
+        y = run_quantized(layer._modules["base_layer"], rows, parts, layer._lorafuse_backend, seed=mask)
+    return y if rows is x else y.unflatten(0, x.shape[:-3])
 
 
 def _mask(layer: Any, x: Tensor, operands: _Operands) -> Tensor | None:
