@@ -6,6 +6,7 @@ everything else. Each forward reads the layer's present state, so adapters may b
 merged or disabled at any time, and weights moved, sharded and loaded.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -94,6 +95,10 @@ def fused(shipped: type) -> Any:
                     calls.fell_back(self, PACKED)
                     return shipped.forward(self, x)  # type: ignore[attr-defined]
                 parts = _parts(self) if shipped.forward is own else _replaced(shipped)  # type: ignore[attr-defined]
+            # absent from layers with the numerics of lorafuse's kernels
+            numerics = self.__dict__.get("_lorafuse_numerics")
+            if numerics is not None:
+                parts = _as_served(parts, numerics)
             if type(parts) is _Unfolded:
                 parts = _folded(*parts)
             if type(parts) is tuple:
@@ -106,10 +111,11 @@ def fused(shipped: type) -> Any:
                         calls.ran_grouped(self)
                         return y
                 rows = x if x.dim() <= 4 else x.flatten(0, -4)
+                run: Any = run_linear if numerics is None else partial(run_linear, numerics=numerics)
                 if type(parts[0]) is not Weight:
-                    y = run_linear(rows, *parts, mask, self._lorafuse_backend)  # type: ignore[call-arg]
+                    y = run(rows, *parts, mask, self._lorafuse_backend)
                 else:
-                    y = run_quantized(self._modules["base_layer"], rows, parts, self._lorafuse_backend, seed=mask)
+                    y = run_quantized(self._modules["base_layer"], rows, parts, self._lorafuse_backend, run, mask)
                 calls.ran(self)
                 return y if rows is x else y.unflatten(0, x.shape[:-3])
             if type(parts) is Dora:
@@ -125,7 +131,9 @@ def fused(shipped: type) -> Any:
                 warn_once("a patched linear layer runs as PEFT ships it", parts)
         elif kwargs.keys() == {"adapter_names"} and not args:
             parts = interception(x)
-            if parts is None and kwargs["adapter_names"] is not None:
+            if parts is None and "_lorafuse_numerics" in self.__dict__:
+                parts = "a mixed batch with the numerics of a server"
+            elif parts is None and kwargs["adapter_names"] is not None:
                 parts = run_mixed(self, x, kwargs["adapter_names"], _parts)
             if isinstance(parts, Tensor):
                 calls.ran(self)
@@ -136,6 +144,15 @@ def fused(shipped: type) -> Any:
         return shipped.forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
 
     return forward
+
+
+def _as_served(parts: Any, numerics: str) -> Any:
+    """The operands of a layer that is to compute what a server does, or the reason why it cannot."""
+    if parts is None or isinstance(parts, str):
+        return parts
+    if type(parts) is not tuple:
+        return f"numerics={numerics!r} is that of one plain LoRA adapter"
+    return f"numerics={numerics!r} has no dropout" if parts[5] else parts
 
 
 def _mask(layer: Any, x: Tensor, operands: _Operands) -> Tensor | None:
@@ -369,7 +386,9 @@ def _folded(weight: Tensor | Weight, bias: Tensor | None, factors: list[_Factors
     return weight, a, b, 1.0, bias, dropout_p
 
 
-def why_not_fused(layer: Any, shipped: type, is_resting: bool) -> str:
+def why_not_fused(layer: Any, shipped: type, is_resting: bool, numerics: str = "fused") -> str:
     """Why a layer of one of PEFT's classes cannot run fused in its present state, or "" if it can."""
-    parts = _parts(layer, None, is_resting) if _forwards[shipped] is shipped.forward else _replaced(shipped)  # type: ignore[attr-defined]
+    parts: Any = _parts(layer, None, is_resting) if _forwards[shipped] is shipped.forward else _replaced(shipped)  # type: ignore[attr-defined]
+    if numerics != "fused":
+        parts = _as_served(parts, numerics)
     return parts if isinstance(parts, str) else ""
