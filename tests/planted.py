@@ -83,6 +83,13 @@ BUGS = tuple(Bug(*row) for row in (
     ("no_flag_reset", _LINEAR, "fused_xa", "before + 1 == static_cast<uint32_t>(p.order.columns)", "false"),
     ("no_publish_sync", _LINEAR, "fused_xa", "consumer_sync(consumer);", ""),
     ("relaxed_flag", _LINEAR, "fused_xa", "ptx::add_release(flag, 1);", "ptx::add_relaxed(flag, 1);"),
+    # two K-blocks of an item in a stage
+    ("item_half_expected", _LINEAR, "fused_xa", "pipeline.acquire(Item::kBytes);", "pipeline.acquire(Item::kBytes / 2);"),
+    ("item_blocks_overlap", _LINEAR, "fused_xa", "pipeline.a() + i * Plan::kTileABytes", "pipeline.a()"),
+    ("item_a_in_x", _LINEAR, "fused_xa", "pipeline.a() + kBlocks * Plan::kTileABytes + i * kABytes", "pipeline.a() + Plan::kTileABytes + i * kABytes"),
+    ("item_same_block_twice", _LINEAR, "fused_xa", "(block + i) * BLOCK_K", "block * BLOCK_K"),
+    ("item_second_block_first", _LINEAR, "fused_xa", "block + i > 0", "block > 0"),
+    ("item_released_early", _LINEAR, "fused_xa", "end_stage(pipeline, lane, block > 0);", "ptx::wgmma_commit(); pipeline.advance(); pipeline.release_previous(lane);"),
     # da and db in the launch of dx
     ("sum_no_launch_wait", _LINEAR, "concurrent_backward", "if (p.overlap_previous) " + _LAUNCH_WAIT, "if (p.overlap_previous) ptx::fence_proxy_async();"),
     ("sum_no_wait_read", _SUMS, "concurrent_backward, four stages", "// the sums of the item before have been read consumers_sync();", ""),

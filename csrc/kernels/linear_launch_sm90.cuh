@@ -96,8 +96,7 @@ void launch_linear_kernel(const Linear& p, Stream stream) {
   const int tiles = static_cast<int>(tiles_wide);
   int clusters = clusters_launched(p.tiling, tiles);
   if (kForm == Form::kFusedXa) {
-    constexpr int kItemColumns = kRankSteps == 1 ? 16 : kRankSteps == 2 ? 32 : 64;
-    maps.a = matrix_map<T>(p.a, p.R, p.K, p.stride_a, kItemColumns);
+    maps.a = matrix_map<T>(p.a, p.R, p.K, p.stride_a, XaItem<BLOCK_N, kRankSteps>::kColumns);
     // programs without a tile may compute xa
     clusters = clusters_launched(p.tiling, int64_t{tiles} + rows);
     arguments.xa = const_cast<void*>(p.xa);
