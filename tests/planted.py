@@ -83,6 +83,7 @@ BUGS = tuple(Bug(*row) for row in (
     ("no_flag_reset", _LINEAR, "fused_xa", "before + 1 == static_cast<uint32_t>(p.order.columns)", "false"),
     ("no_publish_sync", _LINEAR, "fused_xa", "consumer_sync(consumer);", ""),
     ("relaxed_flag", _LINEAR, "fused_xa", "ptx::add_release(flag, 1);", "ptx::add_relaxed(flag, 1);"),
+    ("flag_never_set", _LINEAR, "fused_xa", "ptx::add_release(flag, 1);", ""),
     # two K-blocks of an item in a stage
     ("item_half_expected", _LINEAR, "fused_xa", "pipeline.acquire(Item::kBytes);", "pipeline.acquire(Item::kBytes / 2);"),
     ("item_blocks_overlap", _LINEAR, "fused_xa", "pipeline.a() + i * Plan::kTileABytes", "pipeline.a()"),

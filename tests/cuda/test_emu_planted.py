@@ -94,6 +94,13 @@ def test_every_bug_is_run():
     assert len(planted.names(*SCENARIOS)) > 25
     elsewhere = test_emu_skinny.SCENARIOS.keys() | test_emu_decode.SCENARIOS.keys()
     assert set(SEEN_BY.values()) == SCENARIOS.keys() | elsewhere
+def test_a_flag_that_never_comes_is_named():
+    """Every block ends or waits: the emulator says for what, and does not hang."""
+    emu.configure(seed=3, multiprocessors=4, planted="flag_never_set")
+    with pytest.raises(emu.EmulationError, match=r"deadlock(.|\n)*waiting until the counter at .* is 2; it is 0"):
+        run("fused_xa", (256, 3, 1))
+
+
     assert all("LF_PLANTED" not in path.read_text() for path in (ROOT / "csrc" / "kernels").iterdir())
 
 
