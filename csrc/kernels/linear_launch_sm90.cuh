@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include <lorafuse/ptx/launch.cuh>
+#include <lorafuse/tensor_maps.cuh>
 
 #include "dispatch.hpp"
 #include "linear_sm90.cuh"
