@@ -118,8 +118,8 @@ struct Fields<ReduceDy> {
   static constexpr Field fields[] = {
       REQUIRED(type), REQUIRED(b_type), REQUIRED(M), REQUIRED(N), REQUIRED(R), REQUIRED(dy),
       REQUIRED(stride_dy), OPTIONAL(b), OPTIONAL(stride_b), OPTIONAL(xa), OPTIONAL(stride_xa), OPTIONAL(scale),
-      OPTIONAL(dyb), OPTIONAL(stride_dyb), OPTIONAL(db), OPTIONAL(dbias), OPTIONAL(workspace), OPTIONAL(sms),
-      OPTIONAL(rounded)};
+      OPTIONAL(dyb), OPTIONAL(stride_dyb), OPTIONAL(db), OPTIONAL(dbias), OPTIONAL(workspace), OPTIONAL(dyb_bytes),
+      OPTIONAL(sms), OPTIONAL(rounded)};
 };
 template <>
 struct Fields<ReduceX> {

@@ -108,6 +108,8 @@ BUGS = tuple(Bug(*row) for row in (
     ("reduce b read before it is there", _REDUCE, "reduce_dy", "// all of b is there ptx::block_sync();", ""),
     ("reduce parts over a tile that is read", _REDUCE, "reduce_dy", "ptx::block_sync(); " + _ADD_PARTS, _ADD_PARTS),
     ("reduce last share not added", _REDUCE, "reduce_dy", f"{_LAST} - {_FIRST} + 1", f"{_LAST} - {_FIRST} + ({_LAST} == {_FIRST})"),
+    ("reduce chunk not added", _REDUCE, "reduce_dy in chunks", "if (!p.is_first) sum += ptx::load_global(carried + i);", ""),
+    ("reduce chunk not carried on", _REDUCE, "reduce_dy in chunks", "if (!p.is_last) ptx::store_global(carried + i, sum);", ""),
     ("skinny mask of the tile's first row", _SKINNY, "project_x, reduce_x", "(row + r) * columns + column", "row * columns + column"),
     ("skinny parts added before they are there", _SKINNY, "project_x, reduce_x", "ptx::block_sync();", ""),
     # quantized weights

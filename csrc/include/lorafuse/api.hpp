@@ -133,7 +133,8 @@ void project_x(const ProjectX& p, void* stream);
 
 // One read of dy [M, N] for dyb = scale · dy b, db = scale · dyᵀ xa and dbias = Σ dy: b [N, R] of b_type, xa [M, R],
 // dyb [M, R] in `type` with columns in [R, stride_dyb) zero, db [N, R] of b_type, dbias [N] in `type`; each of the three
-// may be null. `workspace`: reduce_dy_workspace(p) bytes of fp32 partial sums, which are added in a fixed order.
+// may be null. `workspace`: reduce_dy_workspace(p) bytes of fp32 partial sums, which are added in a fixed order. Those of
+// dyb are ceil(N / 256) M R: where they would take more than `dyb_bytes`, rows are taken in chunks, one after the other.
 // `rounded` as in ProjectX.
 struct ReduceDy {
   Type type, b_type;
@@ -153,6 +154,7 @@ struct ReduceDy {
   int sms = 0;
   Round rounded = {};
 };
+  int64_t dyb_bytes = int64_t{64} << 20;
 int64_t reduce_dy_workspace(const ReduceDy& p);
 void reduce_dy(const ReduceDy& p, void* stream);
 
