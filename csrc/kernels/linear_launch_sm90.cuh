@@ -144,6 +144,9 @@ void launch_linear(const Linear& p, Stream stream) {
   });
 }
 
+// xa_tiles_sm90.cu
+void launch_xa_tiles(const Linear& p, Stream stream);
+
 extern template void launch_linear<Form::kForward>(const Linear&, Stream);
 extern template void launch_linear<Form::kFusedXa>(const Linear&, Stream);
 extern template void launch_linear<Form::kDx>(const Linear&, Stream);

@@ -106,6 +106,7 @@ def test_schedules(schedule_check):
     ("before", "after", "check"),
     [
         ("within % height, within / height}", "within % group, within / group}", "order: every tile once"),
+        ("tile.column + 1};", "tile.column};", "order: every tile once, column 0 first"),
         ("wave < full_waves() ? program : program - slack()", "program", "walk: every tile once"),
         ("program >= slack() ? 1 : 0", "program < tiles % programs ? 1 : 0", "walk: slack in the first programs"),
         ("? walk.slack() : walk.programs;", "? walk.programs : walk.slack();", "items: free where there is slack"),

@@ -51,6 +51,9 @@ struct Linear {
   const void* a = nullptr;
   int64_t stride_a = 0;
   uint32_t* workspace = nullptr;
+  // by the tiles of the first columns of y, where they pass over x in any case: R at most 32, clusters of 1. For few
+  // columns of tiles (N 1024); not yet measured on a GPU.
+  bool xa_in_tiles = false;
 
   // Dropout, transposed. `seed` not null: the mask is that of lorafuse.philox for y [M, N], and keeps an element where
   // its draw is at least drop_below.
@@ -151,10 +154,10 @@ struct ReduceDy {
   void* db = nullptr;
   void* dbias = nullptr;
   void* workspace = nullptr;
+  int64_t dyb_bytes = int64_t{64} << 20;
   int sms = 0;
   Round rounded = {};
 };
-  int64_t dyb_bytes = int64_t{64} << 20;
 int64_t reduce_dy_workspace(const ReduceDy& p);
 void reduce_dy(const ReduceDy& p, void* stream);
 
