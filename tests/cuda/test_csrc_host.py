@@ -45,7 +45,7 @@ class TestKept:
                 ("cache.cuh", "if (values_.size() >= most_) values_.clear();", ""),
             ),
             (
-                ("tensor_maps.cuh", "std::copy(box, box + kDimensions, next);", ""),
+                ("tensor_maps.cuh", "std::copy(std::begin(box), std::end(box), next);", ""),
                 ("ptx/launch.cuh", "{kernel, current_device()}", "{kernel, 0}"),
             ),
         ],

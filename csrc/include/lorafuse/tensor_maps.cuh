@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <iterator>
 #include <type_traits>
 
 #include <lorafuse/cache.cuh>
@@ -23,9 +24,9 @@ ptx::TensorMap tensor_map(const void* base, const int64_t (&sizes)[kDimensions],
   static Maps maps(kMostMaps);
   typename Maps::Key key{reinterpret_cast<uintptr_t>(base), static_cast<uint64_t>(current_device()),
                          std::is_same_v<T, BF16>};
-  auto next = std::copy(sizes, sizes + kDimensions, key.begin() + kFirst);
-  next = std::copy(strides, strides + kDimensions - 1, next);
-  std::copy(box, box + kDimensions, next);
+  auto next = std::copy(std::begin(sizes), std::end(sizes), key.begin() + kFirst);
+  next = std::copy(std::begin(strides), std::end(strides), next);
+  std::copy(std::begin(box), std::end(box), next);
   return maps.get(key, [&] { return encode_tensor_map<T>(base, sizes, strides, box); });
 }
 
