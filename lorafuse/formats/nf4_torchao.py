@@ -66,7 +66,7 @@ def select(
 
 def adopt(storage: object, name: str = "weight") -> Weight | None:
     """The weight of an `NF4Tensor`, or of a layer that holds one as parameter `name`, by reference; None for anything
-    else. Raises ValueError for one that is transposed, or no matrix.
+    else. Raises ValueError for one that is transposed, no matrix, or has other statistics than its blocks.
     """
     weight: Any = held(storage, name)
     if not is_of(weight, "torchao", "NF4Tensor"):
@@ -78,5 +78,13 @@ def adopt(storage: object, name: str = "weight") -> Weight | None:
             "[N, K] as nn.Linear stores it: quantize that with torchao's to_nf4"
         )
     statistics = weight.quantized_scalers, weight.quantization_factor, weight.scaler_mean, weight.nf4
+    blocks = math.prod(sizes) // weight.block_size
+    counts = blocks, blocks // weight.scaler_block_size, 1, 16
+    if any(t.numel() != count for t, count in zip(statistics, counts, strict=True)):
+        raise ValueError(
+            f"NF4Tensor {list(sizes)} has scalers, factors, mean and table of {[t.numel() for t in statistics]} "
+            f"elements; blocks of {weight.block_size} and {weight.scaler_block_size} make them {list(counts)}: "
+            "quantize the weight with torchao's to_nf4"
+        )
     parameters = spell(sizes, block=weight.block_size, outer=weight.scaler_block_size)
     return Weight(weight.quantized_data, statistics=statistics, format=f"nf4_torchao:{parameters}")
