@@ -140,7 +140,7 @@ def missing_targets(markdown, makefile):
 
 
 def flags_by_command():
-    """`{command: its flags}` from the argparse parsers themselves, `make gpu`, bench/hopper.py and csrc/build.py too."""
+    """`{command: its flags}` from the argparse parsers themselves, those of bench/ and csrc/build.py among them."""
     actual = {"gpu": flags_of(gpu.arguments()), "hopper": flags_of(hopper.arguments())}
     actual["build.py"] = flags_of(runpy.run_path(str(ROOT / "csrc" / "build.py"))["arguments"]())
     for name in cli.COMMANDS:
