@@ -104,8 +104,8 @@ def read_rows(path: Path, tokenizer: Any) -> Iterator[Row]:
     Supervised are, as TRL trains them: of messages what the chat template marks for training, or where it marks
     nothing, what it renders after the prompt of each assistant's turn; of a completion or an answer all tokens from the
     first that the prompt alone does not have; of a text everything. Texts end with the tokenizer's end of sequence.
-    Lines end at a newline only; a byte-order mark and blank lines are left out. Each line of plain text is a text, blank
-    ones too, as datasets' "text" loader has it; a `.txt` file that begins with a JSON object is JSON lines. Raises
+    Lines end at a newline only; a byte-order mark and blank lines are left out. Each line of plain text is a text, a
+    blank one too, as datasets' "text" loader has it; a `.txt` file that begins with a JSON object is JSON lines. Raises
     FileNotFoundError without the file, ValueError with the numbers of the records that are no JSON, of another form or
     that the tokenizer refuses.
     """
