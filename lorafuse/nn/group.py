@@ -88,7 +88,9 @@ def _multi_projections(layers: Sequence[_Layer], rows: AdapterRows) -> list[Mult
     """Layers of many adapters, and frozen ones. Raises TypeError for one with an adapter of its own for all rows."""
     for layer in layers:
         if isinstance(layer, LoRALinear):
-            raise TypeError("a LoRALinear has one adapter for all rows; the other layers of the group have one for each")
+            raise TypeError(
+                "a LoRALinear has one adapter for all rows; the other layers of the group have one for each"
+            )
     return [
         layer.projection(rows) if isinstance(layer, LoRALinearMulti) else MultiProjection(layer.weight, bias=layer.bias)
         for layer in layers

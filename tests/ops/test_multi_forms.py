@@ -17,8 +17,8 @@ from lorafuse.ops import multi_experts
 from lorafuse.testing.numerics import relative_l2, tolerance
 
 COUNTS, RANKS = [3, 0, 7, 1], [2, 4, 1, 20]
-RUNS = [("eager", torch.float64), ("triton", torch.float32)]
-by_run = pytest.mark.parametrize(("backend", "dtype"), RUNS, ids=[f"{b}-{str(d)[6:]}" for b, d in RUNS])
+# the interpreter takes a second for a batch; `tests/kernels/test_multi_mutations.py` compares the other forms there
+RUNS = [*((form, "eager", torch.float64) for form in FORMS), ("shared", "triton", torch.float32)]
 by_form = pytest.mark.parametrize("form", FORMS)
 
 
@@ -38,8 +38,7 @@ def check(actual, expected, dtype):
                 assert not mine.any(), (name, g)
 
 
-@by_form
-@by_run
+@pytest.mark.parametrize(("form", "backend", "dtype"), RUNS)
 def test_every_tensor(form, backend, dtype):
     given = make(form, COUNTS, RANKS, dtype)
     expected = reference(given)
@@ -71,16 +70,11 @@ SHAPES = {
         2000: ([0 if i % 90 else i % 7 for i in range(2000)], [1 + i % 4 for i in range(2000)]),
     },
     "triton": {
-        1: ([20], [40]), 2: ([1, 19], [40, 1]), 7: ([0, 3, 12, 2, 0, 1, 5], [64, 1, 13, 128, 2, 8, 33]),
-        64: ([0 if i % 24 else 1 + i % 5 for i in range(64)], [0 if i % 8 else 1 + i * 7 % 40 for i in range(64)]),
+        2: ([1, 19], [40, 1]), 7: ([0, 3, 12, 2, 0, 1, 5], [64, 1, 13, 128, 2, 8, 33]),
         # more groups than are compared with tiles
         2000: ([0 if i % 700 else 1 + i % 7 for i in range(2000)], [0 if i % 100 else 1 + i % 4 for i in range(2000)]),
     },
 }  # fmt: skip
-
-
-# (adapters, form) that the interpreter computes too
-SLOW = {(1, "gated"), (2, "siblings"), (64, "experts"), (2000, "experts")}
 
 
 def differing(given, every, chosen, **more):
@@ -94,9 +88,10 @@ def differing(given, every, chosen, **more):
     return names
 
 
-CASES = [(name, L, form) for name in SHAPES for L in SHAPES[name] for form in FORMS]
-# the interpreter takes a second for a batch
-CASES = [(name, L, form) for name, L, form in CASES if name == "eager" or L == 7 or (L, form) in SLOW]
+# every form at seven adapters, and every number of them; all combinations passed on 2026-11-29, in plain torch
+CASES = [("eager", 7, form) for form in FORMS]
+CASES += [("eager", 1, "shared"), ("eager", 2, "gated"), ("eager", 64, "shared"), ("eager", 2000, "experts")]
+CASES += [("triton", 2, "siblings"), ("triton", 7, "gated"), ("triton", 7, "shared"), ("triton", 2000, "experts")]
 
 
 @pytest.mark.parametrize(("backend", "L", "form"), CASES)
@@ -104,19 +99,18 @@ def test_bits_are_those_of_an_adapter_alone(backend, L, form):
     counts, ranks = SHAPES[backend][L]
     given = make(form, counts, ranks)
     every = run(given, backend=backend)
-    # an adapter alone takes as long as a batch; those of the most and of the fewest rows, and the last
+    # an adapter alone takes as long as a batch; those of the most and of the fewest rows
     used = sorted((g for g, count in enumerate(counts) if count), key=lambda g: counts[g])
-    chosen = {used[0], used[-1], max(used)} if backend == "eager" else {used[0], used[-1]}
-    assert differing(given, every, sorted(chosen), backend=backend) == []
+    assert differing(given, every, sorted({used[0], used[-1]}), backend=backend) == []
     for g in [g for g, count in enumerate(counts) if not count][:20]:
         assert not any(t[g].any() for t in every.values() if isinstance(t, list))
 
 
-@pytest.mark.parametrize(("backend", "form"), [*(("eager", form) for form in FORMS), ("triton", "shared")])
-def test_bits_do_not_depend_on_the_order(backend, form):
+@by_form
+def test_bits_do_not_depend_on_the_order(form):
     given, order = make(form, COUNTS, RANKS), [3, 2, 0, 1]
-    first, moved = run(given, backend=backend), given.pick(order)
-    second = run(moved, backend=backend)
+    first, moved = run(given, backend="eager"), given.pick(order)
+    second = run(moved, backend="eager")
     for name, t in first.items():
         for at, g in enumerate(order):
             mine, other = (t[g], second[name][at]) if isinstance(t, list) else (
@@ -127,11 +121,10 @@ def test_bits_do_not_depend_on_the_order(backend, form):
 
 def test_one_product_over_all_rows_is_not_invariant():
     """That the tests above can fail."""
-    for form in ("siblings", "experts"):
-        given = make(form, [1, 2, 1, 30], [2, 3, 4, 8], H=512, I=64, rest=0)
-        every = run(given, backend="eager", batch_invariant=False)
-        check(every, reference(given), torch.float32)
-        assert differing(given, every, range(4), backend="eager", batch_invariant=False)
+    given = make("experts", [1, 2, 1, 30], [2, 3, 4, 8], H=512, I=64, rest=0)
+    every = run(given, backend="eager", batch_invariant=False)
+    check(every, reference(given), torch.float32)
+    assert differing(given, every, range(4), backend="eager", batch_invariant=False)
 
 
 @by_form
@@ -156,22 +149,20 @@ def test_gradients_are_added_to_buffers(form):
             assert is_kept if g == 1 else relative_l2(mine - 1, one) <= 1e-5 or not one.any(), (name, g)
 
 
-@pytest.mark.parametrize(("backend", "form"), [("eager", "gated"), ("triton", "gated"), ("triton", "shared")])
-def test_nothing_waits_for_the_device(backend, form, monkeypatch):
-    given = make(form, COUNTS, RANKS)
-    run(given, backend=backend)
+def test_nothing_waits_for_the_device(monkeypatch):
+    """That the counter counts is shown in `test_multi.py`."""
+    given = make("shared", COUNTS, RANKS)
+    run(given, backend="triton")
     for module in (multi_experts, triton_backend):
         # of a CPU's values, which is where it reads them
         monkeypatch.setattr(module, "refuse_negative", lambda *_: None)
     seen = count_reads(monkeypatch)
     given.counts = [2, 5, 0, 4]
-    run(given, backend=backend)
-    assert bool(seen) is (backend == "eager"), seen
+    run(given, backend="triton")
+    assert not seen, seen
 
 
-@pytest.mark.parametrize(
-    ("backend", "form"), [*(("eager", form) for form in FORMS), ("triton", "gated"), ("triton", "experts")]
-)
+@pytest.mark.parametrize(("backend", "form"), [*(("eager", form) for form in FORMS), ("triton", "experts")])
 def test_quantized_base(backend, form, monkeypatch):
     """Of experts one matrix at a time is in the workspace, whose groups kernels number from 0."""
     given = make(form, COUNTS, RANKS, H=64, I=32)
@@ -205,33 +196,28 @@ def formula(given):
     return call, [None if t is None else t.clone().requires_grad_() for t in (given.x, given.weight, *factors)]
 
 
-@by_form
+@pytest.mark.parametrize("form", ["gated", "shared"])
 def test_gradcheck_of_both_orders(form):
     call, leaves = formula(make(form, [1, 0, 2], [1, 1, 2], torch.float64, H=4, I=2, rest=1))
     assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("form", ["siblings", "shared"])
-def test_functional_transform(form):
-    given = make(form, [1, 0, 2], [1, 1, 2], torch.float64)
+def test_functional_transform():
+    given = make("shared", [1, 0, 2], [1, 1, 2], torch.float64)
     call, leaves = formula(given)
-    if leaves[1] is None:
-        ys, gradients = torch.func.vjp(lambda x, *factors: call(x, None, *factors), leaves[0], *leaves[2:])
-    else:
-        ys, gradients = torch.func.vjp(call, *leaves)
-    dx = gradients(tuple(given.dy) if form == "siblings" else given.dy[0])[0]
-    assert relative_l2(dx, run(given)["dx"]) <= tolerance(torch.float64)
+    _, gradients = torch.func.vjp(call, *leaves)
+    expected = run(given)
+    assert relative_l2(gradients(given.dy[0])[0], expected["dx"]) <= tolerance(torch.float64)
 
 
-@pytest.mark.parametrize("form", ["siblings", "shared"])
-def test_compiled(form):
-    given = make(form, COUNTS, RANKS)
+def test_compiled():
+    given = make("shared", COUNTS, RANKS)
     call, leaves = formula(given)
-    ys = torch.compile(call, backend="aot_eager", fullgraph=True)(*leaves)
-    torch.autograd.backward(list(ys) if form == "siblings" else [ys], given.dy)
+    torch.compile(call, backend="aot_eager", fullgraph=True)(*leaves).backward(given.dy[0])
     expected = run(given)
     assert torch.equal(leaves[0].grad, expected["dx"])
+    assert torch.equal(leaves[1].grad, expected["dweight"])
     for i in range(len(given.layers)):
         assert torch.equal(leaves[2 + 2 * i].grad, torch.cat(expected[f"da{i}"], -2))
         assert torch.equal(leaves[3 + 2 * i].grad, torch.cat(expected[f"db{i}"], -1))
