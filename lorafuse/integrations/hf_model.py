@@ -16,7 +16,7 @@ from lorafuse.integrations.hf_common import FSDP1, is_fsdp1, is_fsdp2, watched
 from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, wrappers
 from lorafuse.integrations.hf_mixed import lift, lower
 from lorafuse.integrations.hf_peft import FusedLinear, FusedTorchaoLinear, FusedWeight, Member, why_not_fused
-from lorafuse.integrations.hf_quantized import described_format, notes, stored
+from lorafuse.integrations.hf_quantized import described_format, has_finite_scales, notes, stored
 from lorafuse.integrations.report import Patched, PatchReport, Skipped
 from lorafuse.operands import Weight
 
@@ -95,6 +95,7 @@ def _replaced_forward(layer: nn.Module) -> str:
 def survey(model: nn.Module, backend: str, numerics: str = "fused") -> tuple[PatchReport, list[LoraLayer]]:
     """The report on every adapted layer of the model, and the layers lorafuse takes. Changes and computes nothing."""
     report, layers = PatchReport(), []
+    infinite: list[str] = []
     # what lies inside another module: wrappers of the same experts, and layers that are never called
     inner: set[nn.Module] = set()
     reasons: dict[nn.Module, str] = {}
@@ -124,7 +125,14 @@ def survey(model: nn.Module, backend: str, numerics: str = "fused") -> tuple[Pat
         weight = None if isinstance(layer, ParamWrapper) else stored(layer.get_base_layer())
         if isinstance(weight, Weight):
             report.bases[name] = described_format(weight)
+            if not has_finite_scales(weight):
+                infinite.append(name)
     report.notes += notes(model)
+    if infinite:
+        report.notes.append(
+            f"{len(infinite)} quantized weights have scales that are NaN or infinite, as outputs will be; the first is "
+            f"{infinite[0]}: load the checkpoint again, or look for such values in what was quantized"
+        )
     return report, layers
 
 

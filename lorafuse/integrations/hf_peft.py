@@ -105,6 +105,7 @@ def fused(shipped: type) -> Any:
                 parts = as_served(parts, numerics)
             if type(parts) is _Unfolded:
                 parts = _folded(*parts)
+            mask = None
             if type(parts) is tuple:
                 mask = _mask(self, x, parts)
                 # (group, index); absent from layers in no group
@@ -114,29 +115,14 @@ def fused(shipped: type) -> Any:
                     if y is not None:
                         calls.ran_grouped(self)
                         return y
-                rows = x if x.dim() <= 4 else x.flatten(0, -4)
-                run: Any = run_linear if numerics is None else partial(run_linear, numerics=numerics)
-                if type(parts[0]) is not Weight:
-                    y = run(rows, *parts, mask, self._lorafuse_backend)
-                else:
-                    y = run_quantized(self._modules["base_layer"], rows, parts, self._lorafuse_backend, run, mask)
-                calls.ran(self)
-                return y if rows is x else y.unflatten(0, x.shape[:-3])
             if type(parts) is Masked:
                 names = [name for name in self.active_adapters if name in self.lora_A] * len(x)
                 parts = run_mixed(self, x, names, _parts, kwargs.get("alora_offsets"))
-                if isinstance(parts, Tensor):
-                    calls.ran(self)
-                    return parts
-            if type(parts) is Dora:
-                rows = x if x.dim() <= 4 else x.flatten(0, -4)
-                y = run_dora_layer(self, rows, parts)
+            elif parts is not None and type(parts) is not str:
+                parts = _output(self, x, parts, mask, numerics)
+            if isinstance(parts, Tensor):
                 calls.ran(self)
-                return y if rows is x else y.unflatten(0, x.shape[:-3])
-            if type(parts) is Sharded:
-                y = run_sharded(x, parts, self._lorafuse_backend)
-                calls.ran(self)
-                return y
+                return parts
             if parts and not torch.compiler.is_compiling():
                 warn_once("a patched linear layer runs as PEFT ships it", parts)
         elif kwargs.keys() in ({"adapter_names"}, {"adapter_names", "alora_offsets"}) and not args:
@@ -154,6 +140,24 @@ def fused(shipped: type) -> Any:
         return shipped.forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
 
     return forward
+
+
+def _output(layer: Any, x: Tensor, parts: Any, mask: Tensor | None, numerics: str | None) -> Tensor:
+    """y of a layer that runs alone: `parts` are `_Operands`, Dora or Sharded; `numerics` of a server, None of ours."""
+    if type(parts) is Sharded:
+        return run_sharded(x, parts, layer._lorafuse_backend)
+    # the operators take x of up to four dimensions
+    rows = x if x.dim() <= 4 else x.flatten(0, -4)
+    if type(parts) is Dora:
+        y = run_dora_layer(layer, rows, parts)
+    else:
+        # the usual one where it is None
+        run: Any = None if numerics is None else partial(run_linear, numerics=numerics)
+        if type(parts[0]) is not Weight:
+            y = (run or run_linear)(rows, *parts, mask, layer._lorafuse_backend)
+        else:
+            y = run_quantized(layer._modules["base_layer"], rows, parts, layer._lorafuse_backend, run, mask)
+    return y if rows is x else y.unflatten(0, x.shape[:-3])
 
 
 def _mask(layer: Any, x: Tensor, operands: _Operands) -> Tensor | None:

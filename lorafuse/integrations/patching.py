@@ -69,7 +69,7 @@ def patch(
         MissingDependency: PEFT is missing or older than `lorafuse.versions.MINIMUM`.
 
     Warns (UserWarning) when nothing was patched, naming why, and of each of the report's notes: experts of a model
-    loaded in 4 or 8 bits that are not quantized, or not adapted.
+    loaded in 4 or 8 bits that are not quantized, or not adapted, and quantized weights whose scales are not finite.
     """
     base.require(backend)
     check_dropout_rng(dropout_rng, backend)
