@@ -84,7 +84,7 @@ def main() -> int:
         sys.stdout.write(f"M {one['m']:5}, N = K {args.size}, fp32: frozen {text}\n")
     if args.json:
         content = {"kind": "adapter_off", "conditions": setting, "results": results}
-        write_text(args.json, json.dumps(content, indent=1) + "\n")
+        write_text(args.json, json.dumps(content) + "\n")
     return 0
 
 

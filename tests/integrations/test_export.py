@@ -5,6 +5,7 @@ import json
 import moe_models
 import peft
 import pytest
+import server_rules
 import torch
 from safetensors.torch import load_file
 from tiny_models import lora_config, tiny, train_away_from_zero
@@ -19,39 +20,11 @@ from lorafuse.testing.numerics import relative_l2, tolerance
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::RuntimeWarning:peft")
 
 
-def parsed_by_vllm(name):
-    """`(module, whether it is A)` by the rule of vLLM's `parse_fine_tuned_lora_name`."""
-    parts = name.split(".")
-    start = 2 if name.startswith("base_model.model.") else 0
-    if parts[-1] == "weight" and parts[-2] in ("lora_A", "lora_B"):
-        return ".".join(parts[start:-2]), parts[-2] == "lora_A"
-    raise ValueError(f"{name} is unsupported")
-
-
-def check_by_vllm(folder, model, experts=0):
-    """vLLM's checks of an adapter's files: every module is one of its model's linear layers, or of their experts."""
-    expected = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    expected |= {f"experts.{e}.{p}" for e in range(experts) for p in ("gate_proj", "up_proj", "down_proj")}
-    config = json.loads((folder / "adapter_config.json").read_text())
-    assert {key: config[key] for key in ("bias", "use_dora", "modules_to_save")} == {
-        "bias": "none", "use_dora": False, "modules_to_save": None,
-    }  # fmt: skip
-    tensors = load_file(folder / "adapter_model.safetensors")
-    for name, t in tensors.items():
-        module, is_a = parsed_by_vllm(name)
-        suffix = module[module.find(".experts") + 1 :] if ".experts" in module else module.rpartition(".")[2]
-        assert suffix in expected, name
-        assert t.dim() == 2
-        assert t.shape[0 if is_a else 1] <= config["r"]
-    return tensors, config["lora_alpha"] / config["r"]
-
-
-def served(base, tensors, scale):
+def served(base, held):
     """The model with what a server adds merged into its linear layers."""
     with torch.no_grad():
-        for name in [n for n in tensors if "lora_A" in n]:
-            layer = base.get_submodule(parsed_by_vllm(name)[0])
-            layer.weight += scale * tensors[name.replace("lora_A", "lora_B")] @ tensors[name]
+        for name, (a, b) in held.items():
+            base.get_submodule(name).weight += b @ a
     return base
 
 
@@ -64,11 +37,11 @@ def test_a_dense_model(write, tmp_path):
     model = train_away_from_zero(peft.get_peft_model(tiny(), config), "lora_B").eval()
     lorafuse.patch(model)
     tensors = write(model, tmp_path)
-    written, scale = check_by_vllm(tmp_path, tiny())
+    written = load_file(tmp_path / "adapter_model.safetensors")
     assert all(torch.equal(written[name], t) for name, t in tensors.items())
-    ids = torch.randint(64, (2, 7))
+    held, ids = server_rules.vllm(tmp_path), torch.randint(64, (2, 7))
     with torch.no_grad():
-        assert relative_l2(served(tiny(), written, scale)(ids).logits, model(ids).logits) <= tolerance(torch.float32)
+        assert relative_l2(served(tiny(), held)(ids).logits, model(ids).logits) <= tolerance(torch.float32)
 
 
 def test_files_load_in_peft(tmp_path):
@@ -97,7 +70,7 @@ def test_pefts_experts(tmp_path):
     experts = "model.layers.0.mlp.experts"
     outer = model.get_submodule(f"base_model.model.{experts}")
     E = outer.num_experts
-    check_by_vllm(tmp_path, moe_models.base("qwen3_moe"), E)
+    server_rules.vllm(tmp_path, E)
     scale = json.loads((tmp_path / "adapter_config.json").read_text())
     wrappers = {outer.parameter_name: outer, outer.base_layer.parameter_name: outer.base_layer}
     for name, delta in zip(("gate_up_proj", "down_proj"), deltas(tensors, experts, E), strict=True):
