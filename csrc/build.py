@@ -194,7 +194,7 @@ def build(
             python += " -DLORAFUSE_EMULATED"
             link = f"{gxx} -shared $in -o $out"
         else:
-            info = {"compiler": f"nvcc {version}", "architectures": architectures()}
+            info = {"compiler": f"nvcc {version}{' --debug' if debug else ''}", "architectures": architectures()}
             for source in sorted(kernels / name for name in only) if only else sorted(kernels.glob("*.cu")):
                 (ending,) = (e for e in TARGETS if source.name.endswith(e))
                 ninja.compile("nvcc", source, targets=" ".join(f"-gencode {t}" for t in TARGETS[ending]))
@@ -221,7 +221,7 @@ def build(
         os.replace(unfinished, out)
 
 
-def main() -> int:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("check", "cuda", "emu"))
     parser.add_argument("file", nargs="?", type=Path, help="of the module; without it, in this checkout's package")
@@ -229,6 +229,11 @@ def main() -> int:
     parser.add_argument("--kernels", type=Path, default=CSRC / "kernels", help="emu: compile these (tests plant bugs)")
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="cuda: a FILE with these of csrc/kernels")
     parser.add_argument("--debug", action="store_true", help="cuda: a kernel that waits too long stops with a message")
+    return parser
+
+
+def main() -> int:
+    parser = arguments()
     args = parser.parse_args()
     if args.debug and args.what != "cuda":
         parser.error("--debug is for cuda: the emulator reports what never comes in any build")

@@ -51,7 +51,7 @@ struct LinearArguments {
   int row_items;      // clusters of row blocks whose xa is to be computed
   int item_programs;  // by the programs of the first tickets
   uint32_t* workspace;
-  // kDxAdapterGrads: db and da, by the last blocks
+  // kDxAdapterGrads: db and da, by the first blocks
   int sum_blocks;
   Sum sums[2];
   // kDxDropout
@@ -150,14 +150,16 @@ linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments
   // the barriers of both blocks are there
   ptx::cluster_sync();
 
-  const Walk walk{p.order.tiles(), static_cast<int>(gridDim.x) / p.cluster - (kBeside ? p.sum_blocks : 0)};
-  int program = static_cast<int>(blockIdx.x) / p.cluster;
+  // Blocks that sum have the lowest numbers and so start first: their work is as long as that of all tiles of a block.
+  const int sum_blocks = kBeside ? p.sum_blocks : 0;
+  const Walk walk{p.order.tiles(), static_cast<int>(gridDim.x) / p.cluster - sum_blocks};
+  int program = static_cast<int>(blockIdx.x) / p.cluster - sum_blocks;
   int turn = 0;
   if constexpr (kFused) {
     // Numbered as they arrive: whoever waits for an item knows that those who compute items are running.
     program = draw_ticket(p.workspace + kProgramTickets, walk.programs - 1, pipeline.mailbox(), turn, p.cluster, rank);
   }
-  const bool sums = kBeside && program >= walk.programs;
+  const bool sums = kBeside && program < 0;
   const int waves = sums ? 0 : walk.count(program);
   const auto next_item = [&] {
     // each of the item programs draws one ticket that is no item
@@ -195,7 +197,7 @@ linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments
             ptx::wait_for_previous_launch();
             ptx::fence_proxy_async();
           }
-          for_each_item<BLOCK_N>(p.sums, program - walk.programs, p.sum_blocks,
+          for_each_item<BLOCK_N>(p.sums, program + sum_blocks, sum_blocks,
                                  [&](int sum, int column) { load_item(pipeline, maps.sums[sum], p.M, column); });
         }
       }
@@ -247,7 +249,7 @@ linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments
     }
     if constexpr (kBeside) {
       if (sums) {
-        for_each_item<BLOCK_N>(p.sums, program - walk.programs, p.sum_blocks, [&](int sum, int column) {
+        for_each_item<BLOCK_N>(p.sums, program + sum_blocks, sum_blocks, [&](int sum, int column) {
           sum_item<T>(pipeline, p.sums[sum], p.M, p.R, column, consumer, thread);
         });
       }

@@ -26,7 +26,7 @@ def check(folder, *changes):
         path = folder / "lorafuse" / header
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    return mismatches(build("cache_check", folder, folder, FAKE, CSRC / "include", options=["-pthread"]))
+    return mismatches(build("cache_check", folder, folder, FAKE, CSRC / "include", options=["-pthread", "-O0"]))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")

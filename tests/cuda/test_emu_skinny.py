@@ -234,9 +234,11 @@ def test_results_that_are_not_wanted(want):
         assert one is None or torch.equal(one[:, :20] if one.dim() == 2 else one, other)
 
 
-@pytest.mark.parametrize(("dyb_bytes", "chunks"), [(1, 5), (2 * 64 * 3 * 4 * 4, 3)])
-@pytest.mark.parametrize("sms", [1, 5])
-@pytest.mark.parametrize("want", [(True, True, True), (True, False, True), (True, True, False)])
+@pytest.mark.parametrize(
+    ("want", "sms", "dyb_bytes", "chunks"),
+    [((True, True, True), 1, 1, 5), ((True, True, True), 5, 2 * 64 * 3 * 4 * 4, 3), ((True, False, True), 5, 1, 5),
+     ((True, True, False), 2, 2 * 64 * 3 * 4 * 4, 3)],
+)  # fmt: skip
 def test_chunks_of_rows(want, sms, dyb_bytes, chunks):
     """Integers: what a chunk carries on to the next is exact, and the adapter is rounded once."""
     dy, xa, b = (torch.randint(-3, 4, shape).half() for shape in ((300, 600), (300, 3), (600, 3)))
