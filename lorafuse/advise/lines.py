@@ -171,10 +171,12 @@ def _few_steps(a: Advice) -> list[Line]:
     lines = []
     if a.steps < short:
         epoch = "an epoch is one step, without gradient noise; " if request.batch >= request.sequences else ""
-        lower = max(1, round(request.batch * a.steps / short))
+        # what the same command takes: all answers of a prompt in a step, and a sequence on every device
+        lower = round(request.batch * a.steps / short) // request.rollouts * request.rollouts
+        lower = max(lower, -(-request.devices // request.rollouts) * request.rollouts)
         steps = schedule.optimizer_steps(request.sequences, lower, 1 if request.goal == "rl" else request.epochs)
         size = f"--batch {lower}" + (" --micro-batch 1" if lower < request.micro_batch * request.devices else "")
-        more = f"{size} makes {steps}" if lower < request.batch else "more epochs or more data make more"
+        more = f"{size} makes {steps}" if steps > a.steps else "more epochs or more data make more"
         lines.append(Line(section, "few steps", f"{epoch}{more}", "rule of thumb", "F3"))
     if short / 2 <= a.steps < 2 * short:
         value = f"10 times from {short} steps on, 15 below: no sharp border, either may be better here"

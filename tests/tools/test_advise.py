@@ -207,6 +207,14 @@ def test_a_short_run_is_said_with_the_batch_that_makes_it_longer(llama):
     assert (few.steps, named(few, "few steps")) == (16, ["--batch 5 makes 98"])
     assert advise.plan_adapter(llama, tokens=10**6, batch=5, micro_batch=1).steps == 98
     assert named(advise.plan_adapter(llama, tokens=10**7), "few steps") == []
+    # nothing is advised that makes no more steps, or that the command refuses
+    never = ["an epoch is one step, without gradient noise; more epochs or more data make more"]
+    assert named(advise.plan_adapter(llama, tokens=1), "few steps") == never
+    assert named(advise.plan_adapter(llama, episodes=20_000, rollouts=8), "few steps") == ["--batch 200 makes 100"]
+    assert advise.plan_adapter(llama, episodes=20_000, rollouts=8, batch=200).steps == 100
+    several = advise.plan_adapter(llama, tokens=50_000, devices=8)
+    assert named(several, "few steps")[0].endswith("; --batch 8 --micro-batch 1 makes 4")
+    assert advise.plan_adapter(llama, tokens=50_000, devices=8, batch=8, micro_batch=1).steps == 4
 
 
 @pytest.mark.parametrize(("steps", "lines"), [(49, 0), (50, 1), (99, 1), (100, 1), (199, 1), (200, 0)])
