@@ -22,11 +22,14 @@ from lorafuse.kernels import columns as column_kernels
 from lorafuse.kernels import combine, decode, epilogues, gated, lowrank, matmul, packed, routing, siblings, tickets
 from lorafuse.kernels.rows import Tiles
 from lorafuse.operands import Activate, Dropout, Epilogue, LowRank, Rows, Weight, contiguous_rows, refuse_negative
-from lorafuse.plan import DeviceSpec, Plan, interpreted_as, select
+from lorafuse.plan import DeviceSpec, KernelConfig, Plan, interpreted_as, select
 
 __all__ = ["Triton", "backend"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# of dyb's fp32 partial sums, which grow with rows, columns and ranks: 896 MiB for Llama-70B's gate at 32768 rows, r 64,
+# in blocks of 256 columns
+_DYB_BYTES = 64 << 20
 
 
 class Triton(Backend):
@@ -205,14 +208,27 @@ class Triton(Backend):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
         assert plan is not None
         (M, N), R, config = dy.shape, b.shape[1], plan.config("project_outer")
-        xa = None if xa is None else xa.contiguous()
-        of_dyb, of_db, of_dbias = lowrank.project_outer(dy, b.contiguous(), xa, need_dyb, need_dbias, config)
+        b, xa = b.contiguous(), None if xa is None else xa.contiguous()
         dyb = dy.new_empty((M, R), dtype=dtype) if need_dyb else None
         db = None if xa is None else b.new_empty(b.shape)
         dbias = dy.new_empty(N) if need_dbias else None
-        given = (of_dyb, dyb, scale), (of_db, db, scale), (of_dbias, dbias, 1.0)
-        segments = [(parts, out, factor) for parts, out, factor in given if parts is not None and out is not None]
-        lowrank.sum_partials(segments, plan.config("reduce"))
+        rows = _rows_at_once(M, N, R, config) if need_dyb else M
+        # what chunks of rows have summed of db and dbias, in fp32
+        sums: list[Tensor | None] = [None, None]
+        for first in range(0, M, rows):
+            part, is_last = slice(first, first + rows), first + rows >= M
+            of_dyb, *of_columns = lowrank.project_outer(
+                dy[part], b, None if xa is None else xa[part], need_dyb, need_dbias, config
+            )
+            segments = [] if of_dyb is None or dyb is None else [(of_dyb, dyb[part], scale)]
+            for i, (parts, out, factor) in enumerate(zip(of_columns, (db, dbias), (scale, 1.0), strict=True)):
+                if parts is None or out is None:
+                    continue
+                before = sums[i]
+                parts = parts if before is None else torch.cat([before, parts])
+                total = sums[i] = out if is_last else parts.new_empty((1, *out.shape))
+                segments.append((parts, total, factor if is_last else 1.0))
+            lowrank.sum_partials(segments, plan.config("reduce"))
         return dyb, db, dbias
 
     def combine(self, y: Tensor, rows: Rows, weight: Tensor | None) -> Tensor:
@@ -258,6 +274,14 @@ def _tiles(rows: Rows) -> Tiles:
     if "tiles" not in rows.cache:
         rows.cache["tiles"] = Tiles(rows.offsets, rows.count)
     return rows.cache["tiles"]
+
+
+def _rows_at_once(M: int, N: int, R: int, config: KernelConfig) -> int:
+    """Rows of dy `[M, N]` whose partial sums of dyb take `_DYB_BYTES` at most, or are of one step; chunks are alike."""
+    step = 4 * config.block_m * triton.cdiv(N, config.block_n) * R
+    steps = triton.cdiv(M, config.block_m)
+    chunks = triton.cdiv(steps, max(1, _DYB_BYTES // step))
+    return min(M, triton.cdiv(steps, chunks) * config.block_m)
 
 
 def _mask(dropout: Dropout | None) -> dict[str, Any]:

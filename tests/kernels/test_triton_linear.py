@@ -12,10 +12,12 @@ from operators import Linear
 from torch.utils.checkpoint import checkpoint
 
 import lorafuse
+from lorafuse.backends import triton as triton_backend
 from lorafuse.functional import lora_linear
-from lorafuse.kernels import common
+from lorafuse.kernels import common, lowrank
 from lorafuse.philox import keep_mask
-from lorafuse.plan import find, override
+from lorafuse.plan import find, override, select
+from lorafuse.plan.problem import Problem
 from lorafuse.testing.cases import UGLY_M, UGLY_NK, UGLY_R
 from lorafuse.testing.check_linear import GATE, LinearCase, check_linear, gradients, make_operands
 from lorafuse.testing.numerics import relative_l2, tolerance
@@ -69,6 +71,34 @@ def test_every_size(M, R, dtype):
 def test_every_aligned_size(M, R, form):
     N, K = ALIGNED_NK[(M + UGLY_R.index(R)) % len(ALIGNED_NK)]
     check(LinearCase(leading=(M,), N=N, K=K, R=R, dtype=DTYPES[-1], bias=R % 2 == 0))
+
+
+def test_partial_sums_of_dyb_in_chunks_of_rows(monkeypatch):
+    """Integers: da, db and dbias are exact, however many chunks they are summed over."""
+    o = make_operands(LinearCase(leading=(300,), N=264, K=72, R=8, dtype=torch.float16)).to(DEVICE)
+    x, w, a, b, dy = (torch.randint(-2, 3, t.shape, device=DEVICE).half() for t in (o.x, o.w, o.a, o.b, o.dy))
+    xa = (x.float() @ a.float().t()).half()
+    settings = dy, x, xa, w, a, b, None, 1.0, 0.0, True, True, True, True
+    expected, projected = TRITON.backward(*settings), []
+    monkeypatch.setattr(triton_backend, "_DYB_BYTES", 1)
+    plain = lowrank.project_outer
+    monkeypatch.setattr(lowrank, "project_outer", lambda *given: projected.append(len(given[0])) or plain(*given))
+    for one, other in zip(TRITON.backward(*settings), expected, strict=True):
+        assert torch.equal(one, other)
+    assert len(projected) > 2
+    assert sum(projected) == 300
+
+
+@pytest.mark.parametrize(("M", "N", "R"), [(8192, 14336, 16), (32768, 28672, 64), (131072, 28672, 64)])
+def test_partial_sums_of_dyb_are_bounded(M, N, R):
+    problem = Problem(M, N, 8192, R, "bfloat16", "float32", gradients=("dx", "da", "db"))
+    for device in GPU_OF.values():
+        config = select(problem, device, (("triton", ""),)).config("project_outer")
+        rows = triton_backend._rows_at_once(M, N, R, config)
+        columns = -(-N // config.block_n)
+        assert 4 * columns * rows * R <= triton_backend._DYB_BYTES
+        # no more chunks than that takes
+        assert rows == M or 8 * columns * rows * R > triton_backend._DYB_BYTES
 
 
 def test_a_rank_beyond_every_tile(form):
