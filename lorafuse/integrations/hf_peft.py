@@ -154,7 +154,7 @@ def _output(layer: Any, x: Tensor, parts: Any, mask: Tensor | None, numerics: st
         # the usual one where it is None
         run: Any = None if numerics is None else partial(run_linear, numerics=numerics)
         if type(parts[0]) is not Weight:
-            y = (run or run_linear)(rows, *parts, mask, layer._lorafuse_backend)
+            y = (run or run_linear)(rows, *parts, mask, layer._lorafuse_backend)  # type: ignore[call-arg]
         else:
             y = run_quantized(layer._modules["base_layer"], rows, parts, layer._lorafuse_backend, run, mask)
     return y if rows is x else y.unflatten(0, x.shape[:-3])
