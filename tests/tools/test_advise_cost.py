@@ -285,14 +285,6 @@ def test_eager_attention_takes_longer():
         assert slow["frozen"] - fast["frozen"] == pytest.approx(passes, rel=0.2)
 
 
-@pytest.mark.parametrize("gpu", ["A100", "H200"])
-def test_the_floor_of_experts_is_the_fastest_frozen(gpu):
-    """lorafuse's own kernels where torch multiplies one expert after the other: no adapter is faster than none."""
-    shapes = advise.shapes_of(on_meta(transformers.Qwen3MoeConfig(num_hidden_layers=1)))
-    result = advise.micro_step_seconds(shapes, 64, 8192, 2048, find(gpu))
-    assert result["frozen"] < result["lorafuse"]
-
-
 class Named(TorchDispatchMode):
     """How often operators are called, by name."""
 

@@ -1,4 +1,4 @@
-"""The advisor's snippet for models with experts: PEFT adapts what is advised with it, at the ranks that are advised."""
+"""The advisor for models with experts: PEFT adapts what its snippet says, at those ranks; the floor of a step."""
 
 import re
 
@@ -6,10 +6,12 @@ import moe_models
 import peft
 import pytest
 import torch
+import transformers
 from advised import configured
 
 import lorafuse
 from lorafuse import advise
+from lorafuse.plan import find
 
 
 def adapted_ranks(model, advice):
@@ -81,3 +83,12 @@ def test_a_list_of_experts_gets_its_ranks(probed):
     experts = {f"experts.{e}.{name}": 2 for e in range(4) for name in ("w1", "w2", "w3")}
     own = {"experts.1.w2": 3, "q_proj": 6} if probed else {}
     assert adapted_ranks(model, advice) == {"q_proj": 4} | experts | own
+
+
+@pytest.mark.parametrize("gpu", ["A100", "H200"])
+def test_the_floor_of_experts_is_the_fastest_frozen(gpu):
+    """lorafuse's own kernels where torch multiplies one expert after the other: no adapter is faster than none."""
+    with torch.device("meta"):
+        model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(num_hidden_layers=1))
+    result = advise.micro_step_seconds(advise.shapes_of(model), 64, 8192, 2048, find(gpu))
+    assert result["frozen"] < result["lorafuse"]
