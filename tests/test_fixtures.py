@@ -1,6 +1,7 @@
 """What tests/conftest.py promises (T0)."""
 
 import gc
+import importlib
 import os
 import re
 import shutil
@@ -101,6 +102,32 @@ def test_nothing_is_built_while_tests_are_collected(monkeypatch):
     assert not hasattr(native_build.EMULATOR, "_mock_name")
 
 
+KERNEL = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def _kernel(p_out, p_x, number, real, large, literal: tl.constexpr):
+    columns = tl.arange(0, 4)
+    x = tl.load(p_x + columns)
+    y = x + 1
+    tl.store(p_out + columns, y * y)
+    tl.store(p_out + 4 + columns, y * x)
+    tl.store(p_out + 8 + columns, y * literal + number)
+    tl.store(p_out + 12 + columns, (columns - literal) * 2 + 1)
+    tl.store(p_out + 16 + columns, x * real + 1 - y / 4)
+    tl.store(p_out + 20 + columns, columns.to(tl.int64) + large)
+    tl.store(p_out + 24 + columns, tl.where(columns < literal, y, -y))
+    tl.store(p_out + 28 + columns, tl.load(p_x + 1, mask=number > 0, other=number) + y)
+    tl.store(p_out + 32 + columns, 1 + (columns[:, None] == columns[None, :]).to(tl.int32).sum(1))
+    low, high = tl.split(tl.join(x, y))
+    tl.store(p_out + 36 + columns, high - low)
+    for i in range(literal, literal + 3):
+        tl.store(p_out + 40 + columns, y + i, mask=columns <= i)
+    tl.store(p_out + 44 + columns, (x * 3).to(tl.int32) % 2 + (columns >> 1) + 1)
+"""
+
+
 @pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="there is a GPU: no kernel is interpreted")
 class TestFastInterpreter:
     @pytest.fixture
@@ -112,10 +139,10 @@ class TestFastInterpreter:
 
     @pytest.mark.parametrize("gpu", ["A100", "H200"])
     def test_it_computes_the_same(self, fast, gpu):
-        """Every bit, of pointers and of descriptors."""
+        """Every bit, of pointers and of descriptors, when a call is recorded and when it is repeated."""
         case = LinearCase(leading=(40,), N=72, K=64, R=6, dtype=torch.float16, dropout_p=0.1)
         runs = []
-        for functions in (fast.ORIGINALS, fast.REPLACEMENTS):
+        for functions in (fast.ORIGINALS, fast.REPLACEMENTS, fast.REPLACEMENTS):
             fast.install(functions)
             torch.manual_seed(0)
             o, operator, seed = make_operands(case), Linear("triton"), torch.tensor([5])
@@ -123,7 +150,25 @@ class TestFastInterpreter:
                 y, xa = operator.forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.1)
                 grads = operator.backward(o.dy, o.x, xa, o.w, o.a, o.b, seed, 1.7, 0.1, True, True, True, True)
             runs.append((y, xa, *grads))
-        assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+        assert all(torch.equal(one, other) for run in runs[1:] for one, other in zip(runs[0], run, strict=True))
+
+    def test_operands_of_the_same_types_are_told_apart(self, fast, tmp_path, monkeypatch):
+        """The same tensor twice, numbers within and beyond a type, one value that decides; recorded and repeated."""
+        (tmp_path / "told_apart.py").write_text(KERNEL)
+        monkeypatch.syspath_prepend(tmp_path)
+        kernel = importlib.import_module("told_apart")._kernel
+        values = (0, 5), (3, -3), (1, 1), (2, 2**31), (200, 2**40), (-200, 0), (5, 3)
+        outs = []
+        for functions in (fast.ORIGINALS, fast.REPLACEMENTS, fast.REPLACEMENTS):
+            fast.install(functions)
+            for small, large in values:
+                out = torch.zeros(12, 4, dtype=torch.float64)
+                kernel[(1,)](out, torch.arange(4, dtype=torch.float32), small, small / 2, large, small)
+                outs.append(out)
+        assert not outs[0].isnan().any()
+        assert outs[1].any(1).all()
+        for i, out in enumerate(outs):
+            assert torch.equal(out, outs[i % len(values)]), values[i % len(values)]
 
     def test_types_and_shapes_are_the_same(self, fast):
         core = fast.core

@@ -49,10 +49,15 @@ def _scales(statistics: tuple[Tensor, ...], parameters: str, start: int, stop: i
     return (scalers[start:stop] / factors).to(code.dtype) + mean
 
 
-def kernel(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tuple[str, dict[str, Any]]:
-    """The decode kernel, and what it reads: scales are decoded before, for one element of a block."""
+def kernel(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tuple[str, dict[str, Any]] | None:
+    """The decode kernel, and what it reads: scales are decoded before, for one element of a block. None for blocks that
+    are no power of two, which no tile of a kernel is.
+    """
     scalers, _, _, code = statistics
-    scale, block = _scales(statistics, parameters, 0, scalers.numel()), int(parse(parameters)[1]["block"])
+    block = int(parse(parameters)[1]["block"])
+    if block & (block - 1) or not data.is_contiguous():
+        return None
+    scale = _scales(statistics, parameters, 0, scalers.numel())
     # products of two numbers of 16 bits are exact in fp32
     return "codebook", {"code": data, "table": code, "scale": scale, "block": block, "first": 0, "rounded": code.dtype}
 

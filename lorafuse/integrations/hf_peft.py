@@ -151,9 +151,10 @@ def _output(layer: Any, x: Tensor, parts: Any, mask: Tensor | None, numerics: st
     if type(parts) is Dora:
         y = run_dora_layer(layer, rows, parts)
     else:
-        run: Any = run_linear if numerics is None else partial(run_linear, numerics=numerics)
+        # the usual one where it is None
+        run: Any = None if numerics is None else partial(run_linear, numerics=numerics)
         if type(parts[0]) is not Weight:
-            y = run(rows, *parts, mask, layer._lorafuse_backend)
+            y = (run or run_linear)(rows, *parts, mask, layer._lorafuse_backend)
         else:
             y = run_quantized(layer._modules["base_layer"], rows, parts, layer._lorafuse_backend, run, mask)
     return y if rows is x else y.unflatten(0, x.shape[:-3])
