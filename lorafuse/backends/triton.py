@@ -24,12 +24,12 @@ from lorafuse.kernels.rows import Tiles
 from lorafuse.operands import Activate, Dropout, Epilogue, LowRank, Rows, Weight, contiguous_rows, refuse_negative
 from lorafuse.plan import DeviceSpec, KernelConfig, Plan, interpreted_as, select
 
-__all__ = ["Triton", "backend"]
+__all__ = ["DYB_BYTES", "Triton", "backend", "rows_at_once"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # of dyb's fp32 partial sums, which grow with rows, columns and ranks: 896 MiB for Llama-70B's gate at 32768 rows, r 64,
 # in blocks of 256 columns
-_DYB_BYTES = 64 << 20
+DYB_BYTES = 64 << 20
 
 
 class Triton(Backend):
@@ -212,7 +212,7 @@ class Triton(Backend):
         dyb = dy.new_empty((M, R), dtype=dtype) if need_dyb else None
         db = None if xa is None else b.new_empty(b.shape)
         dbias = dy.new_empty(N) if need_dbias else None
-        rows = _rows_at_once(M, N, R, config) if need_dyb else M
+        rows = rows_at_once(M, N, R, config) if need_dyb else M
         # what chunks of rows have summed of db and dbias, in fp32
         sums: list[Tensor | None] = [None, None]
         for first in range(0, M, rows):
@@ -276,11 +276,11 @@ def _tiles(rows: Rows) -> Tiles:
     return rows.cache["tiles"]
 
 
-def _rows_at_once(M: int, N: int, R: int, config: KernelConfig) -> int:
-    """Rows of dy `[M, N]` whose partial sums of dyb take `_DYB_BYTES` at most, or are of one step; chunks are alike."""
+def rows_at_once(M: int, N: int, R: int, config: KernelConfig) -> int:
+    """Rows of dy `[M, N]` whose partial sums of dyb take `DYB_BYTES` at most, or are of one step; chunks are alike."""
     step = 4 * config.block_m * triton.cdiv(N, config.block_n) * R
     steps = triton.cdiv(M, config.block_m)
-    chunks = triton.cdiv(steps, max(1, _DYB_BYTES // step))
+    chunks = triton.cdiv(steps, max(1, DYB_BYTES // step))
     return min(M, triton.cdiv(steps, chunks) * config.block_m)
 
 

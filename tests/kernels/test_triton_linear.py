@@ -80,7 +80,7 @@ def test_partial_sums_of_dyb_in_chunks_of_rows(monkeypatch):
     xa = (x.float() @ a.float().t()).half()
     settings = dy, x, xa, w, a, b, None, 1.0, 0.0, True, True, True, True
     expected, projected = TRITON.backward(*settings), []
-    monkeypatch.setattr(triton_backend, "_DYB_BYTES", 1)
+    monkeypatch.setattr(triton_backend, "DYB_BYTES", 1)
     plain = lowrank.project_outer
     monkeypatch.setattr(lowrank, "project_outer", lambda *given: projected.append(len(given[0])) or plain(*given))
     for one, other in zip(TRITON.backward(*settings), expected, strict=True):
@@ -94,11 +94,11 @@ def test_partial_sums_of_dyb_are_bounded(M, N, R):
     problem = Problem(M, N, 8192, R, "bfloat16", "float32", gradients=("dx", "da", "db"))
     for device in GPU_OF.values():
         config = select(problem, device, (("triton", ""),)).config("project_outer")
-        rows = triton_backend._rows_at_once(M, N, R, config)
+        rows = triton_backend.rows_at_once(M, N, R, config)
         columns = -(-N // config.block_n)
-        assert 4 * columns * rows * R <= triton_backend._DYB_BYTES
+        assert 4 * columns * rows * R <= triton_backend.DYB_BYTES
         # no more chunks than that takes
-        assert rows == M or 8 * columns * rows * R > triton_backend._DYB_BYTES
+        assert rows == M or 8 * columns * rows * R > triton_backend.DYB_BYTES
 
 
 def test_a_rank_beyond_every_tile(form):
