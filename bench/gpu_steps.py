@@ -87,7 +87,7 @@ def steps(out: Path, built: bool = False) -> list[Step]:
         return ["-n", str(processes)] if xdist else []
 
     linear, experts_file = (f"tests/kernels/test_triton_{name}.py" for name in ("linear", "experts"))
-    on_gpu = "tests/ops/test_gpu.py"
+    on_gpu, of_steps = "tests/ops/test_gpu.py", "tests/integrations/test_step_graph.py"
     quantized = "tests/ops/test_gpu_quantized.py", "tests/kernels/test_decode.py"
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
     smoke = [*pytest, linear, "-k", "gate or test_dropout"]
@@ -98,7 +98,7 @@ def steps(out: Path, built: bool = False) -> list[Step]:
     checks = [
         Step("gate", [*pytest, linear, "-k", "gate or integers", *parallel(4)], 120, 1),
         Step("experts-gate", [*pytest, experts_file, "-k", "layout or activation", *parallel(3)], 120, 1),
-        Step("gpu-tests", [*pytest, on_gpu, "-k", "not cuda and not offsets", *parallel(3)], 120, 1),
+        Step("gpu-tests", [*pytest, on_gpu, of_steps, "-k", "not cuda and not offsets", *parallel(3)], 120, 1),
         Step("gpu-experts-tests", [*pytest, "tests/ops/test_gpu_experts.py", *parallel(2)], 120, 1),
     ]
     of_cuda = [

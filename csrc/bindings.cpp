@@ -83,7 +83,7 @@ struct Fields<Linear> {
       REQUIRED(type), REQUIRED(M), REQUIRED(N), REQUIRED(K), OPTIONAL(R), OPTIONAL(transposed), REQUIRED(x),
       REQUIRED(stride_x), REQUIRED(w), REQUIRED(stride_w), OPTIONAL(bias), OPTIONAL(xa), OPTIONAL(stride_xa),
       OPTIONAL(b), OPTIONAL(stride_b), REQUIRED(y), REQUIRED(stride_y), OPTIONAL(overlap_previous),
-      OPTIONAL(tiling), OPTIONAL(a), OPTIONAL(stride_a), OPTIONAL(workspace), OPTIONAL(seed),
+      OPTIONAL(tiling), OPTIONAL(a), OPTIONAL(stride_a), OPTIONAL(workspace), OPTIONAL(xa_in_tiles), OPTIONAL(seed),
       OPTIONAL(drop_below), OPTIONAL(sum_blocks), OPTIONAL(layer_x), OPTIONAL(stride_layer_x), OPTIONAL(da),
       OPTIONAL(da_type), OPTIONAL(layer_xa), OPTIONAL(stride_layer_xa), OPTIONAL(db), OPTIONAL(db_type),
       OPTIONAL(scale)};
@@ -118,8 +118,8 @@ struct Fields<ReduceDy> {
   static constexpr Field fields[] = {
       REQUIRED(type), REQUIRED(b_type), REQUIRED(M), REQUIRED(N), REQUIRED(R), REQUIRED(dy),
       REQUIRED(stride_dy), OPTIONAL(b), OPTIONAL(stride_b), OPTIONAL(xa), OPTIONAL(stride_xa), OPTIONAL(scale),
-      OPTIONAL(dyb), OPTIONAL(stride_dyb), OPTIONAL(db), OPTIONAL(dbias), OPTIONAL(workspace), OPTIONAL(sms),
-      OPTIONAL(rounded)};
+      OPTIONAL(dyb), OPTIONAL(stride_dyb), OPTIONAL(db), OPTIONAL(dbias), OPTIONAL(workspace), OPTIONAL(dyb_bytes),
+      OPTIONAL(sms), OPTIONAL(rounded)};
 };
 template <>
 struct Fields<ReduceX> {

@@ -1,7 +1,7 @@
 """Builds `lorafuse._cuda` with nvcc, or `lorafuse._emu`, the same kernels on a CPU, with g++. Standard library only.
 
     python csrc/build.py check              say which nvcc would build, or why none can (exit status 1)
-    python csrc/build.py cuda [FILE] [--only NAME.cu ...]
+    python csrc/build.py cuda [FILE] [--only NAME.cu ...] [--debug]
     python csrc/build.py emu [FILE] [--sanitize] [--kernels FOLDER]
 
 FILE is the module; without one it is that of this checkout's package. ninja compiles what changed since the last build;
@@ -32,8 +32,11 @@ TARGETS = {
     "_sm80.cu": ("arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_80,code=compute_80"),
 }
 NVCC_FLAGS = (
-    "-std=c++20 -O3 -Xptxas=-v,--warn-on-spills -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas"
+    "-std=c++20 -O3 -Xptxas=-v,--warn-on-spills -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas "
+    "-DLORAFUSE_MOST_LOOKS=0"
 )
+# a kernel that waits for what never comes stops with a message, after seconds
+NVCC_DEBUG_FLAGS = NVCC_FLAGS.replace("MOST_LOOKS=0", f"MOST_LOOKS={2**24}") + " -lineinfo"
 GXX_FLAGS = "-std=c++20 -O2 -fPIC -fvisibility=hidden -Wall -Wno-psabi"
 # unoptimized: it compiles in half the time and the tests run small launches
 SANITIZE = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
@@ -152,18 +155,24 @@ def _write(path: Path, text: str) -> None:
 
 
 def build(
-    target: str, out: Path, sanitize: bool = False, kernels: Path = CSRC / "kernels", only: Sequence[str] = ()
-) -> None:
+    target: str, out: Path, sanitize: bool = False, kernels: Path = CSRC / "kernels", only: Sequence[str] = (),
+    debug: bool = False,
+) -> None:  # fmt: skip
     """Build a module and put it at `out`. Raises Unavailable, or CalledProcessError for sources that do not compile.
 
     `only` names the kernels' files that are compiled: functions of others are looked up when they are called, so that
-    the module loads with RTLD_LAZY alone.
+    the module loads with RTLD_LAZY alone. With `debug`, a kernel that waits too long stops with a message.
     """
     emulated = target == "emu"
     nvcc, version = ("", "") if emulated else find_nvcc()
     gxx = find_gxx()
     copied = kernels != CSRC / "kernels"
-    folder = ROOT / "build" / "csrc" / (target + ("-sanitize" if sanitize else "") + ("-copied" if copied else ""))
+    folder = (
+        ROOT
+        / "build"
+        / "csrc"
+        / (target + ("-sanitize" if sanitize else "") + ("-copied" if copied else "") + ("-debug" if debug else ""))
+    )
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         # tests and installations may build at the same time
@@ -185,7 +194,7 @@ def build(
             python += " -DLORAFUSE_EMULATED"
             link = f"{gxx} -shared $in -o $out"
         else:
-            info = {"compiler": f"nvcc {version}", "architectures": architectures()}
+            info = {"compiler": f"nvcc {version}{' --debug' if debug else ''}", "architectures": architectures()}
             for source in sorted(kernels / name for name in only) if only else sorted(kernels.glob("*.cu")):
                 (ending,) = (e for e in TARGETS if source.name.endswith(e))
                 ninja.compile("nvcc", source, targets=" ".join(f"-gencode {t}" for t in TARGETS[ending]))
@@ -202,7 +211,8 @@ def build(
         gxx_flags = f"{GXX_FLAGS} {SANITIZE}" if sanitize else GXX_FLAGS
         if sanitize:
             link += " -fsanitize=address,undefined"
-        rules = RULES.format(nvcc=nvcc, nvcc_flags=NVCC_FLAGS, gxx=gxx, gxx_flags=gxx_flags, csrc=CSRC, link=link)
+        nvcc_flags = NVCC_DEBUG_FLAGS if debug else NVCC_FLAGS
+        rules = RULES.format(nvcc=nvcc, nvcc_flags=nvcc_flags, gxx=gxx, gxx_flags=gxx_flags, csrc=CSRC, link=link)
         built = ninja.run(rules)
         out.parent.mkdir(parents=True, exist_ok=True)
         # a process that runs the former module keeps it
@@ -211,14 +221,22 @@ def build(
         os.replace(unfinished, out)
 
 
-def main() -> int:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("check", "cuda", "emu"))
     parser.add_argument("file", nargs="?", type=Path, help="of the module; without it, in this checkout's package")
     parser.add_argument("--sanitize", action="store_true", help="emu: with AddressSanitizer and UBSan")
     parser.add_argument("--kernels", type=Path, default=CSRC / "kernels", help="emu: compile these (tests plant bugs)")
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="cuda: a FILE with these of csrc/kernels")
+    parser.add_argument("--debug", action="store_true", help="cuda: a kernel that waits too long stops with a message")
+    return parser
+
+
+def main() -> int:
+    parser = arguments()
     args = parser.parse_args()
+    if args.debug and args.what != "cuda":
+        parser.error("--debug is for cuda: the emulator reports what never comes in any build")
     if args.only and (args.what != "cuda" or not args.file):
         parser.error("--only is for cuda and a FILE: a module that lacks kernels is not that of the package")
     if args.what != "emu" and (args.sanitize or args.kernels != CSRC / "kernels"):
@@ -230,7 +248,8 @@ def main() -> int:
                 find()
             print(f"nvcc {version} ({nvcc})")
         else:
-            build(args.what, args.file or module_file(args.what), args.sanitize, args.kernels.resolve(), args.only)
+            out = args.file or module_file(args.what)
+            build(args.what, out, args.sanitize, args.kernels.resolve(), args.only, args.debug)
     except Unavailable as reason:
         print(reason, file=sys.stderr)
         return 1

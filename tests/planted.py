@@ -33,6 +33,7 @@ _PIPELINE, _EPILOGUE, _LINEAR, _SUMS = (
     "linear_sm90.cuh",
     "adapter_grads_sm90.cuh",
 )
+_TILES = "xa_tiles_sm90.cuh"
 _GROUPED, _SKINNY, _PROJECT, _REDUCE = "grouped_sm90.cuh", "skinny_sm80.cuh", "project_sm80.cuh", "reduce_sm80.cuh"
 _DECODE = "decode_sm80.cuh"
 _NESTED = (
@@ -83,6 +84,27 @@ BUGS = tuple(Bug(*row) for row in (
     ("no_flag_reset", _LINEAR, "fused_xa", "before + 1 == static_cast<uint32_t>(p.order.columns)", "false"),
     ("no_publish_sync", _LINEAR, "fused_xa", "consumer_sync(consumer);", ""),
     ("relaxed_flag", _LINEAR, "fused_xa", "ptx::add_release(flag, 1);", "ptx::add_relaxed(flag, 1);"),
+    ("flag_never_set", _LINEAR, "fused_xa", "ptx::add_release(flag, 1);", ""),
+    # two K-blocks of an item in a stage
+    ("item_half_expected", _LINEAR, "fused_xa", "pipeline.acquire(Item::kBytes);", "pipeline.acquire(Item::kBytes / 2);"),
+    ("item_blocks_overlap", _LINEAR, "fused_xa", "pipeline.a() + i * Plan::kTileABytes", "pipeline.a()"),
+    ("item_a_in_x", _LINEAR, "fused_xa", "pipeline.a() + kBlocks * Plan::kTileABytes + i * kABytes", "pipeline.a() + Plan::kTileABytes + i * kABytes"),
+    ("item_same_block_twice", _LINEAR, "fused_xa", "(block + i) * BLOCK_K", "block * BLOCK_K"),
+    ("item_second_block_first", _LINEAR, "fused_xa", "block + i > 0", "block > 0"),
+    ("item_released_early", _LINEAR, "fused_xa", "end_stage(pipeline, lane, block > 0);", "ptx::wgmma_commit(); pipeline.advance(); pipeline.release_previous(lane);"),
+    # xa in the tiles of the first columns, which are handed out by ticket
+    ("tile_ticket_no_reset", _TILES, "xa_in_tiles", "ptx::store_relaxed(counter, 0);", ""),
+    ("tile_column_last", _TILES, "xa_in_tiles, one block at a time", "return static_cast<int>(ticket);", "return static_cast<int>(ticket) < p.order.tiles() ? p.order.tiles() - 1 - static_cast<int>(ticket) : static_cast<int>(ticket);"),
+    ("tile_no_full_wait", _TILES, "xa_in_tiles", "ptx::mbarrier_wait(full(), parity);", ""),
+    ("tile_no_empty_wait", _TILES, "xa_in_tiles, one block at a time", "ptx::mbarrier_wait(empty(), parity ^ 1);", ""),
+    ("tile_passed_before_written", _TILES, "xa_in_tiles", "ptx::store_shared(word(), static_cast<uint32_t>(tile)); ptx::mbarrier_arrive(full());", "ptx::mbarrier_arrive(full()); ptx::store_shared(word(), static_cast<uint32_t>(tile));"),
+    ("tile_taken_before_read", _TILES, "xa_in_tiles, one block at a time", "ptx::warp_sync(); if (lane == 0) ptx::mbarrier_arrive(empty());", "if (lane == 0) ptx::mbarrier_arrive(empty());"),
+    ("tile_no_init_sync", _TILES, "xa_in_tiles", "// the barriers are there ptx::block_sync();", ""),
+    ("tile_a_not_announced", _TILES, "xa_in_tiles", "pipeline.acquire(Plan::kStageBytes + (tile.column == 0 ? More::kABytes : 0));", "pipeline.acquire(Plan::kStageBytes);"),
+    ("tile_a_of_one_stage", _TILES, "xa_in_tiles", "pipeline.base + More::a(p.stages) + pipeline.stage * More::kABytes", "pipeline.base + More::a(p.stages)"),
+    ("tile_xa_read_in_flight", _TILES, "xa_in_tiles", "finish_blocks(pipeline, lane); publish_xa<T, kRanks>(xa, p, tile.row, consumer, thread);", "publish_xa<T, kRanks>(xa, p, tile.row, consumer, thread); finish_blocks(pipeline, lane);"),
+    ("tile_no_xa_wait", _TILES, "xa_in_tiles", "wait_for_xa(p, tile.row);", ""),
+    ("tile_no_store_wait", _TILES, "xa_in_tiles", "if (thread == 0) ptx::tma_store_wait<0>();", ""),
     # da and db in the launch of dx
     ("sum_no_launch_wait", _LINEAR, "concurrent_backward", "if (p.overlap_previous) " + _LAUNCH_WAIT, "if (p.overlap_previous) ptx::fence_proxy_async();"),
     ("sum_no_wait_read", _SUMS, "concurrent_backward, four stages", "// the sums of the item before have been read consumers_sync();", ""),
@@ -100,6 +122,8 @@ BUGS = tuple(Bug(*row) for row in (
     ("reduce b read before it is there", _REDUCE, "reduce_dy", "// all of b is there ptx::block_sync();", ""),
     ("reduce parts over a tile that is read", _REDUCE, "reduce_dy", "ptx::block_sync(); " + _ADD_PARTS, _ADD_PARTS),
     ("reduce last share not added", _REDUCE, "reduce_dy", f"{_LAST} - {_FIRST} + 1", f"{_LAST} - {_FIRST} + ({_LAST} == {_FIRST})"),
+    ("reduce chunk not added", _REDUCE, "reduce_dy in chunks", "if (!p.is_first) sum += ptx::load_global(carried + i);", ""),
+    ("reduce chunk not carried on", _REDUCE, "reduce_dy in chunks", "if (!p.is_last) ptx::store_global(carried + i, sum);", ""),
     ("skinny mask of the tile's first row", _SKINNY, "project_x, reduce_x", "(row + r) * columns + column", "row * columns + column"),
     ("skinny parts added before they are there", _SKINNY, "project_x, reduce_x", "ptx::block_sync();", ""),
     # quantized weights

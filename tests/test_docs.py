@@ -8,6 +8,7 @@ import importlib
 import io
 import pkgutil
 import re
+import runpy
 import sys
 import tokenize
 from pathlib import Path
@@ -139,8 +140,9 @@ def missing_targets(markdown, makefile):
 
 
 def flags_by_command():
-    """`{command: its flags}` from the argparse parsers themselves, `make gpu` and bench/hopper.py among them."""
+    """`{command: its flags}` from the argparse parsers themselves, those of bench/ and csrc/build.py among them."""
     actual = {"gpu": flags_of(gpu.arguments()), "hopper": flags_of(hopper.arguments())}
+    actual["build.py"] = flags_of(runpy.run_path(str(ROOT / "csrc" / "build.py"))["arguments"]())
     for name in cli.COMMANDS:
         parser = argparse.ArgumentParser()
         importlib.import_module(f"lorafuse.cli.{name}").add_arguments(parser)

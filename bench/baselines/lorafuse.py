@@ -20,6 +20,7 @@ FORMS = {
     "triton": {"backend": "triton"},
     "cuda": {"backend": "cuda"},
     "cuda-single": {"backend": "cuda", "kernel": "cuda fused_xa"},
+    "cuda-tiles": {"backend": "cuda", "kernel": "cuda xa_in_tiles"},
     "cuda-concurrent": {"backend": "cuda", "kernel": "cuda concurrent_backward"},
 }
 

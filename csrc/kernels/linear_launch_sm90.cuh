@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include <lorafuse/ptx/launch.cuh>
+#include <lorafuse/tensor_maps.cuh>
 
 #include "dispatch.hpp"
 #include "linear_sm90.cuh"
@@ -96,8 +96,7 @@ void launch_linear_kernel(const Linear& p, Stream stream) {
   const int tiles = static_cast<int>(tiles_wide);
   int clusters = clusters_launched(p.tiling, tiles);
   if (kForm == Form::kFusedXa) {
-    constexpr int kItemColumns = kRankSteps == 1 ? 16 : kRankSteps == 2 ? 32 : 64;
-    maps.a = matrix_map<T>(p.a, p.R, p.K, p.stride_a, kItemColumns);
+    maps.a = matrix_map<T>(p.a, p.R, p.K, p.stride_a, XaItem<BLOCK_N, kRankSteps>::kColumns);
     // programs without a tile may compute xa
     clusters = clusters_launched(p.tiling, int64_t{tiles} + rows);
     arguments.xa = const_cast<void*>(p.xa);
@@ -144,6 +143,9 @@ void launch_linear(const Linear& p, Stream stream) {
     });
   });
 }
+
+// xa_tiles_sm90.cu
+void launch_xa_tiles(const Linear& p, Stream stream);
 
 extern template void launch_linear<Form::kForward>(const Linear&, Stream);
 extern template void launch_linear<Form::kFusedXa>(const Linear&, Stream);

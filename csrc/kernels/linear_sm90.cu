@@ -10,9 +10,13 @@ using sm90::Form;
 
 // Ranks whose xa, or whose part of da and db, is computed in the accumulators of one work item.
 constexpr int64_t kMaxItemRank = 64;
+// Ranks that tiles compute beside their columns of y: the registers of a thread hold both accumulators.
+constexpr int64_t kMaxTileRank = 32;
 
 void check_fused_xa(const Linear& p) {
-  require(p.R >= 1 && p.R <= kMaxItemRank, "R of ", p.R, ": one launch computes xa of 1 to ", kMaxItemRank, " ranks");
+  const int64_t most = p.xa_in_tiles ? kMaxTileRank : kMaxItemRank;
+  require(p.R >= 1 && p.R <= most, "R of ", p.R, ": one launch computes xa of 1 to ", most, " ranks",
+          p.xa_in_tiles ? " in its tiles" : "");
   require(!p.transposed, "a launch that computes xa reads w [N, K], not transposed");
   require(!p.overlap_previous, "a launch that computes xa waits for nothing and cannot overlap the one before");
   require(p.workspace != nullptr, "workspace is null");
@@ -58,7 +62,7 @@ void linear(const Linear& p, void* stream) {
   const auto launch = [&](void (*launch_form)(const Linear&, Stream)) { launch_form(p, static_cast<Stream>(stream)); };
   if (p.a != nullptr) {
     check_fused_xa(p);
-    launch(sm90::launch_linear<Form::kFusedXa>);
+    launch(p.xa_in_tiles ? sm90::launch_xa_tiles : sm90::launch_linear<Form::kFusedXa>);
   } else if (p.da != nullptr || p.db != nullptr) {
     check_adapter_grads(p);
     launch(sm90::launch_linear<Form::kDxAdapterGrads>);

@@ -51,12 +51,32 @@ struct LinearArguments {
   int row_items;      // clusters of row blocks whose xa is to be computed
   int item_programs;  // by the programs of the first tickets
   uint32_t* workspace;
-  // kDxAdapterGrads: db and da, by the last blocks
+  // kDxAdapterGrads: db and da, by the first blocks
   int sum_blocks;
   Sum sums[2];
   // kDxDropout
   const int64_t* seed;
   uint32_t drop_below;
+};
+
+// What a stage of the ring holds of an item of xa: kBlocks K-blocks of x, then as many of a. One fills 18 to 24 of the
+// 48 KB of a stage of 128x256 tiles, and what the ring keeps in flight is what bounds an item's rate: by simulation of
+// a measured launch 25 GB/s an SM with 54 KB, so that a stage holds two where they fit (docs/hopper.md, step 8).
+template <int BLOCK_N, int kRankSteps>
+struct XaItem {
+  using Plan = SharedPlan<BLOCK_M, BLOCK_N>;
+  // of xa, that wgmma computes
+  static constexpr int kColumns = kRankSteps == 1 ? 16 : kRankSteps == 2 ? 32 : 64;
+  static constexpr int kABytes = kColumns * kBoxRowBytes;
+  static constexpr int kBlocks = 2 * (Plan::kTileABytes + kABytes) <= Plan::kStageBytes ? 2 : 1;
+  static constexpr int kBytes = kBlocks * (Plan::kTileABytes + kABytes);
+
+  LF_DEVICE static uint8_t* x(const Pipeline<BLOCK_M, BLOCK_N>& pipeline, int i) {
+    return pipeline.a() + i * Plan::kTileABytes;
+  }
+  LF_DEVICE static uint8_t* a(const Pipeline<BLOCK_M, BLOCK_N>& pipeline, int i) {
+    return pipeline.a() + kBlocks * Plan::kTileABytes + i * kABytes;
+  }
 };
 
 // Words of the workspace, zero before and after a launch: tickets of programs and of items, then for each row block the
@@ -113,8 +133,7 @@ linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments
   constexpr bool kFused = kForm == Form::kFusedXa;
   constexpr bool kBeside = kForm == Form::kDxAdapterGrads;
   constexpr bool kDropout = kForm == Form::kDxDropout;
-  // of an item: the columns of xa that wgmma computes
-  constexpr int kItemColumns = kRankSteps == 1 ? 16 : kRankSteps == 2 ? 32 : 64;
+  using Item = XaItem<BLOCK_N, kRankSteps>;
   using Plan = SharedPlan<BLOCK_M, BLOCK_N>;
 
   LF_DYNAMIC_SHARED(shared);
@@ -131,14 +150,16 @@ linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments
   // the barriers of both blocks are there
   ptx::cluster_sync();
 
-  const Walk walk{p.order.tiles(), static_cast<int>(gridDim.x) / p.cluster - (kBeside ? p.sum_blocks : 0)};
-  int program = static_cast<int>(blockIdx.x) / p.cluster;
+  // Blocks that sum have the lowest numbers and so start first: their work is as long as that of all tiles of a block.
+  const int sum_blocks = kBeside ? p.sum_blocks : 0;
+  const Walk walk{p.order.tiles(), static_cast<int>(gridDim.x) / p.cluster - sum_blocks};
+  int program = static_cast<int>(blockIdx.x) / p.cluster - sum_blocks;
   int turn = 0;
   if constexpr (kFused) {
     // Numbered as they arrive: whoever waits for an item knows that those who compute items are running.
     program = draw_ticket(p.workspace + kProgramTickets, walk.programs - 1, pipeline.mailbox(), turn, p.cluster, rank);
   }
-  const bool sums = kBeside && program >= walk.programs;
+  const bool sums = kBeside && program < 0;
   const int waves = sums ? 0 : walk.count(program);
   const auto next_item = [&] {
     // each of the item programs draws one ticket that is no item
@@ -154,10 +175,14 @@ linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments
       if (program < p.item_programs) {
         for (int item = next_item(); item < p.row_items; item = next_item()) {
           if (warp == 0 && ptx::elect_one()) {
-            for (int block = 0; block < p.k_blocks; ++block) {
-              pipeline.acquire(Plan::kTileABytes + kItemColumns * kBoxRowBytes);
-              ptx::tma_load(pipeline.a(), &maps.x, block * BLOCK_K, first_row_block(item) * BLOCK_M, pipeline.full());
-              ptx::tma_load(pipeline.b(), &maps.a, block * BLOCK_K, 0, pipeline.full());
+            for (int block = 0; block < p.k_blocks; block += Item::kBlocks) {
+              pipeline.acquire(Item::kBytes);
+              for (int i = 0; i < Item::kBlocks; ++i) {
+                // zeros behind the last column
+                const int k = (block + i) * BLOCK_K;
+                ptx::tma_load(Item::x(pipeline, i), &maps.x, k, first_row_block(item) * BLOCK_M, pipeline.full());
+                ptx::tma_load(Item::a(pipeline, i), &maps.a, k, 0, pipeline.full());
+              }
               pipeline.advance();
             }
           }
@@ -172,7 +197,7 @@ linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments
             ptx::wait_for_previous_launch();
             ptx::fence_proxy_async();
           }
-          for_each_item<BLOCK_N>(p.sums, program - walk.programs, p.sum_blocks,
+          for_each_item<BLOCK_N>(p.sums, program + sum_blocks, sum_blocks,
                                  [&](int sum, int column) { load_item(pipeline, maps.sums[sum], p.M, column); });
         }
       }
@@ -207,18 +232,24 @@ linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments
     if constexpr (kFused) {
       if (program < p.item_programs) {
         for (int item = next_item(); item < p.row_items; item = next_item()) {
-          float d[kItemColumns / 2];
-          for (int block = 0; block < p.k_blocks; ++block) {
-            multiply_block<T, kItemColumns, Major::K, kStepsOfBlock>(d, pipeline, part, lane, block > 0, block > 0);
+          float d[Item::kColumns / 2];
+          for (int block = 0; block < p.k_blocks; block += Item::kBlocks) {
+            begin_stage(pipeline);
+            LF_UNROLL
+            for (int i = 0; i < Item::kBlocks; ++i) {
+              multiply<T, Item::kColumns, Major::K, kStepsOfBlock>(
+                  d, Item::x(pipeline, i) + part.row * kBoxRowBytes, Item::a(pipeline, i), block + i > 0);
+            }
+            end_stage(pipeline, lane, block > 0);
           }
           finish_blocks(pipeline, lane);
-          publish_xa<T, kItemColumns>(d, p, first_row_block(item), consumer, thread);
+          publish_xa<T, Item::kColumns>(d, p, first_row_block(item), consumer, thread);
         }
       }
     }
     if constexpr (kBeside) {
       if (sums) {
-        for_each_item<BLOCK_N>(p.sums, program - walk.programs, p.sum_blocks, [&](int sum, int column) {
+        for_each_item<BLOCK_N>(p.sums, program + sum_blocks, sum_blocks, [&](int sum, int column) {
           sum_item<T>(pipeline, p.sums[sum], p.M, p.R, column, consumer, thread);
         });
       }

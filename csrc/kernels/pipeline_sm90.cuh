@@ -51,7 +51,7 @@ struct SharedPlan {
   static constexpr int kStageBytes = kTileABytes + BLOCK_N * kBoxRowBytes;
   static constexpr int kOutputBytes = BLOCK_M * BLOCK_N * 2;
   // dynamic shared memory is aligned to 16 bytes only
-  static constexpr int bytes(int stages) { return 1024 + stages * (kStageBytes + 16) + kOutputBytes + 16; }
+  LF_HOST_DEVICE static constexpr int bytes(int stages) { return 1024 + stages * (kStageBytes + 16) + kOutputBytes + 16; }
 };
 
 template <int BLOCK_M, int BLOCK_N>

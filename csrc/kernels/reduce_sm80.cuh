@@ -60,6 +60,10 @@ struct Reduce {
   float* rows;     // [column_blocks, M, pitch]
   float* columns;  // [slots, block_n, pitch], transposed [slots, R, block_n]
   float* bias;     // [slots, block_n]; null: not requested
+  // where `left` is the first or last of several chunks of rows, or one between: sums over the chunks so far
+  float* carried_columns;  // as columns_out
+  float* carried_bias;     // [C]
+  bool is_first = true, is_last = true;
 
   float scale;
   void* rows_out;  // [M, R], zeros up to its stride
@@ -257,6 +261,13 @@ LF_DEVICE void store_result(void* out, int64_t index, float value, bool fp32) {
   }
 }
 
+// Adds what the chunks of rows before have summed. False: more chunks follow, and the sum is carried on.
+LF_DEVICE bool carry(const Reduce& p, float* carried, int64_t i, float& sum) {
+  if (!p.is_first) sum += ptx::load_global(carried + i);
+  if (!p.is_last) ptx::store_global(carried + i, sum);
+  return p.is_last;
+}
+
 // The partials' sums, one result a thread: blocks of rows first, then of columns, of bias, of the adapter.
 template <class T>
 LF_KERNEL_SHARED(kThreads, 4) sum_kernel(const Reduce p) {
@@ -288,11 +299,13 @@ LF_KERNEL_SHARED(kThreads, 4) sum_kernel(const Reduce p) {
     const int64_t c = p.transposed ? i % p.C : i / p.R, r = p.transposed ? i / p.C : i % p.R, n = c % p.block_n;
     const int64_t slot_size = p.block_n * (p.transposed ? p.R : p.pitch);
     const float* from = p.columns + first_slot(c) * slot_size + (p.transposed ? r * p.block_n + n : n * p.pitch + r);
-    store_result<T>(p.columns_out, i, p.scale * sum_in_order(from, slots(c), slot_size), p.columns_fp32);
+    float sum = sum_in_order(from, slots(c), slot_size);
+    if (carry(p, p.carried_columns, i, sum)) store_result<T>(p.columns_out, i, p.scale * sum, p.columns_fp32);
   } else if (element(p.bias_out ? p.C : 0, i)) {
     if (i >= p.C) return;
     const float* from = p.bias + static_cast<int64_t>(first_slot(i)) * p.block_n + i % p.block_n;
-    store_result<T>(p.bias_out, i, sum_in_order(from, slots(i), p.block_n), false);
+    float sum = sum_in_order(from, slots(i), p.block_n);
+    if (carry(p, p.carried_bias, i, sum)) store_result<T>(p.bias_out, i, sum, false);
   } else if (element(round_chunks(p.rounded), i)) {
     round_chunk<T>(p.rounded, i);
   }

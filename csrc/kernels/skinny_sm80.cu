@@ -1,4 +1,6 @@
 // Host side of the memory-bound passes of api.hpp: checks, shapes, launches.
+#include <algorithm>
+
 #include <lorafuse/ptx/launch.cuh>
 
 #include "checks.hpp"
@@ -81,6 +83,20 @@ ReducePlan plan_reduce(Reduce& r, int sms) {
   return plan_shape(r, rank_tile(r.R, large), large ? 64 : 32, sms);
 }
 
+// Rows of dy that one launch takes: all, or a chunk of which dyb's partial sums take `most` bytes at most, or are of 64
+// rows. Chunks are about alike.
+int64_t chunk_rows(const Reduce& r, int64_t most) {
+  constexpr int64_t kRows = 64;
+  const int64_t bytes = 4 * kRows * ceil_div<int64_t>(r.C, kReduceN) * round_up<int64_t>(r.R, 2);
+  const int64_t blocks = ceil_div(r.M, kRows), chunks = ceil_div(blocks, std::max<int64_t>(1, most / bytes));
+  return r.rows_out && chunks > 1 ? ceil_div(blocks, chunks) * kRows : r.M;
+}
+
+// Floats behind the partial sums of a launch, where chunks carry on what they have summed.
+int64_t carried_floats(const Reduce& r, int64_t rows) {
+  return rows == r.M ? 0 : (r.columns_out ? r.C * r.R : 0) + (r.bias_out ? r.C : 0);
+}
+
 template <class T, int BLOCK_M, int RANKS>
 void launch_reduce(const Reduce& r, Stream stream) {
   using S = ReduceShape<T, BLOCK_M, kReduceN, RANKS>;
@@ -104,6 +120,32 @@ void run_reduce(Reduce& r, const ReducePlan& plan, void* workspace, Stream strea
   const int64_t sums = (r.rows_out ? blocks(r.M * r.stride_rows_out) : 0) + (r.columns_out ? blocks(r.C * r.R) : 0) +
                        (r.bias_out ? blocks(r.C) : 0) + blocks(round_chunks(r.rounded));
   launch(sum_kernel<T>, LaunchConfig{grid_size(sums), kThreads}, stream, r);
+}
+
+// A launch over `rows` rows after the other.
+template <class T>
+void run_chunks(const Reduce& all, int64_t rows, int sms, void* workspace, Stream stream) {
+  const auto at = [](const void* matrix, int64_t element) -> const void* {
+    return matrix ? static_cast<const T*>(matrix) + element : nullptr;
+  };
+  float* carried = nullptr;
+  for (int64_t row = 0; row < all.M; row += rows) {
+    Reduce r = all;
+    r.M = std::min(rows, all.M - row);
+    r.left = at(all.left, row * all.stride_left);
+    r.right = at(all.right, row * all.stride_right);
+    r.rows_out = const_cast<void*>(at(all.rows_out, row * all.stride_rows_out));
+    r.is_first = row == 0;
+    r.is_last = row + r.M == all.M;
+    // once, in the launch that the product follows
+    if (!r.is_last) r.rounded.out = nullptr;
+    const ReducePlan plan = plan_reduce(r, sms);
+    // the first chunk is the largest
+    if (r.is_first) carried = static_cast<float*>(workspace) + plan.bytes() / 4;
+    r.carried_columns = carried;
+    r.carried_bias = carried + (all.columns_out ? all.C * all.R : 0);
+    run_reduce<T>(r, plan, workspace, stream);
+  }
 }
 
 Reduce reduce_of(const ReduceDy& p) {
@@ -172,11 +214,13 @@ void project_x(const ProjectX& p, void* stream) {
 
 int64_t reduce_dy_workspace(const ReduceDy& p) {
   Reduce r = reduce_of(p);
-  return plan_reduce(r, p.sms).bytes();
+  const int64_t rows = chunk_rows(r, p.dyb_bytes), carried = carried_floats(r, rows);
+  r.M = rows;
+  return plan_reduce(r, p.sms).bytes() + 4 * carried;
 }
 
 void reduce_dy(const ReduceDy& p, void* stream) {
-  Reduce r = reduce_of(p);
+  const Reduce r = reduce_of(p);
   if (!p.dyb && !p.db && !p.dbias) return;
   check_matrix("dy", p.dy, p.N, p.stride_dy);
   if (p.dyb) {
@@ -186,9 +230,10 @@ void reduce_dy(const ReduceDy& p, void* stream) {
   }
   if (p.db) check_matrix("xa", p.xa, p.R, p.stride_xa);
   check_round(p.rounded, p.type);
-  const ReducePlan plan = plan_reduce(r, p.sms);
   check_adapter_type(p.b_type, p.type);
-  choose_type(p.type, [&]<class T>(T) { run_reduce<T>(r, plan, p.workspace, static_cast<Stream>(stream)); });
+  const int64_t rows = chunk_rows(r, p.dyb_bytes);
+  choose_type(p.type,
+              [&]<class T>(T) { run_chunks<T>(r, rows, p.sms, p.workspace, static_cast<Stream>(stream)); });
 }
 
 int64_t reduce_x_workspace(const ReduceX& p) {

@@ -20,6 +20,8 @@ __all__ = ["Count", "Row", "count_file", "examples", "labelled", "load_tokenizer
 _NAMED = 5
 # what a chat template holds around the tokens that are trained on
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# what such a file holds is text, unless it begins with an object
+_TEXT = ".txt"
 # of a JSON array so many characters are read at a time
 CHUNK = 1 << 16
 
@@ -96,13 +98,16 @@ def count_file(path: Path, tokenizer: Any, *, length: int | None = None, goal: s
 
 
 def read_rows(path: Path, tokenizer: Any) -> Iterator[Row]:
-    """The examples of a file of JSON lines, or of one JSON array, as tokens; of a pair, one row for each answer.
+    """The examples of a file of JSON lines, of one JSON array, or of plain text (`.txt`), as tokens; of a pair, one row
+    for each answer.
 
     Supervised are, as TRL trains them: of messages what the chat template marks for training, or where it marks
     nothing, what it renders after the prompt of each assistant's turn; of a completion or an answer all tokens from the
     first that the prompt alone does not have; of a text everything. Texts end with the tokenizer's end of sequence.
-    Lines end at a newline only; a byte-order mark and blank lines are left out. Raises FileNotFoundError without the
-    file, ValueError with the numbers of the records that are no JSON, of another form or that the tokenizer refuses.
+    Lines end at a newline only; a byte-order mark and blank lines are left out. Each line of plain text is a text, a
+    blank one too, as datasets' "text" loader has it; a `.txt` file that begins with a JSON object is JSON lines. Raises
+    FileNotFoundError without the file, ValueError with the numbers of the records that are no JSON, of another form or
+    that the tokenizer refuses.
     """
     return (row for _, rows in _encoded(path, tokenizer, "sft") for row in rows)
 
@@ -128,7 +133,7 @@ class _Unusable(ValueError):
 
 def _encoded(path: Path, tokenizer: Any, goal: str) -> Iterator[tuple[dict[str, Any], list[Row]]]:
     if not path.is_file():
-        raise FileNotFoundError(f"--data {path}: no such file; it must be one of JSON lines, or of a JSON array")
+        raise FileNotFoundError(f"--data {path}: no such file; it must be one of JSON lines, of a JSON array, or .txt")
     bad: list[str] = []
     wrong = 0
     try:
@@ -148,12 +153,17 @@ def _encoded(path: Path, tokenizer: Any, goal: str) -> Iterator[tuple[dict[str, 
         raise ValueError(f"--data {path}: {error}") from error
     if bad:
         more = f"; and {wrong - _NAMED} more" if wrong > _NAMED else ""
-        raise ValueError(f"--data {path}: {'; '.join(bad)}{more}. A record must be {FORMS}")
+        text = "" if path.suffix == _TEXT else f"; plain text is read from {_TEXT} files, a line each"
+        raise ValueError(f"--data {path}: {'; '.join(bad)}{more}. A record must be {FORMS}{text}")
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Records of JSON lines or of an array, each with its place; what is no JSON as an `_Unusable`."""
+    """Records of JSON lines, of an array or of text, each with its place; what is no JSON as an `_Unusable`."""
     with open_regular(path) as file:
+        if path.suffix == _TEXT and not file.peek(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b'{"'):
+            lines = io.TextIOWrapper(file, encoding="utf-8-sig")
+            yield from ((f"line {i}", {"text": line.removesuffix("\n")}) for i, line in enumerate(lines, 1))
+            return
         if file.peek(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
             yield from _array(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
             return

@@ -3,6 +3,7 @@
     plan kernel           launches, in order
     two_kernel            project_x: xa = drop(x) aᵀ, and scale · b rounded; linear: y
     fused_xa              round_adapter: a; round_adapter: scale · b; linear: xa and y
+    xa_in_tiles           the same; tiles of y compute xa
     one_pass_backward     reduce_dy: dyb, db, dbias from one read of dy, and a rounded; linear: dx; reduce_x: da
     concurrent_backward   reduce_dy: the same; linear: dx and da
       where plan.configs  round_adapter: scale · bᵀ; project_x: dyb, and a rounded; linear: dx, da and db
@@ -100,7 +101,10 @@ class Cuda(Aten):
             for one in filter(None, (round_a, round_b)):
                 self.native.round_adapter(**one, **place)
             flags = self._flags(x.device, place["stream"], M)
-            fused_xa = {"a": a.data_ptr(), "stride_a": a.stride(0), "workspace": flags.data_ptr()}
+            fused_xa = {
+                "a": a.data_ptr(), "stride_a": a.stride(0), "workspace": flags.data_ptr(),
+                "xa_in_tiles": config.xa_in_tiles,
+            }  # fmt: skip
         else:
             self.native.project_x(
                 type=TYPES[dtype], a_type=a_type, M=M, K=K, R=R, x=x.data_ptr(), stride_x=x.stride(0),

@@ -21,6 +21,7 @@ from lorafuse.bench.model_run import Case, chosen, run_case
 from lorafuse.bench.result import shown
 from lorafuse.bench.transformer import MODELS, Model, find, free_bytes
 from lorafuse.bench.transformer_cost import Sizes, Training, fitting, training_bytes
+from lorafuse.demo.quantized import TYPES
 from lorafuse.testing.timing import WARM
 
 __all__ = ["SUMMARY", "Case", "add_arguments", "cases", "run_case", "table", "timing"]
@@ -48,10 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--checkpointing", choices=("both", "on", "off"), default="both", help="of activations (both)")
     parser.add_argument("--rank", type=int, default=16, help="of every adapter (16)")
-    # not int8: bitsandbytes moves such a weight out of its parameter, which all variants hold
-    parser.add_argument(
-        "--quant", choices=("nf4", "fp4"), help="store the linear layers by bitsandbytes; --dtype computes"
-    )
+    parser.add_argument("--quant", choices=TYPES, help="how the linear layers are stored; --dtype computes")
     parser.add_argument(
         "--variants", nargs="+", metavar="NAME", help="what to train, as bench/baselines names it (all)"
     )
@@ -65,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def cases(args: argparse.Namespace) -> list[Case]:
     """Every model at every accumulation, with and without checkpointing, each model with the same layers throughout.
 
-    Raises ValueError for unknown models, numbers that are too small, and layers a model does not have.
+    Raises ValueError for unknown models, numbers that are too small, layers a model does not have, and LLM.int8.
     """
     for option in ("layers", "tokens", "batch", "accumulate", "rank", "rounds", "steps"):
         given = getattr(args, option)
@@ -77,6 +75,11 @@ def cases(args: argparse.Namespace) -> list[Case]:
         if used:
             raise ValueError(f"--{option}: it is for layers and blocks; choose what trains a model by --variants")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.quant == "int8" and device.type != "cpu":
+        raise ValueError(
+            "--quant int8: bitsandbytes rounds x to 8 bits on this device and lorafuse does not, so that their losses "
+            "part; measure --quant int8_torchao, or --device cpu"
+        )
     models = (
         list(MODELS.values()) if args.all else [find(n) for n in args.case or [_USUAL.get(device.type, _USUAL["cpu"])]]
     )

@@ -37,7 +37,7 @@ _BEGINS = {"base": "full fine-tuning", "nothing": "the frozen model"}
 class Case:
     """A model of those sizes, `accumulate` micro-batches of `batch` sequences of `tokens` a step.
 
-    `steps`: of the loss curves, from PEFT's own initialization; 0 for none. `quant`: how bitsandbytes stores the base.
+    `steps`: of the loss curves, from PEFT's own initialization; 0 for none. `quant`: how a library stores the base.
     """
 
     model: Model

@@ -49,6 +49,7 @@ _STYLES = {
     "lorafuse-triton": Style("#8c1c13", ">", "++"),
     "lorafuse-cuda": Style("#b5476b", "h", "**"),
     "lorafuse-cuda-single": Style("#e8a0bf", "d", "OO"),
+    "lorafuse-cuda-tiles": Style("#c25b8a", "p", "O."),
     "lorafuse-cuda-concurrent": Style("#7a1f3d", "H", "oo"),
     "unsloth": Style("#cc79a7", "X", "///"),
     "axolotl": Style("#6a3d9a", "*", "\\\\\\"),

@@ -17,12 +17,11 @@ from lorafuse.bench import linear
 from lorafuse.bench.layers import plain_linear
 from lorafuse.bench.linear import Inputs, Linear
 from lorafuse.bench.problem import Variant, Work
-from lorafuse.demo.quantized import linear_4bit, linear_8bit
+from lorafuse.demo.quantized import TYPES, linear_as
 from lorafuse.formats.sizes import stored_bytes
 from lorafuse.operands import Weight
 
 SUMMARY = "one linear layer over a base in 4 or 8 bits, with PEFT and bitsandbytes"
-TYPES = ("nf4", "fp4", "int8", "int8_torchao")
 
 __all__ = ["SUMMARY", "TYPES", "Quantized", "QuantizedInputs", "add_arguments", "cases"]
 
@@ -63,11 +62,7 @@ class Quantized(Linear):
 
     def inputs(self, device: torch.device) -> QuantizedInputs:
         dense = super().inputs(device)
-        plain = plain_linear(dense)
-        if self.quant in ("nf4", "fp4"):
-            layer = linear_4bit(plain, self.quant)
-        else:
-            layer = linear_8bit(plain, "torchao" if self.quant == "int8_torchao" else "bitsandbytes")
+        layer = linear_as(plain_linear(dense), self.quant)
         stored = formats.adopt(layer)
         assert stored is not None
         given = {field.name: getattr(dense, field.name) for field in fields(dense)}

@@ -98,7 +98,7 @@ class Trainee:
         The measured step has two micro-batches at most: from the second on, each starts with gradients in memory.
         """
         step = peak_bytes(lambda: self.update(ids[:2]), ids.device)
-        weights = _bytes([*self.model.parameters(), *_statistics(self.model)])
+        weights = _bytes(_stored(self.model))
         states = self.optimizer.state.values() if self.optimizer is not None else ()
         state = _bytes([v for s in states for v in s.values() if isinstance(v, Tensor)])
         return {
@@ -110,10 +110,14 @@ class Trainee:
         }
 
 
-def _statistics(model: Any) -> list[Tensor]:
-    """What scales the quantized weights of linear layers, which is no parameter of theirs."""
-    weights = (formats.adopt(layer) for layer in model.modules() if isinstance(layer, nn.Linear))
-    return [t for weight in weights if weight is not None for t in weight.statistics]
+def _stored(model: Any) -> list[Tensor]:
+    """The parameters of a model; instead of a quantized weight of a linear layer its codes and what scales them."""
+    adopted = {m.weight: formats.adopt(m) for m in model.modules() if isinstance(m, nn.Linear)}
+    tensors = []
+    for parameter in model.parameters():
+        weight = adopted.get(parameter)
+        tensors += [parameter] if weight is None else [weight.data, *weight.statistics]
+    return tensors
 
 
 def built(baseline: Baseline, given: Any) -> tuple[Trainee, dict[str, Any]]:

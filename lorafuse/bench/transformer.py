@@ -145,7 +145,7 @@ class Given:
     """What the `model` function of a baseline builds from: one frozen base, whose weights all but full share.
 
     `alone`: nothing else is built from the base, so that full fine-tuning may train it in place. `quant`: its linear
-    layers are bitsandbytes', of that type.
+    layers are stored as that one of `lorafuse.demo.quantized.TYPES`.
     """
 
     def __init__(
@@ -248,6 +248,9 @@ def _linear_names(base: Any) -> list[str]:
 def twin(model: Any) -> Any:
     """A copy that shares all frozen parameters and has trainable ones of its own: two variants hold one base."""
     shared = [p for p in model.parameters() if not p.requires_grad]
+    # bitsandbytes' int8 layers hold their weight in a state as well
+    states = [module.state for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
+    shared += [tensor for state in states for tensor in (state.CB, state.SCB)]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 

@@ -114,7 +114,7 @@ def training_bytes(sizes: Sizes, variant: str, training: Training) -> int:
     in float32. PEFT builds W + ΔW of the experts and keeps it for backward. Fused AdamW needs no more.
     """
     size, L = training.itemsize, sizes.layers
-    is_peft = variant.startswith("peft") or variant.startswith("addmm")
+    is_peft = variant.startswith(("peft", "addmm", "liger-peft"))
     inner = sizes.I * max(sizes.k, 1)
     saved = size * (6 * sizes.H + 3 * sizes.D + 4 * sizes.KV + 4 * inner + 3 * sizes.k * sizes.H) + 16 * sizes.H
     if is_peft and size < 4:

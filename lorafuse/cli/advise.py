@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--tokens", type=_number, metavar="N", help="supervised tokens of one epoch: 250k, 10M")
     data.add_argument("--episodes", type=_number, metavar="N", help="policy-gradient episodes of the run")
     data.add_argument(
-        "--data", type=Path, metavar="FILE", help="JSON lines or an array: messages, prompts, pairs, text"
+        "--data", type=Path, metavar="FILE", help="JSON lines, an array or .txt: messages, prompts, pairs, text"
     )
     parser.add_argument("--goal", choices=("sft", "rl"), help="(rl with --episodes, else sft)")
     parser.add_argument("--rank", type=int, help="use this rank instead of the advised one")

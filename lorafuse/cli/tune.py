@@ -26,6 +26,7 @@ from lorafuse.testing.timing import timing
 from lorafuse.tune import measure, report
 from lorafuse.tune.measure import Outcome, Target, is_measured, is_tunable, passes
 from lorafuse.tune.record import record
+from lorafuse.tune.stored import FORMATS
 
 SUMMARY = "measure what is fastest for a model on this GPU, and let plans follow it"
 
@@ -40,9 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--model", type=Path, metavar="DIR", help="the layers of a model directory or its config.json")
     which.add_argument("--case", action="append", metavar="NAME", help="a layer by name; may be repeated")
     which.add_argument("--shape", action="append", metavar="N,K", help="out and in features; may be repeated")
-    parser.add_argument("--m", type=int, nargs="+", default=[512, 2048, 8192], help="tokens (512 2048 8192)")
+    parser.add_argument("--m", type=int, nargs="+", help="tokens (512 2048 8192; with --quant 16 and 64 too)")
     parser.add_argument("--rank", type=int, nargs="+", default=[16], help="of the adapter (16)")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the base (bfloat16)")
+    parser.add_argument(
+        "--quant",
+        choices=FORMATS,
+        default="dense",
+        help="how the base is stored; few rows may decode it in the product",
+    )
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of the adapter (0)")
     parser.add_argument("--device", default="", help="cuda, cuda:1, … (cuda)")
     parser.add_argument("--rounds", type=int, default=40, help="timed calls of each candidate (40)")
@@ -54,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; 1 when a candidate was wrong; 130 when interrupted. Raises ValueError for bad options, MissingDependency."""
+    if args.m is None:
+        args.m = [512, 2048, 8192] if args.quant == "dense" else [16, 64, 512, 2048, 8192]
     _check(args)
     layers, experts = _named(args), 0
     target = _planned(args.gpu) if args.gpu is not None else live_target(args.device)
@@ -145,7 +154,7 @@ def _groups(case: Case, args: argparse.Namespace, target: Target, entries: Seque
     groups = []
     for M in sorted(set(args.m)):
         for R in sorted(set(args.rank)):
-            every = passes(case, M, R, args.dtype, args.dropout > 0)
+            every = passes(case, M, R, args.dtype, args.dropout > 0, args.quant)
             group = [p for p in every if is_tunable(p, target) and not is_measured(p, entries)]
             if group:
                 groups.append(group)

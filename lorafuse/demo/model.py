@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lorafuse.advise.configuration import load_config, load_model, load_pretrained
-from lorafuse.demo.quantized import linear_4bit
+from lorafuse.demo.quantized import linear_as
 from lorafuse.errors import MissingDependency
 
 __all__ = ["load", "load_tokenizer", "quantize", "with_adapter"]
@@ -68,19 +68,18 @@ def weights_file() -> Path:
 
 
 def quantize(model: Any, kind: str) -> Any:
-    """`model` with its linear layers but the output's stored by bitsandbytes, as QLoRA loads them.
+    """`model` with its linear layers but the output's stored as `kind`, one of `lorafuse.demo.quantized.TYPES`.
 
-    `kind` is nf4 or fp4; statistics are nested ("double quantization"). transformers quantizes what it loads, but no
-    GGUF file. Raises MissingDependency without bitsandbytes.
+    transformers quantizes what it loads, but no GGUF file. Raises MissingDependency without the library.
     """
     output = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if type(layer) is not nn.Linear or layer is output:
                 continue
-            setattr(parent, name, linear_4bit(layer, kind))
+            setattr(parent, name, linear_as(layer, kind))
     # PEFT goes by them
-    model.is_loaded_in_4bit = True
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind in ("nf4", "fp4"), kind == "int8"
     return model
 
 

@@ -6,7 +6,16 @@ from torch import nn
 
 from lorafuse.errors import MissingDependency
 
-__all__ = ["keep_packing", "linear_4bit", "linear_8bit"]
+__all__ = ["TYPES", "keep_packing", "linear_4bit", "linear_8bit", "linear_as"]
+
+TYPES = ("nf4", "fp4", "int8", "int8_torchao")
+
+
+def linear_as(layer: nn.Linear, kind: str) -> Any:
+    """The layer stored as `kind`, one of TYPES: by `linear_4bit`, or by `linear_8bit` of bitsandbytes or torchao."""
+    if kind in ("nf4", "fp4"):
+        return linear_4bit(layer, kind)
+    return linear_8bit(layer, "torchao" if kind == "int8_torchao" else "bitsandbytes")
 
 
 def linear_4bit(layer: nn.Linear, kind: str) -> Any:
@@ -52,7 +61,10 @@ def linear_8bit(layer: nn.Linear, library: str = "bitsandbytes") -> Any:
         quantize_(made, Int8WeightOnlyConfig())
         return made
     # the move to a device quantizes
-    return made.to(weight.device)
+    made = made.to(weight.device)
+    # as its first forward does: the weight leaves the parameter, which layers of other models may hold as well
+    made.init_8bit_state()
+    return made
 
 
 def keep_packing(model: nn.Module) -> None:

@@ -7,12 +7,17 @@
 | experts x, SGLang's shared outer | `x.w1` (gate), `x.w3` (up): A `[1, r, H]`, B `[E, I, r]` |
 | | `x.w2` (down): A `[E, r, I]`, B `[1, H, r]` |
 
-Servers scale every layer by one lora_alpha / r: what differs from it is multiplied into B. Read in the sources of vLLM
-(`lora/utils.py`, `lora/lora_model.py`); of SGLang's shared-outer form in what trainers send it (2026-11). Nothing here
-was loaded into a running server.
+Servers scale every layer by one lora_alpha / r: what differs from it is multiplied into B. vLLM takes ranks up to r.
+SGLang copies every tensor into a buffer of rank r and asserts its shape, stacks q, k and v, and gate and up, and drops
+what lies in no `layers.N`: for it ranks are padded by zeros, and a stack that is adapted in part is completed by
+adapters of zeros.
+
+Read in the sources of vLLM (`lora/utils.py`, `lora/lora_model.py`, `lora/worker_manager.py`) and SGLang
+(`srt/lora/lora.py`, `srt/lora/mem_pool.py`, `srt/lora/utils.py`), 2026-11; nothing was loaded into a running server.
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +32,10 @@ __all__ = ["to_sglang", "to_vllm"]
 
 _PREFIX = "base_model.model."
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# what SGLang stacks, and fails on where one of the names is missing
+_STACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# of `layers.N` are the names that it reads; of the others these
+_HEADS = ("embed_tokens", "lm_head")
 
 
 @dataclass
@@ -69,22 +78,31 @@ def to_vllm(
     variants, biases, other modules, convolutions.
     """
     adapter = _read(model, adapter_name)
-    return _finished(adapter, _tensors(adapter, projections, is_shared=False), folder, projections)
+    pairs = _tensors(adapter, projections, is_shared=False, alone=projections[1])
+    return _finished(adapter, pairs, folder, projections)
 
 
 def to_sglang(
     model: nn.Module, folder: str | Path | None = None, *, adapter_name: str = "default", shared_outer: bool = False,
     projections: tuple[str, str, str] = _PROJECTIONS,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """As `to_vllm`, for SGLang. `shared_outer` writes experts as the stacks that its experts_shared_outer_loras reads,
-    and raises ValueError where a model's experts do not share their outer factors.
+    """As `to_vllm`, for SGLang: every tensor has the rank of adapter_config.json, and q, k and v, or gate and up, of a
+    parent are written together, zeros for those without an adapter.
+
+    `shared_outer` writes experts as the stacks that its experts_shared_outer_loras reads, and raises ValueError where a
+    model's experts do not share their outer factors. ValueError too for layers outside of `layers.N`, which it drops.
     """
     adapter = _read(model, adapter_name)
+    dropped = [n for n in adapter.linear if not re.search(r"layers\.\d+\.", n) and not any(h in n for h in _HEADS)]
+    if dropped:
+        raise ValueError(f"SGLang reads adapters of layers.N alone, and would drop that of {dropped[0]}")
+    _complete(adapter, model)
     if shared_outer:
         apart = [n for n, one in adapter.experts.items() if one.gate_up[0].shape[0] > 1 or one.down[1].shape[0] > 1]
         if apart:
             raise ValueError(f"to_sglang: the experts of {apart[0]} share no outer factors: pass shared_outer=False")
-    return _finished(adapter, _tensors(adapter, projections, shared_outer), folder, projections)
+    pairs = _tensors(adapter, projections, shared_outer, alone=projections[0])
+    return _finished(adapter, pairs, folder, projections, is_padded=True)
 
 
 def _read(model: nn.Module, adapter_name: str) -> _Adapter:
@@ -140,17 +158,29 @@ def _read_peft(adapter: _Adapter, name: str, module: Any, which: str) -> None:
         adapter.experts[inner] = _Experts(pair, former.down, (scale, former.scales[1]), E, has_gate)
 
 
+def _complete(adapter: _Adapter, model: nn.Module) -> None:
+    """Give the layers that SGLang stacks with adapted ones adapters of zeros."""
+    layers = {name.removeprefix(_PREFIX): module for name, module in model.named_modules()}
+    for name, (a, b, scale) in list(adapter.linear.items()):
+        parent, _, last = name.rpartition(".")
+        for other in (o for stack in _STACKED if last in stack for o in stack):
+            layer: Any = layers.get(f"{parent}.{other}")
+            if layer is not None and f"{parent}.{other}" not in adapter.linear:
+                zeros = a.new_zeros(a.shape[0], layer.in_features), b.new_zeros(layer.out_features, a.shape[0])
+                adapter.linear[f"{parent}.{other}"] = *zeros, scale
+
+
 def _tensors(
-    adapter: _Adapter, projections: tuple[str, str, str], is_shared: bool
+    adapter: _Adapter, projections: tuple[str, str, str], is_shared: bool, alone: str
 ) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """`{module: (A, B, scale)}` by the names of a server."""
+    """`{module: (A, B, scale)}` by the names of a server, which calls what has no gate beside it `alone`."""
     pairs = dict(adapter.linear)
     for name, one in adapter.experts.items():
         (gate_a, gate_b), (down_a, down_b) = one.gate_up, one.down
         parts = []
         if gate_a.numel():
             halves = gate_b.chunk(2, dim=1) if one.has_gate else (gate_b,)
-            names = (projections[0], projections[1]) if one.has_gate else (projections[1],)
+            names = projections[:2] if one.has_gate else (alone,)
             stacked = ("w1", "w3") if one.has_gate else ("w1",)
             parts += [(n, s, gate_a, half, one.scales[0]) for n, s, half in zip(names, stacked, halves, strict=True)]
         if down_a.numel():
@@ -168,13 +198,16 @@ def _tensors(
 @torch.no_grad()
 def _finished(
     adapter: _Adapter, pairs: dict[str, tuple[Tensor, Tensor, float]], folder: str | Path | None,
-    projections: tuple[str, str, str],
+    projections: tuple[str, str, str], is_padded: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
     rank = max(a.shape[-2] for a, _, _ in pairs.values())
     # of the layers of that rank, so that in most adapters no B is multiplied
     scale = next(s for a, _, s in pairs.values() if a.shape[-2] == rank)
     tensors = {}
     for name, (a, b, own) in pairs.items():
+        if is_padded:
+            missing = rank - a.shape[-2]
+            a, b = nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.detach().contiguous()
         factor = own / scale if scale else 0.0
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = (b.detach() if factor == 1.0 else b.detach() * factor).contiguous()

@@ -42,6 +42,8 @@ _SMALLEST = 1e-30
 _ROUNDED = 2**16
 _TYPES = ("nf4", "fp4")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# of the statistics in quant_state
+_NAMES = "absmax", "code", "state2.absmax", "state2.code", "offset"
 
 
 class _Parameters(NamedTuple):
@@ -210,9 +212,9 @@ def _weight(stored: Tensor, state: Any, owner: str) -> Weight:
             f"{owner} {data.dtype} {list(data.shape)} on {data.device} is not quantized yet: move the model to its "
             "device first, with .to(), which quantizes it, or load its quantized checkpoint"
         )
-    sizes, block, dtype, nested = tuple(state.shape), state.blocksize, state.dtype, getattr(state, "state2", None)
+    sizes, block, dtype, nested = tuple(state.shape or ()), state.blocksize, state.dtype, getattr(state, "state2", None)
     kind = state.quant_type
-    statistics: tuple[Tensor, ...] = state.absmax, state.code
+    statistics: tuple[Any, ...] = state.absmax, state.code
     if nested is not None:
         statistics += nested.absmax, nested.code, state.offset
     # every forward of every layer comes here, so that texts are made for what is refused alone
@@ -221,15 +223,32 @@ def _weight(stored: Tensor, state: Any, owner: str) -> Weight:
         and (nested is None or nested.blocksize == NESTED_BLOCK)
         and not getattr(state, "packing_format_for_cpu", False)
         and data.numel() * data.element_size() == -(-math.prod(sizes) // 2) and data.is_contiguous()
+        and not _misfit(statistics, sizes, block)
     ):  # fmt: skip
-        raise ValueError(_problem(data, state, owner))
+        raise ValueError(_problem(data, statistics, state, owner))
     packed = (data if data.dtype is torch.uint8 else data.view(torch.uint8)).view(-1)
     return Weight(packed, statistics=statistics, format=f"{kind}:{spell(sizes, block=block, dtype=dtype)}")
 
 
-def _problem(data: Tensor, state: Any, owner: str) -> str:
+def _misfit(statistics: tuple[Any, ...], sizes: tuple[int, ...], block: int) -> str:
+    """Which of the statistics has another dtype or size than those of bitsandbytes, and theirs; "" where none has.
+
+    A kernel would read beyond a short one, and a product broadcasts one of a single number.
+    """
+    blocks = -(-math.prod(sizes) // block)
+    counts = blocks, 16, -(-blocks // NESTED_BLOCK), 256, 1
+    is_nested = len(statistics) > 2
+    for index, (t, count) in enumerate(zip(statistics, counts, strict=False)):
+        dtype = torch.uint8 if is_nested and not index else torch.float32
+        if t is None or t.dtype is not dtype or t.numel() != count:
+            given = None if t is None else f"{t.dtype} {list(t.shape)}"
+            return f"{_NAMES[index]} {given}; it is {dtype} [{count}] of {'nested ' * is_nested}blocks of {block}"
+    return ""
+
+
+def _problem(data: Tensor, statistics: tuple[Any, ...], state: Any, owner: str) -> str:
     """Why bitsandbytes' storage cannot be held, and the fix."""
-    sizes, block, dtype, kind = list(state.shape), state.blocksize, state.dtype, state.quant_type
+    sizes, block, dtype, kind = list(state.shape or ()), state.blocksize, state.dtype, state.quant_type
     if getattr(state, "packing_format_for_cpu", False):
         return (
             f"{owner} {sizes} was repacked by bitsandbytes for inference on this CPU, its absmax rounded to bfloat16: "
@@ -247,7 +266,11 @@ def _problem(data: Tensor, state: Any, owner: str) -> str:
     for given, (is_held, rule) in rules.items():
         if not is_held:
             return f"{owner} has {given}; bitsandbytes decodes {rule}: quantize the weight anew"
+    expected = -(-math.prod(sizes) // 2)
+    if data.numel() * data.element_size() == expected and data.is_contiguous():
+        misfit = _misfit(statistics, tuple(sizes), block)
+        return f"{owner} {sizes} has {misfit}: quantize the weight anew, or load its checkpoint again"
     return (
         f"{owner} {sizes} holds {data.numel() * data.element_size()} bytes with strides {list(data.stride())}; it must "
-        f"be {-(-math.prod(sizes) // 2)} contiguous ones: gather a shard, and make a view contiguous"
+        f"be {expected} contiguous ones: gather a shard, and make a view contiguous"
     )

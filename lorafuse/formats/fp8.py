@@ -111,12 +111,15 @@ def _weight(data: Tensor, scale: Tensor, block: tuple[int, ...] | None, order: s
         block = -(-rows // counts[0]), -(-columns // counts[1])
     *groups, block_rows, block_columns = block
     expected = *data.shape[:-2], -(-rows // block_rows), -(-columns // block_columns)
-    if (scale.numel() != 1 and tuple(scale.shape) != expected) or any(
-        group not in (1, *data.shape[:-2]) for group in groups
-    ):
+    if (
+        (scale.numel() != 1 and tuple(scale.shape) != expected)
+        or any(group not in (1, *data.shape[:-2]) for group in groups)
+        or data.dtype not in _DTYPES or not (scale.is_floating_point() or scale.dtype is torch.uint8)
+    ):  # fmt: skip
         raise ValueError(
-            f"{owner} {list(data.shape)} has a scale {list(scale.shape)}; blocks {'x'.join(map(str, block))} make it "
-            f"{list(expected)}: load the checkpoint that belongs to its quantization_config"
+            f"{owner} {data.dtype} {list(data.shape)} has a scale {scale.dtype} {list(scale.shape)}; blocks "
+            f"{'x'.join(map(str, block))} make it floating, or exponents in uint8, {list(expected)}: load the "
+            "checkpoint that belongs to its quantization_config"
         )
     # bytes of MXFP8 checkpoints are exponents
     scale = scale.view(torch.float8_e8m0fnu) if scale.dtype is torch.uint8 else scale

@@ -70,13 +70,14 @@ def select(
 def adopt(storage: object, name: str = "weight") -> Weight | None:
     """The weight of a torchao int8 tensor with one scale a row and no zero points, of bitsandbytes' `Int8Params`, or of
     a layer that holds one as parameter `name`, by reference; None for anything else. Raises ValueError for an
-    `Int8Params` that is not quantized yet.
+    `Int8Params` that is not quantized yet, or has other sizes or dtypes.
     """
     weight: Any = held(storage, name)
     if is_of(weight, "torchao", "Int8Tensor"):
         data, scale, zero = weight.qdata, weight.scale, weight.zero_point
         plain = all(getattr(weight, key) is None for key in ("act_quant_kwargs", "act_pre_scale"))
-        if not plain or scale.shape != (*data.shape[:-1], 1) or not _is_zero(zero):
+        fits = data.dtype is torch.int8 and data.shape == weight.shape and scale.is_floating_point()
+        if not (plain and fits) or scale.shape != (*data.shape[:-1], 1) or not _is_zero(zero):
             return None
         return Weight(data, statistics=(scale,), format="int8")
     # torch.save and FSDP make a plain parameter of an `Int8Params`
@@ -92,6 +93,14 @@ def adopt(storage: object, name: str = "weight") -> Weight | None:
         raise ValueError(
             f"Int8Params {weight.dtype} {list(weight.shape)} on {weight.device} is not quantized yet: build its layer "
             "with has_fp16_weights=False and move it to its device, with .to(), which quantizes it"
+        )
+    layer: Any = storage
+    sizes = data.shape if storage is weight else (layer.out_features, layer.in_features)
+    is_int8 = data.dtype is torch.int8 and absmax.dtype is torch.float32
+    if not is_int8 or data.shape != sizes or absmax.shape != sizes[:1]:
+        raise ValueError(
+            f"Int8Params has CB {data.dtype} {list(data.shape)} and SCB {absmax.dtype} {list(absmax.shape)}; they are "
+            f"int8 {list(sizes)} and fp32 {list(sizes[:1])}: quantize the weight anew, or load its checkpoint again"
         )
     return Weight(data, statistics=(absmax,), format="int8")
 

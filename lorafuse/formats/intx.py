@@ -59,7 +59,8 @@ def select(
 
 def adopt(storage: object, name: str = "weight") -> Weight | None:
     """The weight of one of these tensors, or of a layer that holds one as parameter `name`, by reference; None for
-    anything else. Raises ValueError where activations are quantized too, since torchao has no gradient there.
+    anything else. Raises ValueError where activations are quantized too, since torchao has no gradient there, and for
+    other sizes or dtypes than those of its blocks.
     """
     weight: Any = held(storage, name)
     if not is_of(weight, "torchao", "IntxUnpackedToInt8Tensor", "Int8Tensor"):
@@ -70,8 +71,18 @@ def adopt(storage: object, name: str = "weight") -> Weight | None:
                 f"{type(weight).__name__} {list(weight.shape)} has {key}, with which torchao has no gradient: quantize "
                 "with Int8WeightOnlyConfig or IntxWeightOnlyConfig"
             )
-    zero = weight.zero_point
-    statistics = (weight.scale,) if zero is None else (weight.scale, zero)
-    return Weight(
-        weight.qdata, statistics=statistics, format=f"intx:{spell(block=tuple(weight.block_size), dtype=weight.dtype)}"
-    )
+    data, scale, zero, block = weight.qdata, weight.scale, weight.zero_point, tuple(weight.block_size)
+    statistics = (scale,) if zero is None else (scale, zero)
+    sizes = tuple(weight.shape)
+    # what has other sizes would be broadcast
+    blocks = tuple(size // of for size, of in zip(sizes, block, strict=False) if size % of == 0)
+    if (
+        data.dtype is not torch.int8 or tuple(data.shape) != sizes or len(blocks) != len(sizes)
+        or not scale.is_floating_point() or any(tuple(t.shape) != blocks for t in statistics)
+    ):  # fmt: skip
+        given = ", ".join(f"{t.dtype} {list(t.shape)}" for t in (data, *statistics))
+        raise ValueError(
+            f"{type(weight).__name__} {list(sizes)} in blocks {list(block)} holds data, scale and zero point {given}; "
+            "data is int8 of its sizes, the others have one number a block: quantize the weight anew"
+        )
+    return Weight(data, statistics=statistics, format=f"intx:{spell(block=block, dtype=weight.dtype)}")

@@ -49,10 +49,15 @@ def _scales(statistics: tuple[Tensor, ...], parameters: str, start: int, stop: i
     return (scalers[start:stop] / factors).to(code.dtype) + mean
 
 
-def kernel(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tuple[str, dict[str, Any]]:
-    """The decode kernel, and what it reads: scales are decoded before, for one element of a block."""
+def kernel(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> tuple[str, dict[str, Any]] | None:
+    """The decode kernel, and what it reads: scales are decoded before, for one element of a block. None for blocks that
+    are no power of two, which no tile of a kernel is.
+    """
     scalers, _, _, code = statistics
-    scale, block = _scales(statistics, parameters, 0, scalers.numel()), int(parse(parameters)[1]["block"])
+    block = int(parse(parameters)[1]["block"])
+    if block & (block - 1) or not data.is_contiguous():
+        return None
+    scale = _scales(statistics, parameters, 0, scalers.numel())
     # products of two numbers of 16 bits are exact in fp32
     return "codebook", {"code": data, "table": code, "scale": scale, "block": block, "first": 0, "rounded": code.dtype}
 
@@ -66,7 +71,7 @@ def select(
 
 def adopt(storage: object, name: str = "weight") -> Weight | None:
     """The weight of an `NF4Tensor`, or of a layer that holds one as parameter `name`, by reference; None for anything
-    else. Raises ValueError for one that is transposed, or no matrix.
+    else. Raises ValueError for one that is transposed, no matrix, or has other statistics than its blocks.
     """
     weight: Any = held(storage, name)
     if not is_of(weight, "torchao", "NF4Tensor"):
@@ -78,5 +83,13 @@ def adopt(storage: object, name: str = "weight") -> Weight | None:
             "[N, K] as nn.Linear stores it: quantize that with torchao's to_nf4"
         )
     statistics = weight.quantized_scalers, weight.quantization_factor, weight.scaler_mean, weight.nf4
+    blocks = math.prod(sizes) // weight.block_size
+    counts = blocks, blocks // weight.scaler_block_size, 1, 16
+    if any(t.numel() != count for t, count in zip(statistics, counts, strict=True)):
+        raise ValueError(
+            f"NF4Tensor {list(sizes)} has scalers, factors, mean and table of {[t.numel() for t in statistics]} "
+            f"elements; blocks of {weight.block_size} and {weight.scaler_block_size} make them {list(counts)}: "
+            "quantize the weight with torchao's to_nf4"
+        )
     parameters = spell(sizes, block=weight.block_size, outer=weight.scaler_block_size)
     return Weight(weight.quantized_data, statistics=statistics, format=f"nf4_torchao:{parameters}")

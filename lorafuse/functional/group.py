@@ -250,10 +250,8 @@ def _check(operator: str, x: Tensor, name: str, one: Projection) -> None:
             f"{operator} got a weight {list(data.shape)} of {name} that requires a gradient; it never computes one: "
             "freeze it with weight.requires_grad_(False)"
         )
-    if isinstance(weight, Weight):
-        check_statistics(operator, x, weight)
-        if weight.is_transposed:
-            raise ValueError(f"{operator} got a transposed weight for {name}; it reads [N, K], as nn.Linear stores it")
+    if isinstance(weight, Weight) and weight.is_transposed:
+        raise ValueError(f"{operator} got a transposed weight for {name}; it reads [N, K], as nn.Linear stores it")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{name}'s dropout_p={dropout_p} is not a probability; it must be between 0 and 1")
     check_scale(f"{name}'s scale", scale)

@@ -10,6 +10,7 @@ from lorafuse.ops import linear as _linear
 from lorafuse.ops.autocast import autocast_is_on
 from lorafuse.ops.checks import check_scale, check_statistics, seed_tensor
 from lorafuse.ops.choose import current_backend, for_masks, plan_for
+from lorafuse.ops.served import check_numerics, served_lora_linear
 from lorafuse.ops.transforms import is_transformed
 from lorafuse.plan import Plan
 
@@ -27,6 +28,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     backend: str | None = None,
+    numerics: str = "fused",
 ) -> Tensor:
     """A frozen linear layer with a LoRA adapter: `y = x·weightᵀ + bias + scale · (drop(x)·aᵀ)·bᵀ`.
 
@@ -43,14 +45,18 @@ def lora_linear(
             from torch's default generator. A bool tensor of x's sizes is the mask itself, True for what is kept: it is
             saved for backward, and backend "eager" runs it (`lorafuse.philox.draw_mask` draws nn.Dropout's).
         backend: "eager", "triton", "cuda" or "auto"; None takes that of `lorafuse.use_backend`.
+        numerics: "fused" adds the low-rank path to the sum of the base product, which is rounded once. "vllm" and
+            "sglang" round as the kernels of those servers do, in three products of torch and a sum: xa, the low-rank
+            path and the frozen layer's y are rounded to x's dtype, then their sum. Backward is the same. Neither has
+            dropout.
 
     Returns:
         y `[..., N]` in x's dtype; under autocast in autocast's dtype. Gradients reach x, a, b and bias, each in its
         own dtype.
 
     Raises:
-        ValueError: shapes, devices, scale, dropout_p, seed or the backend name do not fit; the message shows them and
-            the rule.
+        ValueError: shapes, devices, scale, dropout_p, seed, the backend's name or numerics do not fit; the message
+            shows them and the rule.
         TypeError: an operand is no tensor, or dtypes do not fit.
         NotImplementedError: weight requires a gradient.
         BackendUnavailable: the backend asked for cannot run here.
@@ -81,18 +87,21 @@ def lora_linear(
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p={dropout_p} is not a probability; it must be between 0 and 1")
     check_scale("scale", scale)
+    check_numerics(numerics)
     if backend is not None:
         base.require(backend)
-    return run_linear(x, stored, a, b, scale, bias, dropout_p, seed, backend, is_transformed(x))
+    return run_linear(x, stored, a, b, scale, bias, dropout_p, seed, backend, is_transformed(x), numerics=numerics)
 
 
 def run_linear(
     x: Tensor, weight: Tensor | Weight, a: Tensor, b: Tensor, scale: float, bias: Tensor | None, dropout_p: float,
     seed: int | Tensor | None, backend: str | None, transformed: bool = False, wide: bool = False,
+    numerics: str = "fused",
 ) -> Tensor:  # fmt: skip
     """`lora_linear` for callers that already know that the parameters fit each other and the backend can run here.
 
-    `transformed` is the result of `is_transformed(x)`. `wide` computes the low-rank path in fp32, over bf16 too.
+    `transformed` is the result of `is_transformed(x)`. `wide` computes the low-rank path in fp32, over bf16 too, but
+    for the numerics of servers.
     """
     format, statistics = "dense", None
     if isinstance(weight, Weight):
@@ -129,6 +138,10 @@ def run_linear(
         seed = None
     # PEFT computes the low-rank path in the adapters' dtype; of those only fp16 is short of range
     wide |= x.dtype is torch.float16 and not autocast and (a.dtype is not x.dtype or b.dtype is not x.dtype)
+    if numerics != "fused":
+        if dropout_p:
+            raise ValueError(f"numerics={numerics!r} is what a server computes, without dropout; got {dropout_p}")
+        return served_lora_linear(x, weight, bias, a, b, scale, backend, wide, numerics, format, statistics)
     run = _linear.plain_lora_linear if transformed else _linear.lora_linear
     return run(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics)
 

@@ -25,8 +25,8 @@ class LorafuseCallback(TrainerCallback):
     """Patches the model that a Trainer trains, and shows after the first step what ran.
 
     Args:
-        backend, strict, groups, dropout_rng: as in `lorafuse.patch`. With `strict`, a first step in which an adapted
-            layer did not run fused raises RuntimeError.
+        backend, strict, groups, dropout_rng, numerics: as in `lorafuse.patch`. With `strict`, a first step in which an
+            adapted layer did not run fused raises RuntimeError.
         log: is called with the texts on the first process; None for none.
 
     `training.report` and `training.status` hold what was patched and what ran. Training a model without adapted layers
@@ -41,8 +41,9 @@ class LorafuseCallback(TrainerCallback):
         groups: bool = True,
         log: Callable[[str], object] | None = print,
         dropout_rng: str = "philox",
+        numerics: str = "fused",
     ) -> None:
-        self.training = Training(backend, strict, groups, log, dropout_rng)
+        self.training = Training(backend, strict, groups, log, dropout_rng, numerics)
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.training.early(model)

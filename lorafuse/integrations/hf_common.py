@@ -25,6 +25,7 @@ __all__ = [
     "FSDP1",
     "ZERO3",
     "altered",
+    "as_served",
     "described",
     "interception",
     "is_called_otherwise",
@@ -123,6 +124,15 @@ def _only_moves_x(module: nn.Module) -> bool:
 def is_called_otherwise(kind: type) -> bool:
     """Whether modules of a class are called by other functions than torch's, as profilers and tracers arrange it."""
     return kind.__call__ is not CALL or kind._call_impl is not CALL_IMPL  # type: ignore[attr-defined,operator]
+
+
+def as_served(parts: Any, numerics: str) -> Any:
+    """The operands of a layer that is to compute what a server does, or the reason why it cannot."""
+    if parts is None or isinstance(parts, str):
+        return parts
+    if type(parts) is not tuple:
+        return f"numerics={numerics!r} is that of one plain LoRA adapter"
+    return f"numerics={numerics!r} has no dropout" if parts[5] else parts
 
 
 def interception(x: Tensor) -> str | None:

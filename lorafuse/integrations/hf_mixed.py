@@ -1,4 +1,5 @@
-"""PEFT's mixed batches (`adapter_names`, an adapter for each sample) as one operator, in evaluation and in training.
+"""PEFT's mixed batches (`adapter_names`, an adapter for each sample) as one operator, in evaluation and in training;
+aLoRA too, alone or in such a batch: the tokens before its invocation are rows without an adapter.
 
 PEFT runs a layer's adapters one after the other, and refuses such batches in training, at the model and not at its
 layers: the patched model's class lifts that.
@@ -7,6 +8,7 @@ layers: the patched model's class lifts that.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from lorafuse.functional import lora_linear_multi
 from lorafuse.integrations.hf_quantized import run_quantized
+from lorafuse.integrations.hf_variants import Masked
 from lorafuse.operands import Weight
 
 __all__ = ["FusedLoraModel", "lift", "lower", "run_mixed"]
@@ -60,8 +63,12 @@ def lower(model: nn.Module) -> None:
             module.__class__ = LoraModel
 
 
-def run_mixed(layer: Any, x: Tensor, names: list[str], read: Callable[[Any, list[str]], Any]) -> Tensor | str | None:
+def run_mixed(
+    layer: Any, x: Tensor, names: list[str], read: Callable[[Any, list[str]], Any], alora: list[int | None] | None
+) -> Tensor | str | None:
     """y of a layer whose sample i has the adapter `names[i]`; `read` gives the operands of one adapter.
+
+    `alora` is PEFT's `alora_offsets`: how many tokens at the end of each sample an aLoRA adapter has; None is none.
 
     None where PEFT is to check the call, or nothing is adapted; a str, the reason, for what cannot be fused.
     """
@@ -72,20 +79,29 @@ def run_mixed(layer: Any, x: Tensor, names: list[str], read: Callable[[Any, list
         return None
     known = {name: read(layer, [name]) for name in used if name in adapted}
     for parts in (known := known or {"": read(layer, [next(iter(adapted))])}).values():
-        if type(parts) is not tuple:
+        if type(parts) not in (tuple, Masked):
             return (
                 parts
                 if isinstance(parts, str)
                 else "a bias of lora_B, a scale in a tensor, or a variant of LoRA, in a mixed batch"
             )
+    masked = {name for name, parts in known.items() if type(parts) is Masked}
+    if masked and x.dim() > 3:
+        return f"aLoRA, which counts the tokens of [B, T, K], over an x of {x.dim()} dimensions"
     if "_lorafuse_dropout_rng" in layer.__dict__ and any(parts[5] for parts in known.values()):
-        return 'a mixed batch with dropout and dropout_rng="torch"; PEFT draws a mask for each adapter'
+        return 'rows of several adapters, or of aLoRA, with dropout and dropout_rng="torch"; PEFT draws masks of these'
     weight, any_a, any_b, _, bias, _ = next(iter(known.values()))
     absent = weight, any_a[:0], any_b[:, :0], 1.0, bias, 0.0
     _, a, b, scales, _, p = zip(*(known.get(name, absent) for name in used), strict=True)
     where = {name: i for i, name in enumerate(used)}
-    index = tuple(where.get(name, len(used)) for name in names)
-    offsets, order, place = _sorted(index, len(used), x[0].numel() // x.shape[-1], x.device)
+    tokens = x[0].numel() // x.shape[-1]
+    own = [tokens] * len(names)
+    if masked:
+        own = [
+            min((alora[i] if alora else 0) or 0, tokens) if name in masked else tokens for i, name in enumerate(names)
+        ]
+    index = tuple(zip((where.get(name, len(used)) for name in names), own, strict=True))
+    offsets, order, place = _sorted(index, len(used), tokens, x.device)
     ranks = [one.shape[0] for one in a]
 
     def run(
@@ -96,25 +112,31 @@ def run_mixed(layer: Any, x: Tensor, names: list[str], read: Callable[[Any, list
             x, offsets, weight, a, b, ranks=ranks, scales=scales, bias=bias, dropout_p=p, backend=backend, wide=wide
         )
 
-    rows = x if order is None else x.index_select(0, order)
+    rows = x if order is None else x.flatten(0, -2).index_select(0, order)
     stacked = weight, torch.cat(a), torch.cat(b, dim=1), scales, bias, p
     if isinstance(weight, Weight):
         y = run_quantized(layer._modules["base_layer"], rows, stacked, layer._lorafuse_backend, run)
     else:
         y = run(rows, *stacked, None, layer._lorafuse_backend)
-    return y if place is None else y.index_select(0, place)
+    return y if place is None else y.index_select(0, place).view(*x.shape[:-1], -1)
 
 
 @lru_cache(maxsize=256)
 def _sorted(
-    index: tuple[int, ...], count: int, tokens: int, device: torch.device
+    index: tuple[tuple[int, int], ...], count: int, tokens: int, device: torch.device
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`(offsets of rows, order, place)` of samples with `tokens` rows each, as `lorafuse.nn.multi` has them; copied to
-    the device once for all layers of a model, and not in each of them.
+    """`(offsets of rows, order, place)` of samples with `tokens` rows each, the last of which are their adapter's, as
+    `lorafuse.nn.multi` has them; copied to the device once for all layers of a model, and not in each of them.
+
+    `index` has the adapter, or `count` for none, and the number of its rows of each sample.
     """
-    ends = torch.tensor([tokens * sum(i <= g for i in index) for g in range(count)], dtype=torch.int32, device=device)
-    order = sorted(range(len(index)), key=index.__getitem__)
-    if order == list(range(len(index))):
-        return ends, None, None
-    place = sorted(range(len(index)), key=order.__getitem__)
-    return ends, torch.tensor(order, device=device), torch.tensor(place, device=device)
+    parts = [(count, i * tokens, (i + 1) * tokens - own) for i, (_, own) in enumerate(index)]
+    parts += [(adapter, (i + 1) * tokens - own, (i + 1) * tokens) for i, (adapter, own) in enumerate(index)]
+    parts = sorted((one for one in parts if one[1] < one[2]), key=lambda one: one[:2])
+    ends = [sum(stop - start for adapter, start, stop in parts if adapter <= g) for g in range(count)]
+    offsets = torch.tensor(ends, dtype=torch.int32, device=device)
+    if all(one[2] == after[1] for one, after in pairwise(parts)):
+        return offsets, None, None
+    order = torch.cat([torch.arange(start, stop) for _, start, stop in parts])
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    return offsets, order.to(device), place.to(device)

@@ -16,7 +16,7 @@ from lorafuse.integrations.hf_common import FSDP1, is_fsdp1, is_fsdp2, watched
 from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, wrappers
 from lorafuse.integrations.hf_mixed import lift, lower
 from lorafuse.integrations.hf_peft import FusedLinear, FusedTorchaoLinear, FusedWeight, Member, why_not_fused
-from lorafuse.integrations.hf_quantized import described_format, notes, stored
+from lorafuse.integrations.hf_quantized import described_format, has_finite_scales, notes, stored
 from lorafuse.integrations.report import Patched, PatchReport, Skipped
 from lorafuse.operands import Weight
 
@@ -53,7 +53,7 @@ def _full_name(layer: BaseTunerLayer) -> str:
     return f"{type(layer).__module__}.{type(layer).__qualname__}"
 
 
-def _reason(layer: BaseTunerLayer, is_resting: bool) -> str:
+def _reason(layer: BaseTunerLayer, is_resting: bool, numerics: str) -> str:
     """Why a layer is left to PEFT, or "" if lorafuse takes it; `is_resting`: it lies in a module that FSDP2 shards."""
     if not isinstance(layer, LoraLayer):
         return f"{_full_name(layer)} is not a LoRA layer"
@@ -71,10 +71,12 @@ def _reason(layer: BaseTunerLayer, is_resting: bool) -> str:
         return reason
     shipped: Any = next(kind for kind in type(layer).__mro__ if kind in classes.values())
     if _kind(layer) == "experts":
+        if numerics != "fused":
+            return f"numerics={numerics!r} is that of linear layers"
         parts = expert_parts(layer, is_resting)
         # experts whose adapters are merely off, merged or elsewhere run fused when they are on again
         return parts if isinstance(parts, str) and parts != NOTHING_ACTIVE else ""
-    return why_not_fused(layer, shipped, is_resting)
+    return why_not_fused(layer, shipped, is_resting, numerics)
 
 
 def _replaced_forward(layer: nn.Module) -> str:
@@ -90,9 +92,10 @@ def _replaced_forward(layer: nn.Module) -> str:
     return "its forward was replaced before lorafuse.patch: patch before that, where the model allows it"
 
 
-def survey(model: nn.Module, backend: str) -> tuple[PatchReport, list[LoraLayer]]:
+def survey(model: nn.Module, backend: str, numerics: str = "fused") -> tuple[PatchReport, list[LoraLayer]]:
     """The report on every adapted layer of the model, and the layers lorafuse takes. Changes and computes nothing."""
     report, layers = PatchReport(), []
+    infinite: list[str] = []
     # what lies inside another module: wrappers of the same experts, and layers that are never called
     inner: set[nn.Module] = set()
     reasons: dict[nn.Module, str] = {}
@@ -113,7 +116,7 @@ def survey(model: nn.Module, backend: str) -> tuple[PatchReport, list[LoraLayer]
             continue
         if isinstance(layer, ParamWrapper):
             inner.update(wrappers(layer)[1:])
-        reason = reasons.get(layer) or _reason(layer, layer in resting)
+        reason = reasons.get(layer) or _reason(layer, layer in resting, numerics)
         if reason:
             report.skipped.append(Skipped(name, _kind(layer), reason))
             continue
@@ -122,7 +125,14 @@ def survey(model: nn.Module, backend: str) -> tuple[PatchReport, list[LoraLayer]
         weight = None if isinstance(layer, ParamWrapper) else stored(layer.get_base_layer())
         if isinstance(weight, Weight):
             report.bases[name] = described_format(weight)
+            if not has_finite_scales(weight):
+                infinite.append(name)
     report.notes += notes(model)
+    if infinite:
+        report.notes.append(
+            f"{len(infinite)} quantized weights have scales that are NaN or infinite, as outputs will be; the first is "
+            f"{infinite[0]}: load the checkpoint again, or look for such values in what was quantized"
+        )
     return report, layers
 
 
@@ -133,7 +143,7 @@ def _shown_backend(layer: LoraLayer, backend: str) -> str:
     return able[0] if backend == "auto" and len(able) == 1 else backend
 
 
-def adopt(layer: Any, backend: str, dropout_rng: str = "philox") -> None:
+def adopt(layer: Any, backend: str, dropout_rng: str = "philox", numerics: str = "fused") -> None:
     """Make a layer that `survey` listed one of our classes."""
     if type(layer) is ParamWrapper:
         layer.__class__ = FusedWeight if _kind(layer) == "linear" else FusedExperts
@@ -142,10 +152,13 @@ def adopt(layer: Any, backend: str, dropout_rng: str = "philox") -> None:
         layer.__class__ = ours.get(type(layer), type(layer))
     # None follows lorafuse.use_backend at every call
     layer._lorafuse_backend = None if backend == "auto" else backend
-    # absent from layers whose masks are lorafuse's own
+    # absent from layers whose masks, or numerics, are lorafuse's own
     layer.__dict__.pop("_lorafuse_dropout_rng", None)
     if dropout_rng != "philox":
         layer._lorafuse_dropout_rng = dropout_rng
+    layer.__dict__.pop("_lorafuse_numerics", None)
+    if numerics != "fused":
+        layer._lorafuse_numerics = numerics
     calls.begin(layer)
 
 
@@ -186,6 +199,7 @@ def release(model: nn.Module) -> int:
         layer.__class__ = classes[type(layer)]
         del layer._lorafuse_backend
         layer.__dict__.pop("_lorafuse_dropout_rng", None)
+        layer.__dict__.pop("_lorafuse_numerics", None)
         calls.end(layer)
         groups.leave(layer)
     return len(layers)

@@ -6,6 +6,7 @@ everything else. Each forward reads the layer's present state, so adapters may b
 merged or disabled at any time, and weights moved, sharded and loaded.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from lorafuse.integrations.hf_common import (
     FSDP1,
     ZERO3,
     altered,
+    as_served,
     described,
     interception,
     is_dtensor,
@@ -36,7 +38,7 @@ from lorafuse.integrations.hf_experts import why_not_wrapped
 from lorafuse.integrations.hf_mixed import run_mixed
 from lorafuse.integrations.hf_quantized import PACKED, is_quantized, multiplies_packed, run_quantized, stored
 from lorafuse.integrations.hf_tensor_parallel import TWO_MESHES, Sharded, run_sharded, sharded_parts
-from lorafuse.integrations.hf_variants import Dora, column_factor, magnitude_of, run_dora_layer, variant_of
+from lorafuse.integrations.hf_variants import Dora, Masked, column_factor, magnitude_of, run_dora_layer, variant_of
 from lorafuse.operands import Weight
 from lorafuse.philox import draw_mask
 
@@ -72,7 +74,8 @@ _DROPOUT_FORWARD = original(nn.Dropout, "forward")
 _IDENTITY_FORWARD = original(nn.Identity, "forward")
 _DROPOUT = original(nn.functional, "dropout")
 
-
+# variants that run one adapter alone
+_APART = {"alora": "aLoRA", "dora": "DoRA"}
 # PEFT's class: the forward that it shipped, None where that was replaced before lorafuse came
 _forwards: dict[type, Any] = {}
 
@@ -87,15 +90,22 @@ def fused(shipped: type) -> Any:
             return shipped.forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
         parts: Any = None
         # disabled and merged adapters are PEFT's own paths and cost no more there
-        if not (args or kwargs or self._disable_adapters or self.merged_adapters):
+        # aLoRA's models give all layers its offsets
+        is_plain = not kwargs or kwargs.keys() == {"alora_offsets"}
+        if is_plain and not (args or self._disable_adapters or self.merged_adapters):
             parts = interception(x)
             if parts is None:
                 if multiplies_packed(self._modules["base_layer"], x):
                     calls.fell_back(self, PACKED)
-                    return shipped.forward(self, x)  # type: ignore[attr-defined]
+                    return shipped.forward(self, x, **kwargs)  # type: ignore[attr-defined]
                 parts = _parts(self) if shipped.forward is own else _replaced(shipped)  # type: ignore[attr-defined]
+            # absent from layers with the numerics of lorafuse's kernels
+            numerics = self.__dict__.get("_lorafuse_numerics")
+            if numerics is not None:
+                parts = as_served(parts, numerics)
             if type(parts) is _Unfolded:
                 parts = _folded(*parts)
+            mask = None
             if type(parts) is tuple:
                 mask = _mask(self, x, parts)
                 # (group, index); absent from layers in no group
@@ -105,28 +115,22 @@ def fused(shipped: type) -> Any:
                     if y is not None:
                         calls.ran_grouped(self)
                         return y
-                rows = x if x.dim() <= 4 else x.flatten(0, -4)
-                if type(parts[0]) is not Weight:
-                    y = run_linear(rows, *parts, mask, self._lorafuse_backend)  # type: ignore[call-arg]
-                else:
-                    y = run_quantized(self._modules["base_layer"], rows, parts, self._lorafuse_backend, seed=mask)
+            if type(parts) is Masked:
+                names = [name for name in self.active_adapters if name in self.lora_A] * len(x)
+                parts = run_mixed(self, x, names, _parts, kwargs.get("alora_offsets"))
+            elif parts is not None and type(parts) is not str:
+                parts = _output(self, x, parts, mask, numerics)
+            if isinstance(parts, Tensor):
                 calls.ran(self)
-                return y if rows is x else y.unflatten(0, x.shape[:-3])
-            if type(parts) is Dora:
-                rows = x if x.dim() <= 4 else x.flatten(0, -4)
-                y = run_dora_layer(self, rows, parts)
-                calls.ran(self)
-                return y if rows is x else y.unflatten(0, x.shape[:-3])
-            if type(parts) is Sharded:
-                y = run_sharded(x, parts, self._lorafuse_backend)
-                calls.ran(self)
-                return y
+                return parts
             if parts and not torch.compiler.is_compiling():
                 warn_once("a patched linear layer runs as PEFT ships it", parts)
-        elif kwargs.keys() == {"adapter_names"} and not args:
+        elif kwargs.keys() in ({"adapter_names"}, {"adapter_names", "alora_offsets"}) and not args:
             parts = interception(x)
-            if parts is None and kwargs["adapter_names"] is not None:
-                parts = run_mixed(self, x, kwargs["adapter_names"], _parts)
+            if parts is None and "_lorafuse_numerics" in self.__dict__:
+                parts = "a mixed batch with the numerics of a server"
+            elif parts is None and kwargs["adapter_names"] is not None:
+                parts = run_mixed(self, x, kwargs["adapter_names"], _parts, kwargs.get("alora_offsets"))
             if isinstance(parts, Tensor):
                 calls.ran(self)
                 return parts
@@ -136,6 +140,24 @@ def fused(shipped: type) -> Any:
         return shipped.forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
 
     return forward
+
+
+def _output(layer: Any, x: Tensor, parts: Any, mask: Tensor | None, numerics: str | None) -> Tensor:
+    """y of a layer that runs alone: `parts` are `_Operands`, Dora or Sharded; `numerics` of a server, None of ours."""
+    if type(parts) is Sharded:
+        return run_sharded(x, parts, layer._lorafuse_backend)
+    # the operators take x of up to four dimensions
+    rows = x if x.dim() <= 4 else x.flatten(0, -4)
+    if type(parts) is Dora:
+        y = run_dora_layer(layer, rows, parts)
+    else:
+        # the usual one where it is None
+        run: Any = None if numerics is None else partial(run_linear, numerics=numerics)
+        if type(parts[0]) is not Weight:
+            y = (run or run_linear)(rows, *parts, mask, layer._lorafuse_backend)
+        else:
+            y = run_quantized(layer._modules["base_layer"], rows, parts, layer._lorafuse_backend, run, mask)
+    return y if rows is x else y.unflatten(0, x.shape[:-3])
 
 
 def _mask(layer: Any, x: Tensor, operands: _Operands) -> Tensor | None:
@@ -207,7 +229,7 @@ FusedWeight.__name__ = ParamWrapper.__name__
 
 def _parts(
     layer: Any, active: Any = None, is_resting: bool = False
-) -> _Operands | _Unfolded | Dora | Sharded | str | None:
+) -> _Operands | _Unfolded | Dora | Masked | Sharded | str | None:
     """The operands of the layer's present state, or what they are to be computed from: nothing is computed here.
     `active` are the names of the adapters, None for the layer's own active ones.
 
@@ -259,8 +281,8 @@ def _parts(
             variant, reason = variant_of(layer, name)
             if reason:
                 return reason
-            if variant == "dora" and len(names) > 1:
-                return "several active adapters, one of them DoRA; PEFT scales what the others add too"
+            if variant in _APART and len(names) > 1:
+                return f"several active adapters, one of them {_APART[variant]}"
         a, b, dropout = lora_a[name], lora_b[name], modules["lora_dropout"]._modules[name]
         if type(a) is not nn.Linear or type(b) is not nn.Linear or altered(base, a, b, dropout):
             return _why_not_plain(base, a, b)
@@ -276,13 +298,14 @@ def _parts(
         if p and len(names) > 1:
             return "several active adapters with dropout; PEFT draws a mask for each"
         b_bias, scale = b._parameters["bias"], layer.scaling[name]
-        if variant == "dora":
+        if variant in _APART:
             if b_bias is not None or isinstance(scale, Tensor):
-                return "DoRA with a bias of lora_B, or with its scale in a tensor"
+                return f"{_APART[variant]} with a bias of lora_B, or with its scale in a tensor"
+            operands = weight, a_weight, b_weight, scale, base._parameters["bias"], p
+            if variant == "alora":
+                return Masked(*operands)
             magnitude = magnitude_of(layer, name, a_weight.device)
-            if isinstance(magnitude, str):
-                return magnitude
-            return Dora(weight, a_weight, b_weight, scale, base._parameters["bias"], p, magnitude)
+            return magnitude if isinstance(magnitude, str) else Dora(*operands, magnitude)
         columns = column_factor(layer, name) if variant == "kasa" else None
         if len(names) == 1 and b_bias is None and columns is None and not isinstance(scale, Tensor):
             return weight, a_weight, b_weight, scale, base._parameters["bias"], p
@@ -369,7 +392,9 @@ def _folded(weight: Tensor | Weight, bias: Tensor | None, factors: list[_Factors
     return weight, a, b, 1.0, bias, dropout_p
 
 
-def why_not_fused(layer: Any, shipped: type, is_resting: bool) -> str:
+def why_not_fused(layer: Any, shipped: type, is_resting: bool, numerics: str = "fused") -> str:
     """Why a layer of one of PEFT's classes cannot run fused in its present state, or "" if it can."""
-    parts = _parts(layer, None, is_resting) if _forwards[shipped] is shipped.forward else _replaced(shipped)  # type: ignore[attr-defined]
+    parts: Any = _parts(layer, None, is_resting) if _forwards[shipped] is shipped.forward else _replaced(shipped)  # type: ignore[attr-defined]
+    if numerics != "fused":
+        parts = as_served(parts, numerics)
     return parts if isinstance(parts, str) else ""

@@ -33,6 +33,7 @@ __all__ = [
     "Dtypes",
     "described_format",
     "dtypes_of",
+    "has_finite_scales",
     "is_quantized",
     "multiplies_packed",
     "notes",
@@ -185,6 +186,12 @@ def described_format(weight: Weight) -> str:
     if len(weight.statistics) > 2:
         parts.append("nested")
     return ", ".join(parts)
+
+
+def has_finite_scales(weight: Weight) -> bool:
+    """Whether what scales a weight is finite; looked at by `lorafuse.patch` alone, since it waits for a GPU."""
+    plain = (t for t in weight.statistics if type(t) in (Tensor, nn.Parameter) and not t.is_meta)
+    return all(bool(t.float().isfinite().all()) for t in plain if t.is_floating_point())
 
 
 def notes(model: nn.Module) -> list[str]:

@@ -1,4 +1,4 @@
-"""PEFT's variants of LoRA that lorafuse runs: DoRA, and those that are LoRA with other factors (MiCA, KaSA).
+"""PEFT's variants of LoRA that lorafuse runs: DoRA, aLoRA, and those that are LoRA with other factors (MiCA, KaSA).
 
 The rest stays with PEFT. Each is known by its class, whose forward must be PEFT's own.
 """
@@ -14,7 +14,7 @@ from lorafuse.integrations.hf_common import altered, original
 from lorafuse.integrations.hf_quantized import run_quantized
 from lorafuse.operands import Weight
 
-__all__ = ["Dora", "column_factor", "magnitude_of", "run_dora_layer", "variant_of"]
+__all__ = ["Dora", "Masked", "column_factor", "magnitude_of", "run_dora_layer", "variant_of"]
 
 
 class Dora(NamedTuple):
@@ -29,16 +29,29 @@ class Dora(NamedTuple):
     magnitude: Tensor
 
 
+class Masked(NamedTuple):
+    """The operands of a layer with one aLoRA adapter, which the last tokens of a sample have."""
+
+    weight: Tensor | Weight
+    a: Tensor
+    b: Tensor
+    scale: float
+    bias: Tensor | None
+    dropout_p: float
+
+
 _DORA_FORWARD = original(dora.DoraLinearLayer, "forward")
 # variants of linear layers, by what lorafuse computes of them; older versions of PEFT lack some
-_KNOWN: dict[str, str] = {"DoraLinearVariant": "dora", "MiCALinearVariant": "lora", "KasaLinearVariant": "kasa"}
+_KNOWN: dict[str, str] = {
+    "ALoraLinearVariant": "alora", "DoraLinearVariant": "dora", "MiCALinearVariant": "lora", "KasaLinearVariant": "kasa"
+}  # fmt: skip
 _FORWARDS = {
     kind: original(kind, "forward") for name in _KNOWN if (kind := getattr(variants, name, None)) is not None
 }  # fmt: skip
 
 
 def variant_of(layer: Any, name: str) -> tuple[str, str]:
-    """`(kind, reason)` of an adapter: kind "lora", "dora" or "kasa", or "" with the reason why PEFT runs it."""
+    """`(kind, reason)` of an adapter: kind "lora", "alora", "dora" or "kasa", or "" and the reason why PEFT runs it."""
     variant = layer.lora_variant.get(name)
     if variant is None:
         return "lora", ""

@@ -9,6 +9,7 @@ from torch import nn
 from lorafuse.backends import base
 from lorafuse.errors import MissingDependency
 from lorafuse.integrations.report import PatchReport
+from lorafuse.ops.served import check_numerics
 from lorafuse.philox import check_dropout_rng
 from lorafuse.versions import MINIMUM, is_older
 
@@ -31,8 +32,9 @@ def _hf_model() -> ModuleType:
 
 
 def patch(
-    model: nn.Module, *, backend: str = "auto", strict: bool = False, groups: bool = True, dropout_rng: str = "philox"
-) -> PatchReport:
+    model: nn.Module, *, backend: str = "auto", strict: bool = False, groups: bool = True, dropout_rng: str = "philox",
+    numerics: str = "fused",
+) -> PatchReport:  # fmt: skip
     """Run every LoRA layer of a PEFT model fused, in place; the rest of the model and its files stay as they are.
 
     Parameters, state dict, configuration and adapter management remain PEFT's: train, save, load, merge, switch, add
@@ -52,25 +54,30 @@ def patch(
         dropout_rng: "torch" draws the masks that PEFT draws at the same seed, in the same calls, so that curves are
             PEFT's: each is saved for backward, a byte for each element of x, and backend "eager" runs the layers whose
             dropout is on, each alone. "philox" draws lorafuse's own, which no kernel has to read.
+        numerics: "vllm" or "sglang" round as the LoRA kernels of those servers do, so that a policy trains on the
+            numbers that it samples from (`lorafuse.functional.lora_linear`): layer by layer, plain LoRA without
+            dropout on linear layers, at the cost of three products. The rest is left to PEFT. "fused" rounds once.
 
     Returns:
         a `PatchReport`; `print(report)` shows it as a table.
 
     Raises:
         TypeError: model is not an `nn.Module`.
-        ValueError: unknown backend or dropout_rng, or "torch" with a backend of kernels; with `strict`, see above.
+        ValueError: unknown backend, dropout_rng or numerics, or "torch" with a backend of kernels; with `strict`, see
+            above.
         BackendUnavailable: the backend cannot run here.
         MissingDependency: PEFT is missing or older than `lorafuse.versions.MINIMUM`.
 
     Warns (UserWarning) when nothing was patched, naming why, and of each of the report's notes: experts of a model
-    loaded in 4 or 8 bits that are not quantized, or not adapted.
+    loaded in 4 or 8 bits that are not quantized, or not adapted, and quantized weights whose scales are not finite.
     """
     base.require(backend)
     check_dropout_rng(dropout_rng, backend)
+    check_numerics(numerics)
     if not isinstance(model, nn.Module):
         raise TypeError(f"lorafuse.patch got a {type(model).__name__}; it takes a torch.nn.Module, such as a PeftModel")
     hf_model = _hf_model()
-    report, layers = hf_model.survey(model, backend)
+    report, layers = hf_model.survey(model, backend, numerics)
     problem = ""
     if not report.patched and not report.skipped:
         problem = (
@@ -86,10 +93,10 @@ def patch(
     for note in report.notes:
         warnings.warn(f"lorafuse.patch: {note}", stacklevel=2)
     for layer in layers:
-        hf_model.adopt(layer, backend, dropout_rng)
+        hf_model.adopt(layer, backend, dropout_rng, numerics)
     if layers:
         hf_model.lift(model)
-    hf_model.regroup(model, layers, report, groups)
+    hf_model.regroup(model, layers, report, groups and numerics == "fused")
     return report
 
 

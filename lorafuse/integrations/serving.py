@@ -1,7 +1,8 @@
 """What the LoRA loaders of vLLM and SGLang do with PEFT's adapter files, checked where an adapter is saved.
 
-Read in their sources: vLLM's `lora/peft_helper.py` and `lora/lora_model.py`, SGLang's `srt/lora/lora_config.py`
-(2026-11). Nothing here was loaded into a running server.
+Read in their sources: vLLM's `lora/peft_helper.py` and `lora/lora_model.py`, SGLang's `srt/lora/lora.py` and
+`srt/lora/mem_pool.py` (2026-11). Nothing here was loaded into a running server. `lorafuse.export` writes adapters
+without these problems, where the servers have what they compute.
 """
 
 import json
@@ -40,7 +41,8 @@ def check_for_serving(
     else:
         config = json.loads((Path(adapter) / "adapter_config.json").read_text())
         shapes = _shapes(Path(adapter) / "adapter_model.safetensors")
-    return [*_configuration(config, loader), *_experts(config, shapes, loader)]
+    stacked = _stacked(shapes) if loader == "sglang" else []
+    return [*_configuration(config, loader), *_experts(config, shapes, loader), *stacked]
 
 
 def _configuration(config: dict[str, Any], loader: str) -> Iterable[str]:
@@ -53,14 +55,13 @@ def _configuration(config: dict[str, Any], loader: str) -> Iterable[str]:
         yield f"{loader} loads no modules_to_save ({', '.join(config['modules_to_save'])}): merge them into the base"
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         yield f"{loader} loads no biases of an adapter"
-    if loader == "vllm":
-        # it has one lora_alpha / r for all layers
-        patterns = sorted((config.get("rank_pattern") or {}) | (config.get("alpha_pattern") or {}))
-        if patterns:
-            yield (
-                "vllm scales every layer by the one lora_alpha / r of adapter_config.json, and so wrongly those with "
-                f"others in rank_pattern or alpha_pattern: {', '.join(patterns)}"
-            )
+    # both have one lora_alpha / r for all layers
+    patterns = sorted((config.get("rank_pattern") or {}) | (config.get("alpha_pattern") or {}))
+    if patterns:
+        yield (
+            f"{loader} scales every layer by the one lora_alpha / r of adapter_config.json, and so wrongly those with "
+            f"others in rank_pattern or alpha_pattern: {', '.join(patterns)}"
+        )
 
 
 def _experts(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], loader: str) -> Iterable[str]:
@@ -84,7 +85,21 @@ def _experts(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], loader:
             "request (is_3d_lora_weight: true, with enable_mixed_moe_lora_format)"
         )
     else:
-        yield "how sglang loads adapters of experts could not be read in its source: compare outputs before you serve"
+        yield (
+            "experts are in PEFT's 3-D layout, whose names sglang matches with no module of its own: "
+            "lorafuse.export.to_sglang writes them one by one, or as its shared-outer stacks"
+        )
+
+
+def _stacked(shapes: dict[str, tuple[int, ...]]) -> Iterable[str]:
+    """What SGLang stacks and an adapter has in part; gate alone it completes itself."""
+    modules = {key.rpartition(".lora_")[0] for key in shapes}
+    for name in sorted(modules):
+        parent, _, last = name.rpartition(".")
+        needed = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(last)
+        if needed and f"{parent}.{needed}" not in modules and ".experts." not in name:
+            yield f"sglang stacks {last} with {needed}, which has no adapter: lorafuse.export.to_sglang writes zeros"
+            return
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:

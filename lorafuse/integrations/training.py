@@ -18,8 +18,8 @@ class Training:
     """One model in the hands of a trainer, from its patch to its first step.
 
     Args:
-        backend, strict, groups, dropout_rng: as in `lorafuse.patch`. With `strict`, a first step in which a layer did
-            not run fused raises RuntimeError too.
+        backend, strict, groups, dropout_rng, numerics: as in `lorafuse.patch`. With `strict`, a first step in which a
+            layer did not run fused raises RuntimeError too.
         log: is given the report and the status as text, on the process whose turn it is; None for neither.
     """
 
@@ -30,10 +30,11 @@ class Training:
         groups: bool = True,
         log: Callable[[str], object] | None = print,
         dropout_rng: str = "philox",
+        numerics: str = "fused",
     ) -> None:
         self.strict, self.log = strict, log
         self.options: dict[str, Any] = {
-            "backend": backend, "strict": strict, "groups": groups, "dropout_rng": dropout_rng
+            "backend": backend, "strict": strict, "groups": groups, "dropout_rng": dropout_rng, "numerics": numerics
         }  # fmt: skip
         self.report: PatchReport | None = None
         self.status: Status | None = None

@@ -82,12 +82,14 @@ def check_projection(
 
 
 def check_statistics(operator: str, x: Tensor, weight: Weight) -> None:
-    """Raises ValueError for statistics of a quantized weight that are not where x is."""
-    for t in weight.statistics:
-        if t.device != x.device:
+    """Raises ValueError for a quantized weight that is not where x is, with all that scales it."""
+    device = x.device
+    for t in (weight.data, *weight.statistics):
+        if t.device != device:
+            what = "data" if t is weight.data else "statistics"
             raise ValueError(
-                f"{operator} got x on {x.device} and the statistics of a {weight.format} weight on {t.device}; all "
-                "tensors must be on one device: move them with .to()"
+                f"{operator} got x on {device} and the {what} of a {weight.format} weight on {t.device}; all tensors "
+                "must be on one device: move them with .to(), or load what was offloaded"
             )
 
 

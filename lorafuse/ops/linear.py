@@ -30,7 +30,7 @@ from lorafuse.ops.transforms import needs_plain_backward
 from lorafuse.philox import keep_mask, rescaled
 from lorafuse.plan import Plan
 
-__all__ = ["check_shapes", "lora_linear", "plain_lora_linear"]
+__all__ = ["check_shapes", "lora_linear", "plain_lora_linear", "run_backward"]
 
 _GRADIENTS = ("dx", "da", "db", "dbias")
 
@@ -260,14 +260,14 @@ def _run_forward(ctx, x, weight, bias, a, b, seed, settings, *statistics):
     return y, xa
 
 
-def _run_backward(ctx, dy, dxa, leading):
+def run_backward(ctx, dy, dxa, leading):
     given = dy if dxa is None else dxa
     if given is None:
         return (None,) * len(ctx.needs_input_grad)
     if autocast_is_on(given):
         # the dtypes are those of forward, whatever autocast is on now
         with outside_autocast(given):
-            return _run_backward(ctx, dy, dxa, leading)
+            return run_backward(ctx, dy, dxa, leading)
     need_x, _, need_bias, need_a, need_b, *unneeded = ctx.needs_input_grad
     needs = [need_x, need_a, need_b, need_bias]
     x, xa, weight, a, b, seed, *statistics = ctx.saved_tensors
@@ -295,7 +295,7 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        return _run_backward(ctx, dy, None, dy.shape[:-1])
+        return run_backward(ctx, dy, None, dy.shape[:-1])
 
 
 # autograd.Function.apply spends 2.2 of its 6.0 us (torch 2.13, Xeon, 2026-11-23) on what only functorch needs
@@ -313,7 +313,7 @@ class _LoRALinearWithXa(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dxa):
-        return _run_backward(ctx, dy, dxa, ctx.leading)
+        return run_backward(ctx, dy, dxa, ctx.leading)
 
 
 _apply_with_xa = super(torch.autograd.Function, _LoRALinearWithXa).apply

@@ -32,6 +32,7 @@ class KernelConfig:
     group_m         tiles of rows that are walked together, for the L2
     splits          parts of the rows whose sums are reduced afterwards
     fused_xa        matmul computes xa too
+    xa_in_tiles     its tiles of the first columns of y do, rather than programs with nothing else to do
     max_registers   of a thread; 0 leaves it to the compiler
     cluster         blocks that share the tiles of w
     sum_blocks      blocks of a backward matmul that sum da and db concurrently
@@ -53,6 +54,7 @@ class KernelConfig:
     cluster: int = 1
     sum_blocks: int = 0
     tickets: bool = False
+    xa_in_tiles: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ The matmuls run on sm_90a alone, in tiles of 128 rows. The memory-bound kernels 
 
     two_kernel            xa and b rounded; y
     fused_xa              a rounded; b rounded; xa and y
+    xa_in_tiles           the same, where N has few columns of tiles: those of the first compute xa
     one_pass_backward     dyb, db, dbias and a rounded; dx; da
     concurrent_backward   dyb, db, dbias and a rounded; dx and da; or b rounded; dyb and a rounded; dx, da and db
     ragged                y or dx of ragged rows; ATen computes everything else
@@ -24,6 +25,9 @@ _BLOCK_M, _BLOCK_K = 128, 64
 # a producer's warpgroup and two that multiply
 _WARPS = 12
 _MAX_FUSED_R = 64
+# where tiles compute xa beside their columns of y: ranks, and columns of y. Of more columns of tiles the first would be
+# a smaller part, and the pass over x that it saves one too (model)
+_MAX_TILE_R, _MAX_TILE_N = 32, 1024
 # shared memory next to the ring and the tile that is stored: barriers, and what alignment to 1024 bytes may cost
 _SHARED_REST = 2048
 # (block_n, stages, cluster); two stages of 256 columns would fit twice, three are what hides the loads (published
@@ -73,22 +77,26 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
         return f"one launch computes xa and y of up to {_MAX_FUSED_R} ranks"
     if c.fused_xa and problem.dropout:
         return "a launch that computes xa and y draws no mask"
+    if c.xa_in_tiles and (c.cluster != 1 or problem.R > _MAX_TILE_R):
+        return f"tiles compute xa of up to {_MAX_TILE_R} ranks, in clusters of 1"
     if c.sum_blocks and (not problem.gradients or c.cluster != 1 or problem.R > _MAX_FUSED_R):
         return f"da and db concurrent with dx are of up to {_MAX_FUSED_R} ranks, in clusters of 1"
     if c.sum_blocks and problem.dropout:
         return "blocks that sum da draw no mask"
-    needed = c.stages * (_BLOCK_M + c.block_n) * _BLOCK_K * 2 + _BLOCK_M * c.block_n * 2 + _SHARED_REST
+    rows = _BLOCK_M + c.block_n + (padded_rank(problem.R) if c.xa_in_tiles else 0)
+    needed = c.stages * rows * _BLOCK_K * 2 + _BLOCK_M * c.block_n * 2 + _SHARED_REST
     if c.stages < 2 or needed > device.smem_per_block:
         return f"{c.stages} stages need {needed} bytes of shared memory of {device.smem_per_block}, and are 2 or more"
     return ""
 
 
 def matmuls(
-    problem: Problem, device: DeviceSpec, tiles: _Tiles = TILES, fused_xa: bool = False, sum_blocks: int = 0
-) -> tuple[KernelConfig, ...]:
+    problem: Problem, device: DeviceSpec, tiles: _Tiles = TILES, fused_xa: bool = False, sum_blocks: int = 0,
+    xa_in_tiles: bool = False,
+) -> tuple[KernelConfig, ...]:  # fmt: skip
     """The legal configurations of y, or of a backward problem's dx."""
     configs = (
-        _matmul(tile, fused_xa, sum_blocks)
+        _matmul(tile, fused_xa, sum_blocks, xa_in_tiles)
         for tile in tiles
         # one row block leaves a neighbour without rows
         if tile[2] == 1 or problem.M > _BLOCK_M
@@ -96,11 +104,13 @@ def matmuls(
     return tuple(config for config in configs if not illegal(config, problem, device))
 
 
-def _matmul(tile: tuple[int, int, int], fused_xa: bool = False, sum_blocks: int = 0) -> KernelConfig:
+def _matmul(
+    tile: tuple[int, int, int], fused_xa: bool = False, sum_blocks: int = 0, xa_in_tiles: bool = False
+) -> KernelConfig:
     (block_n, stages, cluster), group_m = tile, _FUSED_GROUP_M if fused_xa else _GROUP_M
     return KernelConfig(
         "matmul", "wgmma", _BLOCK_M, block_n, _BLOCK_K, _BLOCK_K, stages, _WARPS, group_m, fused_xa=fused_xa,
-        cluster=cluster, sum_blocks=sum_blocks,
+        cluster=cluster, sum_blocks=sum_blocks, xa_in_tiles=xa_in_tiles,
     )  # fmt: skip
 
 
@@ -129,6 +139,8 @@ def _forward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Ca
     yield _candidate("two_kernel", (xa, two), parts)
     if one is not None:
         yield _candidate("fused_xa", (one,), [round_a, round_b, cost.step(one, problem, device)])
+    if problem.N <= _MAX_TILE_N and (one := _best(problem, device, tiles, fused_xa=True, xa_in_tiles=True)):
+        yield _candidate("xa_in_tiles", (one,), [round_a, round_b, cost.step(one, problem, device)])
 
 
 def _backward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Candidate]:
@@ -174,9 +186,10 @@ def sum_blocks(problem: Problem, device: DeviceSpec) -> list[int]:
 
 
 def _best(
-    problem: Problem, device: DeviceSpec, tiles: _Tiles, fused_xa: bool = False, blocks: Sequence[int] = (0,)
-) -> KernelConfig | None:
-    configs = [config for count in blocks for config in matmuls(problem, device, tiles, fused_xa, count)]
+    problem: Problem, device: DeviceSpec, tiles: _Tiles, fused_xa: bool = False, blocks: Sequence[int] = (0,),
+    xa_in_tiles: bool = False,
+) -> KernelConfig | None:  # fmt: skip
+    configs = [config for count in blocks for config in matmuls(problem, device, tiles, fused_xa, count, xa_in_tiles)]
     return min(configs, key=lambda config: cost.kernel_seconds(config, problem, device), default=None)
 
 

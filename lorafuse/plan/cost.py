@@ -49,6 +49,9 @@ _SM_INSTRUCTIONS = 128 * 1.7e9
 _MASK_PASSES, _MASK_BYTES = 40, 16
 # rows of a tile of torch's grouped_mm (CUTLASS; assumed)
 _GROUPED_TILE = 128
+# of a tile's time, sixteen more columns of B (0.0625 by FLOPs, 0.156 by what shared memory gives; between them, not
+# measured), and seconds from the release of a flag to a box that TMA has loaded (assumed)
+_MORE_COLUMNS, _FLAG = 0.1, 1.5e-6
 # seconds until the host has read where groups end and the GPU has work again (assumed)
 _READ_ON_HOST = 20e-6
 
@@ -122,8 +125,10 @@ def kernel_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -
         return 0.0
     if c.kernel == "matmul":
         seconds = max(tile_seconds(c, problem, device), _bytes(problem, device, padded_rank(R)))
-        if c.fused_xa:
+        if c.xa_in_tiles:
             return seconds + _xa_in_tiles(c, problem, device)
+        if c.fused_xa:
+            return seconds + _xa_items(c, problem, device)
         if c.sum_blocks:
             # column blocks of dy for db, of x for da: the busiest block sums several
             sums = [size for name, size in (("db", N), ("da", K)) if name in problem.gradients]
@@ -161,6 +166,14 @@ def _packed(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float
 
 
 def _xa_in_tiles(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
+    """What xa adds to the tiles of the first columns of y, which come first: columns, and then a wait for its flag."""
+    rows = math.ceil(problem.M / config.block_m)
+    tiles = rows * math.ceil(problem.N / config.block_n)
+    tile = tile_seconds(config, problem, device) / math.ceil(tiles / device.sms)
+    return math.ceil(rows / device.sms) * (tile * _MORE_COLUMNS * padded_rank(problem.R) / 16 + _FLAG)
+
+
+def _xa_items(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
     """What the xa items of a matmul add, on the SMs that the last wave leaves free, before the first tiles.
 
     At half of what an SM streams: 38 us for two items each (H200, 2026-11-26). That the others compute meanwhile does

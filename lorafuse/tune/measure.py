@@ -14,13 +14,17 @@ import torch
 from torch import Tensor
 
 from lorafuse.errors import BackendUnavailable
+from lorafuse.formats.sizes import DECODED_IN_LOOP
 from lorafuse.functional import lora_linear
+from lorafuse.operands import Weight
 from lorafuse.philox import keep_mask, rescaled, row_chunks
 from lorafuse.plan import Candidate, DeviceSpec, Problem, modelled, override, select, tuned
+from lorafuse.plan.configs_triton import MOST_PACKED_ROWS
 from lorafuse.testing.cases import Case
 from lorafuse.testing.check_linear import LinearCase, Operands, make_operands
 from lorafuse.testing.numerics import lora_formula, relative_l2, tolerance
 from lorafuse.testing.timing import captured, measure_calls, percentile
+from lorafuse.tune.stored import random_weight
 
 __all__ = ["PASSES", "Outcome", "Target", "is_measured", "is_tunable", "measure", "passes", "usual"]
 
@@ -73,15 +77,20 @@ class Outcome:
         return self.before
 
 
-def passes(case: Case, M: int, R: int, dtype: str, dropout: bool) -> list[Problem]:
-    """Forward and backward of a layer, with fp32 adapters as PEFT's are, and operands as torch allocates them."""
-    problem = Problem(M, case.N, case.K, R, dtype, "float32", dropout=dropout)
+def passes(case: Case, M: int, R: int, dtype: str, dropout: bool, format: str = "dense") -> list[Problem]:
+    """Forward and backward of a layer, with fp32 adapters as PEFT's are, and operands as torch allocates them.
+
+    `format` is "dense", or one of `lorafuse.tune.stored.FORMATS`.
+    """
+    # 4 bits are packed where every row begins with a byte
+    packed = format in DECODED_IN_LOOP and M <= MOST_PACKED_ROWS and (case.K % 2 == 0 or format.endswith("8"))
+    problem = Problem(M, case.N, case.K, R, dtype, "float32", dropout=dropout, format=format, packed=packed)
 
     def aligned(*columns: int) -> bool:
         return all(size * problem.itemsize % 16 == 0 for size in columns)
 
-    # forward reads rows of x and w, backward rows of dy and w
-    rows = {"forward": (case.K,), "backward": (case.N, case.K)}
+    # forward reads rows of x and w, backward rows of dy and w; a quantized w is decoded to where rows are aligned
+    rows = {"forward": (case.K,), "backward": (case.N, case.K) if format == "dense" else (case.N,)}
     return [replace(problem, gradients=gradients, aligned=aligned(*rows[name])) for name, gradients in PASSES.items()]
 
 
@@ -100,9 +109,13 @@ def is_tunable(problem: Problem, target: Target) -> bool:
 
 
 def is_measured(problem: Problem, entries: Iterable[tuned.Tuned]) -> bool:
-    """Whether an entry has a measurement at this M and R, or is of version 1 and its ranges cover them."""
+    """Whether an entry has a measurement at this M and R, or is of version 1 and its ranges cover them.
+
+    One of dense weights, which plans of quantized ones follow where there is no other, is none of these.
+    """
     return any(
-        entry.covers(problem)
+        entry.is_of(problem)
+        and entry.covers(problem)
         and (not entry.points or any((M, R) == (problem.M, problem.R) for M, R, _ in entry.points))
         for entry in entries
     )
@@ -123,6 +136,10 @@ def measure(target: Target, problems: Sequence[Problem], p: float, rounds: int) 
             dtype = getattr(torch, first.dtype)
             layer = LinearCase((first.M,), first.N, first.K, first.R, dtype, torch.float32, bias=False)
             given = make_operands(layer, device=target.device)
+            weight: Tensor | Weight = given.w
+            if first.format != "dense":
+                weight = random_weight(first.format, first.N, first.K, dtype, target.device)
+                given.w = weight.decoded(dtype).data
             seed = torch.tensor([_SEED], dtype=torch.int64, device=target.device) if p else None
             expected = _reference(given, p, seed)
             for tensor in (given.x, given.a, given.b):
@@ -133,7 +150,7 @@ def measure(target: Target, problems: Sequence[Problem], p: float, rounds: int) 
         finally:
             _release(target.device)
         for outcome in outcomes:
-            calls = _right_calls(outcome, target, given, expected, p, seed)
+            calls = _right_calls(outcome, target, given, weight, expected, p, seed)
             # five rounds at least: a GPU that idled takes some time to its full clock
             outcome.seconds = _time(outcome, calls, target.device, rounds, max(5, rounds // 10))
     return outcomes
@@ -152,15 +169,16 @@ def _reference(given: Operands, p: float, seed: Tensor | None) -> dict[str, Tens
 
 
 def _right_calls(
-    outcome: Outcome, target: Target, given: Operands, expected: dict[str, Tensor], p: float, seed: Tensor | None
-) -> dict[str, Callable[[], object]]:
+    outcome: Outcome, target: Target, given: Operands, weight: Tensor | Weight, expected: dict[str, Tensor], p: float,
+    seed: Tensor | None,
+) -> dict[str, Callable[[], object]]:  # fmt: skip
     """The calls of all correct candidates, on GPUs as CUDA graphs; the reasons of the others go into the outcome."""
     calls: dict[str, Callable[[], object]] = {}
     stream = torch.cuda.Stream() if target.device.type == "cuda" else None
     for name, candidate in target.candidates(outcome.problem).items():
         try:
             with nullcontext() if stream is None else _on_stream(stream):
-                call: Callable[[], Any] = _call(name, candidate.backend, outcome.problem.gradients, given, p, seed)
+                call: Callable[[], Any] = _call(name, candidate, outcome.problem.gradients, given, weight, p, seed)
                 results = dict(zip(outcome.problem.gradients or ("y",), call(), strict=True))
                 wrong = _wrong(results, expected, tolerance(given.x.dtype))
                 del results
@@ -187,8 +205,9 @@ def _on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
 
 
 def _call(
-    name: str, backend: str, gradients: tuple[str, ...], given: Operands, p: float, seed: Tensor | None
-) -> Callable[[], tuple[Tensor, ...]]:
+    name: str, candidate: Candidate, gradients: tuple[str, ...], given: Operands, weight: Tensor | Weight, p: float,
+    seed: Tensor | None,
+) -> Callable[[], tuple[Tensor, ...]]:  # fmt: skip
     """One pass of the public operator with a forced candidate; backward repeats over one forward."""
 
     # fp16 trains under autocast; without it fp32 adapters keep the low-rank path in fp32
@@ -196,8 +215,8 @@ def _call(
 
     def forward() -> tuple[Tensor]:
         with override(force_kernel=name), torch.autocast(given.x.device.type, given.x.dtype, enabled=half):
-            operands = given.x, given.w, given.a, given.b
-            return (lora_linear(*operands, scale=_SCALE, dropout_p=p, seed=seed, backend=backend),)
+            operands = given.x, weight, given.a, given.b
+            return (lora_linear(*operands, scale=_SCALE, dropout_p=p, seed=seed, backend=candidate.backend),)
 
     if not gradients:
         return forward

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from statistics import median
 
-from lorafuse.plan import tuned
+from lorafuse.plan import Problem, tuned
 from lorafuse.tune.measure import Outcome
 from lorafuse.tune.ranges import rectangles
 
@@ -27,9 +27,11 @@ def record(
     commit = conditions.get("commit") or f"of release {conditions['lorafuse']}"
     kept = {name: conditions[name] for name in _CONDITIONS if name in conditions}
     new: list[tuned.Tuned] = []
-    kinds = {replace(outcome.problem, M=1, R=1): None for outcome in outcomes}
-    for kind in kinds:
-        of_kind = [outcome for outcome in outcomes if replace(outcome.problem, M=1, R=1) == kind]
+    kinds: dict[Problem, list[Outcome]] = {}
+    for outcome in outcomes:
+        # whether a kernel can decode in its main loop is a matter of M
+        kinds.setdefault(replace(outcome.problem, M=1, R=1, packed=False), []).append(outcome)
+    for kind, of_kind in kinds.items():
         wrong = {name for outcome in of_kind for name in outcome.wrong}
         former = [entry for entry in entries if entry.is_of(kind)]
         points = {
@@ -49,7 +51,7 @@ def record(
             seconds = round(median(right[winner]), 9)
             points[M, R] = tuned.Tuned(
                 kind.N, kind.K, (R, R), (M, M), kind.dtype, kind.dropout, kind.gradients, winner, seconds, commit,
-                conditions["date"], ((M, R, seconds),), kept,
+                conditions["date"], ((M, R, seconds),), kept, kind.format, kind.groups,
             )  # fmt: skip
         for of_m, of_r, _ in rectangles({size: entry.kernel for size, entry in points.items()}):
             inside = [points[M, R] for M, R in sorted(points) if of_m[0] <= M <= of_m[1] and of_r[0] <= R <= of_r[1]]

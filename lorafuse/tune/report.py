@@ -75,7 +75,9 @@ def print_layer(
     from rich.table import Table
 
     layers = f", {count} layers" if count > 1 else ""
-    title = f"{shape(case)}{layers}, {outcomes[0].problem.dtype}; times in us, median [20-80 %]"
+    problem = outcomes[0].problem
+    stored = "" if problem.format == "dense" else f" over {problem.format}"
+    title = f"{shape(case)}{layers}, {problem.dtype}{stored}; times in us, median [20-80 %]"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for column in ("pass", "M", "R", "before", "(model)", "fastest", "gain"):
         # a narrow terminal folds long cells, and cuts nothing off

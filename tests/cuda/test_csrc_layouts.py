@@ -19,11 +19,11 @@ CSRC = ROOT / "csrc"
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
-def build(source, folder, *includes):
+def build(source, folder, *includes, options=()):
     """Compiles `tests/cuda/csrc/<source>.cpp` into `folder`; `includes` come before the project's headers."""
     binary = folder / source
     paths = [*includes, CSRC / "emu" / "include", CSRC / "include"]
-    command = ["g++", "-std=c++20", "-O1", "-w", *(f"-I{path}" for path in paths)]
+    command = ["g++", "-std=c++20", "-O1", "-w", *options, *(f"-I{path}" for path in paths)]
     command += [str(Path(__file__).parent / "csrc" / f"{source}.cpp"), "-o", str(binary)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -106,6 +106,7 @@ def test_schedules(schedule_check):
     ("before", "after", "check"),
     [
         ("within % height, within / height}", "within % group, within / group}", "order: every tile once"),
+        ("tile.column + 1};", "tile.column};", "order: every tile once, column 0 first"),
         ("wave < full_waves() ? program : program - slack()", "program", "walk: every tile once"),
         ("program >= slack() ? 1 : 0", "program < tiles % programs ? 1 : 0", "walk: slack in the first programs"),
         ("? walk.slack() : walk.programs;", "? walk.programs : walk.slack();", "items: free where there is slack"),

@@ -27,6 +27,8 @@ SCENARIOS = {
     "fused_xa": ("fused_xa", (256, 3, 1), 0),
     # blocks take their turns by number, and those with the first turns may not have started
     "fused_xa, one block at a time": ("fused_xa", (128, 4, 1), 1),
+    "xa_in_tiles": ("xa_in_tiles", (256, 3, 1), 0),
+    "xa_in_tiles, one block at a time": ("xa_in_tiles", (128, 4, 1), 1),
     "concurrent_backward": ("concurrent_backward", (256, 3, 1), 0),
     "concurrent_backward, four stages": ("concurrent_backward", (128, 4, 1), 0),
     "grouped": ("grouped", None, 0),
@@ -50,12 +52,14 @@ def run(kind, tiling):
     base.load("emu").flags.clear()
     # sums over few rows, so that the ring holds an item and one consumer can be an item ahead
     rows = 100 if kind == "concurrent_backward" else 300
-    o = make_operands(LinearCase(leading=(rows,), N=264, K=200, R=24, dtype=torch.bfloat16))
+    # tiles of two stages of a ring of four, so that a producer can be two tiles ahead
+    K = 64 if (kind, tiling) == ("xa_in_tiles", (128, 4, 1)) else 200
+    o = make_operands(LinearCase(leading=(rows,), N=264, K=K, R=24, dtype=torch.bfloat16))
     if kind == "concurrent_backward":
         _, xa = operator.forward(o.x, o.w, None, o.a, o.b, None, 1.7, 0.0)
         with override(force_kernel=f"cuda {kind}", cuda_tiles=[tiling]):
             return list(operator.backward(o.dy, o.x, xa, o.w, o.a, o.b, None, 1.7, 0.0, True, True, True, False))[:3]
-    launches = range(2 if kind == "fused_xa" else 1)
+    launches = range(2 if kind in ("fused_xa", "xa_in_tiles") else 1)
     with override(force_kernel=f"cuda {kind}", cuda_tiles=[tiling]):
         actual = [operator.forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0) for _ in launches]
     return [tensor for pair in actual for tensor in pair]
@@ -88,6 +92,13 @@ def test_it_is_seen(bug, request):
         if seen >= schedules // 10:
             break
     assert seen >= schedules // 10, f"seen under {seen} of {schedules} schedules: {messages}"
+
+
+def test_a_flag_that_never_comes_is_named():
+    """Every block ends or waits: the emulator says for what, and does not hang."""
+    emu.configure(seed=3, multiprocessors=4, planted="flag_never_set")
+    with pytest.raises(emu.EmulationError, match=r"deadlock(.|\n)*waiting until the counter at .* is 2; it is 0"):
+        run("fused_xa", (256, 3, 1))
 
 
 def test_every_bug_is_run():

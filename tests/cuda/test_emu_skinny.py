@@ -80,7 +80,7 @@ def project_x(x, a, seed=None, p=0.0, stride=None, adapter=None):
     return (xa, out) if adapter else xa
 
 
-def reduce_dy(dy, b, xa, scale=1.0, want=(True, True, True), sms=4, stride=None, adapter=None):
+def reduce_dy(dy, b, xa, scale=1.0, want=(True, True, True), sms=4, stride=None, adapter=None, **more):
     emu.forget_memory()
     rounded_out, rounded = to_round(*adapter) if adapter else (None, None)
     (M, N), R = dy.shape, b.shape[1]
@@ -95,6 +95,7 @@ def reduce_dy(dy, b, xa, scale=1.0, want=(True, True, True), sms=4, stride=None,
         "xa": declare("xa", xa) if want[1] else 0, "stride_xa": xa.stride(0),
         "dyb": 0 if dyb is None else declare("dyb", dyb), "stride_dyb": stride,
         "db": 0 if db is None else declare("db", db), "dbias": 0 if dbias is None else declare("dbias", dbias),
+        **more,
     }  # fmt: skip
     workspace = nan(emu.reduce_dy_workspace(**arguments) // 4, dtype=FP32)
     emu.reduce_dy(**arguments, workspace=declare("workspace", workspace, unwritten=True), rounded=rounded)
@@ -233,6 +234,40 @@ def test_results_that_are_not_wanted(want):
         assert one is None or torch.equal(one[:, :20] if one.dim() == 2 else one, other)
 
 
+@pytest.mark.parametrize(
+    ("want", "sms", "dyb_bytes", "chunks"),
+    [((True, True, True), 1, 1, 5), ((True, True, True), 5, 2 * 64 * 3 * 4 * 4, 3), ((True, False, True), 5, 1, 5),
+     ((True, True, False), 2, 2 * 64 * 3 * 4 * 4, 3)],
+)  # fmt: skip
+def test_chunks_of_rows(want, sms, dyb_bytes, chunks):
+    """Integers: what a chunk carries on to the next is exact, and the adapter is rounded once."""
+    dy, xa, b = (torch.randint(-3, 4, shape).half() for shape in ((300, 600), (300, 3), (600, 3)))
+    dy, xa, b = rows(dy), rows(xa), b.float()
+    adapter, before = torch.randn(7, 5), emu.statistics()["launches"]
+    *actual, rounded = reduce_dy(dy, b, xa, 0.5, want, sms, adapter=(adapter, FP16, 2.0, 8), dyb_bytes=dyb_bytes)
+    # partial sums, and their sums, of each
+    assert emu.statistics()["launches"] - before == 2 * chunks
+    expected = (0.5 * dy.float() @ b).half(), 0.5 * dy.float().t() @ xa.float(), dy.float().sum(0).half()
+    for requested, one, other in zip(want, actual, expected, strict=True):
+        assert (one is not None) == requested
+        assert one is None or torch.equal(one[:, :3] if one.dim() == 2 else one, other)
+    assert torch.equal(rounded[:, :5], (2.0 * adapter).half())
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "R"), [(8192, 14336, 16), (32768, 14336, 64), (32768, 28672, 64), (131072, 28672, 64)]
+)
+def test_partial_sums_are_bounded(M, N, R):
+    """Of dyb at 64 MiB, where they took up to 3.5 GiB; those of columns do not grow with the rows."""
+    sizes = {"type": 0, "b_type": 2, "M": M, "N": N, "R": R, "sms": 132, "dy": 0, "stride_dy": N, "db": 16, "dbias": 16}
+    all_rows = 4 * N // 256 * M * R
+    columns = emu.reduce_dy_workspace(**sizes)
+    assert columns <= 4 * (132 + N // 256) * 256 * (R + 1)
+    carried = 4 * N * (R + 1) if all_rows > 64 << 20 else 0
+    assert emu.reduce_dy_workspace(**sizes, dyb=16) <= min(all_rows, 64 << 20) + columns + carried
+    assert emu.reduce_dy_workspace(**sizes, dyb=16, dyb_bytes=1 << 40) == all_rows + columns
+
+
 @pytest.mark.parametrize("p", [0.0, 0.25, 0.9, 1.0])
 @pytest.mark.parametrize("K", [64, 301, 1026])
 @pytest.mark.parametrize("sms", [1, 132])
@@ -297,6 +332,7 @@ def test_refused_with_the_value(change, message):
 SCENARIOS = {
     "project_x": lambda x, dy, a, b, dyb, seed: (project_x(x, a, seed, 0.3),),
     "reduce_dy": lambda x, dy, a, b, dyb, seed: reduce_dy(dy, b, dyb),
+    "reduce_dy in chunks": lambda x, dy, a, b, dyb, seed: reduce_dy(dy, b, dyb, dyb_bytes=1),
     "project_x, reduce_x": lambda x, dy, a, b, dyb, seed: (
         project_x(x, a, seed, 0.3),
         reduce_x(x, dyb, FP32, seed, 0.3),

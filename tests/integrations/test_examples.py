@@ -65,6 +65,14 @@ def test_experts(tmp_path, capsys):
     check_adapter(tmp_path, 4)
 
 
+def test_a_service_of_two_users(tmp_path, capsys):
+    losses = importlib.import_module("two_users").main(str(tmp_path))
+    assert all(learned(mine) for mine in losses.values())
+    assert "step 3: the gradient of bob is not finite" in capsys.readouterr().out
+    check_adapter(tmp_path / "ann", 8)
+    check_adapter(tmp_path / "bob", 1)
+
+
 def test_the_notebook(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text())["cells"]

@@ -181,9 +181,22 @@ class TestServing:
         both = moe_models.adapted("qwen3_moe")
         (note,) = check_for_serving(both)
         assert "3-D layout, which vllm does not detect" in note
-        assert "could not be read in its source" in check_for_serving(both, "sglang")[0]
+        assert "3-D layout, whose names sglang matches with no module" in check_for_serving(both, "sglang")[0]
         save_adapter(owned("qwen3_moe"), tmp_path)
         assert check_for_serving(tmp_path) == [note]
+
+    @pytest.mark.parametrize(
+        ("settings", "sentence"),
+        [
+            ({"rank_pattern": {"q_proj": 2}}, "sglang scales every layer by the one lora_alpha / r"),
+            ({"target_modules": ["q_proj"]}, "stacks q_proj with v_proj"),
+            ({"target_modules": ["v_proj"]}, "stacks v_proj with q_proj"),
+            ({"target_modules": ["up_proj"]}, "stacks up_proj with gate_proj"),
+        ],
+    )
+    def test_what_sglang_fails_on(self, settings, sentence):
+        (problem,) = check_for_serving(peft.get_peft_model(tiny(), lora_config(**settings)), "sglang")
+        assert sentence in problem
 
     @pytest.mark.parametrize("projection", ["gate_up_proj", "down_proj"])
     def test_one_stack_of_the_experts(self, projection):

@@ -145,7 +145,10 @@ def test_nvfp4(dtype):
 def test_what_no_kernel_reads():
     """Strided codes and formats without a kernel run the codec, into the same memory."""
     data = every_code(8, 32, of=torch.float8_e4m3fn)[:, ::2]
+    # blocks that no tile has
+    of_48 = torch.randint(-128, 128, (3,), dtype=torch.int8), torch.tensor([31.0]), torch.tensor(4.7), NF4
     for w in (
+        Weight(every_code(64), statistics=of_48, format="nf4_torchao:8,16;block=48;outer=3"),
         Weight(data, statistics=(torch.ones(1),), format="fp8:block=8x16"),
         Weight(
             torch.ones(8, 16, dtype=torch.int8), statistics=(torch.rand(8, 1),), format="intx:block=1x16;dtype=float32"

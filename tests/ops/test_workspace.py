@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from quantized_calls import CALLS, Call, check_same, experts, grouped, int8, linear, nf4, two_at_a_time
+from quantized_calls import CALLS, Call, check_same, experts, gated_mlp, grouped, int8, linear, nf4, two_at_a_time
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,6 +12,7 @@ import lorafuse
 from lorafuse.backends import aten, workspace
 from lorafuse.backends.protocol import Backend
 from lorafuse.operands import Weight
+from lorafuse.plan import override
 from lorafuse.testing.memory import changes
 from lorafuse.testing.numerics import relative_l2
 
@@ -237,6 +238,15 @@ class TestFeatures:
     def test_stacks_in_different_formats(self, backend):
         for weights in ([nf4(5, 32, 24), int8(5, 24, 16)], [nf4(5, 32, 24), Weight(torch.randn(5, 24, 16))]):
             check_same(experts(backend=backend, weights=weights))
+
+    def test_a_gated_mlp_whose_down_alone_is_quantized(self):
+        """One launch for gate and up reads dense weights; down is planned by itself."""
+        made = gated_mlp(backend="triton")
+        call = Call(made.run, [*made.dense()[:2], int8(24, 40)], **made.tensors)
+        with override(force_kernel="siblings"):
+            actual = call.results()
+        expected = call.results(call.dense())
+        assert {name: t.shape for name, t in actual.items() if relative_l2(t, expected[name]) > 1e-5} == {}
 
     def test_experts_without_adapters(self):
         check_same(experts(adapters=False))

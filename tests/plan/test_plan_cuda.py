@@ -119,6 +119,22 @@ class TestCost:
         for change in ({"R": 65}, {"dropout": True}, {"gradients": ("dx",)}, {"gradients": ("dx", "db", "dbias")}):
             assert set(candidates(replace(backward, **change), device)) == {"one_pass_backward"}
 
+    def test_xa_in_tiles_where_y_has_few_columns(self):
+        """Of four columns of tiles: a tenth of one tile and a flag, less than a pass over x and its launch."""
+        k, device = replace(HEADLINE, N=1024), find("H200")
+        actual = candidates(k, device)
+        (config,) = actual["xa_in_tiles"].configs[0]
+        assert config.fused_xa
+        assert config.xa_in_tiles
+        assert config.cluster == 1
+        assert actual["two_kernel"].seconds - actual["xa_in_tiles"].seconds > 12e-6
+        bare = replace(config, fused_xa=False, xa_in_tiles=False)
+        added = cost.kernel_seconds(config, k, device) - cost.kernel_seconds(bare, k, device)
+        # a tile of 128 x 256 is an eighth of the headline's product
+        assert added == pytest.approx(0.1 * 348e-6 / 8 + 1.5e-6, rel=0.05)
+        for change in ({"N": 1032}, {"R": 33}, {"dropout": True}):
+            assert "xa_in_tiles" not in candidates(replace(k, **change), device)
+
     def test_clusters_where_l2_would_be_the_limit(self):
         """Blocks that share w; not where the second would have no rows."""
         config = {M: candidates(replace(HEADLINE, M=M), find("H200"))["two_kernel"].configs[0][1] for M in (100, 8192)}
@@ -141,9 +157,9 @@ class TestSelect:
             plain = [
                 candidate
                 for candidate in plan.candidates
-                if candidate.kernel not in ("fused_xa", "concurrent_backward")
+                if candidate.kernel not in ("fused_xa", "xa_in_tiles", "concurrent_backward")
             ]
-            assert plan.kernel not in ("fused_xa", "concurrent_backward")
+            assert plan.kernel not in ("fused_xa", "xa_in_tiles", "concurrent_backward")
             best = min(plain, key=lambda candidate: max(candidate.seconds, candidate.launch_seconds))
             assert (plan.backend, plan.kernel) == (best.backend, best.kernel)
         assert select(HEADLINE, find("H200"), EVERY).backend == "cuda"

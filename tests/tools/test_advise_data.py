@@ -199,13 +199,39 @@ def test_a_file_is_read_as_datasets_reads_it(tokenizer, tmp_path):
         assert list(data.examples(path, tokenizer)) == list(read) == records
 
 
-@pytest.mark.parametrize("form", ["lines", "array"])
+def test_plain_text_is_a_document_a_line(tokenizer, tmp_path):
+    """As datasets reads it, blank lines and all; each ends as TRL ends a text."""
+    path, lines = tmp_path / "data.txt", ["how many", "", '"four"', "how\u2028many\u0085", "[four]"]
+    for newline, mark in (("\n", ""), ("\r\n", "\ufeff")):
+        path.write_bytes((mark + newline.join(lines)).encode())
+        assert list(data.examples(path, tokenizer)) == [{"text": line} for line in lines]
+    as_records = advise.count_file(jsonl(tmp_path, *({"text": line} for line in lines)), tokenizer)
+    assert advise.count_file(path, tokenizer) == as_records
+    assert as_records.supervised == as_records.tokens > len(lines)
+    # what was called .txt and holds records
+    path.write_text(json.dumps({"prompt": "how", "completion": " many"}) + "\n")
+    assert list(data.examples(path, tokenizer)) == [{"prompt": "how", "completion": " many"}]
+    path.write_text("how many")
+    with pytest.raises(ValueError, match="line 1: no JSON .*; plain text is read from .txt files, a line each"):
+        advise.count_file(path.rename(tmp_path / "data.md"), tokenizer)
+
+
+def test_plain_text_is_read_as_datasets_reads_it(tokenizer, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="the oracle needs datasets: pip install --no-deps datasets")
+    path = tmp_path / "data.txt"
+    path.write_bytes("how\r\n\n many\u2028\u0085\rfour\n\n".encode())
+    read = datasets.load_dataset("text", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    assert list(data.examples(path, tokenizer)) == list(read)
+
+
+@pytest.mark.parametrize("form", ["lines", "array", "text"])
 def test_a_large_file_is_not_held(form, tokenizer, tmp_path, monkeypatch):
     # a 16th of the size that it is read by, as the file is of the size of those that this is for
     monkeypatch.setattr(data, "CHUNK", 4096)
     records = [{"prompt": "how many " * 30, "completion": "four " * 30}] * 600
-    path = tmp_path / "data.json"
-    path.write_text("\n".join(map(json.dumps, records)) if form == "lines" else json.dumps(records))
+    path = tmp_path / ("data.txt" if form == "text" else "data.json")
+    lines = [r["prompt"] + r["completion"] for r in records] if form == "text" else map(json.dumps, records)
+    path.write_text(json.dumps(records) if form == "array" else "\n".join(lines))
     tracemalloc.start()
     try:
         count = advise.count_file(path, tokenizer)

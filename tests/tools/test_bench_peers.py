@@ -14,6 +14,7 @@ from pathlib import Path
 import fake_peers
 import pytest
 import torch
+from transformers.models.llama import modeling_llama
 
 from lorafuse.bench import group, peaks, plugins
 from lorafuse.bench.group import Group, Mlp
@@ -22,6 +23,8 @@ from lorafuse.bench.linear import Linear
 from lorafuse.bench.moe import Experts
 from lorafuse.bench.problem import wrong
 from lorafuse.bench.remote import RemoteRunner
+from lorafuse.bench.transformer import Given, Model
+from lorafuse.bench.transformer_cost import Sizes
 from lorafuse.cli import main
 
 SMALL = ["bench", "linear", "--shape", "24,40", "--m", "16", "--rank", "3", "--rounds", "3", "--device", "cpu"]
@@ -295,6 +298,31 @@ def test_a_peer_says_why_it_cannot_run(fakes, name, kind, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     package = name.partition("_")[0]
     assert one(name, kind, torch.device("cuda")).absent == f"{package} not installed"
+
+
+class TestLiger:
+    """Its kernels need a GPU: here what stands in the model is looked at, and nothing runs."""
+
+    BASELINES = {one.name: one for one in plugins.load_file(plugins.folder() / "liger.py", "model", CPU)}
+
+    def test_what_there_is(self):
+        assert self.BASELINES.keys() == {"liger-peft", "liger-lorafuse", "liger-lorafuse-mlp"}
+        assert all(one.isolated and one.peer and one.absent == "needs a GPU" for one in self.BASELINES.values())
+
+    @pytest.mark.parametrize("name", BASELINES)
+    def test_a_model(self, name, monkeypatch):
+        pytest.importorskip("liger_kernel")
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+        tiny = Model("tiny", "LlamaConfig", sizes | {"num_hidden_layers": 1, "vocab_size": 64})
+        given = Given(tiny, Sizes.of(tiny.config()), torch.float32, CPU, 4, 8, False)
+        one = self.BASELINES[name]
+        whole, facts = one.module.model(given, **one.options)
+        base = whole.get_base_model()
+        assert "liger" in base.forward.__func__.__module__
+        assert "Liger" in str(base.model.norm)
+        assert ("forward" in vars(base.model.layers[0].mlp)) == (name != "liger-lorafuse-mlp")
+        assert (facts["autocast"], facts.get("patched", 0)) == (True, 0 if name == "liger-peft" else 7)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

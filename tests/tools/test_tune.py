@@ -230,6 +230,44 @@ class TestRun:
         assert "…" not in out
 
 
+class TestQuantized:
+    """Over a base in 4 or 8 bits, where few rows can decode it in the product."""
+
+    QUANT = [*SMALL, "--m", "16", "96"]
+
+    def plan(self, M, gradients=()):
+        given = {"gradients": gradients, "format": "nf4", "packed": M <= 64}
+        return select(Problem(M, 32, 64, 4, "float16", "float32", **given), H200, AVAILABLE)
+
+    def test_a_main_loop_that_decodes_is_chosen_where_it_was_the_fastest(self, target, times, capsys):
+        """It is right in both passes, by the gate; the dense measurements are others."""
+        assert cli.main(self.QUANT) == 0
+        assert (self.plan(16).kernel, self.plan(96).kernel) == ("two_kernel", "two_kernel")
+        times |= {"packed": 1e-6}
+        assert cli.main([*self.QUANT, "--quant", "nf4"]) == 0
+        assert times["timed"][4:] == [
+            ["aten_beta1", "aten_addmm", "two_kernel", "packed"],
+            ["aten_beta1", "aten_addmm", "one_pass_backward", "packed"],
+            ["aten_beta1", "aten_addmm", "two_kernel"],
+            ["aten_beta1", "aten_addmm", "one_pass_backward"],
+        ]
+        of_nf4 = {(bool(e.gradients), e.M): e.kernel for e in entries() if e.format == "nf4"}
+        # isqrt(16 * 96) = 39
+        assert of_nf4 == {
+            (False, (16, 39)): "packed", (False, (40, 96)): "two_kernel",
+            (True, (16, 39)): "packed", (True, (40, 96)): "aten_addmm",
+        }  # fmt: skip
+        assert (self.plan(16).kernel, self.plan(16, ("dx", "da", "db")).kernel) == ("packed", "packed")
+        assert self.plan(64).kernel == plan(16).kernel == "two_kernel"
+        assert "32 × 64, float16 over nf4; times" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("quant", ["fp4", "int8", "fp8"])
+    def test_every_format_passes_the_gate(self, target, times, quant):
+        times |= {"packed": 1e-6}
+        assert cli.main([*SMALL, "--m", "16", "--quant", quant]) == 0
+        assert {(entry.format, entry.kernel) for entry in entries()} == {(quant, "packed")}
+
+
 class TestGate:
     def test_a_wrong_candidate_is_never_recorded(self, target, times, monkeypatch, capsys):
         """It would be the fastest everywhere, and is wrong at one M alone."""

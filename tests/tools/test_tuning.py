@@ -22,6 +22,7 @@ from lorafuse.testing.model_layers import linear_layers
 from lorafuse.tune import measure
 from lorafuse.tune.measure import Outcome, Target
 from lorafuse.tune.record import record
+from lorafuse.tune.stored import FORMATS, random_weight
 
 ROOT = Path(__file__).parents[2]
 H200 = find("H200")
@@ -121,12 +122,24 @@ class TestRule:
         assert record([old], [self.outcome(512, {}, wrong={"aten_addmm": "y"})], FOUND) == ()
 
 
-@pytest.mark.parametrize(("N", "K"), [(32, 64), (36, 64), (32, 68)])
-def test_problems_are_those_that_calls_are_planned_as(N, K):
-    x, w, a, dy = (torch.zeros(shape, dtype=torch.float16) for shape in ((16, K), (N, K), (4, K), (16, N)))
-    forward, backward = measure.passes(Case("", N, K), 16, 4, "float16", False)
-    assert forward == linear_problem(x, Weight(w), a.float(), False, False)
-    assert backward == linear_problem(dy, Weight(w), a.float(), False, False, ("dx", "da", "db"))
+@pytest.mark.parametrize(
+    ("format", "N", "K", "M"),
+    [("dense", 32, 64, 16), ("dense", 36, 64, 16), ("dense", 32, 68, 16)]
+    + [(f, 36, 67, 16) for f in FORMATS] + [(f, 32, 68, 64) for f in FORMATS] + [("nf4", 32, 64, 65)],
+)  # fmt: skip
+def test_problems_are_those_that_calls_are_planned_as(format, N, K, M):
+    x, w, a, dy = (torch.zeros(shape, dtype=torch.float16) for shape in ((M, K), (N, K), (4, K), (M, N)))
+    weight = Weight(w) if format == "dense" else random_weight(format, N, K, w.dtype, w.device)
+    forward, backward = measure.passes(Case("", N, K), M, 4, "float16", False, format)
+    assert forward == linear_problem(x, weight, a.float(), False, False)
+    assert backward == linear_problem(dy, weight, a.float(), False, False, ("dx", "da", "db"))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_random_weights_have_products_of_unit_size(format):
+    w = random_weight(format, 96, 256, torch.bfloat16, torch.device("cpu")).decoded(torch.float32).data
+    assert 0.5 < float((torch.randn(64, 256) @ w.t()).std()) < 1.5
+    assert w.unique().numel() > 15
 
 
 class TestModel:

@@ -68,8 +68,8 @@ std::string run_flag() {
   emu::forget_memory();
   emu::declare_memory(s.data(), s.size() * 2, "s", true);
   emu::declare_memory(y.data(), y.size() * 2, "y", true);
-  const auto map_s = tensor_map<BF16, 2>(s.data(), {kColumns, kRows}, {2 * kColumns}, {kColumns, kRows});
-  const auto map_y = tensor_map<BF16, 2>(y.data(), {kColumns, 2 * kRows}, {2 * kColumns}, {kColumns, kRows});
+  const auto map_s = encode_tensor_map<BF16, 2>(s.data(), {kColumns, kRows}, {2 * kColumns}, {kColumns, kRows});
+  const auto map_y = encode_tensor_map<BF16, 2>(y.data(), {kColumns, 2 * kRows}, {2 * kColumns}, {kColumns, kRows});
   // twice: flags must be as they were
   for (int launches = 0; launches < 2; ++launches) {
     launch(flag_kernel, {4, 64, 1024 + kTileBytes + 8}, nullptr, map_s, map_y,

@@ -155,9 +155,9 @@ std::string run_ring() {
   emu::declare_memory(b.data(), b.size() * 2, "b");
   emu::declare_memory(d.data(), d.size() * 4, "d", true);
   const int64_t width = kMajor == Major::K ? k : n, height = kMajor == Major::K ? n : k;
-  const auto map_a = tensor_map<T, 2>(a.data(), {k, m}, {2 * k}, {64, kTileM});
+  const auto map_a = encode_tensor_map<T, 2>(a.data(), {k, m}, {2 * k}, {64, kTileM});
   const int rows = kMajor == Major::K ? N / kCluster : kTileK;
-  const auto map_b = tensor_map<T, 2>(b.data(), {width, height}, {2 * width}, {64, rows});
+  const auto map_b = encode_tensor_map<T, 2>(b.data(), {width, height}, {2 * width}, {64, rows});
   constexpr int kColumns = N < 64 && kMajor == Major::MN ? 64 : N;
   const int shared = 1024 + kStages * (kBytesA + kColumns * kTileK * 2) + 2 * kStages * 8;
   launch(ring_kernel<T, N, kMajor, kCluster>, {round_up(ceil_div(m, kTileM), kCluster), kThreads, shared, kCluster},

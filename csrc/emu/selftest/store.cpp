@@ -60,7 +60,7 @@ std::string run_store() {
   std::vector<BF16> y((m + 1) * n, BF16{0x7fff});
   emu::forget_memory();
   emu::declare_memory(y.data(), m * n * 2, "y", true);
-  const auto map = tensor_map<BF16, 2>(y.data(), {n, m}, {2 * n}, {kTileN, kTileM});
+  const auto map = encode_tensor_map<BF16, 2>(y.data(), {n, m}, {2 * n}, {kTileN, kTileM});
   launch(store_kernel, {1, 128, 1024 + 2 * kTileBytes}, nullptr, map);
   if (emu::unwritten_words(y.data(), m * n * 2) > 0) return "words of y are not written";
   for (int i = 0; i < m; ++i) {
@@ -130,10 +130,10 @@ std::string run_pass() {
   uint32_t flag = 0;
   emu::forget_memory();
   BF16* middle = from.data() + rows * columns;
-  const auto map_to = tensor_map<BF16, 2>(middle, {columns, rows}, {2 * columns}, {kTileN, kTileM});
-  const auto map_from = tensor_map<BF16, 3>(from.data(), {columns, rows, 3}, {2 * columns, 2 * columns * rows},
+  const auto map_to = encode_tensor_map<BF16, 2>(middle, {columns, rows}, {2 * columns}, {kTileN, kTileM});
+  const auto map_from = encode_tensor_map<BF16, 3>(from.data(), {columns, rows, 3}, {2 * columns, 2 * columns * rows},
                                             {kTileN, kTileM, 1});
-  const auto map_y = tensor_map<BF16, 2>(y.data(), {columns, rows}, {2 * columns}, {kTileN, kTileM});
+  const auto map_y = encode_tensor_map<BF16, 2>(y.data(), {columns, rows}, {2 * columns}, {kTileN, kTileM});
   launch(pass_kernel, {2, 32, 1024 + kTileBytes + 8}, nullptr, map_to, map_from, map_y, PassArguments{&flag});
   for (int i = 0; i < rows * columns; ++i) {
     if (value_of(y[i]) != element(1, i / columns, i % columns)) return "wrong value at " + std::to_string(i);

@@ -51,6 +51,9 @@ struct Linear {
   const void* a = nullptr;
   int64_t stride_a = 0;
   uint32_t* workspace = nullptr;
+  // by the tiles of the first columns of y, where they pass over x in any case: R at most 32, clusters of 1. For few
+  // columns of tiles (N 1024); not yet measured on a GPU.
+  bool xa_in_tiles = false;
 
   // Dropout, transposed. `seed` not null: the mask is that of lorafuse.philox for y [M, N], and keeps an element where
   // its draw is at least drop_below.
@@ -133,7 +136,8 @@ void project_x(const ProjectX& p, void* stream);
 
 // One read of dy [M, N] for dyb = scale · dy b, db = scale · dyᵀ xa and dbias = Σ dy: b [N, R] of b_type, xa [M, R],
 // dyb [M, R] in `type` with columns in [R, stride_dyb) zero, db [N, R] of b_type, dbias [N] in `type`; each of the three
-// may be null. `workspace`: reduce_dy_workspace(p) bytes of fp32 partial sums, which are added in a fixed order.
+// may be null. `workspace`: reduce_dy_workspace(p) bytes of fp32 partial sums, which are added in a fixed order. Those of
+// dyb are ceil(N / 256) M R: where they would take more than `dyb_bytes`, rows are taken in chunks, one after the other.
 // `rounded` as in ProjectX.
 struct ReduceDy {
   Type type, b_type;
@@ -150,6 +154,7 @@ struct ReduceDy {
   void* db = nullptr;
   void* dbias = nullptr;
   void* workspace = nullptr;
+  int64_t dyb_bytes = int64_t{64} << 20;
   int sms = 0;
   Round rounded = {};
 };

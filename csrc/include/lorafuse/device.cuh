@@ -9,7 +9,8 @@ namespace lorafuse {
 
 inline int current_device() {
   int device = 0;
-  require(cudaGetDevice(&device) == cudaSuccess, "cudaGetDevice failed");
+  const cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) throw std::runtime_error(std::string("cudaGetDevice: ") + cudaGetErrorString(status));
   return device;
 }
 inline void set_device(int device) {

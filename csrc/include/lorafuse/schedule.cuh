@@ -26,6 +26,18 @@ struct TileOrder {
   }
 };
 
+// The same tiles, those of column 0 before all others. Where tiles are handed out in this order, one that waits for its
+// row's tile of column 0 waits for a block that runs and does not wait itself.
+struct ColumnZeroFirst {
+  TileOrder order;
+
+  LF_HOST_DEVICE constexpr Tile at(int index) const {
+    if (index < order.rows) return {index, 0};
+    const Tile tile = TileOrder{order.rows, order.columns - 1, order.group}.at(index - order.rows);
+    return {tile.row, tile.column + 1};
+  }
+};
+
 // Which tiles a program walks: one of each wave. The last wave, when it is not full, belongs to the late programs; the
 // early ones have one tile fewer and are `slack()` many.
 struct Walk {

@@ -41,6 +41,22 @@ void check_order() {
       }
     }
   }
+  int zero = 0;
+  for (int rows = 1; rows <= 9; ++rows) {
+    for (int columns = 1; columns <= 7; ++columns) {
+      const ColumnZeroFirst order{{rows, columns, 4}};
+      std::vector<int> seen(static_cast<size_t>(order.order.tiles()));
+      for (int i = 0; i < order.order.tiles(); ++i) {
+        const auto [row, column] = order.at(i);
+        if (row >= 0 && row < rows && column >= 0 && column < columns) {
+          ++seen[static_cast<size_t>(row * columns + column)];
+        }
+        zero += (i < rows) != (column == 0);
+      }
+      zero += std::count(seen.begin(), seen.end(), 1) != order.order.tiles();
+    }
+  }
+  report("order: every tile once, column 0 first", zero);
   report("order: every tile once", bad);
   report("order: groups of rows, column by column", distance);
 }

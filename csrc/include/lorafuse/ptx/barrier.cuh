@@ -1,9 +1,24 @@
 // Barriers and votes: mbarriers in shared memory, named barriers, warps, clusters; registers of a warpgroup.
 #pragma once
 
+#include <cstdio>
+
 #include <lorafuse/common.cuh>
 
 namespace lorafuse::ptx {
+
+// Looks at a counter or a barrier after which a kernel of a debug build stops, with a message: 2^24 take seconds. In
+// other builds 0, and kernels wait as long as it takes.
+constexpr uint32_t kMostLooks = LORAFUSE_MOST_LOOKS;
+
+LF_DEVICE void stop_after(uint32_t looks, const char* what, const void* where, uint32_t value) {
+  if constexpr (kMostLooks > 0) {
+    if (looks != kMostLooks) return;
+    printf("lorafuse: thread %u of block %u has waited too long for %s at %p to be %u\n", threadIdx.x, blockIdx.x, what,
+           where, value);
+    __trap();
+  }
+}
 
 LF_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
@@ -32,15 +47,29 @@ LF_DEVICE void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
-// Waits until the phase of that parity is complete.
+// Waits until the phase of that parity is complete; the hardware sleeps within each look.
 LF_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
-  asm volatile(
-      "{.reg .pred complete;\n"
-      "wait_%=:\n"
-      " mbarrier.try_wait.parity.shared::cta.b64 complete, [%0], %1;\n"
-      " @!complete bra wait_%=;\n}" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
+  if constexpr (kMostLooks > 0) {
+    uint32_t complete = 0;
+    for (uint32_t looks = 0; !complete; ++looks) {
+      asm volatile(
+          "{.reg .pred complete;\n"
+          " mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
+          " selp.u32 %0, 1, 0, complete;}"
+          : "=r"(complete)
+          : "r"(shared_address(barrier)), "r"(parity)
+          : "memory");
+      stop_after(looks, "the phase of the barrier", barrier, parity);
+    }
+  } else {
+    asm volatile(
+        "{.reg .pred complete;\n"
+        "wait_%=:\n"
+        " mbarrier.try_wait.parity.shared::cta.b64 complete, [%0], %1;\n"
+        " @!complete bra wait_%=;\n}" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+  }
 }
 // The same for a barrier at which threads of other blocks of the cluster arrive, before TMA writes what they have read.
 // Ordinary loads of what they stored would need .acquire.cluster, which invalidates L1 (CCTL.IVALL in SASS).

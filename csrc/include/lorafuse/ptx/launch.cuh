@@ -4,6 +4,11 @@
 #include <cuda_runtime.h>
 #include <cudaTypedefs.h>
 
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include <lorafuse/device.cuh>
 #include <lorafuse/ptx/tma.cuh>
 #include <lorafuse/tensor_map.cuh>
 
@@ -24,11 +29,23 @@ inline void check_cuda(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
+// Lets launches of a kernel on the current device have so much shared memory. The driver keeps one limit for each kernel
+// and device, and is told of it when it grows.
+inline void allow_shared_memory(const void* kernel, int bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> limits;
+  const std::lock_guard lock(mutex);
+  int& limit = limits[{kernel, current_device()}];
+  if (bytes <= limit) return;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+             "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
+  limit = bytes;
+}
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const LaunchConfig& config, Stream stream, const Arguments&... arguments) {
   if (config.shared_bytes > 48 * 1024) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.shared_bytes),
-               "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
+    allow_shared_memory(reinterpret_cast<const void*>(kernel), config.shared_bytes);
   }
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t launch_config{};
@@ -51,17 +68,17 @@ void launch(void (*kernel)(Parameters...), const LaunchConfig& config, Stream st
 }
 
 inline int multiprocessors() {
-  int device = 0, count = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  int count = 0;
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, current_device()),
+             "cudaDeviceGetAttribute");
   return count;
 }
 
 // Bytes of shared memory that one block can have.
 inline int shared_memory_limit() {
-  int device = 0, bytes = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  int bytes = 0;
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, current_device()),
+             "cudaDeviceGetAttribute");
   return bytes;
 }
 
@@ -69,8 +86,8 @@ inline int shared_memory_limit() {
 // the first, boxes of `box` elements with the 128-byte swizzle (box[0] is then 64 elements). Throws with the values for
 // what TMA cannot describe.
 template <class T, int kDimensions>
-ptx::TensorMap tensor_map(const void* base, const int64_t (&sizes)[kDimensions],
-                          const int64_t (&strides)[kDimensions - 1], const int (&box)[kDimensions]) {
+ptx::TensorMap encode_tensor_map(const void* base, const int64_t (&sizes)[kDimensions],
+                                 const int64_t (&strides)[kDimensions - 1], const int (&box)[kDimensions]) {
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result{};

@@ -25,12 +25,16 @@ LF_DEVICE uint32_t fetch_add_acquire_release(uint32_t* counter, uint32_t value) 
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
   return before;
 }
-// Waits until the counter is at least `value`; what was released with it is visible then.
+// Waits until the counter is at least `value`; what was released with it is visible then. It sleeps between two looks,
+// up to 256 ns: many blocks wait for one line of L2, and those that will write it share its bandwidth.
 LF_DEVICE void wait_at_least(const uint32_t* counter, uint32_t value) {
-  uint32_t seen;
-  do {
+  for (uint32_t looks = 0;; ++looks) {
+    uint32_t seen;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-  } while (seen < value);
+    if (seen >= value) return;
+    stop_after(looks, "the counter", counter, value);
+    __nanosleep(looks < 3 ? 32u << looks : 256u);
+  }
 }
 LF_DEVICE void store_relaxed(uint32_t* counter, uint32_t value) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");

@@ -31,8 +31,8 @@ inline int multiprocessors() { return emu::multiprocessors(); }
 inline int shared_memory_limit() { return emu::shared_memory_limit(); }
 
 template <class T, int kDimensions>
-ptx::TensorMap tensor_map(const void* base, const int64_t (&sizes)[kDimensions],
-                          const int64_t (&strides)[kDimensions - 1], const int (&box)[kDimensions]) {
+ptx::TensorMap encode_tensor_map(const void* base, const int64_t (&sizes)[kDimensions],
+                                 const int64_t (&strides)[kDimensions - 1], const int (&box)[kDimensions]) {
   static_assert(sizeof(T) == 2 && (kDimensions == 2 || kDimensions == 3));
   check_tensor_map(base, sizes, strides, box);
   require(box[0] == 64, "box of ", box[0], " elements: the emulator knows rows of 128 bytes only");
