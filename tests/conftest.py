@@ -29,8 +29,10 @@ gc.disable()
 # what `lorafuse tune` measured on this machine would change the plans that tests look at
 _cache = tempfile.TemporaryDirectory()
 os.environ["LORAFUSE_CACHE_DIR"] = _cache.name
-# Inductor's cache knows an operator by its name: another checkout's graph would call it with other arguments
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{_cache.name}/inductor"
+# Inductor's cache knows an operator by its name: another checkout's graph would call it with other arguments. The
+# processes of pytest-xdist inherit theirs: headers are precompiled and graphs compiled once for all
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{_cache.name}/inductor"
 
 # Before any kernel is defined: without a GPU, kernels run in Triton's interpreter.
 if not torch.cuda.is_available():
@@ -114,6 +116,8 @@ def pytest_collection_finish():
     # a full collection otherwise visits everything that was imported: half a second, dozens of times a file
     gc.collect()
     gc.freeze()
+    # every 700 objects, and a full one as often as little is left beside what is frozen, take a tenth of a trace
+    gc.set_threshold(10_000, 10, 10)
     gc.enable()
 
 

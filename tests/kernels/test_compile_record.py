@@ -36,13 +36,15 @@ def digests(chosen=chosen, target="sm_90"):
 def changed(now):
     return sorted(kernel for kernel in before if before[kernel] != now[kernel])
 
-def with_line(function, line):
-    source = function.src
-    function._unsafe_update_src(source + line)
+def with_line(functions, line):
+    sources = [function.src for function in functions]
+    for function in functions:
+        function._unsafe_update_src(function.src + line)
     try:
         return changed(digests())
     finally:
-        function._unsafe_update_src(source)
+        for function, source in zip(functions, sources):
+            function._unsafe_update_src(source)
 
 before = digests()
 kernels = {f"{module.__name__}.{name}": function
@@ -50,8 +52,8 @@ kernels = {f"{module.__name__}.{name}": function
            for name, function in vars(module).items()
            if isinstance(function, JITCallable) and function.module == module.__name__}
 out = {"kernels": sorted(before), "nothing": changed(digests())}
-out["a comment"] = [name for name, f in kernels.items() if with_line(f, "\\n    # said\\n\\n    # twice  \\n")]
-out["a line"] = {name: with_line(f, "\\n    pass") for name, f in kernels.items()}
+out["a comment"] = with_line(kernels.values(), "\\n    # said\\n\\n    # twice  \\n")
+out["a line"] = {name: with_line([f], "\\n    pass") for name, f in kernels.items()}
 wider = [replace(variant, config=replace(variant.config, warps=2 * variant.config.warps)) for variant in chosen]
 out["warps"] = changed(digests(wider))
 more = [replace(v, config=replace(v.config, stages=v.config.stages + 1)) for v in chosen]

@@ -62,14 +62,15 @@ EVERY += ["peft-half", "lorafuse", "lorafuse-autocast", "lorafuse-half"]
 
 
 def test_every_variant_trains_and_is_compared():
-    result = run(dtype="bfloat16", variants=None)
+    # one of them is compiled, which takes a layer's time for each
+    result = run(dtype="bfloat16", variants=None, layers=1)
     assert sorted(result["variants"]) == sorted(EVERY), result["failed"]
     assert {name: reason for name, reason in result["failed"].items() if name != "frozen-lorafuse"} == {}
     assert result["failed"]["frozen-lorafuse"] == "without experts it is the frozen model"
     adapted = set(EVERY) - {"frozen", "full", "peft"}
     assert result["parity"]["first_micro_batch"].keys() == result["parity"]["losses"].keys() == adapted
     assert result["optimizer"] == "AdamW, fused, moments in each parameter's dtype"
-    assert {result["variants"][name]["patched"] for name in ("addmm", "lorafuse", "lorafuse-half")} == {14}
+    assert {result["variants"][name]["patched"] for name in ("addmm", "lorafuse", "lorafuse-half")} == {7}
     # two moments in the dtype of the adapters
     small, large = (result["variants"][name]["optimizer_bytes"] for name in ("peft-half", "peft"))
     assert small < 0.6 * large
