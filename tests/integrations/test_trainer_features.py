@@ -83,6 +83,16 @@ def test_fp16(tmp_path, plain):
     assert losses_of(fused(tmp_path, calls=STEPS, fp16=True)) == pytest.approx(plain, rel=1e-6)
 
 
+def test_torch_compile(tmp_path, plain):
+    torch._dynamo.reset()
+    callback = LorafuseCallback(log=None, strict=True)
+    trainer = trainer_of(tmp_path, adapted(), callback, torch_compile=True, torch_compile_backend="aot_eager")
+    trainer.train()
+    assert losses_of(trainer) == pytest.approx(plain, rel=1e-6)
+    rows = callback.training.status.layers
+    assert [row.compiled and not row.compiled_reason for row in rows] == [True] * LAYERS
+
+
 def test_checkpoints_are_resumed(tmp_path, plain):
     """The rest of a patched run, by a patched model and by stock PEFT."""
     fused(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
