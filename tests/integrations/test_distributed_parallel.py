@@ -142,9 +142,7 @@ def stage(number):
 
 
 def pipeline(rank, schedule=Schedule1F1B, stages_of_rank=1):
-    """The largest difference of a gradient from one process without lorafuse, over the largest element or 1, and the
-    fused calls.
-    """
+    """The largest difference of a gradient from one process without lorafuse, and the fused calls."""
     x, target = torch.randn(8, K, generator=torch.Generator().manual_seed(1)), torch.ones(8, K)
     stages = [stage(number) for number in range(WORLD * stages_of_rank)]
     # schedules average the losses of their micro-batches
@@ -165,8 +163,7 @@ def pipeline(rank, schedule=Schedule1F1B, stages_of_rank=1):
         if p.requires_grad
     ]
     assert all(grad.any() for grad, _ in pairs)
-    errors = [(actual - grad).abs().max() / grad.abs().max().clamp(min=1) for actual, grad in pairs]
-    return max(errors).item(), counted["calls"]
+    return max((actual - grad).abs().max().item() for actual, grad in pairs), counted["calls"]
 
 
 def load(name, folder, experts_implementation=None, **layout):
@@ -323,12 +320,13 @@ def test_no_gradient_depends_on_the_number_of_expert_ranks(results, tokens):
     assert [of_rank["ep of one", tokens] for of_rank in results] == [[], []]
 
 
-@pytest.mark.parametrize(("schedule", "stages"), [("1F1B", 1), ("zero bubble", 2)])
-def test_pipeline(results, schedule, stages):
+# a backward in two halves adds in another order, over twice as many stages
+@pytest.mark.parametrize(("schedule", "stages", "bound"), [("1F1B", 1, 1e-6), ("zero bubble", 2, 1e-5)])
+def test_pipeline(results, schedule, stages, bound):
     """Two layers of each stage, four micro-batches, and one more call that tells the stage its shapes."""
     for of_rank in results:
         error, calls = of_rank[schedule]
-        assert error < 1e-6
+        assert error < bound
         assert calls == 2 * stages * (4 + 1)
 
 
