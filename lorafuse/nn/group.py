@@ -37,8 +37,8 @@ class _Group(nn.Module):
                 continue
             if getattr(type(layer), "forward", None) is not nn.Linear.forward:
                 raise TypeError(
-                    f"{type(self).__name__} got a {type(layer).__name__} for {name}; it takes a LoRALinear, a "
-                    "LoRALinearMulti, or an nn.Linear with nn.Linear's forward"
+                    f"{type(self).__name__} got a {type(layer).__name__} for {name}; it takes a LoRALinear, or an "
+                    "nn.Linear with nn.Linear's forward, or a LoRALinearMulti"
                 )
             layer.weight.requires_grad_(False)
             if layer.bias is not None:
