@@ -56,8 +56,8 @@ def test_what_exists_stands_in_one_file_and_tables(words, file, tables):
 
 # where a word is part of what is said to users, or is torch's own name of a device
 IN_MESSAGES = {
-    # the names of `bench --quant`
-    "formats/int8.py": {"bench/quantized.py"},
+    # the names of `bench --quant` and `tune --quant`, by which weights to be measured are made
+    "formats/int8.py": {"demo/quantized.py", "tune/stored.py"},
     "ops/grouped.py": {"ops/plain.py"},
 }
 

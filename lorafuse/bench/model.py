@@ -21,7 +21,7 @@ from lorafuse.bench.model_run import Case, chosen, run_case
 from lorafuse.bench.result import shown
 from lorafuse.bench.transformer import MODELS, Model, find, free_bytes
 from lorafuse.bench.transformer_cost import Sizes, Training, fitting, training_bytes
-from lorafuse.demo.quantized import TYPES
+from lorafuse.demo.quantized import TYPES, bits_of_bitsandbytes
 from lorafuse.testing.timing import WARM
 
 __all__ = ["SUMMARY", "Case", "add_arguments", "cases", "run_case", "table", "timing"]
@@ -75,10 +75,10 @@ def cases(args: argparse.Namespace) -> list[Case]:
         if used:
             raise ValueError(f"--{option}: it is for layers and blocks; choose what trains a model by --variants")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if args.quant == "int8" and device.type != "cpu":
+    if bits_of_bitsandbytes(args.quant) == 8 and device.type != "cpu":
         raise ValueError(
-            "--quant int8: bitsandbytes rounds x to 8 bits on this device and lorafuse does not, so that their losses "
-            "part; measure --quant int8_torchao, or --device cpu"
+            f"--quant {args.quant}: bitsandbytes rounds x to 8 bits on this device and lorafuse does not, so that their "
+            "losses part; measure --quant int8_torchao, or --device cpu"
         )
     models = (
         list(MODELS.values()) if args.all else [find(n) for n in args.case or [_USUAL.get(device.type, _USUAL["cpu"])]]

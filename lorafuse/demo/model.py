@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lorafuse.advise.configuration import load_config, load_model, load_pretrained
-from lorafuse.demo.quantized import linear_as
+from lorafuse.demo.quantized import bits_of_bitsandbytes, linear_as
 from lorafuse.errors import MissingDependency
 
 __all__ = ["load", "load_tokenizer", "quantize", "with_adapter"]
@@ -79,7 +79,8 @@ def quantize(model: Any, kind: str) -> Any:
                 continue
             setattr(parent, name, linear_as(layer, kind))
     # PEFT goes by them
-    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind in ("nf4", "fp4"), kind == "int8"
+    bits = bits_of_bitsandbytes(kind)
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = bits == 4, bits == 8
     return model
 
 

