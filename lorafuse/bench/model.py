@@ -77,8 +77,8 @@ def cases(args: argparse.Namespace) -> list[Case]:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if bits_of_bitsandbytes(args.quant) == 8 and device.type != "cpu":
         raise ValueError(
-            f"--quant {args.quant}: bitsandbytes rounds x to 8 bits on this device and lorafuse does not, so that their "
-            "losses part; measure --quant int8_torchao, or --device cpu"
+            f"--quant {args.quant}: bitsandbytes rounds x to 8 bits on this device and lorafuse does not, so that "
+            "their losses part; measure --quant int8_torchao, or --device cpu"
         )
     models = (
         list(MODELS.values()) if args.all else [find(n) for n in args.case or [_USUAL.get(device.type, _USUAL["cpu"])]]
