@@ -312,7 +312,9 @@ class TestLiger:
     @pytest.mark.parametrize("name", BASELINES)
     def test_a_model(self, name, monkeypatch):
         pytest.importorskip("liger_kernel")
-        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)
+        # Liger replaces them in the module, an instance given or not; restored after the test
+        for replaced in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):
+            monkeypatch.setattr(modeling_llama, replaced, getattr(modeling_llama, replaced))
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
         tiny = Model("tiny", "LlamaConfig", sizes | {"num_hidden_layers": 1, "vocab_size": 64})
         given = Given(tiny, Sizes.of(tiny.config()), torch.float32, CPU, 4, 8, False)
