@@ -60,6 +60,9 @@ class _Bench:
         name = f"experts-m{m}-{case}-{routing}"
         return self._step(name, 2 * _CASE, "moe", "--case", case, "--m", m, "--routing", routing)
 
+    def quantized(self, m: int, case: str) -> Step:
+        return self._step(f"quantized-m{m}-{case}", _CASE, "quantized", "--case", case, "--m", m)
+
     def model(self, case: str, accumulate: int = 1, checkpointing: bool = False) -> Step:
         on = "on" if checkpointing else "off"
         options = "--layers", LAYERS[case], "--accumulate", accumulate, "--checkpointing", on, "--rounds", 10
@@ -119,6 +122,7 @@ def steps(out: Path, built: bool = False) -> list[Step]:
         bench.losses(),
         bench.script("hopper", 60, "hopper"),
         bench.script("decode", 45, "decode"),
+        *(bench.quantized(m, _LLAMA[0]) for m in (8192, 512, 16)),
         *(layer(2048, 16, case) for case in _LLAMA),
         experts(8192, "qwen3-30b-a3b", "zipf"),
         layer(8192, 64, _LLAMA[0]),

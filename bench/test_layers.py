@@ -30,7 +30,7 @@ def test_forward_and_backward(benchmark, problem, device, name):
     benchmark.group = problem.title
     one = next(one for one in plugins.load(problem.kind, device) if one.name == name)
     given = problem.inputs(device)
-    variant = problem.variant(name, one.module, given, **one.options)
+    variant = one.variant(problem, given)
     assert wrong(variant, problem.references(given)[one.trains], problem.shaped) == ""
 
     def step():

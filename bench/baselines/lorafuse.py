@@ -7,7 +7,6 @@ the others: a backend, or one kernel of it.
 import lorafuse
 from lorafuse.backends import base
 from lorafuse.bench.layers import peft_experts, peft_linear
-from lorafuse.plan import override
 
 LABEL = "lorafuse"
 # candidates of plans on GPUs; those with a kernel are chosen only where measured as fastest
@@ -15,7 +14,8 @@ FORMS = {
     "": {},
     "half": {"half": True},
     "autocast": {"autocast": True},
-    "eager": {"backend": "eager"},
+    # the plan has a choice of orders; each has results by its name
+    "eager": {"backend": "eager", "kernel": "aten_beta1"},
     "addmm": {"backend": "eager", "kernel": "aten_addmm"},
     "triton": {"backend": "triton"},
     "cuda": {"backend": "cuda"},
@@ -32,27 +32,16 @@ def unavailable(kind, device, backend="auto", kernel="", half=False, autocast=Fa
         return "its layers are the same under autocast"
     if backend == "auto":
         return ""
-    if kernel and kind == "moe":
+    if kind == "moe" and kernel not in ("", FORMS["eager"]["kernel"]):
         return "experts have no such form"
     # on other devices plans have one candidate
     return "needs a GPU" if device.type != "cuda" else base.availability(backend).reason
 
 
-def _forced(call, kernel):
-    def run(*args):
-        with override(force_kernel=kernel):
-            return call(*args)
-
-    return run if kernel else call
-
-
-def linear(given, backend="auto", kernel="", half=False, over=None):
-    if backend == "eager":
-        # the plan has a choice of orders; results are of this one by that name
-        kernel = kernel or "aten_beta1"
+def linear(given, backend="auto", half=False, over=None):
     layer, trained = peft_linear(given, autocast_adapter_dtype=not half, quantized=over)
     lorafuse.patch(layer, backend=backend, strict=True)
-    return _forced(layer, kernel), trained
+    return layer, trained
 
 
 def quantized(given, **options):

@@ -1,6 +1,6 @@
 """Layers of one x as one operator of `lorafuse.functional`, with fp32 adapters, as planned or as the suffix says.
 
-"half": adapters in the base's dtype; the others: a backend.
+"half": adapters in the base's dtype; the others: a backend, "siblings" Triton's kernels of one launch.
 """
 
 import torch
@@ -16,10 +16,11 @@ FORMS = {
     "recompute-up": {"recompute_up": True},
     "eager": {"backend": "eager"},
     "triton": {"backend": "triton"},
+    "siblings": {"backend": "triton", "kernel": "siblings"},
 }
 
 
-def unavailable(kind, device, backend="auto", recompute_up=False, half=False):
+def unavailable(kind, device, backend="auto", kernel="", recompute_up=False, half=False):
     if recompute_up and kind not in ("mlp", "layer"):
         return "only a gated MLP has an up to compute again"
     if backend == "auto":

@@ -9,7 +9,8 @@ with inside its functions. A file may define:
                 stops the run, while a peer's is reported and not counted
     ISOLATED    True: run it in a process of its own, because of its licence, imports or patches, or because it writes
                 into its inputs, which all variants of a process share
-    FORMS       {suffix: options}: several variants of one file; the options go to its functions ({"": {}})
+    FORMS       {suffix: options}: several variants of one file; the options go to its functions ({"": {}}), but for
+                "kernel", which is a candidate of plans that both passes take
     DTYPES      of bases that it can run on (all)
     unavailable(kind, device, **options) -> str   why it cannot run there, "" when it can
     linear(given, **options), quantized(given, **options), group(given, **options), mlp(given, **options),
@@ -26,13 +27,15 @@ with inside its functions. A file may define:
 """
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from lorafuse.bench.problem import Problem, Variant
 
 __all__ = ["Baseline", "folder", "load", "load_file"]
 
@@ -63,6 +66,11 @@ class Baseline:
     isolated: bool = False
     peer: bool = False
     absent: str = ""
+
+    def variant(self, problem: Problem, given: Any) -> Variant:
+        """The variant that its file builds for the inputs of a problem."""
+        options = {name: value for name, value in self.options.items() if name != "kernel"}
+        return replace(problem.variant(self.name, self.module, given, **options), kernel=self.options.get("kernel", ""))
 
 
 def folder() -> Path:

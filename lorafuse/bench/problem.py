@@ -5,12 +5,14 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lorafuse.plan import override
 from lorafuse.testing.numerics import relative_l2, tolerance
 
 __all__ = ["SCALE", "Problem", "Variant", "Work", "add_case_arguments", "numbered", "title", "wrong"]
@@ -56,16 +58,25 @@ class Work:
 
 @dataclass
 class Variant:
-    """A layer or block as one baseline runs it; `leaves` are x and trained tensors by the names of their gradients."""
+    """A layer or block as one baseline runs it; `leaves` are x and trained tensors by the names of their gradients.
+
+    `kernel` is what `lorafuse.plan.override` forces in both passes, "" for none.
+    """
 
     name: str
-    forward: Callable[[], tuple[Tensor, ...]]
+    call: Callable[[], tuple[Tensor, ...]]
     outputs: tuple[str, ...]
     douts: tuple[Tensor, ...]
     leaves: dict[str, Tensor]
+    kernel: str = ""
+
+    def forward(self) -> tuple[Tensor, ...]:
+        with override(force_kernel=self.kernel) if self.kernel else nullcontext():
+            return self.call()
 
     def backward(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(outputs, tuple(self.leaves.values()), self.douts)
+        with override(force_kernel=self.kernel) if self.kernel else nullcontext():
+            return torch.autograd.grad(outputs, tuple(self.leaves.values()), self.douts)
 
     def results(self) -> dict[str, Tensor]:
         """Outputs and gradients of one call by name."""

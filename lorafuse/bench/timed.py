@@ -151,7 +151,7 @@ def built(problem: Problem, args: argparse.Namespace, device: torch.device, prog
                     )
                     reason = remote.wrong
                 else:
-                    variant = problem.variant(one.name, one.module, given, **one.options)
+                    variant = one.variant(problem, given)
                     reason = wrong(variant, references[one.trains], problem.shaped)
                 if reason:
                     raise Wrong(reason)

@@ -51,7 +51,7 @@ class _Worker:
         made, where = PROBLEMS[kind](**fields), torch.device(device)
         (baseline,) = (one for one in plugins.load_file(Path(file), kind, where) if one.name == name)
         given = made.inputs(where)
-        variant = made.variant(name, baseline.module, given, **baseline.options)
+        variant = baseline.variant(made, given)
         reason = wrong(variant, made.references(given)[baseline.trains], made.shaped)
         if not reason:
             self.runner = Runner(variant, Clock(where), graphs)

@@ -26,8 +26,8 @@ __all__ = [
 ]
 
 
-# rows of the other input of a case that has more
-_FEW = 64
+# rows of the other input of a case that has more: more than any tile has
+_FEW = 130
 
 
 @dataclass(frozen=True)

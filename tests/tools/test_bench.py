@@ -61,7 +61,7 @@ def variant(name, problem, dtype="float32"):
     problem = type(problem)(**{**vars(problem), "dtype": dtype})
     one = BASELINES[problem.kind][name]
     given = problem.inputs(CPU)
-    return problem.variant(name, one.module, given, **one.options), problem.references(given)[one.trains], problem
+    return one.variant(problem, given), problem.references(given)[one.trains], problem
 
 
 @pytest.mark.parametrize(("kind", "name", "dtype"), EVERY)

@@ -34,7 +34,7 @@ REFERENCES = {problem.dtype: problem.references(GIVEN[problem.dtype]) for proble
 
 def built(name, problem=TINY):
     one = BASELINES[name]
-    return problem.variant(name, one.module, GIVEN[problem.dtype], **one.options), REFERENCES[problem.dtype][one.trains]
+    return one.variant(problem, GIVEN[problem.dtype]), REFERENCES[problem.dtype][one.trains]
 
 
 def test_the_variants_are_all_there():

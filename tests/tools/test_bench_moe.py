@@ -33,7 +33,7 @@ def tiny(monkeypatch):
 def build(name, problem):
     given = problem.inputs(CPU)
     one = BASELINES[name]
-    return problem.variant(name, one.module, given, **one.options), problem.references(given)[one.trains]
+    return one.variant(problem, given), problem.references(given)[one.trains]
 
 
 def problem(dtype="float32", routing="balanced"):

@@ -266,7 +266,7 @@ DENSE = {
 @pytest.mark.parametrize("problem", DENSE.values(), ids=DENSE)
 def test_a_peer_is_called_with_the_right_arguments(fakes, name, problem):
     baseline, given = one(name, problem.kind), problem.inputs(CPU)
-    variant = problem.variant(name, baseline.module, given)
+    variant = baseline.variant(problem, given)
     # adapters as their users have them
     assert {t.dtype for key, t in variant.leaves.items() if key != "dx"} == {torch.float32}
     assert wrong(variant, problem.references(given)[baseline.trains], problem.shaped) == ""
@@ -333,7 +333,7 @@ def test_own_baselines_run_the_mlp(name, dtype):
     problem = Mlp("mlp", dtype, 16, 40, 24, 3)
     given = problem.inputs(CPU)
     baseline = next(iter(plugins.load_file(plugins.folder() / f"{name}.py", "mlp", CPU)))
-    variant = problem.variant(name, baseline.module, given, **baseline.options)
+    variant = baseline.variant(problem, given)
     assert wrong(variant, problem.references(given)[baseline.trains], problem.shaped) == ""
 
 

@@ -10,6 +10,7 @@ from lorafuse.bench.linear import Linear
 from lorafuse.bench.problem import title, wrong
 from lorafuse.bench.quantized import TYPES, Quantized
 from lorafuse.cli import main
+from lorafuse.functional import plan_linear
 
 pytest.importorskip("bitsandbytes", reason="quantized bases need bitsandbytes: pip install --no-deps bitsandbytes")
 CPU = torch.device("cpu")
@@ -43,7 +44,7 @@ def test_every_variant_computes_the_formula_of_the_decoded_weight(name, quant, b
     problem = Quantized("tiny", "bfloat16", *SIZES, quant)
     given, dense = problem.inputs(CPU), Linear("tiny", "bfloat16", *SIZES).inputs(CPU)
     one = baselines[name]
-    variant = problem.variant(name, one.module, given, **one.options)
+    variant = one.variant(problem, given)
     assert wrong(variant, problem.references(given)[one.trains], problem.shaped) == ""
     if "int8" in quant:
         return
@@ -80,3 +81,34 @@ def test_the_command_compares_with_the_dense_base(tmp_path, capsys):
         assert one["variants"]["lorafuse-dense"]["over_dense"] == 0.0
         assert one["variants"]["lorafuse"]["over_dense"] != 0.0
         assert set(one["floor"].values()) == {"frozen"}
+
+
+class Noted(torch.autograd.Function):
+    """Notes in each pass whether a plan made there takes what is forced."""
+
+    @staticmethod
+    def forward(ctx, x, notes):
+        ctx.notes = notes
+        notes.append(is_forced())
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        ctx.notes.append(is_forced())
+        return dy, None
+
+
+def is_forced():
+    x, w, a = torch.ones(2, 8), torch.ones(4, 8), torch.ones(3, 8)
+    return "is forced" in plan_linear(x, w, a, gradients=()).reasons[-1]
+
+
+@pytest.mark.parametrize(("name", "forced"), [("lorafuse", False), ("lorafuse-addmm", True)])
+def test_a_kernel_is_forced_in_both_passes(name, forced):
+    (one,) = (one for one in plugins.load("linear", CPU) if one.name == name)
+    problem = Linear("tiny", "float32", 16, 24, 40, 3)
+    variant, notes = one.variant(problem, problem.inputs(CPU)), []
+    call = variant.call
+    variant.call = lambda: (Noted.apply(call()[0], notes),)
+    variant.results()
+    assert notes == [forced, forced]
