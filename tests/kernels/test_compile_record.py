@@ -90,10 +90,12 @@ def digests():
 
 
 def configured(digests):
-    """Warps and alignment of the kernels that decode and route, and of DoRA's, are their launchers' own."""
+    """Warps and alignment of kernels that decode and route, of DoRA's and of activations of many adapters are their
+    launchers' own.
+    """
     fixed = [kernel for kernel in digests["kernels"] if kernel.startswith(("decode ", "route_"))]
     assert len(fixed) > 3
-    fixed += ["row_norms", "columns_backward"]
+    fixed += ["row_norms", "columns_backward", "gates", "gates_backward"]
     return [kernel for kernel in digests["kernels"] if kernel not in fixed]
 
 
