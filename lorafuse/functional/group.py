@@ -6,12 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorafuse.activation import ACTIVATIONS, GATES
 from lorafuse.operands import Weight
 from lorafuse.ops import gated_mlp as _gated_mlp
 from lorafuse.ops import group as _group
 from lorafuse.ops.autocast import autocast_is_on
-from lorafuse.ops.checks import check_scale, check_statistics, seed_tensor
+from lorafuse.ops.checks import check_gate, check_scale, check_statistics, seed_tensor
 from lorafuse.ops.choose import for_masks, requested_backend
 from lorafuse.ops.transforms import is_transformed
 
@@ -132,10 +131,7 @@ def lora_gated_mlp(
 
     Raises as `lora_linears`, and ValueError for an unknown activation.
     """
-    if not isinstance(activation, str) or (activation not in ACTIVATIONS and activation not in GATES):
-        raise ValueError(
-            f"lora_gated_mlp got the activation {activation!r}; it must be one of {', '.join((*ACTIVATIONS, *GATES))}"
-        )
+    check_gate("lora_gated_mlp", activation)
     x, arguments = _arguments("lora_gated_mlp", x, {"gate": gate, "up": up, "down": down}, backend)
     run = _gated_mlp.plain_lora_gated_mlp if is_transformed(x) else _gated_mlp.lora_gated_mlp
     return run(x, *arguments, activation, recompute_up)

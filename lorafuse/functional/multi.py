@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorafuse.activation import ACTIVATIONS, GATES
 from lorafuse.operands import Weight
 from lorafuse.ops import multi as _multi
 from lorafuse.ops.autocast import autocast_is_on
-from lorafuse.ops.checks import check_scale, check_statistics, check_tensors
+from lorafuse.ops.checks import check_gate, check_scale, check_statistics, check_tensors
 from lorafuse.ops.choose import requested_backend
 from lorafuse.ops.multi_layers import MultiSettings
 
@@ -22,6 +21,7 @@ __all__ = [
     "lora_linear_multi",
     "lora_linears_multi",
     "prepared",
+    "weight_of",
 ]
 
 
@@ -165,11 +165,9 @@ def lora_gated_mlp_multi(
 
     Returns y `[…, N]`. Raises as `lora_linear_multi` does, and ValueError for an unknown activation.
     """
-    if not isinstance(activation, str) or (activation not in ACTIVATIONS and activation not in GATES):
-        known = ", ".join((*ACTIVATIONS, *GATES))
-        raise ValueError(f"lora_gated_mlp_multi got the activation {activation!r}; it must be one of {known}")
+    check_gate("lora_gated_mlp_multi", activation)
     named = {"gate": gate, "up": up, "down": down}
-    sizes = [_weight(one).stored for one in named.values()]
+    sizes = [weight_of(one).stored for one in named.values()]
     if any(len(size) != 2 for size in sizes) or sizes[0] != sizes[1] or sizes[2][1] != sizes[0][0]:
         shown = ", ".join(f"{name} {list(size)}" for name, size in zip(named, sizes, strict=True))
         raise ValueError(f"lora_gated_mlp_multi got {shown}; the rule is gate and up [I, H], down [N, I]")
@@ -190,7 +188,8 @@ def _run(form: str, options: tuple[Any, ...], offsets: Tensor, given: Prepared) 
     return _multi.apply(form, options, x, offsets, settings, tensors, buffers)
 
 
-def _weight(one: MultiProjection, is_transposed: bool = False) -> Weight:
+def weight_of(one: MultiProjection, is_transposed: bool = False) -> Weight:
+    """The weight of a layer; `is_transposed` says it of a tensor."""
     return one.weight if isinstance(one.weight, Weight) else Weight(one.weight, is_transposed)
 
 
@@ -204,7 +203,7 @@ def prepared(
     """
     L = offsets.shape[0] if isinstance(offsets, Tensor) and offsets.dim() == 1 else 0
     check_tensors(operator, x, {"offsets": offsets}, {})
-    weights = {name: _weight(one, is_transposed) for name, one in named.items()}
+    weights = {name: weight_of(one, is_transposed) for name, one in named.items()}
     autocast = not is_stack and autocast_is_on(x) and x.dtype is not torch.float64
     if autocast:
         x = x.to(torch.get_autocast_dtype(x.device.type))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lorafuse.activation import GateLayout, lookup
-from lorafuse.functional.multi import MultiProjection, prepared
+from lorafuse.functional.multi import MultiProjection, prepared, weight_of
 from lorafuse.operands import Weight
 from lorafuse.ops import multi as _multi
 from lorafuse.ops import multi_experts  # noqa: F401 (registers the form)
@@ -55,10 +55,7 @@ def lora_experts_multi(
     layout = GateLayout.of(has_gate, is_concatenated)
     lookup(activation, layout)
     given, named = x.dtype, {"gate_up": gate_up, "down": down}
-    stacks = {
-        name: one.weight if isinstance(one.weight, Weight) else Weight(one.weight, is_transposed)
-        for name, one in named.items()
-    }
+    stacks = {name: weight_of(one, is_transposed) for name, one in named.items()}
     first = stacks["gate_up"]
     if x.is_floating_point() and autocast_is_on(x):
         x = x.to(first.data.dtype if first.format == "dense" else torch.get_autocast_dtype(x.device.type))

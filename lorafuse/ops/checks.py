@@ -6,10 +6,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lorafuse.activation import ACTIVATIONS, GATES
 from lorafuse.operands import Weight
 from lorafuse.philox import draw_seed
 
-__all__ = ["check_gathered", "check_projection", "check_scale", "check_statistics", "check_tensors", "seed_tensor"]
+__all__ = [
+    "check_gate",
+    "check_gathered",
+    "check_projection",
+    "check_scale",
+    "check_statistics",
+    "check_tensors",
+    "seed_tensor",
+]
 
 
 def check_tensors(operator: str, x: object, required: dict[str, object], optional: dict[str, object]) -> None:
@@ -28,6 +37,13 @@ def check_tensors(operator: str, x: object, required: dict[str, object], optiona
                 f"lorafuse's {operator} got x on {x.device} and {name} on {t.device}; all tensors must be on one "
                 "device: move them with .to()"
             )
+
+
+def check_gate(operator: str, activation: object) -> None:
+    """Raises ValueError for what is no activation of a gate, with the known ones."""
+    if not isinstance(activation, str) or (activation not in ACTIVATIONS and activation not in GATES):
+        known = ", ".join((*ACTIVATIONS, *GATES))
+        raise ValueError(f"{operator} got the activation {activation!r}; it must be one of {known}")
 
 
 def check_gathered(operator: str, *weights: Tensor) -> None:

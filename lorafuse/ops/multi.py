@@ -23,12 +23,12 @@ from torch import Tensor
 
 from lorafuse.activation import gate_differentiable
 from lorafuse.backends.multi import rows_by_adapter
-from lorafuse.operands import Rows, Weight, matrix, shaped_like
+from lorafuse.operands import Rows, matrix, shaped_like
 from lorafuse.ops import plain
 from lorafuse.ops._define import LIBRARY, implement
 from lorafuse.ops.autocast import outside_autocast
 from lorafuse.ops.checks import check_gathered
-from lorafuse.ops.multi_layers import SCHEMA, MultiLayer, MultiSettings, layers_of, low_dtype, running, widest
+from lorafuse.ops.multi_layers import SCHEMA, MultiLayer, MultiSettings, entries, layers_of, low_dtype, running, widest
 from lorafuse.ops.transforms import is_transformed, needs_plain_backward
 
 __all__ = ["FORMS", "GRADIENTS", "Form", "apply", "plain_layer", "siblings_backward"]
@@ -288,17 +288,13 @@ class _Multi(torch.autograd.Function):
 
 def _plain_layers(settings, tensors, a, b, dtype):
     """The layers as `Form.plain` takes them."""
-    weights, biases, _, _, seeds, statistics, ranks, scales, dropout_ps, formats, counts, *_ = settings.arguments(
-        tensors
-    )
-    L, first, layers = len(ranks) // len(weights), 0, []
-    for i, w in enumerate(weights):
-        own, some = tuple(statistics[first : first + counts[i]]), slice(i * L, (i + 1) * L)
-        first += counts[i]
-        dense = Weight(w, settings.transposed, own, formats[i]).decoded(dtype).left()
-        p = None if seeds[i] is None else dropout_ps[some]
-        layers.append((dense, biases[i], a[i], b[i], seeds[i], ranks[some], scales[some], p))
-    return layers
+    return [
+        (
+            one.weight.decoded(dtype).left(), one.bias, of_a, of_b, one.seeds, one.ranks, one.scales,
+            None if one.seeds is None else one.dropout_ps,
+        )
+        for one, of_a, of_b in zip(entries(settings.arguments(tensors)), a, b, strict=True)
+    ]  # fmt: skip
 
 
 def _plain_gradients(form, options, settings, douts, x, offsets, index, weight, tensors, needs, need_weight):

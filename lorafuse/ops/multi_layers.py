@@ -27,7 +27,7 @@ from lorafuse.ops.autocast import outside_autocast
 from lorafuse.ops.choose import ATEN, choose
 from lorafuse.plan import Plan
 
-__all__ = ["SCHEMA", "MultiLayer", "MultiSettings", "layers_of", "low_dtype", "running", "widest"]
+__all__ = ["SCHEMA", "MultiLayer", "MultiSettings", "entries", "layers_of", "low_dtype", "running", "widest"]
 
 # one entry for each layer, and of ranks, scales and dropout_ps one for each of its adapters; of the statistics of
 # quantized weights layer i has counts[i]
@@ -62,7 +62,7 @@ class MultiSettings(NamedTuple):
         return *lists, list(tensors[5 * G :]), *given, *rest
 
 
-class _Given(NamedTuple):
+class _Entry(NamedTuple):
     """One layer as a schema lists it."""
 
     weight: Weight
@@ -131,7 +131,8 @@ def low_dtype(x: Tensor, wide: bool) -> torch.dtype:
     return torch.float32 if wide else x.dtype
 
 
-def _given(arguments: Sequence[Any]) -> Iterator[_Given]:
+def entries(arguments: Sequence[Any]) -> Iterator[_Entry]:
+    """The layers that these arguments of `SCHEMA` list."""
     (
         weights, biases, a, b, seeds, statistics, ranks, scales, dropout_ps, formats, counts, transposed, *_,
     ) = arguments[:_ARGUMENTS]  # fmt: skip
@@ -139,14 +140,14 @@ def _given(arguments: Sequence[Any]) -> Iterator[_Given]:
     for i, w in enumerate(weights):
         weight = Weight(w, transposed, tuple(itertools.islice(of_weights, counts[i])), formats[i])
         some = slice(i * L, (i + 1) * L)
-        yield _Given(
+        yield _Entry(
             weight, biases[i], a[i], b[i], seeds[i], tuple(ranks[some]), tuple(scales[some]), tuple(dropout_ps[some])
         )
 
 
 def widest(arguments: Sequence[Any]) -> list[tuple[Weight, int]]:
     """The weight and the largest rank of each layer that these arguments of `SCHEMA` list."""
-    return [(one.weight, max(one.ranks)) for one in _given(arguments)]
+    return [(one.weight, max(one.ranks)) for one in entries(arguments)]
 
 
 def layers_of(x: Tensor, backward: bool, arguments: Sequence[Any]) -> list[MultiLayer]:
@@ -164,7 +165,7 @@ def layers_of(x: Tensor, backward: bool, arguments: Sequence[Any]) -> list[Multi
             f"backend={backend!r} has no kernels for rows of many adapters; use 'triton', 'eager' or 'auto'"
         )
     layers = []
-    for w, bias, a, b, seeds, ranks, scales, p in _given(arguments):
+    for w, bias, a, b, seeds, ranks, scales, p in entries(arguments):
 
         def problem(w: Weight = w, a: Tensor = a) -> Any:
             return multi_problem(x, w, a, backward, wide)
