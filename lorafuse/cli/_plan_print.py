@@ -1,7 +1,7 @@
 """What `lorafuse plan` prints of a linear layer or of experts: every candidate with its parts, the choice, why."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,12 +26,15 @@ class Direction:
                 yield f"{name} {config.kernel}".strip(), config
 
 
-def print_plans(device: DeviceSpec, sizes: str, directions: Mapping[str, Direction], as_json: bool) -> None:
-    """Print the plans of all directions, or the same as JSON."""
+def print_plans(
+    device: DeviceSpec, sizes: str, directions: Mapping[str, Direction], as_json: bool, notes: Sequence[str] = ()
+) -> None:
+    """Print the plans of all directions and what holds for both, or the same as JSON."""
     if as_json:
         plans = {name: _as_json(direction) for name, direction in directions.items()}
         tax = _tax(directions)["this plan"]
-        print(json.dumps({"device": asdict(device), "directions": plans, "lora_tax_model": tax}, indent=1))
+        written = {"device": asdict(device), "directions": plans, "lora_tax_model": tax, "notes": list(notes)}
+        print(json.dumps(written, indent=1))
         return
     rates = f"{device.sustained_flops / 1e12:.0f} TFLOP/s and {device.sustained_bandwidth / 1e12:.2f} TB/s sustained"
     print(f"{device.name}: sm_{device.arch}, {device.sms} SMs, {rates} ({device.source})")
@@ -39,6 +42,8 @@ def print_plans(device: DeviceSpec, sizes: str, directions: Mapping[str, Directi
     for name, direction in directions.items():
         print()
         _print_direction(name, direction)
+    for note in notes:
+        print(f"\nnote: {note}")
     print(f"\nLoRA tax, {' and '.join(directions)}:")
     for name, tax in _tax(directions).items():
         print(f"     {name:<28}{tax:9.1%}    (model)")

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafuse import formats
+from lorafuse.formats.sizes import LIBRARY_ROWS
 from lorafuse.functional import Projection, run_linear
 from lorafuse.integrations.hf_common import original
 from lorafuse.operands import Weight
@@ -48,9 +49,6 @@ _CLASSES = (
     ("bitsandbytes.nn.modules", "Linear8bitLt"),
     ("transformers.integrations.finegrained_fp8", "FP8Linear"),
 )
-# rows that bitsandbytes 0.50 multiplies by packed 4-bit weights on every GPU it has kernels for: up to 16 to 64 on
-# sm_90, by the size of the weight, 32 on sm_100, 128 on sm_80
-_FEW_ROWS = 16
 # the forwards of those that are loaded, and whose they are
 _forwards: dict[Any, str] = {}
 # the format that a class of layers or tensors was last adopted as
@@ -171,7 +169,7 @@ def multiplies_packed(base: nn.Module, x: Tensor) -> bool:
     return (
         x.is_cuda
         and not torch.is_grad_enabled()
-        and x.numel() <= _FEW_ROWS * x.shape[-1]
+        and x.numel() <= LIBRARY_ROWS * x.shape[-1]
         and _forwards.get(type(base).forward) == "Linear4bit"
     )
 

@@ -291,7 +291,7 @@ def decoding(problems: Sequence[Problem], device: DeviceSpec) -> tuple[Part, ...
 
 
 def frozen(problems: Sequence[Problem], device: DeviceSpec) -> Candidate:
-    """The operator without adapters, in cuBLAS and ATen: what LoRA tax is over."""
+    """The operator without adapters, in cuBLAS and ATen, quantized weights decoded first: what LoRA tax is over."""
     p = problems[0]
     if not p.is_ragged:
         parts = [Part("dx = dy w" if p.gradients else "y = x wᵀ", _base(p, device))]
@@ -299,7 +299,7 @@ def frozen(problems: Sequence[Problem], device: DeviceSpec) -> Candidate:
         loop = not device.features.has_grouped_mm
         parts = _around(problems, device, has_adapters=False)
         parts += [_grouped(p, of, device, loop) for p, of in zip(problems, _NAMES[len(problems)], strict=True)]
-    return Candidate("eager", "frozen", (), in_a_row(parts))
+    return Candidate("eager", "frozen", (), decoding(problems, device) + in_a_row(parts))
 
 
 def aten(problems: Sequence[Problem], kernel: str, device: DeviceSpec) -> tuple[Part, ...]:

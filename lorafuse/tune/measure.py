@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorafuse.errors import BackendUnavailable
-from lorafuse.formats.sizes import DECODED_IN_LOOP
+from lorafuse.formats.sizes import is_decoded_in_loop
 from lorafuse.functional import lora_linear
 from lorafuse.operands import Weight
 from lorafuse.philox import keep_mask, rescaled, row_chunks
@@ -82,8 +82,7 @@ def passes(case: Case, M: int, R: int, dtype: str, dropout: bool, format: str = 
 
     `format` is "dense", or one of `lorafuse.tune.stored.FORMATS`.
     """
-    # 4 bits are packed where every row begins with a byte
-    packed = format in DECODED_IN_LOOP and M <= MOST_PACKED_ROWS and (case.K % 2 == 0 or format.endswith("8"))
+    packed = M <= MOST_PACKED_ROWS and is_decoded_in_loop(format, case.K)
     problem = Problem(M, case.N, case.K, R, dtype, "float32", dropout=dropout, format=format, packed=packed)
 
     def aligned(*columns: int) -> bool:

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from lorafuse import cli
+from lorafuse.formats import FORMATS
+from lorafuse.formats.sizes import DECODED_IN_LOOP, stored_bytes
 from lorafuse.plan import DEVICES, Problem, cost, find, select
 
 ASK = ["plan", "--gpu", "H200", "--shape", "8192,4096,4096"]
@@ -64,9 +66,45 @@ def test_a_case_by_name_and_forward_alone(capsys):
     assert "backward" not in out
 
 
+@pytest.mark.parametrize("quant", FORMATS)
+def test_a_quantized_base(quant, capsys):
+    """Each candidate decodes first, or in its main loop; the LoRA tax is over a frozen layer that decodes too."""
+    ask = ["plan", "--gpu", "H200", "--shape", "16,4096,4096", "--backward", "--quant", quant]
+    assert cli.main([*ask, "--json"]) == 0
+    actual = json.loads(capsys.readouterr().out)
+    moved = 2 * 4096**2 + stored_bytes(quant, 4096, 4096)
+    seconds = 1e6 * moved / find("H200").sustained_bandwidth
+    for direction in actual["directions"].values():
+        assert direction["problems"][0]["format"] == quant
+        assert ("triton packed" in direction["candidates"]) == (quant in DECODED_IN_LOOP)
+        for name, one in (*direction["candidates"].items(), ("frozen", direction["frozen"])):
+            first = one["parts"][0]
+            if name != "triton packed":
+                assert first == {"name": f"decode {quant} of the layer", "model_us": pytest.approx(seconds)}
+    few_rows, is_codec = quant in ("nf4", "fp4"), quant == "intx"
+    assert len(actual["notes"]) == few_rows + is_codec
+    assert cli.main(ask) == 0
+    out = capsys.readouterr().out
+    assert f"adapter_dtype float32, base {quant}" in out
+    assert out.count(f"decode {quant} of the layer") >= 6
+    assert ("packed is chosen only where measured" in out) == (quant in DECODED_IN_LOOP)
+    assert ("to bitsandbytes' kernel" in out, "passes over the weight several times" in out) == (few_rows, is_codec)
+
+
+def test_quantized_experts(capsys):
+    assert cli.main(["plan", "--gpu", "H200", "--moe", "qwen3-30b-a3b", "--quant", "mxfp4", "--backward"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"decode mxfp4 of {name}" in out for name in ("gate_up", "down"))
+    assert "note:" not in out
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--gpu", "H200", "--shape", "1,64,100", "--quant", "mxfp4"], "of 32 elements of a row, and K is 100"),
+        (["--gpu", "H200", "--shape", "1,64,100", "--quant", "nvfp4"], "of 16 elements of a row, and K is 100"),
+        (["--gpu", "H200", "--shape", "1,64,100", "--quant", "nf4_torchao"], "multiples of 16384 elements"),
+        (["--gpu", "H200", "--moe", "qwen3-30b-a3b", "--quant", "nvfp4"], "no library stores stacks of experts so"),
         (["--gpu", "H20", "--shape", "1,2,3"], "did you mean H200"),
         (["--gpu", "H200", "--shape", "1,2"], "--shape 8192,4096,4096"),
         (["--gpu", "H200", "--shape", "1,2,x"], "--shape 8192,4096,4096"),
