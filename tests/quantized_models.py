@@ -97,8 +97,9 @@ def exact(model):
 
 
 def _dequantized(base):
-    if hasattr(base.weight, "dequantize") and "torchao" in type(base.weight).__module__:
-        return base.weight.dequantize()
+    if "torchao" in type(base.weight).__module__:
+        is_nf4 = hasattr(base.weight, "get_original_weight")
+        return base.weight.get_original_weight() if is_nf4 else base.weight.dequantize()
     import bitsandbytes.functional as F
 
     if hasattr(base, "state"):

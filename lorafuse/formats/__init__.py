@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lorafuse.formats.weight import Weight
 
-__all__ = ["FORMATS", "adopt", "load"]
+__all__ = ["FORMATS", "adopt", "adopt_as", "load"]
 
 # name: module; dense weights are no row
 FORMATS: dict[str, str] = {
@@ -43,6 +43,8 @@ FORMATS: dict[str, str] = {
 }
 
 _LOADED: dict[str, ModuleType] = {}
+# what comes of a library's field that is missing, None, or no tensor or number as it should be
+_BROKEN = (AttributeError, TypeError, ArithmeticError)
 
 
 def load(format: str) -> ModuleType:
@@ -64,9 +66,25 @@ def adopt(storage: object, name: str = "weight") -> Weight | None:
     """
     from lorafuse.formats.refused import refuse
 
-    for module in dict.fromkeys(map(load, FORMATS)):
-        weight = module.adopt(storage, name)
+    # one format a module
+    for format in {path: format for format, path in FORMATS.items()}.values():
+        weight = adopt_as(format, storage, name)
         if weight is not None:
             return weight
     refuse(storage, name)
     return None
+
+
+def adopt_as(format: str, storage: object, name: str = "weight") -> Weight | None:
+    """The same of one format's module alone."""
+    try:
+        return load(format).adopt(storage, name)  # type: ignore[no-any-return]
+    except _BROKEN as error:
+        from lorafuse.formats.codec import held
+
+        given = held(storage, name)
+        owner = type(storage if given is None else given).__name__
+        raise ValueError(
+            f"a {owner} has fields that are missing or not what its library stores "
+            f"({type(error).__name__}: {error}): quantize the weight anew, or load its checkpoint again"
+        ) from error

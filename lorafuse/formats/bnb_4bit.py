@@ -219,7 +219,7 @@ def _weight(stored: Tensor, state: Any, owner: str) -> Weight:
         statistics += nested.absmax, nested.code, state.offset
     # every forward of every layer comes here, so that texts are made for what is refused alone
     if not (
-        kind in _TYPES and block in _BLOCKS and dtype in _DTYPES and len(sizes) in (2, 3)
+        kind in _TYPES and isinstance(block, int) and block in _BLOCKS and dtype in _DTYPES and len(sizes) in (2, 3)
         and (nested is None or nested.blocksize == NESTED_BLOCK)
         and not getattr(state, "packing_format_for_cpu", False)
         and data.numel() * data.element_size() == -(-math.prod(sizes) // 2) and data.is_contiguous()
@@ -231,7 +231,7 @@ def _weight(stored: Tensor, state: Any, owner: str) -> Weight:
 
 
 def _misfit(statistics: tuple[Any, ...], sizes: tuple[int, ...], block: int) -> str:
-    """Which of the statistics has another dtype or size than those of bitsandbytes, and theirs; "" where none has.
+    """Which of the statistics has another dtype or shape than those of bitsandbytes, and theirs; "" where none has.
 
     A kernel would read beyond a short one, and a product broadcasts one of a single number.
     """
@@ -240,7 +240,8 @@ def _misfit(statistics: tuple[Any, ...], sizes: tuple[int, ...], block: int) -> 
     is_nested = len(statistics) > 2
     for index, (t, count) in enumerate(zip(statistics, counts, strict=False)):
         dtype = torch.uint8 if is_nested and not index else torch.float32
-        if t is None or t.dtype is not dtype or t.numel() != count:
+        # an offset is one number, the others are vectors
+        if t is None or t.dtype is not dtype or t.numel() != count or (index < 4 and t.dim() != 1):
             given = None if t is None else f"{t.dtype} {list(t.shape)}"
             return f"{_NAMES[index]} {given}; it is {dtype} [{count}] of {'nested ' * is_nested}blocks of {block}"
     return ""
@@ -258,7 +259,7 @@ def _problem(data: Tensor, statistics: tuple[Any, ...], state: Any, owner: str) 
     nested_block = NESTED_BLOCK if nested is None else nested.blocksize
     rules = {
         f"quant_type {kind!r}": (kind in _TYPES, f"one of {', '.join(_TYPES)}"),
-        f"blocksize {block}": (block in _BLOCKS, f"one of {', '.join(map(str, _BLOCKS))}"),
+        f"blocksize {block!r}": (isinstance(block, int) and block in _BLOCKS, f"one of {', '.join(map(str, _BLOCKS))}"),
         f"dtype {dtype}": (dtype in _DTYPES, "bfloat16, float16 or float32"),
         f"shape {sizes}": (len(sizes) in (2, 3), "a matrix [N, K] or a stack [G, N, K]"),
         f"nested blocksize {nested_block}": (nested_block == NESTED_BLOCK, str(NESTED_BLOCK)),

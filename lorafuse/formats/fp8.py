@@ -109,6 +109,11 @@ def _weight(data: Tensor, scale: Tensor, block: tuple[int, ...] | None, order: s
         # as many blocks as there are scales
         counts = (1, 1) if scale.numel() == 1 else scale.shape[-2:]
         block = -(-rows // counts[0]), -(-columns // counts[1])
+    if len(block) < 2 or not all(isinstance(size, int) and size > 0 for size in block):
+        raise ValueError(
+            f"{owner} {list(data.shape)} has blocks {block}; they are of rows and columns, each at least 1: load the "
+            "checkpoint that belongs to its quantization_config"
+        )
     *groups, block_rows, block_columns = block
     expected = *data.shape[:-2], -(-rows // block_rows), -(-columns // block_columns)
     if (

@@ -95,7 +95,7 @@ def adopt(storage: object, name: str = "weight") -> Weight | None:
             "with has_fp16_weights=False and move it to its device, with .to(), which quantizes it"
         )
     layer: Any = storage
-    sizes = data.shape if storage is weight else (layer.out_features, layer.in_features)
+    sizes = (layer.out_features, layer.in_features) if isinstance(layer, torch.nn.Linear) else data.shape
     is_int8 = data.dtype is torch.int8 and absmax.dtype is torch.float32
     if not is_int8 or data.shape != sizes or absmax.shape != sizes[:1]:
         raise ValueError(

@@ -91,5 +91,11 @@ def adopt(storage: object, name: str = "weight") -> Weight | None:
             f"elements; blocks of {weight.block_size} and {weight.scaler_block_size} make them {list(counts)}: "
             "quantize the weight with torchao's to_nf4"
         )
+    dtypes = [t.dtype for t in (weight.quantized_data, *statistics)]
+    if dtypes[:2] != [torch.uint8, torch.int8] or len(set(dtypes[2:])) > 1 or not dtypes[2].is_floating_point:
+        raise ValueError(
+            f"NF4Tensor {list(sizes)} has data, scalers, factors, mean and table of {', '.join(map(str, dtypes))}; "
+            "they are uint8, int8, and three of the weight's dtype: quantize the weight with torchao's to_nf4"
+        )
     parameters = spell(sizes, block=weight.block_size, outer=weight.scaler_block_size)
     return Weight(weight.quantized_data, statistics=statistics, format=f"nf4_torchao:{parameters}")

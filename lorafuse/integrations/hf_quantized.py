@@ -76,7 +76,7 @@ def stored(base: nn.Module) -> Weight | str | None:
     kind = type(storage)
     try:
         # the format of the class first; the others cost as much again
-        weight = formats.load(_formats[kind]).adopt(storage) if kind in _formats else None
+        weight = formats.adopt_as(_formats[kind], storage) if kind in _formats else None
         weight = formats.adopt(storage) if weight is None else weight
     except ValueError as error:
         return f"its base cannot be adopted: {error}"
@@ -195,14 +195,13 @@ def has_finite_scales(weight: Weight) -> bool:
 def notes(model: nn.Module) -> list[str]:
     """What the user of a quantized model may not know of its experts: not quantized, or not adapted; one line each."""
     modules = dict(model.named_modules())
-    if not any(is_quantized(type(module)) for module in modules.values()):
-        return []
+    is_loaded_quantized = any(is_quantized(type(module)) for module in modules.values())
     lines, dense, bare = [], defaultdict[torch.dtype, list[Tensor]](list), []
     for name, module in modules.items():
         if hasattr(module, "num_experts"):
             for key, p in module._parameters.items():
                 is_stack = p is not None and p.dim() == 3 and "lora_" not in key
-                if is_stack and p.is_floating_point() and p.element_size() > 1:
+                if is_loaded_quantized and is_stack and p.is_floating_point() and p.element_size() > 1:
                     dense[p.dtype].append(p)
             parts = [part for over in getattr(module, "parametrizations", {}).values() for part in over]
             if any(type(part).__name__ == "Bnb4bitParametrization" for part in parts):

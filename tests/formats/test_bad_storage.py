@@ -61,6 +61,23 @@ def without_state(base):
     base.weight.quant_state = base.quant_state = None
 
 
+def without(path):
+    """The last of some attributes is not there."""
+
+    def change(base):
+        *owners, name = path.split(".")
+        held = base
+        for owner in owners:
+            held = getattr(held, owner)
+        delattr(held, name)
+
+    return change
+
+
+def with_dict(base):
+    base.weight.quant_state = base.quant_state = {"absmax": torch.ones(48)}
+
+
 def strided(t):
     return torch.stack([t, t], -1)[..., 0]
 
@@ -74,6 +91,14 @@ CASES = {
     "half initialized: no dtype": ("nf4", state(dtype=None), "dtype None; bitsandbytes decodes bfloat16, "),
     "half initialized: no offset": ("nf4", state(offset=None), r"offset None; .*float32 \[1\] of nested blocks"),
     "half initialized: no state": ("nf4", without_state, "is not quantized yet: move the model"),
+    "half initialized: no such field": ("nf4", without("weight.quant_state.absmax"), rf"missing .*absmax.*{ANEW}"),
+    "half initialized: no nested field": ("nf4", without("weight.quant_state.state2.absmax"), "missing or not"),
+    "a state that is a dict": ("nf4", with_dict, "a Params4bit has fields that are missing or not what"),
+    "a list of scales": ("nf4 plain", state(absmax=torch.Tensor.tolist), "not what its library stores .*'list'"),
+    "an offset that is a float": ("nf4", state(offset=float), "not what its library stores .*'float'"),
+    "a table of rows": ("nf4 plain", state(code=lambda t: t.view(4, 4)), r"code torch.float32 \[4, 4\]; it is"),
+    "scales of rows": ("nf4 plain", state(absmax=lambda t: t.view(24, 2)), r"absmax torch.float32 \[24, 2\]; it is"),
+    "a block that is a float": ("nf4", state(blocksize=64.0), r"blocksize 64\.0; bitsandbytes decodes one of 32, "),
     "nested statistics lost": ("nf4", state(state2=None), r"absmax torch.uint8 \[48\]; it is torch.float32"),
     "absmax decoded, not nested": ("fp4", state(absmax=torch.Tensor.float), r"torch.float32 .*; it is torch.uint8"),
     "absmax in bf16": ("nf4 plain", state(absmax=torch.Tensor.bfloat16), "absmax torch.bfloat16"),
@@ -98,14 +123,22 @@ CASES = {
     "int8: floats": ("int8", of(CB=torch.Tensor.float), "CB torch.float32"),
     "torchao int8: one scale": ("torchao int8", of(scale=lambda t: t[:1]), rf"torch.float32 \[1, 1\].*{ANEW}"),
     "torchao int8: scales of integers": ("torchao int8", of(scale=torch.Tensor.int), r"torch.int32 \[24, 1\]"),
+    "torchao int8: no scales": ("torchao int8", of(scale=None), f"missing .*'NoneType'.*{ANEW}"),
+    "torchao int8: no such field": ("torchao int8", without("weight.qdata"), "missing or not .*qdata"),
     "torchao int8: transposed": ("torchao int8", of(qdata=torch.Tensor.t), r"torch.int8 \[128, 24\]"),
     "torchao int8: floats": ("torchao int8", of(qdata=torch.Tensor.float), r"torch.float32 \[24, 128\]"),
     "torchao intx: a scale of rows": ("torchao int4", of(scale=lambda t: t[:, :1]), r"in blocks \[1, 32\] .*\[24, 1\]"),
     "torchao intx: a scale of columns": ("torchao int4", of(scale=lambda t: t[:1]), r"\[1, 4\]"),
+    "torchao intx: no scales": ("torchao int4", of(scale=None), "missing or not .*'NoneType'"),
+    "torchao intx: no blocks": ("torchao int4", of(block_size=None), "missing or not .*'NoneType'"),
+    "torchao intx: blocks of nothing": ("torchao int4", of(block_size=(0, 32)), "missing or not .*ZeroDivisionError"),
     "torchao intx: zero points short": ("torchao int4", of(zero_point=lambda t: t[:1]), r"torch.int8 \[1, 4\]"),
     "torchao intx: blocks that do not divide": ("torchao int4", of(block_size=(1, 48)), r"in blocks \[1, 48\]"),
     "torchao fp8: scales short": ("torchao fp8", of(scale=lambda t: t[:-1]), r"scale torch.float32 \[23, 1\]; blocks"),
     "torchao fp8: scales of integers": ("torchao fp8", of(scale=torch.Tensor.int), "scale torch.int32"),
+    "torchao fp8: no scales": ("torchao fp8", of(scale=None), "missing or not .*'NoneType'"),
+    "torchao fp8: blocks of text": ("torchao fp8", of(block_size=("1", "128")), r"blocks \('1', '128'\); .*at least 1"),
+    "torchao fp8: blocks of nothing": ("torchao fp8", of(block_size=(0, 128)), r"blocks \(0, 128\); .*at least 1"),
     "torchao fp8: 16 bits": ("torchao fp8", of(qdata=torch.Tensor.half), r"Float8Tensor torch.float16"),
 }  # fmt: skip
 
@@ -123,6 +156,59 @@ def test_it_is_refused_with_the_reason_and_the_fix(case):
     with pytest.warns(UserWarning, match="patched nothing"):
         report = lorafuse.patch(model)
     assert report.skipped[0].reason == f"its base cannot be adopted: {refusal.value}"
+
+
+def fp8_linear(**changes):
+    module = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    made = module.FP8Linear(K, N, (32, 32)).requires_grad_(False)
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+class Packed(nn.Module):
+    """Tensors by the names that gpt-oss's checkpoints and compressed-tensors give them."""
+
+    def __init__(self, **tensors):
+        super().__init__()
+        for name, t in tensors.items():
+            setattr(self, name, nn.Parameter(t, requires_grad=False))
+
+
+def nf4_of_torchao(**changes):
+    module = pytest.importorskip("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
+    made = module.to_nf4(torch.randn(128, 128))
+    for name, value in changes.items():
+        setattr(made, name, value(getattr(made, name)))
+    return made
+
+
+BYTES = torch.zeros(8, 2, 16, dtype=torch.uint8)
+# of what PEFT does not adapt: the storage, what is said of it
+INCOMPLETE = {
+    "fp8: no scale": (lambda: fp8_linear(weight_scale_inv=None), "a Parameter has fields that are missing"),
+    "fp8: one size of a block": (lambda: fp8_linear(block_size=(32,)), r"FP8Linear \[24, 128\] has blocks \(32,\)"),
+    "mxfp4: no scales": (lambda: Packed(weight_blocks=BYTES), "a Packed .*weight_scales.*checkpoint again"),
+    "nvfp4: no scales": (
+        lambda: Packed(weight_packed=BYTES[..., 0], weight_global_scale=torch.ones(1)), "a Packed .*weight_scale"
+    ),
+    "torchao nf4: no scalers": (lambda: nf4_of_torchao(quantized_scalers=lambda t: None), "a NF4Tensor has"),
+    "torchao nf4: floats": (lambda: nf4_of_torchao(quantized_scalers=torch.Tensor.float), "uint8, torch.float32, "),
+    "torchao nf4: other dtypes": (lambda: nf4_of_torchao(nf4=torch.Tensor.bfloat16), "bfloat16; they are uint8, int8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_what_is_incomplete_is_refused(case):
+    make, message = INCOMPLETE[case]
+    with pytest.raises(ValueError, match=message):
+        formats.adopt(make())
+
+
+def test_embeddings_are_held_by_their_own_sizes():
+    layer = bnb.nn.Embedding8bit(10, 64)
+    layer.weight = bnb.nn.Int8Params(torch.randn(10, 64), has_fp16_weights=False, requires_grad=False)
+    assert formats.adopt(layer.to("cpu")).sizes == (10, 64)
 
 
 ELSEWHERE = {

@@ -102,6 +102,29 @@ def test_a_format_in_fp32(how, settings):
     assert_equal_to_peft(actual, step(stock, x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nf4_of_torchao(dtype):
+    """PEFT's plain layer over an `nn.Linear`, which holds an `NF4Tensor` of at least 16384 elements."""
+    tensors = pytest.importorskip("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
+    layers = nn.Linear(128, 256), nn.Linear(256, 128, bias=False)
+    for layer in layers:
+        weight = tensors.to_nf4(layer.weight.data.to(dtype))
+        layer.to(dtype).weight = nn.Parameter(weight, requires_grad=False)
+    stock = adapted(nn.Sequential(layers[0], nn.SiLU(), layers[1]), target_modules=["0", "2"])
+    patched, report = patched_copy(stock)
+    assert set(report.bases.values()) == {"NF4 TORCHAO, block 64, nested"}
+    x = torch.randn(3, 7, 128, dtype=dtype)
+    with counting() as calls:
+        actual = step(patched, x)
+    assert calls.call_count == 2
+    expected = step(stock, x)
+    if dtype is torch.float32:
+        assert_equal_to_peft(actual, expected)
+    else:
+        reference = step(exact(stock), x.double())
+        assert total_error(actual, reference) <= total_error(expected, reference)
+
+
 @pytest.mark.parametrize("how", FORMATS)
 @pytest.mark.parametrize(
     ("dtype", "autocast"),

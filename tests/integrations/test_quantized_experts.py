@@ -340,6 +340,15 @@ class TestNotes:
             warnings.simplefilter("error")
             assert lorafuse.patch(model).notes == []
 
+    def test_experts_alone_are_quantized(self):
+        """PEFT warns that no parameter matched, and adapts attention."""
+        model = quantized("qwen3_moe")
+        config = peft.LoraConfig(target_modules=["q_proj", "o_proj"], target_parameters=moe_models.targets("qwen3_moe"))
+        with pytest.warns(RuntimeWarning, match="no parameter was matched"):
+            model = peft.get_peft_model(model, config)
+        (note,) = self.notes(model, "2 quantized experts modules have no adapter")
+        assert "adapt_experts does" in note
+
     def test_a_model_that_is_not_quantized(self):
         model = self.adapted(moe_models.base("qwen3_moe", **SIZES).to(torch.bfloat16))
         assert lorafuse.patch(model).notes == []
