@@ -7,6 +7,9 @@
 | its other weight-only tensors | autocast's dtype, else x's | the same |
 | bitsandbytes `Linear8bitLt`, transformers' `FP8Linear` | autocast's dtype, else x's | x's dtype |
 
+A CPU without instructions for products of 16 bits (`lorafuse.backends.aten_wide`) multiplies in fp32 in any case: there
+an x of another dtype than a `Linear4bit` computes in is not rounded to it, and the product is in fp32.
+
 Those of the last row quantize x too. lorafuse does not: it decodes the weight, which is nearer to the exact product,
 but not equal to theirs. The others give what their libraries give.
 
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafuse import formats
+from lorafuse.backends.aten_wide import has_products
 from lorafuse.formats.sizes import LIBRARY_ROWS
 from lorafuse.functional import Projection, run_linear
 from lorafuse.integrations.hf_common import original
@@ -30,6 +34,7 @@ from lorafuse.operands import Weight
 from lorafuse.ops.autocast import autocast_is_on, outside_autocast
 
 __all__ = [
+    "HAS_PRODUCTS",
     "PACKED",
     "Dtypes",
     "described_format",
@@ -51,6 +56,8 @@ _CLASSES = (
 )
 # the forwards of those that are loaded, and whose they are
 _forwards: dict[Any, str] = {}
+# whether this CPU has instructions for products of 16 bits; looked up where a compiler cannot call the function
+HAS_PRODUCTS = {dtype: has_products(dtype) for dtype in (torch.bfloat16, torch.float16)}
 # the format that a class of layers or tensors was last adopted as
 _formats: dict[type, str] = {}
 
@@ -150,6 +157,9 @@ def dtypes_of(base: nn.Module, x: Tensor, operands: tuple[Any, ...]) -> Dtypes:
             base.set_compute_type(x)  # type: ignore[operator]
             base.compute_type_is_set = True
         dtype = base.compute_dtype or dtype  # type: ignore[assignment]
+        # what x has more of is kept where that costs nothing: PEFT's low-rank path has it
+        if x.is_cpu and dtype.itemsize == 2 and dtype is not x.dtype and not HAS_PRODUCTS[dtype]:
+            dtype = torch.promote_types(x.dtype, torch.float32)
     elif is_autocast and (kind is not None or type(base._parameters["weight"]).__name__ != "Int8Tensor"):
         dtype = torch.get_autocast_dtype(x.device.type)
         # torchao decodes, as bitsandbytes does in training on a CPU, and multiplies by a function that autocast knows

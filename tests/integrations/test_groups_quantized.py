@@ -10,7 +10,7 @@ from tiny_models import assert_close, counting_groups, counting_mlps, run, token
 
 import lorafuse
 from lorafuse.backends import aten
-from lorafuse.integrations import groups
+from lorafuse.integrations import groups, hf_quantized
 from lorafuse.testing.numerics import tolerance
 
 IDS = {"input_ids": token_ids()}
@@ -50,8 +50,9 @@ def test_each_weight_is_decoded_once_a_direction(monkeypatch):
     assert {decoded.count(one) for one in decoded} == {2}
 
 
-def test_layers_of_another_dtype_are_called():
+def test_layers_of_another_dtype_are_called(monkeypatch):
     """bitsandbytes computes in bf16 here and returns fp32, which its activation reads."""
+    monkeypatch.setitem(hf_quantized.HAS_PRODUCTS, torch.bfloat16, True)
     _, patched, _ = pair(compute_dtype=torch.bfloat16)
     apart = copy.deepcopy(patched)
     lorafuse.patch(apart, groups=False)

@@ -184,6 +184,26 @@ def test_compute_dtypes(compute_dtype, autocast, dtype):
             assert relative_l2(tensor, expected[name]) <= tolerance(torch.float32), name
 
 
+@pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_wider_x_is_not_rounded_where_a_cpu_multiplies_in_fp32(dtype, autocast, compute_dtype, monkeypatch):
+    """`prepare_model_for_kbit_training` leaves x in fp32, and PEFT's low-rank path with it."""
+    monkeypatch.setattr(hf_quantized, "HAS_PRODUCTS", {torch.bfloat16: False, torch.float16: False})
+    stock = mlp("nf4", torch.float32, compute_dtype)
+    patched, _ = patched_copy(stock)
+    x = torch.randn(3, 7, 128).to(dtype)
+    reference = step(exact(stock), x.double())
+    with counting() as calls:
+        actual = step(patched, x, autocast)
+    expected = step(stock, x, autocast)
+    assert [call.args[0].dtype for call in calls.call_args_list] == 2 * [
+        dtype if dtype is compute_dtype else torch.float32
+    ]
+    assert {k: t.dtype for k, t in actual.items()} == {k: t.dtype for k, t in expected.items()}
+    assert total_error(actual, reference) <= total_error(expected, reference)
+
+
 def fp8(block_size=(32, 64), dtype=torch.float32, **settings):
     """Adapters over transformers' FP8Linear, whose own forward needs a GPU, and over what its weights decode to."""
     torch.manual_seed(0)
