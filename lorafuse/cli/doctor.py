@@ -39,7 +39,7 @@ PURPOSES = {
     "transformers": "optional: lorafuse.patch on mixture-of-experts models",
     "accelerate": "optional: Hugging Face Trainer",
     "bitsandbytes": "optional: bases in NF4, FP4 or int8",
-    "torchao": "optional: bases in int8, float8 or intx",
+    "torchao": "optional: bases in int8, float8, intx or NF4",
     "compressed-tensors": "optional: checkpoints in NVFP4",
 }
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lorafuse import formats
 from lorafuse.functional import lora_linear
 from lorafuse.philox import check_dropout_rng, draw_mask
 
@@ -85,11 +86,17 @@ class LoRALinear(nn.Module):
     ) -> "LoRALinear":
         """An adapted layer over `linear`: its weight and bias are shared, not copied, and frozen.
 
-        Raises TypeError when `linear` is not an `nn.Linear`, or a subclass with a forward of its own (a quantized one).
+        Raises TypeError when `linear` is not an `nn.Linear`, is a subclass with a forward of its own (a quantized one),
+        or holds a quantized weight.
         """
         if getattr(type(linear), "forward", None) is not nn.Linear.forward:
             raise TypeError(
                 f"from_linear got a {type(linear).__name__}; it takes an nn.Linear with nn.Linear's forward"
+            )
+        if formats.adopt(linear) is not None:
+            raise TypeError(
+                f"from_linear got an nn.Linear over {type(linear.weight).__name__}; adapt quantized layers with PEFT "
+                "and lorafuse.patch, or give lorafuse.formats.adopt(linear) to lora_linear"
             )
         layer = cls(
             linear.in_features,

@@ -98,6 +98,13 @@ class TestFromLinear:
         with pytest.raises(TypeError, match="Packed.*nn.Linear's forward"):
             LoRALinear.from_linear(Packed(8, 8), 2)
 
+    def test_refuses_a_quantized_weight(self):
+        quantization = pytest.importorskip("torchao.quantization")
+        layer = nn.Sequential(nn.Linear(64, 8))
+        quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
+        with pytest.raises(TypeError, match="over Int8Tensor; adapt quantized layers with PEFT and lorafuse.patch"):
+            LoRALinear.from_linear(layer[0], 2)
+
     @pytest.mark.parametrize("training", [True, False])
     def test_keeps_the_mode(self, training):
         assert LoRALinear.from_linear(nn.Linear(8, 6).train(training), 2).training == training
