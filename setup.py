@@ -1,7 +1,8 @@
 """The version, and the extensions of csrc; the rest is in pyproject.toml. Importing lorafuse here would need torch.
 
-`build_ext` builds `lorafuse._cuda` where nvcc is, and `lorafuse._emu` where LORAFUSE_BUILD_EMULATOR is 1;
-LORAFUSE_SKIP_CUDA_BUILD=1 leaves the first out. Without nvcc it says so, and lorafuse runs without CUDA kernels.
+`build_ext` builds `lorafuse._cuda` where nvcc is, `lorafuse._cpu` where g++ is, and `lorafuse._emu` where
+LORAFUSE_BUILD_EMULATOR is 1; LORAFUSE_SKIP_CUDA_BUILD=1 leaves the first out. Without nvcc it says so, and lorafuse
+runs without CUDA kernels; without g++ it decodes 4-bit weights on CPUs more slowly.
 `build_py` copies bench/baselines into the package, for `lorafuse bench` without a checkout. A wheel holds what
 this build makes, nothing that an earlier one left.
 """
@@ -60,7 +61,13 @@ class BuildKernels(build_ext):
             found = subprocess.run([sys.executable, BUILD, "check"], capture_output=True, text=True)
             if found.returncode:
                 raise SetupError(found.stderr.strip())
-        subprocess.run([sys.executable, BUILD, target, self.get_ext_fullpath(ext.name)], check=True)
+        command = [sys.executable, BUILD, target, self.get_ext_fullpath(ext.name)]
+        if target == "cpu":
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SetupError(done.stderr.strip())
+        else:
+            subprocess.run(command, check=True)
 
 
 class CopyBaselines(build_py):
@@ -78,6 +85,7 @@ class CopyBaselines(build_py):
 
 sources = ["csrc/bindings.cpp"]
 modules = [Extension("lorafuse._cuda", sources, optional=True)]
+modules.append(Extension("lorafuse._cpu", ["csrc/cpu/decode.cpp"], optional=True))
 if os.environ.get("LORAFUSE_BUILD_EMULATOR") == "1":
     modules.append(Extension("lorafuse._emu", sources))
 

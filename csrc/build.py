@@ -1,8 +1,10 @@
-"""Builds `lorafuse._cuda` with nvcc, or `lorafuse._emu`, the same kernels on a CPU, with g++. Standard library only.
+"""Builds `lorafuse._cuda` with nvcc, or with g++ `lorafuse._emu`, the same kernels on a CPU, or `lorafuse._cpu`, which
+decodes weights on CPUs. Standard library only.
 
     python csrc/build.py check              say which nvcc would build, or why none can (exit status 1)
     python csrc/build.py cuda [FILE] [--only NAME.cu ...] [--debug]
     python csrc/build.py emu [FILE] [--sanitize] [--kernels FOLDER]
+    python csrc/build.py cpu [FILE]
 
 FILE is the module; without one it is that of this checkout's package. ninja compiles what changed since the last build;
 objects and ptxas' report of each are kept under build/csrc/.
@@ -38,6 +40,8 @@ NVCC_FLAGS = (
 # a kernel that waits for what never comes stops with a message, after seconds
 NVCC_DEBUG_FLAGS = NVCC_FLAGS.replace("MOST_LOOKS=0", f"MOST_LOOKS={2**24}") + " -lineinfo"
 GXX_FLAGS = "-std=c++20 -O2 -fPIC -fvisibility=hidden -Wall -Wno-psabi"
+# products and sums are rounded apart, as torch rounds them
+GXX_CPU_FLAGS = "-std=c++17 -O3 -ffp-contract=off -fopenmp -fPIC -fvisibility=hidden -Wall -Wextra -shared"
 # unoptimized: it compiles in half the time and the tests run small launches
 SANITIZE = "-O0 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
@@ -221,9 +225,17 @@ def build(
         os.replace(unfinished, out)
 
 
+def build_cpu(out: Path) -> None:
+    """`lorafuse._cpu`, one file that ctypes loads; raises as `build`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f"{out.name}.{os.getpid()}.new")
+    subprocess.run([find_gxx(), *GXX_CPU_FLAGS.split(), CSRC / "cpu" / "decode.cpp", "-o", unfinished], check=True)
+    os.replace(unfinished, out)
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("check", "cuda", "emu"))
+    parser.add_argument("what", choices=("check", "cuda", "emu", "cpu"))
     parser.add_argument("file", nargs="?", type=Path, help="of the module; without it, in this checkout's package")
     parser.add_argument("--sanitize", action="store_true", help="emu: with AddressSanitizer and UBSan")
     parser.add_argument("--kernels", type=Path, default=CSRC / "kernels", help="emu: compile these (tests plant bugs)")
@@ -247,6 +259,8 @@ def main() -> int:
             for find in (find_gxx, find_ninja, pybind11_include):
                 find()
             print(f"nvcc {version} ({nvcc})")
+        elif args.what == "cpu":
+            build_cpu(args.file or module_file("cpu"))
         else:
             out = args.file or module_file(args.what)
             build(args.what, out, args.sanitize, args.kernels.resolve(), args.only, args.debug)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 __all__ = ["source_hash"]
 
-# what is not compiled into the module for GPUs
-_EMULATOR = "emu"
+# what is not compiled into the module for GPUs, and what into neither
+_EMULATOR, _CPU = "emu", "cpu"
 
 
 def source_hash(csrc: Path, emulated: bool) -> str:
@@ -15,6 +15,8 @@ def source_hash(csrc: Path, emulated: bool) -> str:
     for path in sorted(csrc.rglob("*")):
         name = path.relative_to(csrc)
         if not path.is_file() or "__pycache__" in name.parts or (name.parts[0] == _EMULATOR and not emulated):
+            continue
+        if name.parts[0] == _CPU:
             continue
         digest.update(f"{name.as_posix()}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())

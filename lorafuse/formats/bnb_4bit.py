@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lorafuse.formats.codec import decode_flat, held, is_of, parse, remembered, spell, target
+from lorafuse.formats.cpu import decode_4bit, fits_4bit
 from lorafuse.formats.sizes import NESTED_BLOCK
 from lorafuse.formats.weight import Weight
 
@@ -71,6 +72,8 @@ def decode(
     """The dense weight in `dtype`, in chunks: temporaries are those of one chunk."""
     sizes, block, rounded, first = parameters_of(parameters)
     out = target(out, sizes, dtype, data.device)
+    if fits_4bit(data, statistics, block, first + out.numel(), out):
+        return _decode_in_rows(decode_4bit(data, statistics, block), rounded, first, out)
     run = _library_kernel(data, statistics[1], block, first, out)
     scales = None if run is None else _scales_for_library(statistics, first + out.numel(), block)
     if run is not None and scales is not None:
@@ -122,15 +125,23 @@ def _scales_for_library(statistics: tuple[Tensor, ...], stop: int, block: int) -
 def _decode_by_library(
     run: Callable[..., object], data: Tensor, scales: Tensor, block: int, rounded: torch.dtype, first: int, out: Tensor
 ) -> Tensor:
-    rows, is_wide = out.view(-1, out.shape[-1]), out.dtype is torch.float32
-    step = rows.shape[0] if rounded is torch.float32 and is_wide else max(1, _ROUNDED // rows.shape[1])
-    wide = rows if is_wide else torch.empty((min(step, rows.shape[0]), rows.shape[1]))
-    for start in range(0, rows.shape[0], step):
+    def rows(begin: int, values: Tensor) -> None:
+        addresses = data.data_ptr() + begin // 2, scales.data_ptr() + begin // block * 4, values.data_ptr()
+        run(*map(c_void_p, addresses), *map(c_longlong, (block, *values.shape)))
+
+    return _decode_in_rows(rows, rounded, first, out)
+
+
+def _decode_in_rows(run: Callable[[int, Tensor], object], rounded: torch.dtype, first: int, out: Tensor) -> Tensor:
+    """`out`, whose rows in fp32 `run(flat index, rows)` writes, a few at a time where they are to be rounded."""
+    rows, is_wide = out.view(-1, max(1, out.shape[-1])), out.dtype is torch.float32
+    width = rows.shape[1]
+    step = rows.shape[0] if rounded is torch.float32 and is_wide else max(1, _ROUNDED // width)
+    wide = rows if is_wide else torch.empty((min(step, rows.shape[0]), width))
+    for start in range(0, rows.shape[0], max(1, step)):
         stop = min(start + step, rows.shape[0])
         part, values = rows[start:stop], wide[start:stop] if is_wide else wide[: stop - start]
-        begin = first + start * rows.shape[1]
-        addresses = data.data_ptr() + begin // 2, scales.data_ptr() + begin // block * 4, values.data_ptr()
-        run(*map(c_void_p, addresses), *map(c_longlong, (block, *part.shape)))
+        run(first + start * width, values)
         # torch rounds as bitsandbytes does, to the weight's own dtype first
         if rounded not in (torch.float32, out.dtype):
             part.copy_(values.to(rounded))

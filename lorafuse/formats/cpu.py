@@ -1,0 +1,79 @@
+"""`lorafuse._cpu`: decoding on a CPU in one pass, compiled from csrc/cpu where g++ is when lorafuse is installed.
+
+ctypes calls it by address, without the interpreter's lock. Where it is absent bitsandbytes' kernel or torch decodes.
+"""
+
+import ctypes
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafuse.formats.sizes import NESTED_BLOCK
+
+__all__ = ["decode_4bit", "fits_4bit", "library", "why_not"]
+
+# of the functions in csrc/cpu/decode.cpp
+_VERSION = 1
+_ARGUMENTS = [ctypes.c_void_p] * 7 + [ctypes.c_longlong] * 3 + [ctypes.c_int, ctypes.c_void_p]
+
+
+@cache
+def _loaded() -> tuple[Any, str]:
+    """The library, or None and the reason."""
+    spec = importlib.util.find_spec("lorafuse._cpu")
+    if spec is None or spec.origin is None:
+        return None, "it was not built when lorafuse was installed"
+    try:
+        loaded = ctypes.CDLL(spec.origin)
+    except OSError as error:
+        return None, f"it does not load here: {error}"
+    if loaded.lorafuse_cpu_version() != _VERSION:
+        return None, f"{spec.origin} was built from other sources"
+    loaded.lorafuse_decode_4bit.argtypes = _ARGUMENTS
+    loaded.lorafuse_decode_4bit.restype = None
+    return loaded, ""
+
+
+def library() -> Any:
+    """The loaded module, or None."""
+    return _loaded()[0]
+
+
+def why_not() -> str:
+    """Why it is not used here; "" where it is."""
+    return _loaded()[1]
+
+
+def fits_4bit(data: Tensor, statistics: tuple[Tensor, ...], block: int, stop: int, out: Tensor) -> bool:
+    """Whether elements up to `stop` can be read: addresses are not checked there."""
+    if not data.is_cpu or torch.compiler.is_compiling() or library() is None:
+        return False
+    # a subclass of tensors, or what Dynamo traces, has no address
+    tensors = data, out, *statistics
+    if not all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu and t.is_contiguous() for t in tensors):
+        return False
+    blocks = -(-stop // block)
+    counts = blocks, 16, -(-blocks // NESTED_BLOCK), 256, 1
+    is_nested = len(statistics) > 2
+    dtypes = (torch.uint8 if is_nested else torch.float32, *(torch.float32,) * 4)
+    return (
+        data.dtype is torch.uint8
+        and 2 * data.numel() >= stop
+        and all(t.dtype is d and t.numel() >= n for t, d, n in zip(statistics, dtypes, counts, strict=False))
+    )
+
+
+def decode_4bit(data: Tensor, statistics: tuple[Tensor, ...], block: int) -> Callable[[int, Tensor], object]:
+    """`run(first, out)`: decode elements of the flat weight, from `first` on, into the fp32 tensor `out`."""
+    absmax, table, *nested = (t.data_ptr() for t in statistics)
+    scales = (None, absmax, *nested) if nested else (absmax, None, None, None, None)
+    call, code, threads = library().lorafuse_decode_4bit, data.data_ptr(), torch.get_num_threads()
+
+    def run(first: int, out: Tensor) -> None:
+        call(code, table, *scales, block, first, out.numel(), threads, out.data_ptr())
+
+    return run
