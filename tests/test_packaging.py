@@ -27,6 +27,7 @@ LEFTOVERS = (
     f"lorafuse/_cuda{SUFFIX}",
     f"lorafuse/_cuda{SUFFIX}.new",
     f"lorafuse/_emu{SUFFIX}",
+    f"lorafuse/_cpu{SUFFIX}",
     f"{LIB}/_cuda{SUFFIX}",
     f"{LIB}/_emu{SUFFIX}",
     f"{LIB}/a_module_of_old.py",
@@ -85,7 +86,10 @@ def wheel(dirty):
 def test_a_wheel_holds_what_the_checkout_tracks(wheel):
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     baselines = {f"lorafuse/_baselines/{path.name}" for path in (ROOT / "bench" / "baselines").glob("*.py")}
-    assert names == files_of(ROOT / "lorafuse") | baselines
+    # decoding on CPUs is compiled wherever there is a compiler
+    compiled = {f"lorafuse/_cpu{SUFFIX}"} if shutil.which(os.environ.get("CXX", "g++")) else set()
+    assert names == files_of(ROOT / "lorafuse") | baselines | compiled
+    assert all(wheel.read(name).startswith(b"\x7fELF") for name in compiled)
 
 
 def test_a_source_distribution_holds_what_the_checkout_tracks(wheel, dirty):
@@ -102,7 +106,7 @@ def test_a_wheel_with_kernels_holds_those_built_now(dirty, wheel):
     (dirty / "csrc" / "build.py").write_text(BUILDS)
     actual = built(dirty, "bdist_wheel", LORAFUSE_SKIP_CUDA_BUILD="0")
     modules = {name: actual.read(name) for name in actual.namelist() if ".so" in name}
-    assert modules == {f"lorafuse/_cuda{SUFFIX}": b"built now"}
+    assert modules == {f"lorafuse/_{name}{SUFFIX}": b"built now" for name in ("cuda", "cpu")}
 
 
 def test_the_doctor_of_an_installed_wheel_advises_what_exists_there(wheel, tmp_path):

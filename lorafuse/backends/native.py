@@ -45,8 +45,12 @@ def info(name: str) -> dict[str, Any]:
 def how_to_build(name: str) -> str:
     """What builds a module: make in a checkout; an installed package has neither Makefile nor csrc."""
     if _in_checkout():
+        if name == "_cpu":
+            return "python csrc/build.py cpu (needs g++)"
         return "make cuda (needs nvcc 12.8 or newer; g++ alone for the emulator)"
-    needed = "with LORAFUSE_BUILD_EMULATOR=1, where g++ is" if name == "_emu" else "where nvcc 12.8 or newer is"
+    needed = {"_emu": "with LORAFUSE_BUILD_EMULATOR=1, where g++ is", "_cpu": "where g++ is"}.get(
+        name, "where nvcc 12.8 or newer is"
+    )
     return f"install lorafuse from its sources {needed}"
 
 

@@ -22,6 +22,7 @@ from lorafuse import env, functional
 from lorafuse.backends import base, native
 from lorafuse.cli import _common
 from lorafuse.errors import MissingDependency
+from lorafuse.formats import cpu as cpu_decoding
 from lorafuse.plan import tuned
 from lorafuse.testing import numerics
 from lorafuse.testing.conditions import cpu, program_output
@@ -138,12 +139,18 @@ def device_findings() -> Iterator[Finding]:
 
 
 def _compilers() -> Iterator[Finding]:
-    for name, purpose in (("nvcc", "builds lorafuse._cuda"), ("g++", "builds lorafuse._emu")):
+    for name, purpose in (("nvcc", "builds lorafuse._cuda"), ("g++", "builds lorafuse._cpu and _emu")):
         version = re.search(r"\d+\.\d+(\.\d+)?", program_output(name, "--version"))
         value = f"{version[0]} ({shutil.which(name)})" if version else f"not found on PATH; it {purpose}"
         yield Finding("compilers", name, value)
     yield _module("_cuda", "optional: the CUDA kernels for Hopper")
     yield _module("_emu", "optional: the same on a CPU, for tests")
+    reason, shown = cpu_decoding.why_not(), "lorafuse._cpu"
+    if reason:
+        value = f"not used (optional: decodes 4-bit weights on CPUs): {reason}"
+        yield Finding("compilers", shown, value, "warn", native.how_to_build("_cpu"))
+    else:
+        yield Finding("compilers", shown, "decodes 4-bit weights on CPUs")
 
 
 def _module(name: str, purpose: str) -> Finding:

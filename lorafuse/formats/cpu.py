@@ -14,28 +14,32 @@ from torch import Tensor
 
 from lorafuse.formats.sizes import NESTED_BLOCK
 
-__all__ = ["decode_4bit", "fits_4bit", "library", "why_not"]
+__all__ = ["decode_4bit", "fits_4bit", "library", "opened", "why_not"]
 
 # of the functions in csrc/cpu/decode.cpp
 _VERSION = 1
-_ARGUMENTS = [ctypes.c_void_p] * 7 + [ctypes.c_longlong] * 3 + [ctypes.c_int, ctypes.c_void_p]
+_ARGUMENTS: Any = [*[ctypes.c_void_p] * 7, *[ctypes.c_longlong] * 3, ctypes.c_int, ctypes.c_void_p]
+
+
+def opened(file: str | None) -> tuple[Any, str]:
+    """The library of that file, or None and the reason why there is none."""
+    if file is None:
+        return None, "it was not built when lorafuse was installed"
+    try:
+        loaded = ctypes.CDLL(file)
+    except OSError as error:
+        return None, f"it does not load here: {error}"
+    if loaded.lorafuse_cpu_version() != _VERSION:
+        return None, f"{file} was built from other sources"
+    loaded.lorafuse_decode_4bit.argtypes = _ARGUMENTS
+    loaded.lorafuse_decode_4bit.restype = None
+    return loaded, ""
 
 
 @cache
 def _loaded() -> tuple[Any, str]:
-    """The library, or None and the reason."""
     spec = importlib.util.find_spec("lorafuse._cpu")
-    if spec is None or spec.origin is None:
-        return None, "it was not built when lorafuse was installed"
-    try:
-        loaded = ctypes.CDLL(spec.origin)
-    except OSError as error:
-        return None, f"it does not load here: {error}"
-    if loaded.lorafuse_cpu_version() != _VERSION:
-        return None, f"{spec.origin} was built from other sources"
-    loaded.lorafuse_decode_4bit.argtypes = _ARGUMENTS
-    loaded.lorafuse_decode_4bit.restype = None
-    return loaded, ""
+    return opened(None if spec is None else spec.origin)
 
 
 def library() -> Any:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from quantized_weights import FP4, NF4, four_bits
 
-from lorafuse.formats import bnb_4bit, cpu
+from lorafuse.formats import cpu
 from lorafuse.operands import Weight
 
 BUILD = Path(__file__).parents[2] / "csrc" / "build.py"
@@ -21,17 +21,16 @@ def built(tmp_path_factory):
     if "was not found" in done.stderr:
         pytest.skip(f"lorafuse._cpu cannot be built: {done.stderr.strip()}")
     assert (done.returncode, done.stderr) == (0, "")
-    library = cpu.ctypes.CDLL(str(file))
-    library.lorafuse_decode_4bit.argtypes = cpu._ARGUMENTS
-    library.lorafuse_decode_4bit.restype = None
-    assert library.lorafuse_cpu_version() == cpu._VERSION
+    library, reason = cpu.opened(str(file))
+    assert reason == ""
     return library
 
 
 @pytest.fixture
 def decoded(built, monkeypatch):
     """`(by it, by torch)` of a weight."""
-    monkeypatch.setattr(bnb_4bit, "_library_kernel", lambda *given: None)
+    # nor by bitsandbytes' own
+    monkeypatch.delitem(sys.modules, "bitsandbytes.backends.cpu.ops", raising=False)
 
     def both(w, dtype, threads=1):
         results = []
@@ -39,7 +38,7 @@ def decoded(built, monkeypatch):
         try:
             torch.set_num_threads(threads)
             for library in (built, None):
-                monkeypatch.setattr(cpu, "_loaded", lambda library=library: (library, "not now"))
+                monkeypatch.setattr(cpu, "library", lambda library=library: library)
                 results.append(w.decoded(dtype).data)
         finally:
             torch.set_num_threads(former)
@@ -85,7 +84,7 @@ def test_a_part_of_a_stack_and_threads(sizes, decoded):
 
 
 def test_what_it_cannot_read_is_left_to_torch(built, monkeypatch):
-    monkeypatch.setattr(cpu, "_loaded", lambda: (built, ""))
+    monkeypatch.setattr(cpu, "library", lambda: built)
     w, out = four_bits(64, 128, nested=True), torch.empty(64, 128)
 
     def fits(data=w.data, statistics=w.statistics, stop=64 * 128, out=out):
@@ -104,12 +103,10 @@ def test_what_it_cannot_read_is_left_to_torch(built, monkeypatch):
     assert torch.equal(strided.decoded(torch.float32).data, w.decoded(torch.float32).data)
 
 
-def test_without_it_the_reason_is_known(monkeypatch, tmp_path):
+def test_without_it_the_reason_is_known(tmp_path):
     broken = tmp_path / "_cpu.so"
     broken.write_text("no library")
-    for origin, reason in ((None, "was not built"), (str(broken), "does not load here")):
-        spec = None if origin is None else cpu.importlib.util.spec_from_loader("lorafuse._cpu", None, origin=origin)
-        monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name, spec=spec: spec)
-        library, why = cpu._loaded.__wrapped__()
+    for file, expected in ((None, "was not built"), (str(broken), "does not load here")):
+        library, reason = cpu.opened(file)
         assert library is None
-        assert reason in why
+        assert expected in reason
