@@ -180,7 +180,7 @@ def test_a_real_model_is_trained_on_text(monkeypatch):
 def test_the_real_weights_know_the_text(monkeypatch):
     # transformers parses the file four times, and makes the names of all tensors once a module
     for name in ("GGUFReader", "get_tensor_name_map"):
-        monkeypatch.setattr(gguf, name, cache(getattr(gguf, name)))
+        monkeypatch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
     texts, sizes = transformer.Texts(2, (1, 1, 96), CPU), Sizes.of(transformer.MODELS["smollm2-135m"].config())
     assert texts(0).shape == (1, 1, 96)
     assert torch.equal(texts(2), texts(0))
