@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lorafuse.formats.codec import decode_flat, held, is_of, parse, remembered, spell, target
-from lorafuse.formats.cpu import decode_4bit, fits_4bit
+from lorafuse.formats.codec import CHUNK, decode_flat, held, is_of, parse, remembered, spell, target
+from lorafuse.formats.cpu import decode_4bit, fits_4bit, has_addresses
 from lorafuse.formats.sizes import NESTED_BLOCK
 from lorafuse.formats.weight import Weight
 
@@ -92,7 +92,7 @@ def _library_kernel(data: Tensor, code: Tensor, block: int, first: int, out: Ten
         return None
     # whoever quantized the weight has brought its library; a subclass of tensors, or what Dynamo traces, has no address
     library = sys.modules.get("bitsandbytes.backends.cpu.ops")
-    if library is None or not type(data) is type(out) is Tensor or torch.compiler.is_compiling():
+    if library is None or not type(data) is type(out) is Tensor or not has_addresses():
         return None
     # its reads are not checked
     if not data.is_contiguous() or data.numel() * 2 < first + out.numel():
@@ -136,7 +136,7 @@ def _decode_in_rows(run: Callable[[int, Tensor], object], rounded: torch.dtype, 
     """`out`, whose rows in fp32 `run(flat index, rows)` writes, a few at a time where they are to be rounded."""
     rows, is_wide = out.view(-1, max(1, out.shape[-1])), out.dtype is torch.float32
     width = rows.shape[1]
-    step = rows.shape[0] if rounded is torch.float32 and is_wide else max(1, _ROUNDED // width)
+    step = rows.shape[0] if rounded is torch.float32 and is_wide else max(1, min(_ROUNDED, CHUNK["cpu"]) // width)
     wide = rows if is_wide else torch.empty((min(step, rows.shape[0]), width))
     for start in range(0, rows.shape[0], max(1, step)):
         stop = min(start + step, rows.shape[0])

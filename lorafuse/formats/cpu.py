@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorafuse.formats.sizes import NESTED_BLOCK
 
-__all__ = ["decode_4bit", "fits_4bit", "library", "opened", "why_not"]
+__all__ = ["decode_4bit", "fits_4bit", "has_addresses", "library", "opened", "why_not"]
 
 # of the functions in csrc/cpu/decode.cpp
 _VERSION = 1
@@ -52,11 +52,16 @@ def why_not() -> str:
     return _loaded()[1]
 
 
+def has_addresses() -> bool:
+    """Whether tensors lie in memory: those that Dynamo traces, or that torch's transforms wrap, do not."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
 def fits_4bit(data: Tensor, statistics: tuple[Tensor, ...], block: int, stop: int, out: Tensor) -> bool:
     """Whether elements up to `stop` can be read: addresses are not checked there."""
-    if not data.is_cpu or torch.compiler.is_compiling() or library() is None:
+    if not data.is_cpu or not has_addresses() or library() is None:
         return False
-    # a subclass of tensors, or what Dynamo traces, has no address
+    # nor has a subclass of tensors
     tensors = data, out, *statistics
     if not all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu and t.is_contiguous() for t in tensors):
         return False
