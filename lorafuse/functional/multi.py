@@ -109,7 +109,8 @@ def lora_linear_multi(
     Returns y `[…, N]` in x's dtype; gradients reach x, a and b.
 
     Raises ValueError or TypeError for operands that do not fit, with the rule; NotImplementedError for a weight or bias
-    that requires a gradient, and for second derivatives with buffers. Other transforms of torch run plain torch.
+    that requires a gradient, and with buffers for second derivatives and under transforms of torch. Without buffers
+    these run plain torch.
     """
     one = MultiProjection(weight, a, b, ranks, scales, bias, dropout_p, seeds, grad_buffers)
     return linears("lora_linear_multi", x, offsets, {"weight": one}, batch_invariant, backend, wide)[0]

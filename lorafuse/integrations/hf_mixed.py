@@ -122,6 +122,8 @@ def run_mixed(
 
 
 @lru_cache(maxsize=256)
+# what a generation made is saved by a training step
+@torch.inference_mode(False)
 def _sorted(
     index: tuple[tuple[int, int], ...], count: int, tokens: int, device: torch.device
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -319,9 +319,15 @@ def apply(
     buffers: Sequence[tuple[Tensor, Tensor]] | None = None, index: Tensor | None = None, weight: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The results of a form; `tensors` and `settings` are those of `MultiSettings.arguments`, `buffers` of each layer
-    where its da and db are added.
+    where its da and db are added. Raises NotImplementedError for buffers under a transform.
     """
     if is_transformed(x):
+        if buffers is not None and torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"lora_{form}_multi under a transform of torch (torch.func, vmap, forward-mode AD, jit.trace) computes "
+                "in plain torch, whose gradients would not reach the buffers; pass grad_buffers=None, or call it under "
+                "torch.no_grad()"
+            )
         with outside_autocast(x):
             G = len(settings.formats)
             layers = _plain_layers(settings, tensors, tensors[2 * G : 3 * G], tensors[3 * G : 4 * G], x.dtype)
