@@ -83,6 +83,8 @@ class MultiAdamW:
         """
         if not params:
             return {}
+        held = self.pool._slots
+        self._states = {slot: state for slot, state in self._states.items() if held.get(slot) is state.owner}
         given = {slot: self._tensors(slot) for slot in params}
         norms = self._norms({slot: grads for slot, (_, grads, _) in given.items()})
         p: list[Tensor] = []
@@ -151,6 +153,9 @@ class MultiAdamW:
             # contiguous or not as the parameter is, so that one kernel reads all
             state = _State(0, [torch.zeros_like(t) for t in weights], [torch.zeros_like(t) for t in weights], owner)
             self._states[slot] = state
+        elif state.m[0].device != weights[0].device:
+            # the model was moved
+            state.m, state.v = ([t.to(weights[0].device) for t in some] for some in (state.m, state.v))
         return weights, list(self.pool.gradients(slot).values()), state
 
     @staticmethod

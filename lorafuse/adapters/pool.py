@@ -167,25 +167,27 @@ class AdapterPool:
     def use_adapters(self, slots: Sequence[int] | Tensor) -> Iterator[None]:
         """Within it, forward and backward (activation checkpointing runs forward again) have these adapters.
 
-        `slots` has one for each sample, or int64 tensors `[B]` or `[B, T, …]` on the model's device for each sample or
-        token; -1 is none. Ascending ints, -1 last, need no row to be moved. Raises KeyError for an int that is not
-        allocated; of a tensor that is not looked at, it is none.
+        `slots` has one for each sample, or is a tensor of integers `[B]` or `[B, T, …]` on the model's device, for each
+        sample or token; -1 is none. Ascending ints, -1 last, need no row to be moved. Nothing waits for the device.
+        Raises KeyError for an int that is not allocated; in a tensor, which is not looked at, it is none. TypeError for
+        a tensor of other numbers.
         """
         every, count = self.slots, len(self._slots)
         if isinstance(slots, Tensor):
+            if slots.is_floating_point() or slots.is_complex() or slots.dtype is torch.bool:
+                raise TypeError(f"slots is {slots.dtype}; it must hold integers, as allocate returns them")
+            # of every number, of which those that are no slot are the last
             place = [count] * (max(every, default=0) + 2)
             for i, slot in enumerate(every):
                 place[slot] = i
-            # -1 is the last, which every other number is too
-            if slots.is_floating_point() or slots.is_complex() or slots.dtype is torch.bool:
-                raise TypeError(f"slots is {slots.dtype}; it must hold integers, as allocate returns them")
             index = self._on_device(place)[slots.long().clamp(-1, len(place) - 1)]
             is_sorted = False
         else:
             known = {slot: i for i, slot in enumerate(every)} | {-1: count}
             values = [known[slot] for slot in slots]
             index, is_sorted = self._on_device(values), values == sorted(values)
-        rows = AdapterRows(index, count, is_sorted, self._drawn(index))
+        # without any adapter there is the base alone
+        rows = AdapterRows(index, count, is_sorted, self._drawn(index)) if count else None
         former = {layer: layer.rows for layer in self.layers.values()}
         for layer in self.layers.values():
             layer.rows = rows
@@ -251,6 +253,8 @@ class AdapterPool:
         every, count = self.slots, len(self._slots)
         if not any(held.dropout for held in self._slots.values()):
             return None
+        # a model may have been moved
+        self._calls, self._seeds = self._calls.to(self._device), self._seeds.to(self._device)
         slots = self._on_device(every)
         present = torch.zeros(count + 1, dtype=torch.int64, device=index.device)
         present.scatter_(0, index.reshape(-1), 1)

@@ -160,7 +160,7 @@ def test_a_slot_in_the_layouts_of_servers(tmp_path):
     for user, rank in enumerate((2, 3)):
         fill(pool, pool.allocate(rank, alpha=7, targets=["q_proj"]), user)
     tensors = export.to_vllm(pool, tmp_path, adapter_name=1)
-    assert {name[34:]: list(t.shape) for name, t in tensors.items()} == {
+    assert {name[33:]: list(t.shape) for name, t in tensors.items()} == {
         "lora_A.weight": [3, 8],
         "lora_B.weight": [6, 3],
     }
