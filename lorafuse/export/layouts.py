@@ -155,7 +155,8 @@ def _read_pool(pool: AdapterPool, slot: str | int) -> _Adapter:
 def _read_peft(adapter: _Adapter, name: str, module: Any, which: str | int) -> None:
     if which in getattr(module, "lora_variant", {}):
         kind = type(module.lora_variant[which]).__name__.removesuffix("LinearVariant")
-        if kind != "MiCA":
+        # what is LoRA in forward
+        if kind not in ("MiCA", "Velora"):
             raise ValueError(f"{name} is a variant of LoRA ({kind}), which servers do not load: merge it into the base")
     a, b, scale = module.lora_A[which], module.lora_B[which], float(module.scaling[which])
     if getattr(a, "bias", None) is not None or getattr(b, "bias", None) is not None:
@@ -228,10 +229,16 @@ def _finished(
     scale = next((s for a, _, s in pairs.values() if a.shape[-2] == rank and s), 0.0)
     scale = scale or next((s for _, _, s in pairs.values() if s), 1.0)
     tensors = {}
+    patterns: dict[str, dict[str, Any]] = {"rank_pattern": {}, "alpha_pattern": {}}
     for name, (a, b, own) in pairs.items():
-        if is_padded:
+        # PEFT, which reads vLLM's files too, has one rank for all experts
+        if is_padded or name not in adapter.linear:
             missing = rank - a.shape[-2]
             a, b = nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
+        elif a.shape[-2] != rank:
+            # vLLM ignores these, and PEFT needs them: B holds what makes the scale that of all
+            patterns["rank_pattern"][name] = a.shape[-2]
+            patterns["alpha_pattern"][name] = scale * a.shape[-2]
         tensors[f"{_PREFIX}{name}{_A}"] = a.detach().contiguous()
         factor = own / scale
         tensors[f"{_PREFIX}{name}{_B}"] = (b.detach() if factor == 1.0 else b.detach() * factor).contiguous()
@@ -250,6 +257,7 @@ def _finished(
             "base_model_name_or_path": adapter.base, "bias": "none", "inference_mode": True, "lora_alpha": scale * rank,
             "lora_dropout": 0.0, "modules_to_save": None, "peft_type": "LORA", "r": rank,
             "target_modules": sorted(targets), "task_type": "CAUSAL_LM", "use_dora": False, "use_rslora": False,
+            **patterns,
         }  # fmt: skip
         (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return tensors

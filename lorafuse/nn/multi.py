@@ -47,7 +47,7 @@ class AdapterRows:
                 f"adapters are given for {list(given)} samples or tokens, x is [{', '.join(map(str, sizes))}, K]; "
                 "the first sizes must be the same"
             )
-        index = self.index.reshape(*given, *[1] * (len(sizes) - len(given))).expand(sizes).reshape(-1)
+        index = self.index.reshape(*given, *[1] * (len(sizes) - len(given))).expand(sizes).reshape(-1).contiguous()
         order = place = None
         if not self.is_sorted:
             index, order = index.sort(stable=True)

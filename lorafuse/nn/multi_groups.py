@@ -72,6 +72,9 @@ class MultiSiblings:
         slot = _Slot(x, self._state(x), is_fixed or torch._C._current_graph_task_id() != -1)
         slot.ys = {one: rows.restored(y, x) for one, y in zip(layers, ys, strict=True)}
         self._slot = slot
+        if ys[0].grad_fn is not None:
+            # backward frees the graph of all of them
+            ys[0].grad_fn.register_prehook(lambda *_: self.drop() if self._slot is slot else None)
         return slot.ys.pop(layer)
 
     def drop(self) -> None:

@@ -136,19 +136,23 @@ def test_files_that_do_not_fit_change_nothing(tmp_path):
 
 
 def test_transforms_that_would_lose_gradients_are_refused():
-    pool, (x, _) = pooled((0,)), data(0)
+    pool, x = pooled((0,)), data(0)[0][:1].clone().requires_grad_()
     pool.model.eval()
     with pool.use_adapters([0]):
-        expected = pool.model(x[:1])
+        expected = pool.model(x)
         for call in (
-            lambda: torch.func.grad(lambda x: pool.model(x).sum())(x[:1]),
-            lambda: torch.func.vmap(pool.model)(x[None, :1]),
-            lambda: torch.autograd.grad(pool.model(x[:1].requires_grad_()).square().sum(), x, create_graph=True),
+            lambda: torch.func.grad(lambda x: pool.model(x).sum())(x),
+            lambda: torch.func.vmap(pool.model)(x[None]),
+            lambda: torch.autograd.grad(pool.model(x).square().sum(), x, create_graph=True),
         ):
             with pytest.raises(NotImplementedError, match="grad_buffers=None"):
                 call()
         with torch.no_grad():
-            assert torch.allclose(torch.func.vmap(pool.model)(x[None, :1])[0], expected, atol=1e-5)
+            assert torch.allclose(torch.func.vmap(pool.model)(x[None])[0], expected, atol=1e-5)
+        # the gradient of x alone adds nothing to the buffers
+        (dx,) = torch.autograd.grad(pool.model(x).sum(), x)
+    assert dx.count_nonzero()
+    assert not any(t.any() for t in pool.gradients(0).values())
 
 
 def test_a_slot_in_the_layouts_of_servers(tmp_path):

@@ -93,7 +93,7 @@ def differing(given, every, chosen, **more):
 CASES = [("eager", 7, form) for form in FORMS]
 CASES += [("eager", 1, "shared"), ("eager", 2, "gated"), ("eager", 64, "shared"), ("eager", 2000, "experts")]
 CASES += [("triton", 1, "gated"), ("triton", 2, "siblings"), ("triton", 7, "gated"), ("triton", 7, "shared")]
-CASES += [("triton", 64, "siblings"), ("triton", 2000, "experts")]
+CASES += [("triton", 64, "siblings"), ("triton", 64, "shared"), ("triton", 2000, "experts")]
 
 
 @pytest.mark.parametrize(("backend", "L", "form"), CASES)
