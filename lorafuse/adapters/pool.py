@@ -44,7 +44,7 @@ class AdapterPool:
 
     Gradients add up in the pool, in sums over tokens, until `MultiAdamW.step` or `zero_grad` of that slot.
 
-    Raises ValueError where no layer matches.
+    Raises ValueError where no layer matches, and for a model with PEFT's layers.
     """
 
     def __init__(
@@ -61,6 +61,11 @@ class AdapterPool:
         for name, module in list(model.named_modules(remove_duplicate=False)):
             if module in made or ((targets is None or _matches(name, targets)) and _is_linear(module)):
                 if module not in made:
+                    if name.endswith(".base_layer"):
+                        raise ValueError(
+                            f"{name} has an adapter of PEFT around it; make the pool of the model without its layers "
+                            "(model.unload(), or merge_and_unload()), and load adapters by their files"
+                        )
                     layer = made[module] = LoRALinearMulti(module, dtype).train(module.training)
                     layer.number = zlib.crc32(name.encode())
                     self.layers[name] = layer
