@@ -12,8 +12,9 @@ from lorafuse.operands import Weight
 from lorafuse.philox import keep_mask, rescaled
 from lorafuse.testing.numerics import lora_formula
 
-__all__ = ["Batch", "batch", "count_reads", "mover", "reference", "run"]
+__all__ = ["GPU", "Batch", "batch", "count_reads", "mover", "reference", "run"]
 
+# where Triton's kernels run
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

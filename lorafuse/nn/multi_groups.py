@@ -12,6 +12,7 @@ alone.
 """
 
 import types
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,7 +62,10 @@ class MultiSiblings:
         if layer is not layers[0]:
             if slot is None or slot.x is not x or layer not in slot.ys or slot.state != self._state(x):
                 return None
-            return slot.ys.pop(layer)
+            y = slot.ys.pop(layer)
+            if not slot.ys:
+                self._slot = None
+            return y
         self.drop()
         if len(layers) == 1:
             return None
@@ -73,8 +77,9 @@ class MultiSiblings:
         slot.ys = {one: rows.restored(y, x) for one, y in zip(layers, ys, strict=True)}
         self._slot = slot
         if ys[0].grad_fn is not None:
-            # backward frees the graph of all of them
-            ys[0].grad_fn.register_prehook(lambda *_: self.drop() if self._slot is slot else None)
+            # backward frees the graph of all of them; the graph does not hold what holds it
+            reference = weakref.ref(slot)
+            ys[0].grad_fn.register_prehook(lambda *_: self._expire(reference))
         return slot.ys.pop(layer)
 
     def drop(self) -> None:
@@ -83,6 +88,10 @@ class MultiSiblings:
         # backward may run a checkpointed call again in part, and must run as many layers as the call did
         if slot is not None and slot.ys and not slot.is_fixed:
             self._present = tuple(layer for layer in self._present if layer not in slot.ys)
+
+    def _expire(self, reference: weakref.ref[_Slot]) -> None:
+        if self._slot is not None and self._slot is reference():
+            self.drop()
 
     def forget(self) -> None:
         """Drop what was not fetched of a call that did not end."""

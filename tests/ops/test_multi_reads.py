@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from multi_forms import FORMS, make, run
-from multi_reference import batch, count_reads
+from multi_reference import GPU, batch, count_reads
 from multi_reference import run as run_linear
 from torch import nn
 from torch.library import get_kernel
@@ -24,7 +24,9 @@ from lorafuse.kernels import multi as kernels
 from lorafuse.ops import multi, multi_experts
 
 aten = torch.ops.aten
-CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+# where the tests run
+KEY = GPU.type.upper()
+KEYS = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, KEY))
 # what copies a value to the host, or has sizes that depend on values
 READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.bincount, aten._unique2}
 READS |= {aten.unique_consecutive, aten.unique_dim, aten.is_nonzero, aten.item, aten.repeat_interleave}
@@ -43,7 +45,7 @@ class Counting(TorchDispatchMode):
             return op(*args, **(kwargs or {}))
         # what our operators do is seen too
         with self:
-            return get_kernel(op, "CPU").call_boxed(CPU, *args)
+            return get_kernel(op, KEY).call_boxed(KEYS, *args)
 
 
 class _Kernel:
@@ -111,11 +113,12 @@ def test_a_pool(slots, reads):
     nothing from pinned memory.
     """
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
-    pool = AdapterPool(LlamaModel(LlamaConfig(vocab_size=8, **sizes)))
+    pool = AdapterPool(LlamaModel(LlamaConfig(vocab_size=8, **sizes)).to(GPU))
     for rank in (2, 5):
         pool.allocate(rank, dropout=0.25)
     attention, mlp = pool.model.layers[0].self_attn, pool.model.layers[0].mlp
-    x = torch.randn(3, 5, 16, requires_grad=True)
+    x = torch.randn(3, 5, 16, device=GPU, requires_grad=True)
+    slots = slots.to(GPU) if isinstance(slots, torch.Tensor) else slots
 
     def step():
         with pool.use_adapters(slots):
