@@ -98,8 +98,9 @@ def lora_linear_multi(
         seeds: of the masks, int64 `[L]` on x's device; an element's fate depends on its adapter's seed, its row among
             that adapter's and its column. None draws them from torch's default generator.
         grad_buffers: of a's and b's sizes and strides any; backward adds the gradients of a and b there, for the
-            adapters that have rows, and gives a and b none. a and b must require gradients. None for ordinary ones,
-            which are zero for an adapter without rows.
+            adapters that have rows, and gives a and b none; one that was asked for other gradients alone
+            (`torch.autograd.grad` of x) adds nothing. a and b must require gradients. None for ordinary ones, which are
+            zero for an adapter without rows.
         batch_invariant: False lets backend "eager" compute the base product of all rows at once, which is up to 1.5
             (y) and 2.3 (gradient of x) times as fast where adapters have few rows (16 each of 32 adapters, 4096 x 4096,
             fp32, one thread of an EPYC with AVX2, shared, 2026-11-29), and whose bits depend on all rows. "triton" is
