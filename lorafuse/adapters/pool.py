@@ -175,7 +175,7 @@ class AdapterPool:
         `slots` has one for each sample, or is a tensor of integers `[B]` or `[B, T, …]` on the model's device, for each
         sample or token; -1 is none. Ascending ints, -1 last, need no row to be moved. Nothing waits for the device.
         Raises KeyError for an int that is not allocated; in a tensor, which is not looked at, it is none. TypeError for
-        a tensor of other numbers.
+        a tensor of other numbers. A layer that a checkpoint calls again later raises RuntimeError.
         """
         every, count = self.slots, len(self._slots)
         if isinstance(slots, Tensor):
@@ -195,7 +195,7 @@ class AdapterPool:
         rows = AdapterRows(index, count, is_sorted, self._drawn(index)) if count else None
         former = {layer: layer.rows for layer in self.layers.values()}
         for layer in self.layers.values():
-            layer.rows = rows
+            layer.rows, layer.had_rows = rows, rows is not None
         self._in_use += 1
         try:
             yield

@@ -102,6 +102,8 @@ class LoRALinearMulti(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.rows: AdapterRows | None = None
+        # whether the last `AdapterPool.use_adapters` gave it any
+        self.had_rows = False
         # the layers that it may run with as one operator
         self.siblings: MultiSiblings | None = None
         self.ranks: tuple[int, ...] = ()
@@ -171,6 +173,12 @@ class LoRALinearMulti(nn.Module):
         """y `[…, N]` for x `[…, K]`."""
         rows = self.rows
         if rows is None:
+            # a checkpoint of a call that had rows would silently lose their gradients
+            if self.had_rows and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+                raise RuntimeError(
+                    "a layer with many adapters runs forward again in backward (a checkpoint) outside of use_adapters: "
+                    "keep backward within it; for calls of the base alone, within use_adapters([-1, …])"
+                )
             return self.base(x)
         if self.siblings is not None:
             y = self.siblings.output(self, x)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_adapters import BASE, SETTINGS, data, fill, pooled, train
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lorafuse import export
 from lorafuse.adapters import AdamParams, AdapterPool, MultiAdamW
@@ -93,6 +94,19 @@ def test_adapters_stay_within_use_adapters(tmp_path):
                 change()
     pool.release(0)
     assert pool.slots == ()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_that_is_called_again_too_late(use_reentrant):
+    """Its layers would be the base alone, and the gradients of its adapters lost."""
+    pool, (x, dy) = pooled((0,)), data(0)
+    with pool.use_adapters([0] * 3):
+        y = checkpoint(pool.model, x.requires_grad_(), use_reentrant=use_reentrant)
+    with pytest.raises(RuntimeError, match="keep backward within it"):
+        y.backward(dy)
+    # the base alone is what it was
+    with pool.use_adapters([-1] * 3):
+        checkpoint(pool.model, x, use_reentrant=use_reentrant).backward(dy)
 
 
 def test_a_module_in_two_places():
