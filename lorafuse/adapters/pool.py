@@ -140,7 +140,9 @@ class AdapterPool:
                     f"{folder} has a {list(a.shape)} and b {list(b.shape)} for {name}, which maps {K} features to {N}"
                 )
         rank = next(iter(factors.values()))[0].shape[0]
-        return self._add(_Slot(rank, scale, seed, dropout, tuple(factors)), factors)
+        # in the order of the pool, in which an optimizer adds up norms
+        names = tuple(name for name in self.layers if name in factors)
+        return self._add(_Slot(rank, scale, seed, dropout, names), factors)
 
     def export(self, slot: int, folder: str | Path) -> None:
         """Write PEFT's files of the adapter, which `peft.PeftModel.from_pretrained` reads."""
