@@ -204,6 +204,13 @@ def test_leading_dimensions_and_frozen_x():
     assert torch.equal(a.grad, expected["da"])
 
 
+def test_strides_of_x_change_no_bit():
+    given = batch(COUNTS, RANKS, torch.float32)
+    expected = run(given, backend="eager")
+    given.x, given.dy = (t.t().contiguous().t() for t in (given.x, given.dy))
+    assert all(torch.equal(t, expected[name]) for name, t in run(given, backend="eager").items())
+
+
 def formula(given):
     def call(x, a, b):
         return lora_linear_multi(
@@ -276,13 +283,17 @@ def test_flops_are_those_of_the_largest_rank():
         ({"offsets": torch.tensor([4, 2]).int()}, "ascend"),
         ({"offsets": torch.tensor([4, 20]).int()}, "ascend"),
         ({"grad_buffers": (torch.zeros(5, 40), torch.zeros(36, 5))}, "requires_grad=False"),
+        ({"grad_buffers": (torch.zeros(5, 40),)}, "they are two"),
+        ({"grad_buffers": (torch.zeros(5, 40).int(), torch.zeros(36, 5))}, "torch.int32"),
         ({"weight": torch.zeros(36, 41)}, "the rule is"),
+        ({"ranks": [2.0, 3]}, "it must be an int"),
+        ({"dropout_p": 0.5}, "it is a sequence"),
     ],
 )
 def test_errors(change, message):
     given = batch([2, 3], [2, 3], torch.float32, dropout=False)
     operands = {"x": given.x, "offsets": given.offsets, "weight": given.w, "a": given.a, "b": given.b}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         lora_linear_multi(**operands | {"ranks": given.ranks, "scales": given.scales, "backend": "eager"} | change)
 
 
