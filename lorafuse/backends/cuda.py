@@ -8,6 +8,7 @@
     concurrent_backward   reduce_dy: the same; linear: dx and da
       where plan.configs  round_adapter: scale · bᵀ; project_x: dyb, and a rounded; linear: dx, da and db
       hold "project"
+    fused_backward        fused_backward: dx, da and db; dyb, and a and scale · bᵀ rounded
     ragged                grouped_linear: y or dx; ATen computes everything else
 
 A quantized weight is decoded by a launch of its own (decode_codebook, decode_fp8; both run from sm_80 on) before the
@@ -100,7 +101,7 @@ class Cuda(Aten):
             a, round_a = _rounding(given_a, dtype, 1.0)
             for one in filter(None, (round_a, round_b)):
                 self.native.round_adapter(**one, **place)
-            flags = self._flags(x.device, place["stream"], M)
+            flags = self._flags(x.device, place["stream"], self.native.fused_xa_workspace(M=M))
             fused_xa = {
                 "a": a.data_ptr(), "stride_a": a.stride(0), "workspace": flags.data_ptr(),
                 "xa_in_tiles": config.xa_in_tiles,
@@ -142,6 +143,27 @@ class Cuda(Aten):
         if need_da:
             assert x is not None
             x, da = _aligned_rows(x), given_a.new_empty(a.shape)
+        if plan.kernel == "fused_backward":
+            assert dyb is not None
+            config, (b, round_b) = plan.config("matmul"), _rounding(given_b, dtype, scale, transposed=True)
+            data, dx = contiguous_rows(w.data), dy.new_empty((M, K))
+            everything: dict[str, Any] = {
+                "type": TYPES[dtype], "M": M, "N": N, "K": K, "R": R, "dy": dy.data_ptr(), "stride_dy": dy.stride(0),
+                "w": data.data_ptr(), "stride_w": data.stride(0), "a": rounded_a.data_ptr(),
+                "stride_a": rounded_a.stride(0), "rounded_a": round_a, "b": b.data_ptr(), "stride_b": b.stride(0),
+                "rounded_b": round_b, "scale": scale, "dyb": dyb.data_ptr(), "stride_dyb": dyb.shape[1],
+                "dx": dx.data_ptr(), "stride_dx": K, "tiling": _tiling(config),
+                "sum_rows": _chunk(M, config.splits), "workspace": 0,
+            }  # fmt: skip
+            if x is not None and need_da:
+                everything |= {"x": x.data_ptr(), "stride_x": x.stride(0), "da": _at(da), "da_type": a_type}
+            if xa is not None and need_db:
+                everything |= {"xa": xa.data_ptr(), "stride_xa": _padded(R), "db": _at(db), "db_type": b_type}
+            partials = _workspace(self.native.fused_backward_partials(**everything), dy.device)
+            flags = self._flags(dy.device, place["stream"], self.native.fused_backward_workspace(M=M, N=N, K=K))
+            everything |= {"partials": partials.data_ptr(), "workspace": flags.data_ptr()}
+            self.native.fused_backward(**everything, **place)
+            return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype), None
         if db_concurrent:
             assert dyb is not None
             transposed, round_b = _rounding(given_b, dtype, scale, transposed=True)
@@ -203,9 +225,8 @@ class Cuda(Aten):
         )  # fmt: skip
         return y
 
-    def _flags(self, device: torch.device, stream: int, M: int) -> Tensor:
-        """Zeros through which the blocks of one launch signal that rows of xa are there."""
-        words = self.native.fused_xa_workspace(M=M)
+    def _flags(self, device: torch.device, stream: int, words: int) -> Tensor:
+        """Zeros through which the blocks of one launch draw work and signal that rows of xa or dyb are there."""
         if self.is_capturing():
             # a graph has flags of its own, which it zeroes at every replay: the stream's may be in use by then
             return torch.zeros(words, dtype=torch.int32, device=device)
@@ -254,6 +275,11 @@ def _workspace(size: int, device: torch.device) -> Tensor:
 def _tiling(config: KernelConfig) -> tuple[int, int, int, int, int]:
     # the last: as many blocks as the device has SMs
     return config.block_n, config.stages, config.cluster, config.group_m, 0
+
+
+def _chunk(M: int, splits: int) -> int:
+    """Rows of each of so many parts, about alike, in whole tiles."""
+    return -(-M // (splits * 128)) * 128
 
 
 def _mask(dropout: Dropout | None) -> dict[str, int]:

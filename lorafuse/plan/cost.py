@@ -41,6 +41,8 @@ _L2_BYTES, _SM_FLOPS = 6336, 4096
 # bytes/s of one SM's shared memory; where da or db is summed, x or dy passes through it twice, and so do dyb or xa, 64
 # rows of 64 ranks at a time (model, csrc/kernels/adapter_grads_sm90.cuh; not measured)
 _SHARED_BANDWIDTH, _RIGHT_BYTES = 128 * 1.7e9, 64 * 64 * 2
+# bytes/s that one SM streams where others run tiles, and what uneven ends add to it (model: 50 to 90e9; not measured)
+_SIDE_BANDWIDTH, _UNEVEN = 75e9, 1.15
 # Philox 4x32-10: 100 integer operations give four words; an SM does 64 a clock at 1.7 GHz
 _MASK_PER_ELEMENT, _SM_INTEGERS = 25, 64 * 1.7e9
 # instructions of one SM in a clock of 1.7 GHz
@@ -129,6 +131,8 @@ def kernel_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -
             return seconds + _xa_in_tiles(c, problem, device)
         if c.fused_xa:
             return seconds + _xa_items(c, problem, device)
+        if c.fused_backward:
+            return seconds + _fused_backward(c, seconds, problem, device)
         if c.sum_blocks:
             # column blocks of dy for db, of x for da: the busiest block sums several
             sums = [size for name, size in (("db", N), ("da", K)) if name in problem.gradients]
@@ -171,6 +175,17 @@ def _xa_in_tiles(config: KernelConfig, problem: Problem, device: DeviceSpec) -> 
     tiles = rows * math.ceil(problem.N / config.block_n)
     tile = tile_seconds(config, problem, device) / math.ceil(tiles / device.sms)
     return math.ceil(rows / device.sms) * (tile * _MORE_COLUMNS * padded_rank(problem.R) / 16 + _FLAG)
+
+
+def _fused_backward(config: KernelConfig, seconds: float, problem: Problem, device: DeviceSpec) -> float:
+    """What dyb, da and db add to the tiles of dx: what SMs without a tile in the last wave have no time for, on all."""
+    tiles = math.ceil(problem.M / config.block_m) * math.ceil(problem.K / config.block_n)
+    waves = math.ceil(tiles / device.sms)
+    free = (waves * device.sms - tiles) * seconds / waves
+    passes = {"dyb": problem.N, "da": problem.K, "db": problem.N}
+    read = sum(size for name, size in passes.items() if name in ("dyb", *problem.gradients))
+    streamed = problem.M * read * problem.itemsize / _SIDE_BANDWIDTH
+    return max(0.0, streamed - free) * _UNEVEN / device.sms + _FLAG
 
 
 def _xa_items(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
