@@ -105,14 +105,20 @@ void check_backward() {
             for (int i = 0; i < order.count(); ++i) {
               const Work work = order.at(i);
               const auto row = static_cast<size_t>(work.row);
+              const int last_row = work.kind == Work::kColumns ? order.chunks() : rows;
+              const int last_column = work.kind == Work::kTile ? columns : work.kind == Work::kRows ? 1 : items;
+              if (work.row < 0 || work.row >= last_row || work.column < 0 || work.column >= last_column) {
+                ++once;
+                continue;
+              }
               if (work.kind == Work::kRows) {
-                once += of_row.at(row) != -1;
+                once += of_row[row] != -1;
                 of_row[row] = i;
               } else if (work.kind == Work::kTile) {
-                ++tiles.at(row * static_cast<size_t>(columns) + static_cast<size_t>(work.column));
+                ++tiles[row * static_cast<size_t>(columns) + static_cast<size_t>(work.column)];
                 before += of_row[row] == -1;
               } else {
-                ++sums.at(row * static_cast<size_t>(items) + static_cast<size_t>(work.column));
+                ++sums[row * static_cast<size_t>(items) + static_cast<size_t>(work.column)];
                 for (int r = 0; r < order.height(work.row); ++r) {
                   before += of_row[row * static_cast<size_t>(chunk) + static_cast<size_t>(r)] == -1;
                 }
@@ -121,6 +127,7 @@ void check_backward() {
             once += std::count(tiles.begin(), tiles.end(), 1) != static_cast<int>(tiles.size());
             once += std::count(sums.begin(), sums.end(), 1) != static_cast<int>(sums.size());
             once += std::count(of_row.begin(), of_row.end(), -1) != 0;
+            if (once != 0) continue;
             const auto needs = [&](int index, const std::vector<int>& ended) {
               const Work work = order.at(index);
               if (work.kind == Work::kRows) return true;
