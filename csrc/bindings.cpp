@@ -12,6 +12,7 @@
 #include <lorafuse/api_decode.hpp>
 #include <lorafuse/api_device.hpp>
 #include <lorafuse/api_probes.hpp>
+#include <lorafuse/api_split.hpp>
 
 #ifdef LORAFUSE_EMULATED
 #include "emu/emulator.hpp"
@@ -99,6 +100,15 @@ struct Fields<FusedBackward> {
       OPTIONAL(stride_x), OPTIONAL(da), OPTIONAL(da_type), OPTIONAL(xa), OPTIONAL(stride_xa), OPTIONAL(db),
       OPTIONAL(db_type), OPTIONAL(rounded_a), OPTIONAL(rounded_b), OPTIONAL(sum_rows), OPTIONAL(partials),
       REQUIRED(workspace), OPTIONAL(tiling)};
+};
+template <>
+struct Fields<SplitLinear> {
+  using P = SplitLinear;
+  static constexpr Field fields[] = {
+      REQUIRED(type), REQUIRED(a_type), REQUIRED(b_type), REQUIRED(M), REQUIRED(N), REQUIRED(K), REQUIRED(R),
+      REQUIRED(x), REQUIRED(stride_x), REQUIRED(w), REQUIRED(stride_w), OPTIONAL(bias), REQUIRED(a),
+      REQUIRED(stride_a), REQUIRED(b), REQUIRED(stride_b), OPTIONAL(scale), REQUIRED(xa), REQUIRED(stride_xa),
+      REQUIRED(y), REQUIRED(stride_y), OPTIONAL(splits), OPTIONAL(tiling)};
 };
 template <>
 struct Fields<GroupedLinear> {
@@ -340,6 +350,7 @@ PYBIND11_MODULE(LORAFUSE_MODULE, m) {
         py::arg("K"));
   m.def("fused_backward_partials", &Bound<fused_backward_partials>::call);
   m.def("fused_backward", &Bound<fused_backward>::call);
+  m.def("split_linear", &Bound<split_linear>::call);
   m.def("grouped_linear", &Bound<grouped_linear>::call);
   m.def("round_adapter", &Bound<round_adapter>::call);
   m.def("project_x", &Bound<project_x>::call);

@@ -34,6 +34,7 @@ _PIPELINE, _EPILOGUE, _LINEAR, _SUMS = (
     "adapter_grads_sm90.cuh",
 )
 _TILES, _TICKETS, _BACKWARD = "xa_tiles_sm90.cuh", "tickets_sm90.cuh", "backward_sm90.cuh"
+_SPLIT = "split_sm90.cuh"
 _GROUPED, _SKINNY, _PROJECT, _REDUCE = "grouped_sm90.cuh", "skinny_sm80.cuh", "project_sm80.cuh", "reduce_sm80.cuh"
 _DECODE = "decode_sm80.cuh"
 _NESTED = (
@@ -105,6 +106,21 @@ BUGS = tuple(Bug(*row) for row in (
     ("tile_xa_read_in_flight", _TILES, "xa_in_tiles", "finish_blocks(pipeline, lane); publish_xa<T, kRanks>(xa, p, tile.row, consumer, thread);", "publish_xa<T, kRanks>(xa, p, tile.row, consumer, thread); finish_blocks(pipeline, lane);"),
     ("tile_no_xa_wait", _TILES, "xa_in_tiles", "wait_for_xa(p, tile.row);", ""),
     ("tile_no_store_wait", _TILES, "xa_in_tiles", "if (thread == 0) ptx::tma_store_wait<0>();", ""),
+    # K divided by a cluster
+    ("split_a_not_awaited", _SPLIT, "split_k", "ptx::mbarrier_init(pipeline.full() + s, 2);", "ptx::mbarrier_init(pipeline.full() + s, 1);"),
+    ("split_no_empty_wait", _SPLIT, "split_k", "ptx::mbarrier_wait(pipeline.empty(), pipeline.parity ^ 1);", ""),
+    ("split_released_early", _SPLIT, "split_k", "ptx::wgmma_wait<1>();", ""),
+    ("split_released_to_rank_0", _SPLIT, "split_k", "ptx::mbarrier_arrive(pipeline.empty() - pipeline.stage + previous);", "ptx::mbarrier_arrive_cluster(pipeline.empty() - pipeline.stage + previous, 0);"),
+    ("split_no_proxy_fence", _SPLIT, "split_k", "ptx::fence_proxy_async_shared(); ptx::warp_sync(); if (lane == 0) ptx::mbarrier_arrive(pipeline.full());", "ptx::warp_sync(); if (lane == 0) ptx::mbarrier_arrive(pipeline.full());"),
+    ("split_a_published_early", _SPLIT, "split_k", "ptx::fence_proxy_async_shared(); ptx::warp_sync(); if (lane == 0) ptx::mbarrier_arrive(pipeline.full());", "ptx::fence_proxy_async_shared(); if (lane == 0) ptx::mbarrier_arrive(pipeline.full());"),
+    ("split_no_init_sync", _SPLIT, "split_k", "// the barriers are there, and so are the other blocks ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync();"),
+    ("split_parts_over_the_ring", _SPLIT, "split_k", "// the ring is read by nobody now consumers_sync();", ""),
+    ("split_parts_read_early", _SPLIT, "split_k", "// for the parts of all blocks, and until nobody reads this one's; each role on its own, which has its own registers ptx::warp_sync(); ptx::cluster_sync(); ptx::cluster_sync();", "ptx::warp_sync(); ptx::cluster_sync();"),
+    ("split_parts_read_early", _SPLIT, "split_k", "// the parts of all blocks are there ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync(); consumers_sync();"),
+    ("split_ends_while_read", _SPLIT, "split_k", "// for the parts of all blocks, and until nobody reads this one's; each role on its own, which has its own registers ptx::warp_sync(); ptx::cluster_sync(); ptx::cluster_sync();", "ptx::warp_sync(); ptx::cluster_sync();"),
+    ("split_ends_while_read", _SPLIT, "split_k", "// no block ends while others read its parts ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync();"),
+    ("split_xa_not_whole", _SPLIT, "split_k", "// xa of these rows is whole consumers_sync();", ""),
+    ("split_own_part_only", _SPLIT, "split_k", "ptx::load_cluster(parts + r * Parts::kPitch + c + j, block)", "ptx::load_cluster(parts + r * Parts::kPitch + c + j, rank)"),
     # da and db in the launch of dx
     ("sum_no_launch_wait", _LINEAR, "concurrent_backward", "if (p.overlap_previous) " + _LAUNCH_WAIT, "if (p.overlap_previous) ptx::fence_proxy_async();"),
     ("sum_no_wait_read", _SUMS, "concurrent_backward, four stages", "// the sums of the item before have been read consumers_sync();", ""),

@@ -30,7 +30,7 @@ class KernelConfig:
     stages          buffers of the pipeline
     warps           warps of a program
     group_m         tiles of rows that are walked together, for the L2
-    splits          parts of the rows whose sums are reduced afterwards
+    splits          parts of the rows whose sums are reduced afterwards; of a forward matmul in CUDA, parts of K
     fused_xa        matmul computes xa too
     xa_in_tiles     its tiles of the first columns of y do, rather than programs with nothing else to do
     max_registers   of a thread; 0 leaves it to the compiler

@@ -5,6 +5,7 @@ The matmuls run on sm_90a alone, in tiles of 128 rows. The memory-bound kernels 
     two_kernel            xa and b rounded; y
     fused_xa              a rounded; b rounded; xa and y
     xa_in_tiles           the same, where N has few columns of tiles: those of the first compute xa
+    split_k               y and xa by clusters that divide K, where tiles are fewer than half of the SMs
     one_pass_backward     dyb, db, dbias and a rounded; dx; da
     concurrent_backward   dyb, db, dbias and a rounded; dx and da; or b rounded; dyb and a rounded; dx, da and db
     fused_backward        everything, in one launch
@@ -20,7 +21,18 @@ from lorafuse.plan.candidate import Candidate, KernelConfig, Part, in_a_row, pad
 from lorafuse.plan.devices import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["CONCURRENT", "RAGGED", "TILES", "illegal", "matmuls", "operator_candidates", "refusal", "sum_blocks"]
+__all__ = [
+    "CONCURRENT",
+    "RAGGED",
+    "SPLITS",
+    "SUM_ROWS",
+    "TILES",
+    "illegal",
+    "matmuls",
+    "operator_candidates",
+    "refusal",
+    "sum_blocks",
+]
 
 _ARCH = 90
 _BLOCK_M, _BLOCK_K = 128, 64
@@ -30,6 +42,8 @@ _MAX_FUSED_R = 64
 # where tiles compute xa beside their columns of y: ranks, and columns of y. Of more columns of tiles the first would be
 # a smaller part, and the pass over x that it saves one too (model)
 _MAX_TILE_R, _MAX_TILE_N = 32, 1024
+# where a cluster divides K: its tile, of which the sums take all shared memory of three stages and more; its blocks
+_SPLIT_TILE, SPLITS = (128, 4, 1), (2, 4)
 # shared memory next to the ring and the tile that is stored: barriers, and what alignment to 1024 bytes may cost
 _SHARED_REST = 2048
 # (block_n, stages, cluster); two stages of 256 columns would fit twice, three are what hides the loads (published
@@ -42,7 +56,7 @@ _GROUP_M = 16
 _FUSED_GROUP_M = 8
 # rows of a part of da and db: of 512 to 8192 the ones whose uneven ends cost least, 374 us of 8192 x 4096 x 4096 where
 # 4096 rows take 388 (`python bench/schedule.py --shape 8192,4096,4096`, simulated); and bytes of the partial sums
-_SUM_ROWS, _PARTIAL_BYTES = 2048, 64 << 20
+SUM_ROWS, _PARTIAL_BYTES = 2048, 64 << 20
 # columns of a block of the reductions, and rows of one of project
 _REDUCE_N, _PASS_M = 256, 64
 # the kernel before dx, and what is summed in dx's launch then
@@ -92,7 +106,13 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
         return f"one launch computes dx, da and db of up to {_MAX_FUSED_R} ranks, in clusters of 1"
     if c.fused_backward and (problem.dropout or "dbias" in problem.gradients):
         return "a launch that computes dx, da and db draws no mask and sums no dbias"
-    rows = _BLOCK_M + c.block_n + (padded_rank(problem.R) if c.xa_in_tiles else 0)
+    if (is_split := c.splits > 1 and not problem.gradients) and (
+        (c.block_n, c.stages, c.cluster) != _SPLIT_TILE or c.splits not in SPLITS or problem.R > _MAX_TILE_R
+    ):
+        return f"{' or '.join(map(str, SPLITS))} blocks divide K, in tiles of 128 x 128 and for {_MAX_TILE_R} ranks"
+    if is_split and (problem.dropout or c.splits > -(-problem.K // _BLOCK_K)):
+        return f"blocks that divide K draw no mask, and have a part of K {problem.K} each"
+    rows = _BLOCK_M + c.block_n + (padded_rank(problem.R) if c.xa_in_tiles or is_split else 0)
     needed = c.stages * rows * _BLOCK_K * 2 + _BLOCK_M * c.block_n * 2 + _SHARED_REST
     if c.stages < 2 or needed > device.smem_per_block:
         return f"{c.stages} stages need {needed} bytes of shared memory of {device.smem_per_block}, and are 2 or more"
@@ -145,6 +165,10 @@ def _forward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Ca
     form = {"fused_xa": True, "xa_in_tiles": True}
     if problem.N <= _MAX_TILE_N and (one := _best(problem, device, tiles, form)):
         yield _candidate("xa_in_tiles", (one,), [round_a, round_b, cost.step(one, problem, device)])
+    tiles_of_y = -(-problem.M // _BLOCK_M) * -(-problem.N // _SPLIT_TILE[0])
+    forms = [{"splits": count} for count in SPLITS if tiles_of_y * count <= device.sms]
+    if forms and _SPLIT_TILE in tiles and (one := _best(problem, device, (_SPLIT_TILE,), *forms)):
+        yield _candidate("split_k", (one,), [cost.step(one, problem, device)])
 
 
 def _backward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Candidate]:
@@ -197,7 +221,7 @@ def sum_blocks(problem: Problem, device: DeviceSpec) -> list[int]:
 def splits(problem: Problem) -> int:
     """Parts of the rows of which one launch sums da and db."""
     most = _PARTIAL_BYTES // (4 * problem.R * (problem.N + problem.K))
-    return max(1, min(most, -(-problem.M // _SUM_ROWS)))
+    return max(1, min(most, -(-problem.M // SUM_ROWS)))
 
 
 def _best(problem: Problem, device: DeviceSpec, tiles: _Tiles, *forms: dict[str, Any]) -> KernelConfig | None:

@@ -127,6 +127,8 @@ def kernel_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -
         return 0.0
     if c.kernel == "matmul":
         seconds = max(tile_seconds(c, problem, device), _bytes(problem, device, padded_rank(R)))
+        if c.splits > 1 and not problem.gradients:
+            return _split(c, problem, device)
         if c.xa_in_tiles:
             return seconds + _xa_in_tiles(c, problem, device)
         if c.fused_xa:
@@ -167,6 +169,16 @@ def _packed(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float
     decoded = c.block_n * p.read * DECODED_IN_LOOP[p.format] / _SM_INSTRUCTIONS
     of_tiles = max(waves * streamed, waves * decoded + tile_seconds(c, p, device))
     return max(of_tiles, moved / device.sustained_bandwidth)
+
+
+def _split(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
+    """Seconds of tiles whose K the blocks of a cluster divide, and of adding up their parts in shared memory."""
+    part = replace(problem, K=math.ceil(problem.K / config.splits), R=0)
+    tiles = tile_seconds(replace(config, splits=1), part, device)
+    more = padded_rank(problem.R) / 16 * _MORE_COLUMNS * 256 / config.block_n
+    # each reads its rows of all parts
+    added = config.block_m * config.block_n * 4 / _SIDE_BANDWIDTH + _FLAG
+    return max(tiles * (1 + more), _bytes(problem, device, padded_rank(problem.R))) + added
 
 
 def _xa_in_tiles(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:

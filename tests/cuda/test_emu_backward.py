@@ -30,7 +30,7 @@ def _one_launch():
 @pytest.fixture(params=[128, 256, 2048])
 def parts(request, monkeypatch):
     """Rows of a part of da and db; how many there are of M rows."""
-    monkeypatch.setattr(configs_cuda, "_SUM_ROWS", request.param)
+    monkeypatch.setattr(configs_cuda, "SUM_ROWS", request.param)
     clear_cache()
     yield lambda M: -(-M // request.param)
     clear_cache()

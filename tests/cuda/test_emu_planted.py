@@ -29,6 +29,7 @@ SCENARIOS = {
     "fused_xa, one block at a time": ("fused_xa", (128, 4, 1), 1),
     "xa_in_tiles": ("xa_in_tiles", (256, 3, 1), 0),
     "xa_in_tiles, one block at a time": ("xa_in_tiles", (128, 4, 1), 1),
+    "split_k": ("split_k", (128, 4, 1), 0),
     "concurrent_backward": ("concurrent_backward", (256, 3, 1), 0),
     "concurrent_backward, four stages": ("concurrent_backward", (128, 4, 1), 0),
     "fused_backward": ("fused_backward", (256, 3, 1), 0),
@@ -42,7 +43,7 @@ def _built():
     emulator()
     # da and db in parts of one tile's rows
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configs_cuda, "_SUM_ROWS", 128)
+        patch.setattr(configs_cuda, "SUM_ROWS", 128)
         clear_cache()
         yield
     clear_cache()
@@ -60,7 +61,10 @@ def run(kind, tiling):
     rows = 100 if kind == "concurrent_backward" else 300
     # tiles of two stages of a ring of four, so that a producer can be two tiles ahead
     K = 64 if (kind, tiling) == ("xa_in_tiles", (128, 4, 1)) else 200
-    o = make_operands(LinearCase(leading=(rows,), N=264, K=K, R=24, dtype=torch.bfloat16))
+    if kind == "split_k":
+        # one tile, whose cluster of four the multiprocessors hold; parts of K that go around the ring
+        rows, K = 40, 64 * 22
+    o = make_operands(LinearCase(leading=(rows,), N=120 if kind == "split_k" else 264, K=K, R=24, dtype=torch.bfloat16))
     if kind in ("concurrent_backward", "fused_backward"):
         _, xa = operator.forward(o.x, o.w, None, o.a, o.b, None, 1.7, 0.0)
         given = o.dy, o.x, xa, o.w, o.a, o.b, None, 1.7, 0.0, True, True, True, False

@@ -67,6 +67,12 @@ class TestLegal:
             ({"fused_xa": True}, replace(HEADLINE, R=65), "up to 64 ranks"),
             ({"fused_xa": True}, replace(HEADLINE, dropout=True), "no mask"),
             ({"fused_xa": True}, DX, "one launch computes xa and y"),
+            ({"splits": 4}, HEADLINE, "2 or 4 blocks divide K, in tiles of 128 x 128 and for 32 ranks"),
+            (
+                {"splits": 4, "block_n": 128, "stages": 4, "cluster": 1},
+                replace(HEADLINE, K=192),
+                "a part of K 192 each",
+            ),
             ({"fused_backward": True}, replace(DX, R=65), "up to 64 ranks, in clusters of 1"),
             ({"fused_backward": True}, DX, "in clusters of 1"),
             ({"fused_backward": True}, HEADLINE, "one launch computes dx"),
@@ -159,6 +165,21 @@ class TestCost:
         for change in ({"N": 1032}, {"R": 33}, {"dropout": True}):
             assert "xa_in_tiles" not in candidates(replace(k, **change), device)
 
+    def test_k_is_divided_where_tiles_are_few(self):
+        """k at 512 rows, 32 tiles: a quarter of K each and a tenth of 256 columns more, instead of 16 or 32 SMs."""
+        k, device = replace(HEADLINE, M=512, N=1024), find("H200")
+        actual = candidates(k, device)
+        (config,) = actual["split_k"].configs[0]
+        assert (config.block_n, config.stages, config.cluster, config.splits) == (128, 4, 1, 4)
+        assert [part.launches for part in actual["split_k"].parts] == [1]
+        assert actual["split_k"].seconds < 0.4 * actual["two_kernel"].seconds
+        (config,) = candidates(replace(k, M=1024), device)["split_k"].configs[0]
+        assert config.splits == 2
+        (config,) = candidates(replace(k, K=128), device)["split_k"].configs[0]
+        assert config.splits == 2
+        for change in ({"M": 2048}, {"R": 33}, {"dropout": True}, {"K": 64}):
+            assert "split_k" not in candidates(replace(k, **change), device)
+
     def test_clusters_where_l2_would_be_the_limit(self):
         """Blocks that share w; not where the second would have no rows."""
         config = {M: candidates(replace(HEADLINE, M=M), find("H200"))["two_kernel"].configs[0][1] for M in (100, 8192)}
@@ -176,7 +197,7 @@ class TestCost:
 
 class TestSelect:
     def test_the_least_modelled_time_wins_but_not_in_one_launch(self):
-        one_launch = "fused_xa", "xa_in_tiles", "concurrent_backward", "fused_backward"
+        one_launch = "fused_xa", "xa_in_tiles", "split_k", "concurrent_backward", "fused_backward"
         for problem, device in itertools.product(problems(), DEVICES.values()):
             plan = select(problem, device, EVERY)
             plain = [candidate for candidate in plan.candidates if candidate.kernel not in one_launch]
