@@ -119,7 +119,7 @@ def steps(out: Path, built: bool = False) -> list[Step]:
         *([doctor, probes, *checks] if built else [doctor, build, *checks, probes]),
         *of_cuda,
         *(layer(8192, 16, case) for case in _LLAMA),
-        layer(512, 16, _LLAMA[0]),
+        *(layer(512, 16, case) for case in _LLAMA[:2]),
         bench.decoder(8192, "llama-3.1-8b.layer"),
         bench.model("llama-3.1-8b"),
         experts(8192, "qwen3-30b-a3b", "balanced"),

@@ -1,21 +1,28 @@
 """How long tiles take when other kernels hold SMs: tiles that each program owns, and tiles by ticket. A simulation.
 
     python bench/schedule.py [--tiles 1024] [--sms 132] [--held 16] [--microseconds 300]
+    python bench/schedule.py --shape 8192,4096,4096 [--rate 75]
 
 Time is in tiles. A program starts when an SM is free, in the order of its number, and stays to its end. By ticket it
-draws its next tile after the main loop of the one it computes, as `lorafuse/kernels/tickets.py` does.
+draws its next tile after the main loop of the one it computes, as `lorafuse/kernels/tickets.py` and
+`csrc/kernels/tickets_sm90.cuh` do. With a shape: the backward of such a layer (M, N, K) in one launch
+(`csrc/kernels/backward_sm90.cuh`), whose tiles wait for what other programs compute, in microseconds.
 """
 
 import argparse
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-__all__ = ["owned", "proportional", "tickets", "walked"]
+__all__ = ["Work", "backward", "column_zero_first", "handed_out", "owned", "proportional", "tickets", "walked"]
 
 # microseconds of a tile of 128 x 256 at K 4096 (model: 128 of 132 SMs take eight waves in 360)
 _TILE = 45.0
 # of a tile: what its main loop takes of it (model)
 _MAIN_LOOP = 0.95
+# of a K-block of 64 in tiles of 128 x 256 and 128 x 128; of the rest of a tile; from the release of a flag to a box
+# that TMA has loaded; and how long before its end a program draws what comes next: what the ring still holds (model)
+_BLOCK, _EPILOGUE, _FLAG, _RING = {256: 0.69, 128: 0.376}, 0.8, 1.5, 2.0
 
 
 def owned(tiles: int, programs: int, free: Sequence[float]) -> float:
@@ -66,7 +73,65 @@ def walked(tiles: int, programs: int, next_program: Sequence[int]) -> list[int]:
     return begun
 
 
-def proportional(tiles: int, free: Sequence[float]) -> float:
+@dataclass(frozen=True)
+class Work:
+    """A tile or an item: microseconds, and the numbers of the works whose flags it waits for.
+
+    A tile computes meanwhile and needs what it waits for in its last `tail` microseconds; an item waits first.
+    """
+
+    microseconds: float
+    needs: Sequence[int] = ()
+    tail: float = 0.0
+
+
+def handed_out(works: Sequence[Work], free: Sequence[float]) -> list[float]:
+    """When each work ends, handed out in their order; program i starts at `free[i]`."""
+    # when a program draws, and when it can begin what it has drawn
+    programs, ends = [(start, start) for start in free], []
+    heapq.heapify(programs)
+    for work in works:
+        _, begin = heapq.heappop(programs)
+        assert all(number < len(ends) for number in work.needs), "it waits for what has a later number"
+        there = max((ends[number] + _FLAG for number in work.needs), default=0.0)
+        before = work.microseconds - work.tail if work.tail else 0.0
+        end = max(begin + before, there) + work.microseconds - before
+        ends.append(end)
+        heapq.heappush(programs, (max(begin, end - _RING), end))
+    return ends
+
+
+def _tile(reduction: int, block_n: int) -> float:
+    return reduction / 64 * _BLOCK[block_n] + _EPILOGUE
+
+
+def column_zero_first(M: int, N: int, K: int) -> list[Work]:
+    """y = x wᵀ with xa in the tiles of column 0, a tenth longer (`csrc/kernels/xa_tiles_sm90.cuh`)."""
+    rows, columns, tile = -(-M // 128), -(-N // 256), _tile(K, 256)
+    others = [Work(tile, (row,), _EPILOGUE) for row in range(rows) for _ in range(columns - 1)]
+    return [Work(tile * 1.1)] * rows + others
+
+
+def backward(M: int, N: int, K: int, rate: float, block_n: int = 256, group: int = 8, chunk: int = 16) -> list[Work]:
+    """dx, dyb, da and db in the order of `BackwardOrder` (schedule.cuh), where an SM streams `rate` GB/s."""
+    rows, columns, tile = -(-M // 128), -(-K // block_n), _tile(N, block_n)
+    sums = -(-N // block_n), -(-K // block_n)
+    works: list[Work] = []
+    for start in range(0, rows, chunk):
+        end = min(rows, start + chunk)
+        of_row: dict[int, int] = {}
+        for first in range(start, end, group):
+            for row in range(first, min(end, first + group)):
+                of_row[row] = len(works)
+                works.append(Work(128 * N * 2 / rate / 1e3))
+            group_rows = [row for row in of_row if row >= first]
+            works += [Work(tile, (of_row[row],), _EPILOGUE) for _ in range(columns) for row in group_rows]
+        item = (end - start) * 128 * block_n * 2 / rate / 1e3
+        works += [Work(item)] * sums[0] + [Work(item, tuple(of_row.values()))] * sums[1]
+    return works
+
+
+def proportional(tiles: float, free: Sequence[float]) -> float:
     """When the work is done if it could be divided as finely as one likes over the SMs that are free."""
     starts, work = sorted(free), float(tiles)
     for count in range(1, len(starts)):
@@ -77,6 +142,21 @@ def proportional(tiles: int, free: Sequence[float]) -> float:
     return starts[-1] + work / len(starts)
 
 
+def _print_backward(M: int, N: int, K: int, args: argparse.Namespace) -> int:
+    idle, held = [0.0] * args.sms, [args.microseconds] * args.held + [0.0] * (args.sms - args.held)
+    # the tiles that are faster alone
+    block_n = min((256, 128), key=lambda n: -(-(-(-M // 128) * -(-K // n)) // args.sms) * _tile(N, n))
+    works = backward(M, N, K, args.rate, block_n)
+    tiles = [Work(work.microseconds) for work in works if work.tail]
+    total = sum(work.microseconds for work in works)
+    for name, free in (("alone", idle), (f"{args.held} SMs held for {args.microseconds:.0f} us", held)):
+        print(
+            f"{name:<28} tiles {max(handed_out(tiles, free)):6.1f}, all {max(handed_out(works, free)):6.1f}, "
+            f"proportional {proportional(total, free):6.1f} us (simulated)"
+        )
+    return 0
+
+
 def main() -> int:
     """Print all three."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,7 +164,11 @@ def main() -> int:
     parser.add_argument("--sms", type=int, default=132, help="of the GPU, and programs (132)")
     parser.add_argument("--held", type=int, default=16, help="SMs that another kernel holds (16)")
     parser.add_argument("--microseconds", type=float, default=300.0, help="for so long (300)")
+    parser.add_argument("--shape", type=lambda text: [int(size) for size in text.split(",")], help="M,N,K of a layer")
+    parser.add_argument("--rate", type=float, default=75.0, help="GB/s that an SM streams while others run tiles (75)")
     args = parser.parse_args()
+    if args.shape:
+        return _print_backward(*args.shape, args)
     free = [args.microseconds / _TILE] * args.held + [0.0] * (args.sms - args.held)
     for name, tiles in (
         ("each program its own tiles", owned(args.tiles, args.sms, free)),

@@ -1,6 +1,6 @@
-// The functions of api.hpp, api_decode.hpp and api_probes.hpp for Python: the fields of each struct by keyword, pointers
-// and the stream as integers, 0 for none, and the index of the device. Compiled as lorafuse._cuda, which needs no driver
-// until it launches, and as lorafuse._emu, whose pointers are the host's.
+// The functions of api.hpp and of its neighbours for Python: the fields of each struct by keyword, pointers and the
+// stream as integers, 0 for none, and the index of the device. Compiled as lorafuse._cuda, which needs no driver until it
+// launches, and as lorafuse._emu, whose pointers are the host's.
 //
 // std::invalid_argument becomes ValueError, std::runtime_error RuntimeError. Launches release the interpreter's lock.
 #include <pybind11/pybind11.h>
@@ -8,9 +8,11 @@
 #include <concepts>
 #include <iterator>
 
+#include <lorafuse/api_backward.hpp>
 #include <lorafuse/api_decode.hpp>
 #include <lorafuse/api_device.hpp>
 #include <lorafuse/api_probes.hpp>
+#include <lorafuse/api_split.hpp>
 
 #ifdef LORAFUSE_EMULATED
 #include "emu/emulator.hpp"
@@ -87,6 +89,26 @@ struct Fields<Linear> {
       OPTIONAL(drop_below), OPTIONAL(sum_blocks), OPTIONAL(layer_x), OPTIONAL(stride_layer_x), OPTIONAL(da),
       OPTIONAL(da_type), OPTIONAL(layer_xa), OPTIONAL(stride_layer_xa), OPTIONAL(db), OPTIONAL(db_type),
       OPTIONAL(scale)};
+};
+template <>
+struct Fields<FusedBackward> {
+  using P = FusedBackward;
+  static constexpr Field fields[] = {
+      REQUIRED(type), REQUIRED(M), REQUIRED(N), REQUIRED(K), REQUIRED(R), REQUIRED(dy), REQUIRED(stride_dy),
+      REQUIRED(w), REQUIRED(stride_w), REQUIRED(a), REQUIRED(stride_a), REQUIRED(b), REQUIRED(stride_b),
+      OPTIONAL(scale), REQUIRED(dyb), REQUIRED(stride_dyb), REQUIRED(dx), REQUIRED(stride_dx), OPTIONAL(x),
+      OPTIONAL(stride_x), OPTIONAL(da), OPTIONAL(da_type), OPTIONAL(xa), OPTIONAL(stride_xa), OPTIONAL(db),
+      OPTIONAL(db_type), OPTIONAL(rounded_a), OPTIONAL(rounded_b), OPTIONAL(sum_rows), OPTIONAL(partials),
+      REQUIRED(workspace), OPTIONAL(tiling)};
+};
+template <>
+struct Fields<SplitLinear> {
+  using P = SplitLinear;
+  static constexpr Field fields[] = {
+      REQUIRED(type), REQUIRED(a_type), REQUIRED(b_type), REQUIRED(M), REQUIRED(N), REQUIRED(K), REQUIRED(R),
+      REQUIRED(x), REQUIRED(stride_x), REQUIRED(w), REQUIRED(stride_w), OPTIONAL(bias), REQUIRED(a),
+      REQUIRED(stride_a), REQUIRED(b), REQUIRED(stride_b), OPTIONAL(scale), REQUIRED(xa), REQUIRED(stride_xa),
+      REQUIRED(y), REQUIRED(stride_y), OPTIONAL(splits), OPTIONAL(tiling)};
 };
 template <>
 struct Fields<GroupedLinear> {
@@ -324,6 +346,11 @@ PYBIND11_MODULE(LORAFUSE_MODULE, m) {
   m.def("build_info", &build_info, "{compiler, architectures, kernels, sources}: what this module was built with, and of.");
   m.def("fused_xa_workspace", &fused_xa_workspace, py::kw_only(), py::arg("M"));
   m.def("linear", &Bound<linear>::call);
+  m.def("fused_backward_workspace", &fused_backward_workspace, py::kw_only(), py::arg("M"), py::arg("N"),
+        py::arg("K"));
+  m.def("fused_backward_partials", &Bound<fused_backward_partials>::call);
+  m.def("fused_backward", &Bound<fused_backward>::call);
+  m.def("split_linear", &Bound<split_linear>::call);
   m.def("grouped_linear", &Bound<grouped_linear>::call);
   m.def("round_adapter", &Bound<round_adapter>::call);
   m.def("project_x", &Bound<project_x>::call);

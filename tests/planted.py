@@ -33,7 +33,8 @@ _PIPELINE, _EPILOGUE, _LINEAR, _SUMS = (
     "linear_sm90.cuh",
     "adapter_grads_sm90.cuh",
 )
-_TILES = "xa_tiles_sm90.cuh"
+_TILES, _TICKETS, _BACKWARD = "xa_tiles_sm90.cuh", "tickets_sm90.cuh", "backward_sm90.cuh"
+_SPLIT = "split_sm90.cuh"
 _GROUPED, _SKINNY, _PROJECT, _REDUCE = "grouped_sm90.cuh", "skinny_sm80.cuh", "project_sm80.cuh", "reduce_sm80.cuh"
 _DECODE = "decode_sm80.cuh"
 _NESTED = (
@@ -95,22 +96,59 @@ BUGS = tuple(Bug(*row) for row in (
     # xa in the tiles of the first columns, which are handed out by ticket
     ("tile_ticket_no_reset", _TILES, "xa_in_tiles", "ptx::store_relaxed(counter, 0);", ""),
     ("tile_column_last", _TILES, "xa_in_tiles, one block at a time", "return static_cast<int>(ticket);", "return static_cast<int>(ticket) < p.order.tiles() ? p.order.tiles() - 1 - static_cast<int>(ticket) : static_cast<int>(ticket);"),
-    ("tile_no_full_wait", _TILES, "xa_in_tiles", "ptx::mbarrier_wait(full(), parity);", ""),
-    ("tile_no_empty_wait", _TILES, "xa_in_tiles, one block at a time", "ptx::mbarrier_wait(empty(), parity ^ 1);", ""),
-    ("tile_passed_before_written", _TILES, "xa_in_tiles", "ptx::store_shared(word(), static_cast<uint32_t>(tile)); ptx::mbarrier_arrive(full());", "ptx::mbarrier_arrive(full()); ptx::store_shared(word(), static_cast<uint32_t>(tile));"),
-    ("tile_taken_before_read", _TILES, "xa_in_tiles, one block at a time", "ptx::warp_sync(); if (lane == 0) ptx::mbarrier_arrive(empty());", "if (lane == 0) ptx::mbarrier_arrive(empty());"),
+    ("tile_no_full_wait", _TICKETS, "xa_in_tiles", "ptx::mbarrier_wait(full(), parity);", ""),
+    ("tile_no_empty_wait", _TICKETS, "xa_in_tiles, one block at a time", "ptx::mbarrier_wait(empty(), parity ^ 1);", ""),
+    ("tile_passed_before_written", _TICKETS, "xa_in_tiles", "ptx::store_shared(word(), static_cast<uint32_t>(tile)); ptx::mbarrier_arrive(full());", "ptx::mbarrier_arrive(full()); ptx::store_shared(word(), static_cast<uint32_t>(tile));"),
+    ("tile_taken_before_read", _TICKETS, "xa_in_tiles, one block at a time", "ptx::warp_sync(); if (lane == 0) ptx::mbarrier_arrive(empty());", "if (lane == 0) ptx::mbarrier_arrive(empty());"),
     ("tile_no_init_sync", _TILES, "xa_in_tiles", "// the barriers are there ptx::block_sync();", ""),
     ("tile_a_not_announced", _TILES, "xa_in_tiles", "pipeline.acquire(Plan::kStageBytes + (tile.column == 0 ? More::kABytes : 0));", "pipeline.acquire(Plan::kStageBytes);"),
     ("tile_a_of_one_stage", _TILES, "xa_in_tiles", "pipeline.base + More::a(p.stages) + pipeline.stage * More::kABytes", "pipeline.base + More::a(p.stages)"),
     ("tile_xa_read_in_flight", _TILES, "xa_in_tiles", "finish_blocks(pipeline, lane); publish_xa<T, kRanks>(xa, p, tile.row, consumer, thread);", "publish_xa<T, kRanks>(xa, p, tile.row, consumer, thread); finish_blocks(pipeline, lane);"),
     ("tile_no_xa_wait", _TILES, "xa_in_tiles", "wait_for_xa(p, tile.row);", ""),
     ("tile_no_store_wait", _TILES, "xa_in_tiles", "if (thread == 0) ptx::tma_store_wait<0>();", ""),
+    # K divided by a cluster
+    ("split_a_not_awaited", _SPLIT, "split_k", "ptx::mbarrier_init(pipeline.full() + s, 2);", "ptx::mbarrier_init(pipeline.full() + s, 1);"),
+    ("split_no_empty_wait", _SPLIT, "split_k", "ptx::mbarrier_wait(pipeline.empty(), pipeline.parity ^ 1);", ""),
+    ("split_released_early", _SPLIT, "split_k", "ptx::wgmma_wait<1>();", ""),
+    ("split_released_to_rank_0", _SPLIT, "split_k", "ptx::mbarrier_arrive(pipeline.empty() - pipeline.stage + previous);", "ptx::mbarrier_arrive_cluster(pipeline.empty() - pipeline.stage + previous, 0);"),
+    ("split_no_proxy_fence", _SPLIT, "split_k", "ptx::fence_proxy_async_shared(); ptx::warp_sync(); if (lane == 0) ptx::mbarrier_arrive(pipeline.full());", "ptx::warp_sync(); if (lane == 0) ptx::mbarrier_arrive(pipeline.full());"),
+    ("split_a_published_early", _SPLIT, "split_k", "ptx::fence_proxy_async_shared(); ptx::warp_sync(); if (lane == 0) ptx::mbarrier_arrive(pipeline.full());", "ptx::fence_proxy_async_shared(); if (lane == 0) ptx::mbarrier_arrive(pipeline.full());"),
+    ("split_no_init_sync", _SPLIT, "split_k", "// the barriers are there, and so are the other blocks ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync();"),
+    ("split_parts_over_the_ring", _SPLIT, "split_k", "// the ring is read by nobody now consumers_sync();", ""),
+    ("split_parts_read_early", _SPLIT, "split_k", "// for the parts of all blocks, and until nobody reads this one's; each role on its own, which has its own registers ptx::warp_sync(); ptx::cluster_sync(); ptx::cluster_sync();", "ptx::warp_sync(); ptx::cluster_sync();"),
+    ("split_parts_read_early", _SPLIT, "split_k", "// the parts of all blocks are there ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync(); consumers_sync();"),
+    ("split_ends_while_read", _SPLIT, "split_k", "// for the parts of all blocks, and until nobody reads this one's; each role on its own, which has its own registers ptx::warp_sync(); ptx::cluster_sync(); ptx::cluster_sync();", "ptx::warp_sync(); ptx::cluster_sync();"),
+    ("split_ends_while_read", _SPLIT, "split_k", "// no block ends while others read its parts ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync();"),
+    ("split_xa_not_whole", _SPLIT, "split_k", "// xa of these rows is whole consumers_sync();", ""),
+    ("split_own_part_only", _SPLIT, "split_k", "ptx::load_cluster(parts + r * Parts::kPitch + c + j, block)", "ptx::load_cluster(parts + r * Parts::kPitch + c + j, rank)"),
     # da and db in the launch of dx
     ("sum_no_launch_wait", _LINEAR, "concurrent_backward", "if (p.overlap_previous) " + _LAUNCH_WAIT, "if (p.overlap_previous) ptx::fence_proxy_async();"),
     ("sum_no_wait_read", _SUMS, "concurrent_backward, four stages", "// the sums of the item before have been read consumers_sync();", ""),
     ("sum_no_wait_read", _SUMS, "concurrent_backward, four stages", "// consumer 1 may write consumers_sync();", ""),
     ("sum_no_sync", _SUMS, "concurrent_backward", "consumers_sync(); return;", "return;"),
     ("sum_no_sync", _SUMS, "concurrent_backward", "// consumer 1 has written consumers_sync();", ""),
+    # everything of a backward in one launch
+    ("backward_adapters_not_awaited", _BACKWARD, "fused_backward", "if (!rounded) wait_for(p, rounded_word(p.work), p.slices[0] + p.slices[1]);", ""),
+    ("backward_adapters_half_awaited", _BACKWARD, "fused_backward", "if (!rounded) wait_for(p, rounded_word(p.work), p.slices[0] + p.slices[1]);", "if (!rounded) wait_for(p, rounded_word(p.work), 1);"),
+    ("backward_slice_published_early", _BACKWARD, "fused_backward", "ptx::warp_sync(); if (lane == 0) ptx::add_release(p.workspace + rounded_word(p.work), 1);", "if (lane == 0) ptx::add_release(p.workspace + rounded_word(p.work), 1);"),
+    ("backward_slice_relaxed", _BACKWARD, "fused_backward", "ptx::warp_sync(); if (lane == 0) ptx::add_release(p.workspace + rounded_word(p.work), 1);", "ptx::warp_sync(); if (lane == 0) ptx::add_relaxed(p.workspace + rounded_word(p.work), 1);"),
+    ("backward_slice_of_every_lane", _BACKWARD, "fused_backward", "ptx::shuffle(ticket, 0)", "ticket"),
+    ("backward_no_proxy_fence", _BACKWARD, "fused_backward", "ptx::fence_proxy_async();", ""),
+    ("backward_rows_not_awaited", _BACKWARD, "fused_backward", "wait_for(p, kFlags + kWordsOfFlag * work.row, kPublishers);", ""),
+    ("backward_rows_half_awaited", _BACKWARD, "fused_backward", "wait_for(p, kFlags + kWordsOfFlag * work.row, kPublishers);", "wait_for(p, kFlags + kWordsOfFlag * work.row, 1);"),
+    ("backward_chunk_not_awaited", _BACKWARD, "fused_backward", "if (item.sum == 1) { wait_for(p, chunk_word(p.work, work.row), static_cast<int>(kPublishers) * p.work.height(work.row)); }", ""),
+    ("backward_chunk_half_awaited", _BACKWARD, "fused_backward", "if (item.sum == 1) { wait_for(p, chunk_word(p.work, work.row), static_cast<int>(kPublishers) * p.work.height(work.row)); }", "if (item.sum == 1) { wait_for(p, chunk_word(p.work, work.row), p.work.height(work.row)); }"),
+    ("backward_chunk_relaxed", _BACKWARD, "fused_backward", "ptx::add_release(p.workspace + chunk_word(p.work, work.row / p.work.chunk), 1);", "ptx::add_relaxed(p.workspace + chunk_word(p.work, work.row / p.work.chunk), 1);"),
+    ("backward_no_read_sync", _BACKWARD, "fused_backward", "// what consumer 1 has summed was read, where its next tile goes out; and partial sums are written consumers_sync();", ""),
+    ("backward_partial_no_broadcast", _BACKWARD, "fused_backward", "if (thread == 0) { ptx::store_shared(mailbox, ptx::fetch_add_acquire_release(p.workspace + item_word(p.work, item), 1)); } consumer_sync(0);", "if (thread == 0) { ptx::store_shared(mailbox, ptx::fetch_add_acquire_release(p.workspace + item_word(p.work, item), 1)); }"),
+    ("backward_partial_relaxed", _BACKWARD, "fused_backward", "if (thread == 0) { ptx::store_shared(mailbox, ptx::fetch_add_acquire_release(p.workspace + item_word(p.work, item), 1)); } consumer_sync(0);", "if (thread == 0) { ptx::store_shared(mailbox, ptx::fetch_add_relaxed(p.workspace + item_word(p.work, item), 1)); } consumer_sync(0);"),
+    ("backward_partial_left_out", _BACKWARD, "fused_backward", "chunk > 0 ? total[i].values[j] : 0.0f", "0.0f"),
+    ("backward_first_arrives_as_last", _BACKWARD, "fused_backward", "ptx::load_shared<uint32_t>(mailbox) + 1 != static_cast<uint32_t>(chunks)", "ptx::load_shared<uint32_t>(mailbox) != 0"),
+    ("backward_left_early", _BACKWARD, "fused_backward", "before + 1 != kLeaversOfBlock * gridDim.x", "before + 2 != kLeaversOfBlock * gridDim.x"),
+    ("backward_workspace_not_zeroed", _BACKWARD, "fused_backward", "ptx::store_relaxed(p.workspace + i, 0);", ""),
+    ("backward_no_init_sync", _BACKWARD, "fused_backward", "// the barriers are there ptx::block_sync();", ""),
+    ("backward_no_store_wait", _BACKWARD, "fused_backward", "leave(p); ptx::tma_store_wait<0>();", "leave(p);"),
+    ("backward_sum_over_a_tile", _SUMS, "fused_backward", "if (thread == 0) ptx::tma_store_wait_read<0>();", ""),
     # ragged rows
     ("wrong_group", _GROUPED, "grouped", _GROUP_B.format("tile.group"), _GROUP_B.format("0")),
     ("group_overrun", _GROUPED, "grouped", "row + kWarpgroupRows <= tile.row_end || tile.row_end == p.rows", "true"),

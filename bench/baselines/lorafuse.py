@@ -21,7 +21,9 @@ FORMS = {
     "cuda": {"backend": "cuda"},
     "cuda-single": {"backend": "cuda", "kernel": "cuda fused_xa"},
     "cuda-tiles": {"backend": "cuda", "kernel": "cuda xa_in_tiles"},
+    "cuda-split": {"backend": "cuda", "kernel": "cuda split_k"},
     "cuda-concurrent": {"backend": "cuda", "kernel": "cuda concurrent_backward"},
+    "cuda-backward": {"backend": "cuda", "kernel": "cuda fused_backward"},
 }
 
 

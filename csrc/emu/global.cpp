@@ -90,6 +90,20 @@ void store_cluster(uint32_t* word, uint32_t rank, uint32_t value) {
   std::memcpy(block.window + address, &value, 4);
 }
 
+float load_cluster(const float* p, uint32_t rank) {
+  if (engine->random.below(16) == 0) yield();
+  Thread& thread = *current;
+  const auto& blocks = thread.block->cluster->blocks;
+  if (rank >= blocks.size()) fail("load from block ", rank, " of a cluster of ", blocks.size());
+  const Block& block = *blocks[rank];
+  if (block.exited) fail("load from the shared memory of block ", block.number, ", which has ended");
+  const uint32_t address = checked_shared(p, 4, 4, "read");
+  block.shadow->read(thread, address, 4);
+  float value;
+  std::memcpy(&value, block.window + address, 4);
+  return value;
+}
+
 uint32_t fetch_add(uint32_t* counter, uint32_t value, Order order) {
   maybe_yield();
   check_counter(counter);

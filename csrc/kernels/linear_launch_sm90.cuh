@@ -42,21 +42,15 @@ TensorMap operand_b_map(const void* base, int64_t columns, int64_t reduction, in
   return matrix_map<T>(base, reduction, columns, stride, BLOCK_K);
 }
 
-// The two sums of a launch, db and da: what their blocks read, and where they write.
+// Sum `i` of a launch, 0 db and 1 da, where it has a place: columns[c, r] = scale Σ_m wide[m, c] narrow[m, r].
 template <class T, int BLOCK_N>
-void set_sums(const Linear& p, LinearMaps& maps, LinearArguments& arguments) {
-  const auto set = [&](int i, void* out, Type type, int64_t C, const void* wide, int64_t stride_wide,
-                       const void* narrow, int64_t stride_narrow, float scale) {
-    if (out == nullptr) return;
-    const int blocks = static_cast<int>(ceil_div<int64_t>(C, BLOCK_N));
-    arguments.sums[i] = {static_cast<int>(C), blocks, out, type == Type::FP32, i == 1, scale};
-    maps.sums[i] = {matrix_map<T>(wide, p.M, C, stride_wide, BLOCK_K),
-                    matrix_map<T>(narrow, p.M, p.R, stride_narrow, BLOCK_K)};
-  };
-  set(0, p.db, p.db_type, p.K, p.x, p.stride_x, p.layer_xa, p.stride_layer_xa, p.scale);
-  set(1, p.da, p.da_type, p.N, p.layer_x, p.stride_layer_x, p.xa, p.stride_xa, 1.0f);
-  // as many blocks as there are work items at most
-  arguments.sum_blocks = std::min(p.sum_blocks, arguments.sums[0].column_blocks + arguments.sums[1].column_blocks);
+void set_sum(LinearMaps& maps, LinearArguments& arguments, int i, void* out, Type type, int64_t C, const void* wide,
+             int64_t stride_wide, const void* narrow, int64_t stride_narrow, float scale) {
+  if (out == nullptr) return;
+  const int blocks = static_cast<int>(ceil_div<int64_t>(C, BLOCK_N));
+  arguments.sums[i] = {static_cast<int>(C), blocks, out, type == Type::FP32, i == 1, scale};
+  maps.sums[i] = {matrix_map<T>(wide, arguments.M, C, stride_wide, BLOCK_K),
+                  matrix_map<T>(narrow, arguments.M, arguments.R, stride_narrow, BLOCK_K)};
 }
 
 template <class T, int BLOCK_N, int kRankSteps, Form kForm>
@@ -108,7 +102,11 @@ void launch_linear_kernel(const Linear& p, Stream stream) {
 
   if constexpr (kForm == Form::kDxAdapterGrads) {
     require(cluster == 1, "clusters of ", cluster, " blocks in a launch that computes da or db; they have 1");
-    set_sums<T, BLOCK_N>(p, maps, arguments);
+    set_sum<T, BLOCK_N>(maps, arguments, 0, p.db, p.db_type, p.K, p.x, p.stride_x, p.layer_xa, p.stride_layer_xa,
+                        p.scale);
+    set_sum<T, BLOCK_N>(maps, arguments, 1, p.da, p.da_type, p.N, p.layer_x, p.stride_layer_x, p.xa, p.stride_xa, 1.0f);
+    // as many blocks as there are work items at most
+    arguments.sum_blocks = std::min(p.sum_blocks, arguments.sums[0].column_blocks + arguments.sums[1].column_blocks);
     const int sms = clusters_launched(p.tiling, int64_t{1} << 31);
     clusters = std::min(tiles, std::max(1, sms - arguments.sum_blocks)) + arguments.sum_blocks;
   }

@@ -126,6 +126,40 @@ LF_DEVICE void publish_xa(const float (&d)[kColumns / 2], const LinearArguments&
   if (thread == 0) ptx::add_release(flag, 1);
 }
 
+// Producer, one thread: an item of xa.
+template <class Item, int BLOCK_N>
+LF_DEVICE void load_xa_item(Pipeline<BLOCK_M, BLOCK_N>& pipeline, const LinearMaps& maps, int k_blocks, int row_block) {
+  for (int block = 0; block < k_blocks; block += Item::kBlocks) {
+    pipeline.acquire(Item::kBytes);
+    for (int i = 0; i < Item::kBlocks; ++i) {
+      // zeros behind the last column
+      const int k = (block + i) * BLOCK_K;
+      ptx::tma_load(Item::x(pipeline, i), &maps.x, k, row_block * BLOCK_M, pipeline.full());
+      ptx::tma_load(Item::a(pipeline, i), &maps.a, k, 0, pipeline.full());
+    }
+    pipeline.advance();
+  }
+}
+
+// Consumer: its rows of an item, `row` the first of them in a tile, computed and published.
+template <class T, class Item, int BLOCK_N>
+LF_DEVICE void xa_item(Pipeline<BLOCK_M, BLOCK_N>& pipeline, const LinearArguments& p, int row_block, int row,
+                       int consumer, int thread) {
+  const int lane = thread % 32;
+  float d[Item::kColumns / 2];
+  for (int block = 0; block < p.k_blocks; block += Item::kBlocks) {
+    begin_stage(pipeline);
+    LF_UNROLL
+    for (int i = 0; i < Item::kBlocks; ++i) {
+      multiply<T, Item::kColumns, Major::K, kStepsOfBlock>(d, Item::x(pipeline, i) + row * kBoxRowBytes,
+                                                           Item::a(pipeline, i), block + i > 0);
+    }
+    end_stage(pipeline, lane, block > 0);
+  }
+  finish_blocks(pipeline, lane);
+  publish_xa<T, Item::kColumns>(d, p, row_block, consumer, thread);
+}
+
 template <class T, int BLOCK_N, int kRankSteps, Form kForm>
 LF_KERNEL(kThreads)
 linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments p) {
@@ -174,18 +208,7 @@ linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments
     if constexpr (kFused) {
       if (program < p.item_programs) {
         for (int item = next_item(); item < p.row_items; item = next_item()) {
-          if (warp == 0 && ptx::elect_one()) {
-            for (int block = 0; block < p.k_blocks; block += Item::kBlocks) {
-              pipeline.acquire(Item::kBytes);
-              for (int i = 0; i < Item::kBlocks; ++i) {
-                // zeros behind the last column
-                const int k = (block + i) * BLOCK_K;
-                ptx::tma_load(Item::x(pipeline, i), &maps.x, k, first_row_block(item) * BLOCK_M, pipeline.full());
-                ptx::tma_load(Item::a(pipeline, i), &maps.a, k, 0, pipeline.full());
-              }
-              pipeline.advance();
-            }
-          }
+          if (warp == 0 && ptx::elect_one()) load_xa_item<Item>(pipeline, maps, p.k_blocks, first_row_block(item));
           ptx::warp_sync();
         }
       }
@@ -198,7 +221,7 @@ linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments
             ptx::fence_proxy_async();
           }
           for_each_item<BLOCK_N>(p.sums, program + sum_blocks, sum_blocks,
-                                 [&](int sum, int column) { load_item(pipeline, maps.sums[sum], p.M, column); });
+                                 [&](int sum, int column) { load_item(pipeline, maps.sums[sum], 0, p.M, column); });
         }
       }
       for (int wave = 0; wave < waves; ++wave) {
@@ -232,25 +255,16 @@ linear_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments
     if constexpr (kFused) {
       if (program < p.item_programs) {
         for (int item = next_item(); item < p.row_items; item = next_item()) {
-          float d[Item::kColumns / 2];
-          for (int block = 0; block < p.k_blocks; block += Item::kBlocks) {
-            begin_stage(pipeline);
-            LF_UNROLL
-            for (int i = 0; i < Item::kBlocks; ++i) {
-              multiply<T, Item::kColumns, Major::K, kStepsOfBlock>(
-                  d, Item::x(pipeline, i) + part.row * kBoxRowBytes, Item::a(pipeline, i), block + i > 0);
-            }
-            end_stage(pipeline, lane, block > 0);
-          }
-          finish_blocks(pipeline, lane);
-          publish_xa<T, Item::kColumns>(d, p, first_row_block(item), consumer, thread);
+          xa_item<T, Item>(pipeline, p, first_row_block(item), part.row, consumer, thread);
         }
       }
     }
     if constexpr (kBeside) {
       if (sums) {
         for_each_item<BLOCK_N>(p.sums, program + sum_blocks, sum_blocks, [&](int sum, int column) {
-          sum_item<T>(pipeline, p.sums[sum], p.M, p.R, column, consumer, thread);
+          const auto store = [&](int64_t place, float value) { store_sum<T>(p.sums[sum], place, value); };
+          float d[BLOCK_N / 2];
+          sum_item<T>(d, pipeline, p.sums[sum], 0, p.M, p.R, column, consumer, thread, store);
         });
       }
     }

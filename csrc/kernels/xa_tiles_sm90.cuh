@@ -8,62 +8,15 @@
 // Tiles are handed out by ticket, those of column 0 first (ColumnZeroFirst): a tile that waits has a later ticket than
 // the one it waits for, which waits for no other tile. So no launch depends on how many of its blocks run at a time.
 //
-// The producer draws a tile and passes its number to the consumers through two words with two mbarriers each, as a
-// stage of the ring: full, by the producer; empty, by the 8 consumer warps. It draws one ahead, while the loads of the
-// tile before are under way. The ticket that nobody follows, and the last reader of a flag, set theirs to zero again.
+// The ticket that nobody follows, and the last reader of a flag, set theirs to zero again.
 //
 // FLOPs 2 M N (K + R) + 2 M K R. Bytes: x, w, y, xa once from memory where L2 holds what tiles share.
 #pragma once
 
 #include "linear_sm90.cuh"
+#include "tickets_sm90.cuh"
 
 namespace lorafuse::sm90 {
-
-// Numbers of tiles on their way from the producer to the consumers.
-struct Tickets {
-  static constexpr int kSlots = 2;
-  static constexpr int kBytes = kSlots * (2 * 8 + 4);
-  uint64_t* barriers;
-  int slot = 0;
-  uint32_t parity = 0;
-
-  LF_DEVICE explicit Tickets(uint8_t* memory) : barriers(reinterpret_cast<uint64_t*>(memory)) {}
-
-  LF_DEVICE uint64_t* full() const { return barriers + slot; }
-  LF_DEVICE uint64_t* empty() const { return barriers + kSlots + slot; }
-  LF_DEVICE uint32_t* word() const { return reinterpret_cast<uint32_t*>(barriers + 2 * kSlots) + slot; }
-
-  // One thread, before a fence of mbarriers.
-  LF_DEVICE void initialize() {
-    for (int s = 0; s < kSlots; ++s) {
-      ptx::mbarrier_init(barriers + s, 1);
-      ptx::mbarrier_init(barriers + kSlots + s, 8);
-    }
-  }
-  LF_DEVICE void advance() {
-    if (++slot == kSlots) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-
-  // Producer.
-  LF_DEVICE void pass(int tile) {
-    ptx::mbarrier_wait(empty(), parity ^ 1);
-    ptx::store_shared(word(), static_cast<uint32_t>(tile));
-    ptx::mbarrier_arrive(full());
-    advance();
-  }
-  // Consumer, all lanes of a warp.
-  LF_DEVICE int take(int lane) {
-    ptx::mbarrier_wait(full(), parity);
-    const uint32_t tile = ptx::load_shared<uint32_t>(word());
-    ptx::warp_sync();
-    if (lane == 0) ptx::mbarrier_arrive(empty());
-    advance();
-    return static_cast<int>(tile);
-  }
-};
 
 // Behind the shared memory of SharedPlan, on a 1024-byte boundary: a box of a for each stage, then the tickets.
 template <int BLOCK_N, int kRanks>
@@ -114,7 +67,6 @@ xa_tiles_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArgumen
       int next = draw_tile(p);
       for (int index = next; index < tiles; index = next) {
         tickets.pass(index);
-        next = draw_tile(p);
         const Tile tile = order.at(index);
         const int row = tile.row * BLOCK_M, column = tile.column * BLOCK_N;
         for (int block = 0; block < p.k_blocks; ++block) {
@@ -124,6 +76,7 @@ xa_tiles_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArgumen
           if (tile.column == 0) ptx::tma_load(stage_of_a(), &maps.a, block * BLOCK_K, 0, pipeline.full());
           pipeline.advance();
         }
+        next = draw_tile(p);
         wait_for_xa(p, tile.row);
         pipeline.acquire(Plan::kStageBytes);
         ptx::tma_load(pipeline.a(), &maps.xa, 0, row, pipeline.full());

@@ -4,10 +4,12 @@
     two_kernel            project_x: xa = drop(x) aᵀ, and scale · b rounded; linear: y
     fused_xa              round_adapter: a; round_adapter: scale · b; linear: xa and y
     xa_in_tiles           the same; tiles of y compute xa
+    split_k               split_linear: y and xa, a and scale · b rounded
     one_pass_backward     reduce_dy: dyb, db, dbias from one read of dy, and a rounded; linear: dx; reduce_x: da
     concurrent_backward   reduce_dy: the same; linear: dx and da
       where plan.configs  round_adapter: scale · bᵀ; project_x: dyb, and a rounded; linear: dx, da and db
       hold "project"
+    fused_backward        fused_backward: dx, da and db; dyb, and a and scale · bᵀ rounded
     ragged                grouped_linear: y or dx; ATen computes everything else
 
 A quantized weight is decoded by a launch of its own (decode_codebook, decode_fp8; both run from sm_80 on) before the
@@ -30,19 +32,17 @@ from torch import Tensor
 
 from lorafuse.backends import native, problems
 from lorafuse.backends.aten import Aten
-from lorafuse.backends.aten_grouped import GroupedMM
+from lorafuse.backends.cuda_grouped import INSTEAD, TYPES, GroupedLinear, tiling
 from lorafuse.backends.protocol import Problems, device_guard
-from lorafuse.operands import Dropout, Rows, Weight, contiguous_rows
+from lorafuse.operands import Dropout, Weight, contiguous_rows
 from lorafuse.plan import DeviceSpec, KernelConfig, Plan, configs_cuda, select
 
 __all__ = ["TYPES", "Cuda", "backend", "padded_rows"]
 
-# the numbers of Type in api.hpp
-TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+# the numbers of types of scales in api_decode.hpp
 _SCALES, _EXPONENT = {torch.bfloat16: 0, torch.float32: 2}, 3
 # elements of 16 bits in 16 bytes
 _ALIGN = 8
-_INSTEAD = "use 'triton', 'eager' or 'auto'"
 
 
 class Cuda(Aten):
@@ -57,7 +57,7 @@ class Cuda(Aten):
         self.name, self.native, self.spec, self.stream, self.is_capturing = name, module, spec, stream, is_capturing
         # zeros that every launch leaves zeroed, by device and stream: launches of one stream run one after the other
         self.flags: dict[tuple[torch.device, int], Tensor] = {}
-        self.grouped_mm = _GroupedLinear(self)
+        self.grouped_mm = GroupedLinear(self)
 
     def plan(self, operator: Problems, device: torch.device) -> Plan:
         spec, planned = self.spec(device), operator()
@@ -65,7 +65,7 @@ class Cuda(Aten):
             reason = f"runs on CUDA devices, x is on {device}" if spec is None else configs_cuda.refusal(problem, spec)
             if reason:
                 error = TypeError if problem.dtype not in ("bfloat16", "float16") else ValueError
-                raise error(f"backend={self.name!r}: {reason}; {_INSTEAD}")
+                raise error(f"backend={self.name!r}: {reason}; {INSTEAD}")
         return select(planned, spec, (("cuda", ""),))
 
     def guard(self, device: torch.device) -> AbstractContextManager[object]:
@@ -92,15 +92,25 @@ class Cuda(Aten):
         """`(y, xa)`, see `Backend`; x and w are not empty. Rows of xa begin on 16-byte boundaries, for any R."""
         (M, K), R, dtype, place = x.shape, a.shape[0], x.dtype, self.place(x.device)
         config = plan.config("matmul")
-        (given_a, a_type), (given_b, _) = _adapter(a, dtype), _adapter(b, dtype)
-        b, round_b = _rounding(given_b, dtype, scale)
+        (given_a, a_type), (given_b, b_type) = _adapter(a, dtype), _adapter(b, dtype)
         xa = x.new_empty((M, _padded(R)))
+        if plan.kernel == "split_k":
+            data = contiguous_rows(w.data)
+            y, bias = x.new_empty((M, len(data))), None if bias is None else _aligned(bias)
+            self.native.split_linear(
+                type=TYPES[dtype], a_type=a_type, b_type=b_type, M=M, N=len(data), K=K, R=R, x=x.data_ptr(),
+                stride_x=x.stride(0), w=data.data_ptr(), stride_w=data.stride(0), bias=_at(bias), a=given_a.data_ptr(),
+                stride_a=K, b=given_b.data_ptr(), stride_b=R, scale=scale, xa=xa.data_ptr(), stride_xa=xa.shape[1],
+                y=y.data_ptr(), stride_y=len(data), splits=config.splits, tiling=tiling(config), **place,
+            )  # fmt: skip
+            return y, xa if xa.shape[1] == R else xa[:, :R]
+        b, round_b = _rounding(given_b, dtype, scale)
         fused_xa: dict[str, int] = {}
         if config.fused_xa:
             a, round_a = _rounding(given_a, dtype, 1.0)
             for one in filter(None, (round_a, round_b)):
                 self.native.round_adapter(**one, **place)
-            flags = self._flags(x.device, place["stream"], M)
+            flags = self._flags(x.device, place["stream"], self.native.fused_xa_workspace(M=M))
             fused_xa = {
                 "a": a.data_ptr(), "stride_a": a.stride(0), "workspace": flags.data_ptr(),
                 "xa_in_tiles": config.xa_in_tiles,
@@ -142,6 +152,27 @@ class Cuda(Aten):
         if need_da:
             assert x is not None
             x, da = _aligned_rows(x), given_a.new_empty(a.shape)
+        if plan.kernel == "fused_backward":
+            assert dyb is not None
+            config, (b, round_b) = plan.config("matmul"), _rounding(given_b, dtype, scale, transposed=True)
+            data, dx = contiguous_rows(w.data), dy.new_empty((M, K))
+            everything: dict[str, Any] = {
+                "type": TYPES[dtype], "M": M, "N": N, "K": K, "R": R, "dy": dy.data_ptr(), "stride_dy": dy.stride(0),
+                "w": data.data_ptr(), "stride_w": data.stride(0), "a": rounded_a.data_ptr(),
+                "stride_a": rounded_a.stride(0), "rounded_a": round_a, "b": b.data_ptr(), "stride_b": b.stride(0),
+                "rounded_b": round_b, "scale": scale, "dyb": dyb.data_ptr(), "stride_dyb": dyb.shape[1],
+                "dx": dx.data_ptr(), "stride_dx": K, "tiling": tiling(config),
+                "sum_rows": _chunk(M, config.splits), "workspace": 0,
+            }  # fmt: skip
+            if x is not None and need_da:
+                everything |= {"x": x.data_ptr(), "stride_x": x.stride(0), "da": _at(da), "da_type": a_type}
+            if xa is not None and need_db:
+                everything |= {"xa": xa.data_ptr(), "stride_xa": _padded(R), "db": _at(db), "db_type": b_type}
+            partials = _workspace(self.native.fused_backward_partials(**everything), dy.device)
+            flags = self._flags(dy.device, place["stream"], self.native.fused_backward_workspace(M=M, N=N, K=K))
+            everything |= {"partials": partials.data_ptr(), "workspace": flags.data_ptr()}
+            self.native.fused_backward(**everything, **place)
+            return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype), None
         if db_concurrent:
             assert dyb is not None
             transposed, round_b = _rounding(given_b, dtype, scale, transposed=True)
@@ -198,14 +229,13 @@ class Cuda(Aten):
         self.native.linear(
             type=TYPES[x.dtype], M=x.shape[0], N=N, K=K, transposed=is_transposed, x=x.data_ptr(),
             stride_x=x.stride(0), w=data.data_ptr(), stride_w=data.stride(0), xa=xa.data_ptr(), stride_xa=xa.shape[1],
-            b=b.data_ptr(), stride_b=b.stride(0), y=y.data_ptr(), stride_y=N, tiling=_tiling(config), **place,
+            b=b.data_ptr(), stride_b=b.stride(0), y=y.data_ptr(), stride_y=N, tiling=tiling(config), **place,
             **more,
         )  # fmt: skip
         return y
 
-    def _flags(self, device: torch.device, stream: int, M: int) -> Tensor:
-        """Zeros through which the blocks of one launch signal that rows of xa are there."""
-        words = self.native.fused_xa_workspace(M=M)
+    def _flags(self, device: torch.device, stream: int, words: int) -> Tensor:
+        """Zeros through which the blocks of one launch draw work and signal that rows of xa or dyb are there."""
         if self.is_capturing():
             # a graph has flags of its own, which it zeroes at every replay: the stream's may be in use by then
             return torch.zeros(words, dtype=torch.int32, device=device)
@@ -213,34 +243,6 @@ class Cuda(Aten):
         if flags is None or flags.numel() < words:
             flags = self.flags[device, stream] = torch.zeros(words, dtype=torch.int32, device=device)
         return flags
-
-
-class _GroupedLinear(GroupedMM):
-    """grouped_mm, with a base product and its low-rank one in one kernel: the second adds to the reduction."""
-
-    def __init__(self, run: Cuda) -> None:
-        self.run = run
-
-    def accumulated(self, x: Tensor, w: Tensor, xa: Tensor, b: Tensor, rows: Rows) -> Tensor:
-        run, (G, K, N) = self.run, w.shape
-        is_transposed = w.is_contiguous()
-        if not (is_transposed or w.mT.is_contiguous()):
-            # a copy of the stack would cost more than the kernel gains
-            raise ValueError(
-                f"backend={run.name!r}: its kernels read stacks of matrices without gaps; the strides of weights "
-                f"{list(w.shape)} are {w.stride()}: {_INSTEAD}"
-            )
-        if "int64" not in rows.cache:
-            rows.cache["int64"] = rows.offsets.long()
-        # both with columns and rows exchanged, or neither
-        b, y = b.contiguous() if is_transposed else b.mT.contiguous(), x.new_empty((x.shape[0], N))
-        run.native.grouped_linear(
-            type=TYPES[x.dtype], rows=x.shape[0], groups=G, N=N, K=K, R=xa.shape[1], transposed=is_transposed,
-            offsets=rows.cache["int64"].data_ptr(), x=x.data_ptr(), stride_x=x.stride(0), w=w.data_ptr(),
-            xa=xa.data_ptr(), stride_xa=xa.stride(0), b=b.data_ptr(), y=y.data_ptr(), stride_y=N,
-            tiling=_tiling(configs_cuda.RAGGED), **run.place(x.device),
-        )  # fmt: skip
-        return y
 
 
 def _at(t: Tensor | None) -> int:
@@ -251,9 +253,9 @@ def _workspace(size: int, device: torch.device) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def _tiling(config: KernelConfig) -> tuple[int, int, int, int, int]:
-    # the last: as many blocks as the device has SMs
-    return config.block_n, config.stages, config.cluster, config.group_m, 0
+def _chunk(M: int, splits: int) -> int:
+    """Rows of each of so many parts, about alike, in whole tiles."""
+    return -(-M // (splits * 128)) * 128
 
 
 def _mask(dropout: Dropout | None) -> dict[str, int]:

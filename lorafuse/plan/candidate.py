@@ -30,12 +30,13 @@ class KernelConfig:
     stages          buffers of the pipeline
     warps           warps of a program
     group_m         tiles of rows that are walked together, for the L2
-    splits          parts of the rows whose sums are reduced afterwards
+    splits          parts of the rows whose sums are reduced afterwards; of a forward matmul in CUDA, parts of K
     fused_xa        matmul computes xa too
     xa_in_tiles     its tiles of the first columns of y do, rather than programs with nothing else to do
     max_registers   of a thread; 0 leaves it to the compiler
     cluster         blocks that share the tiles of w
     sum_blocks      blocks of a backward matmul that sum da and db concurrently
+    fused_backward  a backward matmul computes dyb, da and db too, by ticket, da and db in `splits` parts of the rows
     tickets         programs of a "tma" matmul take the next tile when they are free, instead of tiles of their own
     """
 
@@ -55,6 +56,7 @@ class KernelConfig:
     sum_blocks: int = 0
     tickets: bool = False
     xa_in_tiles: bool = False
+    fused_backward: bool = False
 
 
 @dataclass(frozen=True)

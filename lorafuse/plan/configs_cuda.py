@@ -5,20 +5,34 @@ The matmuls run on sm_90a alone, in tiles of 128 rows. The memory-bound kernels 
     two_kernel            xa and b rounded; y
     fused_xa              a rounded; b rounded; xa and y
     xa_in_tiles           the same, where N has few columns of tiles: those of the first compute xa
+    split_k               y and xa by clusters that divide K, where tiles are fewer than half of the SMs
     one_pass_backward     dyb, db, dbias and a rounded; dx; da
     concurrent_backward   dyb, db, dbias and a rounded; dx and da; or b rounded; dyb and a rounded; dx, da and db
+    fused_backward        everything, in one launch
     ragged                y or dx of ragged rows; ATen computes everything else
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from lorafuse.plan import cost
 from lorafuse.plan.candidate import Candidate, KernelConfig, Part, in_a_row, padded_rank
 from lorafuse.plan.devices import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["CONCURRENT", "RAGGED", "TILES", "illegal", "matmuls", "operator_candidates", "refusal", "sum_blocks"]
+__all__ = [
+    "CONCURRENT",
+    "RAGGED",
+    "SPLITS",
+    "SUM_ROWS",
+    "TILES",
+    "illegal",
+    "matmuls",
+    "operator_candidates",
+    "refusal",
+    "sum_blocks",
+]
 
 _ARCH = 90
 _BLOCK_M, _BLOCK_K = 128, 64
@@ -28,6 +42,8 @@ _MAX_FUSED_R = 64
 # where tiles compute xa beside their columns of y: ranks, and columns of y. Of more columns of tiles the first would be
 # a smaller part, and the pass over x that it saves one too (model)
 _MAX_TILE_R, _MAX_TILE_N = 32, 1024
+# where a cluster divides K: its tile, of which the sums take all shared memory of three stages and more; its blocks
+_SPLIT_TILE, SPLITS = (128, 4, 1), (2, 4)
 # shared memory next to the ring and the tile that is stored: barriers, and what alignment to 1024 bytes may cost
 _SHARED_REST = 2048
 # (block_n, stages, cluster); two stages of 256 columns would fit twice, three are what hides the loads (published
@@ -38,6 +54,9 @@ _GROUP_M = 16
 # where tiles wait for flags of their row blocks: the first wave then waits for half as many (model: 14 to 42 us at
 # 8192 x 4096 x 4096 on an H200; not measured)
 _FUSED_GROUP_M = 8
+# rows of a part of da and db: of 512 to 8192 the ones whose uneven ends cost least, 374 us of 8192 x 4096 x 4096 where
+# 4096 rows take 388 (`python bench/schedule.py --shape 8192,4096,4096`, simulated); and bytes of the partial sums
+SUM_ROWS, _PARTIAL_BYTES = 2048, 64 << 20
 # columns of a block of the reductions, and rows of one of project
 _REDUCE_N, _PASS_M = 256, 64
 # the kernel before dx, and what is summed in dx's launch then
@@ -83,7 +102,17 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
         return f"da and db concurrent with dx are of up to {_MAX_FUSED_R} ranks, in clusters of 1"
     if c.sum_blocks and problem.dropout:
         return "blocks that sum da draw no mask"
-    rows = _BLOCK_M + c.block_n + (padded_rank(problem.R) if c.xa_in_tiles else 0)
+    if c.fused_backward and ("dx" not in problem.gradients or c.cluster != 1 or problem.R > _MAX_FUSED_R):
+        return f"one launch computes dx, da and db of up to {_MAX_FUSED_R} ranks, in clusters of 1"
+    if c.fused_backward and (problem.dropout or "dbias" in problem.gradients):
+        return "a launch that computes dx, da and db draws no mask and sums no dbias"
+    if (is_split := c.splits > 1 and not problem.gradients) and (
+        (c.block_n, c.stages, c.cluster) != _SPLIT_TILE or c.splits not in SPLITS or problem.R > _MAX_TILE_R
+    ):
+        return f"{' or '.join(map(str, SPLITS))} blocks divide K, in tiles of 128 x 128 and for {_MAX_TILE_R} ranks"
+    if is_split and (problem.dropout or c.splits > -(-problem.K // _BLOCK_K)):
+        return f"blocks that divide K draw no mask, and have a part of K {problem.K} each"
+    rows = _BLOCK_M + c.block_n + (padded_rank(problem.R) if c.xa_in_tiles or is_split else 0)
     needed = c.stages * rows * _BLOCK_K * 2 + _BLOCK_M * c.block_n * 2 + _SHARED_REST
     if c.stages < 2 or needed > device.smem_per_block:
         return f"{c.stages} stages need {needed} bytes of shared memory of {device.smem_per_block}, and are 2 or more"
@@ -91,26 +120,20 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
 
 
 def matmuls(
-    problem: Problem, device: DeviceSpec, tiles: _Tiles = TILES, fused_xa: bool = False, sum_blocks: int = 0,
-    xa_in_tiles: bool = False,
+    problem: Problem, device: DeviceSpec, tiles: _Tiles = TILES, **form: Any
 ) -> tuple[KernelConfig, ...]:  # fmt: skip
-    """The legal configurations of y, or of a backward problem's dx."""
-    configs = (
-        _matmul(tile, fused_xa, sum_blocks, xa_in_tiles)
-        for tile in tiles
-        # one row block leaves a neighbour without rows
-        if tile[2] == 1 or problem.M > _BLOCK_M
-    )
+    """The legal configurations of y, or of a backward problem's dx; `form` are fields of a KernelConfig."""
+    # one row block leaves a neighbour without rows
+    configs = (_matmul(tile, **form) for tile in tiles if tile[2] == 1 or problem.M > _BLOCK_M)
     return tuple(config for config in configs if not illegal(config, problem, device))
 
 
-def _matmul(
-    tile: tuple[int, int, int], fused_xa: bool = False, sum_blocks: int = 0, xa_in_tiles: bool = False
-) -> KernelConfig:
-    (block_n, stages, cluster), group_m = tile, _FUSED_GROUP_M if fused_xa else _GROUP_M
+def _matmul(tile: tuple[int, int, int], **form: Any) -> KernelConfig:
+    block_n, stages, cluster = tile
+    waits = form.get("fused_xa") or form.get("fused_backward")
     return KernelConfig(
-        "matmul", "wgmma", _BLOCK_M, block_n, _BLOCK_K, _BLOCK_K, stages, _WARPS, group_m, fused_xa=fused_xa,
-        cluster=cluster, sum_blocks=sum_blocks, xa_in_tiles=xa_in_tiles,
+        "matmul", "wgmma", _BLOCK_M, block_n, _BLOCK_K, _BLOCK_K, stages, _WARPS, _FUSED_GROUP_M if waits else _GROUP_M,
+        cluster=cluster, **form,
     )  # fmt: skip
 
 
@@ -133,14 +156,19 @@ def operator_candidates(operator: Sequence[Problem], device: DeviceSpec, tiles: 
 def _forward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Candidate]:
     round_a, round_b = _roundings(problem, device)
     xa = _skinny("project", problem, device)
-    two, one = (_best(problem, device, tiles, fused_xa) for fused_xa in (False, True))
+    two, one = (_best(problem, device, tiles, {"fused_xa": fused_xa}) for fused_xa in (False, True))
     assert two is not None
     parts = [_with(cost.step(xa, problem, device), round_b), cost.step(two, problem, device)]
     yield _candidate("two_kernel", (xa, two), parts)
     if one is not None:
         yield _candidate("fused_xa", (one,), [round_a, round_b, cost.step(one, problem, device)])
-    if problem.N <= _MAX_TILE_N and (one := _best(problem, device, tiles, fused_xa=True, xa_in_tiles=True)):
+    form = {"fused_xa": True, "xa_in_tiles": True}
+    if problem.N <= _MAX_TILE_N and (one := _best(problem, device, tiles, form)):
         yield _candidate("xa_in_tiles", (one,), [round_a, round_b, cost.step(one, problem, device)])
+    tiles_of_y = -(-problem.M // _BLOCK_M) * -(-problem.N // _SPLIT_TILE[0])
+    forms = [{"splits": count} for count in SPLITS if tiles_of_y * count <= device.sms]
+    if forms and _SPLIT_TILE in tiles and (one := _best(problem, device, (_SPLIT_TILE,), *forms)):
+        yield _candidate("split_k", (one,), [cost.step(one, problem, device)])
 
 
 def _backward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Candidate]:
@@ -156,6 +184,11 @@ def _backward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[C
         parts.append(cost.step(configs[-1], problem, device))
     yield _candidate("one_pass_backward", configs, parts)
     yield from sorted(_concurrent(problem, device, tiles), key=lambda candidate: candidate.seconds)[:1]
+    sums = [name for name in ("da", "db") if name in problem.gradients]
+    if sums and (one := _best(problem, device, tiles, {"fused_backward": True, "splits": splits(problem)})):
+        product = cost.step(one, problem, device)
+        parts = [replace(product, name=f"dyb, {product.name}, {' and '.join(sums)} in one launch")]
+        yield _candidate("fused_backward", (one,), parts)
 
 
 def _concurrent(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Candidate]:
@@ -167,7 +200,7 @@ def _concurrent(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator
         if not concurrent or "dx" not in problem.gradients or (first == "project" and "dbias" in problem.gradients):
             continue
         alone = replace(problem, gradients=("dx", *concurrent))
-        dx = _best(alone, device, tiles, blocks=sum_blocks(problem, device))
+        dx = _best(alone, device, tiles, *({"sum_blocks": count} for count in sum_blocks(problem, device)))
         if dx is not None:
             before, product = _skinny(first, problem, device), cost.step(dx, alone, device)
             product = replace(product, name=f"{product.name}, {' and '.join(concurrent)} concurrent")
@@ -185,11 +218,15 @@ def sum_blocks(problem: Problem, device: DeviceSpec) -> list[int]:
     return sorted({-(-items // rounds) for rounds in range(-(-items // (device.sms // 2)), items + 1)})
 
 
-def _best(
-    problem: Problem, device: DeviceSpec, tiles: _Tiles, fused_xa: bool = False, blocks: Sequence[int] = (0,),
-    xa_in_tiles: bool = False,
-) -> KernelConfig | None:  # fmt: skip
-    configs = [config for count in blocks for config in matmuls(problem, device, tiles, fused_xa, count, xa_in_tiles)]
+def splits(problem: Problem) -> int:
+    """Parts of the rows of which one launch sums da and db."""
+    most = _PARTIAL_BYTES // (4 * problem.R * (problem.N + problem.K))
+    return max(1, min(most, -(-problem.M // SUM_ROWS)))
+
+
+def _best(problem: Problem, device: DeviceSpec, tiles: _Tiles, *forms: dict[str, Any]) -> KernelConfig | None:
+    """The matmul of the least modelled time, in one of the forms; the plain one where none is given."""
+    configs = [config for form in forms or ({},) for config in matmuls(problem, device, tiles, **form)]
     return min(configs, key=lambda config: cost.kernel_seconds(config, problem, device), default=None)
 
 

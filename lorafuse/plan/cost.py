@@ -41,6 +41,8 @@ _L2_BYTES, _SM_FLOPS = 6336, 4096
 # bytes/s of one SM's shared memory; where da or db is summed, x or dy passes through it twice, and so do dyb or xa, 64
 # rows of 64 ranks at a time (model, csrc/kernels/adapter_grads_sm90.cuh; not measured)
 _SHARED_BANDWIDTH, _RIGHT_BYTES = 128 * 1.7e9, 64 * 64 * 2
+# bytes/s that one SM streams where others run tiles, and what uneven ends add to it (model: 50 to 90e9; not measured)
+_SIDE_BANDWIDTH, _UNEVEN = 75e9, 1.15
 # Philox 4x32-10: 100 integer operations give four words; an SM does 64 a clock at 1.7 GHz
 _MASK_PER_ELEMENT, _SM_INTEGERS = 25, 64 * 1.7e9
 # instructions of one SM in a clock of 1.7 GHz
@@ -125,10 +127,14 @@ def kernel_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -
         return 0.0
     if c.kernel == "matmul":
         seconds = max(tile_seconds(c, problem, device), _bytes(problem, device, padded_rank(R)))
+        if c.splits > 1 and not problem.gradients:
+            return _split(c, problem, device)
         if c.xa_in_tiles:
             return seconds + _xa_in_tiles(c, problem, device)
         if c.fused_xa:
             return seconds + _xa_items(c, problem, device)
+        if c.fused_backward:
+            return seconds + _fused_backward(c, seconds, problem, device)
         if c.sum_blocks:
             # column blocks of dy for db, of x for da: the busiest block sums several
             sums = [size for name, size in (("db", N), ("da", K)) if name in problem.gradients]
@@ -165,12 +171,33 @@ def _packed(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float
     return max(of_tiles, moved / device.sustained_bandwidth)
 
 
+def _split(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
+    """Seconds of tiles whose K the blocks of a cluster divide, and of adding up their parts in shared memory."""
+    part = replace(problem, K=math.ceil(problem.K / config.splits), R=0)
+    tiles = tile_seconds(replace(config, splits=1), part, device)
+    more = padded_rank(problem.R) / 16 * _MORE_COLUMNS * 256 / config.block_n
+    # each reads its rows of all parts
+    added = config.block_m * config.block_n * 4 / _SIDE_BANDWIDTH + _FLAG
+    return max(tiles * (1 + more), _bytes(problem, device, padded_rank(problem.R))) + added
+
+
 def _xa_in_tiles(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
     """What xa adds to the tiles of the first columns of y, which come first: columns, and then a wait for its flag."""
     rows = math.ceil(problem.M / config.block_m)
     tiles = rows * math.ceil(problem.N / config.block_n)
     tile = tile_seconds(config, problem, device) / math.ceil(tiles / device.sms)
     return math.ceil(rows / device.sms) * (tile * _MORE_COLUMNS * padded_rank(problem.R) / 16 + _FLAG)
+
+
+def _fused_backward(config: KernelConfig, seconds: float, problem: Problem, device: DeviceSpec) -> float:
+    """What dyb, da and db add to the tiles of dx: what SMs without a tile in the last wave have no time for, on all."""
+    tiles = math.ceil(problem.M / config.block_m) * math.ceil(problem.K / config.block_n)
+    waves = math.ceil(tiles / device.sms)
+    free = (waves * device.sms - tiles) * seconds / waves
+    passes = {"dyb": problem.N, "da": problem.K, "db": problem.N}
+    read = sum(size for name, size in passes.items() if name in ("dyb", *problem.gradients))
+    streamed = problem.M * read * problem.itemsize / _SIDE_BANDWIDTH
+    return max(0.0, streamed - free) * _UNEVEN / device.sms + _FLAG
 
 
 def _xa_items(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:

@@ -19,7 +19,7 @@ from operators import Linear
 from test_emu_experts import grouped, results
 
 from lorafuse.backends import base
-from lorafuse.plan import override
+from lorafuse.plan import clear_cache, configs_cuda, override
 from lorafuse.testing.check_linear import LinearCase, make_operands
 
 # by what the table names as seeing a bug: (launch, (block_n, stages, cluster), blocks that run at a time)
@@ -30,8 +30,10 @@ SCENARIOS = {
     "fused_xa, one block at a time": ("fused_xa", (128, 4, 1), 1),
     "xa_in_tiles": ("xa_in_tiles", (256, 3, 1), 0),
     "xa_in_tiles, one block at a time": ("xa_in_tiles", (128, 4, 1), 1),
+    "split_k": ("split_k", (128, 4, 1), 0),
     "concurrent_backward": ("concurrent_backward", (256, 3, 1), 0),
     "concurrent_backward, four stages": ("concurrent_backward", (128, 4, 1), 0),
+    "fused_backward": ("fused_backward", (256, 3, 1), 0),
     "grouped": ("grouped", None, 0),
 }
 SEEN_BY = {bug.name: bug.seen_by for bug in planted.BUGS}
@@ -40,7 +42,12 @@ SEEN_BY = {bug.name: bug.seen_by for bug in planted.BUGS}
 @pytest.fixture(scope="module", autouse=True)
 def _built():
     emulator()
-    yield
+    # da and db in parts of one tile's rows
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configs_cuda, "SUM_ROWS", 128)
+        clear_cache()
+        yield
+    clear_cache()
     emu.configure()
 
 
@@ -55,11 +62,17 @@ def run(kind, tiling):
     rows = 100 if kind == "concurrent_backward" else 300
     # tiles of two stages of a ring of four, so that a producer can be two tiles ahead
     K = 64 if (kind, tiling) == ("xa_in_tiles", (128, 4, 1)) else 200
-    o = make_operands(LinearCase(leading=(rows,), N=264, K=K, R=24, dtype=torch.bfloat16))
-    if kind == "concurrent_backward":
+    if kind == "split_k":
+        # one tile, whose cluster of four the multiprocessors hold; parts of K that go around the ring
+        rows, K = 40, 64 * 22
+    o = make_operands(LinearCase(leading=(rows,), N=120 if kind == "split_k" else 264, K=K, R=24, dtype=torch.bfloat16))
+    if kind in ("concurrent_backward", "fused_backward"):
         _, xa = operator.forward(o.x, o.w, None, o.a, o.b, None, 1.7, 0.0)
+        given = o.dy, o.x, xa, o.w, o.a, o.b, None, 1.7, 0.0, True, True, True, False
         with override(force_kernel=f"cuda {kind}", cuda_tiles=[tiling]):
-            return list(operator.backward(o.dy, o.x, xa, o.w, o.a, o.b, None, 1.7, 0.0, True, True, True, False))[:3]
+            # one launch leaves flags for a second one
+            both = [operator.backward(*given)[:3] for _ in range(2 if kind == "fused_backward" else 1)]
+        return [tensor for one in both for tensor in one] + list(base.load("emu").flags.values())
     launches = range(2 if kind in ("fused_xa", "xa_in_tiles") else 1)
     with override(force_kernel=f"cuda {kind}", cuda_tiles=[tiling]):
         actual = [operator.forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0) for _ in launches]

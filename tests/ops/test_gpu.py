@@ -81,7 +81,7 @@ def test_every_rank_of_the_cuda_kernels(leading, R):
 
 
 @pytest.mark.parametrize("M", [1, 1000, 8192])
-@pytest.mark.parametrize(("kernel", "N"), [("cuda fused_xa", 4096), ("cuda xa_in_tiles", 1024)])
+@pytest.mark.parametrize(("kernel", "N"), [("cuda fused_xa", 4096), ("cuda xa_in_tiles", 1024), ("cuda split_k", 1024)])
 def test_xa_and_y_in_one_cuda_launch(kernel, N, M):
     able("cuda")
     o = operands(LinearCase(leading=(M,), N=N, K=1024, R=16, dtype=torch.bfloat16, adapter_dtype=torch.float32))
@@ -94,12 +94,13 @@ def test_xa_and_y_in_one_cuda_launch(kernel, N, M):
 
 
 @pytest.mark.parametrize("M", [1, 512, 1000, 8192])
-def test_da_and_db_beside_dx_in_one_cuda_launch(M):
+@pytest.mark.parametrize("kernel", ["concurrent_backward", "fused_backward"])
+def test_da_and_db_beside_dx_in_one_cuda_launch(kernel, M):
     able("cuda")
     case = LinearCase(leading=(M,), N=4096, K=1024, R=16, dtype=torch.bfloat16, adapter_dtype=torch.float32, bias=False)
     o = operands(case)
     eager = results(o, "eager")
-    with override(force_kernel="cuda concurrent_backward"):
+    with override(force_kernel=f"cuda {kernel}"):
         first = results(o, "cuda")
         assert_near(first, eager)
         for _ in range(100):

@@ -38,6 +38,36 @@ struct ColumnZeroFirst {
   }
 };
 
+// What a backward launch hands out, by number: rows of dyb, tiles of dx, and columns of da and db over a chunk of rows.
+struct Work {
+  enum Kind { kRows, kTile, kColumns } kind;
+  int row, column;  // a row block, of kTile a tile; of kColumns a chunk, and which of its items
+};
+
+// Rows in chunks of `chunk` row blocks, one after the other. Of a chunk the tiles, in groups of rows, before those of a
+// group its rows of dyb; then its `items` columns, whose sums read those. So whatever waits has a later number than what
+// it waits for, and a row of dyb, which takes a third of a tile's time, comes a tile's time before it is read.
+struct BackwardOrder {
+  TileOrder tiles;
+  int chunk, items;
+
+  LF_HOST_DEVICE constexpr int chunks() const { return ceil_div(tiles.rows, chunk); }
+  LF_HOST_DEVICE constexpr int count() const { return tiles.rows * (tiles.columns + 1) + chunks() * items; }
+  // Row blocks of chunk c.
+  LF_HOST_DEVICE constexpr int height(int c) const {
+    return tiles.rows - c * chunk < chunk ? tiles.rows - c * chunk : chunk;
+  }
+  LF_HOST_DEVICE constexpr Work at(int index) const {
+    const int columns = tiles.columns + 1, of_chunk = chunk * columns + items;
+    const int c = index / of_chunk, within = index % of_chunk, rows = height(c);
+    if (within >= rows * columns) return {Work::kColumns, c, within - rows * columns};
+    // dyb as a column of tiles before the others
+    const Tile tile = TileOrder{rows, columns, tiles.group}.at(within);
+    if (tile.column == 0) return {Work::kRows, c * chunk + tile.row, 0};
+    return {Work::kTile, c * chunk + tile.row, tile.column - 1};
+  }
+};
+
 // Which tiles a program walks: one of each wave. The last wave, when it is not full, belongs to the late programs; the
 // early ones have one tile fewer and are `slack()` many.
 struct Walk {

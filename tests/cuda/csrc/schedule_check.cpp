@@ -61,6 +61,107 @@ void check_order() {
   report("order: groups of rows, column by column", distance);
 }
 
+// A launch whose programs make their steps in a random order, some of them late or never: each holds what it does and
+// what it has drawn next, and may end what it does when all that `needs` names of it has ended. Counts works that did not
+// run once, and launches that came to a stop.
+template <class Needs>
+int stopped(int count, int programs, uint32_t seed, Needs needs) {
+  std::vector<int> doing(static_cast<size_t>(programs), -1), next(static_cast<size_t>(programs), -1);
+  std::vector<int> ended(static_cast<size_t>(count));
+  // at least one program runs
+  const int running = 1 + static_cast<int>(seed % static_cast<uint32_t>(programs));
+  int drawn = 0, bad = 0;
+  for (int idle = 0; idle < 40 * programs;) {
+    seed = seed * 1664525u + 1013904223u;
+    const auto p = static_cast<size_t>((seed >> 8) % static_cast<uint32_t>(running));
+    if (doing[p] == -1) {
+      doing[p] = drawn++;
+    } else if (next[p] == -1 && doing[p] < count) {
+      next[p] = drawn++;
+    } else if (doing[p] < count && needs(doing[p], ended)) {
+      ++ended[static_cast<size_t>(doing[p])];
+      doing[p] = next[p];
+      next[p] = -1;
+    } else {
+      ++idle;
+      continue;
+    }
+    idle = 0;
+  }
+  for (const int times : ended) bad += times != 1;
+  return bad;
+}
+
+void check_backward() {
+  int once = 0, before = 0, arrival = 0;
+  for (int rows = 1; rows <= 7; ++rows) {
+    for (int columns = 1; columns <= 4; ++columns) {
+      for (int group = 1; group <= 4; ++group) {
+        for (int chunk = 1; chunk <= rows; ++chunk) {
+          for (const int items : {0, 3}) {
+            const BackwardOrder order{{rows, columns, group}, chunk, items};
+            std::vector<int> tiles(static_cast<size_t>(rows * columns)), of_row(static_cast<size_t>(rows), -1);
+            std::vector<int> sums(static_cast<size_t>(order.chunks() * items));
+            for (int i = 0; i < order.count(); ++i) {
+              const Work work = order.at(i);
+              const auto row = static_cast<size_t>(work.row);
+              const int last_row = work.kind == Work::kColumns ? order.chunks() : rows;
+              const int last_column = work.kind == Work::kTile ? columns : work.kind == Work::kRows ? 1 : items;
+              if (work.row < 0 || work.row >= last_row || work.column < 0 || work.column >= last_column) {
+                ++once;
+                continue;
+              }
+              if (work.kind == Work::kRows) {
+                once += of_row[row] != -1;
+                of_row[row] = i;
+              } else if (work.kind == Work::kTile) {
+                ++tiles[row * static_cast<size_t>(columns) + static_cast<size_t>(work.column)];
+                before += of_row[row] == -1;
+              } else {
+                ++sums[row * static_cast<size_t>(items) + static_cast<size_t>(work.column)];
+                for (int r = 0; r < order.height(work.row); ++r) {
+                  before += of_row[row * static_cast<size_t>(chunk) + static_cast<size_t>(r)] == -1;
+                }
+              }
+            }
+            once += std::count(tiles.begin(), tiles.end(), 1) != static_cast<int>(tiles.size());
+            once += std::count(sums.begin(), sums.end(), 1) != static_cast<int>(sums.size());
+            once += std::count(of_row.begin(), of_row.end(), -1) != 0;
+            if (once != 0) continue;
+            const auto needs = [&](int index, const std::vector<int>& ended) {
+              const Work work = order.at(index);
+              if (work.kind == Work::kRows) return true;
+              if (work.kind == Work::kTile) return ended[static_cast<size_t>(of_row[static_cast<size_t>(work.row)])] > 0;
+              for (int r = 0; r < order.height(work.row); ++r) {
+                const int of = of_row[static_cast<size_t>(work.row * chunk + r)];
+                if (!ended[static_cast<size_t>(of)]) return false;
+              }
+              return true;
+            };
+            const auto seed = static_cast<uint32_t>(rows * 1000 + columns * 100 + group * 10 + chunk);
+            for (const int programs : {1, 3, 8}) arrival += stopped(order.count(), programs, seed, needs);
+          }
+        }
+      }
+    }
+  }
+  for (int rows = 1; rows <= 9; ++rows) {
+    for (int columns = 1; columns <= 5; ++columns) {
+      const ColumnZeroFirst order{{rows, columns, 4}};
+      const auto needs = [&](int index, const std::vector<int>& ended) {
+        const Tile tile = order.at(index);
+        return tile.column == 0 || ended[static_cast<size_t>(tile.row)] > 0;
+      };
+      for (const int programs : {1, 3, 8}) {
+        arrival += stopped(rows * columns, programs, static_cast<uint32_t>(rows * 10 + columns), needs);
+      }
+    }
+  }
+  report("backward: every tile and item once", once);
+  report("backward: whatever waits has a later number", before);
+  report("tickets: every tile and item once under any order of arrival", arrival);
+}
+
 void check_walk() {
   int bad = 0, late = 0;
   for (int tiles = 1; tiles <= 60; ++tiles) {
@@ -203,6 +304,7 @@ int main(int count, char** arguments) {
     return 0;
   }
   check_order();
+  check_backward();
   check_walk();
   check_items();
   check_ragged();

@@ -1,0 +1,62 @@
+"""The order of a backward in one launch, and xa in tiles by ticket, simulated (bench/schedule.py): how long they take.
+
+That each tile and item runs once, in any order of arrival, is enumerated from the kernels' own headers
+(tests/cuda/test_csrc_layouts.py).
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+
+import schedule  # noqa: E402
+
+IDLE = [0.0] * 132
+LAYERS = {"q": (4096, 4096), "gate": (14336, 4096), "down": (4096, 14336)}
+
+
+def seconds(works, free=IDLE):
+    """When the last work ends, and when it would if work could be divided as finely as one likes."""
+    return max(schedule.handed_out(works, free)), schedule.proportional(sum(w.microseconds for w in works), free)
+
+
+@pytest.mark.parametrize("rate", [50, 75, 90])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("M", [8192, 16384, 32768])
+def test_sixteen_sms_held_by_another_kernel_cost_their_share(M, layer, rate):
+    for microseconds in (100, 300, 1000, 10000):
+        held = [microseconds] * 16 + IDLE[16:]
+        end, least = seconds(schedule.backward(M, *LAYERS[layer], rate), held)
+        assert least <= end <= 1.15 * least
+
+
+@pytest.mark.parametrize("microseconds", [100, 300, 1000, 10000])
+def test_xa_in_tiles_beside_another_kernel(microseconds):
+    """k at 32768 rows; a launch of two waves cannot be divided so finely."""
+    end, least = seconds(schedule.column_zero_first(32768, 1024, 4096), [microseconds] * 16 + IDLE[16:])
+    assert least <= end <= 1.15 * least
+
+
+def test_what_idle_sms_have_time_for_is_nearly_free():
+    """The figures of docs/performance.md: q at 8192 rows, of which the tiles take eight waves of 45 us."""
+    works = schedule.backward(8192, 4096, 4096, 75)
+    tiles = [schedule.Work(work.microseconds) for work in works if work.tail]
+    assert len(tiles) == 1024
+    assert seconds(tiles)[0] == pytest.approx(359.7, abs=0.1)
+    assert seconds(works)[0] == pytest.approx(373.7, abs=0.1)
+    parts = {chunk: seconds(schedule.backward(8192, 4096, 4096, 75, chunk=chunk))[0] for chunk in (8, 16, 32)}
+    assert min(parts, key=parts.get) == 16
+
+
+def test_a_work_that_waits_for_a_later_one_is_an_error():
+    with pytest.raises(AssertionError, match="later number"):
+        schedule.handed_out([schedule.Work(1.0, (1,), 0.5), schedule.Work(1.0)], IDLE)
+
+
+def test_an_item_waits_first_and_a_tile_last():
+    first = schedule.Work(10.0)
+    tile, item = schedule.Work(10.0, (0,), 1.0), schedule.Work(10.0, (0,))
+    flag = 1.5
+    assert schedule.handed_out([first, tile, item], IDLE) == [10.0, 10.0 + flag + 1.0, 10.0 + flag + 10.0]
