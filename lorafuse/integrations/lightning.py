@@ -31,8 +31,9 @@ class LorafuseCallback(Callback):
         groups: bool = True,
         log: Callable[[str], object] | None = print,
         dropout_rng: str = "philox",
+        numerics: str = "fused",
     ) -> None:
-        self.training = Training(backend, strict, groups, log, dropout_rng)
+        self.training = Training(backend, strict, groups, log, dropout_rng, numerics)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit":

@@ -6,7 +6,7 @@ alone is replaced, reads the layer's present state, and runs what the library sh
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -48,16 +48,31 @@ def _fused(shipped: type, read: Callable[[Any], Operands]) -> type:
 
 
 def patch_owned(
-    model: nn.Module, kinds: tuple[Any, ...], read: Callable[[Any], Operands], backend: str, strict: bool
+    model: nn.Module,
+    kinds: tuple[Any, ...],
+    read: Callable[[Any], Operands],
+    backend: str,
+    strict: bool,
+    library: str,
+    *,
+    others: Mapping[type, str] | None = None,
+    switches: Mapping[str, Any] | None = None,
 ) -> PatchReport:
     """Patch every layer in a model that runs the forward of one of `kinds`, of which the first is the base of all; what
     `lorafuse.patch` is to PEFT's.
 
+    `others` are the `library`'s adapted modules of other classes, with the reason why they are left to it. `switches` are
+    attributes of a layer, set while it is patched, by which the library's kernels above it know to call it.
+
     Raises what `lorafuse.patch` raises, and warns as it does.
     """
     backends.require(backend)
-    report, adopted = PatchReport(), []
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch got a {type(model).__name__}; it takes a torch.nn.Module")
+    report, adopted = PatchReport(library=library), []
     for name, layer in model.named_modules():
+        if reason := next((why for kind, why in (others or {}).items() if isinstance(layer, kind)), ""):
+            report.skipped.append(Skipped(name, type(layer).__name__, reason))
         if not isinstance(layer, kinds[0]):
             continue
         shipped = getattr(type(layer), "_lorafuse_shipped", type(layer))
@@ -79,6 +94,10 @@ def patch_owned(
     for layer, shipped in adopted:
         layer.__class__ = _fused(shipped, read)  # type: ignore[arg-type]
         layer._lorafuse_backend = None if backend == "auto" else backend
+        if "_lorafuse_switched" not in layer.__dict__:
+            layer._lorafuse_switched = {key: getattr(layer, key) for key in switches or {} if hasattr(layer, key)}
+        for key in layer._lorafuse_switched:
+            setattr(layer, key, (switches or {})[key])
         calls.begin(layer)
     return report
 
@@ -89,6 +108,8 @@ def unpatch_owned(model: nn.Module) -> int:
     for layer in layers:
         layer.__class__ = type(layer)._lorafuse_shipped
         del layer._lorafuse_backend
+        for key, value in layer.__dict__.pop("_lorafuse_switched").items():
+            setattr(layer, key, value)
         calls.end(layer)
     return len(layers)
 

@@ -35,15 +35,15 @@ class LayerStatus(NamedTuple):
     def outcome(self) -> str:
         """One line: what it ran."""
         if self.reason:
-            return f"PEFT: {self.reason}"
+            return f"as shipped: {self.reason}"
         parts = []
         if self.fused:
             text = f"fused, {', '.join(sorted(self.fused))}"
             grouped = f" ({'all' if self.grouped == sum(self.fused.values()) else 'some'} with its group)"
             parts.append(text + grouped * bool(self.grouped))
         if self.compiled:
-            parts.append("compiled" + (f", as PEFT ships it: {self.compiled_reason}" if self.compiled_reason else ""))
-        parts += [f"PEFT: {reason}" for reason in sorted(self.fallbacks)]
+            parts.append("compiled" + (f", as shipped: {self.compiled_reason}" if self.compiled_reason else ""))
+        parts += [f"as shipped: {reason}" for reason in sorted(self.fallbacks)]
         return "; ".join(parts) or "never called: the model has not run, or another library's kernel reads its weights"
 
 

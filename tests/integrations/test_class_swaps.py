@@ -137,3 +137,33 @@ class TestAutomodel:
     def test_its_triton_kernels_are_replaced(self, integration):
         model = self.layer(use_triton=True)
         assert len(integration.patch(model, strict=True).patched) == 2
+
+    def test_its_function_for_an_mlp_calls_patched_layers(self, integration):
+        """NeMo's memory-efficient forward of an MLP, on by default, reads the weights of its layers otherwise."""
+        from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
+
+        peft = importlib.import_module("nemo_automodel.components._peft.lora")
+        torch.manual_seed(1)
+        mlp = LlamaMLP(LlamaConfig(hidden_size=12, intermediate_size=10))
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            peft.patch_linear_module(getattr(mlp, name), dim=3, alpha=6, dropout_position="pre", use_triton=False)
+        model, x = nn.Sequential(randomize(mlp)), torch.randn(2, 5, 12)
+        expected = gradients(model, x)
+        assert importlib.import_module("nemo_automodel.components._peft.lora_mlp").install_fused_lora_mlp(model) == 1
+        assert_equal(gradients(model, x), expected)
+        for _ in range(2):
+            integration.patch(model, strict=True)
+        assert_equal(gradients(model, x), expected)
+        status = lorafuse.status(model)
+        assert (status.fused, status.fallbacks) == (3, 0)
+        assert integration.unpatch(model) == 3
+        assert all(layer.use_memory_efficient_lora for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+
+    def test_experts_are_listed(self, integration):
+        experts = importlib.import_module("nemo_automodel.components._peft.lora").GroupedExpertsLoRA
+        model = nn.Sequential(*self.layer(), experts.__new__(experts))
+        nn.Module.__init__(model[2])
+        report = integration.patch(model)
+        assert len(report.patched) == 2
+        assert [(row.name, row.kind) for row in report.skipped] == [("2", "GroupedExpertsLoRA")]
+        assert "run as NeMo ships them" in str(report)
