@@ -61,8 +61,8 @@ def patch_owned(
     """Patch every layer in a model that runs the forward of one of `kinds`, of which the first is the base of all; what
     `lorafuse.patch` is to PEFT's.
 
-    `others` are the `library`'s adapted modules of other classes, with the reason why they are left to it. `switches` are
-    attributes of a layer, set while it is patched, by which the library's kernels above it know to call it.
+    `others` are the `library`'s adapted modules of other classes, with the reason why they are left to it. `switches`
+    are attributes of a layer, set while it is patched, by which the library's kernels above it know to call it.
 
     Raises what `lorafuse.patch` raises, and warns as it does.
     """

@@ -109,7 +109,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     """Read an adapter that PEFT, or `save_adapter`, wrote into the `LoRALinear` and `LoRAExperts` of a model.
 
     The scales become the file's too. Raises ValueError, changing nothing, when a tensor is missing, is not known, or
-    has another shape, and for experts with `shared_outer`, which PEFT's files cannot give.
+    has another shape, for a merged layer, and for experts with `shared_outer`, which PEFT's files cannot give.
     """
     config = json.loads((Path(folder) / _CONFIG).read_text())
     tensors = {
@@ -133,6 +133,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
 
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
+            if module.merged:
+                raise ValueError(
+                    f"load_adapter: {name} is merged, and unmerging would take the file's off: unmerge first"
+                )
             take(f"{name}.lora_A.weight", module.lora_A.weight)
             take(f"{name}.lora_B.weight", module.lora_B.weight)
         elif isinstance(module, LoRAExperts):

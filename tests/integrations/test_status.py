@@ -173,7 +173,7 @@ class TestCompile:
         layer.lora_dropout["default"] = torch.nn.Tanh()
         torch.compile(layer, backend="aot_eager", fullgraph=True)(torch.randn(3, 40))
         row = by_name(model)[DOWN]
-        assert row.outcome() == "compiled, as PEFT ships it: its dropout is a Tanh, not nn.Dropout"
+        assert row.outcome() == "compiled, as shipped: its dropout is a Tanh, not nn.Dropout"
         assert (lorafuse.status(model).fused, lorafuse.status(model).fallbacks) == (0, 1)
 
 

@@ -16,6 +16,7 @@ from tiny_models import adapted, assert_close, counting_fused, lora_config, run,
 from torch import nn
 
 import lorafuse
+from lorafuse.integrations.bypassed import bypassed
 from lorafuse.integrations.callback import LorafuseCallback
 
 STEPS = 2
@@ -274,6 +275,18 @@ class TestBypassed:
         assert all(f"{library}'s apply_lora_mlp_swiglu reads its weights" in s.reason for s in report.skipped)
         with pytest.raises(ValueError, match="never calls it"):
             lorafuse.patch(adapted_with(model), strict=True)
+
+    def test_linear_attention(self):
+        """Axolotl's functions for Qwen3.5, which have other names."""
+        parts = nn.Module()
+        for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "norm"):
+            parts.add_module(name, nn.Linear(2, 2))
+        assert bypassed(parts) == {}
+        for attribute in ("apply_in_proj_fused", "apply_out_proj"):
+            function = types.FunctionType((lambda self, x: x).__code__, {}, "apply_in_proj")
+            function.__module__ = "axolotl.monkeypatch.lora_kernels"
+            setattr(parts, attribute, types.MethodType(function, parts))
+        assert list(bypassed(parts)) == list(parts.children())[:-1]
 
     def test_after_patch(self):
         model = adapted()
