@@ -92,8 +92,9 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", 
         "lora_dropout": next(iter(dropouts)),
         "target_modules": _targets(model, list(linear)),
         "target_parameters": sorted(parameters) or None,
-        "rank_pattern": {name: m.r for name, m in linear.items() if m.r != r},
-        "alpha_pattern": {name: _number(settings[name][1]) for name in linear if settings[name][1] != alpha},
+        # PEFT matches a pattern at the end of names too, where no ^ is
+        "rank_pattern": {f"^{name}": m.r for name, m in linear.items() if m.r != r},
+        "alpha_pattern": {f"^{name}": _number(settings[name][1]) for name in linear if settings[name][1] != alpha},
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
@@ -135,7 +136,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         if isinstance(module, LoRALinear):
             if module.merged:
                 raise ValueError(
-                    f"load_adapter: {name} is merged, and unmerging would take the file's off: unmerge first"
+                    f"load_adapter: {name} is merged, and would unmerge the file's adapter: unmerge it before"
                 )
             take(f"{name}.lora_A.weight", module.lora_A.weight)
             take(f"{name}.lora_B.weight", module.lora_B.weight)
