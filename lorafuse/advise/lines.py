@@ -237,7 +237,7 @@ def _layouts(a: Advice) -> list[Line]:
     if best is None:
         value = f"none: more devices, a shorter --length, or a GPU with more memory than {request.gpu} (model)"
     else:
-        value = f"{best.name} (model); within 2% the first of the list. Schedule and script are its"
+        value = f"{best.name} (model); within 2% the first of the list; the schedule is its"
     lines.append(Line(section, "fastest that fits", value, "model", source))
     if best is not None and best.batch > schedule.BATCH_CEILING:
         large = f"{best.batch} sequences a step, above {schedule.BATCH_CEILING}, where losses get worse: fewer devices"

@@ -50,8 +50,9 @@ _REWARD = '''def reward(completions, answer, **columns):
 
 
 def launch(layout: str, per_node: int, nodes: int) -> str:
-    """Comments that say how several devices run the snippet under a layout; "" for one device, and for layouts that
-    transformers' Trainer does not make of this script."""
+    """Comments that say how several devices run the snippet under a layout; "" for one device."""
+    if not layout:
+        return ""
     if layout in ("DDP", "DDP, QLoRA"):
         several = f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500" if nodes > 1 else ""
         return f"# {layout}; on each machine: torchrun --nproc-per-node {per_node}{several} FILE\n"
@@ -64,7 +65,8 @@ def launch(layout: str, per_node: int, nodes: int) -> str:
             f"# {layout}; on each machine, with the settings of lorafuse's examples/accelerate_two_nodes.yaml:\n"
             f"# accelerate launch --config_file FILE.yaml {number} --machine_rank N{more} FILE\n"
         )
-    return ""
+    how = {"EP": "examples/ep_qwen3.py", "ZeRO-3": "docs/trainers.md", "TP": "docs/scaling.md"}[layout]
+    return f"# the script of one device; {layout} takes more: {how} of lorafuse\n"
 
 
 def target_parameters(shapes: ModelShapes) -> list[str]:

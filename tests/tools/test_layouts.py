@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
@@ -153,7 +154,8 @@ def test_the_batch_is_kept_with_smaller_micro_batches(models, devices, expected)
         if each.name != "TP":
             assert (each.micro_batch, each.copies, each.accumulation, each.batch) == expected
         else:
-            assert (each.copies, each.batch) == (devices // 8, 32 // (devices // 8) * (devices // 8))
+            # three groups take 4 sequences each, twice
+            assert (each.copies, each.batch) == (devices // 8, 24 if devices == 24 else 32)
 
 
 @pytest.mark.parametrize("given", [{"devices": 16}, {"devices": 24, "episodes": 10**5}, {"devices": 16, "batch": 64}])
@@ -188,25 +190,27 @@ def test_what_expert_parallel_experts_save():
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        T, k, H, I, E = 24, 3, 16, 4, 8
+        T, k, H, I, E, R = 24, 3, 16, 4, 8, 2
         x, weight = torch.randn(T, H, requires_grad=True), torch.rand(T, k, requires_grad=True)
-        index = torch.rand(T, E).topk(k).indices
-        stacks = torch.randn(E, 2 * I, H), torch.randn(E, H, I)
-        given = {t.untyped_storage().data_ptr() for t in (*stacks, weight)}
-        sizes = []
+        index, stacks = torch.rand(T, E).topk(k).indices, (torch.randn(E, 2 * I, H), torch.randn(E, H, I))
+        sizes = {"gate_up_a": (R, H), "gate_up_b": (2 * I, R), "down_a": (R, I), "down_b": (H, R)}
+        adapters = {name: torch.randn(E, *size, requires_grad=True) for name, size in sizes.items()}
+        given = {t.untyped_storage().data_ptr() for t in (*stacks, weight, *adapters.values())}
+        bytes_saved = []
         for run in (
-            lambda: functional.lora_experts(x, index, weight, *stacks),
-            lambda: parallel.expert_parallel_experts(x, index, weight, *stacks, dist.group.WORLD),
+            functools.partial(parallel.expert_parallel_experts, group=dist.group.WORLD),
+            functional.lora_experts,
         ):
             saved = {}
             with torch.autograd.graph.saved_tensors_hooks(
                 lambda t, saved=saved: saved.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
             ):
-                run()
+                run(x, index, weight, *stacks, **adapters)
             mine = [t.untyped_storage() for key, t in saved.items() if key not in given and t.is_floating_point()]
-            sizes.append(sum(storage.nbytes() for storage in mine))
+            bytes_saved.append(sum(storage.nbytes() for storage in mine))
         rows = 4 * T * k * H
-        assert sizes[1] - sizes[0] == pytest.approx(2 * rows - 4 * T * H, rel=0.1)
+        # beside a weight for each row
+        assert bytes_saved[0] - bytes_saved[1] == pytest.approx(2 * rows - 4 * T * H, rel=0.05)
     finally:
         dist.destroy_process_group()
 
