@@ -36,7 +36,9 @@ def _safetensors() -> Any:
     return safetensors.torch
 
 
-def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", task_type: str = "CAUSAL_LM") -> None:
+def save_adapter(
+    model: nn.Module, folder: str | Path, *, base_model: str = "", task_type: str | None = "CAUSAL_LM"
+) -> None:
     """Write the adapters of every `LoRALinear` and `LoRAExperts` of a model as PEFT would.
 
     `PeftModel.from_pretrained(base, folder)` then computes what the model computes. Factors that are shared by all
@@ -46,7 +48,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", 
         model: names of its modules must be those of the base model that loads the files.
         folder: made if it is not there; files in it are replaced.
         base_model: name or path of the base model, which vLLM and SGLang read.
-        task_type: PEFT's, such as "CAUSAL_LM"; decides which of its classes loads the files.
+        task_type: PEFT's, such as "CAUSAL_LM"; decides which of its classes loads the files. None is `PeftModel`, for a
+            model that is called with tensors alone.
 
     Raises ValueError, writing nothing, for a model without such modules, and for experts whose rank, alpha or dropout
     PEFT's files cannot hold together with the others'.
@@ -167,12 +170,16 @@ def _number(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
 
 
-def _targets(model: nn.Module, names: list[str]) -> list[str]:
-    """The adapted linear layers by the ends of their names, where no other layer ends so; else by whole names."""
+def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
+    """The adapted linear layers as PEFT matches them: by the ends of their names, where no other module ends so, by
+    whole names, where no other module ends in one, or by a pattern."""
+    others = {name for name, _ in model.named_modules()} - set(names)
     ends = {name.rpartition(".")[2] for name in names}
-    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | LoRALinear)}
-    others = {n for n in linear - set(names) if n.rpartition(".")[2] in ends}
-    return sorted(names if others else ends)
+    if not any(other.rpartition(".")[2] in ends for other in others):
+        return sorted(ends)
+    if not any(other.endswith(f".{name}") for other in others for name in names):
+        return sorted(names)
+    return "|".join(re.escape(name) for name in sorted(names))
 
 
 def _by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:

@@ -17,7 +17,7 @@ __all__ = ["patch", "unpatch"]
 def _layers() -> tuple[tuple[Any, ...], dict[type, str]]:
     """The class that lorafuse runs, and those that it leaves to torchtune, with the reason."""
     try:
-        from torchtune.modules import peft
+        import torchtune.modules.peft as peft
     except ImportError as error:
         raise MissingDependency("torchtune is not installed here: pip install torchtune torchao") from error
     dora = getattr(peft, "DoRALinear", None)

@@ -144,7 +144,7 @@ class TestAutomodel:
 
         peft = importlib.import_module("nemo_automodel.components._peft.lora")
         torch.manual_seed(1)
-        mlp = LlamaMLP(LlamaConfig(hidden_size=12, intermediate_size=10))
+        mlp = LlamaMLP(LlamaConfig(hidden_size=12, intermediate_size=10, num_attention_heads=2))
         for name in ("gate_proj", "up_proj", "down_proj"):
             peft.patch_linear_module(getattr(mlp, name), dim=3, alpha=6, dropout_position="pre", use_triton=False)
         model, x = nn.Sequential(randomize(mlp)), torch.randn(2, 5, 12)
