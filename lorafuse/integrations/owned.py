@@ -82,7 +82,8 @@ def patch_owned(
         if isinstance(operands, str) and operands:
             report.skipped.append(Skipped(name, "linear", operands))
             continue
-        report.patched.append(Patched(name, "linear", backend))
+        able = backends.candidates(next(layer.parameters()).device.type)
+        report.patched.append(Patched(name, "linear", able[0] if backend == "auto" and len(able) == 1 else backend))
         adopted.append((layer, shipped))
     problem = (
         "" if report.patched else f"{type(model).__name__} has no {kinds[0].__name__} that can run fused\n{report}"

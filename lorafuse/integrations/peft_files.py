@@ -58,6 +58,8 @@ def save_adapter(
     experts = {n: m for n, m in model.named_modules() if isinstance(m, LoRAExperts)}
     if not linear and not experts:
         raise ValueError(f"save_adapter got a {type(model).__name__} without lorafuse.nn.LoRALinear or LoRAExperts")
+    if "" in linear | experts:
+        raise ValueError(f"save_adapter got a {type(model).__name__}, which has no name: pass the model around it")
     # under any scaling scale = alpha / r, so this is the alpha of the plain one
     settings = {name: (m.r, m.scale * m.r) for name, m in (linear | experts).items()}
     r, alpha = Counter(settings[name] for name in experts or linear).most_common(1)[0][0]

@@ -163,6 +163,8 @@ class TestFiles:
     def test_what_the_files_cannot_hold(self, tmp_path):
         with pytest.raises(ValueError, match=r"without lorafuse\.nn\.LoRALinear"):
             save_adapter(nn.Linear(2, 2), tmp_path)
+        with pytest.raises(ValueError, match="got a LoRALinear, which has no name: pass the model around it"):
+            save_adapter(LoRALinear(2, 2, 1), tmp_path)
         with pytest.raises(ValueError, match="dropouts"):
             save_adapter(nn.Sequential(LoRALinear(2, 2, 1), LoRALinear(2, 2, 1, dropout=0.1)), tmp_path)
         experts = nn.ModuleDict({"a": LoRAExperts(2, 4, 3, 1), "b": LoRAExperts(2, 4, 3, 2)})

@@ -100,6 +100,13 @@ class TestCallback:
         with pytest.raises(ValueError, match="LlamaForCausalLM has no adapted layer when training begins"):
             trainer.train()
 
+    @pytest.mark.parametrize("off", ["merge_adapter", "disable_adapter_layers"])
+    def test_adapters_that_train_nothing_are_told(self, off):
+        model = adapted()
+        getattr(model, off)()
+        with pytest.warns(UserWarning, match="adapters of 14 layers are merged or disabled"):
+            LorafuseCallback(log=None).training.begin(model)
+
     @pytest.mark.parametrize("strict", [False, True])
     def test_nothing_that_ran_fused_is_told(self, tmp_path, texts, strict):
         model = adapted()
@@ -249,7 +256,12 @@ class TestLightning:
             default_root_dir=str(tmp_path),
         )
         batches = torch.utils.data.DataLoader([token_ids(seed=i) for i in range(STEPS)], batch_size=None)
-        trainer.fit(Module(), batches)
+        module = Module()
+        if not late:
+            # what validates or tests before training
+            callback.setup(trainer, module, stage="validate")
+            assert len(callback.training.report.patched) == 14
+        trainer.fit(module, batches)
         assert callback.training.status.fused == 14
         assert "14 of 14 adapted layers ran fused (14 calls counted)" in texts[1]
 
