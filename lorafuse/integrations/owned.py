@@ -43,8 +43,18 @@ def _fused(shipped: type, read: Callable[[Any], Operands]) -> type:
         calls.fell_back(self, operands or calls.OFF)
         return shipped.forward(self, x)  # type: ignore[attr-defined]
 
+    def reduced(self: Any, protocol: int) -> tuple[Any, ...]:
+        # of a copy, or for pickle, which looks for a class in its module
+        return _blank, (shipped, read), *shipped.__reduce_ex__(self, protocol)[2:]  # type: ignore[arg-type,call-overload]
+
     # recipes and reports know a layer by its name
-    return type(shipped.__name__, (shipped,), {"forward": forward, "_lorafuse_shipped": shipped})
+    body = {"forward": forward, "__reduce_ex__": reduced, "_lorafuse_owned": shipped, "__module__": shipped.__module__}
+    return type(shipped.__name__, (shipped,), body)
+
+
+def _blank(shipped: type, read: Callable[[Any], Operands]) -> Any:
+    kind = _fused(shipped, read)
+    return kind.__new__(kind)
 
 
 def patch_owned(
@@ -75,7 +85,7 @@ def patch_owned(
             report.skipped.append(Skipped(name, type(layer).__name__, reason))
         if not isinstance(layer, kinds[0]):
             continue
-        shipped = getattr(type(layer), "_lorafuse_shipped", type(layer))
+        shipped = getattr(type(layer), "_lorafuse_owned", type(layer))
         operands: Operands = f"its class {shipped.__name__} has a forward of its own"
         if shipped.forward in [kind.forward for kind in kinds] and "forward" not in layer.__dict__:
             operands = read(layer)
@@ -105,9 +115,9 @@ def patch_owned(
 
 def unpatch_owned(model: nn.Module) -> int:
     """Give every layer of `patch_owned` back to its library; returns how many there were."""
-    layers: list[Any] = [layer for layer in model.modules() if "_lorafuse_shipped" in vars(type(layer))]
+    layers: list[Any] = [layer for layer in model.modules() if "_lorafuse_owned" in vars(type(layer))]
     for layer in layers:
-        layer.__class__ = type(layer)._lorafuse_shipped
+        layer.__class__ = type(layer)._lorafuse_owned
         del layer._lorafuse_backend
         for key, value in layer.__dict__.pop("_lorafuse_switched").items():
             setattr(layer, key, value)

@@ -1,6 +1,8 @@
 """Class swaps of torchtune and NeMo Automodel (T1), against their packages where installed, else their interfaces."""
 
+import copy
 import importlib
+import pickle
 import sys
 
 import pytest
@@ -53,6 +55,29 @@ class TestTorchtune:
         assert integration.unpatch(model) == 2
         assert_equal(gradients(model, x), expected)
         assert lorafuse.status(model).layers == []
+
+    def test_the_patch_of_peft_leaves_them_alone(self, integration):
+        """And names the one that is theirs."""
+        model, x = self.layer(), torch.randn(2, 5, 12)
+        for patched in (0, 2):
+            with pytest.warns(UserWarning, match=r"lorafuse\.integrations\.torchtune\.patch"):
+                lorafuse.patch(model)
+            model(x)
+            assert lorafuse.status(model).fused == patched
+            lorafuse.unpatch(model)
+            integration.patch(model)
+        assert integration.unpatch(model) == 2
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    def test_copies_are_patched(self, integration, copied, monkeypatch):
+        # where pickle looks for its functions
+        monkeypatch.setitem(sys.modules, "lorafuse.integrations.torchtune", integration)
+        model, x = self.layer(), torch.randn(2, 5, 12)
+        integration.patch(model, strict=True)
+        twin = copied(model)
+        assert torch.equal(twin(x), model(x))
+        assert integration.unpatch(twin) == integration.unpatch(model) == 2
+        assert type(twin[0]) is type(model[0])
 
     def test_disabled_adapters(self, integration):
         """DPO's reference: the same module without its adapters."""
