@@ -8,24 +8,12 @@ import tempfile
 
 import torch
 import torch.distributed as dist
-from moe_qwen3 import CONFIG
-from moe_qwen3 import base_model as whole_model
+from moe_qwen3 import CONFIG, base_model
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import lorafuse
-
-
-def base_model() -> torch.nn.Module:
-    """In your code: from_pretrained with the name of your model, and the same `distributed_config`."""
-    world = dist.get_world_size()
-    # 8 GPUs in each of 4 nodes: fsdp_size=32, ep_size=8; experts are then exchanged within a node
-    layout = DistributedConfig(fsdp_size=world, ep_size=world)
-    with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        whole_model().save_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder, distributed_config=layout)
 
 
 def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
@@ -37,10 +25,16 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
 
 
 def main(folder: str = "adapter", steps: int = 4) -> list[float]:
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    base = base_model()
+    with tempfile.TemporaryDirectory() as name:
+        # in your code name is that of your model; in a process group only one rank would write it
+        torch.manual_seed(0)
+        base_model().save_pretrained(name)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # of 8 GPUs in each of 4 nodes: fsdp_size=32, ep_size=8; tokens are then exchanged within a node
+        layout = DistributedConfig(fsdp_size=dist.get_world_size(), ep_size=dist.get_world_size())
+        base = AutoModelForCausalLM.from_pretrained(name, distributed_config=layout)
     # every rank must begin with the same adapters
     torch.manual_seed(0)
     model = get_peft_model(base, CONFIG)
@@ -62,7 +56,9 @@ def main(folder: str = "adapter", steps: int = 4) -> list[float]:
             print(f"step {step}: loss {loss.item():.4f}")
     if dist.get_rank() == 0:
         print(lorafuse.status(model))
-        model.save_pretrained(folder)
+        # the adapters alone: without `state_dict` every rank would have to come here, and the base would be gathered
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        model.save_pretrained(folder, state_dict=trained)
     dist.destroy_process_group()
     return losses
 
