@@ -58,7 +58,7 @@ def launch(layout: str, per_node: int, nodes: int) -> str:
         return f"# {layout}; on each machine: torchrun --nproc-per-node {per_node}{several} FILE\n"
     if layout in ("FSDP2", "HSDP"):
         sizes = {"replicate": nodes, "shard": per_node} if layout == "HSDP" else {}
-        more = " --use_parallelism_config" if sizes else ""
+        more = " --use_fsdp --fsdp_version 2 --use_parallelism_config" if sizes else ""
         more += "".join(f" --parallelism_config_dp_{name}_size {size}" for name, size in sizes.items())
         number = f"--num_machines {nodes} --num_processes {per_node * nodes}"
         return (

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate.commands import launch
 from test_advise_pages import MODELS
 
 from lorafuse import advise, functional, parallel
@@ -175,7 +176,12 @@ def test_schedule_and_script_are_those_of_the_fastest_layout(given):
     assert f"gradient_accumulation_steps={advice.accumulation}," in advice.snippet
     assert f"gradient_checkpointing={best.checkpointing}," in advice.snippet
     assert "load_in_4bit" not in advice.snippet
-    assert f"--num_processes {given['devices']}" in advice.snippet
+    (line,) = [line for line in advice.snippet.splitlines() if "accelerate launch" in line]
+    settings = PAGE.parents[1] / "examples" / "accelerate_two_nodes.yaml"
+    words = line.replace("FILE.yaml", str(settings)).replace("_rank N", "_rank 0").split("launch ")[1].split()
+    parsed, _, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(words))
+    assert (parsed.num_processes, parsed.num_machines) == (given["devices"], given["devices"] // 8)
+    assert int(parsed.fsdp_version) == 2
     one = named_line(advice, "step on H100, lorafuse")
     assert one.endswith("full fine-tuning does not fit on one")
 
