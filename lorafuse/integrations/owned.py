@@ -26,7 +26,7 @@ Operands = tuple[Tensor | Weight, Tensor, Tensor, float, Tensor | None, float] |
 
 
 @functools.cache
-def _fused(shipped: type, read: Callable[[Any], Operands]) -> type:
+def _fused(shipped: Any, read: Callable[[Any], Operands]) -> type:
     """The subclass of a layer's class that runs `read(layer)` as one operator."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -41,19 +41,19 @@ def _fused(shipped: type, read: Callable[[Any], Operands]) -> type:
         if operands and not torch.compiler.is_compiling():
             warn_once(f"a patched {shipped.__name__} runs as it was shipped", operands)
         calls.fell_back(self, operands or calls.OFF)
-        return shipped.forward(self, x)  # type: ignore[attr-defined]
+        return shipped.forward(self, x)
 
     def reduced(self: Any, protocol: int) -> tuple[Any, ...]:
         # of a copy, or for pickle, which looks for a class in its module
-        return _blank, (shipped, read), *shipped.__reduce_ex__(self, protocol)[2:]  # type: ignore[arg-type,call-overload]
+        return _blank, (shipped, read), *shipped.__reduce_ex__(self, protocol)[2:]
 
     # recipes and reports know a layer by its name
     body = {"forward": forward, "__reduce_ex__": reduced, "_lorafuse_owned": shipped, "__module__": shipped.__module__}
     return type(shipped.__name__, (shipped,), body)
 
 
-def _blank(shipped: type, read: Callable[[Any], Operands]) -> Any:
-    kind = _fused(shipped, read)
+def _blank(shipped: Any, read: Callable[[Any], Operands]) -> Any:
+    kind: Any = _fused(shipped, read)
     return kind.__new__(kind)
 
 
