@@ -45,7 +45,7 @@ def _fused(shipped: Any, read: Callable[[Any], Operands]) -> type:
 
     def reduced(self: Any, protocol: int) -> tuple[Any, ...]:
         # of a copy, or for pickle, which looks for a class in its module
-        return _blank, (shipped, read), *shipped.__reduce_ex__(self, protocol)[2:]
+        return _blank, (shipped, read), *shipped.__reduce_ex__(self, max(2, int(protocol)))[2:]
 
     # recipes and reports know a layer by its name
     body = {"forward": forward, "__reduce_ex__": reduced, "_lorafuse_owned": shipped, "__module__": shipped.__module__}
