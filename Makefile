@@ -20,6 +20,8 @@ help: ## list the targets
 demo: $(READY) ## see it work on this machine; options with ARGS="..."
 	@$(PY) -m lorafuse demo $(ARGS)
 
+# the emulator compiles for minutes and needs two packages: it begins while pip brings the others
+test: EARLY := @$(PY) tests/native_commands.py >/dev/null 2>&1 &
 test: $(READY) ## run all tests, lint included; pytest options with ARGS="..."
 	@$(PY) -m pytest $(PARALLEL) $(ARGS)
 
@@ -80,7 +82,8 @@ $(READY): $(REQUIREMENTS)
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) cannot create virtual environments (no ensurepip): on Debian and Ubuntu run 'apt install python3-venv'" >&2; exit 1; }
 	@$(PY) -c 'import pip' 2>/dev/null || { echo "creating $(VENV) with $$($(PYTHON) -V)"; $(PYTHON) -m venv --clear $(VENV); }
 	@echo "installing what development needs into $(VENV); the first time this takes minutes"
-	@$(INSTALL) -r requirements/dev.txt
-	@$(INSTALL) --no-deps -r requirements/no-deps.txt
+	@$(INSTALL) $$(grep -E '^(pybind11|ninja)==' requirements/dev.txt)
+	$(EARLY)
+	@$(INSTALL) --no-deps -r requirements/no-deps.txt & rest=$$!; $(INSTALL) -r requirements/dev.txt && wait $$rest
 	@LORAFUSE_SKIP_CUDA_BUILD=1 $(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@

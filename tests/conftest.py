@@ -11,7 +11,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Before transformers is imported: tests build their models from configurations and never download.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import fcntl
 import gc
 import importlib.util
 import random
@@ -119,20 +118,6 @@ def pytest_collection_finish():
     # every 700 objects, and a full one as often as little is left beside what is frozen, take a tenth of a trace
     gc.set_threshold(10_000, 10, 10)
     gc.enable()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
-    """Under pytest-xdist a test marked `alone` runs while no other process runs a test: it measures time."""
-    if not hasattr(item.config, "workerinput"):
-        return (yield)
-    folder = item.config.cache.mkdir("locks")
-    with (folder / "turn").open("w") as turn, (folder / "room").open("w") as room:
-        # whoever waits for the room holds the turn, so that nobody overtakes a test that wants it alone
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        fcntl.flock(room, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
-        fcntl.flock(turn, fcntl.LOCK_UN)
-        return (yield)
 
 
 def skipped_by_reason(reports):

@@ -5,26 +5,14 @@ import json
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
-import planted
 import pytest
+from native_commands import REPORTS, ROOT, command
 
 from lorafuse.backends import base, native
 
-ROOT = Path(__file__).parents[1]
-# of the build of each module: what ptxas said of every object
-REPORTS = ROOT / "build" / "csrc"
 # objects of the emulator that tests run
 PLANTED = REPORTS / "emu-copied"
-
-
-def command(target, *options):
-    """What builds a module; `lorafuse._emu` of kernels with the planted bugs, all of them off."""
-    if target == "emu" and "--sanitize" not in options:
-        planted.weave(ROOT / "csrc" / "kernels", REPORTS / "planted")
-        options += "--kernels", str(REPORTS / "planted")
-    return [sys.executable, str(ROOT / "csrc" / "build.py"), target, *options]
 
 
 @cache

@@ -19,7 +19,8 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
-from native_build import REPORTS, ROOT, build
+from native_build import build
+from native_commands import REPORTS, ROOT
 
 from lorafuse.backends import native
 

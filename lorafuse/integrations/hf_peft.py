@@ -237,7 +237,7 @@ def _parts(
     but it cannot be fused. The one statement of which layers lorafuse takes: the report and every forward ask here.
     A layer that `is_resting` lies in a module that FSDP2 shards: its weight is a DTensor now and whole in a forward.
     """
-    is_wrapper = isinstance(layer, ParamWrapper)
+    is_wrapper = ParamWrapper in type(layer).__mro__  # PEFT's abstract class answers isinstance in Python
     if is_wrapper:
         if reason := why_not_wrapped():
             return reason

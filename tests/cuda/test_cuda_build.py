@@ -17,7 +17,8 @@ from importlib.util import spec_from_file_location
 import nvcc_record
 import pytest
 import torch
-from native_build import ROOT, build, command, emulator, loads_alone
+from native_build import build, emulator, loads_alone
+from native_commands import ROOT, command
 from nvcc_record import BUDGET, INSTRUCTIONS, build_kernels
 
 from lorafuse.backends import native

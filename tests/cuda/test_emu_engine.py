@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from native_build import PLANTED, ROOT, emulator
+from native_build import PLANTED, emulator
+from native_commands import ROOT
 
 pytestmark = pytest.mark.first
 

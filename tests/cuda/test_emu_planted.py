@@ -13,7 +13,8 @@ import test_emu_decode
 import test_emu_skinny
 import torch
 from native_build import EMULATOR as emu
-from native_build import ROOT, emulator
+from native_build import emulator
+from native_commands import ROOT
 from operators import Linear
 from test_emu_experts import grouped, results
 

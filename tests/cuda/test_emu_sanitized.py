@@ -5,15 +5,15 @@ import subprocess
 import sys
 
 import pytest
-from native_build import REPORTS, ROOT, build
+from native_build import build
+from native_commands import ROOT, SANITIZED
 
 pytestmark = pytest.mark.first
 
-MODULE = REPORTS / "emu-sanitize" / "_emu.so"
 LOAD = f"""
 import importlib.util, sys
 import torch
-spec = importlib.util.spec_from_file_location("lorafuse._emu", {str(MODULE)!r})
+spec = importlib.util.spec_from_file_location("lorafuse._emu", {str(SANITIZED)!r})
 module = sys.modules["lorafuse._emu"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from lorafuse.backends import base
@@ -60,7 +60,7 @@ print("not seen")
 @pytest.fixture(scope="module")
 def sanitized():
     """Runs Python with the sanitized module in place of `lorafuse._emu`."""
-    reason = build("emu", str(MODULE), "--sanitize")
+    reason = build("emu", str(SANITIZED), "--sanitize")
     if reason:
         pytest.skip(f"the emulator cannot be built: {reason}")
     libraries = [

@@ -4,7 +4,7 @@ import shutil
 
 import nvcc_record
 import pytest
-from native_build import ROOT
+from native_commands import ROOT
 from nvcc_record import digest, sample, script, without_comments
 
 pytestmark = pytest.mark.no_poison
