@@ -73,6 +73,10 @@ class _Bench:
         options = "--accumulate", 1, "--checkpointing", "off", "--tokens", 512, "--rounds", 10
         return self._step("model-smollm2-135m-1-off", 2 * _CASE, "model", "--case", "smollm2-135m", *options)
 
+    def multi(self, adapters: int, rows: int, case: str) -> Step:
+        options = "--case", case, "--adapters", adapters, "--rows", rows
+        return self._step(f"multi-{adapters}x{rows}-{case}", _CASE, "multi", *options)
+
     def script(self, name: str, seconds: int, file: str, *options: str) -> Step:
         command = [sys.executable, f"bench/{file}.py", *options, "--json", str(self._out / f"{name}.json")]
         return Step(name, command, seconds)
@@ -92,6 +96,7 @@ def steps(out: Path, built: bool = False) -> list[Step]:
     linear, experts_file = (f"tests/kernels/test_triton_{name}.py" for name in ("linear", "experts"))
     on_gpu, of_steps = "tests/ops/test_gpu.py", "tests/integrations/test_step_graph.py"
     quantized = "tests/ops/test_gpu_quantized.py", "tests/kernels/test_decode.py"
+    multi = "tests/ops/test_multi.py", "tests/ops/test_multi_forms.py"
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
     smoke = [*pytest, linear, "-k", "gate or test_dropout"]
     cuda_smoke = [*pytest, on_gpu, "-k", "every_rank_of_the_cuda or one_cuda_launch and not 8192"]
@@ -122,6 +127,8 @@ def steps(out: Path, built: bool = False) -> list[Step]:
         bench.losses(),
         bench.script("hopper", 60, "hopper"),
         bench.script("decode", 45, "decode"),
+        bench.multi(32, 16, _LLAMA[0]),
+        bench.script("dora", 60, "dora", "--device", "cuda"),
         *(bench.quantized(m, _LLAMA[0]) for m in (8192, 512, 16)),
         *(layer(2048, 16, case) for case in _LLAMA),
         experts(8192, "qwen3-30b-a3b", "zipf"),
@@ -129,6 +136,7 @@ def steps(out: Path, built: bool = False) -> list[Step]:
         layer(16384, 16, _LLAMA[0]),
         Step("all-kernel-tests", [*pytest, linear, "tests/ops/test_philox.py", *parallel(8)], 180, 3),
         Step("all-experts-tests", [*pytest, experts_file, *parallel(5)], 180, 3),
+        Step("multi-tests", [*pytest, *multi, "-k", "triton", *parallel(4)], 180, 3),
         Step("offsets", [*pytest, on_gpu, "-k", "offsets"], 90, 3),
         Step("memcheck", [*sanitizer, "memcheck", *smoke], 120, 4),
         *(

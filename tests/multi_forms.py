@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from experts_reference import REFERENCE, REFERENCE_GATES
+from multi_reference import mover
 
 from lorafuse.functional import MultiProjection, lora_experts_multi, lora_gated_mlp_multi, lora_linears_multi
 from lorafuse.operands import Weight
@@ -111,32 +112,34 @@ def make(
 
 def run(given, buffers=None, backward=True, **more):
     """`{"y0", …, "dx", "dweight", "da0": of each adapter, "db0", …}`, or the y alone; `buffers` are of each layer."""
-    x, projections, factors = given.x.clone().requires_grad_(), [], []
-    weight = None if given.weight is None else given.weight.clone().requires_grad_()
+    move = mover(more.get("backend"))
+    x, projections, factors = move(given.x.clone()).requires_grad_(), [], []
+    weight = None if given.weight is None else move(given.weight.clone()).requires_grad_()
+    buffers = buffers and [tuple(map(move, some)) for some in buffers]
     for i, layer in enumerate(given.layers):
-        a, b = torch.cat(layer.a, -2).requires_grad_(), torch.cat(layer.b, -1).requires_grad_()
+        a, b = move(torch.cat(layer.a, -2)).requires_grad_(), move(torch.cat(layer.b, -1)).requires_grad_()
         factors.append((a, b))
         projections.append(MultiProjection(
-            layer.weight or layer.w, a, b, layer.ranks, layer.scales, layer.bias, layer.p,
-            layer.seeds if layer.p else None, buffers and buffers[i],
+            move(layer.weight or layer.w), a, b, layer.ranks, layer.scales, move(layer.bias), layer.p,
+            move(layer.seeds) if layer.p else None, buffers and buffers[i],
         ))  # fmt: skip
-    offsets = given.offsets
+    offsets = move(given.offsets)
     if given.form == "siblings":
         ys = lora_linears_multi(x, offsets, projections, **more)
     elif given.form == "gated":
         ys = [lora_gated_mlp_multi(x, offsets, *projections, activation=given.activation, **more)]
     else:
         given_more = {"activation": given.activation, "is_concatenated": not given.interleaved} | more
-        ys = [lora_experts_multi(x, offsets, given.index, weight, *projections, **given_more)]
-    out = {f"y{i}": y.detach() for i, y in enumerate(ys)}
+        ys = [lora_experts_multi(x, offsets, move(given.index), weight, *projections, **given_more)]
+    out = {f"y{i}": y.detach().cpu() for i, y in enumerate(ys)}
     if not backward:
         return out
-    torch.autograd.backward(list(ys), given.dy)
-    out["dx"] = x.grad
+    torch.autograd.backward(list(ys), list(map(move, given.dy)))
+    out["dx"] = x.grad.cpu()
     if weight is not None:
-        out["dweight"] = weight.grad
+        out["dweight"] = weight.grad.cpu()
     for i, (layer, (a, b)) in enumerate(zip(given.layers, factors, strict=True)):
-        da, db = buffers[i] if buffers else (a.grad, b.grad)
+        da, db = (t.cpu() for t in (buffers[i] if buffers else (a.grad, b.grad)))
         out[f"da{i}"], out[f"db{i}"] = list(da.split(layer.ranks, -2)), list(db.split(layer.ranks, -1))
     return out
 

@@ -3,15 +3,19 @@
 import random
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from lorafuse.functional import lora_linear_multi
+from lorafuse.operands import Weight
 from lorafuse.philox import keep_mask, rescaled
 from lorafuse.testing.numerics import lora_formula
 
-__all__ = ["Batch", "batch", "count_reads", "reference", "run"]
+__all__ = ["GPU", "Batch", "batch", "count_reads", "mover", "reference", "run"]
+
+# where Triton's kernels run
+GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass
@@ -77,16 +81,29 @@ def batch(counts, ranks, dtype=torch.float64, N=36, K=40, rest=5, dropout=True, 
     return made.to(dtype)
 
 
+def mover(backend):
+    """Moves a tensor, a weight or None to where a backend runs: Triton on a GPU, if there is one."""
+    device = GPU if backend == "triton" else torch.device("cpu")
+
+    def move(t):
+        if isinstance(t, Weight):
+            return replace(t, data=move(t.data), statistics=tuple(map(move, t.statistics)))
+        return None if t is None else t.to(device)
+
+    return move
+
+
 def run(given, **more):
     """`{"y", "dx", "da", "db"}` of a batch."""
-    x, a, b = (t.detach().clone().requires_grad_() for t in (given.x, given.a, given.b))
+    move = mover(more.get("backend"))
+    x, a, b = (move(t.detach().clone()).requires_grad_() for t in (given.x, given.a, given.b))
     weight = more.pop("weight", given.w)
     y = lora_linear_multi(
-        x, given.offsets, weight, a, b, ranks=given.ranks, scales=given.scales, bias=given.bias, dropout_p=given.p,
-        seeds=given.seeds if given.p else None, **more,
+        x, move(given.offsets), move(weight), a, b, ranks=given.ranks, scales=given.scales, bias=move(given.bias),
+        dropout_p=given.p, seeds=move(given.seeds) if given.p else None, **more,
     )  # fmt: skip
-    y.backward(given.dy)
-    return {"y": y.detach(), "dx": x.grad, "da": a.grad, "db": b.grad}
+    y.backward(move(given.dy))
+    return {name: t.cpu() for name, t in {"y": y.detach(), "dx": x.grad, "da": a.grad, "db": b.grad}.items()}
 
 
 def reference(given):

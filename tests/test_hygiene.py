@@ -68,7 +68,7 @@ LAYERS = {
     "functional": (_OPERATORS, {"torch"}),
     "nn": (_OPERANDS | {"functional"}, {"torch"}),
     "adapters": (_OPERANDS | {"functional", "nn"}, {"torch", "safetensors"}),
-    "export": (_OPERANDS | {"functional", "nn"}, {"torch", "safetensors"}),
+    "export": (_OPERANDS | {"functional", "nn", "adapters"}, {"torch", "safetensors"}),
     "parallel": (_OPERATORS | {"functional"}, {"torch"}),
     "integrations": (_OPERATORS | {"functional", "nn", "parallel"}, {"torch", "deepspeed"} | _HUGGING_FACE | _TRAINERS),
     "advise": (_LEAVES | {"formats", "plan"}, {"torch"} | _HUGGING_FACE),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ class AdamParams:
     """Settings of one step of one adapter: those of `torch.optim.AdamW`, with the defaults of Tinker's optim_step.
 
     `grad_scale` multiplies the gradients first, such as 1 / tokens: they are sums. `max_grad_norm` clips their norm
-    then; 0 does not.
+    then; 0 does not. Raises ValueError for numbers outside of their ranges.
     """
 
     lr: float = 1e-4
@@ -26,6 +27,18 @@ class AdamParams:
     weight_decay: float = 0.0
     grad_scale: float = 1.0
     max_grad_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        numbers = self.lr, self.eps, self.weight_decay, self.max_grad_norm
+        if not (
+            all(0.0 <= one < math.inf for one in numbers)
+            and all(0.0 <= one < 1.0 for one in self.betas)
+            and math.isfinite(self.grad_scale)
+        ):
+            raise ValueError(
+                f"{self}: lr, eps, weight_decay and max_grad_norm must be finite and at least 0, betas at least 0 and "
+                "below 1, grad_scale finite"
+            )
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,8 @@ class MultiAdamW:
         """
         if not params:
             return {}
+        held = self.pool._slots
+        self._states = {slot: state for slot, state in self._states.items() if held.get(slot) is state.owner}
         given = {slot: self._tensors(slot) for slot in params}
         norms = self._norms({slot: grads for slot, (_, grads, _) in given.items()})
         p: list[Tensor] = []
@@ -97,6 +112,35 @@ class MultiAdamW:
         torch._foreach_zero_([grad for _, grads, _ in given.values() for grad in grads])
         return results
 
+    def state_dict(self, slot: int) -> dict[str, Any]:
+        """Copies of what a slot's next steps need besides its parameters (`AdapterPool.export`): the moments by the
+        parameters' names, the number of steps, and of batches and the seed, by which its masks of dropout are drawn.
+
+        Gradients that were not stepped are not in it.
+        """
+        _, _, state = self._tensors(slot)
+        names = self.pool.parameters(slot)
+        moments = {key: dict(zip(names, (t.clone() for t in getattr(state, key)), strict=True)) for key in "mv"}
+        return {"number": state.number, **self.pool._drawing(slot), **moments}
+
+    @torch.no_grad()
+    def load_state_dict(self, slot: int, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned of an adapter of the same layers and rank, of whichever pool and slot.
+
+        Raises ValueError, changing nothing, for one of other layers or another rank.
+        """
+        named = self.pool.parameters(slot)
+        for key in "mv":
+            if {n: t.shape for n, t in state[key].items()} != {n: t.shape for n, t in named.items()}:
+                raise ValueError(f"the state is not of an adapter with the layers and the rank of slot {slot}")
+        self.reset(slot)
+        _, _, own = self._tensors(slot)
+        own.number = state["number"]
+        for key in "mv":
+            for t, name in zip(getattr(own, key), named, strict=True):
+                t.copy_(state[key][name])
+        self.pool._draw_from(slot, state["batches"], state["seed"])
+
     def reset(self, slot: int) -> None:
         """Forget the state of a slot: the next step is its first."""
         self._states.pop(slot, None)
@@ -109,6 +153,9 @@ class MultiAdamW:
             # contiguous or not as the parameter is, so that one kernel reads all
             state = _State(0, [torch.zeros_like(t) for t in weights], [torch.zeros_like(t) for t in weights], owner)
             self._states[slot] = state
+        elif state.m[0].device != weights[0].device:
+            # the model was moved
+            state.m, state.v = ([t.to(weights[0].device) for t in some] for some in (state.m, state.v))
         return weights, list(self.pool.gradients(slot).values()), state
 
     @staticmethod

@@ -12,20 +12,21 @@ from torch import Tensor, nn
 
 from lorafuse.adapters import files
 from lorafuse.nn.multi import AdapterRows, LoRALinearMulti
+from lorafuse.nn.multi_groups import MultiGatedMLP, MultiSiblings
+from lorafuse.nn.roles import sibling_orders
 
 __all__ = ["AdapterPool"]
 
 
 @dataclass(eq=False)
 class _Slot:
-    """One adapter. `layers` are the names of those it adapts; `calls` counts the batches that it was in."""
+    """One adapter. `layers` are the names of those it adapts."""
 
     rank: int
     scale: float
     seed: int
     dropout: float
     layers: tuple[str, ...]
-    calls: int = 0
 
 
 class AdapterPool:
@@ -37,26 +38,50 @@ class AdapterPool:
     base alone. What an adapter computes, and its gradients, do not depend on the others, not in one bit
     (`lorafuse.functional.lora_linear_multi`).
 
+    With `groups` siblings among the layers (q, k and v of one parent, by the names of known families) run as one
+    operator in calls with gradients, and so does every gated MLP with one of the layers, which is known by a run of its
+    forward with small layers (`lorafuse.nn.multi_groups`).
+
     Gradients add up in the pool, in sums over tokens, until `MultiAdamW.step` or `zero_grad` of that slot.
 
-    Raises ValueError where no layer matches.
+    Raises ValueError where no layer matches, and for a model with PEFT's layers.
     """
 
     def __init__(
-        self, model: nn.Module, targets: Sequence[str] | None = None, *, dtype: torch.dtype = torch.float32
-    ) -> None:
+        self, model: nn.Module, targets: Sequence[str] | None = None, *, dtype: torch.dtype = torch.float32,
+        groups: bool = True,
+    ) -> None:  # fmt: skip
         self.model, self.dtype = model.requires_grad_(False), dtype
         self.layers: dict[str, LoRALinearMulti] = {}
+        # every name of a layer, of which a module that stands in several places has several
+        self._names: dict[LoRALinearMulti, list[str]] = {}
         self._slots: dict[int, _Slot] = {}
-        self._seeds: dict[int, int] = {}
-        for name, module in list(model.named_modules()):
-            if (targets is None or _matches(name, targets)) and _is_linear(module):
-                layer = LoRALinearMulti(module, dtype).train(module.training)
-                layer.number = zlib.crc32(name.encode())
-                self._replace(name, layer)
-                self.layers[name] = layer
+        self._in_use = 0
+        made: dict[nn.Module, LoRALinearMulti] = {}
+        for name, module in list(model.named_modules(remove_duplicate=False)):
+            if module in made or ((targets is None or _matches(name, targets)) and _is_linear(module)):
+                if module not in made:
+                    if name.endswith(".base_layer"):
+                        raise ValueError(
+                            f"{name} has an adapter of PEFT around it; make the pool of the model without its layers "
+                            "(model.unload(), or merge_and_unload()), and load adapters by their files"
+                        )
+                    layer = made[module] = LoRALinearMulti(module, dtype).train(module.training)
+                    layer.number = zlib.crc32(name.encode())
+                    self.layers[name] = layer
+                self._names.setdefault(made[module], []).append(name)
         if not self.layers:
             raise ValueError(f"no linear layer of the model matches {targets}; name the last parts of their names")
+        for layer, names in self._names.items():
+            for name in names:
+                self._replace(name, layer)
+        self._siblings: list[MultiSiblings] = []
+        self._gated: list[nn.Module] = []
+        if groups:
+            self._group()
+        # how many batches each slot was in, and its seed, where the rows' adapters are, which nobody waits for
+        self._calls = torch.zeros(0, dtype=torch.int64, device=self._device)
+        self._seeds = torch.zeros(0, dtype=torch.int64, device=self._device)
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -87,7 +112,10 @@ class AdapterPool:
         return self._add(_Slot(rank, (rank if alpha is None else alpha) / rank, seed, dropout, tuple(names)), factors)
 
     def release(self, slot: int) -> None:
-        """Give the slot back. Raises KeyError for one that is not allocated, as all methods do."""
+        """Give the slot back. Raises KeyError for one that is not allocated, as all methods do; RuntimeError within
+        `use_adapters`, as `allocate`, `load` and `close` do too.
+        """
+        self._refuse_in_use("release")
         held, at = self._slots[slot], self.slots.index(slot)
         del self._slots[slot]
         for layer in self.layers.values():
@@ -105,8 +133,16 @@ class AdapterPool:
         unknown = sorted(set(factors) - set(self.layers))
         if unknown:
             raise ValueError(f"{folder} adapts {unknown[:3]}, which the pool does not hold")
+        for name, (a, b) in factors.items():
+            N, K = self.layers[name].weight.sizes
+            if a.shape[1:] != (K,) or b.shape != (N, a.shape[0]):
+                raise ValueError(
+                    f"{folder} has a {list(a.shape)} and b {list(b.shape)} for {name}, which maps {K} features to {N}"
+                )
         rank = next(iter(factors.values()))[0].shape[0]
-        return self._add(_Slot(rank, scale, seed, dropout, tuple(factors)), factors)
+        # in the order of the pool, in which an optimizer adds up norms
+        names = tuple(name for name in self.layers if name in factors)
+        return self._add(_Slot(rank, scale, seed, dropout, names), factors)
 
     def export(self, slot: int, folder: str | Path) -> None:
         """Write PEFT's files of the adapter, which `peft.PeftModel.from_pretrained` reads."""
@@ -125,6 +161,10 @@ class AdapterPool:
         """The sums of the gradients of `parameters` since they were last zeroed, likewise."""
         return self._views(slot, lambda layer: (layer.a_grad, layer.b_grad))
 
+    def scale(self, slot: int) -> float:
+        """alpha / R of the adapter."""
+        return self._slots[slot].scale
+
     def zero_grad(self, slot: int) -> None:
         """Forget the gradients of a slot."""
         for t in self.gradients(slot).values():
@@ -134,54 +174,120 @@ class AdapterPool:
     def use_adapters(self, slots: Sequence[int] | Tensor) -> Iterator[None]:
         """Within it, forward and backward (activation checkpointing runs forward again) have these adapters.
 
-        `slots` has one for each sample, or int64 tensors `[B]` or `[B, T, …]` on the model's device for each sample or
-        token; -1 is none. Ascending ints, -1 last, need no row to be moved. Raises KeyError for an int that is not
-        allocated; of a tensor that is not looked at, it is none.
+        `slots` has one for each sample, or is a tensor of integers `[B]` or `[B, T, …]` on the model's device, for each
+        sample or token; -1 is none. Ascending ints, -1 last, need no row to be moved. Nothing waits for the device.
+        Raises KeyError for an int that is not allocated; in a tensor, which is not looked at, it is none. TypeError for
+        a tensor of other numbers. A layer that a checkpoint calls again later raises RuntimeError.
         """
-        device = next(iter(self.layers.values())).weight.data.device
         every, count = self.slots, len(self._slots)
         if isinstance(slots, Tensor):
-            place = torch.full((max(every, default=0) + 2,), count, dtype=torch.int64)
+            if slots.is_floating_point() or slots.is_complex() or slots.dtype is torch.bool:
+                raise TypeError(f"slots is {slots.dtype}; it must hold integers, as allocate returns them")
+            # of every number, of which those that are no slot are the last
+            place = [count] * (max(every, default=0) + 2)
             for i, slot in enumerate(every):
                 place[slot] = i
-            # -1 is the last
-            index = place.to(device)[slots.clamp(max=len(place) - 1)]
-            is_sorted, used = False, set(every)
+            index = self._on_device(place)[slots.long().clamp(-1, len(place) - 1)]
+            is_sorted = False
         else:
             known = {slot: i for i, slot in enumerate(every)} | {-1: count}
             values = [known[slot] for slot in slots]
-            index, is_sorted = torch.tensor(values, device=device), values == sorted(values)
-            used = set(slots) - {-1}
-        for slot in used:
-            self._slots[slot].calls += 1
-        seeds = None
-        if any(held.dropout for held in self._slots.values()):
-            drawn = [_seed(self._slots[slot].seed, self._slots[slot].calls) for slot in every]
-            seeds = torch.tensor(drawn, dtype=torch.int64, device=device)
-        rows = AdapterRows(index, count, is_sorted, seeds)
+            index, is_sorted = self._on_device(values), values == sorted(values)
+        # without any adapter there is the base alone
+        rows = AdapterRows(index, count, is_sorted, self._drawn(index)) if count else None
         former = {layer: layer.rows for layer in self.layers.values()}
         for layer in self.layers.values():
-            layer.rows = rows
+            layer.rows, layer.had_rows = rows, rows is not None
+        self._in_use += 1
         try:
             yield
+            for group in self._siblings:
+                group.drop()
         finally:
+            self._in_use -= 1
+            for group in self._siblings:
+                group.forget()
             for layer, before in former.items():
                 layer.rows = before
 
     def close(self) -> None:
         """Put the model's own layers back."""
-        for name, layer in self.layers.items():
-            self._replace(name, layer.base)
+        self._refuse_in_use("close")
+        for layer, names in self._names.items():
+            for name in names:
+                self._replace(name, layer.base)
+        for parent in self._gated:
+            MultiGatedMLP.dissolve(parent)
         self.layers.clear()
+        self._names.clear()
+        self._siblings.clear()
+        self._gated.clear()
         self._slots.clear()
 
     def _replace(self, name: str, module: nn.Module) -> None:
         parent, _, last = name.rpartition(".")
         setattr(self.model.get_submodule(parent), last, module)
 
+    def _group(self) -> None:
+        """Make groups of the layers that run as one operator."""
+        for path, parent in self.model.named_modules():
+            children = {name: child for name, child in parent._modules.items() if child in self._names}
+            alike: dict[tuple[object, ...], list[str]] = {}
+            for name, child in children.items():
+                w = child.weight  # type: ignore[union-attr]
+                alike.setdefault((w.sizes[1], w.data.device, w.format == "dense" and w.data.dtype), []).append(name)
+            for names in alike.values():
+                where = f"{path.rpartition('.')[2]} {type(parent).__name__}"
+                for order in sibling_orders(names, where):
+                    self._siblings.append(MultiSiblings([children[names[i]] for i in order]))  # type: ignore[misc]
+            if children and MultiGatedMLP.form(parent):
+                self._gated.append(parent)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.layers.values())).weight.data.device
+
+    def _on_device(self, values: Sequence[int]) -> Tensor:
+        """int64 on the model's device; nothing waits for it."""
+        is_cuda = self._device.type == "cuda"
+        return torch.tensor(values, dtype=torch.int64, pin_memory=is_cuda).to(self._device, non_blocking=True)
+
+    def _drawn(self, index: Tensor) -> Tensor | None:
+        """Seeds of dropout for one batch, by the place of each adapter, None without; counts the batch for those in it.
+
+        They depend on the adapter's own seed and on how many batches it was in.
+        """
+        every, count = self.slots, len(self._slots)
+        if not any(held.dropout for held in self._slots.values()):
+            return None
+        # a model may have been moved
+        self._calls, self._seeds = self._calls.to(self._device), self._seeds.to(self._device)
+        slots = self._on_device(every)
+        present = torch.zeros(count + 1, dtype=torch.int64, device=index.device)
+        present.scatter_(0, index.reshape(-1), 1)
+        self._calls[slots] += present[:count]
+        return _mixed(self._seeds[slots], self._calls[slots])
+
+    def _drawing(self, slot: int) -> dict[str, int]:
+        """What decides the next mask of dropout of a slot."""
+        return {"batches": int(self._calls[slot]), "seed": int(self._seeds[slot])}
+
+    def _draw_from(self, slot: int, batches: int, seed: int) -> None:
+        self._calls[slot], self._seeds[slot] = batches, seed
+
+    def _refuse_in_use(self, what: str) -> None:
+        if self._in_use:
+            raise RuntimeError(
+                f"{what} within use_adapters, whose calls have the adapters of its beginning: end it first"
+            )
+
     def _add(self, held: _Slot, factors: dict[str, tuple[Tensor, Tensor]]) -> int:
+        self._refuse_in_use("allocate or load")
         slot = next(i for i in range(len(self._slots) + 1) if i not in self._slots)
         self._slots[slot] = held
+        if slot == len(self._calls):
+            self._calls, self._seeds = (torch.cat((t, t.new_zeros(1))) for t in (self._calls, self._seeds))
+        self._calls[slot], self._seeds[slot] = 0, _signed(held.seed)
         at = self.slots.index(slot)
         for name, layer in self.layers.items():
             pairs, grads = _unstacked(layer)
@@ -235,8 +341,13 @@ def _restack(layer: LoRALinearMulti, pairs: list[tuple[Tensor, Tensor]], grads: 
     layer.fill(pairs or nothing, grads or nothing)
 
 
-def _seed(seed: int, calls: int) -> int:
-    """A seed of dropout for one batch: 63 bits, from the adapter's own seed and how many batches it was in."""
-    z = (seed * 0x9E3779B97F4A7C15 + calls * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    z = ((z ^ (z >> 30)) * 0x94D049BB133111EB) & (2**64 - 1)
-    return (z ^ (z >> 31)) >> 1
+def _signed(number: int) -> int:
+    """64 bits of a number, as int64 holds them."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def _mixed(seeds: Tensor, calls: Tensor) -> Tensor:
+    """63 bits for each pair of numbers, int64 that wrap around."""
+    z = seeds * -0x61C8864680B583EB + calls * -0x40A7B892E31B1A47
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * -0x6B2FB644ECCEEE15
+    return ((z ^ ((z >> 31) & (2**33 - 1))) >> 1) & (2**63 - 1)

@@ -179,9 +179,13 @@ def _factors(
 
 
 def _own(t: Tensor, rows: slice) -> Tensor:
-    """Some rows of t, copied unless every row starts on a boundary: which kernel a library takes can depend on that."""
+    """Some rows of t, copied unless every row starts on a boundary and is contiguous: which kernel a library takes can
+    depend on that.
+    """
     size = t.element_size()
-    return t[rows] if t.data_ptr() % _LINE == t.stride(0) * size % _LINE == 0 else t[rows].clone()
+    if t.stride(1) == 1 and t.data_ptr() % _LINE == t.stride(0) * size % _LINE == 0:
+        return t[rows]
+    return t[rows].clone(memory_format=torch.contiguous_format)
 
 
 def _chunks(mine: slice, t: Tensor, is_masked: bool) -> list[slice]:

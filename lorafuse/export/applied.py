@@ -6,9 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafuse.nn import LoRALinear
+from lorafuse.activation import gate_differentiable
+from lorafuse.nn import LoRAExperts, LoRAExpertsMulti, LoRAGatedMLP, LoRALinear, LoRALinearMulti, LoRAQKV
 
 __all__ = ["NoEffect", "check_applied"]
+
+# our modules with adapters, and those that run such layers without calling them
+_OWNED = LoRALinear, LoRAExperts, LoRALinearMulti, LoRAExpertsMulti
+_GROUPS = LoRAQKV, LoRAGatedMLP
 
 
 @dataclass(frozen=True)
@@ -20,28 +25,36 @@ class NoEffect:
 
 
 def check_applied(model: nn.Module, batch: Any) -> list[NoEffect]:
-    """The adapted layers of a PEFT model, or of `lorafuse.nn.LoRALinear`, whose adapter has no effect on this batch.
+    """The adapted layers of a PEFT model, or of `lorafuse.nn`, whose adapter has no effect on this batch.
 
     Runs `model(**batch)` (or `model(batch)`) once without gradients, and the base of every adapted linear layer again.
-    None is what to expect after some steps of training; before, every lora_B is zero, which is said.
+    None is what to expect after some steps of training; before, every lora_B is zero, which is said. Of a pool's model
+    call it within `AdapterPool.use_adapters`; what counts is any of the batch's adapters.
 
     Raises ValueError for a model without adapted layers.
     """
     layers = {
         name: module for name, module in model.named_modules()
-        if isinstance(module, LoRALinear) or (hasattr(module, "lora_A") and hasattr(module, "get_base_layer"))
+        if isinstance(module, _OWNED) or (hasattr(module, "lora_A") and hasattr(module, "get_base_layer"))
     }  # fmt: skip
     if not layers:
         raise ValueError(f"check_applied got a {type(model).__name__} without adapted layers")
-    called: dict[str, bool] = {}
+    called: dict[nn.Module, bool] = {}
 
-    def watching(name: str, layer: Any) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-            called[name] = called.get(name, False) or _differs(layer, args, y)
+    def watch(layer: Any, args: tuple[Any, ...], y: Any) -> None:
+        called[layer] = called.get(layer, False) or _differs(layer, args, y)
 
-        return layer.register_forward_hook(hook)
+    def watch_group(group: Any, args: tuple[Any, ...], y: Any) -> None:
+        # the layers' hooks see these calls
+        if isinstance(group, LoRAQKV):
+            for layer in group.children():
+                layer(*args)
+        else:
+            gate, up, down = group.children()
+            down(gate_differentiable(group.activation, gate(*args), up(*args)))
 
-    handles = [watching(name, layer) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(watch) for layer in layers.values()]
+    handles += [m.register_forward_hook(watch_group) for m in model.modules() if isinstance(m, _GROUPS)]
     try:
         with torch.no_grad():
             model(**batch) if isinstance(batch, dict) else model(batch)
@@ -51,9 +64,9 @@ def check_applied(model: nn.Module, batch: Any) -> list[NoEffect]:
     out = []
     for name, layer in layers.items():
         reason = _idle(layer)
-        if not reason and name not in called:
+        if not reason and layer not in called:
             reason = "it was never called"
-        elif not reason and not called[name]:
+        elif not reason and not called[layer]:
             reason = "its result is that of its base: what it adds is lost in rounding, or is not computed"
         if reason:
             out.append(NoEffect(name, reason))
@@ -64,6 +77,8 @@ def _differs(layer: Any, args: tuple[Any, ...], y: Any) -> bool:
     """Whether y is not what the base alone gives; of layers that are not linear it is not known, and assumed."""
     if isinstance(layer, LoRALinear):
         return not torch.equal(y, nn.functional.linear(args[0], layer.weight, layer.bias))
+    if isinstance(layer, LoRALinearMulti):
+        return not torch.equal(y, layer.base(*args))
     if hasattr(layer, "parameter_name") or not isinstance(y, Tensor) or len(args) != 1:
         return True
     return not torch.equal(y, layer.base_layer(*args))
@@ -74,7 +89,14 @@ def _idle(layer: Any) -> str:
     if isinstance(layer, LoRALinear):
         if layer.merged:
             return "it is merged into its base"
-        return "" if layer.lora_B.weight.any() and layer.lora_A.weight.any() else "its lora_A or lora_B is zero"
+        return _zero([(layer.lora_A.weight, layer.lora_B.weight)])
+    if isinstance(layer, LoRALinearMulti | LoRAExpertsMulti) and layer.rows is None:
+        return "its rows have no adapters: call it within AdapterPool.use_adapters"
+    if isinstance(layer, LoRALinearMulti):
+        return _zero([(layer.a, layer.b)])
+    if isinstance(layer, LoRAExperts | LoRAExpertsMulti):
+        a, b = ("lora_A", "lora_B") if isinstance(layer, LoRAExperts) else ("a", "b")
+        return _zero([(getattr(layer, f"{p}_{a}"), getattr(layer, f"{p}_{b}")) for p in ("gate_up", "down")])
     if layer.disable_adapters:
         return "its adapters are disabled"
     if layer.merged_adapters:
@@ -83,6 +105,9 @@ def _idle(layer: Any) -> str:
     pairs = [(a[name], b[name]) for a, b in factors for name in layer.active_adapters if name in b]
     if not pairs:
         return "it has no active adapter"
-    if not any(all(getattr(t, "weight", t).any() for t in pair) for pair in pairs):
-        return "its lora_A or lora_B is zero"
-    return ""
+    return _zero([tuple(getattr(t, "weight", t) for t in pair) for pair in pairs])
+
+
+def _zero(pairs: list[Any]) -> str:
+    """The reason where of every `(a, b)` one is zero."""
+    return "" if any(a.any() and b.any() for a, b in pairs) else "its lora_A or lora_B is zero"

@@ -25,12 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafuse.adapters import AdapterPool
+from lorafuse.adapters.files import changes_base
 from lorafuse.errors import MissingDependency
 from lorafuse.nn import LoRAExperts, LoRALinear
 
 __all__ = ["to_sglang", "to_vllm"]
 
 _PREFIX = "base_model.model."
+_A, _B = ".lora_A.weight", ".lora_B.weight"
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # what SGLang stacks, and fails on where one of the names is missing
 _STACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -60,7 +63,7 @@ class _Adapter:
 
 
 def to_vllm(
-    model: nn.Module, folder: str | Path | None = None, *, adapter_name: str = "default",
+    model: nn.Module | AdapterPool, folder: str | Path | None = None, *, adapter_name: str | int = "default",
     projections: tuple[str, str, str] = _PROJECTIONS,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The tensors of a model's adapters by the names under which vLLM loads them; with `folder`, its two files too.
@@ -68,14 +71,15 @@ def to_vllm(
     Experts are written one by one, factors that they share once for each.
 
     Args:
-        model: a `PeftModel`, patched or not, or a model with `lorafuse.nn.LoRALinear` and `LoRAExperts`.
+        model: a `PeftModel`, patched or not, a model with `lorafuse.nn.LoRALinear` and `LoRAExperts`, or a pool.
         folder: made if it is not there.
-        adapter_name: of a `PeftModel`.
+        adapter_name: of a `PeftModel`; of a pool the slot.
         projections: what vLLM's model calls the gate, up and down projection of an expert ("w1", "w3", "w2" in
             Mixtral).
 
     Raises ValueError, writing nothing, for a model without adapters and for what vLLM does not load: DoRA and other
-    variants, biases, other modules, convolutions.
+    variants, biases, other modules and tokens, convolutions, and adapters of a base that their initialization changed
+    (PiSSA).
     """
     adapter = _read(model, adapter_name)
     pairs = _tensors(adapter, projections, is_shared=False, alone=projections[1])
@@ -83,7 +87,8 @@ def to_vllm(
 
 
 def to_sglang(
-    model: nn.Module, folder: str | Path | None = None, *, adapter_name: str = "default", shared_outer: bool = False,
+    model: nn.Module | AdapterPool, folder: str | Path | None = None, *, adapter_name: str | int = "default",
+    shared_outer: bool = False,
     projections: tuple[str, str, str] = _PROJECTIONS,
 ) -> dict[str, Tensor]:  # fmt: skip
     """As `to_vllm`, for SGLang: every tensor has the rank of adapter_config.json, and q, k and v, or gate and up, of a
@@ -96,7 +101,7 @@ def to_sglang(
     dropped = [n for n in adapter.linear if not re.search(r"layers\.\d+\.", n) and not any(h in n for h in _HEADS)]
     if dropped:
         raise ValueError(f"SGLang reads adapters of layers.N alone, and would drop that of {dropped[0]}")
-    _complete(adapter, model)
+    _complete(adapter, model.model if isinstance(model, AdapterPool) else model)
     if shared_outer:
         apart = [n for n, one in adapter.experts.items() if one.gate_up[0].shape[0] > 1 or one.down[1].shape[0] > 1]
         if apart:
@@ -105,7 +110,9 @@ def to_sglang(
     return _finished(adapter, pairs, folder, projections, is_padded=True)
 
 
-def _read(model: nn.Module, adapter_name: str) -> _Adapter:
+def _read(model: nn.Module | AdapterPool, adapter_name: str | int) -> _Adapter:
+    if isinstance(model, AdapterPool):
+        return _read_pool(model, adapter_name)
     adapter = _Adapter(base=getattr(getattr(model, "config", None), "name_or_path", None) or None)
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
@@ -126,21 +133,38 @@ def _read(model: nn.Module, adapter_name: str) -> _Adapter:
     if config is not None:
         if config.modules_to_save:
             raise ValueError(f"servers load no modules_to_save ({', '.join(config.modules_to_save)}): merge them")
+        for setting, plain in (("bias", "none"), ("trainable_token_indices", None), ("layer_replication", None)):
+            if getattr(config, setting, None) not in (None, plain):
+                raise ValueError(f"the adapter has {setting}={getattr(config, setting)!r}, which servers do not load")
+        if reason := changes_base(config.init_lora_weights):
+            raise ValueError(f"the adapter {reason}")
         adapter.base = config.base_model_name_or_path or adapter.base
     return adapter
 
 
-def _read_peft(adapter: _Adapter, name: str, module: Any, which: str) -> None:
+def _read_pool(pool: AdapterPool, slot: str | int) -> _Adapter:
+    if slot not in pool.slots:
+        raise ValueError(f"the pool has no slot {slot!r}, only {list(pool.slots)}: pass one as adapter_name")
+    named, scale = pool.parameters(int(slot)), pool.scale(int(slot))
+    linear = {
+        n.removesuffix(_A): (a, named[n.removesuffix(_A) + _B], scale) for n, a in named.items() if n.endswith(_A)
+    }
+    return _Adapter(linear, base=getattr(getattr(pool.model, "config", None), "name_or_path", None) or None)
+
+
+def _read_peft(adapter: _Adapter, name: str, module: Any, which: str | int) -> None:
     if which in getattr(module, "lora_variant", {}):
         kind = type(module.lora_variant[which]).__name__.removesuffix("LinearVariant")
-        if kind != "MiCA":
+        # what is LoRA in forward
+        if kind not in ("MiCA", "Velora"):
             raise ValueError(f"{name} is a variant of LoRA ({kind}), which servers do not load: merge it into the base")
     a, b, scale = module.lora_A[which], module.lora_B[which], float(module.scaling[which])
     if getattr(a, "bias", None) is not None or getattr(b, "bias", None) is not None:
         raise ValueError(f"{name} has an adapter with a bias, which servers do not load")
     if not isinstance(a, nn.Linear) or not isinstance(b, nn.Linear):
         raise ValueError(f"{name} adapts a {type(module.get_base_layer()).__name__}; servers load linear layers")
-    if not hasattr(module, "parameter_name"):
+    # the weight of an nn.Linear may be adapted as a parameter, as that of a layer is
+    if getattr(module, "parameter_name", "weight") == "weight":
         adapter.linear[name] = a.weight, b.weight, scale
         return
     E, base, inner = module.num_experts, module.get_base_layer(), name.removesuffix(".base_layer")
@@ -202,15 +226,22 @@ def _finished(
 ) -> dict[str, Tensor]:  # fmt: skip
     rank = max(a.shape[-2] for a, _, _ in pairs.values())
     # of the layers of that rank, so that in most adapters no B is multiplied
-    scale = next(s for a, _, s in pairs.values() if a.shape[-2] == rank)
+    scale = next((s for a, _, s in pairs.values() if a.shape[-2] == rank and s), 0.0)
+    scale = scale or next((s for _, _, s in pairs.values() if s), 1.0)
     tensors = {}
+    patterns: dict[str, dict[str, Any]] = {"rank_pattern": {}, "alpha_pattern": {}}
     for name, (a, b, own) in pairs.items():
-        if is_padded:
+        # PEFT, which reads vLLM's files too, has one rank for all experts
+        if is_padded or name not in adapter.linear:
             missing = rank - a.shape[-2]
             a, b = nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.detach().contiguous()
-        factor = own / scale if scale else 0.0
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = (b.detach() if factor == 1.0 else b.detach() * factor).contiguous()
+        elif a.shape[-2] != rank:
+            # vLLM ignores these, and PEFT needs them: B holds what makes the scale that of all
+            patterns["rank_pattern"][name] = a.shape[-2]
+            patterns["alpha_pattern"][name] = scale * a.shape[-2]
+        tensors[f"{_PREFIX}{name}{_A}"] = a.detach().contiguous()
+        factor = own / scale
+        tensors[f"{_PREFIX}{name}{_B}"] = (b.detach() if factor == 1.0 else b.detach() * factor).contiguous()
     if folder is not None:
         try:
             from safetensors.torch import save_file
@@ -226,6 +257,7 @@ def _finished(
             "base_model_name_or_path": adapter.base, "bias": "none", "inference_mode": True, "lora_alpha": scale * rank,
             "lora_dropout": 0.0, "modules_to_save": None, "peft_type": "LORA", "r": rank,
             "target_modules": sorted(targets), "task_type": "CAUSAL_LM", "use_dora": False, "use_rslora": False,
+            **patterns,
         }  # fmt: skip
         (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return tensors

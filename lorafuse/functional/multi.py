@@ -12,6 +12,7 @@ from lorafuse.ops.autocast import autocast_is_on
 from lorafuse.ops.checks import check_gate, check_scale, check_statistics, check_tensors
 from lorafuse.ops.choose import requested_backend
 from lorafuse.ops.multi_layers import MultiSettings
+from lorafuse.ops.transforms import is_transformed
 
 __all__ = [
     "MultiProjection",
@@ -97,8 +98,9 @@ def lora_linear_multi(
         seeds: of the masks, int64 `[L]` on x's device; an element's fate depends on its adapter's seed, its row among
             that adapter's and its column. None draws them from torch's default generator.
         grad_buffers: of a's and b's sizes and strides any; backward adds the gradients of a and b there, for the
-            adapters that have rows, and gives a and b none. a and b must require gradients. None for ordinary ones,
-            which are zero for an adapter without rows.
+            adapters that have rows, and gives a and b none; one that was asked for other gradients alone
+            (`torch.autograd.grad` of x) adds nothing. a and b must require gradients. None for ordinary ones, which are
+            zero for an adapter without rows.
         batch_invariant: False lets backend "eager" compute the base product of all rows at once, which is up to 1.5
             (y) and 2.3 (gradient of x) times as fast where adapters have few rows (16 each of 32 adapters, 4096 x 4096,
             fp32, one thread of an EPYC with AVX2, shared, 2026-11-29), and whose bits depend on all rows. "triton" is
@@ -109,7 +111,8 @@ def lora_linear_multi(
     Returns y `[…, N]` in x's dtype; gradients reach x, a and b.
 
     Raises ValueError or TypeError for operands that do not fit, with the rule; NotImplementedError for a weight or bias
-    that requires a gradient, and for second derivatives with buffers. Other transforms of torch run plain torch.
+    that requires a gradient, and with buffers for second derivatives and under transforms of torch. Without buffers
+    these run plain torch.
     """
     one = MultiProjection(weight, a, b, ranks, scales, bias, dropout_p, seeds, grad_buffers)
     return linears("lora_linear_multi", x, offsets, {"weight": one}, batch_invariant, backend, wide)[0]
@@ -233,6 +236,8 @@ def prepared(
             data = data.to(x.dtype) if w.format == "dense" else data
         of_ranks = (0,) * L if one.a is None else tuple(one.ranks)
         of_scales = (1.0,) * L if one.a is None else tuple(map(float, one.scales))
+        if isinstance(one.dropout_p, int | float):
+            raise TypeError(f"{name} got dropout_p={one.dropout_p}; it is a sequence, one probability for each adapter")
         p = tuple(map(float, one.dropout_p)) if one.dropout_p is not None and any(one.dropout_p) else None
         _check_adapters(operator, of_ranks, of_scales, p, offsets, one.seeds)
         if not is_stack:
@@ -241,7 +246,7 @@ def prepared(
             features = w.sizes[1] if name == "down" else x.shape[-1] if x.dim() else 0
             _check_shapes(operator, name, x, features, stored, bias, a, b, of_ranks)
         if one.grad_buffers is not None:
-            _check_buffers(a, b, one.grad_buffers)
+            _check_buffers(operator, x, a, b, one.grad_buffers)
         seeds = one.seeds
         if p is not None and seeds is None:
             seeds = torch.randint(0, 2**63 - 1, (L,), dtype=torch.int64, device=x.device)
@@ -294,6 +299,8 @@ def _check_adapters(
     if seeds is not None and (seeds.dtype is not torch.int64 or seeds.shape != (L,)):
         raise ValueError(f"seeds is {seeds.dtype} {list(seeds.shape)}; it must be int64, one of each of {L} adapters")
     for g, (R, scale) in enumerate(zip(ranks, scales, strict=True)):
+        if not isinstance(R, int):
+            raise TypeError(f"adapter {g} has rank {R!r}; it must be an int, at least 0")
         if R < 0:
             raise ValueError(f"adapter {g} has rank {R}; it must be at least 0")
         check_scale(f"scales[{g}]", scale)
@@ -302,13 +309,21 @@ def _check_adapters(
             raise ValueError(f"dropout_p[{g}]={one} is not a probability; it must be between 0 and 1")
 
 
-def _check_buffers(a: Tensor, b: Tensor, buffers: tuple[Tensor, Tensor]) -> None:
-    """Raises ValueError for buffers that gradients of a and b cannot be added to."""
+def _check_buffers(operator: str, x: Tensor, a: Tensor, b: Tensor, buffers: tuple[Tensor, Tensor]) -> None:
+    """Raises ValueError for buffers that do not fit a and b, NotImplementedError under transforms."""
+    if is_transformed(x) and torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{operator} under a transform of torch (torch.func, vmap, forward-mode AD, jit.trace) runs plain torch, "
+            "whose gradients would not reach the buffers; pass grad_buffers=None, or call it under torch.no_grad()"
+        )
+    if len(buffers) != 2:
+        raise ValueError(f"{operator} got {len(buffers)} tensors as grad_buffers; they are two, for a and for b")
     for name, t, buffer in zip(("a", "b"), (a, b), buffers, strict=True):
-        if buffer.shape != t.shape or buffer.device != t.device or not t.requires_grad:
+        is_alike = buffer.shape == t.shape and buffer.device == t.device and buffer.is_floating_point()
+        if not is_alike or not t.requires_grad:
             raise ValueError(
-                f"grad_buffers has {list(buffer.shape)} on {buffer.device} for {name} {list(t.shape)} on "
-                f"{t.device}, requires_grad={t.requires_grad}; it must be as {name} is, which requires a gradient"
+                f"grad_buffers has {buffer.dtype} {list(buffer.shape)} on {buffer.device} for {name} {list(t.shape)} "
+                f"on {t.device}, requires_grad={t.requires_grad}; it must be as {name} is, which requires a gradient"
             )
 
 

@@ -8,7 +8,6 @@ The parent keeps its object and gets a subclass of its class, which replaces `fo
 as they were (hooks, a merged or disabled adapter, another device) runs the forward of the parent's own class.
 """
 
-import copy
 import functools
 import types
 from collections.abc import Iterable
@@ -19,7 +18,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lorafuse.activation import ACTIVATIONS, GATES, gate_differentiable
 from lorafuse.functional import Projection, run_gated_mlp
 from lorafuse.integrations import calls
 from lorafuse.integrations.groups import fits, is_small, why_not_alike
@@ -27,15 +25,13 @@ from lorafuse.integrations.hf_common import altered, interception, is_called_oth
 from lorafuse.integrations.hf_peft import Member, operands_of
 from lorafuse.integrations.hf_quantized import dtypes_of, stored
 from lorafuse.integrations.report import Group, Skipped
+from lorafuse.nn.roles import attributes_of, gated_roles, has_attributes, has_gated_sizes
 from lorafuse.operands import Weight
-from lorafuse.ops.autocast import outside_autocast
 from lorafuse.ops.checks import seed_tensor
 
 __all__ = ["dissolve", "form", "formed", "is_ours"]
 
 _LINEAR_FORWARD = original(nn.Linear, "forward")
-# attributes that are equal where they are not the same object
-_SCALARS = (bool, float, int, str)
 
 
 @functools.cache
@@ -138,24 +134,9 @@ class _Roles:
     def _is_as_checked(self, parent: Any) -> bool:
         modules = parent._modules
         for name, (module, attributes) in self.others.items():
-            if modules.get(name) is not module or altered(module) or not _has(module, attributes):
+            if modules.get(name) is not module or altered(module) or not has_attributes(module, attributes):
                 return False
-        return _has(parent, self.attributes)
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What the forward of a module may read besides parameters, buffers and children; it was checked in both modes."""
-    return {name: value for name, value in module.__dict__.items() if name[0] != "_" and name != "training"}
-
-
-def _has(module: nn.Module, attributes: dict[str, Any]) -> bool:
-    """Whether a module still has these attributes; numbers may be other objects in a copy."""
-    state = module.__dict__
-    for name, value in attributes.items():
-        now = state.get(name)
-        if now is not value and (type(now) not in _SCALARS or now != value):
-            return False
-    return True
+        return has_attributes(parent, self.attributes)
 
 
 def _out_features(operands: tuple) -> torch.Size | tuple[int, ...]:
@@ -191,7 +172,7 @@ def form(model: nn.Module, layers: Iterable[Any]) -> tuple[list[Group], list[Ski
         sizes = {name: (base.out_features, base.in_features) for name, base in children.items()}
         if reason := _why_no_gate(sizes):
             apart.append(Skipped(path, "gated_mlp", reason))
-        if not _has_its_sizes(sizes):
+        if not has_gated_sizes(sizes):
             continue
         roles = _roles(parent, children, fused)
         if isinstance(roles, _Roles):
@@ -242,12 +223,6 @@ def _why_no_gate(sizes: dict[str, tuple[int, int]]) -> str:
     return ""
 
 
-def _has_its_sizes(sizes: dict[str, tuple[int, int]]) -> bool:
-    """Whether there are three layers of which two read x and the third what both compute."""
-    every = list(sizes.values())
-    return len(every) == 3 and any(every[i] == every[i - 1] and every[i - 2][1] == every[i][0] for i in range(3))
-
-
 def _roles(parent: Any, children: dict[str, nn.Linear], fused: set[Any]) -> _Roles | str:
     """The roles of three children, whose base layers are given; or why the parent's forward is no operator."""
     if reason := why_not_alike(list(children.values())):
@@ -266,88 +241,10 @@ def _roles(parent: Any, children: dict[str, nn.Linear], fused: set[Any]) -> _Rol
         return f"its forward was replaced by {getattr(forward, '__qualname__', type(forward).__name__)}"
     if parent._parameters or parent._buffers:
         return "it has parameters or buffers of its own"
-    seen = _seen(parent, children, others)
+    seen = gated_roles(_shipped(parent), parent, children, others)
     if isinstance(seen, str):
         return seen
     names, activation = seen
     gate, up, down = names if activation[1] else (names[1], names[0], names[2])
-    checked = {name: (module, _attributes(module)) for name, module in others.items()}
-    return _Roles(gate, up, down, not activation[1], activation[0], checked, _attributes(parent))
-
-
-class _Small(nn.Linear):
-    """A small layer that notes its calls: itself, x and y."""
-
-    def __init__(self, n: int, k: int, like: Tensor, generator: torch.Generator, has_bias: bool, noted: list) -> None:
-        super().__init__(k, n, has_bias, device="meta")
-        size = (n, k + 1)
-        # gates from -10 to 10: activations differ near 2, and limits are at 7
-        made = (3 * k**-0.5 * torch.randn(size, generator=generator, device="cpu", dtype=like.dtype)).to(like.device)
-        self.weight = nn.Parameter(made[:, :k].contiguous(), requires_grad=False)
-        if has_bias:
-            self.bias = nn.Parameter(made[:, k].contiguous(), requires_grad=False)
-        self.noted = noted
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        self.noted.append((self, x, y))
-        return y
-
-
-def _seen(
-    parent: Any, children: dict[str, nn.Linear], others: dict[str, nn.Module]
-) -> tuple[tuple[str, ...], tuple[str, bool]] | str:
-    """The names of the children in the order of their calls and `(activation, whether the first is the gate)`, as a
-    run of the forward with small layers shows them; or what it shows against a gated MLP."""
-    weight = next(iter(children.values())).weight
-    device = torch.device("cpu") if weight.is_meta else weight.device
-    like, generator = torch.empty(0, device=device, dtype=torch.float32), torch.Generator().manual_seed(0)
-    small: dict[int, int] = {}
-    for base in children.values():
-        for size in (base.in_features, base.out_features):
-            small.setdefault(size, 24 + 8 * len(small))
-    noted: list[tuple[Any, Any, Any]] = []
-    layers = {
-        name: _Small(small[base.out_features], small[base.in_features], like, generator, base.bias is not None, noted)
-        for name, base in children.items()
-    }
-    known = [(name, is_first) for name in (*ACTIVATIONS, *GATES) for is_first in (True, False)]
-    orders: set[tuple[str, ...]] = set()
-    devices = [] if device.type == "cpu" else [device]
-    with torch.no_grad(), outside_autocast(like), torch.random.fork_rng(devices, device_type=device.type):
-        # a dropout layer computes something else in training
-        for rows, is_training in (((11,), True), ((2, 7), True), ((2, 7), False)):
-            probe = _probe(parent, layers, others, is_training)
-            some = list(layers.values())
-            first = next(one.in_features for one in some if sum(one.in_features == o.in_features for o in some) > 1)
-            x = torch.randn((*rows, first), generator=generator, device="cpu", dtype=like.dtype).to(device)
-            noted.clear()
-            try:
-                y = _shipped(parent).forward(probe, x)
-            # whatever a forward raises, it is not what is looked for
-            except Exception as error:
-                return f"its forward fails on a small input: {type(error).__name__}: {error}"
-            if len({id(one) for one, *_ in noted}) != 3 or len(noted) != 3:
-                return "its forward does not call each of its layers once"
-            (one, x_one, y_one), (two, x_two, y_two), (three, h, y_three) = noted
-            orders.add(tuple(next(name for name in layers if layers[name] is layer) for layer in (one, two, three)))
-            if x_one is not x or x_two is not x or y is not y_three or y_one.shape != h.shape:
-                return "its forward is not down(act(gate(x)) · up(x))"
-            pairs = {True: (y_one, y_two), False: (y_two, y_one)}
-            known = [one for one in known if torch.allclose(gate_differentiable(one[0], *pairs[one[1]]), h, 1e-5, 1e-5)]
-    if not known or len(orders) > 1:
-        names = ", ".join((*ACTIVATIONS, *GATES))
-        return f"between its layers lies more than act(gate) · up with an activation of {names}"
-    return orders.pop(), known[0]
-
-
-def _probe(parent: Any, layers: dict[str, nn.Module], others: dict[str, nn.Module], is_training: bool) -> nn.Module:
-    """An object of the parent's class and attributes with these layers and copies of the other children."""
-    shipped = _shipped(parent)
-    probe = shipped.__new__(shipped)
-    probe.__dict__.update(parent.__dict__)
-    # a child may be None
-    probe.__dict__["_modules"] = parent._modules | layers | {n: copy.deepcopy(module) for n, module in others.items()}
-    for module in probe.modules():
-        module.training = is_training
-    return probe
+    checked = {name: (module, attributes_of(module)) for name, module in others.items()}
+    return _Roles(gate, up, down, not activation[1], activation[0], checked, attributes_of(parent))

@@ -20,25 +20,10 @@ from torch import Tensor, nn
 from lorafuse.functional import Projection, run_linears
 from lorafuse.integrations.hf_quantized import dtypes_of, is_quantized, stored
 from lorafuse.integrations.report import Group, Skipped
+from lorafuse.nn.roles import sibling_orders
 from lorafuse.operands import Weight
 
 __all__ = ["Siblings", "fits", "form", "is_small", "join", "leave", "why_not_alike"]
-
-# children that read one x, in the order in which families of transformers call them
-_NAMES = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("query_proj", "key_proj", "value_proj"),
-    ("q", "k", "v"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("to_q", "to_k", "to_v"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("wi_0", "wi_1"),
-)
-# parts of a parent's or its class's name, in which k and v read another tensor than q
-_CROSS = ("cross", "encoder_attn", "encdec")
 
 # elements of x: at K 576 q, k and v as a group took 1.015, 0.97 and 0.99 of the time of the three alone with 32, 64 and
 # 128 rows, an MLP 1.09, 1.02 and 0.93 (forward and backward, fp32, EPYC, one thread, a shared machine, 2026-11-29)
@@ -342,7 +327,7 @@ def form(model: nn.Module, layers: Iterable[Any]) -> tuple[list[Group], list[Ski
                 apart.append(Skipped(path, "siblings", f"{reason} ({', '.join(members)})"))
                 continue
             names = list(members)
-            orders = _orders(names, f"{path.rpartition('.')[2]} {type(parent).__name__}")
+            orders = sibling_orders(names, f"{path.rpartition('.')[2]} {type(parent).__name__}")
             groups += [Group(path, "siblings", tuple(names[i] for i in order)) for order in orders]
             groups += [] if orders else [Group(path, "candidates", tuple(names))]
             _unite(members, orders)
@@ -366,17 +351,6 @@ def why_not_alike(bases: Sequence[nn.Module]) -> str:
     if len({stored(base) is None for base in bases}) > 1:
         return "some bases are quantized and others are not"
     return ""
-
-
-def _orders(names: list[str], where: str) -> list[list[int]]:
-    """The orders known by the names of members; `where` names their parent and its class."""
-    is_cross = any(part in where.lower() for part in _CROSS)
-    orders = []
-    for family in _NAMES:
-        # k and v of a cross attention read one x, q another
-        order = [names.index(name) for name in (family[1:] if is_cross else family) if name in names]
-        orders += [order] if len(order) > 1 else []
-    return orders
 
 
 def _unite(members: dict[str, Any], orders: list[list[int]]) -> None:

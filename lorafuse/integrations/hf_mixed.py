@@ -5,6 +5,7 @@ PEFT runs a layer's adapters one after the other, and refuses such batches in tr
 layers: the patched model's class lifts that.
 """
 
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
@@ -15,10 +16,12 @@ import torch
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
+from lorafuse.backends.multi import constant
 from lorafuse.functional import lora_linear_multi
 from lorafuse.integrations.hf_quantized import run_quantized
 from lorafuse.integrations.hf_variants import Masked
 from lorafuse.operands import Weight
+from lorafuse.philox import draw_seed
 
 __all__ = ["FusedLoraModel", "lift", "lower", "run_mixed"]
 
@@ -102,15 +105,20 @@ def run_mixed(
         ]
     index = tuple(zip((where.get(name, len(used)) for name in names), own, strict=True))
     offsets, order, place = _sorted(index, len(used), tokens, x.device)
-    ranks = [one.shape[0] for one in a]
+    ranks, seeds = [one.shape[0] for one in a], None
+    if any(one.training and getattr(one, "p", 0.0) for one in layer._modules["lora_dropout"]._modules.values()):
+        # one number is drawn, whoever is in the batch: an adapter's mask is that of a batch of its own
+        own_seeds = constant(tuple(zlib.crc32(name.encode()) for name in used), torch.int64, x.device)
+        seeds = draw_seed(x.device) + (own_seeds << 31)
 
     def run(
         x: Tensor, weight: Any, a: Tensor, b: Tensor, scales: Any, bias: Any, p: Any, _: None, backend: Any,
         wide: bool = False,
     ) -> Tensor:  # fmt: skip
         return lora_linear_multi(
-            x, offsets, weight, a, b, ranks=ranks, scales=scales, bias=bias, dropout_p=p, backend=backend, wide=wide
-        )
+            x, offsets, weight, a, b, ranks=ranks, scales=scales, bias=bias, dropout_p=p, seeds=seeds, backend=backend,
+            wide=wide,
+        )  # fmt: skip
 
     rows = x if order is None else x.flatten(0, -2).index_select(0, order)
     stacked = weight, torch.cat(a), torch.cat(b, dim=1), scales, bias, p
@@ -122,6 +130,8 @@ def run_mixed(
 
 
 @lru_cache(maxsize=256)
+# what a generation made is saved by a training step
+@torch.inference_mode(False)
 def _sorted(
     index: tuple[tuple[int, int], ...], count: int, tokens: int, device: torch.device
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

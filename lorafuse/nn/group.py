@@ -16,7 +16,7 @@ from lorafuse.functional import (
     lora_qkv,
 )
 from lorafuse.nn.linear import LoRALinear
-from lorafuse.nn.multi import AdapterRows, LoRALinearMulti, shared_rows
+from lorafuse.nn.multi import AdapterRows, LoRALinearMulti, multi_projections, shared_rows
 
 __all__ = ["LoRAGatedMLP", "LoRAQKV"]
 
@@ -91,11 +91,7 @@ def _multi_projections(layers: Sequence[_Layer], rows: AdapterRows) -> list[Mult
             raise TypeError(
                 "a LoRALinear has one adapter for all rows; the other layers of the group have one for each"
             )
-    return [
-        layer.projection(rows) if isinstance(layer, LoRALinearMulti) else MultiProjection(layer.weight, bias=layer.bias)
-        for layer in layers
-        if not isinstance(layer, LoRALinear)
-    ]
+    return multi_projections(layers, rows)
 
 
 def _adapted(

@@ -1,7 +1,10 @@
 """`LoRALinearMulti`: a frozen linear layer with many LoRA adapters, whose rows one call may mix."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +13,10 @@ from lorafuse.formats import adopt
 from lorafuse.functional import MultiProjection, lora_linears_multi
 from lorafuse.operands import Weight
 
-__all__ = ["AdapterRows", "LoRALinearMulti", "shared_rows"]
+if TYPE_CHECKING:
+    from lorafuse.nn.multi_groups import MultiSiblings
+
+__all__ = ["AdapterRows", "LoRALinearMulti", "multi_projections", "shared_rows"]
 
 
 class AdapterRows:
@@ -29,20 +35,25 @@ class AdapterRows:
         is row `place[j]`; both None where they are in order. Raises ValueError for sizes that the index does not fit.
         """
         if sizes not in self._rows:
-            given = tuple(self.index.shape)
-            if given != sizes[: len(given)]:
-                raise ValueError(
-                    f"adapters are given for {list(given)} samples or tokens, x is [{', '.join(map(str, sizes))}, K]; "
-                    "the first sizes must be the same"
-                )
-            index = self.index.reshape(*given, *[1] * (len(sizes) - len(given))).expand(sizes).reshape(-1)
-            order = place = None
-            if not self.is_sorted:
-                index, order = index.sort(stable=True)
-                place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-            adapters = torch.arange(self.count, device=index.device)
-            self._rows[sizes] = torch.searchsorted(index, adapters, right=True, out_int32=True), order, place
+            # rows of a generation may be those of a training step too, whose backward saves them
+            with torch.inference_mode(False):
+                self._rows[sizes] = self._sorted(sizes)
         return self._rows[sizes]
+
+    def _sorted(self, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        given = tuple(self.index.shape)
+        if given != sizes[: len(given)]:
+            raise ValueError(
+                f"adapters are given for {list(given)} samples or tokens, x is [{', '.join(map(str, sizes))}, K]; "
+                "the first sizes must be the same"
+            )
+        index = self.index.reshape(*given, *[1] * (len(sizes) - len(given))).expand(sizes).reshape(-1).contiguous()
+        order = place = None
+        if not self.is_sorted:
+            index, order = index.sort(stable=True)
+            place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        adapters = torch.arange(self.count, device=index.device)
+        return torch.searchsorted(index, adapters, right=True, out_int32=True), order, place
 
     def sorted(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of x `[*sizes, K]` in the order of their adapters, `[rows, K]`, and where each adapter's end."""
@@ -57,12 +68,20 @@ class AdapterRows:
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def shared_rows(layers: Sequence["LoRALinearMulti"]) -> AdapterRows | None:
+def shared_rows(layers: Sequence[LoRALinearMulti]) -> AdapterRows | None:
     """The rows of layers that run as one operator; None without. Raises ValueError for rows that are not the same."""
     every = {id(layer.rows): layer.rows for layer in layers}
     if len(every) > 1:
         raise ValueError("layers that run as one operator have rows of different pools, or some have none")
     return next(iter(every.values()), None)
+
+
+def multi_projections(layers: Sequence[nn.Module], rows: AdapterRows) -> list[MultiProjection]:
+    """Layers of many adapters and frozen `nn.Linear`s, as the operators take them."""
+    return [
+        layer.projection(rows) if isinstance(layer, LoRALinearMulti) else MultiProjection(layer.weight, bias=layer.bias)  # type: ignore[arg-type]
+        for layer in layers
+    ]
 
 
 class LoRALinearMulti(nn.Module):
@@ -83,6 +102,10 @@ class LoRALinearMulti(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.rows: AdapterRows | None = None
+        # whether the last `AdapterPool.use_adapters` gave it any
+        self.had_rows = False
+        # the layers that it may run with as one operator
+        self.siblings: MultiSiblings | None = None
         self.ranks: tuple[int, ...] = ()
         self.scales: tuple[float, ...] = ()
         self.dropout_p: tuple[float, ...] = ()
@@ -150,7 +173,17 @@ class LoRALinearMulti(nn.Module):
         """y `[…, N]` for x `[…, K]`."""
         rows = self.rows
         if rows is None:
+            # a checkpoint of a call that had rows would silently lose their gradients
+            if self.had_rows and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+                raise RuntimeError(
+                    "a layer with many adapters runs forward again in backward (a checkpoint) outside of use_adapters: "
+                    "keep backward within it; for calls of the base alone, within use_adapters([-1, …])"
+                )
             return self.base(x)
+        if self.siblings is not None:
+            y = self.siblings.output(self, x)
+            if y is not None:
+                return y
         # through the operator where no adapter has ranks here too, whose rows keep their bits then
         flat, offsets = rows.sorted(x)
         (y,) = lora_linears_multi(flat, offsets, [self.projection(rows)])

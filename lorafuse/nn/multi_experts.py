@@ -106,7 +106,8 @@ class LoRAExpertsMulti(nn.Module):
         """
         up, down, rows = self._weight("gate_up"), self._weight("down"), self.rows
         up_bias, down_bias = self._parameters["gate_up_bias"], self._parameters["down_bias"]
-        if rows is None:
+        # without any adapter there is the base alone
+        if rows is None or not rows.count:
             biases = {"gate_up_bias": up_bias, "down_bias": down_bias}
             return lora_experts(x, topk_index, topk_weight, up, down, **biases, **self.flags)
         samples = rows.index.numel()

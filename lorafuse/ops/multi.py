@@ -17,6 +17,7 @@ of `multi_experts` too: `_Multi`. Gradients of gradients, and calls under a tran
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -236,6 +237,8 @@ class _Multi(torch.autograd.Function):
         kept = x if form != "linears" or any(of_a) else None
         ctx.save_for_backward(kept, offsets, index, weight, *tensors, *saved)
         ctx.count = len(tensors)
+        # the inputs have edges of the graph in this order
+        ctx.edges = [i for i, t in enumerate((x, offsets, index, weight, *tensors), 4) if t is not None]
         return tuple(results)
 
     @staticmethod
@@ -268,6 +271,8 @@ class _Multi(torch.autograd.Function):
                 grads[place] = grad
             return tuple(grads)
         factors = tensors[2 * G : 4 * G]
+        if buffers is not None and not torch.compiler.is_compiling():
+            needs[1:] = [need and _is_executed(ctx, i) for i, need in zip(places[1:], needs[1:], strict=True)]
         held = [None] * 2 * G if buffers is None else [*(one[0] for one in buffers), *(one[1] for one in buffers)]
         # what nobody needs is no tensor, which the schema needs
         outs = [
@@ -284,6 +289,18 @@ class _Multi(torch.autograd.Function):
             for place, out, need in zip(places[1:], outs, needs[1:], strict=True):
                 grads[place] = out if need else None
         return tuple(grads)
+
+
+def _is_executed(ctx: Any, place: int) -> bool:
+    """Whether the running backward computes the gradient of an input, which may be that of others alone
+    (`torch.autograd.grad`): a buffer must not have it then.
+    """
+    node, _ = ctx.next_functions[ctx.edges.index(place)]
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        # it knows no leaf whose own gradient was asked for
+        return True
 
 
 def _plain_layers(settings, tensors, a, b, dtype):

@@ -180,6 +180,10 @@ def test_files_of_other_adapters_are_refused(settings, message, tmp_path):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="no linear layer"):
         AdapterPool(copy.deepcopy(BASE), ["k"])
+    model = peft.get_peft_model(copy.deepcopy(BASE), peft.LoraConfig(r=2, target_modules=["q"]))
+    with pytest.raises(ValueError, match="without its layers"):
+        AdapterPool(model)
+    assert AdapterPool(model.unload(), ["q"]).allocate(2) == 0
     pool = pooled((0,), targets=["q"])
     assert list(pool.layers) == ["q"]
     with pytest.raises(ValueError, match="no layer of the pool"):

@@ -14,7 +14,7 @@ from torch import nn
 import lorafuse
 from lorafuse import export
 from lorafuse.integrations import adapt_experts
-from lorafuse.nn import LoRALinear
+from lorafuse.nn import LoRAExperts, LoRAGatedMLP, LoRALinear, LoRAQKV
 from lorafuse.testing.numerics import relative_l2, tolerance
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::RuntimeWarning:peft")
@@ -44,9 +44,21 @@ def test_a_dense_model(write, tmp_path):
         assert relative_l2(served(tiny(), held)(ids).logits, model(ids).logits) <= tolerance(torch.float32)
 
 
-def test_files_load_in_peft(tmp_path):
-    model = train_away_from_zero(peft.get_peft_model(tiny(), lora_config()), "lora_B").eval()
-    export.to_vllm(model, tmp_path)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        # whose B carries what alpha / r differs by
+        {"rank_pattern": {"q_proj": 6, "up_proj": 2}, "alpha_pattern": {"q_proj": 10}, "use_rslora": True},
+        {"rank_pattern": {"q_proj": 9}, "alpha_pattern": {"q_proj": 0}},
+        {"target_parameters": ["mlp.up_proj.weight"], "target_modules": ["q_proj"]},
+    ],
+    ids=["plain", "patterns", "nothing at the largest rank", "a parameter"],
+)
+@pytest.mark.parametrize("write", [export.to_vllm, export.to_sglang])
+def test_files_load_in_peft(write, settings, tmp_path):
+    model = train_away_from_zero(peft.get_peft_model(tiny(), lora_config(**settings)), "lora_B").eval()
+    write(model, tmp_path)
     ids = torch.randint(64, (2, 7))
     with torch.no_grad():
         loaded = peft.PeftModel.from_pretrained(tiny(), tmp_path).eval()
@@ -107,6 +119,9 @@ def test_shared_outer_factors():
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"lora_bias": True}, "an adapter with a bias"),
         ({"target_modules": ["embed_tokens"]}, "adapts an embedding"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"init_lora_weights": "pissa"}, "which changed the base"),
     ],
 )
 def test_what_servers_do_not_load(settings, message, tmp_path):
@@ -179,6 +194,23 @@ class TestApplied:
         model.forward = lambda x: model[1](model[0](x))
         actual = {one.name: one.reason for one in export.check_applied(model, torch.randn(3, 4))}
         assert actual == {"0": "its lora_A or lora_B is zero", "2.0": "it was never called"}
+
+    def test_layers_that_a_group_runs(self):
+        linears = [nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)]
+        model = nn.Sequential(LoRAGatedMLP.from_linears(*linears, 2), LoRAQKV.from_linears(*[nn.Linear(4, 4)] * 3, 2))
+        train_away_from_zero(model, "lora_B")
+        nn.init.zeros_(model[0].up_proj.lora_B.weight)
+        actual = {one.name: one.reason for one in export.check_applied(model, torch.randn(3, 4))}
+        assert actual == {"0.up_proj": "its lora_A or lora_B is zero"}
+
+    def test_experts(self):
+        experts = LoRAExperts(3, 4, 6, 2)
+        model = nn.Module()
+        model.experts = experts
+        model.forward = lambda x: experts(x, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
+        for expected in (["its lora_A or lora_B is zero"], []):
+            assert [one.reason for one in export.check_applied(model, torch.randn(3, 4))] == expected
+            nn.init.normal_(experts.down_lora_B)
 
     def test_no_adapters(self):
         with pytest.raises(ValueError, match="without adapted layers"):

@@ -143,6 +143,11 @@ def test_dropout_in_training(fused):
     # without an adapter nothing is dropped
     assert relative_l2(y[1], expected[1]) <= tolerance(torch.float32)
     assert len(fused) == 6
+    # the mask of an adapter is that of it alone
+    for name in "abc":
+        mine = [i for i, other in enumerate(NAMES) if other == name]
+        torch.manual_seed(3)
+        assert torch.equal(model(x[mine], adapter_names=[name] * len(mine)), y[mine])
 
 
 def test_autocast(fused):

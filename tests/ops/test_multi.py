@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from multi_reference import batch, count_reads, reference, run
+from multi_reference import batch, count_reads, mover, reference, run
 from quantized_weights import four_bits
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -136,20 +136,23 @@ def test_one_product_over_all_rows_is_not_invariant():
 def test_gradients_are_added_to_buffers(backend):
     given = batch(COUNTS, RANKS, torch.float32)
     expected = run(given, backend=backend)
-    x, a, b = (t.clone().requires_grad_() for t in (given.x, given.a, given.b))
+    move = mover(backend)
+    x, a, b = (move(t.clone()).requires_grad_() for t in (given.x, given.a, given.b))
+    offsets, w, bias, seeds, dy = map(move, (given.offsets, given.w, given.bias, given.seeds, given.dy))
     # as contiguous as b, and transposed
     buffers = torch.ones_like(a.detach()), torch.ones_like(b.detach().t()).t()
     idle = given.of(1)
     buffers[0][idle], buffers[1][:, idle] = float("nan"), float("nan")
     for _ in range(2):
         y = lora_linear_multi(
-            x, given.offsets, given.w, a, b, ranks=given.ranks, scales=given.scales, bias=given.bias,
-            dropout_p=given.p, seeds=given.seeds, grad_buffers=buffers, backend=backend,
+            x, offsets, w, a, b, ranks=given.ranks, scales=given.scales, bias=bias, dropout_p=given.p, seeds=seeds,
+            grad_buffers=buffers, backend=backend,
         )  # fmt: skip
-        y.backward(given.dy)
+        y.backward(dy)
     assert a.grad is None
     assert b.grad is None
-    assert torch.equal(x.grad, 2 * expected["dx"])
+    buffers = [t.cpu() for t in buffers]
+    assert torch.equal(x.grad.cpu(), 2 * expected["dx"])
     for name, buffer, columns in (("da", buffers[0], 0), ("db", buffers[1], 1)):
         buffer, gradient = buffer.movedim(columns, 0), expected[name].movedim(columns, 0)
         # an adapter without rows keeps what was there
@@ -199,6 +202,13 @@ def test_leading_dimensions_and_frozen_x():
     expected = run(given)
     assert torch.equal(y.view(8, -1), expected["y"])
     assert torch.equal(a.grad, expected["da"])
+
+
+def test_strides_of_x_change_no_bit():
+    given = batch(COUNTS, RANKS, torch.float32)
+    expected = run(given, backend="eager")
+    given.x, given.dy = (t.t().contiguous().t() for t in (given.x, given.dy))
+    assert all(torch.equal(t, expected[name]) for name, t in run(given, backend="eager").items())
 
 
 def formula(given):
@@ -273,13 +283,17 @@ def test_flops_are_those_of_the_largest_rank():
         ({"offsets": torch.tensor([4, 2]).int()}, "ascend"),
         ({"offsets": torch.tensor([4, 20]).int()}, "ascend"),
         ({"grad_buffers": (torch.zeros(5, 40), torch.zeros(36, 5))}, "requires_grad=False"),
+        ({"grad_buffers": (torch.zeros(5, 40),)}, "they are two"),
+        ({"grad_buffers": (torch.zeros(5, 40).int(), torch.zeros(36, 5))}, "torch.int32"),
         ({"weight": torch.zeros(36, 41)}, "the rule is"),
+        ({"ranks": [2.0, 3]}, "it must be an int"),
+        ({"dropout_p": 0.5}, "it is a sequence"),
     ],
 )
 def test_errors(change, message):
     given = batch([2, 3], [2, 3], torch.float32, dropout=False)
     operands = {"x": given.x, "offsets": given.offsets, "weight": given.w, "a": given.a, "b": given.b}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         lora_linear_multi(**operands | {"ranks": given.ranks, "scales": given.scales, "backend": "eager"} | change)
 
 

@@ -70,7 +70,8 @@ SHAPES = {
         2000: ([0 if i % 90 else i % 7 for i in range(2000)], [1 + i % 4 for i in range(2000)]),
     },
     "triton": {
-        2: ([1, 19], [40, 1]), 7: ([0, 3, 12, 2, 0, 1, 5], [64, 1, 13, 128, 2, 8, 33]),
+        1: ([19], [40]), 2: ([1, 19], [40, 1]), 7: ([0, 3, 12, 2, 0, 1, 5], [64, 1, 13, 128, 2, 8, 33]),
+        64: ([0 if i % 24 else 1 + i % 5 for i in range(64)], [1 + i * 7 % 40 for i in range(64)]),
         # more groups than are compared with tiles
         2000: ([0 if i % 700 else 1 + i % 7 for i in range(2000)], [0 if i % 100 else 1 + i % 4 for i in range(2000)]),
     },
@@ -91,7 +92,8 @@ def differing(given, every, chosen, **more):
 # every form at seven adapters, and every number of them; all combinations passed on 2026-11-29, in plain torch
 CASES = [("eager", 7, form) for form in FORMS]
 CASES += [("eager", 1, "shared"), ("eager", 2, "gated"), ("eager", 64, "shared"), ("eager", 2000, "experts")]
-CASES += [("triton", 2, "siblings"), ("triton", 7, "gated"), ("triton", 7, "shared"), ("triton", 2000, "experts")]
+CASES += [("triton", 1, "gated"), ("triton", 2, "siblings"), ("triton", 7, "gated"), ("triton", 7, "shared")]
+CASES += [("triton", 64, "siblings"), ("triton", 64, "shared"), ("triton", 2000, "experts")]
 
 
 @pytest.mark.parametrize(("backend", "L", "form"), CASES)

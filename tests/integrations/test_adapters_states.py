@@ -1,0 +1,209 @@
+"""States of a pool and of its optimizer (T1): resumed slots, numbers that are no slot, modules in several places."""
+
+import copy
+import io
+
+import peft
+import pytest
+import torch
+from test_adapters import BASE, SETTINGS, data, fill, pooled, train
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lorafuse import export
+from lorafuse.adapters import AdamParams, AdapterPool, MultiAdamW
+
+
+def steps(pool, optimizer, slots, count):
+    """Of users 1 and 2, in `slots`."""
+    batches = [data(user) for user in (1, 2)]
+    x, dy = (torch.cat(t) for t in zip(*batches, strict=True))
+    for _ in range(count):
+        train(pool, [slots[0]] * 3 + [slots[1]] * 3, x, dy)
+        optimizer.step({slot: SETTINGS[user] for slot, user in zip(slots, (0, 1), strict=True)})
+
+
+def test_a_slot_is_resumed_bit_for_bit(tmp_path):
+    """In another pool, at another place, with its next mask of dropout."""
+    pool = pooled((1, 2))
+    optimizer = MultiAdamW(pool)
+    steps(pool, optimizer, (0, 1), 2)
+    states = []
+    for slot in (0, 1):
+        pool.export(slot, tmp_path / str(slot))
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(slot), file)
+        states.append(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    steps(pool, optimizer, (0, 1), 2)
+    other = pooled((3, 0))
+    other.release(0)
+    resumed = MultiAdamW(other)
+    # 1 comes to 0, and 0 to 2
+    slots = [other.load(tmp_path / str(slot)) for slot in (1, 0)][::-1]
+    with pytest.raises(ValueError, match="the layers and the rank"):
+        resumed.load_state_dict(slots[0], states[1])
+    for slot, state in zip(slots, states, strict=True):
+        resumed.load_state_dict(slot, state)
+    steps(other, resumed, slots, 2)
+    for slot, now in enumerate(slots):
+        for name, t in pool.parameters(slot).items():
+            assert torch.equal(other.parameters(now)[name], t), name
+        assert resumed.state_dict(now)["number"] == 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"lr": -1.0}, {"lr": float("nan")}, {"betas": (0.9, 1.0)}, {"eps": -1e-8}, {"weight_decay": float("inf")},
+     {"max_grad_norm": -1.0}, {"grad_scale": float("nan")}],
+)  # fmt: skip
+def test_settings_of_no_step(settings):
+    with pytest.raises(ValueError, match="must be finite"):
+        AdamParams(**settings)
+
+
+def test_numbers_that_are_no_slot_are_the_base():
+    pool, (x, _) = pooled((0, 3)), data(0)
+    pool.release(0)
+    results = []
+    with torch.no_grad():
+        for slots in (torch.tensor([-5, 0, 99]), torch.tensor([-1, -1, -1], dtype=torch.int32), [-1] * 3):
+            with pool.use_adapters(slots):
+                results.append(pool.model(x))
+    assert all(torch.equal(t, results[0]) for t in results)
+    for slots in (torch.tensor([1.0] * 3), torch.tensor([True] * 3)):
+        with pytest.raises(TypeError, match="must hold integers"), pool.use_adapters(slots):
+            pass
+
+
+def test_rows_of_a_generation_are_those_of_a_step():
+    pool, (x, dy) = pooled((0, 3)), data(0)
+    with pool.use_adapters([1, 0, -1]):
+        with torch.inference_mode():
+            y = pool.model(x)
+        again = pool.model(x)
+        again.backward(dy)
+    assert torch.equal(y, again)
+
+
+def test_adapters_stay_within_use_adapters(tmp_path):
+    pool = pooled((0,))
+    pool.export(0, tmp_path)
+    with pool.use_adapters([0]):
+        for change in (lambda: pool.allocate(2), lambda: pool.load(tmp_path), lambda: pool.release(0), pool.close):
+            with pytest.raises(RuntimeError, match="within use_adapters"):
+                change()
+    pool.release(0)
+    assert pool.slots == ()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_that_is_called_again_too_late(use_reentrant):
+    """Its layers would be the base alone, and the gradients of its adapters lost."""
+    pool, (x, dy) = pooled((0,)), data(0)
+    with pool.use_adapters([0] * 3):
+        y = checkpoint(pool.model, x.requires_grad_(), use_reentrant=use_reentrant)
+    with pytest.raises(RuntimeError, match="keep backward within it"):
+        y.backward(dy)
+    # the base alone is what it was
+    with pool.use_adapters([-1] * 3):
+        checkpoint(pool.model, x, use_reentrant=use_reentrant).backward(dy)
+
+
+def test_a_module_in_two_places():
+    """Adapted in both, and put back in both."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = self.second = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    pool, x = AdapterPool(Twice()), torch.randn(2, 8)
+    fill(pool, pool.allocate(2), 0)
+    assert list(pool.layers) == ["first"]
+    with pool.use_adapters([0, -1]):
+        y = pool.model(x)
+        y.sum().backward()
+    named = pool.parameters(0)
+    w = pool.layers["first"].base.weight + named["first.lora_B.weight"] @ named["first.lora_A.weight"]
+    bias = pool.layers["first"].base.bias
+    assert torch.allclose(y[0], (x[0] @ w.t() + bias) @ w.t() + bias, atol=1e-5)
+    pool.close()
+    assert type(pool.model.second) is nn.Linear
+    assert pool.model.first is pool.model.second
+
+
+def test_files_that_do_not_fit_change_nothing(tmp_path):
+    pool = pooled((0, 1))
+    pool.export(0, tmp_path / "narrow")
+    wide = AdapterPool(nn.ModuleDict({"q": nn.Linear(25, 40), "o": nn.Linear(40, 16)}))
+    with pytest.raises(ValueError, match="which maps 25 features to 40"):
+        wide.load(tmp_path / "narrow")
+    assert wide.slots == ()
+    config = peft.LoraConfig(r=4, target_modules=["q"], init_lora_weights="pissa")
+    peft.get_peft_model(copy.deepcopy(BASE), config).save_pretrained(tmp_path / "pissa")
+    with pytest.raises(ValueError, match="which changed the base"):
+        pool.load(tmp_path / "pissa")
+    assert pool.slots == (0, 1)
+
+
+def test_transforms_that_would_lose_gradients_are_refused():
+    pool, x = pooled((0,)), data(0)[0][:1].clone().requires_grad_()
+    pool.model.eval()
+    with pool.use_adapters([0]):
+        expected = pool.model(x)
+        for call in (
+            lambda: torch.func.grad(lambda x: pool.model(x).sum())(x),
+            lambda: torch.func.vmap(pool.model)(x[None]),
+            lambda: torch.autograd.grad(pool.model(x).square().sum(), x, create_graph=True),
+        ):
+            with pytest.raises(NotImplementedError, match="grad_buffers=None"):
+                call()
+        with torch.no_grad():
+            assert torch.allclose(torch.func.vmap(pool.model)(x[None])[0], expected, atol=1e-5)
+        # the gradient of x alone adds nothing to the buffers
+        (dx,) = torch.autograd.grad(pool.model(x).sum(), x)
+    assert dx.count_nonzero()
+    assert not any(t.any() for t in pool.gradients(0).values())
+
+
+def test_a_slot_in_the_layouts_of_servers(tmp_path):
+    pool = AdapterPool(
+        nn.ModuleDict(
+            {"layers": nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(8, 6), "k_proj": nn.Linear(8, 4)})])}
+        )
+    )
+    for user, rank in enumerate((2, 3)):
+        fill(pool, pool.allocate(rank, alpha=7, targets=["q_proj"]), user)
+    tensors = export.to_vllm(pool, tmp_path, adapter_name=1)
+    assert {name[33:]: list(t.shape) for name, t in tensors.items()} == {
+        "lora_A.weight": [3, 8],
+        "lora_B.weight": [6, 3],
+    }
+    again = pool.load(tmp_path)
+    assert pool.scale(again) == pytest.approx(7 / 3)
+    assert all(torch.equal(t, pool.parameters(1)[name]) for name, t in pool.parameters(again).items())
+    assert {n.split(".")[4] for n in export.to_sglang(pool, adapter_name=0)} == {"q_proj", "k_proj"}
+    with pytest.raises(ValueError, match="no slot 'default'"):
+        export.to_vllm(pool)
+    with pool.use_adapters([1]):
+        # k_proj is not called
+        actual = {
+            one.name.rpartition(".")[2]: one.reason
+            for one in export.check_applied(Called(pool.model), torch.randn(1, 8))
+        }
+    assert actual == {"k_proj": "its lora_A or lora_B is zero"}
+    assert {one.reason for one in export.check_applied(Called(pool.model), torch.randn(1, 8))} == {
+        "its rows have no adapters: call it within AdapterPool.use_adapters"
+    }
+
+
+class Called(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model["layers"][0]["q_proj"](x)
