@@ -148,7 +148,14 @@ class TritonLinearLoRA(LinearLoRA):
 
 
 def patch_linear_module(
-    orig_linear, dim=8, alpha=32, use_dora=False, dropout=0.0, dropout_position="post", use_triton=True
+    orig_linear,
+    dim=8,
+    alpha=32,
+    use_dora=False,
+    dropout=0.0,
+    dropout_position="post",
+    use_memory_efficient_lora=True,
+    use_triton=True,
 ):
     """A linear layer whose class becomes one of its own that derives from NeMo's and from what it was."""
     layer = orig_linear.requires_grad_(False)
@@ -156,9 +163,36 @@ def patch_linear_module(
     layer.lora_A = nn.Linear(layer.in_features, dim, bias=False)
     layer.lora_B = nn.Linear(dim, layer.out_features, bias=False)
     layer.dropout_p, layer.dropout_position = dropout, dropout_position
+    layer.use_memory_efficient_lora = use_memory_efficient_lora
     base = TritonLinearLoRA if use_triton else LinearLoRA
     layer.__class__ = type("PatchedLinearLoRA", (base, type(layer)), {})
     return layer
+
+
+def install_fused_lora_mlp(model):
+    """Puts a forward that reads the weights of gate, up and down on each MLP; what it does is decided at each call."""
+    count = 0
+    for mlp in model.modules():
+        if not hasattr(mlp, "gate_proj"):
+            continue
+        own = mlp.forward
+
+        def forward(x, mlp=mlp, own=own):
+            layers = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+            if not all(layer.use_memory_efficient_lora for layer in layers):
+                return own(x)
+            gate, up, down = (
+                layer.weight + layer.scale * layer.lora_B.weight @ layer.lora_A.weight for layer in layers
+            )
+            return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+        mlp.forward = forward
+        count += 1
+    return count
+
+
+class GroupedExpertsLoRA(nn.Module):
+    """NeMo Automodel's adapted experts."""
 
 
 LIBRARIES = {
@@ -195,7 +229,9 @@ LIBRARIES = {
             "LinearLoRA": LinearLoRA,
             "TritonLinearLoRA": TritonLinearLoRA,
             "patch_linear_module": patch_linear_module,
+            "GroupedExpertsLoRA": GroupedExpertsLoRA,
         },
+        "nemo_automodel.components._peft.lora_mlp": {"install_fused_lora_mlp": install_fused_lora_mlp},
     },
 }
 

@@ -1,6 +1,7 @@
 """The whole advice for a model, data and a goal: `plan_adapter`."""
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,13 @@ from lorafuse.advise import capacity as cap
 from lorafuse.advise import schedule
 from lorafuse.advise.data import Count, count_file, load_tokenizer
 from lorafuse.advise.fit import Fit, fit, usable_bytes
-from lorafuse.advise.layouts import Layout, layouts
+from lorafuse.advise.layouts import Layout, fastest, layouts
 from lorafuse.advise.lines import Line, lines_of
-from lorafuse.advise.links import cluster_of
+from lorafuse.advise.links import cluster_of, nodes_for
 from lorafuse.advise.memory import METHODS, Memory, memory
 from lorafuse.advise.page import page
 from lorafuse.advise.shapes import ModelShapes, shapes_of
-from lorafuse.advise.snippet import Settings, snippet
+from lorafuse.advise.snippet import Settings, launch, snippet
 from lorafuse.advise.sources import cite
 from lorafuse.advise.step_time import TRAININGS, micro_step_seconds, update_seconds
 from lorafuse.plan import DeviceSpec, find
@@ -53,9 +54,10 @@ class Advice:
     """The advice: every number by itself, and `lines` that say of each how sure it is and where it comes from.
 
     `rank` is the rank to train with, `tokens` the supervised tokens of an epoch (None for rl), `memory` bytes by
-    `(method, checkpointing)` at the micro-batch asked for; `fit` are the settings that fit on the GPU, with which
-    `step_seconds` models one optimizer step of each way that fits: empty without a GPU, and where nothing does.
-    `layouts` are those of several devices, empty for one and without a GPU.
+    `(method, checkpointing)` at the micro-batch asked for; `fit` are the settings that fit on the GPU, of several
+    devices those of the fastest layout, with which `step_seconds` models one optimizer step of each way that fits:
+    empty without a GPU, and where nothing does. `layouts` are those of several devices, empty for one and without a
+    GPU.
     `str()` is the page, `as_dict()` what `--json` prints.
     """
 
@@ -135,7 +137,7 @@ def plan_adapter(
     length: int = 2048,
     micro_batch: int = 4,
     devices: int = 1,
-    nodes: int = 1,
+    nodes: int | None = None,
     batch: int | None = None,
     epochs: float = 1,
     rollouts: int | None = None,
@@ -148,8 +150,9 @@ def plan_adapter(
     `tokens` are supervised tokens of one epoch, `episodes` policy-gradient episodes of the run, `data` a file that is
     counted with `tokenizer`, or the directory's own; under goal "rl" each of its records is a prompt with `rollouts`
     episodes (16) an epoch. Without `goal`, episodes mean "rl" and the others "sft". `loss` is the mean of a first epoch
-    in nats a token. `devices` train together, as many on each of `nodes`. `batch` is 32 sequences, or 32 prompts'
-    episodes. `rank` overrides the advised one; patterns are those of a probe; `gpu` is a name that `lorafuse.plan.find`
+    in nats a token. `devices` train together, as many on each of `nodes`, 8 unless given. `batch` is 32 sequences, or
+    32 prompts' episodes, and more only where there are more devices; `micro_batch` is the most of them on a device at a
+    time. `rank` overrides the advised one; patterns are those of a probe; `gpu` is a name that `lorafuse.plan.find`
     knows.
 
     Raises ValueError and FileNotFoundError, with the option, its value and the fix.
@@ -160,7 +163,8 @@ def plan_adapter(
         raise ValueError("give the data in one way: --tokens N, --episodes N or --data FILE")
     goal = goal or ("sft" if episodes is None else "rl")
     rollouts = rollouts if rollouts is not None else schedule.ROLLOUTS if goal == "rl" else 1
-    numbers = {"length": length, "micro-batch": micro_batch, "devices": devices, "rollouts": rollouts, "nodes": nodes}
+    numbers = {"length": length, "micro-batch": micro_batch, "devices": devices, "rollouts": rollouts}
+    numbers |= {} if nodes is None else {"nodes": nodes}
     for name, value in (numbers | ({} if batch is None else {"batch": batch})).items():
         if value < 1:
             raise ValueError(f"--{name} {value}: it must be at least 1")
@@ -189,21 +193,33 @@ def plan_adapter(
     if rank is not None:
         cap.check_rank(shapes, rank)
     used = rank or ranks.advised
-    usual = max(schedule.BATCH_CLOSE * rollouts, micro_batch * devices)
-    accumulation = schedule.accumulation(usual if batch is None else batch, micro_batch, devices)
+    nodes = nodes_for(devices) if nodes is None else nodes
     if devices % nodes:
         raise ValueError(f"--devices {devices} --nodes {nodes}: every node must have as many devices")
+    if batch is not None and batch % rollouts:
+        raise ValueError(
+            f"--batch {batch}: it must be a multiple of --rollouts {rollouts}, so that a step has all answers"
+        )
+    # a batch that was asked for is kept with the micro-batch that was, the usual one with a smaller micro-batch
+    most = batch or max(schedule.BATCH_CLOSE * rollouts, math.lcm(devices, rollouts))
+    if batch is None:
+        micro_batch = next(m for m in range(micro_batch, 0, -1) if math.lcm(m * devices, rollouts) <= most)
+    schedule.accumulation(most, micro_batch, devices, rollouts)
     is_paired = bool(count and count.is_paired)
     # both answers of a pair are trained on
     each = 2 if is_paired else 1
-    settings = fit(shapes, used, length, micro_batch, device, sequences=each)
+    settings, copies = fit(shapes, used, length, micro_batch, device, sequences=each), devices
+    offered: list[Layout] = []
+    if device is not None and devices > 1:
+        cluster = cluster_of(device, devices, nodes)
+        offered = layouts(shapes, used, length, micro_batch, most, device, cluster, sequences=each, rollouts=rollouts)
+        if (best := fastest(offered)) is not None:
+            settings, copies = _settings(best), best.copies
+        elif settings.fits:
+            settings = replace(settings, fits=False, elsewhere="DDP's buckets of gradients are too much")
     # what a smaller micro-batch lacks, accumulation makes up for
-    accumulation = accumulation * micro_batch // settings.micro_batch
-    used_batch = accumulation * settings.micro_batch * devices
-    if used_batch % rollouts:
-        raise ValueError(
-            f"--batch {used_batch}: it must be a multiple of --rollouts {rollouts}, so that a step has all answers"
-        )
+    accumulation = schedule.accumulation(most, settings.micro_batch, copies, rollouts)
+    used_batch = accumulation * settings.micro_batch * copies
     sequences = episodes or (count.examples if count else -(-(tokens or 0) // length))
     steps = schedule.optimizer_steps(sequences, used_batch, 1 if goal == "rl" else epochs)
     rate = schedule.learning_rate(shapes.hidden, shapes.model_type, steps)
@@ -242,11 +258,8 @@ def plan_adapter(
         checkpointing=settings.checkpointing,
         quantized=settings.method == "qlora",
         half="float16" if device and device.arch < 80 else "bfloat16",
+        launch=launch(settings.layout, devices // nodes, nodes),
     )
-    offered = []
-    if device is not None and devices > 1:
-        cluster = cluster_of(device, devices, nodes)
-        offered = layouts(shapes, used, length, micro_batch, batch or usual, device, cluster, sequences=each)
     return Advice(
         shapes=shapes,
         request=request,
@@ -266,12 +279,22 @@ def plan_adapter(
             for saved in (False, True)
         },
         fit=settings,
-        step_seconds=_step_seconds(shapes, used, each, length, settings, accumulation, device) if device else {},
+        step_seconds=(
+            _step_seconds(shapes, used, each, length, settings, accumulation * copies / devices, device)
+            if device
+            else {}
+        ),
         layouts=offered,
         rank_pattern=written.rank_pattern,
         alpha_pattern=written.alpha_pattern,
         snippet=snippet(shapes, written),
     )
+
+
+def _settings(best: Layout) -> Fit:
+    """Those of a layout that fits."""
+    method = "qlora" if best.name == "DDP, QLoRA" else "lora"
+    return Fit(method, best.checkpointing, best.micro_batch, best.memory, True, layout=best.name)
 
 
 def _name_of(model: Any) -> str:
@@ -283,9 +306,10 @@ def _name_of(model: Any) -> str:
 
 
 def _step_seconds(
-    shapes: ModelShapes, rank: int, each: int, length: int, settings: Fit, accumulation: int, device: DeviceSpec
+    shapes: ModelShapes, rank: int, each: int, length: int, settings: Fit, micro_steps: float, device: DeviceSpec
 ) -> dict[str, float]:
-    """Seconds of an optimizer step, accumulation included, of each of `TRAININGS` that fits with the same settings."""
+    """Seconds of an optimizer step of so many micro-batches (of one that several devices share its part), of each of
+    `TRAININGS` that fits with the same settings."""
     if settings.fits is False:
         return {}
     tokens = settings.micro_batch * each * length
@@ -295,4 +319,4 @@ def _step_seconds(
         full = memory(shapes, "full", rank, tokens, checkpointing=settings.checkpointing, length=length).total
         fits = full <= usable_bytes(device)
         shown = [one for one in TRAININGS if one != "QLoRA" and (fits or one != "full fine-tuning")]
-    return {one: micro[one] * accumulation + update_seconds(shapes, one, rank, device) for one in shown}
+    return {one: micro[one] * micro_steps + update_seconds(shapes, one, rank, device) for one in shown}

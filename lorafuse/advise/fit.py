@@ -18,7 +18,8 @@ class Fit:
     """Settings of training: a method of `memory`, `micro_batch` sequences a device, and the modelled peak in bytes.
 
     `fits` is None without a GPU, or where its memory is not known. Where it is False, the settings are the smallest
-    of LoRA, and `elsewhere` says where the smallest ones fit.
+    of LoRA, and `elsewhere` says where the smallest ones fit. `layout` is the name of one of `layouts` where several
+    devices hold the model; "" is one device.
     """
 
     method: str
@@ -27,6 +28,7 @@ class Fit:
     total: int
     fits: bool | None
     elsewhere: str = ""
+    layout: str = ""
 
 
 def usable_bytes(device: DeviceSpec) -> float:

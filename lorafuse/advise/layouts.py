@@ -5,18 +5,20 @@ gradients are fp32; T the tokens of a micro-batch.
 
 | layout | a device holds | it sends |
 | --- | --- | --- |
-| DDP | W, A | the gradients of A, once a step |
-| DDP, QLoRA | W in NF4, A | the same |
-| FSDP2 | W/P, A/P, the root and two blocks whole | W and A gathered twice, gradients of A: every micro-batch |
-| HSDP | W/g, A/g, the same | the same within a node; the gradients of A/g between nodes |
+| DDP | W, A, the gradients of A twice (its buckets) | the gradients of A, once a step |
+| DDP, QLoRA | W in NF4, else the same | the same |
+| HSDP | W/g, A/g, the root and two blocks whole | as FSDP2 in a node; the gradients of A/g between nodes |
+| FSDP2 | W/P, A/P, the same | W and A gathered twice, gradients of A: every micro-batch |
 | ZeRO-3 | W/P, A/P, 10^9 elements whole (its default) | as FSDP2, layer by layer |
 | TP | W/g but the root, A/g but what is whole | for each layer a sum of `[T, N]` or of `[T, K]`: every micro-batch |
-| EP | W without g−1 of g experts, A alike | each chosen row to its expert and back: every micro-batch |
+| EP | W without g−1 of g experts, A alike, chosen rows | those to their experts and back: every micro-batch |
 
-FSDP2, HSDP and ZeRO-3 gather while they compute, so that only what takes longer counts, and the first block. TP's sums
-and EP's exchanges are waited for. Experts get as many rows each, TP divides products evenly: both are bounds.
+FSDP2, HSDP and ZeRO-3 gather while they compute, so that only what takes longer counts, the first block and, between
+nodes, the last. TP's sums and EP's exchanges are waited for. Experts get as many rows each, TP divides products evenly:
+both are bounds.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +27,7 @@ from lorafuse.advise.capacity import rank_of, trainable
 from lorafuse.advise.fit import usable_bytes
 from lorafuse.advise.links import Cluster
 from lorafuse.advise.memory import Memory, activation_bytes, memory
+from lorafuse.advise.schedule import accumulation
 from lorafuse.advise.shapes import LAST, Linear, ModelShapes
 from lorafuse.advise.step_time import micro_step_seconds, update_seconds
 from lorafuse.plan import DeviceSpec
@@ -43,12 +46,15 @@ _ROWS = (*LAST, "down_proj", "fc2", "w2")
 @dataclass(frozen=True)
 class Layout:
     """A layout with the settings that are fastest among those that fit: bytes of one device, bytes that it sends and
-    seconds of one optimizer step over `batch` sequences. `waited` are the seconds of `seconds` in which it only
-    communicates. `fits` is False where no setting does; the settings are then the smallest."""
+    seconds of one optimizer step over `batch` sequences, `accumulation` micro-batches in each of `copies` (all devices,
+    or groups of them under TP). `waited` are the seconds of `seconds` in which it only communicates. `fits` is False
+    where no setting does; the settings are then the smallest."""
 
     name: str
     micro_batch: int
     checkpointing: bool
+    copies: int
+    accumulation: int
     batch: int
     memory: int
     sent: int
@@ -138,7 +144,7 @@ class _Case:
 
 def fastest(offered: Sequence[Layout]) -> Layout | None:
     """The fastest layout that fits; among those that the model cannot tell apart the first of the table, which sends
-    least. None where nothing fits.
+    least over the slowest links. None where nothing fits.
     """
     able = [each for each in offered if each.fits]
     best = max((each.rate for each in able), default=0.0)
@@ -147,21 +153,22 @@ def fastest(offered: Sequence[Layout]) -> Layout | None:
 
 def layouts(
     shapes: ModelShapes, rank: int, length: int, micro_batch: int, batch: int, device: DeviceSpec, cluster: Cluster, *,
-    sequences: int = 1,
+    sequences: int = 1, rollouts: int = 1,
 ) -> list[Layout]:  # fmt: skip
     """Every layout that the model and the cluster can have, in the order of the table.
 
-    `batch` examples a step at least, of `sequences` sequences of `length` tokens; `micro_batch` of them on a device at
-    a time at most. A batch that does not fill all devices once is raised to what does.
+    `batch` examples a step at most, a multiple of `rollouts`, of `sequences` sequences of `length` tokens each;
+    `micro_batch` of them on a device at a time at most. A batch that does not fill all devices once is raised to what
+    does.
     """
     # how many devices share a micro-batch
     offered: dict[str, tuple[Callable[[_Case], _Step], int]] = {"DDP": (_ddp, 1)}
     stacks = [x for x in shapes.adapted if x.parameter]
     if not stacks:
         offered["DDP, QLoRA"] = _ddp_qlora, 1
-    offered["FSDP2"] = _fsdp2, 1
     if cluster.nodes > 1 and cluster.per_node > 1:
         offered["HSDP"] = _hsdp, 1
+    offered["FSDP2"] = _fsdp2, 1
     offered["ZeRO-3"] = _zero3, 1
     if cluster.per_node > 1:
         offered["TP"] = _tp, cluster.per_node
@@ -175,21 +182,29 @@ def layouts(
     chosen = []
     for name, (step, together) in offered.items():
         copies = cluster.devices // together
-        settings = [_layout(name, step, copies, size, batch, case) for size, case in cases]
+        # settings that keep the batch
+        sizes = [size for size, _ in cases if math.lcm(size * copies, rollouts) <= batch] or [1]
+        settings = [
+            _layout(name, step, copies, size, max(batch, math.lcm(size * copies, rollouts)), rollouts, case)
+            for size, case in cases
+            if size in sizes
+        ]
         able = [each for each in settings if each.fits]
         chosen.append(max(able, key=lambda each: each.rate) if able else min(settings, key=lambda each: each.memory))
     return chosen
 
 
-def _layout(name: str, step: Callable[[_Case], _Step], copies: int, size: int, batch: int, case: _Case) -> Layout:
-    accumulation = -(-batch // (size * copies))
+def _layout(
+    name: str, step: Callable[[_Case], _Step], copies: int, size: int, batch: int, rollouts: int, case: _Case
+) -> Layout:
+    times = accumulation(batch, size, copies, rollouts)
     one = step(case)
-    waited = accumulation * one.micro[1] + one.final[1]
-    seconds = accumulation * one.compute + waited + update_seconds(case.shapes, "lorafuse", case.rank, case.device)
+    waited = times * one.micro[1] + one.final[1]
+    seconds = times * one.compute + waited + update_seconds(case.shapes, "lorafuse", case.rank, case.device)
     fits = not usable_bytes(case.device) or one.memory <= usable_bytes(case.device)
     return Layout(
-        name, size, case.checkpointing, accumulation * size * copies, round(one.memory),
-        round(accumulation * one.micro[0] + one.final[0]), seconds, waited, fits,
+        name, size, case.checkpointing, copies, times, times * size * copies, round(one.memory),
+        round(times * one.micro[0] + one.final[0]), seconds, waited, fits,
     )  # fmt: skip
 
 
@@ -201,22 +216,28 @@ def _ddp(case: _Case, method: str = "lora", training: str = "lorafuse") -> _Step
     c = case.cluster
     whole = case.memory(method)
     final = c.all_reduce(case.gradients, c.per_node, c.nodes, -(-case.gradients // _BUCKET))
-    return _Step(whole.total, case.seconds[training], (0.0, 0.0), final)
+    # its buckets are a second copy (gradient_as_bucket_view is False unless told); one device has none
+    buckets = case.gradients if c.devices > 1 else 0.0
+    return _Step(whole.total + buckets, case.seconds[training], (0.0, 0.0), final)
 
 
 def _ddp_qlora(case: _Case) -> _Step:
     return _ddp(case, "qlora", "QLoRA")
 
 
-def _sharded(case: _Case, g: int, m: int, units: int, root: int, whole: float) -> _Step:
+def _sharded(
+    case: _Case, g: int, m: int, units: int, root: int, whole: float, between: tuple[float, float] = (0.0, 0.0)
+) -> _Step:
     """Weights and adapters in g·m parts, gathered in so many `units` forward and again backward, the root `root` times;
-    `whole` bytes are there at a time."""
+    `whole` bytes are there at a time. `between` is what each micro-batch sends to other groups, block by block."""
     c, layers, n = case.cluster, case.shapes.layers, g * m
     moved = _added(
         c.all_gather(2 * (case.blocks + case.gradients) + root * case.root, g, m, 2 * units + root),
         c.all_gather(case.gradients, g, m, units),
+        between,
     )
-    first = c.all_gather((case.blocks + case.gradients) / layers, g, m)[1]
+    # nothing hides the gathers of the first block, nor the sums of the last
+    first = c.all_gather((case.blocks + case.gradients) / layers, g, m)[1] + between[1] / layers
     compute = case.seconds["lorafuse"]
     # adapters are as large as their gradients
     held = (_HALF * case.shapes.parameters + _TRAINED / _SINGLE * case.gradients) / n + case.held
@@ -234,9 +255,8 @@ def _fsdp2(case: _Case) -> _Step:
 
 def _hsdp(case: _Case) -> _Step:
     c = case.cluster
-    within = _sharded(case, c.per_node, 1, case.shapes.layers, 1, _blocks(case))
     between = c.all_reduce(case.gradients / c.per_node, 1, c.nodes, case.shapes.layers)
-    return _Step(within.memory, within.compute, _added(within.micro, between), (0.0, 0.0))
+    return _sharded(case, c.per_node, 1, case.shapes.layers, 1, _blocks(case), between)
 
 
 def _zero3(case: _Case) -> _Step:
@@ -282,8 +302,11 @@ def _ep(case: _Case) -> _Step:
     # there and back, forward and backward
     modules = len({x.name.rpartition(".")[0] for x in shapes.adapted if x.parameter})
     times = 2 * (case.again + 1) * modules
+    # saved are rows that came, in place of x, and those that came back, for the router's gradient
+    saved = (2 * rows - _HALF * case.tokens * shapes.hidden) * (1 if case.checkpointing else modules)
     final = _added(
         c.all_reduce(gradients, c.per_node, c.nodes, -(-gradients // _BUCKET)),
         c.all_reduce(case.of_experts / g, 1, c.nodes, -(-case.of_experts // g // _BUCKET)),
     )
-    return _Step(frozen + trained + case.held, case.seconds["lorafuse"], c.all_to_all(rows * times, g, 1, times), final)
+    held = frozen + trained + case.held + saved
+    return _Step(held, case.seconds["lorafuse"], c.all_to_all(rows * times, g, 1, times), final)

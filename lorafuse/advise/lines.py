@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -143,7 +144,10 @@ def _schedule(a: Advice) -> list[Line]:
         family += " (fitted on supervised training, not on pairs)"
     is_rl = request.goal == "rl"
     unit = "episodes" if is_rl else "pairs" if is_paired else "sequences"
-    each = f"{a.fit.micro_batch} x {request.devices} x {a.accumulation} = {request.batch} {unit} a step"
+    copies = request.batch // (a.fit.micro_batch * a.accumulation)
+    each = f"{a.fit.micro_batch} x {copies} x {a.accumulation} = {request.batch} {unit} a step"
+    if copies != request.devices:
+        each += f"; {request.devices // copies} devices share a micro-batch"
     assumed = "" if request.count or is_rl else f", sequences packed to {request.length} tokens"
     lines = [
         Line(section, "learning rate", f"{rate.lora:.3e}, {rate.multiple:g} times full's{family}", sure, "LR"),
@@ -173,9 +177,10 @@ def _few_steps(a: Advice) -> list[Line]:
         epoch = "an epoch is one step, without gradient noise; " if request.batch >= request.sequences else ""
         # what the same command takes: all answers of a prompt in a step, and a sequence on every device
         lower = round(request.batch * a.steps / short) // request.rollouts * request.rollouts
-        lower = max(lower, -(-request.devices // request.rollouts) * request.rollouts)
+        lower = max(lower, math.lcm(request.devices, request.rollouts))
         steps = schedule.optimizer_steps(request.sequences, lower, 1 if request.goal == "rl" else request.epochs)
-        size = f"--batch {lower}" + (" --micro-batch 1" if lower < request.micro_batch * request.devices else "")
+        least = math.lcm(request.micro_batch * request.devices, request.rollouts)
+        size = f"--batch {lower}" + (" --micro-batch 1" if lower < least else "")
         more = f"{size} makes {steps}" if steps > a.steps else "more epochs or more data make more"
         lines.append(Line(section, "few steps", f"{epoch}{more}", "rule of thumb", "F3"))
     if short / 2 <= a.steps < 2 * short:
@@ -211,8 +216,9 @@ def _cost(a: Advice) -> list[Line]:
     lines.append(_fits(a, request.gpu))
     for training, seconds in a.step_seconds.items():
         full = a.step_seconds.get("full fine-tuning")
-        value = f"{seconds:.3g} s (model)"
-        value += f", {seconds / full:.2f} of full fine-tuning (model)" if full else ", full fine-tuning does not fit"
+        alone = " on one" if request.devices > 1 else ""
+        whole = f"{seconds / full:.2f} of full fine-tuning (model)" if full else f"full fine-tuning does not fit{alone}"
+        value = f"{seconds:.3g} s (model), {whole}"
         if training == "QLoRA":
             value = f"at least {value}; weights are decoded before each product, PEFT's casts left out"
         lines.append(Line(section, f"step on {request.gpu}, {training}", value, "model", "PLAN"))
@@ -231,7 +237,7 @@ def _layouts(a: Advice) -> list[Line]:
     if best is None:
         value = f"none: more devices, a shorter --length, or a GPU with more memory than {request.gpu} (model)"
     else:
-        value = f"{best.name} (model); within 2% the first of the list"
+        value = f"{best.name} (model); within 2% the first of the list; the schedule is its"
     lines.append(Line(section, "fastest that fits", value, "model", source))
     if best is not None and best.batch > schedule.BATCH_CEILING:
         large = f"{best.batch} sequences a step, above {schedule.BATCH_CEILING}, where losses get worse: fewer devices"
@@ -266,6 +272,7 @@ def _fits(a: Advice, gpu: str) -> Line:
     f, held = a.fit, usable_bytes(find(gpu)) / 2**30
     method = {"lora": "LoRA", "qlora": "QLoRA"}[f.method]
     settings = f"{method}{' with checkpointing' if f.checkpointing else ''} at micro-batch {f.micro_batch}"
+    settings += f" under {f.layout.partition(',')[0]}" if f.layout else ""
     of = f"{f.total / 2**30:.1f} of {held:.1f} GiB (model)"
     if f.fits:
         return Line("cost", f"fits on {gpu}", f"{settings}, {of}", "model", "CARD, SAVED")

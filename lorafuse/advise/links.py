@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from lorafuse.plan import DeviceSpec
 
-__all__ = ["Cluster", "Links", "cluster_of"]
+__all__ = ["Cluster", "Links", "cluster_of", "nodes_for"]
 
 # bytes/s that one device sends while it receives as many, of datasheets: NVLink, else PCIe x16; and the network of one
 # device in the usual server: 200 Gbit/s with A100, 400 with H100, H200 and B200 (DGX datasheets)
@@ -12,6 +12,8 @@ _NVLINK = {"A100": 300e9, "H100": 450e9, "H200": 450e9, "B200": 900e9}
 # GeForce cards copy through the host, which takes each byte twice
 _PCIE = {"T4": 16e9, "RTX 3090": 16e9, "RTX 4090": 16e9, "RTX 5090": 32e9}
 _NETWORK = {"A100": 25e9, "H100": 50e9, "H200": 50e9, "B200": 50e9}
+# devices of the usual server
+_PER_NODE = 8
 # servers of other GPUs: 100 Gbit/s for all devices of a node, PCIe 4.0 (assumed)
 _OTHER_NODE, _OTHER_PCIE = 12.5e9, 32e9
 # of a link's rate that collectives reach, and seconds that one takes before it moves anything, within a node and for
@@ -62,6 +64,11 @@ class Cluster:
 
     def _seconds(self, within: float, between: float, m: int, count: float) -> float:
         return max(within, between) / _SHARE + count * (_START + _HOP * (m - 1).bit_length())
+
+
+def nodes_for(devices: int) -> int:
+    """The fewest machines of at most 8 devices that hold so many, as many in each."""
+    return next(nodes for nodes in range(-(-devices // _PER_NODE), devices + 1) if devices % nodes == 0)
 
 
 def cluster_of(device: DeviceSpec, devices: int, nodes: int) -> Cluster:

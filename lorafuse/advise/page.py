@@ -15,7 +15,8 @@ __all__ = ["page"]
 _NOTES = (
     "memory, where no other is named, is at micro-batch {0}, of one device, nothing sharded; what an allocator cannot "
     "use is left out",
-    "step time is one optimizer step of a device, accumulation and fused AdamW included; generation and data are not",
+    "step time is one optimizer step of a device, accumulation and fused AdamW included; generation, data and what "
+    "devices wait for each other are not",
 )
 
 

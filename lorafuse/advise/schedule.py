@@ -65,17 +65,25 @@ def optimizer_steps(sequences: int, batch: int, epochs: float = 1) -> int:
     return max(1, math.ceil(math.ceil(sequences / batch) * epochs))
 
 
-def accumulation(batch: int, micro_batch: int, devices: int = 1) -> int:
-    """Micro-batches to accumulate so that an optimizer step sees at most `batch` sequences on all devices together.
+def accumulation(batch: int, micro_batch: int, devices: int = 1, rollouts: int = 1) -> int:
+    """Micro-batches to accumulate so that an optimizer step sees at most `batch` sequences on all devices together, all
+    `rollouts` answers of each prompt among them.
 
-    Raises ValueError for a number below 1, and where one micro-batch on every device is more than that already.
+    Raises ValueError for a number below 1, and where the least that a step can have is more than that already.
     """
     for name, value in (("batch", batch), ("micro-batch", micro_batch), ("devices", devices)):
         if value < 1:
             raise ValueError(f"--{name} {value}: it must be at least 1")
-    if micro_batch * devices > batch:
+    each = micro_batch * devices
+    least = math.lcm(each, rollouts)
+    if each > batch:
         raise ValueError(
-            f"--micro-batch {micro_batch} on {devices} devices is {micro_batch * devices} sequences a step, more than "
+            f"--micro-batch {micro_batch} on {devices} devices is {each} sequences a step, more than "
             f"the batch of {batch}; lower --micro-batch, or raise --batch"
         )
-    return batch // (micro_batch * devices)
+    if least > batch:
+        raise ValueError(
+            f"--batch {batch}: {least} is the least that is a multiple of --rollouts {rollouts} and of --micro-batch "
+            f"{micro_batch} on {devices} devices; lower --micro-batch, or raise --batch"
+        )
+    return batch // least * least // each

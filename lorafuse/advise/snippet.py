@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from lorafuse.advise.capacity import rank_of
 from lorafuse.advise.shapes import ModelShapes
 
-__all__ = ["ALPHA", "Settings", "expert_ranks", "snippet", "target_parameters", "weights_of_linears"]
+__all__ = ["ALPHA", "Settings", "expert_ranks", "launch", "snippet", "target_parameters", "weights_of_linears"]
 
 # finding FORM
 ALPHA = 32
@@ -18,7 +18,7 @@ class Settings:
     """What the snippet writes beside the model's shapes; patterns come from a probe.
 
     `trainer` is one of `TRAINERS`; `length` is the most tokens of a sequence, of a completion for rl; `rollouts` are
-    completions of a prompt.
+    completions of a prompt. `launch` are the lines of `launch`.
     """
 
     rank: int
@@ -37,6 +37,7 @@ class Settings:
     checkpointing: bool = False
     quantized: bool = False
     half: str = "bfloat16"
+    launch: str = ""
 
 
 _REWARD = '''def reward(completions, answer, **columns):
@@ -46,6 +47,26 @@ _REWARD = '''def reward(completions, answer, **columns):
 
 
 '''
+
+
+def launch(layout: str, per_node: int, nodes: int) -> str:
+    """Comments that say how several devices run the snippet under a layout; "" for one device."""
+    if not layout:
+        return ""
+    if layout in ("DDP", "DDP, QLoRA"):
+        several = f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500" if nodes > 1 else ""
+        return f"# {layout}; on each machine: torchrun --nproc-per-node {per_node}{several} FILE\n"
+    if layout in ("FSDP2", "HSDP"):
+        sizes = {"replicate": nodes, "shard": per_node} if layout == "HSDP" else {}
+        more = " --use_fsdp --fsdp_version 2 --use_parallelism_config" if sizes else ""
+        more += "".join(f" --parallelism_config_dp_{name}_size {size}" for name, size in sizes.items())
+        number = f"--num_machines {nodes} --num_processes {per_node * nodes}"
+        return (
+            f"# {layout}; on each machine, with the settings of lorafuse's examples/accelerate_two_nodes.yaml:\n"
+            f"# accelerate launch --config_file FILE.yaml {number} --machine_rank N{more} FILE\n"
+        )
+    how = {"EP": "examples/ep_qwen3.py", "ZeRO-3": "docs/trainers.md", "TP": "docs/scaling.md"}[layout]
+    return f"# the script of one device; {layout} takes more: {how} of lorafuse\n"
 
 
 def target_parameters(shapes: ModelShapes) -> list[str]:
@@ -169,7 +190,8 @@ def snippet(shapes: ModelShapes, settings: Settings) -> str:
     ]
     load = f"dtype=torch.{settings.half}" + (", quantization_config=quantization" if settings.quantized else "")
     return (
-        "import tempfile\n\nimport torch\nfrom datasets import Dataset\nfrom peft import LoraConfig, get_peft_model\n"
+        f"{settings.launch}import tempfile\n\nimport torch\nfrom datasets import Dataset\n"
+        "from peft import LoraConfig, get_peft_model\n"
         f"from transformers import {auto}, AutoTokenizer{quantization}\n"
         f"from trl import {trainer}Config, {trainer}Trainer\n\nimport lorafuse\n"
         f"from lorafuse.advise.data import {reader}\n\nMODEL, DATA = {settings.model!r}, {settings.data!r}\n\n"

@@ -11,21 +11,30 @@ from lorafuse.integrations.report import PatchReport
 __all__ = ["patch", "unpatch"]
 
 
-def _layers() -> tuple[Any, ...]:
+# NeMo's memory-efficient forward of an MLP reads the weights of layers for which this is on, and never calls them
+_SWITCHES = {"use_memory_efficient_lora": False}
+_EXPERTS = "adapted experts run as NeMo ships them"
+
+
+def _layers() -> tuple[tuple[Any, ...], dict[type, str]]:
+    """The classes that lorafuse runs, and those that it leaves to NeMo, with the reason."""
     try:
         from nemo_automodel.components._peft import lora
     except ImportError as error:
         raise MissingDependency("NeMo Automodel is not installed here: pip install nemo-automodel") from error
-    return lora.LinearLoRA, lora.TritonLinearLoRA
+    names = "GroupedExpertsLoRA", "GroupedExpertsDeepEPLoRA"
+    return (lora.LinearLoRA, lora.TritonLinearLoRA), {getattr(lora, n): _EXPERTS for n in names if hasattr(lora, n)}
 
 
 def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False) -> PatchReport:
     """Run every `LinearLoRA` of NeMo Automodel fused, in place; names, parameters and checkpoints stay NeMo's.
 
-    Its own Triton kernels (`use_triton`) are replaced with it. Args, raises and warnings are those of `lorafuse.patch`.
-    Dropout before the adapter (`dropout_position="pre"`) draws other masks than NeMo's; after it, NeMo's own path runs.
+    Its own Triton kernels (`use_triton`) and its function for a whole MLP (`use_memory_efficient_lora`) are replaced
+    with it; adapted experts stay NeMo's. Args, raises and warnings are those of `lorafuse.patch`. Dropout before the
+    adapter (`dropout_position="pre"`) draws other masks than NeMo's; after it, NeMo's own path runs.
     """
-    return patch_owned(model, _layers(), _operands, backend, strict)
+    kinds, others = _layers()
+    return patch_owned(model, kinds, _operands, backend, strict, "NeMo Automodel", others=others, switches=_SWITCHES)
 
 
 def unpatch(model: nn.Module) -> int:

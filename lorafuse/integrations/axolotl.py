@@ -34,6 +34,7 @@ class LorafuseArgs(BaseModel):
     lorafuse_strict: bool = False
     lorafuse_groups: bool = True
     lorafuse_dropout_rng: str = "philox"
+    lorafuse_numerics: str = "fused"
 
 
 class LorafusePlugin(BasePlugin):

@@ -4,11 +4,17 @@ from torch import nn
 
 __all__ = ["bypassed"]
 
-# attribute that the kernel replaces: the children whose weights it reads
+# attribute that the kernel replaces: the children whose weights it reads; those of linear attention (Qwen3.5) are there
+# for kernels alone
+_LINEAR_ATTENTION = {
+    "apply_in_proj_fused": ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+    "apply_out_proj": ("out_proj",),
+}
 _READS = {
     "apply_qkv": ("q_proj", "k_proj", "v_proj"),
     "apply_o": ("o_proj",),
     "forward": ("gate_proj", "up_proj", "down_proj"),
+    **_LINEAR_ATTENTION,
 }
 _ADVICE = {
     "unsloth": "Unsloth and lorafuse exclude each other, load the model by transformers and PEFT",
@@ -23,7 +29,7 @@ def bypassed(module: nn.Module) -> dict[nn.Module, str]:
         function = getattr(module.__dict__.get(attribute), "__func__", None)
         name, library = getattr(function, "__name__", ""), getattr(function, "__module__", "").partition(".")[0]
         # the same attributes hold functions that do call the layers, where an adapter has what the kernels lack
-        if library in _ADVICE and name.startswith("apply_lora"):
+        if library in _ADVICE and (name.startswith("apply_lora") or attribute in _LINEAR_ATTENTION):
             reason = f"{library}'s {name} reads its weights and never calls it: {_ADVICE[library]}"
             reasons |= {module._modules[child]: reason for child in children if child in module._modules}
     return reasons

@@ -13,7 +13,7 @@ from lorafuse.ops import choose
 
 __all__ = ["OFF", "Calls", "begin", "end", "fell_back", "ran", "ran_grouped"]
 
-OFF = "its adapters are disabled, merged, elsewhere or given for each row: PEFT's own path"
+OFF = "its adapters are disabled, merged, elsewhere or given for each row: the path that it shipped with"
 
 _is_tracing = compiler.is_dynamo_compiling
 

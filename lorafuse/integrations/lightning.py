@@ -18,7 +18,8 @@ __all__ = ["LorafuseCallback"]
 
 
 class LorafuseCallback(Callback):
-    """Patches before the strategy wraps the module, and again when it is there; shows what the first step ran.
+    """Patches before the strategy wraps the module, to validate or test it too, and again when training begins; shows
+    what the first step ran.
 
     Args as of `lorafuse.integrations.callback.LorafuseCallback`.
     """
@@ -31,12 +32,12 @@ class LorafuseCallback(Callback):
         groups: bool = True,
         log: Callable[[str], object] | None = print,
         dropout_rng: str = "philox",
+        numerics: str = "fused",
     ) -> None:
-        self.training = Training(backend, strict, groups, log, dropout_rng)
+        self.training = Training(backend, strict, groups, log, dropout_rng, numerics)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if stage == "fit":
-            self.training.early(pl_module)
+        self.training.early(pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         # a module that builds its model in configure_model has none in setup

@@ -80,10 +80,7 @@ def patch(
     report, layers = hf_model.survey(model, backend, numerics)
     problem = ""
     if not report.patched and not report.skipped:
-        problem = (
-            f"{type(model).__name__} has no adapted layer: make it a PEFT model first (peft.get_peft_model), "
-            "then patch it"
-        )
+        problem = f"{type(model).__name__} has no adapted layer: {_advice(model)}"
     elif not report.patched or (strict and report.skipped):
         problem = str(report)
     if problem and strict:
@@ -98,6 +95,15 @@ def patch(
         hf_model.lift(model)
     hf_model.regroup(model, layers, report, groups and numerics == "fused")
     return report
+
+
+def _advice(model: nn.Module) -> str:
+    """What to do with a model without PEFT's layers: it may have another library's."""
+    libraries = {kind.__module__.partition(".")[0] for module in model.modules() for kind in type(module).__mro__}
+    for library, name in (("torchtune", "torchtune"), ("nemo_automodel", "automodel")):
+        if library in libraries:
+            return f"the layers that lorafuse.integrations.{name}.patch takes are no PEFT's"
+    return "make it a PEFT model first (peft.get_peft_model), then patch it"
 
 
 def patched_layers(model: nn.Module, caller: str) -> list[Any]:

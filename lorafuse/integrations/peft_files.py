@@ -36,7 +36,9 @@ def _safetensors() -> Any:
     return safetensors.torch
 
 
-def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", task_type: str = "CAUSAL_LM") -> None:
+def save_adapter(
+    model: nn.Module, folder: str | Path, *, base_model: str = "", task_type: str | None = "CAUSAL_LM"
+) -> None:
     """Write the adapters of every `LoRALinear` and `LoRAExperts` of a model as PEFT would.
 
     `PeftModel.from_pretrained(base, folder)` then computes what the model computes. Factors that are shared by all
@@ -46,7 +48,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", 
         model: names of its modules must be those of the base model that loads the files.
         folder: made if it is not there; files in it are replaced.
         base_model: name or path of the base model, which vLLM and SGLang read.
-        task_type: PEFT's, such as "CAUSAL_LM"; decides which of its classes loads the files.
+        task_type: PEFT's, such as "CAUSAL_LM"; decides which of its classes loads the files. None is `PeftModel`, for a
+            model that is called with tensors alone.
 
     Raises ValueError, writing nothing, for a model without such modules, and for experts whose rank, alpha or dropout
     PEFT's files cannot hold together with the others'.
@@ -55,6 +58,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", 
     experts = {n: m for n, m in model.named_modules() if isinstance(m, LoRAExperts)}
     if not linear and not experts:
         raise ValueError(f"save_adapter got a {type(model).__name__} without lorafuse.nn.LoRALinear or LoRAExperts")
+    if "" in linear | experts:
+        raise ValueError(f"save_adapter got a {type(model).__name__}, which has no name: pass the model around it")
     # under any scaling scale = alpha / r, so this is the alpha of the plain one
     settings = {name: (m.r, m.scale * m.r) for name, m in (linear | experts).items()}
     r, alpha = Counter(settings[name] for name in experts or linear).most_common(1)[0][0]
@@ -92,8 +97,9 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "", 
         "lora_dropout": next(iter(dropouts)),
         "target_modules": _targets(model, list(linear)),
         "target_parameters": sorted(parameters) or None,
-        "rank_pattern": {name: m.r for name, m in linear.items() if m.r != r},
-        "alpha_pattern": {name: _number(settings[name][1]) for name in linear if settings[name][1] != alpha},
+        # PEFT matches a pattern at the end of names too, where no ^ is
+        "rank_pattern": {f"^{name}": m.r for name, m in linear.items() if m.r != r},
+        "alpha_pattern": {f"^{name}": _number(settings[name][1]) for name in linear if settings[name][1] != alpha},
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
@@ -109,7 +115,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     """Read an adapter that PEFT, or `save_adapter`, wrote into the `LoRALinear` and `LoRAExperts` of a model.
 
     The scales become the file's too. Raises ValueError, changing nothing, when a tensor is missing, is not known, or
-    has another shape, and for experts with `shared_outer`, which PEFT's files cannot give.
+    has another shape, for a merged layer, and for experts with `shared_outer`, which PEFT's files cannot give.
     """
     config = json.loads((Path(folder) / _CONFIG).read_text())
     tensors = {
@@ -133,6 +139,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
 
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
+            if module.merged:
+                raise ValueError(
+                    f"load_adapter: {name} is merged, and would unmerge the file's adapter: unmerge it before"
+                )
             take(f"{name}.lora_A.weight", module.lora_A.weight)
             take(f"{name}.lora_B.weight", module.lora_B.weight)
         elif isinstance(module, LoRAExperts):
@@ -162,12 +172,16 @@ def _number(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
 
 
-def _targets(model: nn.Module, names: list[str]) -> list[str]:
-    """The adapted linear layers by the ends of their names, where no other layer ends so; else by whole names."""
+def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
+    """The adapted linear layers as PEFT matches them: by the ends of their names, where no other module ends so, by
+    whole names, where no other module ends in one, or by a pattern."""
+    others = {name for name, _ in model.named_modules()} - set(names)
     ends = {name.rpartition(".")[2] for name in names}
-    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | LoRALinear)}
-    others = {n for n in linear - set(names) if n.rpartition(".")[2] in ends}
-    return sorted(names if others else ends)
+    if not any(other.rpartition(".")[2] in ends for other in others):
+        return sorted(ends)
+    if not any(other.endswith(f".{name}") for other in others for name in names):
+        return sorted(names)
+    return "|".join(re.escape(name) for name in sorted(names))
 
 
 def _by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:

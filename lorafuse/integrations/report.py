@@ -41,7 +41,7 @@ class PatchReport:
 
     `bases` are the formats of quantized ones by the layer's name ("NF4, block 64, nested"), `notes` what is wrong with
     the model itself, each a sentence with the way out. `groups` are layers that run as one operator where they are
-    called with one x, `apart` those that could but do not, with the reason.
+    called with one x, `apart` those that could but do not, with the reason. `library` is whose layers they are.
     """
 
     patched: list[Patched] = field(default_factory=list)
@@ -50,10 +50,11 @@ class PatchReport:
     notes: list[str] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     apart: list[Skipped] = field(default_factory=list)
+    library: str = "PEFT"
 
     def summary(self) -> str:
         """One line: how many layers run fused, how many do not."""
-        return f"lorafuse: {len(self.patched)} adapted layers patched, {len(self.skipped)} left to PEFT"
+        return f"lorafuse: {len(self.patched)} adapted layers patched, {len(self.skipped)} left to {self.library}"
 
     def __str__(self) -> str:
         lines = [self.summary()]

@@ -1,5 +1,6 @@
 """`status`: what the adapted layers of a model ran since they were patched, where `PatchReport` is what can run."""
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -8,8 +9,11 @@ from typing import NamedTuple
 
 from torch import nn
 
+from lorafuse.integrations.calls import Calls
+
 __all__ = ["LayerStatus", "Status", "status"]
 
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 NOT_PATCHED = "not patched: lorafuse.patch(model) takes it"
 
 
@@ -35,15 +39,15 @@ class LayerStatus(NamedTuple):
     def outcome(self) -> str:
         """One line: what it ran."""
         if self.reason:
-            return f"PEFT: {self.reason}"
+            return f"as shipped: {self.reason}"
         parts = []
         if self.fused:
             text = f"fused, {', '.join(sorted(self.fused))}"
             grouped = f" ({'all' if self.grouped == sum(self.fused.values()) else 'some'} with its group)"
             parts.append(text + grouped * bool(self.grouped))
         if self.compiled:
-            parts.append("compiled" + (f", as PEFT ships it: {self.compiled_reason}" if self.compiled_reason else ""))
-        parts += [f"PEFT: {reason}" for reason in sorted(self.fallbacks)]
+            parts.append("compiled" + (f", as shipped: {self.compiled_reason}" if self.compiled_reason else ""))
+        parts += [f"as shipped: {reason}" for reason in sorted(self.fallbacks)]
         return "; ".join(parts) or "never called: the model has not run, or another library's kernel reads its weights"
 
 
@@ -105,8 +109,7 @@ def status(model: nn.Module) -> Status:
     rows: dict[str, LayerStatus] = {}
     modules = dict(model.named_modules())
     counted = {name: m.__dict__["_lorafuse_calls"] for name, m in modules.items() if "_lorafuse_calls" in m.__dict__}
-    # of equal blocks that are compiled one by one the first is traced, and all run its graph
-    graphs = {name.rpartition(".")[2]: calls.traced for name, calls in counted.items() if calls.traced is not None}
+    graphs = _shared_graphs(counted)
     unpatched: dict[str, tuple[str, str]] = {}
     skipped: dict[str, str] = {}
     # whoever has one of PEFT's layers has imported it
@@ -121,8 +124,8 @@ def status(model: nn.Module) -> Status:
         if name in counted:
             kind = unpatched[name][0] if name in unpatched else "linear"
             calls, reason = counted[name], counted[name].traced
-            if reason is None and not (calls.fused or calls.fallbacks) and _is_in_compiled(name, modules):
-                reason = graphs.get(name.rpartition(".")[2])
+            if not _ran(calls) and name not in skipped:
+                reason = graphs.get(_NUMBER.sub("#", name))
             # another library's kernel, or a state that is older than the first call
             idle = not (calls.fused or calls.fallbacks or reason is not None)
             rows[name] = LayerStatus(
@@ -141,7 +144,24 @@ def status(model: nn.Module) -> Status:
     return Status(list(rows.values()))
 
 
-def _is_in_compiled(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether `compile()` was called on a module above a layer."""
-    parts = name.split(".")
-    return any(modules[".".join(parts[:i])]._compiled_call_impl is not None for i in range(len(parts)))
+def _ran(calls: Calls) -> bool:
+    return bool(calls.fused or calls.fallbacks) or calls.traced is not None
+
+
+def _shared_graphs(counted: Mapping[str, Calls]) -> dict[str, str]:
+    """What traced layers run, by their names without the numbers of blocks.
+
+    Of equal blocks, or parts of them between graph breaks, torch.compile traces the first, and all run its graph. A
+    block of which a layer did not run tells nothing of others: that layer alone was compiled.
+    """
+    idle = {_block(name) for name, calls in counted.items() if not _ran(calls)}
+    return {
+        _NUMBER.sub("#", name): calls.traced
+        for name, calls in counted.items()
+        if calls.traced is not None and _block(name) not in idle
+    }
+
+
+def _block(name: str) -> str:
+    """The name up to the number of the block that a layer lies in."""
+    return name[: max((match.end() for match in _NUMBER.finditer(name)), default=0)]

@@ -14,12 +14,14 @@ from lorafuse.operands import Weight
 __all__ = ["patch", "unpatch"]
 
 
-def _layers() -> tuple[Any, ...]:
+def _layers() -> tuple[tuple[Any, ...], dict[type, str]]:
+    """The class that lorafuse runs, and those that it leaves to torchtune, with the reason."""
     try:
-        from torchtune.modules.peft import LoRALinear
+        import torchtune.modules.peft as peft
     except ImportError as error:
         raise MissingDependency("torchtune is not installed here: pip install torchtune torchao") from error
-    return (LoRALinear,)
+    dora = getattr(peft, "DoRALinear", None)
+    return (peft.LoRALinear,), {} if dora is None else {dora: "it is torchtune's DoRA"}
 
 
 def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False) -> PatchReport:
@@ -28,7 +30,8 @@ def patch(model: nn.Module, *, backend: str = "auto", strict: bool = False) -> P
     Call it after the base parameters are frozen (`set_trainable_params`), before or after sharding by FSDP2. Args,
     raises and warnings are those of `lorafuse.patch`. Its dropout draws other masks than torchtune's.
     """
-    return patch_owned(model, _layers(), _operands, backend, strict)
+    kinds, others = _layers()
+    return patch_owned(model, kinds, _operands, backend, strict, "torchtune", others=others)
 
 
 def unpatch(model: nn.Module) -> int:

@@ -48,12 +48,18 @@ class Training:
         """Patch what is trained: a model that came since, and layers that were not there. `shows` is False on processes
         that log nothing.
 
-        Raises ValueError for a model without adapted layers.
+        Raises ValueError for a model without adapted layers. Warns of those whose adapters are merged or disabled.
         """
         if not _has_adapters(model):
             raise ValueError(
                 f"lorafuse's callback has nothing to patch: {type(model).__name__} has no adapted layer when training "
                 "begins; give the trainer a peft_config or a PEFT model, or remove the callback"
+            )
+        if off := _off(model):
+            warnings.warn(
+                f"lorafuse: the adapters of {off} layers are merged or disabled and train nothing: "
+                "model.unmerge_adapter() or model.enable_adapter_layers() comes before training",
+                stacklevel=2,
             )
         self.status = None
         self.report = patch(model, **self.options)
@@ -82,3 +88,9 @@ def _has_adapters(model: nn.Module) -> bool:
     """Whether the model has a layer of one of PEFT's tuners; nobody can have made one without importing PEFT."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     return tuners is not None and any(isinstance(module, tuners.BaseTunerLayer) for module in model.modules())
+
+
+def _off(model: nn.Module) -> int:
+    """How many adapted layers have no adapter of their own to train."""
+    tuner = sys.modules["peft.tuners.tuners_utils"].BaseTunerLayer
+    return sum(isinstance(m, tuner) and bool(m.merged or m.disable_adapters) for m in model.modules())

@@ -96,6 +96,7 @@ def _exchanged_experts(
     ones = topk_weight.new_ones(index.shape)
     ys = exchanged(lora_experts(rows, index, ones, gate_up, down, **operands), sent, received, group)  # type: ignore[arg-type]
     weighted = ys * topk_weight.reshape(-1)[order].unsqueeze(1).to(ys.dtype)
-    # in the order of choices, so that the sum over a token's is the same however rows were sorted
-    every = ys.new_zeros((T * k, ys.shape[1])).index_copy(0, order, weighted)
+    # in the order of choices, so that the sum over a token's is the same however rows were sorted; index_copy would
+    # save rows that its gradient does not need
+    every = ys.new_zeros((T * k, ys.shape[1])).index_put((order,), weighted)
     return every.view(T, k, ys.shape[1]).sum(1)

@@ -1,6 +1,8 @@
 """Class swaps of torchtune and NeMo Automodel (T1), against their packages where installed, else their interfaces."""
 
+import copy
 import importlib
+import pickle
 import sys
 
 import pytest
@@ -53,6 +55,29 @@ class TestTorchtune:
         assert integration.unpatch(model) == 2
         assert_equal(gradients(model, x), expected)
         assert lorafuse.status(model).layers == []
+
+    def test_the_patch_of_peft_leaves_them_alone(self, integration):
+        """And names the one that is theirs."""
+        model, x = self.layer(), torch.randn(2, 5, 12)
+        for patched in (0, 2):
+            with pytest.warns(UserWarning, match=r"lorafuse\.integrations\.torchtune\.patch"):
+                lorafuse.patch(model)
+            model(x)
+            assert lorafuse.status(model).fused == patched
+            lorafuse.unpatch(model)
+            integration.patch(model)
+        assert integration.unpatch(model) == 2
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    def test_copies_are_patched(self, integration, copied, monkeypatch):
+        # where pickle looks for its functions
+        monkeypatch.setitem(sys.modules, "lorafuse.integrations.torchtune", integration)
+        model, x = self.layer(), torch.randn(2, 5, 12)
+        integration.patch(model, strict=True)
+        twin = copied(model)
+        assert torch.equal(twin(x), model(x))
+        assert integration.unpatch(twin) == integration.unpatch(model) == 2
+        assert type(twin[0]) is type(model[0])
 
     def test_disabled_adapters(self, integration):
         """DPO's reference: the same module without its adapters."""
@@ -137,3 +162,33 @@ class TestAutomodel:
     def test_its_triton_kernels_are_replaced(self, integration):
         model = self.layer(use_triton=True)
         assert len(integration.patch(model, strict=True).patched) == 2
+
+    def test_its_function_for_an_mlp_calls_patched_layers(self, integration):
+        """NeMo's memory-efficient forward of an MLP, on by default, reads the weights of its layers otherwise."""
+        from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
+
+        peft = importlib.import_module("nemo_automodel.components._peft.lora")
+        torch.manual_seed(1)
+        mlp = LlamaMLP(LlamaConfig(hidden_size=12, intermediate_size=10, num_attention_heads=2))
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            peft.patch_linear_module(getattr(mlp, name), dim=3, alpha=6, dropout_position="pre", use_triton=False)
+        model, x = nn.Sequential(randomize(mlp)), torch.randn(2, 5, 12)
+        expected = gradients(model, x)
+        assert importlib.import_module("nemo_automodel.components._peft.lora_mlp").install_fused_lora_mlp(model) == 1
+        assert_equal(gradients(model, x), expected)
+        for _ in range(2):
+            integration.patch(model, strict=True)
+        assert_equal(gradients(model, x), expected)
+        status = lorafuse.status(model)
+        assert (status.fused, status.fallbacks) == (3, 0)
+        assert integration.unpatch(model) == 3
+        assert all(layer.use_memory_efficient_lora for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+
+    def test_experts_are_listed(self, integration):
+        experts = importlib.import_module("nemo_automodel.components._peft.lora").GroupedExpertsLoRA
+        model = nn.Sequential(*self.layer(), experts.__new__(experts))
+        nn.Module.__init__(model[2])
+        report = integration.patch(model)
+        assert len(report.patched) == 2
+        assert [(row.name, row.kind) for row in report.skipped] == [("2", "GroupedExpertsLoRA")]
+        assert "run as NeMo ships them" in str(report)

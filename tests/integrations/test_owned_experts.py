@@ -103,6 +103,31 @@ class TestFiles:
         x = torch.randn(3, 8)
         assert relative_l2(twin(x), model(x)) <= tolerance(torch.float32)
 
+    def test_layers_whose_names_end_alike(self, tmp_path):
+        """Of different ranks and alphas: PEFT's patterns match at the end of a name."""
+
+        def stack(layer):
+            return nn.Sequential(layer(2, 3.0), nn.Sequential(layer(4, 5.0), layer(2, 3.0)))
+
+        torch.manual_seed(0)
+        model = randomize(stack(lambda r, alpha: LoRALinear(8, 8, r, alpha=alpha)))
+        save_adapter(model, tmp_path, task_type=None)
+        base = stack(lambda r, alpha: nn.Linear(8, 8))
+        base.load_state_dict({k: t for k, t in model.state_dict().items() if "lora_" not in k})
+        loaded, x = peft.PeftModel.from_pretrained(base, tmp_path), torch.randn(3, 8)
+        assert relative_l2(loaded(x), model(x)) <= tolerance(torch.float32)
+        twin = stack(lambda r, alpha: LoRALinear(8, 8, r))
+        twin.load_state_dict({k: torch.zeros_like(t) if "lora_" in k else t for k, t in model.state_dict().items()})
+        load_adapter(twin, tmp_path)
+        assert relative_l2(twin(x), model(x)) <= tolerance(torch.float32)
+
+    def test_a_merged_layer_takes_no_other_adapter(self, tmp_path):
+        model = randomize(nn.Sequential(LoRALinear(8, 6, 2)))
+        save_adapter(model, tmp_path)
+        model[0].merge()
+        with pytest.raises(ValueError, match="0 is merged, and would unmerge the file's adapter"):
+            load_adapter(model, tmp_path)
+
     def test_shared_factors_are_written_for_each_expert(self, tmp_path):
         model = moe_models.base("qwen3_moe").eval()
         adapt_experts(model, R, shared_outer=True)
@@ -138,6 +163,8 @@ class TestFiles:
     def test_what_the_files_cannot_hold(self, tmp_path):
         with pytest.raises(ValueError, match=r"without lorafuse\.nn\.LoRALinear"):
             save_adapter(nn.Linear(2, 2), tmp_path)
+        with pytest.raises(ValueError, match="got a LoRALinear, which has no name: pass the model around it"):
+            save_adapter(LoRALinear(2, 2, 1), tmp_path)
         with pytest.raises(ValueError, match="dropouts"):
             save_adapter(nn.Sequential(LoRALinear(2, 2, 1), LoRALinear(2, 2, 1, dropout=0.1)), tmp_path)
         experts = nn.ModuleDict({"a": LoRAExperts(2, 4, 3, 1), "b": LoRAExperts(2, 4, 3, 2)})

@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import moe_models
+import peft
 import pytest
 import torch
 import torch._dynamo
@@ -167,13 +168,30 @@ class TestCompile:
         assert {row.compiled for name, row in rows.items() if ".self_attn." in name} == {False}
         assert lorafuse.status(model).fused == 14
 
+    def test_of_blocks_between_graph_breaks(self):
+        """Calls that break the graph, as a test's counter does: each layer's frame is traced once for all blocks."""
+        blocks = torch.nn.ModuleList(torch.nn.ModuleDict({"up": torch.nn.Linear(4, 4)}) for _ in range(3))
+        model = peft.get_peft_model(torch.nn.Sequential(blocks), lora_config(target_modules=["up"]))
+        lorafuse.patch(model, strict=True)
+
+        def call(x):
+            for block in model.base_model.model[0]:
+                torch._dynamo.graph_break()
+                x = block["up"](x)
+            return x
+
+        torch.compile(call, backend="eager")(torch.randn(2, 4, requires_grad=True)).sum().backward()
+        status = lorafuse.status(model)
+        assert [row.outcome() for row in status.layers] == ["compiled"] * 3
+        assert status.fused == 3
+
     def test_a_fallback_in_a_graph_says_why(self):
         model = patched()
         layer = model.get_submodule(DOWN)
         layer.lora_dropout["default"] = torch.nn.Tanh()
         torch.compile(layer, backend="aot_eager", fullgraph=True)(torch.randn(3, 40))
         row = by_name(model)[DOWN]
-        assert row.outcome() == "compiled, as PEFT ships it: its dropout is a Tanh, not nn.Dropout"
+        assert row.outcome() == "compiled, as shipped: its dropout is a Tanh, not nn.Dropout"
         assert (lorafuse.status(model).fused, lorafuse.status(model).fallbacks) == (0, 1)
 
 

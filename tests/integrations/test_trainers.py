@@ -16,6 +16,7 @@ from tiny_models import adapted, assert_close, counting_fused, lora_config, run,
 from torch import nn
 
 import lorafuse
+from lorafuse.integrations.bypassed import bypassed
 from lorafuse.integrations.callback import LorafuseCallback
 
 STEPS = 2
@@ -98,6 +99,13 @@ class TestCallback:
         trainer = trainer_with(tmp_path, LorafuseCallback(), model=tiny())
         with pytest.raises(ValueError, match="LlamaForCausalLM has no adapted layer when training begins"):
             trainer.train()
+
+    @pytest.mark.parametrize("off", ["merge_adapter", "disable_adapter_layers"])
+    def test_adapters_that_train_nothing_are_told(self, off):
+        model = adapted()
+        getattr(model, off)()
+        with pytest.warns(UserWarning, match="adapters of 14 layers are merged or disabled"):
+            LorafuseCallback(log=None).training.begin(model)
 
     @pytest.mark.parametrize("strict", [False, True])
     def test_nothing_that_ran_fused_is_told(self, tmp_path, texts, strict):
@@ -248,7 +256,12 @@ class TestLightning:
             default_root_dir=str(tmp_path),
         )
         batches = torch.utils.data.DataLoader([token_ids(seed=i) for i in range(STEPS)], batch_size=None)
-        trainer.fit(Module(), batches)
+        module = Module()
+        if not late:
+            # what validates or tests before training
+            callback.setup(trainer, module, stage="validate")
+            assert len(callback.training.report.patched) == 14
+        trainer.fit(module, batches)
         assert callback.training.status.fused == 14
         assert "14 of 14 adapted layers ran fused (14 calls counted)" in texts[1]
 
@@ -274,6 +287,18 @@ class TestBypassed:
         assert all(f"{library}'s apply_lora_mlp_swiglu reads its weights" in s.reason for s in report.skipped)
         with pytest.raises(ValueError, match="never calls it"):
             lorafuse.patch(adapted_with(model), strict=True)
+
+    def test_linear_attention(self):
+        """Axolotl's functions for Qwen3.5, which have other names."""
+        parts = nn.Module()
+        for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj", "norm"):
+            parts.add_module(name, nn.Linear(2, 2))
+        assert bypassed(parts) == {}
+        for attribute in ("apply_in_proj_fused", "apply_out_proj"):
+            function = types.FunctionType((lambda self, x: x).__code__, {}, "apply_in_proj")
+            function.__module__ = "axolotl.monkeypatch.lora_kernels"
+            setattr(parts, attribute, types.MethodType(function, parts))
+        assert list(bypassed(parts)) == list(parts.children())[:-1]
 
     def test_after_patch(self):
         model = adapted()

@@ -1,4 +1,4 @@
-"""Twelve realistic cases as whole pages, compared with pages that were reviewed line by line.
+"""Realistic cases as whole pages, compared with pages that were reviewed line by line.
 
 `python tests/tools/test_advise_pages.py` writes the pages in `advise_pages` anew, for review.
 """
@@ -92,6 +92,9 @@ CASES = {
     "sft-smollm2-t4": ("SmolLM2-135M", {"tokens": 2 * 10**6, "gpu": "T4", "length": 1024}),
     "text-gemma-3-4b-l40s": ("gemma-3-4b", {"tokens": 5 * 10**6, "gpu": "L40S", "length": 4096}),
     "too-much-mistral-7b-a6000": ("Mistral-7B-v0.3", {"tokens": 5 * 10**9, "gpu": "RTX A6000", "micro_batch": 8}),
+    "fsdp-llama-70b-16-h100": ("Llama-3.1-70B", {"tokens": 10**8, "gpu": "H100", "devices": 16, "length": 4096}),
+    "rl-qwen3-8b-24-a100": ("Qwen3-8B", {"episodes": 10**5, "gpu": "A100", "devices": 24}),
+    "ep-qwen3-30b-a3b-64-h100": ("Qwen3-30B-A3B", {"tokens": 10**8, "gpu": "H100", "devices": 64}),
     "sft-phi-4-rtx5090": ("phi-4", {"tokens": 2 * 10**7, "gpu": "RTX 5090", "rank": 16}),
 }
 

@@ -4,16 +4,19 @@
 """
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
+from accelerate.commands import launch
 from test_advise_pages import MODELS
 
-from lorafuse import advise
-from lorafuse.advise import Cluster, Links
+from lorafuse import advise, functional, parallel
+from lorafuse.advise import Cluster, Links, links
 from lorafuse.plan import find
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
@@ -79,7 +82,7 @@ def test_ddp_sends_the_gradients_of_the_adapters_once(models):
     each = offered(shapes, "H200", 8, 1)["DDP"]
     assert each.sent == round(2 * 7 / 8 * 4 * advise.trainable(shapes, RANK))
     one = advise.memory(shapes, "lora", RANK, each.micro_batch * LENGTH, checkpointing=each.checkpointing)
-    assert each.memory == one.total
+    assert each.memory == one.total + 4 * advise.trainable(shapes, RANK)
 
 
 def test_what_is_sharded_is_held_in_parts(models):
@@ -122,9 +125,12 @@ def test_expert_parallelism_divides_experts_alone(models):
     each = offered(shapes, "H200", 8, 1, memory_bytes=0.0)["EP"]
     experts = sum(2 * x.weights for x in shapes.adapted if x.parameter)
     of_one = sum(16 * x.per_rank * 2 for x in shapes.adapted if x.parameter)
-    whole = advise.memory(shapes, "lora", RANK, each.micro_batch * LENGTH, checkpointing=each.checkpointing).total
+    tokens = each.micro_batch * LENGTH
+    whole = advise.memory(shapes, "lora", RANK, tokens, checkpointing=each.checkpointing).total
     assert advise.expert_rank(RANK, shapes.active_experts) == 2
-    assert each.memory == pytest.approx(whole - 7 / 8 * (experts + of_one), rel=1e-6)
+    # 8 rows of each token come and go back, in bf16, in the place of one
+    rows = 2 * (2 * 8 - 1) * tokens * shapes.hidden * (1 if each.checkpointing else shapes.layers)
+    assert each.memory == pytest.approx(whole - 7 / 8 * (experts + of_one) + rows, rel=1e-6)
     assert "DDP, QLoRA" not in offered(shapes, "H200", 8, 1)
 
 
@@ -133,6 +139,86 @@ def test_one_device_waits_for_nobody(models, devices):
     for each in offered(models["Llama-3.1-8B"], "H200", devices, 1).values():
         assert (each.sent == 0) is (devices == 1)
         assert (each.waited == 0) is (devices == 1)
+
+
+@pytest.mark.parametrize(("devices", "nodes"), [(2, 1), (8, 1), (12, 2), (16, 2), (17, 17), (1024, 128)])
+def test_nodes_have_at_most_eight_devices(devices, nodes):
+    assert links.nodes_for(devices) == nodes
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"), [(8, (4, 8, 1, 32)), (16, (2, 16, 1, 32)), (24, (1, 24, 1, 24)), (64, (1, 64, 1, 64))]
+)
+def test_the_batch_is_kept_with_smaller_micro_batches(models, devices, expected):
+    """Where losses are best, 32 sequences a step; more only where every device has one already."""
+    for each in offered(models["Llama-3.1-8B"], "H200", devices, devices // 8).values():
+        if each.name != "TP":
+            assert (each.micro_batch, each.copies, each.accumulation, each.batch) == expected
+        else:
+            # three groups take 4 sequences each, twice
+            assert (each.copies, each.batch) == (devices // 8, 24 if devices == 24 else 32)
+
+
+@pytest.mark.parametrize("given", [{"devices": 16}, {"devices": 24, "episodes": 10**5}, {"devices": 16, "batch": 64}])
+def test_schedule_and_script_are_those_of_the_fastest_layout(given):
+    options = {"length": LENGTH, "gpu": "H100"} | ({} if "episodes" in given else {"tokens": 10**7}) | given
+    with torch.device("meta"):
+        config = transformers.AutoConfig.for_model(**MODELS["Llama-3.1-70B"][1])
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    advice = advise.plan_adapter(model, **options)
+    best = advise.fastest(advice.layouts)
+    assert best.name in ("FSDP2", "HSDP")
+    assert (advice.fit.layout, advice.fit.micro_batch, advice.fit.total) == (best.name, best.micro_batch, best.memory)
+    assert advice.request.batch == best.batch == best.micro_batch * given["devices"] * advice.accumulation
+    assert advice.request.batch == {16: 32, 24: 480}[given["devices"]] if "batch" not in given else 64
+    assert advice.request.nodes == given["devices"] // 8
+    assert f"per_device_train_batch_size={best.micro_batch}," in advice.snippet
+    assert f"gradient_accumulation_steps={advice.accumulation}," in advice.snippet
+    assert f"gradient_checkpointing={best.checkpointing}," in advice.snippet
+    assert "load_in_4bit" not in advice.snippet
+    (line,) = [line for line in advice.snippet.splitlines() if "accelerate launch" in line]
+    settings = PAGE.parents[1] / "examples" / "accelerate_two_nodes.yaml"
+    words = line.replace("FILE.yaml", str(settings)).replace("_rank N", "_rank 0").split("launch ")[1].split()
+    parsed, _, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(words))
+    assert (parsed.num_processes, parsed.num_machines) == (given["devices"], given["devices"] // 8)
+    assert int(parsed.fsdp_version) == 2
+    one = named_line(advice, "step on H100, lorafuse")
+    assert one.endswith("full fine-tuning does not fit on one")
+
+
+def named_line(advice, name):
+    (line,) = [line for line in advice.lines if line.name == name]
+    return line.value
+
+
+def test_what_expert_parallel_experts_save():
+    """The rows that came and those that came back, of each choice, where experts of one device save x."""
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        T, k, H, I, E, R = 24, 3, 16, 4, 8, 2
+        x, weight = torch.randn(T, H, requires_grad=True), torch.rand(T, k, requires_grad=True)
+        index, stacks = torch.rand(T, E).topk(k).indices, (torch.randn(E, 2 * I, H), torch.randn(E, H, I))
+        sizes = {"gate_up_a": (R, H), "gate_up_b": (2 * I, R), "down_a": (R, I), "down_b": (H, R)}
+        adapters = {name: torch.randn(E, *size, requires_grad=True) for name, size in sizes.items()}
+        given = {t.untyped_storage().data_ptr() for t in (*stacks, weight, *adapters.values())}
+        bytes_saved = []
+        for run in (
+            functools.partial(parallel.expert_parallel_experts, group=dist.group.WORLD),
+            functional.lora_experts,
+        ):
+            saved = {}
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, saved=saved: saved.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+            ):
+                run(x, index, weight, *stacks, **adapters)
+            mine = [t.untyped_storage() for key, t in saved.items() if key not in given and t.is_floating_point()]
+            bytes_saved.append(sum(storage.nbytes() for storage in mine))
+        rows = 4 * T * k * H
+        # and two weights for each row
+        assert bytes_saved[0] - bytes_saved[1] == 2 * rows - 4 * T * H + 2 * 4 * T * k
+    finally:
+        dist.destroy_process_group()
 
 
 def test_collectives_by_hand():

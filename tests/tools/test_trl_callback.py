@@ -1,5 +1,7 @@
 """`LorafuseCallback` in TRL's trainers: with each of their features the losses are those of the run without it."""
 
+import contextlib
+
 import moe_models
 import peft
 import pytest
@@ -44,6 +46,10 @@ FEATURES = {
     "SFT, reentrant checkpointing": ("SFT", REENTRANT, {}, {}),
     "SFT, bf16": ("SFT", {"bf16": True}, {}, {"rel": 2e-3}),
     "SFT, a bf16 model": ("SFT", {}, {}, {"dtype": torch.bfloat16, "rel": 2e-3}),
+    # a counter would break the graph, and of equal frames between breaks one is traced
+    "SFT, torch_compile": (
+        "SFT", {"torch_compile": True, "torch_compile_backend": "aot_eager"}, {}, {"is_compiled": True},
+    ),
     "SFT, experts": ("SFT", {}, EXPERTS, {"family": "qwen3_moe"}),
     "SFT, experts, checkpointing": ("SFT", CHECKPOINTED, EXPERTS, {"family": "qwen3_moe"}),
     "SFT, DoRA": ("SFT", {}, {"use_dora": True}, {}),
@@ -125,7 +131,7 @@ def test_as_without_it(name, tmp_path):
     trainer = trainer_of(feature, tmp_path, [] if more.get("by") else [callback])
     if more.get("by"):
         lorafuse.patch(trainer.model, strict=True)
-    with counting_fused() as calls:
+    with contextlib.nullcontext() if more.get("is_compiled") else counting_fused() as calls:
         losses, actual = trained(trainer)
     rel = more.get("rel", 1e-5)
     assert losses == pytest.approx(expected, rel=rel, abs=1e-6)
@@ -141,7 +147,7 @@ def test_as_without_it(name, tmp_path):
     assert ran.fallbacks == 0 or kind in ("DPO", "GRPO", "RLOO", "KTO")
     linear = sum(row.kind == "linear" for row in ran.layers)
     # DoRA has an operator of its own
-    assert calls.call_count >= (0 if "DoRA" in name else linear * STEPS)
+    assert calls is None or calls.call_count >= (0 if "DoRA" in name else linear * STEPS)
 
 
 def test_dropout_draws_other_masks(tmp_path):
