@@ -84,6 +84,7 @@ $(READY): $(REQUIREMENTS)
 	@echo "installing what development needs into $(VENV); the first time this takes minutes"
 	@$(INSTALL) $$(grep -E '^(pybind11|ninja)==' requirements/dev.txt)
 	$(EARLY)
-	@$(INSTALL) --no-deps -r requirements/no-deps.txt & rest=$$!; $(INSTALL) -r requirements/dev.txt && wait $$rest
+	@$(INSTALL) -r requirements/dev.txt
+	@$(INSTALL) --no-deps -r requirements/no-deps.txt
 	@LORAFUSE_SKIP_CUDA_BUILD=1 $(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
