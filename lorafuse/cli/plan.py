@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     }
     named |= {name: getattr(forward[0], name) for name in ("R", "dtype", "adapter_dtype")}
     named |= {"base": args.quant} if args.quant != "dense" else {}
-    sizes = ", ".join(f"{name} {value}" for name, value in named.items())
-    print_plans(device, sizes, directions, args.json, notes=_notes(args, forward[0]))
+    problem = ", ".join(f"{name} {value}" for name, value in named.items())
+    print_plans(device, problem, directions, args.json, _notes(args, forward[0]))
     return 0
 
 

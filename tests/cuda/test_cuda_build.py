@@ -188,7 +188,7 @@ class TestBuild:
         command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
         assert "LORAFUSE_SKIP_CUDA_BUILD is 1" in done.stdout + done.stderr
-        assert list(tmp_path.rglob("*.so")) == []
+        assert {path.name.partition(".")[0] for path in tmp_path.rglob("*.so")} <= {"_cpu"}
 
     @pytest.mark.parametrize("target", ["emu", "cuda"])
     def test_nothing_is_built_twice(self, target, request):
