@@ -8,7 +8,7 @@ from test_compile import compiler, false_entries
 from lorafuse.testing.compile_only import Resources
 from lorafuse.testing.compile_record import without_comments
 
-pytestmark = pytest.mark.no_poison
+pytestmark = [pytest.mark.no_poison, pytest.mark.first]
 
 # a sample of each kernel, and what becomes of their digests; nothing is compiled
 DIGESTS = """

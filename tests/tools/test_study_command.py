@@ -322,7 +322,7 @@ def test_the_page_shows_what_was_measured_and_says_what_was_not(set_run, tmp_pat
     # small models' rates by three seeds, SmolLM2's by one
     assert "6 seeds, small models' rates chosen by 3 others," in text
     assert study(tmp_path, "equivalence") == 0
-    assert "8 seeds, SmolLM2's rates chosen by 1 other," in page.rewrite(tmp_path / PAGE.name)
+    assert "6 seeds, SmolLM2's rates chosen by 1 other," in page.rewrite(tmp_path / PAGE.name)
     content["finding"]["outcome"] = "planted"
     (tmp_path / "rl.json").write_text(json.dumps(content))
     assert page.rewrite(tmp_path / PAGE.name) != text
