@@ -154,14 +154,14 @@ class Cuda(Aten):
             x, da = _aligned_rows(x), given_a.new_empty(a.shape)
         if plan.kernel == "fused_backward":
             assert dyb is not None
-            config, (b, round_b) = plan.config("matmul"), _rounding(given_b, dtype, scale, transposed=True)
+            config, (rounded_b, round_b) = plan.config("matmul"), _rounding(given_b, dtype, scale, transposed=True)
             data, dx = contiguous_rows(w.data), dy.new_empty((M, K))
             everything: dict[str, Any] = {
                 "type": TYPES[dtype], "M": M, "N": N, "K": K, "R": R, "dy": dy.data_ptr(), "stride_dy": dy.stride(0),
                 "w": data.data_ptr(), "stride_w": data.stride(0), "a": rounded_a.data_ptr(),
-                "stride_a": rounded_a.stride(0), "rounded_a": round_a, "b": b.data_ptr(), "stride_b": b.stride(0),
-                "rounded_b": round_b, "scale": scale, "dyb": dyb.data_ptr(), "stride_dyb": dyb.shape[1],
-                "dx": dx.data_ptr(), "stride_dx": K, "tiling": tiling(config),
+                "stride_a": rounded_a.stride(0), "rounded_a": round_a, "b": rounded_b.data_ptr(),
+                "stride_b": rounded_b.stride(0), "rounded_b": round_b, "scale": scale, "dyb": dyb.data_ptr(),
+                "stride_dyb": dyb.shape[1], "dx": dx.data_ptr(), "stride_dx": K, "tiling": tiling(config),
                 "sum_rows": _chunk(M, config.splits), "workspace": 0,
             }  # fmt: skip
             if x is not None and need_da:

@@ -71,6 +71,14 @@ def test_adapters_that_need_no_rounding(operator, launched):
     assert one["rounded_b"]["transposed"]
 
 
+def test_gradients_are_in_the_adapters_dtype(operator):
+    """Before autograd casts them: what was rounded to x's dtype would stay so."""
+    o = make_operands(LinearCase(leading=(70,), N=72, K=64, R=8, dtype=torch.bfloat16, adapter_dtype=torch.float32))
+    _, xa = operator.forward(o.x, o.w, None, o.a, o.b, None, 1.0, 0.0)
+    _, da, db, _ = backwards(operator, o, xa, None, True, True, True, False)
+    assert (da.dtype, db.dtype) == (torch.float32, torch.float32)
+
+
 @pytest.mark.parametrize("needs", [n for n in itertools.product([False, True], repeat=4) if any(n)])
 def test_only_what_is_needed_is_computed(needs, operator, launched):
     o = make_operands(LinearCase(leading=(70,), K=64, dtype=torch.float16))
