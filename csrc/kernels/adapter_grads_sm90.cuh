@@ -72,8 +72,8 @@ LF_DEVICE void store_sum(const Sum& sum, int64_t place, float value) {
   }
 }
 
-// Consumer: an item, in accumulators d; consumer 0 calls store(place, sum before its scale) for each of its elements. 64 rows of BLOCK_N
-// floats, where tiles have their way out, hold what consumer 1 has summed.
+// Consumer: an item, in accumulators d; consumer 0 calls store(place, sum before its scale) for each of its elements.
+// 64 rows of BLOCK_N floats, where tiles leave through, hold what consumer 1 has summed.
 template <class T, int BLOCK_M, int BLOCK_N, class F>
 LF_DEVICE void sum_item(float (&d)[BLOCK_N / 2], Pipeline<BLOCK_M, BLOCK_N>& pipeline, const Sum& sum, int first,
                         int end, int R, int column, int consumer, int thread, F store) {
