@@ -2,7 +2,7 @@
 
 `build_ext` builds `lorafuse._cuda` where nvcc is, `lorafuse._cpu` where g++ is, and `lorafuse._emu` where
 LORAFUSE_BUILD_EMULATOR is 1; LORAFUSE_SKIP_CUDA_BUILD=1 leaves the first out. Without nvcc it says so, and lorafuse
-runs without CUDA kernels; without g++ it decodes 4-bit weights on CPUs more slowly.
+runs without CUDA kernels; without g++ it decodes quantized weights on CPUs more slowly.
 `build_py` copies bench/baselines into the package, for `lorafuse bench` without a checkout. A wheel holds what
 this build makes, nothing that an earlier one left.
 """

@@ -147,10 +147,10 @@ def _compilers() -> Iterator[Finding]:
     yield _module("_emu", "optional: the same on a CPU, for tests")
     reason, shown = cpu_decoding.why_not(), "lorafuse._cpu"
     if reason:
-        value = f"not used (optional: decodes 4-bit weights on CPUs): {reason}"
+        value = f"not used (optional: decodes quantized weights on CPUs): {reason}"
         yield Finding("compilers", shown, value, "warn", native.how_to_build("_cpu"))
     else:
-        yield Finding("compilers", shown, "decodes 4-bit weights on CPUs")
+        yield Finding("compilers", shown, "decodes quantized weights on CPUs")
 
 
 def _module(name: str, purpose: str) -> Finding:

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lorafuse.formats.codec import CHUNK, decode_flat, held, is_of, parse, remembered, spell, target
-from lorafuse.formats.cpu import decode_4bit, fits_4bit, has_addresses
+from lorafuse.formats import cpu
+from lorafuse.formats.codec import decode_flat, decode_in_rows, held, is_of, parse, remembered, spell, target
 from lorafuse.formats.sizes import NESTED_BLOCK
 from lorafuse.formats.weight import Weight
 
@@ -39,8 +39,6 @@ __all__ = ["adopt", "decode", "kernel", "parameters_of", "select", "shape"]
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # products with the smallest value of a code, 0.0052, are normal fp32 and bf16 from here on
 _SMALLEST = 1e-30
-# values of fp32 that are rounded at a time: 256 KiB
-_ROUNDED = 2**16
 _TYPES = ("nf4", "fp4")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # of the statistics in quant_state
@@ -72,8 +70,11 @@ def decode(
     """The dense weight in `dtype`, in chunks: temporaries are those of one chunk."""
     sizes, block, rounded, first = parameters_of(parameters)
     out = target(out, sizes, dtype, data.device)
-    if fits_4bit(data, statistics, block, first + out.numel(), out):
-        return _decode_in_rows(decode_4bit(data, statistics, block), rounded, first, out)
+    if cpu.reads(data):
+        absmax, code, outer, scale_table, offset = (*statistics, None, None, None)[:5]
+        codes = cpu.Codes("nibbles", data, block, absmax, code, scale_table, outer, offset)
+        if cpu.decode(codes, rounded, first, out):
+            return out
     run = _library_kernel(data, statistics[1], block, first, out)
     scales = None if run is None else _scales_for_library(statistics, first + out.numel(), block)
     if run is not None and scales is not None:
@@ -92,7 +93,7 @@ def _library_kernel(data: Tensor, code: Tensor, block: int, first: int, out: Ten
         return None
     # whoever quantized the weight has brought its library; a subclass of tensors, or what Dynamo traces, has no address
     library = sys.modules.get("bitsandbytes.backends.cpu.ops")
-    if library is None or not type(data) is type(out) is Tensor or not has_addresses():
+    if library is None or not type(data) is type(out) is Tensor or not cpu.has_addresses():
         return None
     # its reads are not checked
     if not data.is_contiguous() or data.numel() * 2 < first + out.numel():
@@ -129,25 +130,7 @@ def _decode_by_library(
         addresses = data.data_ptr() + begin // 2, scales.data_ptr() + begin // block * 4, values.data_ptr()
         run(*map(c_void_p, addresses), *map(c_longlong, (block, *values.shape)))
 
-    return _decode_in_rows(rows, rounded, first, out)
-
-
-def _decode_in_rows(run: Callable[[int, Tensor], object], rounded: torch.dtype, first: int, out: Tensor) -> Tensor:
-    """`out`, whose rows in fp32 `run(flat index, rows)` writes, a few at a time where they are to be rounded."""
-    rows, is_wide = out.view(-1, max(1, out.shape[-1])), out.dtype is torch.float32
-    width = rows.shape[1]
-    step = rows.shape[0] if rounded is torch.float32 and is_wide else max(1, min(_ROUNDED, CHUNK["cpu"]) // width)
-    wide = rows if is_wide else torch.empty((min(step, rows.shape[0]), width))
-    for start in range(0, rows.shape[0], max(1, step)):
-        stop = min(start + step, rows.shape[0])
-        part, values = rows[start:stop], wide[start:stop] if is_wide else wide[: stop - start]
-        run(first + start * width, values)
-        # torch rounds as bitsandbytes does, to the weight's own dtype first
-        if rounded not in (torch.float32, out.dtype):
-            part.copy_(values.to(rounded))
-        elif not is_wide:
-            part.copy_(values)
-    return out
+    return decode_in_rows(rows, rounded, first, out)
 
 
 def _absmax(statistics: tuple[Tensor, ...], start: int, stop: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 __all__ = [
     "chunks",
     "decode_flat",
+    "decode_in_rows",
     "e2m1",
     "expanded_rows",
     "held",
@@ -30,6 +31,8 @@ _T = TypeVar("_T")
 # (2 ** 18 fp32 values are 1 MiB), and on a GPU few launches (64 MiB of fp32)
 CHUNK = {"cpu": 2**18}
 _CHUNK_ELSEWHERE = 2**24
+# values of fp32 that are rounded at a time: 256 KiB
+_ROUNDED = 2**16
 # integers that hold two values of a code, by the bytes of one
 _TWICE = {2: torch.int32, 4: torch.int64}
 
@@ -125,6 +128,26 @@ def decode_flat(
         skipped = max(first - begin, 0)
         values = values[skipped:]
         flat[begin + skipped - first : end - first] = values if rounded is out.dtype else values.to(rounded)
+    return out
+
+
+def decode_in_rows(run: Callable[[int, Tensor], object], rounded: torch.dtype, first: int, out: Tensor) -> Tensor:
+    """`out`, whose rows in fp32 `run(flat index, rows)` writes, a few at a time where they are to be rounded: to
+    `rounded`, then to the dtype of `out`.
+    """
+    rows, is_wide = out.view(-1, max(1, out.shape[-1])), out.dtype is torch.float32
+    width = rows.shape[1]
+    step = rows.shape[0] if rounded is torch.float32 and is_wide else max(1, min(_ROUNDED, CHUNK["cpu"]) // width)
+    wide = rows if is_wide else torch.empty((min(step, rows.shape[0]), width))
+    for start in range(0, rows.shape[0], max(1, step)):
+        stop = min(start + step, rows.shape[0])
+        part, values = rows[start:stop], wide[start:stop] if is_wide else wide[: stop - start]
+        run(first + start * width, values)
+        # torch rounds as libraries do, to the weight's own dtype first
+        if rounded not in (torch.float32, out.dtype):
+            part.copy_(values.to(rounded))
+        elif not is_wide:
+            part.copy_(values)
     return out
 
 

@@ -5,20 +5,50 @@ ctypes calls it by address, without the interpreter's lock. Where it is absent b
 
 import ctypes
 import importlib.util
-from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lorafuse.formats.codec import decode_in_rows
 from lorafuse.formats.sizes import NESTED_BLOCK
 
-__all__ = ["decode_4bit", "fits_4bit", "has_addresses", "library", "opened", "why_not"]
+__all__ = ["Codes", "decode", "has_addresses", "library", "opened", "reads", "why_not"]
 
 # of the functions in csrc/cpu/decode.cpp
-_VERSION = 1
-_ARGUMENTS: Any = [*[ctypes.c_void_p] * 7, *[ctypes.c_longlong] * 3, ctypes.c_int, ctypes.c_void_p]
+_VERSION = 2
+_P, _N = ctypes.c_void_p, ctypes.c_longlong
+_ARGUMENTS: Any = [ctypes.c_int, _P, _P, ctypes.c_float, *[_P] * 5, *[_N] * 3, ctypes.c_int, _P]
+# a subclass of tensors has no address
+_PLAIN = (Tensor, torch.nn.Parameter)
+# kinds of codes: how many elements a byte holds, and values their table has
+_KINDS = {"nibbles": (0, 2, 16), "low nibbles": (1, 2, 16), "bytes": (2, 1, 256), "integers": (3, 1, 0)}
+
+
+class Codes(NamedTuple):
+    """Of a flat weight: `value(code i) · scale[i // block] · step`, each product in fp32.
+
+    Attributes:
+        kind: "nibbles" (the high one of a byte first), "low nibbles", "bytes" or "integers" (int8).
+        data: its bytes.
+        block: elements of a scale.
+        scale: fp32, or uint8 with `scale_table`.
+        table: fp32 `[16]` or `[256]`, what a code stands for; None of integers.
+        scale_table: fp32 `[256]`, what the bytes of a scale stand for.
+        outer, offset: fp32 `[⌈blocks / 256⌉]` and `[]` of nested statistics: `scale_table[byte] · outer + offset`.
+        step: of integers alone.
+    """
+
+    kind: str
+    data: Tensor
+    block: int
+    scale: Tensor
+    table: Tensor | None = None
+    scale_table: Tensor | None = None
+    outer: Tensor | None = None
+    offset: Tensor | None = None
+    step: float = 1.0
 
 
 def opened(file: str | None) -> tuple[Any, str]:
@@ -31,8 +61,8 @@ def opened(file: str | None) -> tuple[Any, str]:
         return None, f"it does not load here: {error}"
     if loaded.lorafuse_cpu_version() != _VERSION:
         return None, f"{file} was built from other sources"
-    loaded.lorafuse_decode_4bit.argtypes = _ARGUMENTS
-    loaded.lorafuse_decode_4bit.restype = None
+    loaded.lorafuse_decode.argtypes = _ARGUMENTS
+    loaded.lorafuse_decode.restype = None
     return loaded, ""
 
 
@@ -57,32 +87,41 @@ def has_addresses() -> bool:
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
-def fits_4bit(data: Tensor, statistics: tuple[Tensor, ...], block: int, stop: int, out: Tensor) -> bool:
-    """Whether elements up to `stop` can be read: addresses are not checked there."""
-    if not data.is_cpu or not has_addresses() or library() is None:
+def reads(data: Tensor) -> bool:
+    """Whether it may decode these bytes."""
+    return type(data) in _PLAIN and data.is_cpu and has_addresses() and library() is not None
+
+
+def decode(codes: Codes, rounded: torch.dtype, first: int, out: Tensor) -> bool:
+    """Decode elements of the flat weight, from `first` on, into `out`: each rounded to `rounded`, then to its dtype.
+
+    False, with `out` as it was, for what cannot be read by address: it is checked here.
+    """
+    if not _fits(codes, first + out.numel(), out):
         return False
-    # nor has a subclass of tensors
-    tensors = data, out, *statistics
-    if not all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu and t.is_contiguous() for t in tensors):
-        return False
+    kind, data, block, scale, table, scale_table, outer, offset, step = codes
+    scales = (None, scale, scale_table) if scale.dtype is torch.uint8 else (scale, None, None)
+    addresses = [None if t is None else t.data_ptr() for t in (*scales, outer, offset)]
+    given = _KINDS[kind][0], data.data_ptr(), None if table is None else table.data_ptr(), step, *addresses, block
+    call, threads = library().lorafuse_decode, torch.get_num_threads()
+
+    def run(start: int, values: Tensor) -> None:
+        call(*given, start, values.numel(), threads, values.data_ptr())
+
+    decode_in_rows(run, rounded, first, out)
+    return True
+
+
+def _fits(codes: Codes, stop: int, out: Tensor) -> bool:
+    kind, data, block, scale, table, scale_table, outer, offset, _ = codes
+    _, per_byte, values = _KINDS[kind]
     blocks = -(-stop // block)
-    counts = blocks, 16, -(-blocks // NESTED_BLOCK), 256, 1
-    is_nested = len(statistics) > 2
-    dtypes = (torch.uint8 if is_nested else torch.float32, *(torch.float32,) * 4)
+    counts = (scale, blocks), (table, values), (scale_table, 256), (outer, -(-blocks // NESTED_BLOCK)), (offset, 1)
+    given = [(t, n) for t, n in counts if t is not None]
     return (
-        data.dtype is torch.uint8
-        and 2 * data.numel() >= stop
-        and all(t.dtype is d and t.numel() >= n for t, d, n in zip(statistics, dtypes, counts, strict=False))
+        all(type(t) in _PLAIN and t.is_cpu and t.is_contiguous() for t in (data, out, *(t for t, _ in given)))
+        and data.element_size() == 1
+        and per_byte * data.numel() >= stop
+        and all(t.numel() >= n and (t.dtype is torch.float32 or t is scale) for t, n in given)
+        and scale.dtype is (torch.float32 if scale_table is None else torch.uint8)
     )
-
-
-def decode_4bit(data: Tensor, statistics: tuple[Tensor, ...], block: int) -> Callable[[int, Tensor], object]:
-    """`run(first, out)`: decode elements of the flat weight, from `first` on, into the fp32 tensor `out`."""
-    absmax, table, *nested = (t.data_ptr() for t in statistics)
-    scales = (None, absmax, *nested) if nested else (absmax, None, None, None, None)
-    call, code, threads = library().lorafuse_decode_4bit, data.data_ptr(), torch.get_num_threads()
-
-    def run(first: int, out: Tensor) -> None:
-        call(code, table, *scales, block, first, out.numel(), threads, out.data_ptr())
-
-    return run

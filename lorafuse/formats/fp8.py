@@ -11,11 +11,13 @@ Parameters: `block`; `scale=rounded` for the first order.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorafuse.formats import cpu
 from lorafuse.formats.codec import expanded_rows, held, is_of, parse, row_chunks, scale_blocks, spell, target
 from lorafuse.formats.weight import Weight
 
@@ -43,6 +45,12 @@ def decode(
         scale = scale.reshape(1, 1).expand(data.shape[:-1].numel(), 1)
     else:
         scale = expanded_rows(scale, data.shape[-2], rows)
+    width = data.shape[-1]
+    # blocks of the flat weight, but where the last of a row is short; an order in fp64 is left to torch
+    if cpu.reads(data) and (columns >= width or width % columns == 0) and scale.element_size() <= 4:
+        codes = cpu.Codes("bytes", data, max(1, min(columns, width)), scale.float().contiguous(), _table(data.dtype))
+        if cpu.decode(codes, torch.float32, 0, out):
+            return out
     stored, to = data.flatten(0, -2), out.flatten(0, -2)
     for start, stop in row_chunks(out):
         part = to[start:stop]
@@ -51,6 +59,12 @@ def decode(
         else:
             part.copy_(scale_blocks(stored[start:stop].float(), scale[start:stop], columns))
     return out
+
+
+@cache
+def _table(dtype: torch.dtype) -> Tensor:
+    """fp32 `[256]` on the CPU: what bytes stand for."""
+    return torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).float()
 
 
 def select(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lorafuse.formats import cpu
 from lorafuse.formats.codec import held, is_of, row_chunks, target
 from lorafuse.formats.weight import Weight
 
@@ -33,6 +34,11 @@ def decode(
     """The dense weight in `dtype`, in chunks of rows. Raises ValueError for a scale that is not one per output row."""
     per_row, step = _scale(data, statistics)
     out = target(out, tuple(data.shape), dtype, data.device)
+    # numbers of 16 bits enter a product in fp32
+    if cpu.reads(data) and data.dtype is torch.int8 and per_row.element_size() <= 4:
+        codes = cpu.Codes("integers", data, max(1, data.shape[-1]), per_row.float(), step=1.0 if step is None else step)
+        if cpu.decode(codes, torch.float32, 0, out):
+            return out
     rows, to = data.flatten(0, -2), out.flatten(0, -2)
     for start, stop in row_chunks(out):
         wide = rows[start:stop].float().mul_(per_row[start:stop])
@@ -89,10 +95,14 @@ def adopt(storage: object, name: str = "weight") -> Weight | None:
         next((t for t in (getattr(weight, key, None), getattr(state, key, None)) if t is not None), None)
         for key in ("CB", "SCB")
     )
-    if data is None or absmax is None:
+    # a forward with has_fp16_weights=True leaves the int8 numbers of its call in the state
+    is_trained = getattr(state, "has_fp16_weights", False)
+    if is_trained or data is None or absmax is None:
+        why = "with has_fp16_weights=True" if is_trained else f"without {'CB' if data is None else 'SCB'}"
         raise ValueError(
-            f"Int8Params {weight.dtype} {list(weight.shape)} on {weight.device} is not quantized yet: build its layer "
-            "with has_fp16_weights=False and move it to its device, with .to(), which quantizes it"
+            f"Int8Params {weight.dtype} {list(weight.shape)} on {weight.device}, {why}, is not quantized yet: build "
+            "its layer with has_fp16_weights=False and move it to its device, with .to(), which quantizes it, or load "
+            "its quantized checkpoint, SCB included, after that"
         )
     layer: Any = storage
     sizes = (layer.out_features, layer.in_features) if isinstance(layer, torch.nn.Linear) else data.shape

@@ -10,11 +10,13 @@ Parameters: none.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorafuse.formats import cpu
 from lorafuse.formats.codec import e2m1, is_of, row_chunks, target, unpacked
 from lorafuse.formats.sizes import MXFP4_BLOCK
 from lorafuse.formats.weight import Weight
@@ -33,7 +35,14 @@ def decode(
     data: Tensor, statistics: tuple[Tensor, ...], parameters: str, dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
     """The dense weight in `dtype`, in chunks of rows."""
-    out, code = target(out, shape(data, statistics, parameters), dtype, data.device), e2m1(data.device)
+    out = target(out, shape(data, statistics, parameters), dtype, data.device)
+    if cpu.reads(data):
+        (factor,), (doubled, halves) = statistics, _tables()
+        tables = (e2m1(data.device), None) if factor.is_floating_point() else (doubled, halves)
+        codes = cpu.Codes("low nibbles", data, MXFP4_BLOCK, factor, *tables)
+        if cpu.decode(codes, torch.float32, 0, out):
+            return out
+    code = e2m1(data.device)
     stored, scale, to = data.flatten(0, -2), statistics[0].flatten(0, -2), out.flatten(0, -2)
     for start, stop in row_chunks(out):
         values = unpacked(stored[start:stop], code, low_first=True).view(*scale[start:stop].shape, MXFP4_BLOCK)
@@ -41,6 +50,13 @@ def decode(
         values = values.mul_(part) if part.is_floating_point() else torch.ldexp(values, part.int() - _BIAS)
         to[start:stop] = values.flatten(1)
     return out
+
+
+@cache
+def _tables() -> tuple[Tensor, Tensor]:
+    """On the CPU: twice what nibbles stand for, and half of what exponents do, which is finite."""
+    exponent = torch.arange(256, device="cpu") - (_BIAS + 1)
+    return 2 * e2m1(exponent.device), torch.ldexp(torch.ones(256, device="cpu"), exponent)
 
 
 def select(

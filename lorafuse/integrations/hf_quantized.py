@@ -95,11 +95,12 @@ def stored(base: nn.Module) -> Weight | str | None:
 def _refused(base: nn.Module) -> str:
     """Why a known layer does not compute what its quantized weight alone says, or ""."""
     kind = _forwards.get(type(base).forward)
-    if kind == "Linear8bitLt" and base.state.has_fp16_weights:  # type: ignore[union-attr]
+    if kind == "Linear8bitLt" and getattr(getattr(base, "state", None), "has_fp16_weights", False):
         return "its base is a Linear8bitLt with has_fp16_weights=True, whose weight is not stored quantized"
-    if kind == "FP8Linear" and base.activation_scheme != "dynamic":
+    scheme = getattr(base, "activation_scheme", None)
+    if kind == "FP8Linear" and scheme != "dynamic":
         return (
-            f"its base is an FP8Linear with activation_scheme={base.activation_scheme!r}, which clips x by a "
+            f"its base is an FP8Linear with activation_scheme={scheme!r}, which clips x by a "
             "calibrated scale; lorafuse runs those with 'dynamic'"
         )
     return ""

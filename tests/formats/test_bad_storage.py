@@ -115,6 +115,16 @@ CASES = {
     "a shard": ("nf4", bytes_of(lambda t: t[: len(t) // 2]), "holds 768 bytes .* gather a shard"),
     "strided bytes": ("nf4", bytes_of(strided), r"strides \[2, 2\]; .* make a view contiguous"),
     "int8: not quantized": ("int8", of(CB=None), "is not quantized yet: build its layer"),
+    "int8: not quantized, half": ("int8", of(SCB=None), "without SCB, is not quantized yet: build its .* SCB included"),
+    "int8: CB lost": ("int8", without("weight.CB"), "without CB, is not quantized yet"),
+    "int8: scales lost": ("int8", without("weight.SCB"), "without SCB, is not quantized yet"),
+    "int8: a shard": ("int8", of(CB=lambda t: t[:12]), r"CB torch.int8 \[12, 128\] .*they are int8 \[24, 128\]"),
+    "int8: flat": ("int8", of(CB=torch.Tensor.flatten), r"CB torch.int8 \[3072\]"),
+    "int8: repacked in tiles": ("int8", of(CB=lambda t: t.view(3, 8, 4, 32).transpose(1, 2)), r"int8 \[3, 4, 8, 32\]"),
+    "int8: unsigned": ("int8", of(CB=torch.Tensor.byte), "CB torch.uint8"),
+    "int8: a list of scales": ("int8", of(SCB=torch.Tensor.tolist), "not what its library stores .*'list'"),
+    "int8: scales of columns": ("int8", of(SCB=lambda t: t.new_ones(K)), r"SCB torch.float32 \[128\]"),
+    "int8: scales as torchao has them": ("int8", of(SCB=lambda t: t[:, None]), r"SCB torch.float32 \[24, 1\]"),
     "int8: scales short": ("int8", of(SCB=lambda t: t[:-1]), rf"SCB torch.float32 \[23\]; .*fp32 \[24\]: {ANEW}"),
     "int8: one scale": ("int8", of(SCB=lambda t: t[:1]), r"SCB torch.float32 \[1\]"),
     "int8: scales of integers": ("int8", of(SCB=torch.Tensor.char), "SCB torch.int8"),
@@ -203,6 +213,49 @@ def test_what_is_incomplete_is_refused(case):
     make, message = INCOMPLETE[case]
     with pytest.raises(ValueError, match=message):
         formats.adopt(make())
+
+
+def in_state(base):
+    """As the first forward leaves a layer."""
+    base.init_8bit_state()
+    return base
+
+
+STATES = {
+    "CB lost": (of("state", CB=None), "without CB, is not quantized yet"),
+    "SCB lost": (of("state", SCB=None), "without SCB, is not quantized yet"),
+    "scales short": (of("state", SCB=lambda t: t[1:]), r"SCB torch.float32 \[23\]"),
+    "transposed": (of("state", CB=torch.Tensor.t), r"CB torch.int8 \[128, 24\]"),
+    "trained, and used": (of("state", has_fp16_weights=True), "with has_fp16_weights=True, is not quantized yet"),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_the_state_of_an_int8_layer(case):
+    """It holds the weight from the first forward on."""
+    change, message = STATES[case]
+    base = in_state(layer("int8"))
+    assert base.weight.CB is None
+    assert formats.adopt(base).data is base.state.CB
+    model = nn.Sequential(base)
+    model.is_loaded_in_8bit = True
+    model = adapted(model, target_modules=["0"])
+    change(base)
+    with pytest.raises(ValueError, match=message) as refusal:
+        formats.adopt(base)
+    with pytest.warns(UserWarning, match="patched nothing"):
+        report = lorafuse.patch(model)
+    reasons = f"its base cannot be adopted: {refusal.value}", "its base is a Linear8bitLt with has_fp16_weights=True"
+    assert report.skipped[0].reason.startswith(reasons)
+
+
+def test_an_int8_layer_without_its_state_is_left_to_peft():
+    model = adapted(quantize(nn.Sequential(nn.Linear(K, N)), "int8"), target_modules=["0"])
+    base = in_state(model.base_model.model[0].base_layer)
+    del base.state
+    with pytest.warns(UserWarning, match="patched nothing"):
+        report = lorafuse.patch(model)
+    assert "is not quantized yet" in report.skipped[0].reason
 
 
 def test_embeddings_are_held_by_their_own_sizes():

@@ -258,7 +258,7 @@ class Called:
     ],
 )
 def test_the_librarys_kernel_decodes_where_it_is_exact(make, sizes, block, is_used, dtype, nested, kind, monkeypatch):
-    monkeypatch.setattr(bnb_4bit, "fits_4bit", lambda *given: False)
+    monkeypatch.setattr(bnb_4bit.cpu, "library", lambda: None)
     weight = formats.adopt(params(make(sizes, dtype=dtype), kind, nested, block))
     operators = sys.modules["bitsandbytes.backends.cpu.ops"]
     called = Called(operators.lib._lib)
