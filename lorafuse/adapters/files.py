@@ -103,7 +103,7 @@ def read(folder: Path, experts: Mapping[str, PooledExperts]) -> tuple[dict[str, 
     # PEFT matches them at the end of names
     adapted = [name for name in stacks if any(f".{name}".endswith(f".{target}") for target in targets)]
     places = _places(adapted, experts)
-    tensors, factors = load_file(folder / _WEIGHTS), {}
+    tensors, factors, E = load_file(folder / _WEIGHTS), {}, 0
     for key in sorted(tensors):
         name, marker, rest = key.removeprefix(_PREFIX).partition(".lora_A.")
         if marker:
@@ -124,5 +124,9 @@ def read(folder: Path, experts: Mapping[str, PooledExperts]) -> tuple[dict[str, 
     if tensors or len(ranks) != 1:
         raise ValueError(f"{folder} has {sorted(tensors)[:3]} beside LoRA, and ranks {sorted(ranks)}; it needs one")
     rank = ranks.pop()
+    if places and not config.get("rank_pattern") and config.get("r", rank) != rank:
+        raise ValueError(
+            f"{folder} has r={config['r']} and {rank} ranks for each of {E} experts; it is of another number of experts"
+        )
     scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return factors, scale, config.get("lora_dropout", 0.0)

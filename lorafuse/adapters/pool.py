@@ -68,7 +68,7 @@ class AdapterPool:
         made: dict[nn.Module, LoRALinearMulti | PooledExperts] = {}
         for name, module in list(model.named_modules(remove_duplicate=False)):
             # what quantizes experts lies within them
-            if module in made or not any(name.startswith(f"{one}.") for one in self.experts):
+            if module in made or not any(name.startswith(f"{one}.") for one in (*self.experts, *self.skipped)):
                 layer = made.get(module) or self._adapted(name, module)
                 if layer is not None:
                     made[module] = layer

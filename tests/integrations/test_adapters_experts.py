@@ -1,6 +1,7 @@
 """Experts of transformers' models in a pool (T1): bits, PEFT's files and gradients, what is refused."""
 
 import copy
+import json
 
 import moe_models
 import peft
@@ -197,6 +198,10 @@ def test_what_is_refused(tmp_path):
     pool.export(0, tmp_path)
     with pytest.raises(ValueError, match="adapts .'experts.gate_up_proj'., which the pool does not hold"):
         down.load(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 10}))
+    with pytest.raises(ValueError, match="another number of experts"):
+        pool.load(tmp_path)
     other = copy.deepcopy(block)
     other.experts.act_fn = nn.Softsign()
     skipping = AdapterPool(copy.deepcopy(other))
