@@ -70,7 +70,7 @@ def _products(rows: Tensor, left: Tensor) -> Tensor:
     if left.dtype is rows.dtype:
         return torch.mm(rows, left.mT)
     products = rows.new_empty(rows.shape[0], left.shape[0])
-    for some in row_chunks(*left.shape, left.device):
+    for some in row_chunks(left.shape[0], left.shape[1], left.device):
         products[:, some] = torch.mm(rows, left[some].to(rows.dtype).mT)
     return products
 
@@ -128,7 +128,7 @@ def columns_backward(
     """
     dz = torch.empty_like(dy) if need_dz else None
     dfactor, part = None if z is None else torch.zeros_like(factor), None
-    chunks = row_chunks(*dy.shape, dy.device)
+    chunks = row_chunks(dy.shape[0], dy.shape[1], dy.device)
     if dy.is_cpu:
         step = max(1, _PART // max(1, dy.shape[1]))
         chunks = [slice(start, start + step) for start in range(0, dy.shape[0], step)]

@@ -164,7 +164,7 @@ def adopt(layer: Any, backend: str, dropout_rng: str = "philox", numerics: str =
 
 def regroup(model: nn.Module, layers: list[Any], report: PatchReport, has_groups: bool) -> None:
     """Make groups of adopted layers, into the report; without `has_groups` take them apart."""
-    linear = [layer for layer in layers if isinstance(layer, Member)]
+    linear: list[Any] = [layer for layer in layers if isinstance(layer, Member)]
     gated_mlp.dissolve(model)
     if not has_groups:
         for layer in linear:

@@ -97,16 +97,16 @@ class LoRAExpertsMulti(ExpertsMulti):
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
         lookup(activation, GateLayout.of(has_gate, is_concatenated))
-        given = {"gate_up": gate_up, "down": down}
-        weights = [t if isinstance(t, Weight) else Weight(t, is_transposed) for t in given.values()]
-        super().__init__(*weights, shared_outer, adapter_dtype)
+        up, back = (t if isinstance(t, Weight) else Weight(t, is_transposed) for t in (gate_up, down))
+        super().__init__(up, back, shared_outer, adapter_dtype)
         self.flags: dict[str, Any] = {
             "activation": activation, "has_gate": has_gate, "is_concatenated": is_concatenated,
             "is_transposed": is_transposed,
         }  # fmt: skip
         self.shared_outer = shared_outer
         self._quantized: dict[str, Weight] = {}
-        for name, t in (given | {"gate_up_bias": gate_up_bias, "down_bias": down_bias}).items():
+        given = {"gate_up": gate_up, "down": down, "gate_up_bias": gate_up_bias, "down_bias": down_bias}
+        for name, t in given.items():
             if isinstance(t, Weight):
                 self._quantized[name] = t
             else:
