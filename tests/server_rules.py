@@ -1,8 +1,10 @@
 """What the LoRA loaders of vLLM and SGLang do with an adapter, as rules: names, shapes, what is refused.
 
 Facts read in their sources (2026-11), written anew. vLLM: `lora/utils.py` (names), `lora/worker_manager.py` (packed
-modules), `lora/lora_model.py` (files, unexpected modules), `lora/peft_helper.py`. SGLang: `srt/lora/lora.py` (stacking,
-w1 to gate_proj), `srt/lora/utils.py` (target modules), `srt/lora/mem_pool.py` (buffers, shared outer factors).
+modules), `lora/lora_model.py` (files, unexpected modules, the vocabulary), `lora/peft_helper.py`,
+`lora/layers/logits_processor.py` and `vocal_parallel_embedding.py` (buffers of the head and of embeddings). SGLang:
+`srt/lora/lora.py` (stacking, w1 to gate_proj, what lies in no layer), `srt/lora/utils.py` (target modules),
+`srt/lora/mem_pool.py` (buffers, shared outer factors, embeddings).
 """
 
 import json
@@ -16,6 +18,8 @@ __all__ = ["sglang", "vllm"]
 # the linear layers of Llama and Qwen in both servers, and what vLLM packs in them
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 MODULES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+# what the classes of these models list as `embedding_modules` in vLLM, and what SGLang knows outside of its layers
+HEADS = ("embed_tokens", "lm_head")
 
 
 def _files(folder):
@@ -28,51 +32,74 @@ def _files(folder):
     return config, load_file(folder / "adapter_model.safetensors")
 
 
-def vllm(folder, experts=0, projections=("gate_proj", "up_proj", "down_proj"), packed=PACKED, largest=64):
-    """`{module: (A, B times the scale)}` as vLLM holds them; AssertionError or ValueError for what it refuses."""
+def vllm(
+    folder, experts=0, projections=("gate_proj", "up_proj", "down_proj"), packed=PACKED, largest=64, heads=HEADS,
+    vocabulary=64,
+):  # fmt: skip
+    """`{module: (A, B times the scale)}` as vLLM holds them; AssertionError or ValueError for what it refuses.
+
+    `heads` are what the model's class lists: a model without any (Gemma) refuses adapters of them.
+    """
     packed = dict(packed)
     if experts:
         packed["experts"] = [f"experts.{e}.{p}" for e in range(experts) for p in projections]
-    modules = (*MODULES, "experts") if experts else MODULES
+    modules = (*MODULES, *heads, "experts") if experts else (*MODULES, *heads)
     expected = {name for module in modules for name in packed.get(module, [module])}
     config, tensors = _files(folder)
     assert config["r"] <= largest, f"rank {config['r']} is above max_lora_rank"
     factors = {}
     for name, t in tensors.items():
         parts = name.split(".")
-        if parts[-1] != "weight" or parts[-2] not in ("lora_A", "lora_B"):
+        of_embedding = parts[-1] in ("lora_embedding_A", "lora_embedding_B")
+        if not of_embedding and (parts[-1] != "weight" or parts[-2] not in ("lora_A", "lora_B")):
             raise ValueError(f"{name} is an unsupported LoRA weight")
-        module = ".".join(parts[2 if "base_model.model." in name else 0 : -2])
+        end, factor = (-1, "lora" + parts[-1][-2:]) if of_embedding else (-2, parts[-2])
+        module = ".".join(parts[2 if "base_model.model." in name else 0 : end])
         suffix = module[module.find(".experts") + 1 :] if ".experts" in module else module.rpartition(".")[2]
         if suffix not in expected:
             raise ValueError(f"unexpected module {module}")
         # what is copied into a slice of a buffer of the largest rank
         assert t.dim() == 2
-        assert t.shape[parts[-2] == "lora_B"] <= config["r"]
-        factors.setdefault(module, {})[parts[-2]] = t
+        assert t.shape[factor == "lora_B"] <= config["r"]
+        if of_embedding and factor == "lora_A" and t.shape[1] != vocabulary:
+            raise ValueError(f"{name} is for {t.shape[1]} tokens, the model has {vocabulary}")
+        # the head has a buffer of the vocabulary's size, and so has the other side of an embedding
+        assert module.rpartition(".")[2] != "lm_head" or factor == "lora_A" or t.shape[0] <= vocabulary
+        factors.setdefault(module, {})[factor] = t
     scale = config["lora_alpha"] / config["r"]
     return {module: (pair["lora_A"], pair["lora_B"] * scale) for module, pair in factors.items()}
 
 
 def _normalized(target_modules):
     known = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
-    known |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+    known |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "output": "lm_head", "unembed_tokens": "lm_head"}
+    known |= dict.fromkeys(("vocab_emb", "embeddings", "word_embeddings"), "embed_tokens")
     return {known.get(name.split(".")[-1], name.split(".")[-1]) for name in target_modules}
 
 
-def sglang(folder, shared_outer=False):
+def sglang(folder, shared_outer=False, vocabulary=64):
     """`{layer: {module: (A, B times the scale)}}`, stacked as SGLang's buffers hold them, experts by their number, or
-    as stacks; AssertionError, KeyError or ValueError where it fails, ValueError for what it would drop.
+    as stacks, the embedding and the head in a layer None; AssertionError, KeyError or ValueError where it fails,
+    ValueError for what it would drop.
     """
     config, tensors = _files(folder)
-    targets, rank, layers = _normalized(config["target_modules"]), config["r"], {}
-    assert targets <= set(MODULES)
-    for name, t in tensors.items():
+    targets, rank, layers, heads = _normalized(config["target_modules"]), config["r"], {}, {}
+    assert targets <= {*MODULES, *HEADS}
+    for given, t in tensors.items():
+        name = given.replace("unembed_tokens", "lm_head")
         layer = re.search(r"layers\.(\d+)\.", name)
-        if layer is None:
-            raise ValueError(f"{name} would be dropped: it lies in no layer")
-        layers.setdefault(int(layer[1]), {})[name] = t
-    buffers = {}
+        if layer is not None:
+            layers.setdefault(int(layer[1]), {})[name] = t
+            continue
+        (module,) = [head for head in HEADS if head in name] or [None]
+        if module is None or module not in targets:
+            raise ValueError(f"{given} would be dropped: it lies in no layer")
+        is_a = "lora_embedding_A" in name or "lora_A" in name
+        # rows of A beyond the vocabulary are those of added tokens
+        assert t.shape[not is_a] == rank, f"buffer of rank {rank} does not match {name} {list(t.shape)}"
+        assert module == "lm_head" or not is_a or t.shape[1] == vocabulary
+        heads.setdefault((module, None), {})["lora_A" if is_a else "lora_B"] = t
+    buffers = {None: heads} if heads else {}
     for number, weights in layers.items():
         _stack(weights)
         held = buffers[number] = {}

@@ -67,7 +67,7 @@ LAYERS = {
     "ops": (_OPERANDS | {"backends", "plan"}, {"torch"}),
     "functional": (_OPERATORS, {"torch"}),
     "nn": (_OPERANDS | {"functional"}, {"torch"}),
-    "adapters": (_OPERANDS | {"functional", "nn"}, {"torch", "safetensors"}),
+    "adapters": (_OPERANDS | {"functional", "nn", "integrations"}, {"torch", "safetensors"}),
     "export": (_OPERANDS | {"functional", "nn", "adapters"}, {"torch", "safetensors"}),
     "parallel": (_OPERATORS | {"functional"}, {"torch"}),
     "integrations": (_OPERATORS | {"functional", "nn", "parallel"}, {"torch", "deepspeed"} | _HUGGING_FACE | _TRAINERS),

@@ -2,19 +2,24 @@
 
 import json
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from lorafuse.adapters.experts import PooledExperts
+
 __all__ = ["changes_base", "read", "write"]
 
+# a and b of one adapter, as the stacks hold them: rank first
+_Factors = tuple[Tensor, Tensor]
 _PREFIX = "base_model.model."
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # settings of PEFT's configuration that change what an adapter computes, and their values that are plain LoRA
 _PLAIN: dict[str, Any] = {
     "peft_type": "LORA", "use_dora": False, "bias": "none", "fan_in_fan_out": False, "modules_to_save": None,
-    "alpha_pattern": {}, "target_parameters": None, "alora_invocation_tokens": None, "lora_bias": False,
+    "alpha_pattern": {}, "alora_invocation_tokens": None, "lora_bias": False,
     "use_qalora": False, "use_bdlora": None, "arrow_config": None, "kasa_config": None, "monteclora_config": None,
     "layer_replication": None,
 }  # fmt: skip
@@ -23,24 +28,50 @@ _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def write(
-    folder: Path, factors: dict[str, tuple[Tensor, Tensor]], rank: int, alpha: float, dropout: float, base: str | None
-) -> None:
-    """The files of an adapter: `factors` are a `[R, K]` and b `[N, R]` by the names of the layers."""
+    folder: Path, factors: Mapping[str, _Factors], experts: Mapping[str, PooledExperts], rank: int, alpha: float,
+    dropout: float, base: str | None,
+) -> None:  # fmt: skip
+    """The files of an adapter: `factors` are a `[R, K]` and b `[R, N]` by the names of layers, of experts a `[R, E, K]`
+    and b `[R, E, N]` by those of their parameters.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
+    parameters = [name for name in factors if name.rpartition(".")[0] in experts]
+    places = {stack: place for place, stack in _places(parameters, experts).items()}
     tensors = {}
-    for name, (a, b) in factors.items():
-        for letter, t in (("A", a), ("B", b)):
-            tensors[f"{_PREFIX}{name}.lora_{letter}.weight"] = t.detach().cpu().clone().contiguous()
+    for name, pair in factors.items():
+        for letter, t in zip("AB", _packed(*pair), strict=True):
+            tensors[f"{_PREFIX}{places.get(name, name)}.lora_{letter}.weight"] = t.cpu().clone().contiguous()
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
     config = {
         "base_model_name_or_path": base, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
         "init_lora_weights": True, "lora_alpha": alpha, "lora_dropout": dropout, "modules_to_save": None,
-        "peft_type": "LORA", "r": rank, "target_modules": sorted(factors), "task_type": None, "use_dora": False,
-        "use_rslora": False,
+        "peft_type": "LORA", "r": rank, "target_modules": sorted(set(factors) - set(parameters)),
+        "target_parameters": sorted(parameters) or None, "task_type": None, "use_dora": False, "use_rslora": False,
     }  # fmt: skip
     (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _places(parameters: Iterable[str], experts: Mapping[str, PooledExperts]) -> dict[str, str]:
+    """By the names that PEFT's files have for adapted parameters of experts, those parameters: PEFT wraps a module once
+    for each, the first one innermost.
+    """
+    given, places = set(parameters), {}
+    for module, one in experts.items():
+        adapted = [name for stack in one.stacks if (name := f"{module}.{stack}") in given]
+        for i, name in enumerate(reversed(adapted)):
+            places[module + ".base_layer" * i] = name
+    return places
+
+
+def _packed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """PEFT's lora_A and lora_B: of experts the first expert-slowest, the second expert-fastest."""
+    return (a, b.t()) if a.dim() == 2 else (a.transpose(0, 1).flatten(0, 1), b.permute(2, 0, 1).flatten(1))
+
+
+def _unpacked(a: Tensor, b: Tensor, experts: int) -> _Factors:
+    return a.unflatten(0, (experts, -1)).transpose(0, 1), b.unflatten(1, (-1, experts)).permute(1, 2, 0)
 
 
 def changes_base(init_lora_weights: Any) -> str:
@@ -53,7 +84,7 @@ def changes_base(init_lora_weights: Any) -> str:
     )
 
 
-def read(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float, float]:
+def read(folder: Path, experts: Mapping[str, PooledExperts]) -> tuple[dict[str, _Factors], float, float]:
     """`(factors, scale, dropout)` of an adapter's files, as `write` takes factors; scale is alpha / R.
 
     Raises ValueError for an adapter that is no plain LoRA of one rank over the base as it is, with what it is.
@@ -67,7 +98,12 @@ def read(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float, float]:
             raise ValueError(f"{folder} has {key}={value!r}; a pool holds plain LoRA adapters, {key}={plain!r}")
     if reason := changes_base(config.get("init_lora_weights")):
         raise ValueError(f"{folder} {reason}")
-    tensors, factors = load_file(folder / _WEIGHTS), {}
+    targets = tuple(config.get("target_parameters") or ())
+    stacks = [f"{module}.{stack}" for module, one in experts.items() for stack in one.stacks]
+    # PEFT matches them at the end of names
+    adapted = [name for name in stacks if any(f".{name}".endswith(f".{target}") for target in targets)]
+    places = _places(adapted, experts)
+    tensors, factors, E = load_file(folder / _WEIGHTS), {}, 0
     for key in sorted(tensors):
         name, marker, rest = key.removeprefix(_PREFIX).partition(".lora_A.")
         if marker:
@@ -76,10 +112,21 @@ def read(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float, float]:
             other = key.replace(".lora_A.", ".lora_B.")
             if other not in tensors:
                 raise ValueError(f"{folder} has {key} without {other}")
-            factors[name] = tensors.pop(key), tensors.pop(other)
-    ranks = {a.shape[0] for a, _ in factors.values()}
+            pair, stack = (tensors.pop(key), tensors.pop(other)), places.get(name)
+            if stack is None:
+                factors[name] = pair[0], pair[1].t()
+                continue
+            E = next(iter(experts[stack.rpartition(".")[0]].stacks.values())).b.shape[1]
+            if pair[0].shape[0] % E or pair[1].shape[1] % E:
+                raise ValueError(f"{folder} has {list(pair[0].shape)} for {name}; its first size is {E} experts' ranks")
+            factors[stack] = _unpacked(*pair, E)
+    ranks = {t.shape[0] for pair in factors.values() for t in pair}
     if tensors or len(ranks) != 1:
         raise ValueError(f"{folder} has {sorted(tensors)[:3]} beside LoRA, and ranks {sorted(ranks)}; it needs one")
     rank = ranks.pop()
+    if places and not config.get("rank_pattern") and config.get("r", rank) != rank:
+        raise ValueError(
+            f"{folder} has r={config['r']} and {rank} ranks for each of {E} experts; it is of another number of experts"
+        )
     scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return factors, scale, config.get("lora_dropout", 0.0)

@@ -127,19 +127,20 @@ class MultiAdamW:
     def load_state_dict(self, slot: int, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned of an adapter of the same layers and rank, of whichever pool and slot.
 
-        Raises ValueError, changing nothing, for one of other layers or another rank.
+        Changes nothing where it raises: ValueError for one of other layers or another rank, KeyError for parts missing.
         """
         named = self.pool.parameters(slot)
+        number, batches, seed = (state[key] for key in ("number", "batches", "seed"))
         for key in "mv":
             if {n: t.shape for n, t in state[key].items()} != {n: t.shape for n, t in named.items()}:
                 raise ValueError(f"the state is not of an adapter with the layers and the rank of slot {slot}")
         self.reset(slot)
         _, _, own = self._tensors(slot)
-        own.number = state["number"]
+        own.number = number
         for key in "mv":
             for t, name in zip(getattr(own, key), named, strict=True):
                 t.copy_(state[key][name])
-        self.pool._draw_from(slot, state["batches"], state["seed"])
+        self.pool._draw_from(slot, batches, seed)
 
     def reset(self, slot: int) -> None:
         """Forget the state of a slot: the next step is its first."""
@@ -162,7 +163,8 @@ class MultiAdamW:
     def _norms(grads: dict[int, list[Tensor]]) -> dict[int, float]:
         """The norm of each slot's gradients; nothing of one reaches another's."""
         every = [grad for some in grads.values() for grad in some]
-        norms, out, first = torch.stack(torch._foreach_norm(every)).double().tolist(), {}, 0
+        # neither the sum of squares nor its root overflows there
+        norms, out, first = torch.stack(torch._foreach_norm(every, 2, dtype=torch.float64)).tolist(), {}, 0
         for slot, some in grads.items():
             out[slot] = math.sqrt(sum(norm * norm for norm in norms[first : first + len(some)]))
             first += len(some)

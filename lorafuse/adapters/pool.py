@@ -3,15 +3,17 @@
 import contextlib
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafuse.adapters import files
-from lorafuse.nn.multi import AdapterRows, LoRALinearMulti
+from lorafuse.adapters.experts import PooledExperts, stack_names
+from lorafuse.nn.multi import AdapterRows, AdapterStack, LoRALinearMulti
 from lorafuse.nn.multi_groups import MultiGatedMLP, MultiSiblings
 from lorafuse.nn.roles import sibling_orders
 
@@ -20,23 +22,24 @@ __all__ = ["AdapterPool"]
 
 @dataclass(eq=False)
 class _Slot:
-    """One adapter. `layers` are the names of those it adapts."""
+    """One adapter. `stacks` are the names of those that hold its factors."""
 
     rank: int
     scale: float
     seed: int
     dropout: float
-    layers: tuple[str, ...]
+    stacks: tuple[str, ...]
 
 
 class AdapterPool:
-    """Adapters of any rank and targets on the linear layers of one frozen model; slots are small ints.
+    """Adapters of any rank and targets on the layers of one frozen model; slots are small ints.
 
-    The layers that `targets` names (the last parts of their names, as PEFT matches them; None for every `nn.Linear` and
-    quantized linear layer) are replaced in the model by `lorafuse.nn.LoRALinearMulti`, and everything is frozen.
-    `close` puts them back. Within `use_adapters` a call of the model runs every row with its adapter, outside of it the
-    base alone. What an adapter computes, and its gradients, do not depend on the others, not in one bit
-    (`lorafuse.functional.lora_linear_multi`).
+    What `targets` names (the last parts of names, as PEFT matches them; None for all) is replaced in the model, and
+    everything is frozen: `layers`, every `nn.Linear` and quantized linear layer, and `experts`, transformers' experts
+    modules, by their names ("experts") or those of their stacks ("experts.down_proj", as PEFT's target_parameters).
+    `skipped` are experts that no operator runs, with the reason. `close` puts all back. Within `use_adapters` a call of
+    the model runs every row with its adapter, outside of it the base alone. What an adapter computes, and its
+    gradients, do not depend on the others, not in one bit (`lorafuse.functional.lora_linear_multi`).
 
     With `groups` siblings among the layers (q, k and v of one parent, by the names of known families) run as one
     operator in calls with gradients, and so does every gated MLP with one of the layers, which is known by a run of its
@@ -44,34 +47,39 @@ class AdapterPool:
 
     Gradients add up in the pool, in sums over tokens, until `MultiAdamW.step` or `zero_grad` of that slot.
 
-    Raises ValueError where no layer matches, and for a model with PEFT's layers.
+    Raises ValueError where nothing matches, for experts among `targets` that no operator runs, and for a model with
+    PEFT's layers or layers on several devices.
     """
 
     def __init__(
         self, model: nn.Module, targets: Sequence[str] | None = None, *, dtype: torch.dtype = torch.float32,
         groups: bool = True,
     ) -> None:  # fmt: skip
-        self.model, self.dtype = model.requires_grad_(False), dtype
+        self.model, self.dtype, self.targets = model.requires_grad_(False), dtype, targets
         self.layers: dict[str, LoRALinearMulti] = {}
+        self.experts: dict[str, PooledExperts] = {}
+        self.skipped: dict[str, str] = {}
+        # what holds factors: layers by their names, the projections of experts by those of their parameters
+        self._stacks: dict[str, AdapterStack] = {}
         # every name of a layer, of which a module that stands in several places has several
-        self._names: dict[LoRALinearMulti, list[str]] = {}
+        self._names: dict[LoRALinearMulti | PooledExperts, list[str]] = {}
         self._slots: dict[int, _Slot] = {}
         self._in_use = 0
-        made: dict[nn.Module, LoRALinearMulti] = {}
+        made: dict[nn.Module, LoRALinearMulti | PooledExperts] = {}
         for name, module in list(model.named_modules(remove_duplicate=False)):
-            if module in made or ((targets is None or _matches(name, targets)) and _is_linear(module)):
-                if module not in made:
-                    if name.endswith(".base_layer"):
-                        raise ValueError(
-                            f"{name} has an adapter of PEFT around it; make the pool of the model without its layers "
-                            "(model.unload(), or merge_and_unload()), and load adapters by their files"
-                        )
-                    layer = made[module] = LoRALinearMulti(module, dtype).train(module.training)
-                    layer.number = zlib.crc32(name.encode())
-                    self.layers[name] = layer
-                self._names.setdefault(made[module], []).append(name)
-        if not self.layers:
-            raise ValueError(f"no linear layer of the model matches {targets}; name the last parts of their names")
+            # what quantizes experts lies within them
+            if module in made or not any(name.startswith(f"{one}.") for one in (*self.experts, *self.skipped)):
+                layer = made.get(module) or self._adapted(name, module)
+                if layer is not None:
+                    made[module] = layer
+                    self._names.setdefault(layer, []).append(name)
+        if not self._names:
+            raise ValueError(
+                f"no linear layer or experts of the model match {targets}; name the last parts of their names"
+            )
+        devices = sorted({str(stack.a.device) for stack in self._stacks.values()})
+        if len(devices) > 1:
+            raise ValueError(f"the layers lie on {' and '.join(devices)}; a pool needs them on one device")
         for layer, names in self._names.items():
             for name in names:
                 self._replace(name, layer)
@@ -94,21 +102,23 @@ class AdapterPool:
     ) -> int:  # fmt: skip
         """A slot with a fresh adapter: a as PEFT initializes it, from `seed` and the layer's name alone, and b zero.
 
-        `alpha` is the rank by default; `targets` as of the pool, None for all its layers. Raises ValueError for a rank
-        below 1, a dropout outside [0, 1], or targets that match nothing.
+        `alpha` is the rank by default; `targets` as of the pool, None for all that it holds. Raises ValueError for a
+        rank below 1, a dropout outside [0, 1] or of experts, which have none in PEFT, or targets that match nothing.
         """
         if rank < 1 or not 0.0 <= dropout <= 1.0:
             raise ValueError(f"got rank={rank} and dropout={dropout}; they must be at least 1, and in [0, 1]")
-        names = [name for name in self.layers if targets is None or _matches(name, targets)]
+        names = self._targeted(targets)
         if not names:
-            raise ValueError(f"no layer of the pool matches {targets}; it has {sorted(self.layers)[:5]}, …")
+            raise ValueError(f"no layer of the pool matches {targets}; it has {sorted(self._stacks)[:5]}, …")
+        if dropout and (experts := [name for name in names if name not in self.layers]):
+            raise ValueError(f"{experts[0]} is of experts, which have no dropout, as in PEFT: name other targets")
         factors = {}
         for name in names:
-            N, K = self.layers[name].weight.sizes
+            of_a, of_b = self._sizes(name)
             generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
-            bound = 1 / math.sqrt(K)
-            a = torch.empty(rank, K).uniform_(-bound, bound, generator=generator)
-            factors[name] = a, torch.zeros(N, rank)
+            bound = 1 / math.sqrt(of_a[-1])
+            a = torch.empty(rank, *of_a).uniform_(-bound, bound, generator=generator)
+            factors[name] = a, torch.zeros(rank, *of_b)
         return self._add(_Slot(rank, (rank if alpha is None else alpha) / rank, seed, dropout, tuple(names)), factors)
 
     def release(self, slot: int) -> None:
@@ -116,50 +126,48 @@ class AdapterPool:
         `use_adapters`, as `allocate`, `load` and `close` do too.
         """
         self._refuse_in_use("release")
-        held, at = self._slots[slot], self.slots.index(slot)
+        _, at = self._slots[slot], self.slots.index(slot)
         del self._slots[slot]
-        for layer in self.layers.values():
-            pairs, grads = _unstacked(layer)
-            del pairs[at], grads[at]
-            _restack(layer, pairs, grads)
-        del held
+        for stack in self._stacks.values():
+            stack.remove(at)
         self._describe()
 
     def load(self, folder: str | Path, *, seed: int = 0) -> int:
         """A slot with the adapter of PEFT's files. Raises ValueError for one that is no plain LoRA of one rank, or that
         adapts what the pool does not hold.
         """
-        factors, scale, dropout = files.read(Path(folder))
-        unknown = sorted(set(factors) - set(self.layers))
-        if unknown:
-            raise ValueError(f"{folder} adapts {unknown[:3]}, which the pool does not hold")
-        for name, (a, b) in factors.items():
-            N, K = self.layers[name].weight.sizes
-            if a.shape[1:] != (K,) or b.shape != (N, a.shape[0]):
-                raise ValueError(
-                    f"{folder} has a {list(a.shape)} and b {list(b.shape)} for {name}, which maps {K} features to {N}"
-                )
-        rank = next(iter(factors.values()))[0].shape[0]
+        factors, scale, dropout = files.read(Path(folder), self.experts)
         # in the order of the pool, in which an optimizer adds up norms
-        names = tuple(name for name in self.layers if name in factors)
-        return self._add(_Slot(rank, scale, seed, dropout, names), factors)
+        names = [name for name in self._targeted(None) if name in factors]
+        if unknown := sorted(set(factors) - set(names)):
+            raise ValueError(f"{folder} adapts {unknown[:3]}, which the pool does not hold")
+        for name in names:
+            sizes, given = self._sizes(name), tuple(t.shape[1:] for t in factors[name])
+            if given != sizes:
+                raise ValueError(
+                    f"{folder} has factors of {given[0][-1]} and {given[1][-1]} features for {name}, which maps "
+                    f"{sizes[0][-1]} features to {sizes[1][-1]}"
+                )
+        return self._add(_Slot(len(factors[names[0]][0]), scale, seed, dropout, tuple(names)), factors)
 
     def export(self, slot: int, folder: str | Path) -> None:
         """Write PEFT's files of the adapter, which `peft.PeftModel.from_pretrained` reads."""
-        held, named = self._slots[slot], self.parameters(slot)
-        factors = {n: (named[f"{n}.lora_A.weight"], named[f"{n}.lora_B.weight"]) for n in held.layers}
+        held, at = self._slots[slot], self.slots.index(slot)
+        stacks = {name: self._stacks[name] for name in held.stacks}
+        factors = {n: (one.a.detach()[one.of(at)], one.b.detach()[one.of(at)]) for n, one in stacks.items()}
         base = getattr(self.model, "name_or_path", None)
-        files.write(Path(folder), factors, held.rank, held.scale * held.rank, held.dropout, base)
+        files.write(Path(folder), factors, self.experts, held.rank, held.scale * held.rank, held.dropout, base)
 
     def parameters(self, slot: int) -> dict[str, Tensor]:
         """The adapter's a `[R, K]` and b `[N, R]` by their names in PEFT's models, until the next allocate, load or
-        release: views, without autograd's record.
+        release: views, without autograd's record. Of experts a `[E, R, K]` and b `[E, N, R]`, by the names of their
+        parameters.
         """
-        return self._views(slot, lambda layer: (layer.a.detach(), layer.b.detach()))
+        return self._views(slot, lambda a, b, _: (a.detach(), b.detach()))
 
     def gradients(self, slot: int) -> dict[str, Tensor]:
         """The sums of the gradients of `parameters` since they were last zeroed, likewise."""
-        return self._views(slot, lambda layer: (layer.a_grad, layer.b_grad))
+        return self._views(slot, lambda a, b, buffers: buffers)
 
     def scale(self, slot: int) -> float:
         """alpha / R of the adapter."""
@@ -195,8 +203,8 @@ class AdapterPool:
             index, is_sorted = self._on_device(values), values == sorted(values)
         # without any adapter there is the base alone
         rows = AdapterRows(index, count, is_sorted, self._drawn(index)) if count else None
-        former = {layer: layer.rows for layer in self.layers.values()}
-        for layer in self.layers.values():
+        former = {layer: layer.rows for layer in self._names}
+        for layer in self._names:
             layer.rows, layer.had_rows = rows, rows is not None
         self._in_use += 1
         try:
@@ -219,6 +227,8 @@ class AdapterPool:
         for parent in self._gated:
             MultiGatedMLP.dissolve(parent)
         self.layers.clear()
+        self.experts.clear()
+        self._stacks.clear()
         self._names.clear()
         self._siblings.clear()
         self._gated.clear()
@@ -228,24 +238,61 @@ class AdapterPool:
         parent, _, last = name.rpartition(".")
         setattr(self.model.get_submodule(parent), last, module)
 
+    def _adapted(self, name: str, module: nn.Module) -> LoRALinearMulti | PooledExperts | None:
+        """What stands in the place of a module of the model, if it is a target."""
+        targets, parameters = self.targets, stack_names(module)
+        names = [f"{name}.{one}" for one in parameters] or [name]
+        is_target = targets is None or any(_matches(one, targets, bool(parameters)) for one in names)
+        if not is_target or not (parameters or _is_linear(module)):
+            return None
+        if name.endswith(".base_layer"):
+            raise ValueError(
+                f"{name} has an adapter of PEFT around it; make the pool of the model without its layers "
+                "(model.unload(), or merge_and_unload()), and load adapters by their files"
+            )
+        if not parameters:
+            layer = LoRALinearMulti(module, self.dtype).train(module.training)
+            layer.number = zlib.crc32(name.encode())
+            self.layers[name] = self._stacks[name] = layer
+            return layer
+        try:
+            experts = PooledExperts(module, self.dtype).train(module.training)
+        except ValueError as error:
+            if targets is not None:
+                raise ValueError(f"{name}: {error}") from error
+            self.skipped[name] = str(error)
+            return None
+        self.experts[name] = experts
+        self._stacks |= {f"{name}.{one}": stack for one, stack in experts.stacks.items()}
+        return experts
+
+    def _targeted(self, targets: Sequence[str] | None) -> list[str]:
+        """The names of the stacks among `targets` and those of the pool, in its order."""
+        every = [some for some in (self.targets, targets) if some is not None]
+        return [name for name in self._stacks if all(_matches(name, t, name not in self.layers) for t in every)]
+
+    def _sizes(self, name: str) -> tuple[torch.Size, torch.Size]:
+        """Those of one rank of a and b in a stack."""
+        return self._stacks[name].a.shape[1:], self._stacks[name].b.shape[1:]
+
     def _group(self) -> None:
         """Make groups of the layers that run as one operator."""
         for path, parent in self.model.named_modules():
-            children = {name: child for name, child in parent._modules.items() if child in self._names}
+            children = {name: c for name, c in parent._modules.items() if isinstance(c, LoRALinearMulti)}
             alike: dict[tuple[object, ...], list[str]] = {}
             for name, child in children.items():
-                w = child.weight  # type: ignore[union-attr]
+                w = child.weight
                 alike.setdefault((w.sizes[1], w.data.device, w.format == "dense" and w.data.dtype), []).append(name)
             for names in alike.values():
                 where = f"{path.rpartition('.')[2]} {type(parent).__name__}"
                 for order in sibling_orders(names, where):
-                    self._siblings.append(MultiSiblings([children[names[i]] for i in order]))  # type: ignore[misc]
+                    self._siblings.append(MultiSiblings([children[names[i]] for i in order]))
             if children and MultiGatedMLP.form(parent):
                 self._gated.append(parent)
 
     @property
     def _device(self) -> torch.device:
-        return next(iter(self.layers.values())).weight.data.device
+        return next(iter(self._stacks.values())).a.device
 
     def _on_device(self, values: Sequence[int]) -> Tensor:
         """int64 on the model's device; nothing waits for it."""
@@ -289,30 +336,25 @@ class AdapterPool:
             self._calls, self._seeds = (torch.cat((t, t.new_zeros(1))) for t in (self._calls, self._seeds))
         self._calls[slot], self._seeds[slot] = 0, _signed(held.seed)
         at = self.slots.index(slot)
-        for name, layer in self.layers.items():
-            pairs, grads = _unstacked(layer)
-            N, K = layer.weight.sizes
-            a, b = factors.get(name, (torch.empty(0, K), torch.empty(N, 0)))
-            pair = a.to(layer.a), b.t().to(layer.b)
-            pairs.insert(at, pair)
-            grads.insert(at, (torch.zeros_like(pair[0]), torch.zeros_like(pair[1])))
-            _restack(layer, pairs, grads)
+        for name, stack in self._stacks.items():
+            a, b = factors.get(name) or (torch.empty(0, *size) for size in self._sizes(name))
+            stack.insert(at, a, b)
         self._describe()
         return slot
 
     def _describe(self) -> None:
         held = [self._slots[slot] for slot in self.slots]
-        for layer in self.layers.values():
-            layer.scales = tuple(one.scale for one in held)
-            layer.dropout_p = tuple(one.dropout for one in held)
+        for stack in self._stacks.values():
+            stack.scales = tuple(one.scale for one in held)
+            stack.dropout_p = tuple(one.dropout for one in held)
 
-    def _views(self, slot, stacks) -> dict[str, Tensor]:
+    def _views(self, slot: int, of: Callable[[Tensor, Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]) -> Any:
         held, at, views = self._slots[slot], self.slots.index(slot), {}
-        for name in held.layers:
-            layer = self.layers[name]
-            a, b = stacks(layer)
-            views[f"{name}.lora_A.weight"] = a[layer.of(at)]
-            views[f"{name}.lora_B.weight"] = b[layer.of(at)].t()
+        for name in held.stacks:
+            stack = self._stacks[name]
+            a, b = of(*stack.operands())
+            views[f"{name}.lora_A.weight"] = a[..., stack.of(at), :]
+            views[f"{name}.lora_B.weight"] = b[..., stack.of(at)]
         return views
 
 
@@ -323,22 +365,13 @@ def _is_linear(module: nn.Module) -> bool:
         return False
 
 
-def _matches(name: str, targets: Sequence[str]) -> bool:
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _unstacked(layer: LoRALinearMulti) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
-    """The adapters of a layer and their gradients, one by one."""
-    ranks = list(layer.ranks)
-    split = [t.detach().split(ranks) if ranks else () for t in (layer.a, layer.b, layer.a_grad, layer.b_grad)]
-    a, b, a_grad, b_grad = split
-    return list(zip(a, b, strict=True)), list(zip(a_grad, b_grad, strict=True))
-
-
-def _restack(layer: LoRALinearMulti, pairs: list[tuple[Tensor, Tensor]], grads: list[tuple[Tensor, Tensor]]) -> None:
-    layer.ranks = tuple(a.shape[0] for a, _ in pairs)
-    nothing = [(layer.a.detach()[:0], layer.b.detach()[:0])]
-    layer.fill(pairs or nothing, grads or nothing)
+def _matches(name: str, targets: Sequence[str], is_stack: bool = False) -> bool:
+    """Whether a target is a name or the last parts of one; `is_stack` of a parameter of experts, which they name by its
+    module, or by itself with at least one part more ("down_proj" is a linear layer).
+    """
+    if is_stack and _matches(name.rpartition(".")[0], targets):
+        return True
+    return any(name == one or (name.endswith(f".{one}") and "." * is_stack in one) for one in targets)
 
 
 def _signed(number: int) -> int:

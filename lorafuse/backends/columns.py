@@ -2,13 +2,21 @@
 
     norm[n]² = ‖w[n]‖² + 2 s ⟨w[n] aᵀ, b[n]⟩ + s² ⟨b[n] (a aᵀ), b[n]⟩             of w + s · b a, which nobody builds
 
-w is read once, in parts that stay in the caches: its own sum of squares costs no read of its own, so that nothing is
-kept from one step to the next which a write into w could make wrong. The sum is of terms of either sign: where an
-adapter cancels most of w, the norm is as exact as ‖w‖ is, not as the small rest.
+‖w‖² is kept from step to step on CPUs. What tells that w is still what it was is no counter, which writes through
+`.data` and through other tensors of the same memory pass by, but w itself: the product with a has one column more, of
+fixed numbers, and ‖w[n]‖² is computed anew unless all N products have the bits that they had. The numbers are between
+1/2 and 3/2, with random signs, so that what rounding hides there it hides in ‖w‖ too.
 
-Cost: 2NKR FLOPs and one read of w; of the factors of columns, one read of z and a write forward, one read of dy and z
-and a write backward.
+The sum is of terms of either sign: where an adapter cancels most of w, the norm is as exact as ‖w‖ is, not as the small
+rest.
+
+Cost: 2NK(R + 1) FLOPs and one read of w; of the factors of columns, one read of z and a write forward, one read of dy
+and z and a write backward.
 """
+
+import threading
+from collections import OrderedDict
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,11 +27,15 @@ from lorafuse.philox import row_chunks
 __all__ = ["columns_backward", "row_norms", "scaled_columns", "small_terms"]
 
 
-# rows of w at a time: both passes over them read a cache; fewer are slow products (0.74, 0.72 and 0.66 of the time of
-# sums over 64 rows and one product of all, at 1024, 2048 and 4096 square, R 16, fp32, one thread of a shared EPYC)
-_ROWS = 256
 # rows of fewer columns are summed in fp64 (1.3 times PEFT's error at 64 columns otherwise, fp32)
 _SHORT = 256
+# elements of dy and z at a time on CPUs, where memory that is new costs more than the pass over it: 0.22 to 0.31 ms
+# with 2^15 to 2^17 of them, 0.50 with 2^14, 1.2 with all (256 x 1024, fp32, minima of 90, one thread, shared EPYC)
+_PART = 1 << 16
+# weights whose norms are kept: 12 bytes for each row of each
+_KEPT = 1024
+_kept: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()
+_lock = threading.Lock()
 
 
 def small_terms(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,37 +44,72 @@ def small_terms(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> tuple
     return a, b, b @ (a @ a.mT)
 
 
-def row_norms(w: Weight, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """`‖w[n] + scale · b[n] a‖`, `[N]` in fp32 at least, of a dense w `[N, K]`, a `[R, K]`, b `[N, R]`."""
+def row_norms(w: Weight, a: Tensor, b: Tensor, scale: float, place: int | None = None) -> Tensor:
+    """`‖w[n] + scale · b[n] a‖`, `[N]` in fp32 at least, of a dense w `[N, K]`, a `[R, K]`, b `[N, R]`.
+
+    `place` is the address of what w was decoded from, None for that of w itself.
+    """
     left = w.left()
-    N, K = left.shape
     dtype = torch.promote_types(left.dtype, torch.float32)
-    _, exact_b, squares = small_terms(a, b, scale, torch.float64)
-    # the sum of all terms is exact; what is rounded before is w aᵀ, and of long rows the parts of their sums of squares
-    total, a = squares.mul_(exact_b).sum(1), a.to(dtype)
-    products = b.new_empty(N, a.shape[0], dtype=dtype)
-    # on GPUs as many rows as a chunk has, where that is more
-    step = max([_ROWS, *(rows.stop for rows in row_chunks(N, K, left.device)[:1])])
-    for start in range(0, N, step):
-        rows = slice(start, min(start + step, N))
-        part = left[rows].to(dtype)
-        torch.mm(part, a.mT, out=products[rows])
-        total[rows] += _sums_of_squares(part)
-    total += 2 * exact_b.mul_(products).sum(1)
+    a_to, R = a.to(dtype), a.shape[0]
+    if left.is_cpu:
+        products = _products(torch.cat((a_to, _numbers(left.shape[1], dtype))), left)
+        place = left.data_ptr() if place is None else place
+        squares = _kept_squares(left, (place, left.shape, left.stride(), left.dtype), products[R])
+    else:
+        products, squares = _products(a_to, left), _sums_of_squares(left)
+    # the sum of all terms is exact; what is rounded before is a wᵀ, and of long rows the parts of their sums of squares
+    exact_a, exact_b = a.double(), (b.double() * scale).t().contiguous()
+    terms = torch.mm(exact_a @ exact_a.mT, exact_b).add_(products[:R], alpha=2).mul_(exact_b)
     # rounding can leave less than nothing where the adapter cancels w
-    return total.clamp_(min=0).sqrt_().to(dtype)
+    return terms.sum(0).add_(squares).clamp_(min=0).sqrt_().to(dtype)
 
 
-def _sums_of_squares(t: Tensor) -> Tensor:
+def _products(rows: Tensor, left: Tensor) -> Tensor:
+    """`rows leftᵀ` in the dtype of rows."""
+    if left.dtype is rows.dtype:
+        return torch.mm(rows, left.mT)
+    products = rows.new_empty(rows.shape[0], left.shape[0])
+    for some in row_chunks(left.shape[0], left.shape[1], left.device):
+        products[:, some] = torch.mm(rows, left[some].to(rows.dtype).mT)
+    return products
+
+
+@lru_cache(maxsize=64)
+def _numbers(K: int, dtype: torch.dtype) -> Tensor:
+    """The fixed column, `[1, K]`."""
+    made = torch.rand(2, K, generator=torch.Generator().manual_seed(0), device="cpu")
+    return (made[:1] + 0.5).copysign(made[1:] - 0.5).to(dtype)
+
+
+def _kept_squares(left: Tensor, key: tuple, products: Tensor) -> Tensor:
+    """The sums of squares of the rows, those of the last call with this key if the products are too."""
+    with _lock:
+        kept = _kept.pop(key, None)
+    if kept is None or not torch.equal(kept[0], products):
+        kept = products.clone(), _sums_of_squares(left)
+    with _lock:
+        _kept[key] = kept
+        if len(_kept) > _KEPT:
+            _kept.popitem(last=False)
+    return kept[1]
+
+
+def _sums_of_squares(left: Tensor) -> Tensor:
     """Of each row, in fp64: of long ones norms of 64 columns at a time, which are as fast as one of all, and add up
     exactly. Few of these would not average their roundings out.
     """
-    if t.shape[1] < _SHORT:
-        return t.double().square().sum(1)
-    whole = t.shape[1] // 64 * 64
-    total = torch.linalg.vector_norm(t[:, :whole].unflatten(1, (-1, 64)), dim=2).double().square_().sum(1)
-    if whole < t.shape[1]:
-        total += torch.linalg.vector_norm(t[:, whole:], dim=1).double().square_()
+    N, K = left.shape
+    whole = K // 64 * 64 if K >= _SHORT else 0
+    total = left.new_zeros(N, dtype=torch.float64)
+    for rows in row_chunks(N, K, left.device):
+        part = left[rows].to(torch.promote_types(left.dtype, torch.float32))
+        if whole:
+            norms = torch.linalg.vector_norm(part[:, :whole].unflatten(1, (-1, 64)), dim=2)
+            total[rows] += norms.double().square_().sum(1)
+        if whole < K:
+            rest = part[:, whole:]
+            total[rows] += torch.linalg.vector_norm(rest, dim=1, dtype=torch.float64).square_()
     return total
 
 
@@ -80,10 +127,17 @@ def columns_backward(
     dfactor is summed in factor's dtype.
     """
     dz = torch.empty_like(dy) if need_dz else None
-    dfactor = None if z is None else torch.zeros_like(factor)
-    for rows in row_chunks(dy.shape[0], dy.shape[1], dy.device):
+    dfactor, part = None if z is None else torch.zeros_like(factor), None
+    chunks = row_chunks(dy.shape[0], dy.shape[1], dy.device)
+    if dy.is_cpu:
+        step = max(1, _PART // max(1, dy.shape[1]))
+        chunks = [slice(start, start + step) for start in range(0, dy.shape[0], step)]
+    for rows in chunks:
+        given = dy[rows]
         if dz is not None:
-            torch.mul(dy[rows], factor, out=dz[rows])
+            torch.mul(given, factor, out=dz[rows])
         if z is not None and dfactor is not None:
-            dfactor += torch.mul(dy[rows].to(factor.dtype), z[rows]).sum(0)
+            # one memory for the products of all chunks
+            part = factor.new_empty(given.shape) if part is None else part
+            dfactor += torch.mul(given.to(factor.dtype), z[rows], out=part[: given.shape[0]]).sum(0)
     return dz, dfactor

@@ -232,9 +232,12 @@ class Backend:
         """
         raise NotImplementedError
 
-    def row_norms(self, w: Weight, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        """`‖w[n] + scale · b[n] a‖`, `[N]` in fp32 at least, of a dense w; a `[R, K]`, b `[N, R]`."""
-        return columns.row_norms(w, a, b, scale)
+    def row_norms(self, w: Weight, a: Tensor, b: Tensor, scale: float, place: int | None = None) -> Tensor:
+        """`‖w[n] + scale · b[n] a‖`, `[N]` in fp32 at least, of a dense w; a `[R, K]`, b `[N, R]`.
+
+        `place` is the address of what w was decoded from, None for that of w itself.
+        """
+        return columns.row_norms(w, a, b, scale, place)
 
     def columns_backward(
         self, dy: Tensor, z: Tensor | None, factor: Tensor, need_dz: bool

@@ -236,7 +236,7 @@ class Triton(Backend):
         weight = None if weight is None else weight.contiguous()
         return combine.combine(y, rows.order, rows.offsets, weight, rows.count // rows.choices)
 
-    def row_norms(self, w: Weight, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def row_norms(self, w: Weight, a: Tensor, b: Tensor, scale: float, place: int | None = None) -> Tensor:
         terms = columns.small_terms(a, b, scale, torch.float32)
         return column_kernels.row_norms(w.left(), *(t.contiguous() for t in terms))
 

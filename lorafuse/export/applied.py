@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from lorafuse.activation import gate_differentiable
-from lorafuse.nn import LoRAExperts, LoRAExpertsMulti, LoRAGatedMLP, LoRALinear, LoRALinearMulti, LoRAQKV
+from lorafuse.nn import LoRAExperts, LoRAGatedMLP, LoRALinear, LoRALinearMulti, LoRAQKV
+from lorafuse.nn.multi_experts import ExpertsMulti
 
 __all__ = ["NoEffect", "check_applied"]
 
 # our modules with adapters, and those that run such layers without calling them
-_OWNED = LoRALinear, LoRAExperts, LoRALinearMulti, LoRAExpertsMulti
+_OWNED = LoRALinear, LoRAExperts, LoRALinearMulti, ExpertsMulti
 _GROUPS = LoRAQKV, LoRAGatedMLP
 
 
@@ -90,13 +91,14 @@ def _idle(layer: Any) -> str:
         if layer.merged:
             return "it is merged into its base"
         return _zero([(layer.lora_A.weight, layer.lora_B.weight)])
-    if isinstance(layer, LoRALinearMulti | LoRAExpertsMulti) and layer.rows is None:
+    if isinstance(layer, LoRALinearMulti | ExpertsMulti) and layer.rows is None:
         return "its rows have no adapters: call it within AdapterPool.use_adapters"
     if isinstance(layer, LoRALinearMulti):
         return _zero([(layer.a, layer.b)])
-    if isinstance(layer, LoRAExperts | LoRAExpertsMulti):
-        a, b = ("lora_A", "lora_B") if isinstance(layer, LoRAExperts) else ("a", "b")
-        return _zero([(getattr(layer, f"{p}_{a}"), getattr(layer, f"{p}_{b}")) for p in ("gate_up", "down")])
+    if isinstance(layer, LoRAExperts):
+        return _zero([(getattr(layer, f"{p}_lora_A"), getattr(layer, f"{p}_lora_B")) for p in ("gate_up", "down")])
+    if isinstance(layer, ExpertsMulti):
+        return _zero([(stack.a, stack.b) for stack in (layer.gate_up_adapters, layer.down_adapters)])
     if layer.disable_adapters:
         return "its adapters are disabled"
     if layer.merged_adapters:

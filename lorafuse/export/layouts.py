@@ -2,15 +2,17 @@
 
 | layer | modules, each with `lora_A.weight` and `lora_B.weight`, after `base_model.model.` |
 |---|---|
-| linear x | `x`: A `[r, in]`, B `[out, r]` |
+| linear x, the head too | `x`: A `[r, in]`, B `[out, r]` |
+| embedding x, without `.weight` | `x`, `lora_embedding_A` `[r, vocabulary]` and `lora_embedding_B` `[H, r]` |
 | experts x, expert e | `x.e.gate_proj`, `x.e.up_proj`, `x.e.down_proj`, as linear layers; gate and up have one A |
 | experts x, SGLang's shared outer | `x.w1` (gate), `x.w3` (up): A `[1, r, H]`, B `[E, I, r]` |
 | | `x.w2` (down): A `[E, r, I]`, B `[1, H, r]` |
 
 Servers scale every layer by one lora_alpha / r: what differs from it is multiplied into B. vLLM takes ranks up to r.
 SGLang copies every tensor into a buffer of rank r and asserts its shape, stacks q, k and v, and gate and up, and drops
-what lies in no `layers.N`: for it ranks are padded by zeros, and a stack that is adapted in part is completed by
-adapters of zeros.
+what lies in no `layers.N` and is neither embed_tokens nor lm_head: for it ranks are padded by zeros, and a stack that
+is adapted in part is completed by adapters of zeros. vLLM adapts embed_tokens and lm_head of models whose class lists
+them (Llama's and Qwen's do, Gemma's does not), and refuses the file for others.
 
 Read in the sources of vLLM (`lora/utils.py`, `lora/lora_model.py`, `lora/worker_manager.py`) and SGLang
 (`srt/lora/lora.py`, `srt/lora/mem_pool.py`, `srt/lora/utils.py`), 2026-11; nothing was loaded into a running server.
@@ -34,6 +36,7 @@ __all__ = ["to_sglang", "to_vllm"]
 
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+_EMBEDDING = ".lora_embedding_A", ".lora_embedding_B"
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # what SGLang stacks, and fails on where one of the names is missing
 _STACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -57,7 +60,10 @@ class _Experts:
 
 @dataclass
 class _Adapter:
+    """`linear` are `(A, B, scale)` of embeddings too, whose names are in `embeddings`."""
+
     linear: dict[str, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
+    embeddings: set[str] = field(default_factory=set)
     experts: dict[str, _Experts] = field(default_factory=dict)
     base: str | None = None
 
@@ -95,12 +101,16 @@ def to_sglang(
     parent are written together, zeros for those without an adapter.
 
     `shared_outer` writes experts as the stacks that its experts_shared_outer_loras reads, and raises ValueError where a
-    model's experts do not share their outer factors. ValueError too for layers outside of `layers.N`, which it drops.
+    model's experts do not share their outer factors. ValueError too for layers outside of `layers.N` that are neither
+    embed_tokens nor lm_head, which it drops.
     """
     adapter = _read(model, adapter_name)
     dropped = [n for n in adapter.linear if not re.search(r"layers\.\d+\.", n) and not any(h in n for h in _HEADS)]
     if dropped:
-        raise ValueError(f"SGLang reads adapters of layers.N alone, and would drop that of {dropped[0]}")
+        raise ValueError(
+            f"SGLang reads adapters of layers.N alone, and would drop that of {dropped[0]} (but for "
+            f"{' and '.join(_HEADS)})"
+        )
     _complete(adapter, model.model if isinstance(model, AdapterPool) else model)
     if shared_outer:
         apart = [n for n, one in adapter.experts.items() if one.gate_up[0].shape[0] > 1 or one.down[1].shape[0] > 1]
@@ -123,9 +133,7 @@ def _read(model: nn.Module | AdapterPool, adapter_name: str | int) -> _Adapter:
             adapter.experts[name] = _Experts(
                 (of[0], of[1]), (of[2], of[3]), (module.scale, module.scale), module.num_experts, module.has_gate
             )
-        elif adapter_name in getattr(module, "lora_embedding_A", {}):
-            raise ValueError(f"{name} adapts an embedding; this writes linear layers and experts")
-        elif hasattr(module, "lora_A") and adapter_name in getattr(module, "lora_A", {}):
+        elif any(adapter_name in getattr(module, held, {}) for held in ("lora_A", "lora_embedding_A")):
             _read_peft(adapter, name.removeprefix(_PREFIX), module, adapter_name)
     if not adapter.linear and not adapter.experts:
         raise ValueError(f"a {type(model).__name__} has no adapter {adapter_name!r}, and no lorafuse.nn layers")
@@ -146,10 +154,15 @@ def _read_pool(pool: AdapterPool, slot: str | int) -> _Adapter:
     if slot not in pool.slots:
         raise ValueError(f"the pool has no slot {slot!r}, only {list(pool.slots)}: pass one as adapter_name")
     named, scale = pool.parameters(int(slot)), pool.scale(int(slot))
-    linear = {
-        n.removesuffix(_A): (a, named[n.removesuffix(_A) + _B], scale) for n, a in named.items() if n.endswith(_A)
-    }
-    return _Adapter(linear, base=getattr(getattr(pool.model, "config", None), "name_or_path", None) or None)
+    adapter = _Adapter(base=getattr(getattr(pool.model, "config", None), "name_or_path", None) or None)
+    for name in (n.removesuffix(_A) for n in named if n.endswith(_A)):
+        a, b = named[name + _A], named[name + _B]
+        module, _, parameter = name.rpartition(".")
+        if name in pool.layers:
+            adapter.linear[name] = a, b, scale
+        else:
+            _add_experts(adapter, module, parameter, pool.experts[module].base, (a, b), scale)
+    return adapter
 
 
 def _read_peft(adapter: _Adapter, name: str, module: Any, which: str | int) -> None:
@@ -158,7 +171,12 @@ def _read_peft(adapter: _Adapter, name: str, module: Any, which: str | int) -> N
         # what is LoRA in forward
         if kind not in ("MiCA", "Velora"):
             raise ValueError(f"{name} is a variant of LoRA ({kind}), which servers do not load: merge it into the base")
-    a, b, scale = module.lora_A[which], module.lora_B[which], float(module.scaling[which])
+    scale = float(module.scaling[which])
+    if which in module.lora_embedding_A:
+        adapter.linear[name] = module.lora_embedding_A[which], module.lora_embedding_B[which], scale
+        adapter.embeddings.add(name)
+        return
+    a, b = module.lora_A[which], module.lora_B[which]
     if getattr(a, "bias", None) is not None or getattr(b, "bias", None) is not None:
         raise ValueError(f"{name} has an adapter with a bias, which servers do not load")
     if not isinstance(a, nn.Linear) or not isinstance(b, nn.Linear):
@@ -167,19 +185,27 @@ def _read_peft(adapter: _Adapter, name: str, module: Any, which: str | int) -> N
     if getattr(module, "parameter_name", "weight") == "weight":
         adapter.linear[name] = a.weight, b.weight, scale
         return
-    E, base, inner = module.num_experts, module.get_base_layer(), name.removesuffix(".base_layer")
+    E = module.num_experts
     # PEFT packs A expert-slowest and B expert-fastest
     pair = a.weight.view(E, -1, a.in_features), b.weight.view(b.out_features, -1, E).permute(2, 0, 1)
+    _add_experts(adapter, name.removesuffix(".base_layer"), module.parameter_name, module.get_base_layer(), pair, scale)
+
+
+def _add_experts(
+    adapter: _Adapter, name: str, parameter: str, base: Any, pair: tuple[Tensor, Tensor], scale: float
+) -> None:  # fmt: skip
+    """Add the factors A `[E, r, in]` and B `[E, out, r]` of one of the stacks of a module of transformers."""
     if getattr(base, "is_transposed", False) or not getattr(base, "is_concatenated", True):
-        raise ValueError(f"{inner} stores its experts transposed or gate and up in turns; no server's layout has that")
-    former = adapter.experts.get(inner) or _Experts(
-        (a.weight[:0], a.weight[:0]), (a.weight[:0],) * 2, (1.0, 1.0), E, True
+        raise ValueError(f"{name} stores its experts transposed or gate and up in turns; no server's layout has that")
+    nothing = pair[0][:0]
+    former = adapter.experts.get(name) or _Experts(
+        (nothing, nothing), (nothing, nothing), (1.0, 1.0), len(pair[0]), True
     )
-    has_gate = module.parameter_name != "up_proj" and former.has_gate
-    if module.parameter_name == "down_proj":
-        adapter.experts[inner] = _Experts(former.gate_up, pair, (former.scales[0], scale), E, has_gate)
+    has_gate = parameter != "up_proj" and former.has_gate
+    if parameter == "down_proj":
+        adapter.experts[name] = _Experts(former.gate_up, pair, (former.scales[0], scale), former.count, has_gate)
     else:
-        adapter.experts[inner] = _Experts(pair, former.down, (scale, former.scales[1]), E, has_gate)
+        adapter.experts[name] = _Experts(pair, former.down, (scale, former.scales[1]), former.count, has_gate)
 
 
 def _complete(adapter: _Adapter, model: nn.Module) -> None:
@@ -237,11 +263,13 @@ def _finished(
             a, b = nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
         elif a.shape[-2] != rank:
             # vLLM ignores these, and PEFT needs them: B holds what makes the scale that of all
-            patterns["rank_pattern"][name] = a.shape[-2]
-            patterns["alpha_pattern"][name] = scale * a.shape[-2]
-        tensors[f"{_PREFIX}{name}{_A}"] = a.detach().contiguous()
+            # it matches a pattern at the end of names too, where no ^ is
+            patterns["rank_pattern"][f"^{name}"] = a.shape[-2]
+            patterns["alpha_pattern"][f"^{name}"] = scale * a.shape[-2]
+        of_a, of_b = _EMBEDDING if name in adapter.embeddings else (_A, _B)
+        tensors[f"{_PREFIX}{name}{of_a}"] = a.detach().contiguous()
         factor = own / scale
-        tensors[f"{_PREFIX}{name}{_B}"] = (b.detach() if factor == 1.0 else b.detach() * factor).contiguous()
+        tensors[f"{_PREFIX}{name}{of_b}"] = (b.detach() if factor == 1.0 else b.detach() * factor).contiguous()
     if folder is not None:
         try:
             from safetensors.torch import save_file

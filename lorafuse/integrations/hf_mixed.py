@@ -23,7 +23,12 @@ from lorafuse.integrations.hf_variants import Masked
 from lorafuse.operands import Weight
 from lorafuse.philox import draw_seed
 
-__all__ = ["FusedLoraModel", "lift", "lower", "run_mixed"]
+__all__ = ["MIXED_APART", "FusedLoraModel", "lift", "lower", "run_mixed"]
+
+MIXED_APART = (
+    "batches with adapter_names run layer by layer: PEFT gives the names to each layer by a hook of its own, and calls "
+    "no parent with them (lorafuse.adapters.AdapterPool groups them)"
+)
 
 
 class FusedLoraModel(LoraModel):

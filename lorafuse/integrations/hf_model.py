@@ -14,7 +14,7 @@ from lorafuse.integrations import calls, gated_mlp, groups
 from lorafuse.integrations.bypassed import bypassed
 from lorafuse.integrations.hf_common import FSDP1, is_fsdp1, is_fsdp2, watched
 from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, wrappers
-from lorafuse.integrations.hf_mixed import lift, lower
+from lorafuse.integrations.hf_mixed import MIXED_APART, lift, lower
 from lorafuse.integrations.hf_peft import FusedLinear, FusedTorchaoLinear, FusedWeight, Member, why_not_fused
 from lorafuse.integrations.hf_quantized import described_format, has_finite_scales, notes, stored
 from lorafuse.integrations.report import Patched, PatchReport, Skipped
@@ -164,7 +164,7 @@ def adopt(layer: Any, backend: str, dropout_rng: str = "philox", numerics: str =
 
 def regroup(model: nn.Module, layers: list[Any], report: PatchReport, has_groups: bool) -> None:
     """Make groups of adopted layers, into the report; without `has_groups` take them apart."""
-    linear = [layer for layer in layers if isinstance(layer, Member)]
+    linear: list[Any] = [layer for layer in layers if isinstance(layer, Member)]
     gated_mlp.dissolve(model)
     if not has_groups:
         for layer in linear:
@@ -176,6 +176,8 @@ def regroup(model: nn.Module, layers: list[Any], report: PatchReport, has_groups
     whole = {(mlp.name, name) for mlp in mlps for name in mlp.members}
     report.groups = [one for one in report.groups if not whole.issuperset((one.name, m) for m in one.members)] + mlps
     report.apart += apart
+    if report.groups and any(len(layer.lora_A) > 1 for layer in linear):
+        report.apart.append(Skipped("", "mixed", MIXED_APART))
 
 
 def patched_layers(model: nn.Module) -> list[Any]:

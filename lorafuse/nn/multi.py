@@ -16,7 +16,7 @@ from lorafuse.operands import Weight
 if TYPE_CHECKING:
     from lorafuse.nn.multi_groups import MultiSiblings
 
-__all__ = ["AdapterRows", "LoRALinearMulti", "multi_projections", "shared_rows"]
+__all__ = ["AdapterRows", "AdapterStack", "LoRALinearMulti", "multi_projections", "refuse_late_call", "shared_rows"]
 
 
 class AdapterRows:
@@ -84,66 +84,103 @@ def multi_projections(layers: Sequence[nn.Module], rows: AdapterRows) -> list[Mu
     ]
 
 
-class LoRALinearMulti(nn.Module):
-    """`base`, frozen, plus for each row the low-rank path of its adapter.
+class AdapterStack(nn.Module):
+    """The factors of many adapters of one weight, stacked: parameters `a [ΣR, K]` and `b [ΣR, N]` (transposed).
 
-    The adapters are stacked: parameters `a [ΣR, K]` and `b [ΣR, N]` (transposed). Backward adds their gradients to
-    `a_grad` and `b_grad`, for the adapters with rows alone, until somebody zeroes them. `rows` says which rows the next
-    calls have; None is the base alone. `lorafuse.adapters.AdapterPool` fills all of these.
-
-    base is an `nn.Linear` or a quantized layer that `lorafuse.formats.adopt` knows, which is computed in x's dtype;
-    TypeError for another.
+    Of experts they are `[ΣR, E, K]` and `[ΣR, E, N]`, so that an adapter's part is one block of memory; a factor that
+    all experts have in common lacks E. Backward adds their gradients to `a_grad` and `b_grad`, for the adapters with
+    rows alone, until somebody zeroes them.
     """
 
     a_grad: Tensor
     b_grad: Tensor
 
-    def __init__(self, base: nn.Module, adapter_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, a: tuple[int, ...], b: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> None:  # fmt: skip
+        """`a` and `b` are the sizes of one rank, `(K,)` or `(E, K)`."""
         super().__init__()
+        self.ranks: tuple[int, ...] = ()
+        self.scales: tuple[float, ...] = ()
+        self.dropout_p: tuple[float, ...] = ()
+        self.register_buffer("a_grad", None, persistent=False)
+        self.register_buffer("b_grad", None, persistent=False)
+        self._hold(*(torch.empty(0, *size, dtype=dtype, device=device) for size in (a, b, a, b)))
+
+    def insert(self, at: int, a: Tensor, b: Tensor) -> None:
+        """Put the factors of an adapter, of its rank, before the one at this place; their gradients are zero."""
+        first = sum(self.ranks[:at])
+        parts = a, b, torch.zeros_like(a), torch.zeros_like(b)
+        self._hold(*(
+            torch.cat((t[:first], part.to(t), t[first:])) for t, part in zip(self._tensors(), parts, strict=True)
+        ))  # fmt: skip
+        self.ranks = (*self.ranks[:at], a.shape[0], *self.ranks[at:])
+
+    def remove(self, at: int) -> None:
+        """Take an adapter out."""
+        mine = self.of(at)
+        self._hold(*(torch.cat((t[: mine.start], t[mine.stop :])) for t in self._tensors()))
+        self.ranks = (*self.ranks[:at], *self.ranks[at + 1 :])
+
+    def of(self, i: int) -> slice:
+        """Which rows of the stacks are those of the i-th adapter."""
+        bounds = tuple(itertools.accumulate(self.ranks[: i + 1], initial=0))
+        return slice(bounds[i], bounds[i + 1])
+
+    def operands(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """a `[(E,) ΣR, K]`, b `[(E,) N, ΣR]` and the buffers of their gradients, as the operators take them."""
+        return _left(self.a), _left(self.b).mT, (_left(self.a_grad), _left(self.b_grad).mT)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.a.detach(), self.b.detach(), self.a_grad, self.b_grad
+
+    @torch.no_grad()
+    def _hold(self, a: Tensor, b: Tensor, a_grad: Tensor, b_grad: Tensor) -> None:
+        self.a, self.b, self.a_grad, self.b_grad = nn.Parameter(a), nn.Parameter(b), a_grad, b_grad
+
+
+def _left(stack: Tensor) -> Tensor:
+    return stack if stack.dim() == 2 else stack.transpose(0, 1)
+
+
+def refuse_late_call(had_rows: bool) -> None:
+    """Raise RuntimeError for a call without rows within backward of one that had some: a checkpoint's, whose gradients
+    would be lost.
+    """
+    if had_rows and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "a layer with many adapters runs forward again in backward (a checkpoint) outside of use_adapters: "
+            "keep backward within it; for calls of the base alone, within use_adapters([-1, …])"
+        )
+
+
+class LoRALinearMulti(AdapterStack):
+    """`base`, frozen, plus for each row the low-rank path of its adapter.
+
+    The adapters are stacked in `a`, `b` and the buffers of their gradients (`AdapterStack`). `rows` says which rows the
+    next calls have; None is the base alone. `lorafuse.adapters.AdapterPool` fills all of these.
+
+    base is an `nn.Linear` or a quantized layer that `lorafuse.formats.adopt` knows, which is computed in x's dtype;
+    TypeError for another.
+    """
+
+    def __init__(self, base: nn.Module, adapter_dtype: torch.dtype = torch.float32) -> None:
+        weight = _weight_of(base)
+        N, K = weight.sizes
+        super().__init__((K,), (N,), adapter_dtype, weight.data.device)
         self.base = base.requires_grad_(False)
         self.rows: AdapterRows | None = None
         # whether the last `AdapterPool.use_adapters` gave it any
         self.had_rows = False
         # the layers that it may run with as one operator
         self.siblings: MultiSiblings | None = None
-        self.ranks: tuple[int, ...] = ()
-        self.scales: tuple[float, ...] = ()
-        self.dropout_p: tuple[float, ...] = ()
         # of the mask, so that layers of one call do not have the same
         self.number = 0
-        N, K = self.weight.sizes
-        device = self.weight.data.device
-        self.fill([(torch.empty(0, K, dtype=adapter_dtype, device=device), torch.empty(0, N, dtype=adapter_dtype))])
 
     @property
     def weight(self) -> Weight:
         """That of the base as it is now."""
-        weight = self.base._parameters.get("weight")
-        is_linear = type(self.base).forward is nn.Linear.forward
-        # every call asks, and adopt tries one format after the other
-        if is_linear and type(weight) is nn.Parameter:
-            return Weight(weight)
-        stored = adopt(self.base)
-        if stored is None and is_linear and weight is not None:
-            stored = adopt(weight)
-        if stored is None:
-            raise TypeError(f"got a {type(self.base).__name__}; it must be an nn.Linear or a quantized layer")
-        return stored
-
-    @torch.no_grad()
-    def fill(self, pairs: list[tuple[Tensor, Tensor]], grads: list[tuple[Tensor, Tensor]] | None = None) -> None:
-        """Stack adapters, `a [R, K]` and `b [R, N]` each, and the gradients that they have already."""
-        device = self.weight.data.device
-        self.a, self.b = (nn.Parameter(torch.cat(t).to(device)) for t in zip(*pairs, strict=True))
-        zeros = [(torch.zeros_like(a), torch.zeros_like(b)) for a, b in pairs]
-        a_grad, b_grad = (torch.cat(t).to(device) for t in zip(*(grads or zeros), strict=True))
-        self.register_buffer("a_grad", a_grad, persistent=False)
-        self.register_buffer("b_grad", b_grad, persistent=False)
-
-    def of(self, i: int) -> slice:
-        """Which rows of the stacks are those of the i-th adapter."""
-        bounds = tuple(itertools.accumulate(self.ranks[: i + 1], initial=0))
-        return slice(bounds[i], bounds[i + 1])
+        return _weight_of(self.base)
 
     @property
     def in_features(self) -> int:
@@ -157,28 +194,24 @@ class LoRALinearMulti(nn.Module):
 
     def projection(self, rows: AdapterRows) -> MultiProjection:
         """The layer as the operators take it."""
+        a, b, buffers = self.operands()
         return MultiProjection(
             self.weight,
-            self.a,
-            self.b.t(),
+            a,
+            b,
             self.ranks,
             self.scales,
             self.base.bias,  # type: ignore[arg-type]
             self.dropout_p if self.training else None,
             None if rows.seeds is None else rows.seeds + self.number,
-            (self.a_grad, self.b_grad.t()),
+            buffers,
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """y `[…, N]` for x `[…, K]`."""
         rows = self.rows
         if rows is None:
-            # a checkpoint of a call that had rows would silently lose their gradients
-            if self.had_rows and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-                raise RuntimeError(
-                    "a layer with many adapters runs forward again in backward (a checkpoint) outside of use_adapters: "
-                    "keep backward within it; for calls of the base alone, within use_adapters([-1, …])"
-                )
+            refuse_late_call(self.had_rows)
             return self.base(x)
         if self.siblings is not None:
             y = self.siblings.output(self, x)
@@ -188,3 +221,17 @@ class LoRALinearMulti(nn.Module):
         flat, offsets = rows.sorted(x)
         (y,) = lora_linears_multi(flat, offsets, [self.projection(rows)])
         return rows.restored(y, x)
+
+
+def _weight_of(base: nn.Module) -> Weight:
+    weight = base._parameters.get("weight")
+    is_linear = type(base).forward is nn.Linear.forward
+    # every call asks, and adopt tries one format after the other
+    if is_linear and type(weight) is nn.Parameter:
+        return Weight(weight)
+    stored = adopt(base)
+    if stored is None and is_linear and weight is not None:
+        stored = adopt(weight)
+    if stored is None:
+        raise TypeError(f"got a {type(base).__name__}; it must be an nn.Linear or a quantized layer")
+    return stored

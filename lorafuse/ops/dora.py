@@ -42,7 +42,7 @@ def _row_norms(weight, a, b, scale, dtype, backend, format="dense", statistics=N
     w = Weight(weight, False, tuple(statistics or ()), format)
     run = _run(backend, a)
     with outside_autocast(a), run.guard(a.device), run.dense(w, dtype) as dense:
-        return run.row_norms(dense, a, b, scale)
+        return run.row_norms(dense, a, b, scale, weight.data_ptr())
 
 
 def _fake_row_norms(weight, a, b, scale, dtype, backend, format="dense", statistics=None):

@@ -297,6 +297,8 @@ def _is_executed(ctx: Any, place: int) -> bool:
     """
     node, _ = ctx.next_functions[ctx.edges.index(place)]
     try:
+        # nothing public says it, and needs_input_grad does not know for which inputs `torch.autograd.grad` was called;
+        # torch's own `register_multi_grad_hook` asks here too
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:
         # it knows no leaf whose own gradient was asked for
@@ -338,6 +340,11 @@ def apply(
     """The results of a form; `tensors` and `settings` are those of `MultiSettings.arguments`, `buffers` of each layer
     where its da and db are added.
     """
+    if buffers is not None and not hasattr(torch._C, "_will_engine_execute_node"):
+        raise NotImplementedError(
+            f"torch {torch.__version__} has no torch._C._will_engine_execute_node, without which gradients that nobody "
+            "asked for would be added to buffers; pass grad_buffers=None, or take another torch"
+        )
     if is_transformed(x):
         with outside_autocast(x):
             G = len(settings.formats)

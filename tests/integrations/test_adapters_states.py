@@ -207,3 +207,42 @@ class Called(nn.Module):
 
     def forward(self, x):
         return self.model["layers"][0]["q_proj"](x)
+
+
+def test_gradients_whose_squares_overflow():
+    """Of fp16 adapters: the norm is finite, and clipped."""
+    pool = pooled((0,), dtype=torch.float16)
+    for t in pool.gradients(0).values():
+        t.fill_(6e4)
+    count = sum(t.numel() for t in pool.gradients(0).values())
+    result = MultiAdamW(pool).step({0: AdamParams(lr=1e-2, max_grad_norm=1.0)})[0]
+    assert not result.is_skipped
+    assert result.grad_norm == pytest.approx(6e4 * count**0.5, rel=1e-3)
+
+
+def test_a_state_without_a_part_changes_nothing():
+    pool = pooled((1, 2))
+    optimizer = MultiAdamW(pool)
+    steps(pool, optimizer, (0, 1), 1)
+    before = optimizer.state_dict(0)
+    for part in before:
+        with pytest.raises(KeyError, match=part):
+            optimizer.load_state_dict(0, {key: value for key, value in before.items() if key != part})
+    after = optimizer.state_dict(0)
+    assert after["number"] == before["number"] == 1
+    assert all(torch.equal(t, after["m"][name]) for name, t in before["m"].items())
+
+
+def test_layers_on_several_devices_are_refused():
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4, device="meta")])
+    with pytest.raises(ValueError, match="lie on cpu and meta"):
+        AdapterPool(model)
+    assert all(type(layer) is nn.Linear for layer in model)
+
+
+def test_a_torch_that_does_not_know_what_backward_reaches(monkeypatch):
+    """Gradients of others would be added to the buffers: it is refused before anything runs."""
+    monkeypatch.delattr(torch._C, "_will_engine_execute_node")
+    pool, x = pooled((0,)), data(0)[0]
+    with pool.use_adapters([0] * len(x)), pytest.raises(NotImplementedError, match="grad_buffers=None"):
+        pool.model(x)

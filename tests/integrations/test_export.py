@@ -118,7 +118,6 @@ def test_shared_outer_factors():
         ({"use_dora": True, "target_modules": ["q_proj"]}, "is a variant of LoRA"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"lora_bias": True}, "an adapter with a bias"),
-        ({"target_modules": ["embed_tokens"]}, "adapts an embedding"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"init_lora_weights": "pissa"}, "which changed the base"),

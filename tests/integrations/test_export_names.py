@@ -114,6 +114,46 @@ def test_experts_load_in_stock_peft(family, projections, tmp_path):
         assert not close(loaded(ids).logits, moe_models.base(family).eval()(ids).logits)
 
 
+def test_the_embedding_and_the_head(tmp_path):
+    """With other ranks and alphas than the layers; stock PEFT reads the same."""
+    settings = {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "rank_pattern": {"embed_tokens": 2},
+                "alpha_pattern": {"lm_head": 10}}  # fmt: skip
+    model = peft.get_peft_model(tiny(), lora_config(**settings))
+    train_away_from_zero(model, "lora_").eval()
+    layers = model.base_model.model.model.embed_tokens, model.base_model.model.lm_head
+    expected = [layer.get_delta_weight("default").detach() for layer in layers]
+    export.to_vllm(model, tmp_path / "vllm")
+    held = server_rules.vllm(tmp_path / "vllm")
+    a, b = held["model.embed_tokens"]
+    assert close((b @ a).t(), expected[0])
+    a, b = held["lm_head"]
+    assert close(b @ a, expected[1])
+    export.to_sglang(model, tmp_path / "sglang")
+    of = server_rules.sglang(tmp_path / "sglang")[None]
+    assert all(t.shape[i] == 4 for pair in of.values() for i, t in enumerate(pair))
+    (a, b), (head_a, head_b) = of["embed_tokens", None], of["lm_head", None]
+    assert close((b @ a).t(), expected[0])
+    assert close(head_b @ head_a, expected[1])
+    ids = torch.randint(64, (2, 7))
+    with torch.no_grad():
+        for server in ("vllm", "sglang"):
+            loaded = peft.PeftModel.from_pretrained(tiny(), tmp_path / server).eval()
+            assert close(loaded(ids).logits, model(ids).logits)
+    # a class that lists neither
+    with pytest.raises(ValueError, match="unexpected module"):
+        server_rules.vllm(tmp_path / "vllm", heads=())
+    with pytest.raises(ValueError, match="the model has 65"):
+        server_rules.vllm(tmp_path / "vllm", vocabulary=65)
+
+
+def test_an_embedding_of_another_name():
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
+    assert {name.rpartition(".")[2] for name in export.to_vllm(model)} == {"lora_embedding_A", "lora_embedding_B"}
+    with pytest.raises(ValueError, match="would drop that of 0"):
+        export.to_sglang(model)
+
+
 def test_what_sglang_would_drop():
     model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig(r=2, target_modules=["0"]))
     assert export.to_vllm(model)
@@ -163,3 +203,7 @@ class TestTheRulesRefuse:
             server_rules.sglang(self.changed(tmp_path, lambda n, t: {n: t[:-1] if "lora_A" in n else t[:, :-1]}))
         with pytest.raises(ValueError, match="lies in no layer"):
             server_rules.sglang(self.changed(tmp_path, lambda name, t: {name.replace("layers.", "h."): t}))
+        # the head of an adapter whose configuration does not name it
+        head = "base_model.model.lm_head.lora_A.weight"
+        with pytest.raises(ValueError, match="lies in no layer"):
+            server_rules.sglang(self.changed(tmp_path, lambda name, t: {name: t, head: torch.zeros(4, 8)}))

@@ -110,6 +110,7 @@ def test_groups_run_layer_by_layer(fused):
     y, grads = step(model.eval(), x)
     report = lorafuse.patch(model)
     assert {group.kind for group in report.groups} == {"siblings", "gated_mlp"}
+    assert "batches with adapter_names run layer by layer" in str(report)
     ours, own = step(model.train(), x)
     assert relative_l2(ours, y) <= tolerance(torch.float32)
     assert own.keys() == grads.keys()

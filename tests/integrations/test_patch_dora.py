@@ -148,7 +148,7 @@ def test_a_model_in_training(ran):
 
 
 def test_a_write_into_the_weight_is_seen(ran):
-    """Nothing of the weight is kept: not even a write past autograd's version counters leaves an old norm."""
+    """Not even a write past autograd's version counters leaves an old norm."""
     model = mlp(use_dora=True)
     patched, _ = patched_copy(model)
     x = torch.randn(5, 128)

@@ -1,11 +1,16 @@
 """`dora_linear` (T1; Triton in its interpreter, T2): every tensor by name, the norm, transforms, errors."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from dora_reference import operands, reference
 from quantized_weights import four_bits
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lorafuse.backends import columns
 from lorafuse.functional import dora_linear
+from lorafuse.operands import Weight
 from lorafuse.ops.dora import row_norms
 from lorafuse.testing.numerics import relative_l2, tolerance
 
@@ -114,21 +119,86 @@ def test_an_adapter_that_cancels_the_weight():
     assert (norms >= 0).all()
 
 
+class Watched(TorchDispatchMode):
+    """The largest tensor that is made besides those held, and how many norms are computed."""
+
+    def __init__(self, *held):
+        super().__init__()
+        self.held, self.largest, self.norms = [t.untyped_storage().data_ptr() for t in held], 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.norms += function is torch.ops.aten.linalg_vector_norm.default
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in self.held:
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
 def test_nothing_as_large_as_the_weight_is_made():
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-        largest = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and all(out.untyped_storage().data_ptr() != t for t in held):
-                self.largest = max(self.largest, out.numel())
-            return out
-
     w, a, b = torch.randn(1024, 1024).bfloat16(), torch.randn(8, 1024), torch.randn(1024, 8)
-    held = [t.untyped_storage().data_ptr() for t in (w, a, b)]
-    with Sizes() as sizes:
-        row_norms(w, a, b, 1.0, w.dtype, "eager", "dense", None)
-    assert 0 < sizes.largest <= w.numel() // 4
+    for _ in range(2):
+        with Watched(w, a, b) as watched:
+            columns.row_norms(Weight(w), a, b, 1.0)
+        assert 0 < watched.largest <= w.numel() // 4
+
+
+def write_element(w):
+    """A part of what a row has, of the size of its last bits."""
+    w.data[3, 5] += 1e-6 * w[3].norm()
+
+
+WRITES = {
+    "in place": lambda w: w.mul_(1.7), "past the counter": lambda w: w.data.mul_(1.7),
+    "past torch": lambda w: w.numpy().__imul__(1.7), "another weight": lambda w: w.data.copy_(torch.randn_like(w)),
+    "one element": lambda w: w.data[3, 5].mul_(1.01), "last bits": write_element,
+    "signs": lambda w: w.data[2].neg_(), "places": lambda w: w.data.copy_(w.roll(1, 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("K", [48, 320])
+@pytest.mark.parametrize("name", WRITES)
+def test_the_norm_of_the_weight_is_kept_until_it_changes(name, K):
+    """Whoever writes, and by whatever means."""
+    _, w, _, a, b, *_ = operands(N=24, K=K, dtype=torch.float32)
+
+    def norms_of(a):
+        with Watched() as watched:
+            norms = columns.row_norms(Weight(w), a, b, SCALE)
+        assert relative_l2(norms, (w.double() + SCALE * b.double() @ a.double()).norm(dim=1)) <= 2e-7
+        return watched.norms
+
+    assert norms_of(a)
+    assert norms_of(2 * a) == norms_of(a) == 0
+    WRITES[name](w)
+    assert norms_of(a)
+    assert norms_of(-a) == 0
+    # another view of the memory is another weight
+    part = w[:, : K // 2]
+    norms = columns.row_norms(Weight(part), a[:, : K // 2], b, SCALE)
+    assert relative_l2(norms, (part.double() + SCALE * b.double() @ a[:, : K // 2].double()).norm(dim=1)) <= 2e-7
+
+
+def test_kept_norms_of_weights_that_are_decoded():
+    """Into one workspace: each is known by what it is stored in."""
+    weights, watched = [four_bits(64, 64, rounded="float32") for _ in range(2)], []
+    _, _, _, a, b, *_ = operands(N=64, K=64, dtype=torch.float32)
+    for _ in range(2):
+        for weight in weights:
+            with Watched() as one:
+                norms = columns.row_norms(weight.decoded(torch.float32), a, b, SCALE, weight.data.data_ptr())
+            exact = weight.decoded(torch.float32).data.double() + SCALE * b.double() @ a.double()
+            assert relative_l2(norms, exact.norm(dim=1)) <= 2e-7
+            watched.append(one.norms)
+    assert all(watched[:2])
+    assert watched[2:] == [0, 0]
+
+
+def test_threads_that_read_kept_norms():
+    _, w, _, a, b, *_ = operands(N=24, dtype=torch.float32)
+    expected = columns.row_norms(Weight(w), a, b, SCALE)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: columns.row_norms(Weight(w), a, b, SCALE), range(64)))
+    assert all(torch.equal(one, expected) for one in results)
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
