@@ -128,7 +128,7 @@ BUGS = tuple(Bug(*row) for row in (
     ("sibling_xa_of_the_first", _SIBLINGS, "siblings", "maps.low[tile.output]", "maps.low[0]"),
     ("sibling_ranks_of_the_first", _SIBLINGS, "siblings", "p.rank_blocks[tile.output]", "p.rank_blocks[0]"),
     ("sibling_consumes_as_the_first", _SIBLINGS, "siblings", "p.whole_blocks[tile.output]", "p.whole_blocks[0]"),
-    ("sibling_always_short", _SIBLINGS, "siblings", "p.ends_short[tile.output]", "p.ends_short[0]"),
+    ("sibling_ends_as_the_first", _SIBLINGS, "siblings", "p.ends_short[tile.output]", "p.ends_short[0]"),
     ("sibling_bias_of_the_first", _SIBLINGS, "siblings", "p.bias[tile.output]", "p.bias[0]"),
     ("sibling_y_of_the_first", _SIBLINGS, "siblings", "&maps.y[tile.output]", "&maps.y[0]"),
     ("sibling_rows_of_its_neighbour", _SIBLINGS, "siblings", "(tile.row * p.cluster + rank) * BLOCK_M", "tile.row * p.cluster * BLOCK_M"),

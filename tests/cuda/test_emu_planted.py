@@ -61,7 +61,7 @@ def run(kind, tiling):
     if kind == "siblings":
         with override(force_kernel="cuda siblings", cuda_tiles=[tiling]):
             o = make(
-                Case(N=(72, 40, 264), R=(13, 40, 20), K=200, leading=(150,), dtype=torch.bfloat16, bias=(True,) * 3)
+                Case(N=(72, 40, 264), R=(40, 0, 80), K=200, leading=(150,), dtype=torch.bfloat16, bias=(True,) * 3)
             )
             return list(group_results(lambda o: linears(o, backend="emu"), o).values())
     operator = Linear("emu")
