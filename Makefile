@@ -7,6 +7,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # every process has a run of files, and one that has ended takes half of what another has left; ARGS=-n0 for a debugger
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal
+# a test that waits for ever is ended after 15 minutes, with the place where each thread is, and fails
+LIMIT := -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 READY := $(VENV)/.ready
 # Python compiles the modules that are imported when they are: a tenth of what is installed. It has to keep them: tests
 # start dozens of processes, and each would compile torch, transformers and PEFT again, 25 s where an import takes 6
@@ -23,7 +25,7 @@ demo: $(READY) ## see it work on this machine; options with ARGS="..."
 # the emulator compiles for minutes and needs two packages: it begins while pip brings the others
 test: EARLY := @$(PY) tests/native_commands.py >/dev/null 2>&1 &
 test: $(READY) ## run all tests, lint included; pytest options with ARGS="..."
-	@$(PY) -m pytest $(PARALLEL) $(ARGS)
+	@$(PY) -m pytest $(PARALLEL) $(LIMIT) $(ARGS)
 
 test-compile: $(READY) ## compile every kernel for every architecture, every dtype; minutes, no GPU
 	@$(PY) -m pytest $(PARALLEL) tests/kernels/test_compile.py tests/cuda/test_cuda_build.py --every-dtype $(ARGS)

@@ -1,7 +1,10 @@
 """Two gloo processes on this machine, or more, and tiny models that they train as one process does."""
 
 import contextlib
+import faulthandler
 import os
+import signal
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -27,7 +30,7 @@ LIMIT_S = 100
 # of a processor's time; a process that waits takes less, one that has to share its core with 50 others more
 IDLE = 0.01
 # seconds after which a loop without end is one
-MOST_S = 3600
+MOST_S = 1200
 # one process imports what a dozen would, and each of them is its fork
 mp.get_context("forkserver").set_forkserver_preload(
     ["lorafuse.integrations.hf_peft", "transformers.models.llama.modeling_llama"]
@@ -43,24 +46,50 @@ def cpu_seconds(pid):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def _observed(rank, folder, worker, *args):
+    """`worker(rank, *args)` in a process that writes where its threads are when it gets SIGUSR1."""
+    # stays open: a process may also stop while it ends
+    file = os.open(f"{folder}/{rank}", os.O_WRONLY | os.O_CREAT)
+    faulthandler.register(signal.SIGUSR1, file, all_threads=True)
+    worker(rank, *args)
+
+
+def _stacks(processes, folder):
+    """Where the threads of each process are."""
+    for rank, process in enumerate(processes):
+        # one that is not there yet would end of the signal
+        if process.is_alive() and Path(f"{folder}/{rank}").exists():
+            os.kill(process.pid, signal.SIGUSR1)
+    time.sleep(1)
+    return "".join(f"\nprocess {file.name}:\n{file.read_text()}" for file in sorted(Path(folder).iterdir()))
+
+
 def spawn(worker, *args, limit_s=LIMIT_S, world=WORLD):
     """Run `worker(rank, *args)` in `world` processes; AssertionError, with all ended, when for `limit_s` seconds none
-    computes, or it takes an hour: what counts is their own time, which a machine with other work gives slowly.
+    computes, or it takes 20 minutes: what counts is their own time, which a machine with other work gives slowly.
     """
-    context = mp.start_processes(worker, args=args, nprocs=world, join=False, start_method="forkserver")
-    start = since = time.monotonic()
-    used = 0.0
-    try:
-        while not context.join(timeout=min(1, limit_s / 10)):
-            now, measured = time.monotonic(), sum(cpu_seconds(process.pid) for process in context.processes)
-            if measured < used or measured - used > IDLE * limit_s:
-                since, used = now, measured
-            assert now - since < limit_s, f"{worker.__name__} did nothing for {limit_s} s: a deadlock"
-            assert now - start < MOST_S, f"{worker.__name__} did not end in {MOST_S} s"
-    finally:
-        for process in context.processes:
-            process.kill()
-            process.join()
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.start_processes(
+            _observed, args=(folder, worker, *args), nprocs=world, join=False, start_method="forkserver"
+        )
+        start = since = time.monotonic()
+        used = 0.0
+        try:
+            while not context.join(timeout=min(1, limit_s / 10)):
+                now, measured = time.monotonic(), sum(cpu_seconds(process.pid) for process in context.processes)
+                if measured < used or measured - used > IDLE * limit_s:
+                    since, used = now, measured
+                if now - since >= limit_s:
+                    why = f"{worker.__name__} did nothing for {limit_s} s: a deadlock"
+                elif now - start >= MOST_S:
+                    why = f"{worker.__name__} did not end in {MOST_S} s"
+                else:
+                    continue
+                raise AssertionError(why + _stacks(context.processes, folder))
+        finally:
+            for process in context.processes:
+                process.kill()
+                process.join()
 
 
 def joined(rank, folder, worker, *args):

@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -12,32 +11,20 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import yaml
 from fake_trainers import provide
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from two_processes import WORLD, spawn
 
 import lorafuse
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-WORLD = 2
-# one process imports what all of them would, and each of them is its fork
-mp.get_context("forkserver").set_forkserver_preload(
-    ["lorafuse.integrations.hf_peft", "transformers.models.llama.modeling_llama"]
-)
 pytestmark = pytest.mark.no_poison
 
 
 @pytest.fixture(autouse=True)
 def on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        return one.getsockname()[1]
 
 
 def check_adapter(folder, rank):
@@ -111,36 +98,37 @@ def check_run(status, steps):
     assert all(sum(layer.fused.values()) == steps for layer in status.layers)
 
 
-def trained(folder, name):
-    """One process of two, its environment set: losses and what ran go to a file."""
+def launched(rank, folder, name, port, nodes=1, environment=()):
+    """One process of two with what its launcher sets: losses and what ran go to a file."""
+    os.environ.update(environment, RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank if nodes == 1 else 0))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     torch.set_num_threads(1)
     sys.path.insert(0, str(EXAMPLES))
     with recorded() as models:
         losses = importlib.import_module(name).main(f"{folder}/adapter")
     if dist.is_initialized():
         dist.destroy_process_group()
-    torch.save((losses, lorafuse.status(*models)), f"{folder}/{os.environ['RANK']}.pt")
-
-
-def ranked(rank, folder, name, environment):
-    """What accelerate starts on the machine `rank`."""
-    os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(WORLD)})
-    trained(folder, name)
+    torch.save((losses, lorafuse.status(*models)), f"{folder}/{rank}.pt")
 
 
 def results(folder):
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
+@pytest.fixture
+def port():
+    """Where the processes meet: the launcher has the store."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    yield store.port
+    del store
+
+
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp2_qlora", "ddp_qlora", "ep_qwen3"])
-def test_two_processes_of_torchrun(name, tmp_path):
-    """What torchrun does, with processes that are forks of one that has imported everything."""
+def test_two_processes_of_torchrun(name, port, tmp_path):
+    """With what torchrun sets, and in processes that are forks of one that has imported everything."""
     if name.endswith("qlora"):
         pytest.importorskip("bitsandbytes")
-    config = LaunchConfig(
-        1, 1, WORLD, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="forkserver", max_restarts=0
-    )
-    elastic_launch(config, trained)(str(tmp_path), name)
+    spawn(launched, str(tmp_path), name, port)
     for losses, status in results(tmp_path):
         assert learned(losses)
         check_run(status, len(losses))
@@ -158,12 +146,12 @@ def accelerate_environment():
     return importlib.import_module("accelerate.utils.launch").prepare_multi_gpu_env(parsed)
 
 
-def test_accelerate_on_two_machines(tmp_path):
+def test_accelerate_on_two_machines(port, tmp_path):
     variables = accelerate_environment()
     assert (variables["ACCELERATE_USE_FSDP"], variables["FSDP_VERSION"]) == ("true", "2")
     own = {key: value for key, value in variables.items() if key.startswith(("ACCELERATE", "FSDP"))}
-    own |= {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    mp.start_processes(ranked, (str(tmp_path), "accelerate_loop", own), WORLD, start_method="forkserver")
+    own |= {"ACCELERATE_MIXED_PRECISION": "no"}
+    spawn(launched, str(tmp_path), "accelerate_loop", port, 2, own)
     for losses, status in results(tmp_path):
         # 32 rows in batches of 4 on two processes
         assert len(losses) == 4
