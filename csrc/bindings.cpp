@@ -12,6 +12,7 @@
 #include <lorafuse/api_decode.hpp>
 #include <lorafuse/api_device.hpp>
 #include <lorafuse/api_probes.hpp>
+#include <lorafuse/api_siblings.hpp>
 #include <lorafuse/api_split.hpp>
 
 #ifdef LORAFUSE_EMULATED
@@ -51,18 +52,25 @@ template <class T>
 void convert(PyObject* value, T*& place) {
   place = static_cast<T*>(PyLong_AsVoidPtr(value));
 }
-// A tuple of the fields, in their order; the last ones may be left out.
+// The entries of a tuple, `most` of them or fewer.
+template <class Store>
+void convert_tuple(PyObject* value, Py_ssize_t most, const char* rule, Store&& store) {
+  const Py_ssize_t size = PyTuple_Check(value) ? PyTuple_GET_SIZE(value) : -1;
+  if (size < 0 || size > most) PyErr_SetString(PyExc_TypeError, rule);
+  for (Py_ssize_t i = 0; i < size && !PyErr_Occurred(); ++i) store(PyTuple_GET_ITEM(value, i), i);
+}
 void convert(PyObject* value, Tiling& place) {
   int* const fields[] = {&place.block_n, &place.stages, &place.cluster, &place.group_m, &place.sms, &place.block_m};
-  const Py_ssize_t size = PyTuple_Check(value) ? PyTuple_GET_SIZE(value) : -1;
-  if (size < 0 || size > std::ssize(fields)) {
-    PyErr_SetString(PyExc_TypeError, "a tiling is a tuple of block_n, stages, cluster, group_m, sms and block_m");
-    return;
-  }
-  for (Py_ssize_t i = 0; i < size && !PyErr_Occurred(); ++i) convert(PyTuple_GET_ITEM(value, i), *fields[i]);
+  convert_tuple(value, std::ssize(fields), "a tiling is a tuple of block_n, stages, cluster, group_m, sms and block_m",
+                [&](PyObject* one, Py_ssize_t i) { convert(one, *fields[i]); });
 }
 // A dict of the fields, or None.
 void convert(PyObject* value, Round& place);
+template <class T>
+void convert(PyObject* value, Each<T>& place) {
+  convert_tuple(value, std::ssize(place), "layers of one x are a tuple of one entry each, of 4 layers at most",
+                [&](PyObject* one, Py_ssize_t i) { convert(one, place[static_cast<size_t>(i)]); });
+}
 
 template <class>
 struct MemberOf;
@@ -109,6 +117,22 @@ struct Fields<SplitLinear> {
       REQUIRED(x), REQUIRED(stride_x), REQUIRED(w), REQUIRED(stride_w), OPTIONAL(bias), REQUIRED(a),
       REQUIRED(stride_a), REQUIRED(b), REQUIRED(stride_b), OPTIONAL(scale), REQUIRED(xa), REQUIRED(stride_xa),
       REQUIRED(y), REQUIRED(stride_y), OPTIONAL(splits), OPTIONAL(tiling)};
+};
+template <>
+struct Fields<SiblingsForward> {
+  using P = SiblingsForward;
+  static constexpr Field fields[] = {
+      REQUIRED(type), REQUIRED(count), REQUIRED(M), REQUIRED(K), REQUIRED(N), OPTIONAL(R), REQUIRED(x),
+      REQUIRED(stride_x), REQUIRED(w), REQUIRED(stride_w), OPTIONAL(bias), OPTIONAL(xa), OPTIONAL(stride_xa),
+      OPTIONAL(b), OPTIONAL(stride_b), REQUIRED(y), REQUIRED(stride_y), OPTIONAL(rounded), OPTIONAL(tiling)};
+};
+template <>
+struct Fields<SiblingsDx> {
+  using P = SiblingsDx;
+  static constexpr Field fields[] = {
+      REQUIRED(type), REQUIRED(count), REQUIRED(M), REQUIRED(K), OPTIONAL(R), REQUIRED(N), REQUIRED(dy),
+      REQUIRED(stride_dy), REQUIRED(w), REQUIRED(stride_w), OPTIONAL(dyb), OPTIONAL(stride_dyb), OPTIONAL(a),
+      OPTIONAL(stride_a), REQUIRED(dx), REQUIRED(stride_dx), OPTIONAL(rounded), OPTIONAL(tiling)};
 };
 template <>
 struct Fields<GroupedLinear> {
@@ -353,6 +377,8 @@ PYBIND11_MODULE(LORAFUSE_MODULE, m) {
   m.def("fused_backward_partials", &Bound<fused_backward_partials>::call);
   m.def("fused_backward", &Bound<fused_backward>::call);
   m.def("split_linear", &Bound<split_linear>::call);
+  m.def("siblings_forward", &Bound<siblings_forward>::call);
+  m.def("siblings_dx", &Bound<siblings_dx>::call);
   m.def("grouped_linear", &Bound<grouped_linear>::call);
   m.def("round_adapter", &Bound<round_adapter>::call);
   m.def("project_x", &Bound<project_x>::call);

@@ -34,7 +34,7 @@ _PIPELINE, _EPILOGUE, _LINEAR, _SUMS = (
     "adapter_grads_sm90.cuh",
 )
 _TILES, _TICKETS, _BACKWARD = "xa_tiles_sm90.cuh", "tickets_sm90.cuh", "backward_sm90.cuh"
-_SPLIT = "split_sm90.cuh"
+_SPLIT, _SIBLINGS = "split_sm90.cuh", "siblings_sm90.cuh"
 _GROUPED, _SKINNY, _PROJECT, _REDUCE = "grouped_sm90.cuh", "skinny_sm80.cuh", "project_sm80.cuh", "reduce_sm80.cuh"
 _DECODE = "decode_sm80.cuh"
 _NESTED = (
@@ -121,6 +121,22 @@ BUGS = tuple(Bug(*row) for row in (
     ("split_ends_while_read", _SPLIT, "split_k", "// no block ends while others read its parts ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync();"),
     ("split_xa_not_whole", _SPLIT, "split_k", "// xa of these rows is whole consumers_sync();", ""),
     ("split_own_part_only", _SPLIT, "split_k", "ptx::load_cluster(parts + r * Parts::kPitch + c + j, block)", "ptx::load_cluster(parts + r * Parts::kPitch + c + j, rank)"),
+    # layers of one x in one launch: what a tile looks up, and what it waits for
+    ("sibling_w_of_the_first", _SIBLINGS, "siblings", "load_blocks(maps.base[term], p.k_blocks[term]);", "load_blocks(maps.base[0], p.k_blocks[term]);"),
+    ("sibling_blocks_of_the_first", _SIBLINGS, "siblings", "load_blocks(maps.base[term], p.k_blocks[term]);", "load_blocks(maps.base[term], p.k_blocks[0]);"),
+    ("sibling_last_term_left_out", _SIBLINGS, "siblings", "tile.output + p.terms", "tile.output + (p.terms > 1 ? p.terms - 1 : 1)"),
+    ("sibling_xa_of_the_first", _SIBLINGS, "siblings", "maps.low[tile.output]", "maps.low[0]"),
+    ("sibling_ranks_of_the_first", _SIBLINGS, "siblings", "p.rank_blocks[tile.output]", "p.rank_blocks[0]"),
+    ("sibling_consumes_as_the_first", _SIBLINGS, "siblings", "p.whole_blocks[tile.output]", "p.whole_blocks[0]"),
+    ("sibling_ends_as_the_first", _SIBLINGS, "siblings", "p.ends_short[tile.output]", "p.ends_short[0]"),
+    ("sibling_bias_of_the_first", _SIBLINGS, "siblings", "p.bias[tile.output]", "p.bias[0]"),
+    ("sibling_y_of_the_first", _SIBLINGS, "siblings", "&maps.y[tile.output]", "&maps.y[0]"),
+    ("sibling_rows_of_its_neighbour", _SIBLINGS, "siblings", "(tile.row * p.cluster + rank) * BLOCK_M", "tile.row * p.cluster * BLOCK_M"),
+    ("sibling_no_launch_wait", _SIBLINGS, "siblings", _LAUNCH_WAIT, "{ ptx::fence_proxy_async(); }"),
+    ("sibling_no_init_sync", _SIBLINGS, "siblings", "// the barriers of both blocks are there ptx::cluster_sync();", ""),
+    ("sibling_no_exit_sync", _SIBLINGS, "siblings", "// the other block of a cluster may still arrive at this one's barriers ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync();"),
+    ("sibling_no_store_wait", _SIBLINGS, "siblings", "if (thread == 0) ptx::tma_store_wait<0>();", ""),
+    ("sibling_rounds_the_first", _SIBLINGS, "siblings", "skinny::round_chunk<T>(p.each[which], block * skinny::kThreads + static_cast<int64_t>(threadIdx.x));", "skinny::round_chunk<T>(p.each[0], block * skinny::kThreads + static_cast<int64_t>(threadIdx.x));"),
     # da and db in the launch of dx
     ("sum_no_launch_wait", _LINEAR, "concurrent_backward", "if (p.overlap_previous) " + _LAUNCH_WAIT, "if (p.overlap_previous) ptx::fence_proxy_async();"),
     ("sum_no_wait_read", _SUMS, "concurrent_backward, four stages", "// the sums of the item before have been read consumers_sync();", ""),

@@ -1,6 +1,6 @@
 """Layers of one x as one operator of `lorafuse.functional`, with fp32 adapters, as planned or as the suffix says.
 
-"half": adapters in the base's dtype; the others: a backend, "siblings" Triton's kernels of one launch.
+"half": adapters in the base's dtype; the others: a backend, "siblings" its kernels of one launch.
 """
 
 import torch
@@ -17,6 +17,8 @@ FORMS = {
     "eager": {"backend": "eager"},
     "triton": {"backend": "triton"},
     "siblings": {"backend": "triton", "kernel": "siblings"},
+    "cuda": {"backend": "cuda"},
+    "cuda-siblings": {"backend": "cuda", "kernel": "cuda siblings"},
 }
 
 

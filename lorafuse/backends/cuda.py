@@ -10,6 +10,7 @@
       where plan.configs  round_adapter: scale · bᵀ; project_x: dyb, and a rounded; linear: dx, da and db
       hold "project"
     fused_backward        fused_backward: dx, da and db; dyb, and a and scale · bᵀ rounded
+    siblings              layers of one x together: `lorafuse.backends.cuda_siblings`
     ragged                grouped_linear: y or dx; ATen computes everything else
 
 A quantized weight is decoded by a launch of its own (decode_codebook, decode_fp8; both run from sm_80 on) before the
@@ -31,8 +32,9 @@ import torch
 from torch import Tensor
 
 from lorafuse.backends import native, problems
-from lorafuse.backends.aten import Aten
 from lorafuse.backends.cuda_grouped import INSTEAD, TYPES, GroupedLinear, tiling
+from lorafuse.backends.cuda_operands import adapter_of, address, aligned, mask, padded, padded_rows, rounding, scratch
+from lorafuse.backends.cuda_siblings import Siblings
 from lorafuse.backends.protocol import Problems, device_guard
 from lorafuse.operands import Dropout, Weight, contiguous_rows
 from lorafuse.plan import DeviceSpec, KernelConfig, Plan, configs_cuda, select
@@ -41,11 +43,9 @@ __all__ = ["TYPES", "Cuda", "backend", "padded_rows"]
 
 # the numbers of types of scales in api_decode.hpp
 _SCALES, _EXPONENT = {torch.bfloat16: 0, torch.float32: 2}, 3
-# elements of 16 bits in 16 bytes
-_ALIGN = 8
 
 
-class Cuda(Aten):
+class Cuda(Siblings):
     """See the module. `module` is what csrc was compiled to; the functions after it are about a device."""
 
     multi = None  # type: ignore[assignment]
@@ -92,22 +92,23 @@ class Cuda(Aten):
         """`(y, xa)`, see `Backend`; x and w are not empty. Rows of xa begin on 16-byte boundaries, for any R."""
         (M, K), R, dtype, place = x.shape, a.shape[0], x.dtype, self.place(x.device)
         config = plan.config("matmul")
-        (given_a, a_type), (given_b, b_type) = _adapter(a, dtype), _adapter(b, dtype)
-        xa = x.new_empty((M, _padded(R)))
+        (given_a, a_type), (given_b, b_type) = adapter_of(a, dtype), adapter_of(b, dtype)
+        xa = x.new_empty((M, padded(R)))
         if plan.kernel == "split_k":
             data = contiguous_rows(w.data)
-            y, bias = x.new_empty((M, len(data))), None if bias is None else _aligned(bias)
+            y, bias = x.new_empty((M, len(data))), None if bias is None else aligned(bias)
             self.native.split_linear(
                 type=TYPES[dtype], a_type=a_type, b_type=b_type, M=M, N=len(data), K=K, R=R, x=x.data_ptr(),
-                stride_x=x.stride(0), w=data.data_ptr(), stride_w=data.stride(0), bias=_at(bias), a=given_a.data_ptr(),
-                stride_a=K, b=given_b.data_ptr(), stride_b=R, scale=scale, xa=xa.data_ptr(), stride_xa=xa.shape[1],
+                stride_x=x.stride(0), w=data.data_ptr(), stride_w=data.stride(0), bias=address(bias),
+                a=given_a.data_ptr(), stride_a=K, b=given_b.data_ptr(), stride_b=R, scale=scale, xa=xa.data_ptr(),
+                stride_xa=xa.shape[1],
                 y=y.data_ptr(), stride_y=len(data), splits=config.splits, tiling=tiling(config), **place,
             )  # fmt: skip
             return y, xa if xa.shape[1] == R else xa[:, :R]
-        b, round_b = _rounding(given_b, dtype, scale)
+        b, round_b = rounding(given_b, dtype, scale)
         fused_xa: dict[str, int] = {}
         if config.fused_xa:
-            a, round_a = _rounding(given_a, dtype, 1.0)
+            a, round_a = rounding(given_a, dtype, 1.0)
             for one in filter(None, (round_a, round_b)):
                 self.native.round_adapter(**one, **place)
             flags = self._flags(x.device, place["stream"], self.native.fused_xa_workspace(M=M))
@@ -118,12 +119,12 @@ class Cuda(Aten):
         else:
             self.native.project_x(
                 type=TYPES[dtype], a_type=a_type, M=M, K=K, R=R, x=x.data_ptr(), stride_x=x.stride(0),
-                a=given_a.data_ptr(), stride_a=K, xa=xa.data_ptr(), stride_xa=xa.shape[1], **_mask(dropout),
+                a=given_a.data_ptr(), stride_a=K, xa=xa.data_ptr(), stride_xa=xa.shape[1], **mask(dropout),
                 rounded=round_b, **place,
             )  # fmt: skip
-        bias = None if bias is None else _aligned(bias)
+        bias = None if bias is None else aligned(bias)
         y = self._linear(
-            x, w, False, xa, b, config, place, R=R, bias=_at(bias), overlap_previous=not config.fused_xa, **fused_xa
+            x, w, False, xa, b, config, place, R=R, bias=address(bias), overlap_previous=not config.fused_xa, **fused_xa
         )
         return y, xa if xa.shape[1] == R else xa[:, :R]
 
@@ -138,12 +139,12 @@ class Cuda(Aten):
         concurrent = plan.kernel == "concurrent_backward"
         db_concurrent = concurrent and any(config.kernel == "project" for config in plan.configs)
         dx = da = db = dbias = dyb = round_a = None
-        given_b, b_type = _adapter(b, dtype)
+        given_b, b_type = adapter_of(b, dtype)
         if need_dx or need_da:
-            dyb = dy.new_empty((M, _padded(R)))
-            given_a, a_type = _adapter(a, dtype)
+            dyb = dy.new_empty((M, padded(R)))
+            given_a, a_type = adapter_of(a, dtype)
         if need_dx:
-            rounded_a, round_a = _rounding(given_a, dtype, 1.0)
+            rounded_a, round_a = rounding(given_a, dtype, 1.0)
         if need_db:
             assert xa is not None
             xa, db = padded_rows(xa), given_b.new_empty(b.shape)
@@ -154,7 +155,7 @@ class Cuda(Aten):
             x, da = _aligned_rows(x), given_a.new_empty(a.shape)
         if plan.kernel == "fused_backward":
             assert dyb is not None
-            config, (rounded_b, round_b) = plan.config("matmul"), _rounding(given_b, dtype, scale, transposed=True)
+            config, (rounded_b, round_b) = plan.config("matmul"), rounding(given_b, dtype, scale, transposed=True)
             data, dx = contiguous_rows(w.data), dy.new_empty((M, K))
             everything: dict[str, Any] = {
                 "type": TYPES[dtype], "M": M, "N": N, "K": K, "R": R, "dy": dy.data_ptr(), "stride_dy": dy.stride(0),
@@ -165,17 +166,17 @@ class Cuda(Aten):
                 "sum_rows": _chunk(M, config.splits), "workspace": 0,
             }  # fmt: skip
             if x is not None and need_da:
-                everything |= {"x": x.data_ptr(), "stride_x": x.stride(0), "da": _at(da), "da_type": a_type}
+                everything |= {"x": x.data_ptr(), "stride_x": x.stride(0), "da": address(da), "da_type": a_type}
             if xa is not None and need_db:
-                everything |= {"xa": xa.data_ptr(), "stride_xa": _padded(R), "db": _at(db), "db_type": b_type}
-            partials = _workspace(self.native.fused_backward_partials(**everything), dy.device)
+                everything |= {"xa": xa.data_ptr(), "stride_xa": padded(R), "db": address(db), "db_type": b_type}
+            partials = scratch(self.native.fused_backward_partials(**everything), dy.device)
             flags = self._flags(dy.device, place["stream"], self.native.fused_backward_workspace(M=M, N=N, K=K))
             everything |= {"partials": partials.data_ptr(), "workspace": flags.data_ptr()}
             self.native.fused_backward(**everything, **place)
             return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype), None
         if db_concurrent:
             assert dyb is not None
-            transposed, round_b = _rounding(given_b, dtype, scale, transposed=True)
+            transposed, round_b = rounding(given_b, dtype, scale, transposed=True)
             assert round_b is not None
             self.native.round_adapter(**round_b, **place)
             self.native.project_x(
@@ -186,11 +187,11 @@ class Cuda(Aten):
         else:
             reduced = {
                 "type": TYPES[dtype], "b_type": b_type, "M": M, "N": N, "R": R, "dy": dy.data_ptr(),
-                "stride_dy": dy.stride(0), "b": given_b.data_ptr(), "stride_b": R, "xa": _at(xa) if need_db else 0,
-                "stride_xa": _padded(R), "scale": scale, "dyb": _at(dyb), "stride_dyb": _padded(R), "db": _at(db),
-                "dbias": _at(dbias),
+                "stride_dy": dy.stride(0), "b": given_b.data_ptr(), "stride_b": R, "xa": address(xa) if need_db else 0,
+                "stride_xa": padded(R), "scale": scale, "dyb": address(dyb), "stride_dyb": padded(R), "db": address(db),
+                "dbias": address(dbias),
             }  # fmt: skip
-            work = _workspace(self.native.reduce_dy_workspace(**reduced), dy.device)
+            work = scratch(self.native.reduce_dy_workspace(**reduced), dy.device)
             self.native.reduce_dy(**reduced, workspace=work.data_ptr(), rounded=round_a, **place)
         if need_dx:
             assert dyb is not None
@@ -198,11 +199,11 @@ class Cuda(Aten):
             sums: dict[str, int] = {"sum_blocks": config.sum_blocks}
             if concurrent and need_da:
                 assert x is not None
-                sums |= {"layer_x": x.data_ptr(), "stride_layer_x": x.stride(0), "da": _at(da), "da_type": a_type}
+                sums |= {"layer_x": x.data_ptr(), "stride_layer_x": x.stride(0), "da": address(da), "da_type": a_type}
             if db_concurrent and need_db:
-                sums |= {"layer_xa": _at(xa), "stride_layer_xa": _padded(R), "db": _at(db), "db_type": b_type}
+                sums |= {"layer_xa": address(xa), "stride_layer_xa": padded(R), "db": address(db), "db_type": b_type}
             dx = self._linear(
-                dy, w, True, dyb, rounded_a, config, place, R=R, overlap_previous=True, **_mask(dropout), **sums,
+                dy, w, True, dyb, rounded_a, config, place, R=R, overlap_previous=True, **mask(dropout), **sums,
                 scale=scale,
             )  # fmt: skip
         if need_da and not concurrent:
@@ -210,10 +211,10 @@ class Cuda(Aten):
             assert dyb is not None
             reduced = {
                 "type": TYPES[dtype], "a_type": a_type, "M": M, "K": K, "R": R, "x": x.data_ptr(),
-                "stride_x": x.stride(0), "dyb": dyb.data_ptr(), "stride_dyb": dyb.shape[1], "da": _at(da),
-                **_mask(dropout),
+                "stride_x": x.stride(0), "dyb": dyb.data_ptr(), "stride_dyb": dyb.shape[1], "da": address(da),
+                **mask(dropout),
             }  # fmt: skip
-            work = _workspace(self.native.reduce_x_workspace(**reduced), dy.device)
+            work = scratch(self.native.reduce_x_workspace(**reduced), dy.device)
             self.native.reduce_x(**reduced, workspace=work.data_ptr(), **place)
         return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype), dbias
 
@@ -245,39 +246,14 @@ class Cuda(Aten):
         return flags
 
 
-def _at(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _workspace(size: int, device: torch.device) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, device=device)
-
-
 def _chunk(M: int, splits: int) -> int:
     """Rows of each of so many parts, about alike, in whole tiles."""
     return -(-M // (splits * 128)) * 128
 
 
-def _mask(dropout: Dropout | None) -> dict[str, int]:
-    if dropout is None:
-        return {}
-    # at p = 1 one draw of 2^32 is kept, in a term whose scale is 0
-    return {"seed": dropout.seed.data_ptr(), "drop_below": min(int(dropout.p * 2**32), 2**32 - 1)}
-
-
-def _padded(R: int) -> int:
-    return -(-R // _ALIGN) * _ALIGN
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """`t`, contiguous and on a 16-byte boundary."""
-    t = t.contiguous()
-    return t if t.data_ptr() % 16 == 0 else t.clone()
-
-
-def _adapter(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """An adapter as the memory-bound kernels read it, of x's dtype or fp32, and its type."""
-    return (t := _aligned(t if t.dtype in (dtype, torch.float32) else t.float())), TYPES[t.dtype]
+def _aligned_rows(t: Tensor) -> Tensor:
+    """x of backward with rows on 16-byte boundaries; another backend may have run forward."""
+    return t if t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 else t.clone(memory_format=torch.contiguous_format)
 
 
 def _codebook(
@@ -287,8 +263,8 @@ def _codebook(
     """Decode 4 bits by a table of fp32, bitsandbytes'; nothing where each step is in another dtype."""
     if table.dtype is not torch.float32:
         return False
-    data, absmax = _aligned(code), scale if outer else scale.float()
-    pointers = dict(zip(("nested_absmax", "nested_code", "nested_offset"), map(_at, outer or ()), strict=False))
+    data, absmax = aligned(code), scale if outer else scale.float()
+    pointers = dict(zip(("nested_absmax", "nested_code", "nested_offset"), map(address, outer or ()), strict=False))
     run.native.decode_codebook(
         type=TYPES[out.dtype], count=out.numel(), first=first, block_size=block, data=data.data_ptr(),
         code=table.data_ptr(), absmax=absmax.data_ptr(), **pointers, rounded=TYPES[rounded], out=out.data_ptr(),
@@ -310,7 +286,7 @@ def _grid(
     if scale.numel() == 1:
         # of all matrices
         G, N, rows, columns = 1, G * N, G * N, K
-    data = _aligned(code)
+    data = aligned(code)
     run.native.decode_fp8(
         type=TYPES[out.dtype], G=G, N=N, K=K, block_rows=rows, block_columns=columns, data=data.data_ptr(),
         scale=scale.data_ptr(), scale_type=scale_type,
@@ -322,42 +298,6 @@ def _grid(
 
 # by what `lorafuse.formats` calls a kernel
 _DECODERS: dict[str, Callable[..., bool]] = {"codebook": _codebook, "grid": _grid}
-
-
-def _rounding(
-    t: Tensor, dtype: torch.dtype, scale: float, transposed: bool = False
-) -> tuple[Tensor, dict[str, int | float] | None]:
-    """`scale · t`, or its transpose, in x's dtype with rows padded to 16 bytes; and the arguments of its launch.
-
-    They are None where the result is `t` itself. `t` is of `_adapter`, and must live until that launch: memory freed
-    before it could be allocated again, and written by the same launch.
-    """
-    rows, columns = reversed(t.shape) if transposed else t.shape
-    if scale == 1.0 and t.dtype is dtype and columns % _ALIGN == 0 and not transposed:
-        return t, None
-    out = t.new_empty((rows, _padded(columns)), dtype=dtype)
-    return out, {
-        "in_type": TYPES[t.dtype], "type": TYPES[dtype], "transposed": transposed, "rows": rows, "columns": columns,
-        "in": t.data_ptr(), "stride_in": t.shape[1], "scale": scale, "out": out.data_ptr(), "stride_out": out.shape[1],
-    }  # fmt: skip
-
-
-def padded_rows(xa: Tensor) -> Tensor:
-    """xa `[M, R]` in a buffer whose rows start on 16-byte boundaries: as `linear_forward` returned it, or copied."""
-    R = xa.shape[1]
-    if R % _ALIGN == 0:
-        return _aligned(xa)
-    end = xa.storage_offset() + xa.shape[0] * _padded(R)
-    if xa.stride() == (_padded(R), 1) and xa.data_ptr() % 16 == 0 and end <= xa.untyped_storage().nbytes() // 2:
-        return xa
-    out = xa.new_zeros((xa.shape[0], _padded(R)))
-    out[:, :R] = xa
-    return out
-
-
-def _aligned_rows(t: Tensor) -> Tensor:
-    """x of backward with rows on 16-byte boundaries; another backend may have run forward."""
-    return t if t.data_ptr() % 16 == 0 and t.stride(0) % _ALIGN == 0 else t.clone(memory_format=torch.contiguous_format)
 
 
 def _stream(device: torch.device) -> int:

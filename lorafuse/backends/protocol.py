@@ -67,6 +67,10 @@ class Backend:
     # the primitives over rows of many adapters (`lorafuse.backends.multi`); None where a backend has none
     multi: Multi | None = None
 
+    def runs_siblings(self, plan: Plan | None) -> bool:
+        """Whether layers of one x run by the primitives together, and not one after the other by composites."""
+        return self.linear_forward is None
+
     def plan(self, operator: Problems, device: torch.device) -> Plan | None:
         """The plan of an operator among this backend's own kernels; None where there is nothing to choose.
 

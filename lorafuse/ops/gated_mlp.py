@@ -61,7 +61,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """`(y [M, N], gate [M, I], up [M, I], xa [M, ΣR] of both, ha [M, R])` of x `[M, H]`; layers gate, up and down."""
     *siblings, down = layers
-    if run.linear_forward is None:
+    if run.runs_siblings(plan):
         xa, lows = group.low_rank(run, plan, x, siblings, wide)
         weights, biases = [layer.weight for layer in siblings], [layer.bias for layer in siblings]
         gate, up, h = run.matmul_gated(x, weights, plan, lows=lows, biases=biases, activation=activation)

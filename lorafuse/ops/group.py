@@ -7,7 +7,8 @@
 Every layer has its own out features, bias, adapter (or none), rank, scale, mask and weight format. Those without a mask
 share one pass over x for their xa `[M, ΣR]`, and one for their da. dx is one sum over all reductions, where autograd
 adds a full-size gradient per layer. Saved are x, if some da is needed, xa, if some db is, and parameters. A layer whose
-y has no gradient costs nothing in backward. A backend with composites for one layer runs layer by layer.
+y has no gradient costs nothing in backward. A backend with composites for one layer runs layer by layer where no plan
+runs siblings together.
 
 xa is a result to autograd, so that gradients of gradients reach x through it where x is not kept. They, and calls under
 a transform, run in plain torch.
@@ -57,7 +58,7 @@ def forward(
     run: Backend, plan: Plan | None, x: Tensor, layers: Sequence[Layer], wide: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """`(xa [M, ΣR], [y_i [M, N_i]])` of x `[M, K]`."""
-    if run.linear_forward is not None:
+    if not run.runs_siblings(plan):
         made, low = [layer_forward(run, x, layer, wide) for layer in layers], torch.float32 if wide else x.dtype
         return _side_by_side([xa for _, xa in made if xa is not None], x, low), [y for y, _ in made]
     xa, lows = low_rank(run, plan, x, layers, wide)
@@ -93,7 +94,7 @@ def backward(
     need = list(zip(needs[1 : 1 + G], needs[1 + G : 1 + 2 * G], needs[1 + 2 * G :], strict=True))
     every = zip(range(G), dys, layers, columns(xa, layers), strict=True)
     given = [(i, dy, layer, mine) for i, dy, layer, mine in every if dy is not None]
-    if run.linear_backward is not None:
+    if not run.runs_siblings(plan):
         for i, dy, layer, mine in given:
             own, da[i], db[i], dbias[i] = layer_backward(run, dy, x, mine, layer, (need_dx, *need[i]), wide)
             dx = own if dx is None or own is None else dx.add_(own)

@@ -9,6 +9,8 @@ The matmuls run on sm_90a alone, in tiles of 128 rows. The memory-bound kernels 
     one_pass_backward     dyb, db, dbias and a rounded; dx; da
     concurrent_backward   dyb, db, dbias and a rounded; dx and da; or b rounded; dyb and a rounded; dx, da and db
     fused_backward        everything, in one launch
+    siblings              layers of one x: xa of all; every b rounded; every y; or of each layer dyb, db, dbias; every a
+                          rounded; one dx; da of all
     ragged                y or dx of ragged rows; ATen computes everything else
 """
 
@@ -23,6 +25,7 @@ from lorafuse.plan.problem import Problem
 
 __all__ = [
     "CONCURRENT",
+    "MOST_SIBLINGS",
     "RAGGED",
     "SPLITS",
     "SUM_ROWS",
@@ -44,6 +47,8 @@ _MAX_FUSED_R = 64
 _MAX_TILE_R, _MAX_TILE_N = 32, 1024
 # where a cluster divides K: its tile, of which the sums take all shared memory of three stages and more; its blocks
 _SPLIT_TILE, SPLITS = (128, 4, 1), (2, 4)
+# layers whose y, or whose part of dx, one launch computes: side_by_side.cuh
+MOST_SIBLINGS = 4
 # shared memory next to the ring and the tile that is stored: barriers, and what alignment to 1024 bytes may cost
 _SHARED_REST = 2048
 # (block_n, stages, cluster); two stages of 256 columns would fit twice, three are what hides the loads (published
@@ -160,6 +165,8 @@ def _forward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Ca
     assert two is not None
     parts = [_with(cost.step(xa, problem, device), round_b), cost.step(two, problem, device)]
     yield _candidate("two_kernel", (xa, two), parts)
+    if _are_siblings(problem):
+        yield _candidate("siblings", (xa, two), [cost.step(xa, problem, device), round_b, parts[-1]])
     if one is not None:
         yield _candidate("fused_xa", (one,), [round_a, round_b, cost.step(one, problem, device)])
     form = {"fused_xa": True, "xa_in_tiles": True}
@@ -173,22 +180,31 @@ def _forward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Ca
 
 def _backward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Candidate]:
     configs = [_skinny("project_outer", problem, device)]
-    parts = [cost.step(configs[0], problem, device)]
+    first, round_a = cost.step(configs[0], problem, device), _roundings(problem, device)[0]
+    parts = [first]
     if "dx" in problem.gradients:
         dx = _best(problem, device, tiles)
         assert dx is not None
         configs.append(dx)
-        parts = [_with(parts[0], _roundings(problem, device)[0]), cost.step(dx, problem, device)]
+        parts = [_with(first, round_a), cost.step(dx, problem, device)]
     if "da" in problem.gradients:
         configs.append(_skinny("outer", problem, device))
         parts.append(cost.step(configs[-1], problem, device))
     yield _candidate("one_pass_backward", configs, parts)
+    if _are_siblings(problem) and "dx" in problem.gradients and not problem.dropout:
+        of_each = replace(first, launches=first.launches * problem.siblings)
+        yield _candidate("siblings", configs, [of_each, round_a, *parts[1:]])
     yield from sorted(_concurrent(problem, device, tiles), key=lambda candidate: candidate.seconds)[:1]
     sums = [name for name in ("da", "db") if name in problem.gradients]
     if sums and (one := _best(problem, device, tiles, {"fused_backward": True, "splits": splits(problem)})):
         product = cost.step(one, problem, device)
         parts = [replace(product, name=f"dyb, {product.name}, {' and '.join(sums)} in one launch")]
         yield _candidate("fused_backward", (one,), parts)
+
+
+def _are_siblings(problem: Problem) -> bool:
+    """Whether one launch can run the products of a problem's layers."""
+    return 1 < problem.siblings <= MOST_SIBLINGS and problem.format == "dense"
 
 
 def _concurrent(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Candidate]:

@@ -124,6 +124,15 @@ def test_a_wrong_schedule_is_seen(tmp_path, before, after, check):
     assert all(actual[name] > 0 for name in check.split("; "))
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("tile.column >= ends[output]", "tile.column > ends[output]"), ("ends[output - 1] : 0", "ends[0] : 0")],
+)
+def test_a_tile_of_another_layer_is_seen(tmp_path, before, after):
+    folder = mutated(tmp_path, "side_by_side.cuh", before, after)
+    assert mismatches(build("schedule_check", tmp_path, folder))["side by side: every tile of every output once"] > 0
+
+
 @pytest.mark.parametrize(("before", "after"), [("< divisor) ++shift", "<= divisor) ++shift"), (" + 1;", ";")])
 def test_a_wrong_division_is_seen(tmp_path, before, after):
     folder = mutated(tmp_path, "divisor.cuh", before, after)

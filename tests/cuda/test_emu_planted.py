@@ -12,6 +12,8 @@ import pytest
 import test_emu_decode
 import test_emu_skinny
 import torch
+from group_reference import Case, linears, make
+from group_reference import results as group_results
 from native_build import EMULATOR as emu
 from native_build import emulator
 from native_commands import ROOT
@@ -34,6 +36,7 @@ SCENARIOS = {
     "concurrent_backward": ("concurrent_backward", (256, 3, 1), 0),
     "concurrent_backward, four stages": ("concurrent_backward", (128, 4, 1), 0),
     "fused_backward": ("fused_backward", (256, 3, 1), 0),
+    "siblings": ("siblings", (256, 3, 2), 0),
     "grouped": ("grouped", None, 0),
 }
 SEEN_BY = {bug.name: bug.seen_by for bug in planted.BUGS}
@@ -55,6 +58,12 @@ def run(kind, tiling):
     """What a scenario computes, as tensors; a launch that computes xa too leaves flags for a second one."""
     if kind == "grouped":
         return list(results(*grouped([60, 60, 190], 200, torch.bfloat16), "emu").values())
+    if kind == "siblings":
+        with override(force_kernel="cuda siblings", cuda_tiles=[tiling]):
+            o = make(
+                Case(N=(72, 40, 264), R=(40, 0, 80), K=200, leading=(150,), dtype=torch.bfloat16, bias=(True,) * 3)
+            )
+            return list(group_results(lambda o: linears(o, backend="emu"), o).values())
     operator = Linear("emu")
     # flags that a bug left set are not those of the next run
     base.load("emu").flags.clear()

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from group_reference import Case, linears, make
+from group_reference import results as group_results
 from torch.utils.checkpoint import checkpoint
 
 from lorafuse import cli
@@ -91,6 +93,26 @@ def test_xa_and_y_in_one_cuda_launch(kernel, N, M):
         assert_near(first, eager)
         for _ in range(100):
             assert torch.equal(run(o, "cuda"), first["y"])
+
+
+@pytest.mark.parametrize("M", [1, 1000, 8192])
+@pytest.mark.parametrize("N", [(4096, 1024, 1024), (1032, 264), (256, 512, 776, 8)])
+def test_siblings_in_one_cuda_launch(N, M):
+    """Every y and every gradient as eager has them, and the same bits each time."""
+    able("cuda")
+    R, none = (16, 24, 0, 64)[: len(N)], (0.0,) * len(N)
+    case = Case(N, R, none, (True, False, True, False)[: len(N)], (M,), 1024, torch.bfloat16, torch.float32)
+    o = make(case)
+    o = o.with_leaves({name: t.cuda() for name, t in o.leaves().items()})
+    o.projections = [one._replace(weight=one.weight.cuda()) for one in o.projections]
+    o.dys = [dy.cuda() for dy in o.dys]
+    eager = group_results(lambda o: linears(o, backend="eager"), o)
+    with override(force_kernel="cuda siblings"):
+        first = group_results(lambda o: linears(o, backend="cuda"), o)
+        assert_near({name: t for name, t in first.items() if name != "differentiable"}, eager)
+        for _ in range(100):
+            again = group_results(lambda o: linears(o, backend="cuda"), o)
+            assert all(torch.equal(t, first[name]) for name, t in again.items())
 
 
 @pytest.mark.parametrize("M", [1, 512, 1000, 8192])

@@ -180,6 +180,25 @@ class TestCost:
         for change in ({"M": 2048}, {"R": 33}, {"dropout": True}, {"K": 64}):
             assert "split_k" not in candidates(replace(k, **change), device)
 
+    def test_siblings_together(self):
+        """q, k and v: a pass over x, a rounding of all b, y; dyb of each, a rounding of all a, dx, a pass over x."""
+        qkv, device = replace(HEADLINE, N=6144, siblings=3), find("H200")
+        forward, backward = candidates(qkv, device), candidates(replace(qkv, gradients=BACKWARD), device)
+        assert [part.launches for part in forward["siblings"].parts] == [1, 1, 1, 0]
+        assert [part.launches for part in backward["siblings"].parts] == [6, 1, 1, 2, 0]
+        layers = [replace(HEADLINE, N=n) for n in (4096, 1024, 1024)]
+        alone = sum(candidates(layer, device)["two_kernel"].seconds for layer in layers)
+        assert forward["siblings"].seconds < 0.95 * alone
+        masked = candidates(replace(qkv, gradients=BACKWARD, dropout=True), device)
+        assert "siblings" in candidates(replace(qkv, dropout=True), device)
+        assert "siblings" not in masked
+        for change in ({"siblings": 1}, {"siblings": 5}, {"format": "nf4"}, {"gradients": ("da", "db")}):
+            assert "siblings" not in candidates(replace(qkv, **change), device)
+        for problem in (qkv, replace(qkv, gradients=BACKWARD)):
+            plan = select(problem, device, EVERY)
+            assert plan.kernel != "siblings"
+            assert any("cuda siblings is chosen only where measured" in reason for reason in plan.reasons)
+
     def test_clusters_where_l2_would_be_the_limit(self):
         """Blocks that share w; not where the second would have no rows."""
         config = {M: candidates(replace(HEADLINE, M=M), find("H200"))["two_kernel"].configs[0][1] for M in (100, 8192)}

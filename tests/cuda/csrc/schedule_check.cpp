@@ -8,6 +8,7 @@
 #include <lorafuse/divisor.cuh>
 #include <lorafuse/philox.cuh>
 #include <lorafuse/schedule.cuh>
+#include <lorafuse/side_by_side.cuh>
 
 namespace {
 
@@ -59,6 +60,40 @@ void check_order() {
   report("order: every tile once, column 0 first", zero);
   report("order: every tile once", bad);
   report("order: groups of rows, column by column", distance);
+}
+
+void check_side_by_side() {
+  int once = 0, order = 0;
+  for (int code = 1; code < 256; ++code) {
+    // up to four outputs of 1 to 3 columns each
+    const int columns[] = {code % 4, code / 4 % 4, code / 16 % 4, code / 64};
+    int outputs = 0, ends[kMostSiblings] = {};
+    for (; outputs < kMostSiblings && columns[outputs] > 0; ++outputs) {
+      ends[outputs] = columns[outputs] + (outputs > 0 ? ends[outputs - 1] : 0);
+    }
+    if (outputs == 0) continue;
+    const int all = ends[outputs - 1];
+    for (int rows = 1; rows <= 5; ++rows) {
+      for (int group = 1; group <= 3; ++group) {
+        const SideBySide tiles{{rows, all, group}, {ends[0], ends[1], ends[2], ends[3]}};
+        std::vector<int> seen(static_cast<size_t>(rows * all));
+        for (int i = 0; i < tiles.order.tiles(); ++i) {
+          const auto [output, row, column] = tiles.at(i);
+          if (output < 0 || output >= outputs || row < 0 || row >= rows || column < 0 || column >= columns[output]) {
+            ++once;
+            continue;
+          }
+          const int place = column + (output > 0 ? ends[output - 1] : 0);
+          ++seen[static_cast<size_t>(row * all + place)];
+          const Tile tile = tiles.order.at(i);
+          order += tile.row != row || tile.column != place;
+        }
+        once += std::count(seen.begin(), seen.end(), 1) != rows * all;
+      }
+    }
+  }
+  report("side by side: every tile of every output once", once);
+  report("side by side: in the order of one output", order);
 }
 
 // A launch whose programs make their steps in a random order, some of them late or never: each holds what it does and
@@ -304,6 +339,7 @@ int main(int count, char** arguments) {
     return 0;
   }
   check_order();
+  check_side_by_side();
   check_backward();
   check_walk();
   check_items();

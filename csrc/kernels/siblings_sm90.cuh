@@ -1,0 +1,143 @@
+// Layers of one x: y_i = x w_iᵀ + bias_i + xa_i b_iᵀ, or dx = Σ_i dy_i w_i + dyb a, in one persistent kernel (sm_90a).
+//
+// Shapes as in api_siblings.hpp. Every w lies where it is: a table holds the tensor maps of all operands, and each tile
+// looks up which it reads and where it goes. A tile is the sum of base products, one after the other in the same ring and
+// the same accumulators, and of a low-rank product:
+//
+//   forward   an output for each layer, of one base product; the tiles of all outputs are one walk (SideBySide)
+//   dx        one output, of a base product for each layer: the reduction goes on from w_i to w_{i+1}; one low-rank
+//             product of all ranks. dx is written once and never read, where autograd adds a full-size gradient a layer.
+//
+// Blocks walk fixed tiles and share no flag, so that results depend on no order. Adapters are rounded by a launch before
+// the product (round_each_kernel), which the first tiles' base products overlap.
+//
+// FLOPs and bytes are those of linear_sm90.cuh for each layer, less reads of x, last waves and passes over dx. The last
+// K-block of the ranks issues one step of 16 where that holds them, else all four, of which TMA's zeros are a part.
+#pragma once
+
+#include <lorafuse/side_by_side.cuh>
+
+#include "linear_sm90.cuh"
+#include "round_sm80.cuh"
+
+namespace lorafuse::sm90 {
+
+// The operands of one product: rows [M, reduction], and B as its direction stores it.
+struct ProductMaps {
+  TensorMap a, b;
+};
+struct SiblingsMaps {
+  ProductMaps base[kMostSiblings], low[kMostSiblings];
+  TensorMap y[kMostSiblings];
+};
+
+struct SiblingsArguments {
+  SideBySide tiles;
+  int terms;  // of each output: output i is the sum of the base products from i on
+  int stages, cluster;
+  int k_blocks[kMostSiblings];     // of a base product
+  int rank_blocks[kMostSiblings];  // of an output's low-rank product
+  int whole_blocks[kMostSiblings];  // of an output, all of four steps; one of a single step follows where
+  bool ends_short[kMostSiblings];
+  int N[kMostSiblings];
+  const void* bias[kMostSiblings];
+  // adapters were written by the launch before, which this one may overlap
+  bool overlap_previous;
+};
+
+struct RoundEach {
+  Round each[kMostSiblings];
+};
+
+template <class T>
+LF_KERNEL_SHARED(skinny::kThreads, 4) round_each_kernel(LF_GRID_CONSTANT RoundEach p) {
+  // the product sets itself up and reads x and w meanwhile; it reads adapters only after this launch is complete
+  ptx::let_next_launch_start();
+  int64_t block = static_cast<int64_t>(blockIdx.x);
+  int which = 0;
+  const auto blocks = [&] { return ceil_div<int64_t>(skinny::round_chunks(p.each[which]), skinny::kThreads); };
+  while (block >= blocks()) {
+    block -= blocks();
+    ++which;
+  }
+  skinny::round_chunk<T>(p.each[which], block * skinny::kThreads + static_cast<int64_t>(threadIdx.x));
+}
+
+template <class T, int BLOCK_N, Major kMajorB>
+LF_KERNEL(kThreads)
+siblings_kernel(LF_GRID_CONSTANT SiblingsMaps maps, LF_GRID_CONSTANT SiblingsArguments p) {
+  using Plan = SharedPlan<BLOCK_M, BLOCK_N>;
+
+  LF_DYNAMIC_SHARED(shared);
+  Pipeline<BLOCK_M, BLOCK_N> pipeline(shared, p.stages, p.cluster);
+  const int rank = p.cluster == 1 ? 0 : static_cast<int>(ptx::cluster_rank());
+  const int warp = ptx::shuffle(static_cast<int>(threadIdx.x) / 32, 0);
+  if (threadIdx.x == 0) {
+    pipeline.initialize();
+    ptx::tma_prefetch(&maps.base[0].a);
+    ptx::tma_prefetch(&maps.base[0].b);
+  }
+  ptx::warp_sync();
+  // the barriers of both blocks are there
+  ptx::cluster_sync();
+
+  const Walk walk{p.tiles.order.tiles(), static_cast<int>(gridDim.x) / p.cluster};
+  const int program = static_cast<int>(blockIdx.x) / p.cluster;
+  const int waves = walk.count(program);
+  const auto first_row = [&](const OutputTile& tile) { return (tile.row * p.cluster + rank) * BLOCK_M; };
+
+  if (warp < 4) {
+    // ---- producer
+    ptx::registers_decrease<kProducerRegisters>();
+    if (warp == 0 && ptx::elect_one()) {
+      for (int wave = 0; wave < waves; ++wave) {
+        const OutputTile tile = p.tiles.at(walk.tile(program, wave));
+        const int row = first_row(tile), column = tile.column * BLOCK_N;
+        const auto load_blocks = [&](const ProductMaps& product, int blocks) {
+          LF_NO_UNROLL
+          for (int block = 0; block < blocks; ++block) {
+            pipeline.acquire(Plan::kStageBytes);
+            ptx::tma_load(pipeline.a(), &product.a, block * BLOCK_K, row, pipeline.full());
+            load_b<kMajorB>(pipeline, &product.b, block * BLOCK_K, column, rank);
+            pipeline.advance();
+          }
+        };
+        const int end = tile.output + p.terms;
+        LF_NO_UNROLL
+        for (int term = tile.output; term < end; ++term) load_blocks(maps.base[term], p.k_blocks[term]);
+        if (p.overlap_previous && wave == 0) {
+          ptx::wait_for_previous_launch();
+          ptx::fence_proxy_async();
+        }
+        load_blocks(maps.low[tile.output], p.rank_blocks[tile.output]);
+      }
+    }
+  } else {
+    // ---- consumers
+    ptx::registers_increase<kConsumerRegisters>();
+    const int consumer = warp / 4 - 1, thread = threadIdx.x % 128, lane = thread % 32;
+    const ConsumerPart<BLOCK_M, BLOCK_N> part(consumer);
+    for (int wave = 0; wave < waves; ++wave) {
+      const OutputTile tile = p.tiles.at(walk.tile(program, wave));
+      const int row = first_row(tile) + part.row, column = tile.column * BLOCK_N;
+      const int blocks = p.whole_blocks[tile.output];
+      float d[BLOCK_N / 2];
+      LF_NO_UNROLL
+      for (int block = 0; block < blocks; ++block) {
+        multiply_block<T, BLOCK_N, kMajorB, kStepsOfBlock>(d, pipeline, part, lane, block > 0, block > 0);
+      }
+      if (p.ends_short[tile.output]) multiply_block<T, BLOCK_N, kMajorB, 1>(d, pipeline, part, lane, true, true);
+      finish_blocks(pipeline, lane);
+
+      const T* bias = static_cast<const T*>(p.bias[tile.output]);
+      if (bias != nullptr) add_bias<T, BLOCK_N>(d, bias, column, p.N[tile.output], thread);
+      store_tile<T, BLOCK_N>(d, &maps.y[tile.output], pipeline.output(consumer), row, column, consumer, thread);
+    }
+    if (thread == 0) ptx::tma_store_wait<0>();
+  }
+  // the other block of a cluster may still arrive at this one's barriers
+  ptx::warp_sync();
+  ptx::cluster_sync();
+}
+
+}  // namespace lorafuse::sm90

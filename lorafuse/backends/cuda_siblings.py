@@ -1,0 +1,175 @@
+"""Layers of one x by the CUDA kernels: the primitives of plans that run them together ("siblings").
+
+    project         project_x: xa of all layers from one read of x
+    matmuls         siblings_forward: every y in one launch, after one that rounds every scale · b
+    project_outer   reduce_dy: dyb, db and dbias of one layer from one read of its dy
+    matmul_sum      siblings_dx: dx in one launch, after one that rounds the a of all layers
+    outer           reduce_x: da of all layers from one read of x
+
+Ranks that are no multiples of 8 cost copies of xa and dyb. Under any other plan one layer after the other runs in
+composites, and these primitives are ATen's.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lorafuse.backends.aten import Aten
+from lorafuse.backends.cuda_grouped import TYPES, tiling
+from lorafuse.backends.cuda_operands import (
+    adapter_of,
+    address,
+    aligned,
+    aligned_rows,
+    mask,
+    padded,
+    rounding,
+    scratch,
+)
+from lorafuse.operands import Dropout, LowRank, Rows, Weight, contiguous_rows
+from lorafuse.plan import Plan
+
+__all__ = ["Siblings"]
+
+
+class Siblings(Aten):
+    """See the module; `native` and `place` are those of `lorafuse.backends.cuda.Cuda`."""
+
+    native: ModuleType
+
+    def place(self, device: torch.device) -> dict[str, int]:
+        """Where a launch goes."""
+        raise NotImplementedError
+
+    def runs_siblings(self, plan: Plan | None) -> bool:
+        return plan is not None and plan.kernel == "siblings"
+
+    def project(
+        self, x: Tensor, a: Tensor, rows: Rows | None, plan: Plan | None, *, is_transposed: bool = False,
+        scale: float = 1.0, dropout: Dropout | None = None, dtype: torch.dtype | None = None,
+    ) -> Tensor:  # fmt: skip
+        if not self.runs_siblings(plan):
+            of_a = {"is_transposed": is_transposed, "scale": scale, "dropout": dropout, "dtype": dtype}
+            return super().project(x, a, rows, plan, **of_a)  # type: ignore[arg-type]
+        assert scale == 1.0
+        assert not is_transposed
+        (M, K), R, (given, a_type) = x.shape, a.shape[0], adapter_of(a, x.dtype)
+        xa = x.new_empty((M, padded(R)))
+        self.native.project_x(
+            type=TYPES[x.dtype], a_type=a_type, M=M, K=K, R=R, x=x.data_ptr(), stride_x=x.stride(0), a=given.data_ptr(),
+            stride_a=K, xa=xa.data_ptr(), stride_xa=xa.shape[1], **mask(dropout), **self.place(x.device),
+        )  # fmt: skip
+        return xa[:, :R]
+
+    def matmuls(
+        self, x: Tensor, weights: Sequence[Weight], plan: Plan | None, *, lows: Sequence[LowRank | None],
+        biases: Sequence[Tensor | None],
+    ) -> list[Tensor]:  # fmt: skip
+        if not self.runs_siblings(plan):
+            return super().matmuls(x, weights, plan, lows=lows, biases=biases)
+        assert plan is not None
+        (M, K), dtype, data = x.shape, x.dtype, [contiguous_rows(w.data) for w in weights]
+        y = [x.new_empty((M, len(w))) for w in data]
+        of_bias = [None if bias is None else aligned(bias) for bias in biases]
+        xa = [None if low is None else aligned_rows(low.xa) for low in lows]
+        # alive until the launch that reads them
+        given = [None if low is None else adapter_of(low.b, dtype)[0] for low in lows]
+        b, rounded = zip(
+            *(
+                (None, None) if low is None or t is None else rounding(t, dtype, low.scale)
+                for low, t in zip(lows, given, strict=True)
+            ),
+            strict=True,
+        )
+        self.native.siblings_forward(
+            type=TYPES[dtype], count=len(data), M=M, K=K, N=tuple(map(len, data)),
+            R=tuple(0 if t is None else t.shape[1] for t in xa), x=x.data_ptr(), stride_x=x.stride(0), w=_places(data),
+            stride_w=_strides(data), bias=_places(of_bias), xa=_places(xa), stride_xa=_strides(xa), b=_places(b),
+            stride_b=_strides(b), y=_places(y), stride_y=_strides(y), rounded=rounded,
+            tiling=tiling(plan.config("matmul")), **self.place(x.device),
+        )  # fmt: skip
+        return y
+
+    def project_outer(
+        self, dy: Tensor, b: Tensor, xa: Tensor | None, plan: Plan | None, *, scale: float, need_dyb: bool,
+        need_dbias: bool, dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+        if not self.runs_siblings(plan):
+            return super().project_outer(
+                dy, b, xa, plan, scale=scale, need_dyb=need_dyb, need_dbias=need_dbias, dtype=dtype
+            )
+        dy, (given, b_type) = aligned_rows(dy), adapter_of(b, dy.dtype)
+        (M, N), R, xa = dy.shape, b.shape[1], None if xa is None else aligned_rows(xa)
+        dyb = dy.new_empty((M, padded(R))) if need_dyb else None
+        db = None if xa is None else given.new_empty(b.shape)
+        dbias = dy.new_empty((N,)) if need_dbias else None
+        reduced = {
+            "type": TYPES[dy.dtype], "b_type": b_type, "M": M, "N": N, "R": R, "dy": dy.data_ptr(),
+            "stride_dy": dy.stride(0), "b": given.data_ptr(), "stride_b": R, "xa": address(xa),
+            "stride_xa": 0 if xa is None else xa.stride(0), "scale": scale, "dyb": address(dyb),
+            "stride_dyb": padded(R), "db": address(db), "dbias": address(dbias),
+        }  # fmt: skip
+        work = scratch(self.native.reduce_dy_workspace(**reduced), dy.device)
+        self.native.reduce_dy(**reduced, workspace=work.data_ptr(), **self.place(dy.device))
+        return None if dyb is None else dyb[:, :R], None if db is None else db.to(b.dtype), dbias
+
+    def matmul_sum(
+        self, terms: Sequence[tuple[Tensor, Weight]], lows: Sequence[LowRank], plan: Plan | None, *,
+        wide: Tensor | None = None, likes: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        if not self.runs_siblings(plan):
+            return super().matmul_sum(terms, lows, plan, wide=wide, likes=likes)
+        assert plan is not None
+        # layers without a mask are one product, and a plan with masks is another
+        assert len(lows) <= 1
+        dys, data = [aligned_rows(dy) for dy, _ in terms], [contiguous_rows(w.data) for _, w in terms]
+        dtype, low = dys[0].dtype, {}
+        dx = dys[0].new_empty((dys[0].shape[0], data[0].shape[1]))
+        for one in lows:
+            dyb, (given, _) = aligned_rows(one.xa), adapter_of(one.b, dtype)
+            a, rounded = rounding(given, dtype, one.scale)
+            low = {
+                "R": dyb.shape[1], "dyb": dyb.data_ptr(), "stride_dyb": dyb.stride(0), "a": a.data_ptr(),
+                "stride_a": a.stride(0), "rounded": rounded,
+            }  # fmt: skip
+        self.native.siblings_dx(
+            type=TYPES[dtype], count=len(dys), M=dx.shape[0], K=dx.shape[1], N=tuple(map(len, data)), dy=_places(dys),
+            stride_dy=_strides(dys), w=_places(data), stride_w=_strides(data), **low, dx=dx.data_ptr(),
+            stride_dx=dx.stride(0), tiling=tiling(plan.config("matmul")), **self.place(dx.device),
+        )  # fmt: skip
+        return dx, self.outers(lows, wide, plan, likes)
+
+    def outer(
+        self, narrow: Tensor, wide: Tensor, rows: Rows | None, plan: Plan | None, *, like: Tensor,
+        is_transposed: bool = False, scale: float = 1.0, row_scale: Tensor | None = None,
+        dropout: Dropout | None = None,
+    ) -> Tensor:  # fmt: skip
+        if not self.runs_siblings(plan):
+            return super().outer(
+                narrow, wide, rows, plan, like=like, is_transposed=is_transposed, scale=scale, row_scale=row_scale,
+                dropout=dropout,
+            )  # fmt: skip
+        assert scale == 1.0
+        assert not is_transposed
+        assert row_scale is None
+        narrow, wide, dtype = aligned_rows(narrow), aligned_rows(wide), wide.dtype
+        (M, K), R = wide.shape, narrow.shape[1]
+        da = wide.new_empty((R, K), dtype=like.dtype if like.dtype in (dtype, torch.float32) else torch.float32)
+        reduced = {
+            "type": TYPES[dtype], "a_type": TYPES[da.dtype], "M": M, "K": K, "R": R, "x": wide.data_ptr(),
+            "stride_x": wide.stride(0), "dyb": narrow.data_ptr(), "stride_dyb": narrow.stride(0), "da": da.data_ptr(),
+            **mask(dropout),
+        }  # fmt: skip
+        work = scratch(self.native.reduce_x_workspace(**reduced), wide.device)
+        self.native.reduce_x(**reduced, workspace=work.data_ptr(), **self.place(wide.device))
+        return da.to(like.dtype)
+
+
+def _places(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+    return tuple(map(address, tensors))
+
+
+def _strides(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+    return tuple(0 if t is None else t.stride(0) for t in tensors)
