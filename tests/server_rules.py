@@ -2,7 +2,7 @@
 
 Facts read in their sources (2026-11), written anew. vLLM: `lora/utils.py` (names), `lora/worker_manager.py` (packed
 modules), `lora/lora_model.py` (files, unexpected modules, the vocabulary), `lora/peft_helper.py`,
-`lora/layers/logits_processor.py` and `vocal_parallel_embedding.py` (buffers of the head and of embeddings). SGLang:
+the layers in `lora/layers` (buffers of the head and of embeddings). SGLang:
 `srt/lora/lora.py` (stacking, w1 to gate_proj, what lies in no layer), `srt/lora/utils.py` (target modules),
 `srt/lora/mem_pool.py` (buffers, shared outer factors, embeddings).
 """
