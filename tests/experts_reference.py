@@ -100,15 +100,21 @@ def plain(o, gate_up_scale, down_scale, activation, has_gate, is_transposed, is_
     return torch.stack(out) if out else o["x"] * 0.0
 
 
-def differentiated(run, o, settings):
-    """`{"out": …, "x": …, "topk_weight": …, "gate_up_a": …, …}`: out and every gradient."""
+def differentiated(run, o, settings, judge=lambda name, tensor: None):
+    """`{"out": …, "x": …, "topk_weight": …, "gate_up_a": …, …}`: out and every gradient.
+
+    `judge` is given the name and the tensor of each, out before backward runs.
+    """
     o = {name: t.clone() for name, t in o.items()}
     requested = [name for name in o if name in ("x", "topk_weight") or name.endswith(("_a", "_b"))]
     for name in requested:
         o[name].requires_grad_()
     out = run(o, settings)
+    judge("out", out.detach())
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(out)
     grads = torch.autograd.grad(out, [o[name] for name in requested], dout, allow_unused=True, materialize_grads=True)
+    for name, grad in zip(requested, grads, strict=True):
+        judge(name, grad)
     return {"out": out.detach(), **dict(zip(requested, grads, strict=True))}
 
 
@@ -121,13 +127,14 @@ def fused(o, settings, backend=None):
 def check(backend=None, **case):
     o, settings = block(**case)
     dtype = o["x"].dtype
-    actual = differentiated(lambda o, s: fused(o, s, backend), o, settings)
     exact = {name: t if t.dtype is torch.int64 else t.double() for name, t in o.items()}
     expected = differentiated(lambda o, s: plain(o, **s), exact, settings)
     hit = bool((o["topk_index"] < o["gate_up"].shape[0]).any())
-    for name, tensor in actual.items():
+
+    def judge(name, tensor):
         assert tensor.dtype is (dtype if name == "out" else o[name].dtype), name
         error = relative_l2(tensor, expected[name])
         assert error <= tolerance(dtype), f"{name}: {error:.1e}"
         assert not hit or tensor.count_nonzero() > 0, f"{name}: all zero"
-    return actual
+
+    return differentiated(lambda o, s: fused(o, s, backend), o, settings, judge)

@@ -18,7 +18,7 @@ PLANTED = REPORTS / "emu-copied"
 @cache
 def build(target, *options):
     """`""`, or why this machine cannot build it. Fails the test for sources that do not compile."""
-    done = subprocess.run(command(target, *options), capture_output=True, text=True)
+    done = subprocess.run(command(target, *options), capture_output=True, text=True, timeout=3600)
     if done.returncode and "was not found" in done.stderr:
         return done.stderr.strip()
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
@@ -55,5 +55,5 @@ def loads_alone(name, folder=ROOT / "lorafuse"):
     # a module that lacks units loads until it needs one
     code = f"import os, sys; sys.setdlopenflags(os.RTLD_LAZY); sys.path.insert(0, {str(folder)!r}); "
     code += f"import json, {name}; print(json.dumps({name}.build_info()))"
-    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, timeout=300)
     return json.loads(done.stdout)

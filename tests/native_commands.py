@@ -29,4 +29,4 @@ def command(target, *options):
 
 if __name__ == "__main__":
     for options in ((), (str(SANITIZED), "--sanitize")):
-        subprocess.run(command("emu", *options))
+        subprocess.run(command("emu", *options), timeout=3600)

@@ -23,7 +23,7 @@ def overlay() -> Path:
         shutil.rmtree(OVERLAY, ignore_errors=True)
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
         command = [*pip, "--target", str(OVERLAY), "-r", str(REQUIREMENTS)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
         stamp.write_text(digest)
     return OVERLAY
 
@@ -32,4 +32,4 @@ def build(site: str, root: Path = ROOT) -> int:
     """Build the site of a checkout, every warning an error; what mkdocs says goes to stderr, its status is returned."""
     variables = {**os.environ, "PYTHONPATH": str(overlay()), "NO_MKDOCS_2_WARNING": "1"}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(Path(site).resolve())]
-    return subprocess.run(command, cwd=root, env=variables).returncode
+    return subprocess.run(command, cwd=root, env=variables, timeout=300).returncode

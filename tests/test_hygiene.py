@@ -1,6 +1,7 @@
 """Structure (T0): which file may import what, what no file may hold, and lint. Each checker can fail."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -15,19 +16,8 @@ pytestmark = pytest.mark.no_poison
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(p for folder in ("lorafuse", "tests", "bench", "examples") for p in (ROOT / folder).rglob("*.py"))
 PACKAGE = sorted((ROOT / "lorafuse").rglob("*.py"))
-_TEXT_PATTERNS = [
-    "*.md",
-    "*.toml",
-    "Makefile",
-    "setup.py",
-    ".ci/*",
-    "docs/**/*.md",
-    "docs/*.py",
-    ".github/**/*",
-    "requirements/*",
-    "csrc/**/*",
-]
-_OTHER_TEXTS = {path for pattern in _TEXT_PATTERNS for path in ROOT.glob(pattern) if path.is_file()}
+_TEXT_PATTERNS = "*.md *.toml Makefile setup.py .ci/* docs/**/*.md docs/*.py .github/**/* requirements/* csrc/**/*"
+_OTHER_TEXTS = {path for pattern in _TEXT_PATTERNS.split() for path in ROOT.glob(pattern) if path.is_file()}
 TEXTS = SOURCES + sorted(_OTHER_TEXTS)
 MAX_LINES = 400
 
@@ -86,11 +76,24 @@ LAYERS = {
 }
 
 
-def imported_modules(tree, module):
+@functools.cache
+def nodes(source):
+    """All nodes of a source, parsed once for all checkers."""
+    return tuple(ast.walk(ast.parse(source)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _parsed_here():
+    yield
+    # a million objects, which every full collection of later tests would visit
+    nodes.cache_clear()
+
+
+def imported_modules(source, module):
     """Absolute names of what a module imports, at the top or inside functions, relative imports resolved."""
     package = module if module.endswith("__init__") else module.rpartition(".")[0]
     package = package.removesuffix(".__init__")
-    for node in ast.walk(tree):
+    for node in nodes(source):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -109,7 +112,7 @@ def forbidden_imports(source, module):
         return [f"{module}: {part} is not in LAYERS: give it a row"]
     inner, outer = LAYERS[part]
     actual = []
-    for name in imported_modules(ast.parse(source), module):
+    for name in imported_modules(source, module):
         top, _, rest = name.partition(".")
         if top == "lorafuse":
             target = rest.split(".")[0]
@@ -163,30 +166,35 @@ def test_a_right_import_is_not_reported(module, source):
 HEAVY = ("triton", "peft", "transformers", "rich", *(f"lorafuse.{part}" for part in _MEASURING))
 
 
-def _loaded_after(statement):
-    """The heavy packages that a new process has loaded after a statement, and whether CUDA is initialized."""
-    code = (
-        f"{statement}\nimport sys, torch\n"
-        f"print(*[name for name in {HEAVY} if name in sys.modules], torch.cuda.is_initialized())"
+@pytest.fixture(scope="module")
+def loaded():
+    """The heavy packages that a new process has loaded after each statement, and whether CUDA is initialized."""
+    code = f"""
+import sys
+for statement in ("import lorafuse", "import rich", "import lorafuse.tune"):
+    exec(statement)
+    import torch
+    print(*[name for name in {HEAVY} if name in sys.modules], torch.cuda.is_initialized())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, timeout=300
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    return done.stdout.split()
+    return [line.split() for line in done.stdout.splitlines()]
 
 
-def test_import_is_lean():
-    assert _loaded_after("import lorafuse") == ["False"]
+def test_import_is_lean(loaded):
+    assert loaded[0] == ["False"]
 
 
-def test_a_heavy_import_is_seen():
-    assert _loaded_after("import lorafuse, rich") == ["rich", "False"]
-    assert _loaded_after("import lorafuse.tune") == ["lorafuse.tune", "False"]
+def test_a_heavy_import_is_seen(loaded):
+    assert loaded[1:] == [["rich", "False"], ["rich", "lorafuse.tune", "False"]]
 
 
 def swallowed_exceptions(source):
     """Line numbers of handlers whose whole body is `pass`."""
     return [
         node.lineno
-        for node in ast.walk(ast.parse(source))
+        for node in nodes(source)
         if isinstance(node, ast.ExceptHandler) and all(isinstance(child, ast.Pass) for child in node.body)
     ]
 
@@ -194,7 +202,7 @@ def swallowed_exceptions(source):
 def calls_to_print(source):
     return [
         node.lineno
-        for node in ast.walk(ast.parse(source))
+        for node in nodes(source)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
 
@@ -202,7 +210,7 @@ def calls_to_print(source):
 def environment_reads(source):
     """Line numbers that name `os.environ` or `os.getenv`, however os is imported."""
     lines = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         names = {node.attr} if isinstance(node, ast.Attribute) else set()
         if isinstance(node, ast.ImportFrom):
             names = {alias.name for alias in node.names}
@@ -226,7 +234,7 @@ NOT_TERMS = {"found", "way", "ways", "said", "wanted", "beside", "taken", "odd",
 def names_that_are_no_terms(source):
     """Line numbers at which a variable, an argument or a function has a name of `NOT_TERMS`."""
     lines = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         match node:
             case ast.Name(id=name, ctx=ast.Store()) | ast.FunctionDef(name=name) | ast.ClassDef(name=name):
                 lines += [node.lineno] if name in NOT_TERMS else []
@@ -240,12 +248,11 @@ def constants_of_modules(source):
 
     A constant of the kernel's own file is part of the key, and what tl holds is Triton's.
     """
-    tree = ast.parse(source)
-    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    imports = [node for node in nodes(source) if isinstance(node, (ast.Import, ast.ImportFrom))]
     modules = {alias.asname or alias.name for node in imports for alias in node.names} - {"tl"}
     return [
         node.lineno
-        for kernel in ast.walk(tree)
+        for kernel in nodes(source)
         if isinstance(kernel, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in kernel.decorator_list)
         for node in ast.walk(kernel)
         if isinstance(node, ast.Attribute) and node.attr.isupper()
@@ -259,12 +266,11 @@ def _is_private(name):
 
 def private_names(source):
     """Line numbers at which a test reaches for a name of the package that begins with an underscore."""
-    tree = ast.parse(source)
-    imports = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("lorafuse")]
+    imports = [n for n in nodes(source) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("lorafuse")]
     # a module of this name is a part of a folder, no part of another module
     lines = [n.lineno for n in imports if n.module != "lorafuse.cli" and any(_is_private(a.name) for a in n.names)]
     ours = {alias.asname or alias.name for node in imports for alias in node.names} | {"lorafuse"}
-    for node in ast.walk(tree):
+    for node in nodes(source):
         match node:
             case ast.Attribute(value=ast.Name(id=owner), attr=name) if owner in ours and _is_private(name):
                 lines.append(node.lineno)
@@ -363,7 +369,7 @@ def test_no_file_has_two_jobs():
 
 def _lint(*command, cwd=ROOT):
     command = [sys.executable, "-m", *command]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -57,7 +57,7 @@ def files_of(folder):
 def built(folder, *what, **variables):
     environment = {**os.environ, **variables, "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "setup.py", "-q", *what]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = (folder / "dist").glob("*.whl")
     return zipfile.ZipFile(wheel)
@@ -117,7 +117,9 @@ def test_the_doctor_of_an_installed_wheel_advises_what_exists_there(wheel, tmp_p
     run += "[sys.meta_path.remove(f) for f in finders]; "
     run += "from lorafuse.cli import main; sys.exit(main(['doctor', '--json']))"
     command = [sys.executable, "-c", run]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True, timeout=600
+    )
     actual = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
     for name in ("lorafuse._cuda", "lorafuse._emu", "cuda"):
         assert "install lorafuse from its sources" in actual[name]["fix"] or name == "cuda"

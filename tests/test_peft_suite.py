@@ -64,7 +64,9 @@ def runs(tmp_path_factory):
         for mode, file in files.items()
     ]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    subprocess.run([sys.executable, "-c", RUNS, json.dumps(arguments)], cwd=folder, env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-c", RUNS, json.dumps(arguments)], cwd=folder, env=environment, check=True, timeout=300
+    )
     return {
         mode: {name.partition("::")[2]: Result(*values) for name, values in json.loads(file.read_text()).items()}
         for mode, file in files.items()

@@ -89,7 +89,7 @@ def spawn(worker, *args, limit_s=LIMIT_S, world=WORLD):
         finally:
             for process in context.processes:
                 process.kill()
-                process.join()
+                process.join(60)
 
 
 def joined(rank, folder, worker, *args):

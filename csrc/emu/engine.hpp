@@ -296,6 +296,23 @@ inline void release(Thread& thread, Clock& clock) {
   tick(thread);
 }
 inline bool checks() { return config().checks; }
+
+// The entry of what `thread` does now.
+inline Access access_of(const Thread& thread, Proxy proxy = Proxy::kGeneric) {
+  Access access;
+  access.time = thread.warp->time;
+  access.agent = thread.warp->agent;
+  access.lane = thread.lane;
+  access.async = proxy == Proxy::kAsync;
+  return access;
+}
+// What the thread does now comes after `access`. Asked of every word of memory.
+inline bool ordered_after(const Thread& thread, const Access& access) {
+  if (access.agent == Access::kPreviousLaunch) return thread.clock.previous();
+  if (access.agent == thread.warp->agent && access.lane == thread.lane && !access.lanes) return true;
+  return thread.clock.at(access.agent) >= access.time;
+}
+
 Statistics& mutable_statistics();
 
 }  // namespace lorafuse::emu

@@ -6,21 +6,6 @@
 
 namespace lorafuse::emu {
 
-Access access_of(const Thread& thread, Proxy proxy) {
-  Access access;
-  access.time = thread.warp->time;
-  access.agent = thread.warp->agent;
-  access.lane = thread.lane;
-  access.async = proxy == Proxy::kAsync;
-  return access;
-}
-
-bool ordered_after(const Thread& thread, const Access& access) {
-  if (access.agent == Access::kPreviousLaunch) return thread.clock.previous();
-  if (access.agent == thread.warp->agent && access.lane == thread.lane && !access.lanes) return true;
-  return thread.clock.at(access.agent) >= access.time;
-}
-
 bool proxy_fenced(const Thread& thread, const Access& access, bool shared) {
   if (access.async || access.agent == Access::kPreviousLaunch) return true;
   // A fence of the writer, after the write and before the release that told of it.

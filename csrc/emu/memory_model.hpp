@@ -27,10 +27,6 @@ struct Word {
 
 enum class Proxy { kGeneric, kAsync };
 
-// The entry of what `thread` does now.
-Access access_of(const Thread& thread, Proxy proxy = Proxy::kGeneric);
-// What the thread does now comes after `access`.
-bool ordered_after(const Thread& thread, const Access& access);
 // The same, and a proxy fence lies between a generic `access` and the thread's asynchronous one. Of shared memory the
 // fence must be the writer's; of global memory the thread's own, after it has acquired, will do.
 bool proxy_fenced(const Thread& thread, const Access& access, bool shared);

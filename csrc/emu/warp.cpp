@@ -151,13 +151,14 @@ void mma(Element element, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, ui
         b_values[pair + i * 8 + 1][group] = value(mine.b[i] >> 16);
       }
     }
-    for (int lane = 0; lane < 32; ++lane) {
-      for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-        float sum = 0;
-        for (int k = 0; k < 16; ++k) sum += a_values[row][k] * b_values[k][column];
-        slot_of(lane).d[i] += sum;
+    float sums[16][8] = {};
+    for (int row = 0; row < 16; ++row) {
+      for (int k = 0; k < 16; ++k) {
+        for (int column = 0; column < 8; ++column) sums[row][column] += a_values[row][k] * b_values[k][column];
       }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) slot_of(lane).d[i] += sums[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
     }
     ++mutable_statistics().mmas;
   });

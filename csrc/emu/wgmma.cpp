@@ -98,29 +98,42 @@ void convert(Element element, const uint8_t* from, float* to) {
   }
 }
 
-// Four floats that g++ and clang keep in a register.
-using Floats = float __attribute__((vector_size(16)));
-
-// d[64, columns] (+)= a[64, 16] b[16, columns]. Most of a launch's time: 16 columns of d stay in registers.
-void multiply(const float* a, const float* b, float* d, int columns, bool accumulate) {
+// d[64, columns] (+)= a[64, 16] b[16, columns]. Most of a launch's time: 16 columns of d stay in registers, which hold
+// `Floats` each. Products and sums are rounded apart, whatever the registers: no bit depends on the machine.
+template <class Floats>
+[[gnu::always_inline]] inline void multiply_by(const float* a, const float* b, float* d, int columns, bool accumulate) {
+  constexpr int kParts = 16 * sizeof(float) / sizeof(Floats);
   for (int m = 0; m < 64; ++m) {
     for (int n = 0; n < columns; n += 16) {
-      Floats sums[4] = {};
+      Floats sums[kParts] = {};
       if (accumulate) std::memcpy(sums, d + m * columns + n, sizeof(sums));
-      Floats sum0 = sums[0], sum1 = sums[1], sum2 = sums[2], sum3 = sums[3];
       for (int k = 0; k < 16; ++k) {
         const float value = a[m * 16 + k];
-        Floats row[4];
+        Floats row[kParts];
         std::memcpy(row, b + k * columns + n, sizeof(row));
-        sum0 += value * row[0];
-        sum1 += value * row[1];
-        sum2 += value * row[2];
-        sum3 += value * row[3];
+#pragma GCC unroll 4
+        for (int i = 0; i < kParts; ++i) sums[i] += value * row[i];
       }
-      const Floats results[4] = {sum0, sum1, sum2, sum3};
-      std::memcpy(d + m * columns + n, results, sizeof(results));
+      std::memcpy(d + m * columns + n, sums, sizeof(sums));
     }
   }
+}
+
+using FourFloats = float __attribute__((vector_size(16)));
+using EightFloats = float __attribute__((vector_size(32)));
+
+#ifdef __x86_64__
+[[gnu::target("avx2")]] void multiply_avx2(const float* a, const float* b, float* d, int columns, bool accumulate) {
+  multiply_by<EightFloats>(a, b, d, columns, accumulate);
+}
+#endif
+
+void multiply(const float* a, const float* b, float* d, int columns, bool accumulate) {
+#ifdef __x86_64__
+  static const bool has_avx2 = __builtin_cpu_supports("avx2");
+  if (has_avx2) return multiply_avx2(a, b, d, columns, accumulate);
+#endif
+  multiply_by<FourFloats>(a, b, d, columns, accumulate);
 }
 
 WgmmaOperation& operation_at(Warpgroup& warpgroup, uint64_t number) {

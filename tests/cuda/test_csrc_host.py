@@ -77,7 +77,7 @@ def test_what_waits_too_long_stops_in_a_build_for_debugging(flags, tmp_path):
         pytest.skip(f"the CUDA kernels cannot be built: {reason}")
     (tmp_path / "waits.cu").write_text(WAITS)
     command = [nvcc, *script[flags].split(), "-ptx", "-arch=sm_90a", f"-I{CSRC / 'include'}"]
-    subprocess.run([*command, tmp_path / "waits.cu", "-o", tmp_path / "waits.ptx"], check=True)
+    subprocess.run([*command, tmp_path / "waits.cu", "-o", tmp_path / "waits.ptx"], check=True, timeout=300)
     ptx = (tmp_path / "waits.ptx").read_text()
     assert len(re.findall(r"\bnanosleep\.u32", ptx)) == 1
     # of the flag and of the barrier

@@ -142,7 +142,9 @@ def test_a_wrong_division_is_seen(tmp_path, before, after):
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1, 2**64 - 1])
 @pytest.mark.parametrize("counter", [0, 1, 2**32 - 1, 2**32, 2**61 + 12345])
 def test_philox_is_that_of_the_definition(schedule_check, seed, counter):
-    words = subprocess.run([schedule_check, str(seed), str(counter)], capture_output=True, text=True, check=True).stdout
+    words = subprocess.run(
+        [schedule_check, str(seed), str(counter)], capture_output=True, text=True, check=True, timeout=300
+    ).stdout
     low, high = (torch.tensor([part]) for part in (counter & 0xFFFFFFFF, counter >> 32))
     zero = torch.zeros(1, dtype=torch.int64)
     key = tuple(torch.tensor([part]) for part in (seed & 0xFFFFFFFF, seed >> 32))

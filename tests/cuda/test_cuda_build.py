@@ -113,7 +113,7 @@ class TestModule:
         assert info == native.info.__wrapped__("_cuda")
         assert info["architectures"] == ["sm_80", "sm_90", "sm_90a", "compute_80"]
         assert info["sources"] == source_hash(CSRC, emulated=False)
-        needed = subprocess.run(["ldd", kernels.module], capture_output=True, text=True).stdout
+        needed = subprocess.run(["ldd", kernels.module], capture_output=True, text=True, timeout=300).stdout
         assert "libcud" not in needed
         assert "libtorch" not in needed
 
@@ -186,7 +186,9 @@ class TestBuild:
     def test_an_installation_can_leave_it_out(self, tmp_path):
         environment = {**os.environ, "LORAFUSE_SKIP_CUDA_BUILD": "1"}
         command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True, timeout=300
+        )
         assert "LORAFUSE_SKIP_CUDA_BUILD is 1" in done.stdout + done.stderr
         assert {path.name.partition(".")[0] for path in tmp_path.rglob("*.so")} <= {"_cpu"}
 
@@ -194,7 +196,9 @@ class TestBuild:
     def test_nothing_is_built_twice(self, target, request):
         given = request.getfixturevalue("kernels").command if target == "cuda" else (target,)
         if not build(*given):
-            assert "no work to do" in subprocess.run(command(*given), capture_output=True, text=True).stdout
+            assert (
+                "no work to do" in subprocess.run(command(*given), capture_output=True, text=True, timeout=300).stdout
+            )
 
     def test_the_hash_is_of_what_a_module_is_built_from(self, tmp_path):
         (tmp_path / "kernels").mkdir()

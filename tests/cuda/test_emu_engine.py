@@ -57,7 +57,7 @@ def _build(compiler: str) -> Path:
     def compile_one(source: Path) -> str:
         out = folder / f"{source.stem}.o"
         done = subprocess.run(
-            [compiler, *FLAGS, *include, "-c", str(source), "-o", str(out)], capture_output=True, text=True
+            [compiler, *FLAGS, *include, "-c", str(source), "-o", str(out)], capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr
         return str(out)
@@ -66,7 +66,7 @@ def _build(compiler: str) -> Path:
         objects = list(pool.map(compile_one, sources))
     objects += sorted(PLANTED.glob("emu-*.cpp.o"))
     assert len(objects) == len(list((CSRC / "emu").rglob("*.cpp")))
-    subprocess.run([compiler, *objects, "-o", str(program)], check=True)
+    subprocess.run([compiler, *objects, "-o", str(program)], check=True, timeout=300)
     return program
 
 
@@ -80,7 +80,7 @@ def selftest():
 
 
 def test_every_case_is_run(selftest):
-    listed = subprocess.run([selftest, "list"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run([selftest, "list"], capture_output=True, text=True, check=True, timeout=300).stdout
     assert tuple(listed.splitlines()) == CASES
 
 
@@ -92,6 +92,9 @@ def test_case(selftest, case, request):
 
 
 def test_a_launch_is_the_same_again_with_the_same_seed(selftest):
-    runs = [subprocess.run([selftest, "TMA store", "20"], capture_output=True, text=True).stdout for _ in range(2)]
+    runs = [
+        subprocess.run([selftest, "TMA store", "20"], capture_output=True, text=True, timeout=300).stdout
+        for _ in range(2)
+    ]
     assert "seen under" in runs[0]
     assert runs[0] == runs[1]

@@ -64,7 +64,9 @@ def sanitized():
     if reason:
         pytest.skip(f"the emulator cannot be built: {reason}")
     libraries = [
-        subprocess.run(["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True).stdout.strip()
+        subprocess.run(
+            ["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True, timeout=300
+        ).stdout.strip()
         for name in ("asan", "ubsan")
     ]
     # what Python itself never frees is not ours
@@ -72,7 +74,7 @@ def sanitized():
 
     def run(code):
         command = [sys.executable, "-c", LOAD + code]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
 
     return run
 

@@ -18,7 +18,7 @@ BUILD = Path(__file__).parents[2] / "csrc" / "build.py"
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     file = tmp_path_factory.mktemp("cpu") / "_cpu.so"
-    done = subprocess.run([sys.executable, BUILD, "cpu", file], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, BUILD, "cpu", file], capture_output=True, text=True, timeout=300)
     if "was not found" in done.stderr:
         pytest.skip(f"lorafuse._cpu cannot be built: {done.stderr.strip()}")
     assert (done.returncode, done.stderr) == (0, "")

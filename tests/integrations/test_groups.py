@@ -384,16 +384,17 @@ def test_an_x_that_is_changed_in_between(compiled):
 def test_threads():
     stock, patched = pair()
     expected = [step(stock, x_of(rows))["y"] for rows in range(1, 5)]
-    actual, barrier = {}, threading.Barrier(4)
+    actual, barrier = {}, threading.Barrier(4, timeout=60)
 
     def work(i):
         barrier.wait()
         for _ in range(20):
             actual[i] = patched(x_of(i + 1)).detach()
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(120)
+        assert not thread.is_alive()
     assert_close(actual, dict(enumerate(expected)))

@@ -224,4 +224,4 @@ for implementation in ("eager", "lorafuse"):
     found.append(model(input_ids=torch.arange(3, 9)[None]).logits)
 assert torch.allclose(*found, atol=1e-5)
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=300)

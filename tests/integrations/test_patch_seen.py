@@ -222,7 +222,7 @@ stock, x = copy.deepcopy(m), torch.randn(3, 8)
 lorafuse.patch(m)
 assert torch.equal(m(x), stock(x))
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=300)
 
 
 def test_warnings_as_errors_end_no_step(caplog):

@@ -59,7 +59,7 @@ def installed(name):
         options = ["--quiet", "--disable-pip-version-check", "--no-compile", "--no-deps", "--upgrade"]
         command = [sys.executable, "-m", "pip", "install", *options, "--retries", "0", "--timeout", "10"]
         fetched = subprocess.run(
-            [*command, "--target", str(folder), "-r", file], cwd=ROOT, capture_output=True, text=True
+            [*command, "--target", str(folder), "-r", file], cwd=ROOT, capture_output=True, text=True, timeout=300
         )
         if fetched.returncode:
             pytest.skip(f"pip could not fetch {file}: {fetched.stderr.strip().splitlines()[-1:]}")
@@ -77,7 +77,7 @@ def test_states(name):
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (installed(name), ROOT, ROOT / "tests")))
     environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "without_torchao", "--show-capture=no", *tests]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert re.search(r"\d+ passed", done.stdout)
 

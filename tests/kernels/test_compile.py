@@ -47,7 +47,7 @@ def everything(request):
 def compiler(*command):
     """Runs Python where Triton compiles: in this process the kernels were defined for the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=3600)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 

@@ -77,7 +77,7 @@ def test_eager_runs_everywhere_and_comes_last(spy):
 def _process(value, statement):
     code = f"import lorafuse\nfrom lorafuse.backends import base\n{statement}"
     environment = {**os.environ, "LORAFUSE_BACKEND": value}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
 
 
 def test_the_variable_sets_the_default():

@@ -124,7 +124,7 @@ with FlopCounterMode(display=False) as counter:
 assert counter.get_total_flops() == 2 * 2 * (15 + 8), counter.get_total_flops()
 import importlib; importlib.reload(lorafuse.functional)
 """
-    subprocess.run([sys.executable, "-c", source], check=True)
+    subprocess.run([sys.executable, "-c", source], check=True, timeout=300)
 
 
 OPERATORS = {

@@ -186,12 +186,22 @@ def arguments(name, o, names=None, **more):
     return seen[0]
 
 
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def opcheck(op, args, is_traced):
+    """torch's checks of an operator. A trace with symbolic sizes takes most of their time, and asks the operator for
+    shapes alone: masks change none, and each of the other arguments is traced with them or without.
+    """
+    torch.library.opcheck(op.default, args, test_utils=(*CHECKS, "test_aot_dispatch_dynamic") if is_traced else CHECKS)
+
+
 @operators
 @MASKS
 @pytest.mark.parametrize("changes", [{}, {"R": (0, 3, 0)}, {"dtype": torch.float16, "adapter_dtype": torch.float32}])
 def test_opcheck(name, p, changes):
     op = torch.ops.lorafuse.lora_gated_mlp if name == "mlp" else torch.ops.lorafuse.lora_linears
-    torch.library.opcheck(op.default, arguments(name, operands(name, p=p, **changes)))
+    opcheck(op, arguments(name, operands(name, p=p, **changes)), is_traced=any(p) != bool(changes))
 
 
 @MASKS
@@ -205,7 +215,7 @@ def test_opcheck_of_backward(p, needs, present):
     dys = [dy if i in present else None for i, dy in enumerate(o.dys)]
     needs = [need and (i == 0 or (i - 1) % 3 in present) for i, need in enumerate(needs)]
     args = dys, x, torch.randn(18, 9), *rest, needs, backend, wide
-    torch.library.opcheck(torch.ops.lorafuse.lora_linears_backward.default, args)
+    opcheck(torch.ops.lorafuse.lora_linears_backward, args, is_traced=any(p) == (len(present) > 1))
 
 
 @MASKS
@@ -219,7 +229,7 @@ def test_opcheck_of_mlp_backward(p, needs, recompute_up):
     _, gate, up, xa, ha = torch.ops.lorafuse.lora_gated_mlp(x, *rest, backend, wide, activation, False)
     kept = x, gate, None if recompute_up else up, xa, ha
     args = o.dys[0], *kept, *rest, list(needs), backend, wide, activation, recompute_up
-    torch.library.opcheck(torch.ops.lorafuse.lora_gated_mlp_backward.default, args)
+    opcheck(torch.ops.lorafuse.lora_gated_mlp_backward, args, is_traced=any(p) != recompute_up)
 
 
 @operators

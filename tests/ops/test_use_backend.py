@@ -88,19 +88,24 @@ class TestUseBackend:
                 barrier.wait()
 
         for first in (True, False):
-            threads = [threading.Thread(target=worker, args=args) for args in (("eager", first), ("triton", not first))]
+            threads = [
+                threading.Thread(target=worker, args=args, daemon=True)
+                for args in (("eager", first), ("triton", not first))
+            ]
             for thread in threads:
                 thread.start()
             for thread in threads:
-                thread.join()
+                thread.join(60)
+                assert not thread.is_alive()
         assert sorted(seen) == [("eager", "eager")] * 2 + [("triton", "triton")] * 2
         assert base.current() == "auto"
 
     def test_a_block_is_over_before_another_begins(self):
         waiting = lorafuse.use_backend("eager")
-        done = threading.Thread(target=lambda: lorafuse.use_backend("auto").__enter__().__exit__())
+        done = threading.Thread(target=lambda: lorafuse.use_backend("auto").__enter__().__exit__(), daemon=True)
         done.start()
-        done.join()
+        done.join(60)
+        assert not done.is_alive()
         with waiting:
             assert base.current() == "eager"
         assert base.current() == "auto"

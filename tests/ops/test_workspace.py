@@ -114,11 +114,14 @@ class TestUsers:
             return result
 
         monkeypatch.setattr(Backend, "decode", together)
-        threads = [threading.Thread(target=lambda i=i: actual.update({i: calls[i].results()})) for i in range(3)]
+        threads = [
+            threading.Thread(target=lambda i=i: actual.update({i: calls[i].results()}), daemon=True) for i in range(3)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            thread.join(120)
+            assert not thread.is_alive()
         for i, right in enumerate(expected):
             assert all(torch.equal(actual[i][name], right[name]) for name in right)
         assert len(workspace.FREE) == 3

@@ -26,7 +26,7 @@ REQUIREMENTS = ROOT / "requirements" / "peft-tests.txt"
 
 
 def pip(*arguments):
-    subprocess.run([sys.executable, "-m", "pip", *arguments, "--quiet", "--no-deps"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", *arguments, "--quiet", "--no-deps"], check=True, timeout=600)
 
 
 def distribution():
@@ -72,7 +72,7 @@ def run(mode, only, options):
     if only:
         command.append(f"--only={CACHE / only}.json")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    subprocess.run([*command, *options, *files], cwd=folder, env=environment, check=False)
+    subprocess.run([*command, *options, *files], cwd=folder, env=environment, check=False, timeout=7200)
     if not results.exists():
         sys.exit(f"pytest stopped before it had results of the mode {mode}")
     return {name: Result(*values) for name, values in json.loads(results.read_text()).items()}

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -142,7 +143,9 @@ class TestTuned:
             "p = Problem(8192, 4096, 4096, 16, 'bfloat16', 'float32')\n"
             "print(select(p, find('H200'), (('eager', ''), ('triton', ''))).reasons[-1])\n"
         )
-        done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
         assert done.stdout.startswith("triton: two_kernel, model")
         assert done.stderr.count("\n") == 1
         assert str(path) in done.stderr
@@ -181,13 +184,20 @@ class TestTuned:
 
     def test_two_that_write_at_once_leave_one_whole_file(self, tmp_path):
         path = tmp_path / "h200.json"
-        sides = [multiprocessing.get_context("fork").Process(target=_write, args=(path, kind)) for kind in ("a", "b")]
+        fork, end = multiprocessing.get_context("fork"), time.monotonic() + 120
+        sides = [fork.Process(target=_write, args=(path, kind), daemon=True) for kind in ("a", "b")]
         for side in sides:
             side.start()
-        while any(side.is_alive() for side in sides):
-            entries = tuned.read(path)
-            assert len({entry.commit for entry in entries}) <= 1
-            assert len(entries) in (0, 100)
+        try:
+            while any(side.is_alive() for side in sides):
+                entries = tuned.read(path)
+                assert len({entry.commit for entry in entries}) <= 1
+                assert len(entries) in (0, 100)
+                assert time.monotonic() < end, "they do not end"
+        finally:
+            for side in sides:
+                side.kill()
+                side.join(60)
         assert [side.exitcode for side in sides] == [0, 0]
         assert [file.name for file in tmp_path.iterdir()] == ["h200.json"]
 

@@ -216,7 +216,9 @@ class TestSelect:
         bare = (
             "import sys, types\nsys.modules['lorafuse'] = p = types.ModuleType('lorafuse')\np.__path__ = ['lorafuse']\n"
         )
-        done = subprocess.run([sys.executable, "-c", bare + code], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", bare + code], capture_output=True, text=True, check=True, timeout=300
+        )
         assert done.stdout.strip() == ""
 
 

@@ -387,7 +387,7 @@ def test_the_usual_dtype_is_the_faster_one(half, message, monkeypatch):
 def test_a_built_package_brings_the_baselines(tmp_path):
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
     environment = {**os.environ, "LORAFUSE_SKIP_CUDA_BUILD": "1"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
     brought = {file.name: file.read_text() for file in (tmp_path / "lorafuse" / "_baselines").glob("*.py")}
     assert brought == {file.name: file.read_text() for file in plugins.folder().glob("*.py")}
     assert "frozen.py" in brought

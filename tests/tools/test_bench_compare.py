@@ -86,7 +86,7 @@ def checkout(tmp_path_factory):
     (tree / BASELINE).write_text(OWN)
     who = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
     for command in (["init", "-q"], ["add", "-A"], [*who, "commit", "-q", "-m", "base"]):
-        subprocess.run(["git", "-C", str(tree), *command], check=True)
+        subprocess.run(["git", "-C", str(tree), *command], check=True, timeout=300)
     return tree
 
 
@@ -136,7 +136,9 @@ def test_an_unchanged_tree_is_not_slower(checkout):
     status, printed = bench(checkout, "--rounds", "40")
     assert status == 0, printed
     assert "nothing became slower" in printed
-    trees = subprocess.run(["git", "-C", str(checkout), "worktree", "list"], capture_output=True, text=True, check=True)
+    trees = subprocess.run(
+        ["git", "-C", str(checkout), "worktree", "list"], capture_output=True, text=True, check=True, timeout=300
+    )
     assert len(trees.stdout.splitlines()) == 1
 
 
@@ -152,7 +154,7 @@ def test_a_wrong_result_gets_no_number(checkout, planted):
 def test_a_commit_that_is_too_old_is_refused(checkout, monkeypatch, capsys):
     """The first commit of this repository, where there is a history, has no worker."""
     done = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-list", "--max-parents=0", "HEAD"], capture_output=True, text=True
+        ["git", "-C", str(ROOT), "rev-list", "--max-parents=0", "HEAD"], capture_output=True, text=True, timeout=300
     )
     first = done.stdout.split()
     if done.returncode or not first or (ROOT / ".git" / "shallow").exists():

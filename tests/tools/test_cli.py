@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_help_lists_every_command():
     command = [sys.executable, "-m", "lorafuse", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
     assert all(re.search(rf"^\s+{name}\s", done.stdout, re.MULTILINE) for name in cli.COMMANDS)
 
 
@@ -168,7 +168,9 @@ class TestOutput:
     def run(self, command, stdout, **variables):
         command = [sys.executable, "-W", "error", "-m", "lorafuse", *command.split()]
         environment = {**os.environ, **variables}
-        return subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment)
+        return subprocess.run(
+            command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment, timeout=300
+        )
 
     @pytest.mark.parametrize("command", COMMANDS)
     def test_a_reader_that_stopped(self, command):
@@ -186,7 +188,7 @@ class TestOutput:
 
     def test_a_closed_output(self):
         command = f"{shlex.quote(sys.executable)} -m lorafuse {self.COMMANDS[0]} >&-"
-        done = subprocess.run(command, shell=True, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, shell=True, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=300)
         assert done.returncode == 2
         assert done.stderr == "lorafuse: standard output is closed; send it to a file or to /dev/null\n"
 

@@ -66,7 +66,7 @@ def test_there_are_tests_to_run():
         requested[step.name] = [*options, "--collect-only"]
     # in one process, since each imports torch
     script = f"import pytest; print({{name: int(pytest.main(options)) for name, options in {requested!r}.items()}})"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines()[-1] == repr(dict.fromkeys(requested, 0)), done.stdout[-3000:]
 
 
@@ -201,7 +201,9 @@ def test_a_command_and_what_it_started_end_with_its_budget(tmp_path):
     assert gpu.execute(step, tmp_path) is None
     group = int((tmp_path / "slow.log").read_text())
     for _ in range(100):
-        states = subprocess.run(["ps", "-o", "stat=", "-g", str(group)], capture_output=True, text=True).stdout.split()
+        states = subprocess.run(
+            ["ps", "-o", "stat=", "-g", str(group)], capture_output=True, text=True, timeout=300
+        ).stdout.split()
         if all(state.startswith("Z") for state in states):
             break
     else:

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -175,7 +176,7 @@ def test_a_study_that_was_killed_goes_on_from_its_last_finished_run(set_run, tmp
             time.sleep(0.05)
     finally:
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.wait(60)
     kept = keys(tmp_path, "rl")
     assert 3 <= len(kept) < 30
     made = []
@@ -203,9 +204,13 @@ if __name__ == "__main__":
 def test_workers_end_with_a_study_that_was_killed(tmp_path):
     (tmp_path / "main.py").write_text(WORKERS)
     process = subprocess.Popen([sys.executable, str(tmp_path / "main.py")], stdout=subprocess.PIPE, text=True)
+    # the end of its output ends the wait for a line
+    limit = threading.Timer(120, process.kill)
+    limit.start()
     workers = [int(pid) for pid in process.stdout.readline().split()]
+    limit.cancel()
     process.kill()
-    process.wait()
+    process.wait(60)
     assert len(workers) == 2
     for _ in range(300):
         if not any(_runs(pid) for pid in workers):
