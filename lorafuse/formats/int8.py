@@ -98,11 +98,11 @@ def adopt(storage: object, name: str = "weight") -> Weight | None:
     # a forward with has_fp16_weights=True leaves the int8 numbers of its call in the state
     is_trained = getattr(state, "has_fp16_weights", False)
     if is_trained or data is None or absmax is None:
-        why = "with has_fp16_weights=True" if is_trained else f"without {'CB' if data is None else 'SCB'}"
+        why = "has_fp16_weights=True" if is_trained else f"no {'CB' if data is None else 'SCB'}"
         raise ValueError(
-            f"Int8Params {weight.dtype} {list(weight.shape)} on {weight.device}, {why}, is not quantized yet: build "
-            "its layer with has_fp16_weights=False and move it to its device, with .to(), which quantizes it, or load "
-            "its quantized checkpoint, SCB included, after that"
+            f"Int8Params {weight.dtype} {list(weight.shape)} on {weight.device} is not quantized yet: build its layer "
+            "with has_fp16_weights=False and move it to its device, with .to(), which quantizes it, or load its "
+            f"quantized checkpoint, SCB included, after that; it has {why}"
         )
     layer: Any = storage
     sizes = (layer.out_features, layer.in_features) if isinstance(layer, torch.nn.Linear) else data.shape

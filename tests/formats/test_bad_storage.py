@@ -115,9 +115,9 @@ CASES = {
     "a shard": ("nf4", bytes_of(lambda t: t[: len(t) // 2]), "holds 768 bytes .* gather a shard"),
     "strided bytes": ("nf4", bytes_of(strided), r"strides \[2, 2\]; .* make a view contiguous"),
     "int8: not quantized": ("int8", of(CB=None), "is not quantized yet: build its layer"),
-    "int8: not quantized, half": ("int8", of(SCB=None), "without SCB, is not quantized yet: build its .* SCB included"),
-    "int8: CB lost": ("int8", without("weight.CB"), "without CB, is not quantized yet"),
-    "int8: scales lost": ("int8", without("weight.SCB"), "without SCB, is not quantized yet"),
+    "int8: not quantized, half": ("int8", of(SCB=None), "not quantized yet: build its .* SCB included.* it has no SCB"),
+    "int8: CB lost": ("int8", without("weight.CB"), "is not quantized yet: .* it has no CB"),
+    "int8: scales lost": ("int8", without("weight.SCB"), "is not quantized yet: .* it has no SCB"),
     "int8: a shard": ("int8", of(CB=lambda t: t[:12]), r"CB torch.int8 \[12, 128\] .*they are int8 \[24, 128\]"),
     "int8: flat": ("int8", of(CB=torch.Tensor.flatten), r"CB torch.int8 \[3072\]"),
     "int8: repacked in tiles": ("int8", of(CB=lambda t: t.view(3, 8, 4, 32).transpose(1, 2)), r"int8 \[3, 4, 8, 32\]"),
@@ -222,11 +222,11 @@ def in_state(base):
 
 
 STATES = {
-    "CB lost": (of("state", CB=None), "without CB, is not quantized yet"),
-    "SCB lost": (of("state", SCB=None), "without SCB, is not quantized yet"),
+    "CB lost": (of("state", CB=None), "is not quantized yet: .* it has no CB"),
+    "SCB lost": (of("state", SCB=None), "is not quantized yet: .* it has no SCB"),
     "scales short": (of("state", SCB=lambda t: t[1:]), r"SCB torch.float32 \[23\]"),
     "transposed": (of("state", CB=torch.Tensor.t), r"CB torch.int8 \[128, 24\]"),
-    "trained, and used": (of("state", has_fp16_weights=True), "with has_fp16_weights=True, is not quantized yet"),
+    "trained, and used": (of("state", has_fp16_weights=True), "is not quantized yet: .* it has has_fp16_weights=True"),
 }
 
 
