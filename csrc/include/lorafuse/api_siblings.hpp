@@ -5,9 +5,11 @@
 #include <array>
 
 #include <lorafuse/api.hpp>
-#include <lorafuse/side_by_side.cuh>
 
 namespace lorafuse {
+
+// Layers of one x in one launch.
+constexpr int kMostSiblings = 4;
 
 template <class T>
 using Each = std::array<T, kMostSiblings>;

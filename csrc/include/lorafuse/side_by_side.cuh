@@ -1,12 +1,10 @@
 // The tiles of several outputs of the same rows, walked as those of one: arithmetic that a host can run.
 #pragma once
 
+#include <lorafuse/api_siblings.hpp>
 #include <lorafuse/schedule.cuh>
 
 namespace lorafuse {
-
-// Layers of one x in one launch.
-constexpr int kMostSiblings = 4;
 
 // A tile of one output: its row of tiles, and its column among those of the output.
 struct OutputTile {
