@@ -33,7 +33,17 @@ from torch import Tensor
 
 from lorafuse.backends import native, problems
 from lorafuse.backends.cuda_grouped import INSTEAD, TYPES, GroupedLinear, tiling
-from lorafuse.backends.cuda_operands import adapter_of, address, aligned, mask, padded, padded_rows, rounding, scratch
+from lorafuse.backends.cuda_operands import (
+    adapter_of,
+    address,
+    aligned,
+    aligned_rows,
+    mask,
+    padded,
+    padded_rows,
+    rounding,
+    scratch,
+)
 from lorafuse.backends.cuda_siblings import Siblings
 from lorafuse.backends.protocol import Problems, device_guard
 from lorafuse.operands import Dropout, Weight, contiguous_rows
@@ -152,7 +162,7 @@ class Cuda(Siblings):
             dbias = dy.new_empty((N,))
         if need_da:
             assert x is not None
-            x, da = _aligned_rows(x), given_a.new_empty(a.shape)
+            x, da = aligned_rows(x), given_a.new_empty(a.shape)
         if plan.kernel == "fused_backward":
             assert dyb is not None
             config, (rounded_b, round_b) = plan.config("matmul"), rounding(given_b, dtype, scale, transposed=True)
@@ -249,11 +259,6 @@ class Cuda(Siblings):
 def _chunk(M: int, splits: int) -> int:
     """Rows of each of so many parts, about alike, in whole tiles."""
     return -(-M // (splits * 128)) * 128
-
-
-def _aligned_rows(t: Tensor) -> Tensor:
-    """x of backward with rows on 16-byte boundaries; another backend may have run forward."""
-    return t if t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 else t.clone(memory_format=torch.contiguous_format)
 
 
 def _codebook(

@@ -57,7 +57,7 @@ def rounding(
 ) -> tuple[Tensor, dict[str, int | float] | None]:
     """`scale · t`, or its transpose, in x's dtype with rows padded to 16 bytes; and the arguments of its launch.
 
-    They are None where the result is `t` itself. `t` is of `_adapter`, and must live until that launch: memory freed
+    They are None where the result is `t` itself. `t` is of `adapter_of`, and must live until that launch: memory freed
     before it could be allocated again, and written by the same launch.
     """
     rows, columns = reversed(t.shape) if transposed else t.shape
