@@ -11,9 +11,10 @@ template <>
 struct Fields<SiblingsDx> {
   using P = SiblingsDx;
   static constexpr Field fields[] = {
-      REQUIRED(type), REQUIRED(count), REQUIRED(M), REQUIRED(K), OPTIONAL(R), REQUIRED(N), REQUIRED(dy),
-      REQUIRED(stride_dy), REQUIRED(w), REQUIRED(stride_w), OPTIONAL(dyb), OPTIONAL(stride_dyb), OPTIONAL(a),
-      OPTIONAL(stride_a), REQUIRED(dx), REQUIRED(stride_dx), OPTIONAL(rounded), OPTIONAL(tiling)};
+      REQUIRED(type), REQUIRED(count), REQUIRED(M), REQUIRED(K), REQUIRED(N), REQUIRED(dy), REQUIRED(stride_dy),
+      REQUIRED(w), REQUIRED(stride_w), OPTIONAL(lows), OPTIONAL(R), OPTIONAL(dyb), OPTIONAL(stride_dyb), OPTIONAL(a),
+      OPTIONAL(stride_a), OPTIONAL(seed), OPTIONAL(drop_below), OPTIONAL(rounded), REQUIRED(dx), REQUIRED(stride_dx),
+      OPTIONAL(tiling)};
 };
 template <>
 struct Fields<GatedForward> {

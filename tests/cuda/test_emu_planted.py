@@ -5,6 +5,7 @@ of the decode kernels in test_emu_decode.py.
 """
 
 import re
+from dataclasses import replace
 from functools import cache
 
 import planted
@@ -37,7 +38,8 @@ SCENARIOS = {
     "concurrent_backward, four stages": ("concurrent_backward", (128, 4, 1), 0),
     "fused_backward": ("fused_backward", (256, 3, 1), 0),
     "siblings": ("siblings", (256, 3, 2), 0),
-    "gated": ("gated", (256, 3, 2), 0),
+    "siblings with masks": ("siblings with masks", (128, 4, 2), 0),
+    "gated": ("gated", (128, 4, 2), 0),
     "grouped": ("grouped", None, 0),
 }
 SEEN_BY = {bug.name: bug.seen_by for bug in planted.BUGS}
@@ -59,16 +61,17 @@ def run(kind, tiling):
     """What a scenario computes, as tensors; a launch that computes xa too leaves flags for a second one."""
     if kind == "grouped":
         return list(results(*grouped([60, 60, 190], 200, torch.bfloat16), "emu").values())
-    if kind == "siblings":
+    if kind.startswith("siblings"):
+        case = Case(N=(72, 40, 264), R=(40, 0, 80), K=200, leading=(150,), dtype=torch.bfloat16, bias=(True,) * 3)
+        if kind == "siblings with masks":
+            case = replace(case, N=(40, 24, 8), R=(8, 16, 80), p=(0.5, 0.0, 0.3))
         with override(force_kernel="cuda siblings", cuda_tiles=[tiling]):
-            o = make(
-                Case(N=(72, 40, 264), R=(40, 0, 80), K=200, leading=(150,), dtype=torch.bfloat16, bias=(True,) * 3)
-            )
+            o = make(case)
             return list(group_results(lambda o: linears(o, backend="emu"), o).values())
     if kind == "gated":
         with override(force_kernel="cuda siblings", cuda_tiles=[tiling]):
             # three tiles of a row backward, of which one program has two
-            case = Case(N=(520, 520, 72), R=(40, 24, 80), K=72, leading=(150,), dtype=torch.bfloat16, bias=(True,) * 3)
+            case = Case(N=(264, 264, 72), R=(40, 24, 80), K=72, leading=(150,), dtype=torch.bfloat16, bias=(True,) * 3)
             return list(group_results(lambda o: mlp(o, backend="emu"), make(case, of_mlp=True)).values())
     operator = Linear("emu")
     # flags that a bug left set are not those of the next run
