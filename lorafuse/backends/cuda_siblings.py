@@ -208,7 +208,9 @@ class Siblings(Aten):
 def _rounded_b(
     lows: Sequence[LowRank | None], dtype: torch.dtype
 ) -> tuple[list[Tensor | None], list[Tensor | None], tuple[dict[str, int | float] | None, ...]]:
-    """Each b, or a of dx, as given, which must live until the launch that rounds it, as the product reads it, and its rounding."""
+    """Of each b, or a of dx: the one given, which must live until it is rounded, the one that a product reads, and that
+    rounding.
+    """
     given = [None if low is None else adapter_of(low.b, dtype)[0] for low in lows]
     made = [
         (None, None) if low is None or t is None else rounding(t, dtype, low.scale)
