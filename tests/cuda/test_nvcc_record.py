@@ -51,7 +51,7 @@ def test_comments_change_nothing(csrc):
         (
             "include/lorafuse/ptx/mma.cuh",
             {
-                *("fused_backward_sm90.cu", "fused_forward_sm90.cu", "round_sm80.cu", "siblings_sm90.cu"),
+                *("fused_backward_sm90.cu", "fused_forward_sm90.cu", "round_each_sm80.cu", "round_sm80.cu"),
                 *("skinny_sm80.cu", "split_sm90.cu"),
             },
         ),
