@@ -11,12 +11,13 @@
 #include <lorafuse/api_backward.hpp>
 #include <lorafuse/api_decode.hpp>
 #include <lorafuse/api_device.hpp>
+#include <lorafuse/api_gathered.hpp>
 #include <lorafuse/api_probes.hpp>
 #include <lorafuse/api_siblings.hpp>
 #include <lorafuse/api_split.hpp>
 
 #ifdef LORAFUSE_EMULATED
-#include "emu/emulator.hpp"
+#include "bindings_emulator.hpp"
 #endif
 
 // JSON, written by build.py
@@ -142,6 +143,15 @@ struct Fields<GroupedLinear> {
       OPTIONAL(transposed), REQUIRED(offsets), REQUIRED(x), REQUIRED(stride_x), REQUIRED(w), OPTIONAL(bias),
       OPTIONAL(xa), OPTIONAL(stride_xa), OPTIONAL(b), REQUIRED(y), REQUIRED(stride_y),
       OPTIONAL(overlap_previous), OPTIONAL(tiling)};
+};
+template <>
+struct Fields<GatheredLinear> {
+  using P = GatheredLinear;
+  static constexpr Field fields[] = {
+      REQUIRED(type), REQUIRED(rows), REQUIRED(groups), REQUIRED(N), REQUIRED(K), OPTIONAL(R),
+      OPTIONAL(transposed), REQUIRED(offsets), OPTIONAL(order), OPTIONAL(choices), REQUIRED(x), REQUIRED(stride_x),
+      REQUIRED(w), OPTIONAL(bias), OPTIONAL(xa), OPTIONAL(stride_xa), OPTIONAL(b), REQUIRED(y), REQUIRED(stride_y),
+      REQUIRED(workspace), OPTIONAL(tiling)};
 };
 template <>
 struct Fields<Round> {
@@ -313,56 +323,6 @@ struct Bound<kFunction> {
 
 py::object build_info() { return py::module_::import("json").attr("loads")(lorafuse_build_info); }
 
-#ifdef LORAFUSE_EMULATED
-void configure(uint64_t seed, int resident, bool checks, int multiprocessors, int shared_memory,
-               const std::string& planted) {
-  emu::Config config;
-  config.seed = seed;
-  config.resident = resident;
-  config.checks = checks;
-  config.multiprocessors = multiprocessors;
-  config.shared_memory = shared_memory;
-  config.planted = planted;
-  emu::configure(config);
-}
-
-py::dict statistics() {
-  const emu::Statistics& s = emu::statistics();
-  py::dict found;
-  found["launches"] = s.launches;
-  found["steps"] = s.steps;
-  found["switches"] = s.switches;
-  found["tma_loads"] = s.tma_loads;
-  found["tma_stores"] = s.tma_stores;
-  found["wgmmas"] = s.wgmmas;
-  found["mmas"] = s.mmas;
-  found["planted_reached"] = s.planted_reached;
-  return found;
-}
-
-void declare_memory(Pointer begin, size_t bytes, const std::string& name, bool unwritten) {
-  emu::declare_memory(reinterpret_cast<void*>(begin), bytes, name, unwritten);
-}
-size_t unwritten_words(Pointer begin, size_t bytes) {
-  return emu::unwritten_words(reinterpret_cast<void*>(begin), bytes);
-}
-
-void bind_emulator(py::module_& m) {
-  using py::arg;
-  py::register_exception<emu::Error>(m, "EmulationError", PyExc_RuntimeError);
-  const emu::Config standard;
-  m.def("configure", &configure, "How the next launches run; emulator.hpp says what each setting means.", py::kw_only(),
-        arg("seed") = standard.seed, arg("resident") = standard.resident, arg("checks") = standard.checks,
-        arg("multiprocessors") = standard.multiprocessors, arg("shared_memory") = standard.shared_memory,
-        arg("planted") = standard.planted);
-  m.def("statistics", &statistics, "What the last launch did.");
-  m.def("declare_memory", &declare_memory, py::kw_only(), arg("begin"), arg("bytes"), arg("name"),
-        arg("unwritten") = false);
-  m.def("unwritten_words", &unwritten_words, py::kw_only(), arg("begin"), arg("bytes"));
-  m.def("forget_memory", &emu::forget_memory);
-}
-#endif
-
 }  // namespace
 
 PYBIND11_MODULE(LORAFUSE_MODULE, m) {
@@ -380,6 +340,7 @@ PYBIND11_MODULE(LORAFUSE_MODULE, m) {
   m.def("siblings_forward", &Bound<siblings_forward>::call);
   m.def("siblings_dx", &Bound<siblings_dx>::call);
   m.def("grouped_linear", &Bound<grouped_linear>::call);
+  m.def("gathered_linear", &Bound<gathered_linear>::call);
   m.def("round_adapter", &Bound<round_adapter>::call);
   m.def("project_x", &Bound<project_x>::call);
   m.def("reduce_dy_workspace", &Bound<reduce_dy_workspace>::call);
@@ -392,6 +353,6 @@ PYBIND11_MODULE(LORAFUSE_MODULE, m) {
   m.def("probe_columns", &Bound<probe_columns>::call);
   m.def("probe_flags", &Bound<probe_flags>::call);
 #ifdef LORAFUSE_EMULATED
-  bind_emulator(m);
+  lorafuse::bind_emulator(m);
 #endif
 }
