@@ -127,11 +127,15 @@ def check(emu, case, tiling=TILINGS[0]):
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_every_layout(emu, transposed, dtype):
     """Columns behind those of a tile, several of them, ranks that end in a short block, and without bias."""
-    case = Case(transposed=transposed, dtype=dtype, N=264, bias=not transposed)
-    o, y = check(emu, case)
-    for tiling in TILINGS:
-        assert same(y, o.fixed_tiles(emu, tiling)), ("fixed tiles", tiling)
-        assert same(y, o.through_order(emu, tiling)), tiling
+    o, y = check(emu, Case(transposed=transposed, dtype=dtype, N=264, bias=not transposed))
+    assert same(y, o.fixed_tiles(emu))
+
+
+@pytest.mark.parametrize("tiling", TILINGS[1:])
+def test_every_tiling(emu, tiling):
+    """No bit depends on it, since each tile sums in the same order."""
+    o = Operands(Case(N=264, K=72, R=8))
+    assert same(o.through_order(emu, tiling), o.fixed_tiles(emu))
 
 
 @pytest.mark.parametrize("R", [0, 8, 16, 64, 80])
