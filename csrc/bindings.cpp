@@ -11,6 +11,7 @@
 #include <lorafuse/api_backward.hpp>
 #include <lorafuse/api_decode.hpp>
 #include <lorafuse/api_device.hpp>
+#include <lorafuse/api_gated.hpp>
 #include <lorafuse/api_gathered.hpp>
 #include <lorafuse/api_probes.hpp>
 #include <lorafuse/api_siblings.hpp>
@@ -48,7 +49,11 @@ void convert(PyObject* value, T& place) {
 }
 void convert(PyObject* value, bool& place) { place = PyObject_IsTrue(value) == 1; }
 void convert(PyObject* value, float& place) { place = static_cast<float>(PyFloat_AsDouble(value)); }
-void convert(PyObject* value, Type& place) { place = Type{static_cast<int>(PyLong_AsLong(value))}; }
+template <class T>
+  requires std::is_enum_v<T>
+void convert(PyObject* value, T& place) {
+  place = T{static_cast<int>(PyLong_AsLong(value))};
+}
 template <class T>
 void convert(PyObject* value, T*& place) {
   place = static_cast<T*>(PyLong_AsVoidPtr(value));
@@ -119,22 +124,7 @@ struct Fields<SplitLinear> {
       REQUIRED(stride_a), REQUIRED(b), REQUIRED(stride_b), OPTIONAL(scale), REQUIRED(xa), REQUIRED(stride_xa),
       REQUIRED(y), REQUIRED(stride_y), OPTIONAL(splits), OPTIONAL(tiling)};
 };
-template <>
-struct Fields<SiblingsForward> {
-  using P = SiblingsForward;
-  static constexpr Field fields[] = {
-      REQUIRED(type), REQUIRED(count), REQUIRED(M), REQUIRED(K), REQUIRED(N), OPTIONAL(R), REQUIRED(x),
-      REQUIRED(stride_x), REQUIRED(w), REQUIRED(stride_w), OPTIONAL(bias), OPTIONAL(xa), OPTIONAL(stride_xa),
-      OPTIONAL(b), OPTIONAL(stride_b), REQUIRED(y), REQUIRED(stride_y), OPTIONAL(rounded), OPTIONAL(tiling)};
-};
-template <>
-struct Fields<SiblingsDx> {
-  using P = SiblingsDx;
-  static constexpr Field fields[] = {
-      REQUIRED(type), REQUIRED(count), REQUIRED(M), REQUIRED(K), OPTIONAL(R), REQUIRED(N), REQUIRED(dy),
-      REQUIRED(stride_dy), REQUIRED(w), REQUIRED(stride_w), OPTIONAL(dyb), OPTIONAL(stride_dyb), OPTIONAL(a),
-      OPTIONAL(stride_a), REQUIRED(dx), REQUIRED(stride_dx), OPTIONAL(rounded), OPTIONAL(tiling)};
-};
+#include "fields_group.hpp"
 template <>
 struct Fields<GroupedLinear> {
   using P = GroupedLinear;
@@ -339,6 +329,8 @@ PYBIND11_MODULE(LORAFUSE_MODULE, m) {
   m.def("split_linear", &Bound<split_linear>::call);
   m.def("siblings_forward", &Bound<siblings_forward>::call);
   m.def("siblings_dx", &Bound<siblings_dx>::call);
+  m.def("gated_forward", &Bound<gated_forward>::call);
+  m.def("gated_backward", &Bound<gated_backward>::call);
   m.def("grouped_linear", &Bound<grouped_linear>::call);
   m.def("gathered_linear", &Bound<gathered_linear>::call);
   m.def("round_adapter", &Bound<round_adapter>::call);

@@ -36,7 +36,7 @@ _PIPELINE, _EPILOGUE, _LINEAR, _SUMS = (
 _TILES, _TICKETS, _BACKWARD = "xa_tiles_sm90.cuh", "tickets_sm90.cuh", "backward_sm90.cuh"
 _SPLIT, _SIBLINGS, _GATHERED = "split_sm90.cuh", "siblings_sm90.cuh", "gathered_sm90.cuh"
 _GROUPED, _SKINNY, _PROJECT, _REDUCE = "grouped_sm90.cuh", "skinny_sm80.cuh", "project_sm80.cuh", "reduce_sm80.cuh"
-_DECODE = "decode_sm80.cuh"
+_DECODE, _GATED, _ACTIVATED = "decode_sm80.cuh", "gated_sm90.cuh", "gated_epilogue_sm90.cuh"
 _NESTED = (
     "ptx::multiply_rounded(nested, ptx::load_global(p.nested_absmax + block / 256)) + ptx::load_global(p.nested_offset)"
 )
@@ -47,6 +47,22 @@ _MULTIPLY = "multiply<T, N, kMajorB, kSteps>(d, pipeline.a() + part.row * kBoxRo
 _LAUNCH_WAIT = "{ ptx::wait_for_previous_launch(); ptx::fence_proxy_async(); }"
 _GROUP_B = "load_group_b<kMajorB>(pipeline, map_b, block * BLOCK_K, tile.column * BLOCK_N, {});"
 _ADD_PARTS = "add_parts<S::kParts, BLOCK_M, RANKS>(sums, left, part, part_row);"
+_GATE_STORED = "store_boxes(gate, boxes, kBoxes, row, column);"
+_BOTH_STORED = (
+    "ptx::fence_proxy_async_shared(); consumer_sync(consumer); if (thread == 0) { if (keep_up) store_boxes(up, ups, kBoxes, row, column); "
+    f"{_GATE_STORED} // h will lie where up does, which has been read then\n ptx::tma_store_wait_read<1>(); }}"
+)
+_H_STORED = (
+    "consumer_sync(consumer); activate_boxes<T>(activation, boxes, ups, kBoxes * kBoxBytes, thread); "
+    "ptx::fence_proxy_async_shared(); consumer_sync(consumer); if (thread == 0) store_boxes(h, ups, kBoxes, row, column);"
+)
+_GRADIENTS = (
+    "ptx::fence_proxy_async_shared(); // what was stored before has been read, and its stage is free\n "
+    "if (thread == 0) ptx::tma_store_wait_read<0>(); consumer_sync(consumer); if (n > 0) pipeline.release_previous(lane);"
+)
+_LAST_GRADIENTS = (
+    "if (thread == 0) ptx::tma_store_wait_read<0>(); consumer_sync(consumer); pipeline.release_previous(lane);"
+)
 _FIRST, _LAST = "p.shares.owner(j * p.row_blocks)", "p.shares.owner(last)"
 
 # fmt: off
@@ -136,7 +152,36 @@ BUGS = tuple(Bug(*row) for row in (
     ("sibling_no_init_sync", _SIBLINGS, "siblings", "// the barriers of both blocks are there ptx::cluster_sync();", ""),
     ("sibling_no_exit_sync", _SIBLINGS, "siblings", "// the other block of a cluster may still arrive at this one's barriers ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync();"),
     ("sibling_no_store_wait", _SIBLINGS, "siblings", "if (thread == 0) ptx::tma_store_wait<0>();", ""),
-    ("sibling_rounds_the_first", _SIBLINGS, "siblings", "skinny::round_chunk<T>(p.each[which], block * skinny::kThreads + static_cast<int64_t>(threadIdx.x));", "skinny::round_chunk<T>(p.each[0], block * skinny::kThreads + static_cast<int64_t>(threadIdx.x));"),
+    ("sibling_rounds_the_first", "round_each_sm80.cu", "siblings", "round_chunk<T>(p.each[which], block * kThreads + static_cast<int64_t>(threadIdx.x));", "round_chunk<T>(p.each[0], block * kThreads + static_cast<int64_t>(threadIdx.x));"),
+    # gate and up with their activation: what a tile reads and waits for
+    ("gated_rounds_the_first", "round_each_sm80.cu", "gated", "round_chunk<T>(p.each[which], block * kThreads + static_cast<int64_t>(threadIdx.x));", "round_chunk<T>(p.each[0], block * kThreads + static_cast<int64_t>(threadIdx.x));"),
+    ("gated_w_of_gate", _GATED, "gated", "ptx::tma_load_multicast(place, &maps[half], reduction, column, pipeline.full(), kBoth);", "ptx::tma_load_multicast(place, &maps[0], reduction, column, pipeline.full(), kBoth);"),
+    ("gated_ranks_of_gate", _GATED, "gated", "load_halves(pipeline, b, k - first0, k - first1, column, rank);", "load_halves(pipeline, b, k, k, column, rank);"),
+    ("gated_no_launch_wait", _GATED, "gated", _LAUNCH_WAIT, "{ ptx::fence_proxy_async(); }"),
+    ("gated_up_is_gate", _GATED, "gated", "&maps.read[1]", "&maps.read[0]"),
+    ("gated_reads_of_the_first", _GATED, "gated", "ptx::tma_load(pipeline.a(), &maps.read[0], column + n, row, pipeline.full());", "ptx::tma_load(pipeline.a(), &maps.read[0], column, row, pipeline.full());"),
+    ("gated_bytes_of_one", _GATED, "gated", "pipeline.acquire(2 * Plan::kTileABytes);", "pipeline.acquire(Plan::kTileABytes);"),
+    ("gated_bias_of_its_neighbour", _GATED, "gated", "column + fragment_column(thread, i) - half * (N_TILE / 2)", "column + fragment_column(thread, i)"),
+    ("gated_rows_of_its_neighbour", _GATED, "gated", "(tile.row * p.cluster + rank) * BLOCK_M", "tile.row * p.cluster * BLOCK_M"),
+    ("gated_no_init_sync", _GATED, "gated", "// the barriers of both blocks are there ptx::cluster_sync();", ""),
+    ("gated_no_exit_sync", _GATED, "gated", "// the other block of a cluster may still arrive at this one's barriers ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync();"),
+    ("gated_no_store_wait", _GATED, "gated", "if (thread == 0) ptx::tma_store_wait<0>();", ""),
+    ("gated_over_the_tile_before", _ACTIVATED, "gated", "// the boxes may still be read for the tile before if (thread == 0) ptx::tma_store_wait_read<0>();", ""),
+    ("gated_boxes_half_written", _ACTIVATED, "gated", _BOTH_STORED, _BOTH_STORED.replace("consumer_sync(consumer);", "")),
+    ("gated_no_proxy_fence", _ACTIVATED, "gated", _BOTH_STORED, _BOTH_STORED.replace("ptx::fence_proxy_async_shared();", "")),
+    ("gated_h_over_up", _ACTIVATED, "gated", _BOTH_STORED, _BOTH_STORED.replace("ptx::tma_store_wait_read<1>();", "")),
+    ("gated_gate_first", _ACTIVATED, "gated", _BOTH_STORED, _BOTH_STORED.replace(_GATE_STORED, "").replace("if (keep_up)", _GATE_STORED + " if (keep_up)")),
+    ("gated_h_before_the_wait", _ACTIVATED, "gated", _H_STORED, _H_STORED.replace("consumer_sync(consumer); activate", "activate")),
+    ("gated_h_not_whole", _ACTIVATED, "gated", _H_STORED, _H_STORED.replace("consumer_sync(consumer); if", "if")),
+    ("gated_h_no_proxy_fence", _ACTIVATED, "gated", _H_STORED, _H_STORED.replace("ptx::fence_proxy_async_shared();", "")),
+    ("gated_dh_not_whole", _ACTIVATED, "gated", "write_boxes<T, BLOCK_N>(d, hs, thread); consumer_sync(consumer);", "write_boxes<T, BLOCK_N>(d, hs, thread);"),
+    ("gated_reads_not_awaited", _ACTIVATED, "gated", "ptx::mbarrier_wait(pipeline.full(), pipeline.parity);", ""),
+    ("gated_gradients_no_proxy_fence", _ACTIVATED, "gated", _GRADIENTS, _GRADIENTS.replace("ptx::fence_proxy_async_shared();", "")),
+    ("gated_gradients_not_whole", _ACTIVATED, "gated", _GRADIENTS, _GRADIENTS.replace("consumer_sync(consumer);", "")),
+    ("gated_stage_freed_unread", _ACTIVATED, "gated", _GRADIENTS, _GRADIENTS.replace("ptx::tma_store_wait_read<0>();", "{}")),
+    ("gated_stage_not_freed", _ACTIVATED, "gated", _GRADIENTS, _GRADIENTS.replace("if (n > 0) pipeline.release_previous(lane);", "")),
+    ("gated_last_stage_freed_unread", _ACTIVATED, "gated", _LAST_GRADIENTS, "consumer_sync(consumer); pipeline.release_previous(lane);"),
+    ("gated_last_stage_freed_early", _ACTIVATED, "gated", _LAST_GRADIENTS, "if (thread == 0) ptx::tma_store_wait_read<0>(); pipeline.release_previous(lane);"),
     # da and db in the launch of dx
     ("sum_no_launch_wait", _LINEAR, "concurrent_backward", "if (p.overlap_previous) " + _LAUNCH_WAIT, "if (p.overlap_previous) ptx::fence_proxy_async();"),
     ("sum_no_wait_read", _SUMS, "concurrent_backward, four stages", "// the sums of the item before have been read consumers_sync();", ""),

@@ -1,29 +1,14 @@
 // api_siblings.hpp: checks, and from sizes and pointers to launches of siblings_kernel.
 #include <lorafuse/api_siblings.hpp>
 
-#include "checks.hpp"
+#include "group_launch.hpp"
 #include "linear_launch_sm90.cuh"
-#include "round_checks.hpp"
 #include "siblings_sm90.cuh"
 
 namespace lorafuse {
 namespace {
 
 using namespace sm90;
-
-// Adapters of a launch, rounded by one of their own. False: there are none.
-bool round_each(const RoundEach& p, Type type, Stream stream) {
-  int64_t blocks = 0;
-  for (const Round& one : p.each) {
-    skinny::check_round(one, type);
-    blocks += ceil_div<int64_t>(skinny::round_chunks(one), skinny::kThreads);
-  }
-  if (blocks == 0) return false;
-  choose_type(type, [&]<class T>(T) {
-    launch(round_each_kernel<T>, LaunchConfig{skinny::grid_size(blocks), skinny::kThreads}, stream, p);
-  });
-  return true;
-}
 
 // A launch as it is put together: base products, then outputs with their low-rank ones.
 template <class T, int BLOCK_N, Major kMajor>
@@ -94,10 +79,6 @@ void choose_product(Type type, int64_t M, const Tiling& tiling, F&& run) {
   });
 }
 
-void check_features(const char* name, int64_t features) {
-  check_size(name, features);
-  require(features >= 8 && features % 8 == 0, name, " of ", features, " is not a positive multiple of 8");
-}
 void check_count(int count) {
   require(count >= 1 && count <= kMostSiblings, count, " layers in one launch; there are 1 to ", kMostSiblings);
 }

@@ -9,7 +9,7 @@
 //             product of all ranks. dx is written once and never read, where autograd adds a full-size gradient a layer.
 //
 // Blocks walk fixed tiles and share no flag, so that results depend on no order. Adapters are rounded by a launch before
-// the product (round_each_kernel), which the first tiles' base products overlap.
+// the product (round_each), which the first tiles' base products overlap.
 //
 // FLOPs and bytes are those of linear_sm90.cuh for each layer, less reads of x, last waves and passes over dx. The last
 // K-block of the ranks issues one step of 16 where that holds them, else all four, of which TMA's zeros are a part.
@@ -18,7 +18,6 @@
 #include <lorafuse/side_by_side.cuh>
 
 #include "linear_sm90.cuh"
-#include "round_sm80.cuh"
 
 namespace lorafuse::sm90 {
 
@@ -44,24 +43,6 @@ struct SiblingsArguments {
   // adapters were written by the launch before, which this one may overlap
   bool overlap_previous;
 };
-
-struct RoundEach {
-  Round each[kMostSiblings];
-};
-
-template <class T>
-LF_KERNEL_SHARED(skinny::kThreads, 4) round_each_kernel(LF_GRID_CONSTANT RoundEach p) {
-  // the product sets itself up and reads x and w meanwhile; it reads adapters only after this launch is complete
-  ptx::let_next_launch_start();
-  int64_t block = static_cast<int64_t>(blockIdx.x);
-  int which = 0;
-  const auto blocks = [&] { return ceil_div<int64_t>(skinny::round_chunks(p.each[which]), skinny::kThreads); };
-  while (block >= blocks()) {
-    block -= blocks();
-    ++which;
-  }
-  skinny::round_chunk<T>(p.each[which], block * skinny::kThreads + static_cast<int64_t>(threadIdx.x));
-}
 
 template <class T, int BLOCK_N, Major kMajorB>
 LF_KERNEL(kThreads)

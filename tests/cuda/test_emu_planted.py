@@ -13,7 +13,7 @@ import test_emu_decode
 import test_emu_gathered
 import test_emu_skinny
 import torch
-from group_reference import Case, linears, make
+from group_reference import Case, linears, make, mlp
 from group_reference import results as group_results
 from native_build import EMULATOR as emu
 from native_build import emulator
@@ -38,6 +38,7 @@ SCENARIOS = {
     "concurrent_backward, four stages": ("concurrent_backward", (128, 4, 1), 0),
     "fused_backward": ("fused_backward", (256, 3, 1), 0),
     "siblings": ("siblings", (256, 3, 2), 0),
+    "gated": ("gated", (256, 3, 2), 0),
     "grouped": ("grouped", None, 0),
     "gathered": ("gathered", (256, 3, 1, 16, 0, 128), 0),
 }
@@ -70,6 +71,11 @@ def run(kind, tiling):
                 Case(N=(72, 40, 264), R=(40, 0, 80), K=200, leading=(150,), dtype=torch.bfloat16, bias=(True,) * 3)
             )
             return list(group_results(lambda o: linears(o, backend="emu"), o).values())
+    if kind == "gated":
+        with override(force_kernel="cuda siblings", cuda_tiles=[tiling]):
+            # three tiles of a row backward, of which one program has two
+            case = Case(N=(520, 520, 72), R=(40, 24, 80), K=72, leading=(150,), dtype=torch.bfloat16, bias=(True,) * 3)
+            return list(group_results(lambda o: mlp(o, backend="emu"), make(case, of_mlp=True)).values())
     operator = Linear("emu")
     # flags that a bug left set are not those of the next run
     base.load("emu").flags.clear()
