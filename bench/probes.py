@@ -4,7 +4,8 @@ columns   what sixteen more columns cost a tile of 128 x 256, as a share of its 
 sums      what an SM without a tile streams while the others run tiles, and what that costs these
 flags     from a release to an acquire by another SM
 grouped   the bare product of experts' rows that lie together, as a share of cuBLAS's dense rate
-gathered  the same with tiles by ticket; and of rows that lie anywhere, read where they are or copied together before
+gathered  the same with tiles by ticket; and of rows that lie anywhere, read where they are or copied together before;
+          and with the columns as gate and up, whose activation the launch or torch computes
 """
 
 import statistics
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lorafuse.testing.numerics import relative_l2, tolerance
 from lorafuse.testing.timing import measure_calls
@@ -148,7 +150,7 @@ class _Probes:
         return calls
 
     def gathered(self) -> dict[str, Call]:
-        calls = {}
+        calls: dict[str, Call] = {}
         for rows, E, n, k in self.sizes.experts:
             x, w = self.normal(rows // _CHOICES, k), self.normal(E, n, k, scale=k**-0.5)
             ends = torch.arange(1, E + 1, device=self.device) * (rows // E)
@@ -160,16 +162,17 @@ class _Probes:
 
             def run(
                 x: Tensor, order: Tensor | None = None, by_ticket: bool = True, w: Tensor = w, ends: Tensor = ends,
-                y: Tensor = y, word: Tensor = word,
+                y: Tensor = y, word: Tensor = word, **more: int,
             ) -> None:  # fmt: skip
-                more = {"workspace": word.data_ptr()} if by_ticket else {}
+                if by_ticket:
+                    more["workspace"] = word.data_ptr()
                 if order is not None:
                     more |= {"order": order.data_ptr(), "choices": _CHOICES}
                 launch = self.native.gathered_linear if by_ticket else self.native.grouped_linear
                 launch(
-                    type=_BF16, rows=y.shape[0], groups=w.shape[0], N=w.shape[1], K=w.shape[2],
-                    offsets=ends.data_ptr(), x=x.data_ptr(), stride_x=w.shape[2], w=w.data_ptr(), y=y.data_ptr(),
-                    stride_y=w.shape[1], tiling=(256, 3, 1, 16, self.sizes.sms), stream=self.stream, **more,
+                    type=_BF16, rows=y.shape[0], groups=w.shape[0], K=w.shape[2], offsets=ends.data_ptr(),
+                    x=x.data_ptr(), stride_x=w.shape[2], w=w.data_ptr(), y=y.data_ptr(), stride_y=w.shape[1],
+                    tiling=(256, 3, 1, 16, self.sizes.sms), stream=self.stream, **{"N": w.shape[1]} | more,
                 )  # fmt: skip
 
             forms: dict[str, Callable[[], None]] = {
@@ -177,7 +180,19 @@ class _Probes:
                 "through the order": partial(run, x, order),
                 "copied before": lambda run=run, x=x, token=token: run(x.index_select(0, token), by_ticket=False),
             }
-            calls |= {f"{E} experts, N {n}, K {k}, {form}": Call(one, ((y, right),)) for form, one in forms.items()}
+            name, inner = f"{E} experts, N {n}, K {k}", n // 2
+            calls |= {f"{name}, {form}": Call(one, ((y, right),)) for form, one in forms.items()}
+            if inner % 8 == 0:
+                h, gate, up = x.new_empty(rows, inner), y[:, :inner], y[:, inner:]
+                both = (y, right), (h, F.silu(right[:, :inner]) * right[:, inner:])
+                fused = {"N": inner, "h": h.data_ptr(), "stride_h": inner}
+
+                def apart(run=run, x=x, order=order, h=h, gate=gate, up=up) -> None:
+                    run(x, order)
+                    torch.mul(F.silu(gate), up, out=h)
+
+                calls[f"{name}, and h"] = Call(partial(run, x, order, **fused), both)
+                calls[f"{name}, and h by torch"] = Call(apart, both)
         return calls
 
 

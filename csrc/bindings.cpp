@@ -141,7 +141,7 @@ struct Fields<GatheredLinear> {
       REQUIRED(type), REQUIRED(rows), REQUIRED(groups), REQUIRED(N), REQUIRED(K), OPTIONAL(R),
       OPTIONAL(transposed), REQUIRED(offsets), OPTIONAL(order), OPTIONAL(choices), REQUIRED(x), REQUIRED(stride_x),
       REQUIRED(w), OPTIONAL(bias), OPTIONAL(xa), OPTIONAL(stride_xa), OPTIONAL(b), REQUIRED(y), REQUIRED(stride_y),
-      REQUIRED(workspace), OPTIONAL(tiling)};
+      REQUIRED(workspace), OPTIONAL(activation), OPTIONAL(h), OPTIONAL(stride_h), OPTIONAL(tiling)};
 };
 template <>
 struct Fields<Round> {

@@ -228,6 +228,12 @@ BUGS = tuple(Bug(*row) for row in (
     ("gathered_columns_behind_the_last", _GATHERED, "gathered", "left <= 0 ? 0 : left < 8 ? left * 2 : 16", "16"),
     ("gathered_row_of_another_token", _GATHERED, "gathered", "static_cast<int>(ptx::load_global(p.order + row)) / p.choices", "static_cast<int>(ptx::load_global(p.order + row)) / (p.choices + 1)"),
     ("gathered_group_overrun", _GATHERED, "gathered", "row + kWarpgroupRows <= tile.row_end || tile.row_end == p.rows", "true"),
+    ("gathered_up_of_gate", _GATHERED, "gathered_gated", "n / kHalf * N", "0"),
+    ("gathered_boxes_still_read", _GATHERED, "gathered_gated", "if (thread == 0) ptx::tma_store_wait_read<0>();", ""),
+    ("gathered_gate_before_it_is_there", _GATHERED, "gathered_gated", "// gate and up are there consumer_sync(consumer);", ""),
+    ("gathered_h_over_up", _GATHERED, "gathered_gated", "// and have been read, before h takes the place of up consumer_sync(consumer);", ""),
+    ("gathered_h_before_it_is_there", _GATHERED, "gathered_gated", "// h is there consumer_sync(consumer);", ""),
+    ("gathered_h_overrun", _GATHERED, "gathered_gated", "m >= row_end || n >= N", "n >= N"),
     ("gathered_no_store_wait", _GATHERED, "gathered", "if (thread == 0) ptx::tma_store_wait<0>();", ""),
     # the memory-bound passes
     ("project copy not awaited", _PROJECT, "project_x", "ptx::copy_async_wait<S::kStages - 2>();", ""),

@@ -8,19 +8,25 @@
 
 namespace lorafuse::sm90 {
 
-template <class T, int BLOCK_M, int BLOCK_N, bool kTransposed, bool kGathered>
+template <class T, int BLOCK_M, int BLOCK_N, bool kTransposed, bool kGathered, bool kGated = false>
 void launch_gathered_kernel(const GatheredLinear& p, Stream stream) {
   constexpr Major kMajor = kTransposed ? Major::MN : Major::K;
   using Plan = GatheredPlan<BLOCK_M, BLOCK_N>;
   check_tiling(p.tiling, Plan::Plan::kStageBytes, Plan::bytes(p.tiling.stages));
 
-  GroupedMaps maps{};
-  maps.w = group_b_map<T, kMajor, BLOCK_N>(p.w, p.groups, p.N, p.K);
+  // of gate and up, where there are both
+  constexpr int kParts = kGated ? 2 : 1, kWidth = BLOCK_N / kParts;
+  GatheredMaps maps{};
+  maps.w = group_b_map<T, kMajor, kWidth>(p.w, p.groups, p.N * kParts, p.K);
   maps.y = matrix_map<T>(p.y, p.rows, p.N, p.stride_y, kWarpgroupRows);
   if (!kGathered) maps.x = matrix_map<T>(p.x, p.rows, p.K, p.stride_x, BLOCK_M);
   if (p.R > 0) {
     if (!kGathered) maps.xa = matrix_map<T>(p.xa, p.rows, p.R, p.stride_xa, BLOCK_M);
-    maps.b = group_b_map<T, kMajor, BLOCK_N>(p.b, p.groups, p.N, p.R);
+    maps.b = group_b_map<T, kMajor, kWidth>(p.b, p.groups, p.N * kParts, p.R);
+  }
+  if (kGated) {
+    maps.up = matrix_map<T>(static_cast<T*>(p.y) + p.N, p.rows, p.N, p.stride_y, kWarpgroupRows);
+    maps.h = matrix_map<T>(p.h, p.rows, p.N, p.stride_h, kWarpgroupRows);
   }
 
   GatheredArguments arguments{};
@@ -45,13 +51,16 @@ void launch_gathered_kernel(const GatheredLinear& p, Stream stream) {
   arguments.y = p.y;
   arguments.stride_y = p.stride_y;
   arguments.tickets = p.workspace;
+  arguments.activation = p.activation;
+  arguments.h = p.h;
+  arguments.stride_h = p.stride_h;
 
   // no more tiles than these: each group may end in a tile of its own
-  const int64_t tiles = (p.rows / BLOCK_M + std::min(p.rows, p.groups)) * ceil_div<int64_t>(p.N, BLOCK_N);
+  const int64_t tiles = (p.rows / BLOCK_M + std::min(p.rows, p.groups)) * ceil_div<int64_t>(p.N, kWidth);
   LaunchConfig config{clusters_launched(p.tiling, tiles), kThreads};
   require(tiles + config.grid < int64_t{1} << 31, tiles, " tiles are more than there are tickets");
   config.shared_bytes = Plan::bytes(p.tiling.stages);
-  launch(gathered_kernel<T, BLOCK_M, BLOCK_N, kTransposed, kGathered>, config, stream, maps, arguments);
+  launch(gathered_kernel<T, BLOCK_M, BLOCK_N, kTransposed, kGathered, kGated>, config, stream, maps, arguments);
 }
 
 template <bool kTransposed>
@@ -70,6 +79,9 @@ void launch_gathered(const GatheredLinear& p, Stream stream) {
     });
   });
 }
+
+// Gate, up and h in tiles of 128 x 256, rows through the order.
+void launch_gathered_gated(const GatheredLinear& p, Stream stream);
 
 extern template void launch_gathered<false>(const GatheredLinear&, Stream);
 extern template void launch_gathered<true>(const GatheredLinear&, Stream);

@@ -23,14 +23,29 @@ void gathered_linear(const GatheredLinear& p, void* stream) {
   check_address("offsets", p.offsets, 8);
   check_address("workspace", p.workspace, 4);
   check_matrix("x", p.x, p.K, p.stride_x);
-  check_matrix("w", p.w, p.transposed ? p.N : p.K, p.transposed ? p.N : p.K);
-  check_matrix("y", p.y, p.N, p.stride_y);
+  const bool gated = p.h != nullptr;
+  // of w, b and y
+  const int64_t columns = gated ? 2 * p.N : p.N;
+  check_size("columns of gate and up", columns);
+  check_matrix("w", p.w, p.transposed ? columns : p.K, p.transposed ? columns : p.K);
+  check_matrix("y", p.y, columns, p.stride_y);
+  if (gated) {
+    check_matrix("h", p.h, p.N, p.stride_h);
+    require(p.order != nullptr, "h without an order");
+    require(p.tiling.block_m == 128 && p.tiling.block_n == 256, "tiles of ", p.tiling.block_m, " x ", p.tiling.block_n,
+            "; those of gate and up are 128 x 256");
+    const int activation = static_cast<int>(p.activation);
+    require(activation >= 0 && activation < kActivations, "activation ", activation, "; there are 0 to ",
+            kActivations - 1);
+  }
   if (p.bias != nullptr) check_address("bias", p.bias, 4);
   if (p.R > 0) {
     check_matrix("xa", p.xa, p.R, p.stride_xa);
-    check_matrix("b", p.b, p.transposed ? p.N : p.R, p.transposed ? p.N : p.R);
+    check_matrix("b", p.b, p.transposed ? columns : p.R, p.transposed ? columns : p.R);
   }
-  if (p.transposed) {
+  if (gated) {
+    launch_gathered_gated(p, static_cast<Stream>(stream));
+  } else if (p.transposed) {
     launch_gathered<true>(p, static_cast<Stream>(stream));
   } else {
     launch_gathered<false>(p, static_cast<Stream>(stream));

@@ -15,11 +15,16 @@
 // block draws one that is no tile, and has walked to the number of tiles by then. The sum of a tile is the same whoever
 // computes it, so that results are bit for bit those of any other schedule.
 //
+// Gated (kGated). With `h`, w has the columns of gate and then as many of up. A tile has BLOCK_N / 2 columns of each, so
+// that a K-block of B is two boxes of one stack, and h = act(gate) · up is computed where the tile is stored
+// (gated_epilogue_sm90.cuh), of the numbers that u = y holds: neither is read again for it.
+//
 // Roles: pipeline_sm90.cuh; of four producer warps, all copy where rows are gathered. Host: gathered_launch_sm90.cuh.
 #pragma once
 
 #include <lorafuse/ptx/copies.cuh>
 
+#include "gated_sm90.cuh"
 #include "grouped_sm90.cuh"
 #include "tickets_sm90.cuh"
 
@@ -29,6 +34,12 @@ namespace lorafuse::sm90 {
 constexpr int kCopierRegisters = 88;
 constexpr int kGatheredConsumerRegisters = 208;
 constexpr int kCopiers = 128;
+
+struct GatheredMaps {
+  TensorMap x, w, xa, b, y;
+  // gated: y is gate's columns
+  TensorMap up, h;
+};
 
 struct GatheredArguments {
   int rows, groups, N, K, R;
@@ -47,6 +58,9 @@ struct GatheredArguments {
   void* y;
   int64_t stride_y;
   uint32_t* tickets;
+  Activation activation;
+  void* h;
+  int64_t stride_h;
 };
 
 // Behind the shared memory of SharedPlan: the tickets.
@@ -90,11 +104,73 @@ LF_DEVICE void multiply_gathered(float (&d)[N / 2], Pipeline<BLOCK_M, BLOCK_N>& 
   end_stage(pipeline, lane, continues);
 }
 
-template <class T, int BLOCK_M, int BLOCK_N, bool kTransposed, bool kGathered>
+// Producer: load_group_b of grouped_sm90.cuh; of two halves of columns, where gate and up lie in one stack.
+template <Major kMajorB, bool kGated, int BLOCK_M, int BLOCK_N>
+LF_DEVICE void load_columns(Pipeline<BLOCK_M, BLOCK_N>& pipeline, const TensorMap* map, int reduction,
+                            const RaggedTile& tile, int N) {
+  if constexpr (!kGated) {
+    load_group_b<kMajorB>(pipeline, map, reduction, tile.column * BLOCK_N, tile.group);
+  } else {
+    constexpr int kHalf = BLOCK_N / 2, kWidth = kMajorB == Major::K ? kHalf : kBoxElements;
+    LF_UNROLL
+    for (int n = 0; n < BLOCK_N; n += kWidth) {
+      const int column = tile.column * kHalf + n % kHalf + n / kHalf * N;
+      uint8_t* place = pipeline.b() + n * kBoxRowBytes;
+      if constexpr (kMajorB == Major::K) {
+        ptx::tma_load(place, map, reduction, column, tile.group, pipeline.full());
+      } else {
+        ptx::tma_load(place, map, column, reduction, tile.group, pipeline.full());
+      }
+    }
+  }
+}
+
+// Consumer: rows row … row_end of `count` boxes of 64 columns, by ordinary stores into `y` [rows, N].
+template <class T>
+LF_DEVICE void store_box_rows(const uint8_t* boxes, int count, T* y, int64_t stride, int row, int row_end, int column,
+                              int N, int thread) {
+  constexpr int kPieces = kBoxRowBytes / kPieceBytes, kOfBox = kWarpgroupRows * kPieces;
+  LF_NO_UNROLL
+  for (int i = thread; i < count * kOfBox; i += 128) {
+    const int box = i / kOfBox, r = i % kOfBox / kPieces, c = i % kPieces * (kPieceBytes / 2);
+    const int m = row + r, n = column + box * kBoxElements + c;
+    if (m >= row_end || n >= N) continue;
+    const Piece piece = ptx::load_shared<Piece>(boxes + box * kBoxBytes + box_offset(r, c));
+    ptx::store_global(reinterpret_cast<Piece*>(y + m * stride + n), piece);
+  }
+}
+
+// Consumer: store_activated of gated_epilogue_sm90.cuh, for rows behind which another group's begin.
+template <class T, int N_TILE>
+LF_DEVICE void store_activated_rows(const float (&d)[N_TILE / 2], const GatheredArguments& p, uint8_t* boxes, int row,
+                                    int row_end, int column, int consumer, int thread) {
+  constexpr int kBoxes = N_TILE / 2 / kBoxElements;
+  uint8_t* const ups = boxes + kBoxes * kBoxBytes;
+  T* const y = static_cast<T*>(p.y);
+  // the boxes may still be read for the tile before
+  if (thread == 0) ptx::tma_store_wait_read<0>();
+  consumer_sync(consumer);
+  write_boxes<T, N_TILE>(d, boxes, thread);
+  // gate and up are there
+  consumer_sync(consumer);
+  store_box_rows(boxes, kBoxes, y, p.stride_y, row, row_end, column, p.N, thread);
+  store_box_rows(ups, kBoxes, y + p.N, p.stride_y, row, row_end, column, p.N, thread);
+  // and have been read, before h takes the place of up
+  consumer_sync(consumer);
+  activate_boxes<T>(p.activation, boxes, ups, kBoxes * kBoxBytes, thread);
+  // h is there
+  consumer_sync(consumer);
+  store_box_rows(ups, kBoxes, static_cast<T*>(p.h), p.stride_h, row, row_end, column, p.N, thread);
+}
+
+template <class T, int BLOCK_M, int BLOCK_N, bool kTransposed, bool kGathered, bool kGated>
 LF_KERNEL(kThreads)
-gathered_kernel(LF_GRID_CONSTANT GroupedMaps maps, LF_GRID_CONSTANT GatheredArguments p) {
+gathered_kernel(LF_GRID_CONSTANT GatheredMaps maps, LF_GRID_CONSTANT GatheredArguments p) {
   constexpr Major kMajorB = kTransposed ? Major::MN : Major::K;
   constexpr int kColumns = ConsumerPart<BLOCK_M, BLOCK_N>::kColumns;
+  // columns of a tile, of gate and of up where there are both
+  constexpr int kWidth = kGated ? BLOCK_N / 2 : BLOCK_N;
+  static_assert(!kGated || kColumns == BLOCK_N, "a warpgroup has gate and up of its rows");
   using Plan = SharedPlan<BLOCK_M, BLOCK_N>;
 
   LF_DYNAMIC_SHARED(shared);
@@ -119,7 +195,7 @@ gathered_kernel(LF_GRID_CONSTANT GroupedMaps maps, LF_GRID_CONSTANT GatheredArgu
   ptx::block_sync();
 
   const auto load_end = [&](int group) { return static_cast<int>(ptx::load_global(p.offsets + group)); };
-  RaggedWalk walk(p.groups, ceil_div(p.N, BLOCK_N), BLOCK_M);
+  RaggedWalk walk(p.groups, ceil_div(p.N, kWidth), BLOCK_M);
   RaggedTile tile;
   const auto draw = [&] { return static_cast<int>(ptx::fetch_add_relaxed(p.tickets, 1)); };
   // behind the walk, which has reached the number of tiles
@@ -156,7 +232,7 @@ gathered_kernel(LF_GRID_CONSTANT GroupedMaps maps, LF_GRID_CONSTANT GatheredArgu
             ptx::mbarrier_wait_cluster(pipeline.empty(), pipeline.parity ^ 1);
             if (leads) {
               ptx::mbarrier_arrive_expect(pipeline.full(), Plan::kStageBytes - Plan::kTileABytes);
-              load_group_b<kMajorB>(pipeline, map_b, block * BLOCK_K, tile.column * BLOCK_N, tile.group);
+              load_columns<kMajorB, kGated>(pipeline, map_b, block * BLOCK_K, tile, p.N);
             }
             copy(block * BLOCK_K);
             ptx::copy_async_arrive(pipeline.full());
@@ -183,7 +259,7 @@ gathered_kernel(LF_GRID_CONSTANT GroupedMaps maps, LF_GRID_CONSTANT GatheredArgu
           for (int block = 0; block < blocks; ++block) {
             pipeline.acquire(Plan::kStageBytes);
             ptx::tma_load(pipeline.a(), map_a, block * BLOCK_K, tile.row, pipeline.full());
-            load_group_b<kMajorB>(pipeline, map_b, block * BLOCK_K, tile.column * BLOCK_N, tile.group);
+            load_columns<kMajorB, kGated>(pipeline, map_b, block * BLOCK_K, tile, p.N);
             pipeline.advance();
           }
         };
@@ -200,7 +276,7 @@ gathered_kernel(LF_GRID_CONSTANT GroupedMaps maps, LF_GRID_CONSTANT GatheredArgu
     const ConsumerPart<BLOCK_M, BLOCK_N> part(consumer);
     LF_NO_UNROLL
     for (int index = tickets.take(lane); walk.seek(index, load_end, tile); index = tickets.take(lane)) {
-      const int row = tile.row + part.row, column = tile.column * BLOCK_N + part.column;
+      const int row = tile.row + part.row, column = tile.column * kWidth + part.column;
       float d[kColumns / 2];
       LF_NO_UNROLL
       for (int block = 0; block < p.whole_blocks; ++block) {
@@ -210,12 +286,26 @@ gathered_kernel(LF_GRID_CONSTANT GroupedMaps maps, LF_GRID_CONSTANT GatheredArgu
       finish_blocks(pipeline, lane);
 
       if (p.bias != nullptr) {
-        const T* bias = static_cast<const T*>(p.bias) + static_cast<int64_t>(tile.group) * p.N;
-        add_bias<T, kColumns>(d, bias, column, p.N, thread);
+        const T* bias = static_cast<const T*>(p.bias) + static_cast<int64_t>(tile.group) * p.N * (kGated ? 2 : 1);
+        if constexpr (kGated) {
+          const void* const biases[] = {bias, bias + p.N};
+          add_biases<T, kColumns>(d, biases, column, p.N, thread);
+        } else {
+          add_bias<T, kColumns>(d, bias, column, p.N, thread);
+        }
       }
       // TMA clips at the end of y, and knows of no other end
-      if (row + kWarpgroupRows <= tile.row_end || tile.row_end == p.rows) {
-        store_tile<T, kColumns>(d, &maps.y, pipeline.output(consumer), row, column, consumer, thread);
+      const bool whole = row + kWarpgroupRows <= tile.row_end || tile.row_end == p.rows;
+      uint8_t* const boxes = pipeline.output(consumer);
+      if constexpr (kGated) {
+        if (whole) {
+          store_activated<T, kColumns>(d, &maps.y, &maps.up, true, &maps.h, p.activation, boxes, row, column, consumer,
+                                       thread);
+        } else {
+          store_activated_rows<T, kColumns>(d, p, boxes, row, tile.row_end, column, consumer, thread);
+        }
+      } else if (whole) {
+        store_tile<T, kColumns>(d, &maps.y, boxes, row, column, consumer, thread);
       } else {
         store_rows<T, kColumns>(d, static_cast<T*>(p.y), p.stride_y, row, tile.row_end, column, p.N, thread);
       }

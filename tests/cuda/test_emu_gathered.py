@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from lorafuse.activation import gate_forward
 from lorafuse.testing.numerics import relative_l2, tolerance
 
 pytest_plugins = "emu_fixtures"
@@ -17,6 +18,8 @@ pytestmark = pytest.mark.usefixtures("emu")
 # (block_n, stages, cluster, group_m, sms, block_m)
 TILINGS = ((256, 3, 1, 16, 0, 128), (128, 4, 1, 16, 0, 128), (256, 4, 1, 16, 0, 64), (256, 2, 1, 16, 0, 128))
 TYPES = {torch.bfloat16: 0, torch.float16: 1}
+# by the numbers of api_gated.hpp
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu")
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,28 @@ class Operands:
         return y
 
 
+@dataclass(frozen=True)
+class GatedCase(Case):
+    """Of gate and up side by side, N columns both, in one launch with their activation."""
+
+    activation: str = "silu"
+
+
+class Gated(Operands):
+    """Of a gated case; the launch gives h too."""
+
+    def launch(self, emu, tiling=TILINGS[0]):
+        """u and h."""
+        case, I = self.case, self.case.N // 2
+        u, arguments = self.arguments(self.x, tiling)
+        h = u.new_full((case.rows, I), float("nan"))
+        emu.gathered_linear(
+            **arguments | {"N": I}, order=self.order.data_ptr(), choices=case.choices, workspace=self.word.data_ptr(),
+            activation=ACTIVATIONS.index(case.activation), h=h.data_ptr(), stride_h=I,
+        )  # fmt: skip
+        return torch.cat([u, h], 1)
+
+
 def same(one, other):
     """Bit for bit, what nobody wrote included."""
     return torch.equal(one.view(torch.int16), other.view(torch.int16))
@@ -177,15 +202,17 @@ def test_integers_are_exact(emu):
     assert torch.equal(y[:190].double(), expected[:190].bfloat16().double())
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_many_schedules(emu, request, transposed):
-    """No bit depends on who computes a tile, or when."""
-    o, first = Operands(Case(N=72, K=72, R=8, transposed=transposed)), None
+FEW = GatedCase(ends=(20, 20, 90), rows=92, N=2 * 72, K=72, R=8)
+
+
+@pytest.mark.parametrize("kind", [Operands, Gated])
+def test_many_schedules(emu, request, kind):
+    """No bit depends on who computes a tile, or when; w by rows and by columns in turn."""
+    forms, first = [kind(FEW), kind(replace(FEW, transposed=True))], {}
     for i in range(max(50, request.config.getoption("--seeds") // 4)):
-        emu.configure(seed=i, resident=1 + i % 3, multiprocessors=1 + i % 5)
-        y = o.through_order(emu, TILINGS[i % 3])
-        first = y if first is None else first
-        assert same(y, first), i
+        emu.configure(seed=i, resident=1 + i % 3, multiprocessors=1 + i // 2 % 5)
+        y = forms[i % 2].through_order(emu, TILINGS[0 if kind is Gated else i % 3])
+        assert same(y, first.setdefault(i % 2, y)), i
 
 
 def test_late_blocks_leave_their_tiles_to_others(emu):
@@ -195,6 +222,22 @@ def test_late_blocks_leave_their_tiles_to_others(emu):
     y = o.through_order(emu)
     assert emu.statistics()["wgmmas"] > 0
     assert same(y, o.in_order(emu))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_activation(emu, activation):
+    """h of the u that is stored, in tiles that end with a group's rows and in those that do not; u as without h."""
+    index = ACTIVATIONS.index(activation)
+    case = GatedCase(
+        ends=(20, 20, 150, 152), N=2 * 136, K=72, R=8, activation=activation, transposed=index % 2 == 1,
+        bias=index % 3 > 0, dtype=(torch.bfloat16, torch.float16)[index // 3],
+    )  # fmt: skip
+    o, end = Gated(case), case.ends[-1]
+    u, h = o.through_order(emu).split([case.N, case.N // 2], 1)
+    assert same(u, Operands(case).through_order(emu))
+    exact = gate_forward(activation, *u[:end].double().chunk(2, 1))
+    assert relative_l2(h[:end], exact) < tolerance(case.dtype)
+    assert h[end:].isnan().all(), "a row of no group was written"
 
 
 def test_what_is_refused(emu):
@@ -215,6 +258,15 @@ def test_what_is_refused(emu):
         "5 stages of 49152 bytes need": {"tiling": (256, 5, 1)},
         "xa is null": {"xa": 0},
         "rows of -1": {"rows": -1},
+        "activation 6; there are 0 to 5": {"h": o.x.data_ptr(), "stride_h": 136, "stride_y": 272, "activation": 6},
+        "h without an order": {"h": o.x.data_ptr(), "stride_h": 136, "stride_y": 272, "order": 0, "choices": 1},
+        "stride 136 of y is below its 272 columns": {"h": o.x.data_ptr(), "stride_h": 136},
+        "tiles of 128 x 128; those of gate and up are 128 x 256": {
+            "h": o.x.data_ptr(),
+            "stride_h": 136,
+            "stride_y": 272,
+            "tiling": (128, 3, 1),
+        },
     }.items():
         with pytest.raises(ValueError, match=message):
             emu.gathered_linear(**given | change)
