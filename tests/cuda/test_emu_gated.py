@@ -127,7 +127,7 @@ def test_many_schedules(launch, emu, request):
     """No bit depends on the order in which blocks run, or on how many do at a time."""
     emu.configure()
     first, configs = launch(TILINGS[0]), [config for config in TILINGS if config[0] == 128]
-    for i in range(max(10, request.config.getoption("--seeds") // 10)):
+    for i in range(max(6, request.config.getoption("--seeds") // 8)):
         config = configs[i % len(configs)]
         emu.configure(seed=i, resident=config[2] * (1 + i % 3), multiprocessors=config[2] * (1 + i % 4))
         assert all(map(torch.equal, launch(config), first)), i
