@@ -1,6 +1,6 @@
 // y[s] = x[order[s] / choices] w[g] + bias[g] + xa[s] b[g] for the rows s of each group g, ragged on the device (sm_90a).
 //
-// Shapes as in api_gathered.hpp; what a tile is, FLOPs and bytes as in grouped_sm90.cuh. Two things are new.
+// Shapes as in api_gathered.hpp; what a tile is, FLOPs and bytes as in grouped_sm90.cuh. Three things are new.
 //
 // Gathered rows. TMA reads boxes of neighbouring rows, so that here the producer's 128 threads copy A: each copies 16
 // bytes of every 16th row of a K-block to where TMA's swizzle would put them, eight threads a line of 128 bytes. TMA

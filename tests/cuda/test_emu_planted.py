@@ -10,10 +10,11 @@ from functools import cache
 import planted
 import pytest
 import test_emu_decode
-import test_emu_gathered
 import test_emu_skinny
 import torch
 from emu_launches import gated, masked
+from gathered_reference import Case as GatheredCase
+from gathered_reference import Gated, GatedCase, Operands
 from group_reference import Case, linears, make
 from group_reference import results as group_results
 from native_build import EMULATOR as emu
@@ -67,11 +68,11 @@ def run(kind, tiling):
         return list(results(*grouped([60, 60, 190], 200, torch.bfloat16), "emu").values())
     if kind == "gathered_gated":
         # a row block and a part of one in two groups
-        o = test_emu_gathered.Gated(test_emu_gathered.GatedCase(ends=(150, 290), rows=292, N=2 * 72, K=72, R=8))
+        o = Gated(GatedCase(ends=(150, 290), rows=292, N=2 * 72, K=72, R=8))
         return [o.launch(emu, tiling)[:290], o.word]
     if kind == "gathered":
         # tiles that go around the ring, and more of them than blocks
-        o = test_emu_gathered.Operands(test_emu_gathered.Case(N=264, K=264, R=8))
+        o = Operands(GatheredCase(N=264, K=264, R=8))
         return [o.launch(emu, tiling)[:190], o.word]
     if kind == "siblings":
         with override(force_kernel="cuda siblings", cuda_tiles=[tiling]):

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from gathered_reference import Gated, GatedCase, Operands, same
 from group_reference import Case, linears, make, mlp
 from group_reference import results as group_results
 from torch.utils.checkpoint import checkpoint
 
 from lorafuse import cli
-from lorafuse.activation import ACTIVATIONS, GATES
+from lorafuse.activation import ACTIVATIONS, GATES, gate_forward
 from lorafuse.backends import base
 from lorafuse.functional import lora_linear, plan_linear
 from lorafuse.plan import clear_cache, override
@@ -139,6 +140,26 @@ def test_gated_mlp_in_one_cuda_launch_each_way(activation, M):
         for _ in range(20):
             again = group_results(lambda o: mlp(o, activation, backend="cuda"), o)
             assert all(torch.equal(t, first[name]) for name, t in again.items())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("ends", [(0, 700, 700, 701, 3000, 4096), (0, 8192, 8192), tuple(range(64, 8193, 64))])
+def test_gathered_rows_by_ticket_in_the_cuda_kernel(ends, transposed):
+    """y as in fp64, with gate, up and h too, and the same bits each time, as of a gathered copy."""
+    able("cuda")
+    native = base.load("cuda").native
+    case = GatedCase(ends=ends, rows=ends[-1] + 8, choices=8, N=1552, K=1032, R=24, transposed=transposed)
+    plain, gated = Operands(case, "cuda"), Gated(case, "cuda")
+    y, both = plain.through_order(native), gated.through_order(native)
+    assert relative_l2(y[: ends[-1]], plain.expected()[: ends[-1]]) < tolerance(torch.bfloat16)
+    gate, up = y[: ends[-1]].double().chunk(2, 1)
+    assert relative_l2(both[: ends[-1], case.N :], gate_forward("silu", gate, up)) < tolerance(torch.bfloat16)
+    assert same(both[:, : case.N], y)
+    assert same(plain.in_order(native), y)
+    assert same(plain.fixed_tiles(native), y)
+    for _ in range(100):
+        assert same(plain.through_order(native), y)
+        assert same(gated.through_order(native), both)
 
 
 @pytest.mark.parametrize("M", [1, 512, 1000, 8192])
