@@ -183,7 +183,7 @@ void copy_async_wait(int pending) {
       }
       thread.block->shadow->retire_copy(thread, copy.shared, 16);
     }
-    thread.copies.pop_front();
+    thread.copies.erase(thread.copies.begin());
   }
 }
 
