@@ -80,7 +80,8 @@ void SharedShadow::read(Thread& thread, uint32_t address, uint32_t bytes) {
            " into it was waited for");
     }
     if (!ordered_after(thread, write)) {
-      fail("race: read of ", describe_shared(*block_, word * 4), " is not ordered after the write by ", describe(write));
+      fail("race: read of ", describe_shared(*block_, word * 4), " is not ordered after the write by ",
+           describe(write));
     }
     if (!write.async && write.agent / engine->agents_per_block != static_cast<uint32_t>(block_->number) &&
         thread.cluster_clock.at(write.agent) < write.time) {

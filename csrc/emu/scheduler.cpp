@@ -310,7 +310,11 @@ void Engine::thread_step() {
   warp.position = -1;
   step_.swap(warp.ready);
   const size_t first = random.below(step_.size());
-  for (size_t i = 0; i < step_.size() && !error_; ++i) resume(*step_[(i + first) % step_.size()]);
+  const size_t count = step_.size();
+  for (size_t i = 0; i < count && !error_; ++i) {
+    step_[(i + first + 2) % count]->fiber.fetch();
+    resume(*step_[(i + first) % count]);
+  }
   step_.clear();
 }
 
