@@ -11,6 +11,7 @@
 #include <lorafuse/api_backward.hpp>
 #include <lorafuse/api_decode.hpp>
 #include <lorafuse/api_device.hpp>
+#include <lorafuse/api_forward.hpp>
 #include <lorafuse/api_probes.hpp>
 #include <lorafuse/api_siblings.hpp>
 #include <lorafuse/api_split.hpp>
@@ -107,6 +108,15 @@ struct Fields<FusedBackward> {
       OPTIONAL(scale), REQUIRED(dyb), REQUIRED(stride_dyb), REQUIRED(dx), REQUIRED(stride_dx), OPTIONAL(x),
       OPTIONAL(stride_x), OPTIONAL(da), OPTIONAL(da_type), OPTIONAL(xa), OPTIONAL(stride_xa), OPTIONAL(db),
       OPTIONAL(db_type), OPTIONAL(rounded_a), OPTIONAL(rounded_b), OPTIONAL(sum_rows), OPTIONAL(partials),
+      REQUIRED(workspace), OPTIONAL(tiling)};
+};
+template <>
+struct Fields<FusedForward> {
+  using P = FusedForward;
+  static constexpr Field fields[] = {
+      REQUIRED(type), REQUIRED(M), REQUIRED(N), REQUIRED(K), REQUIRED(R), REQUIRED(x), REQUIRED(stride_x), REQUIRED(w),
+      REQUIRED(stride_w), OPTIONAL(bias), REQUIRED(a), REQUIRED(stride_a), REQUIRED(b), REQUIRED(stride_b),
+      REQUIRED(xa), REQUIRED(stride_xa), REQUIRED(y), REQUIRED(stride_y), OPTIONAL(rounded_a), OPTIONAL(rounded_b),
       REQUIRED(workspace), OPTIONAL(tiling)};
 };
 template <>
@@ -376,6 +386,8 @@ PYBIND11_MODULE(LORAFUSE_MODULE, m) {
       py::kw_only(), py::arg("M"), py::arg("N"), py::arg("K"));
   m.def("fused_backward_partials", &Bound<fused_backward_partials>::call);
   m.def("fused_backward", &Bound<fused_backward>::call);
+  m.def("fused_forward_workspace", [](int64_t M) { return fused_forward_workspace(M); }, py::kw_only(), py::arg("M"));
+  m.def("fused_forward", &Bound<fused_forward>::call);
   m.def("split_linear", &Bound<split_linear>::call);
   m.def("siblings_forward", &Bound<siblings_forward>::call);
   m.def("siblings_dx", &Bound<siblings_dx>::call);

@@ -33,7 +33,7 @@ _PIPELINE, _EPILOGUE, _LINEAR, _SUMS = (
     "linear_sm90.cuh",
     "adapter_grads_sm90.cuh",
 )
-_TILES, _TICKETS, _BACKWARD = "xa_tiles_sm90.cuh", "tickets_sm90.cuh", "backward_sm90.cuh"
+_TILES, _TICKETS, _BACKWARD = "xa_tiles_sm90.cuh", "tickets_sm90.cuh", "one_launch_sm90.cuh"
 _SPLIT, _SIBLINGS = "split_sm90.cuh", "siblings_sm90.cuh"
 _GROUPED, _SKINNY, _PROJECT, _REDUCE = "grouped_sm90.cuh", "skinny_sm80.cuh", "project_sm80.cuh", "reduce_sm80.cuh"
 _DECODE = "decode_sm80.cuh"
@@ -120,6 +120,7 @@ BUGS = tuple(Bug(*row) for row in (
     ("split_ends_while_read", _SPLIT, "split_k", "// for the parts of all blocks, and until nobody reads this one's; each role on its own, which has its own registers ptx::warp_sync(); ptx::cluster_sync(); ptx::cluster_sync();", "ptx::warp_sync(); ptx::cluster_sync();"),
     ("split_ends_while_read", _SPLIT, "split_k", "// no block ends while others read its parts ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync();"),
     ("split_xa_not_whole", _SPLIT, "split_k", "// xa of these rows is whole consumers_sync();", ""),
+    ("split_no_launch_wait", _SPLIT, "split_k", "ptx::wait_for_previous_launch();", ""),
     ("split_own_part_only", _SPLIT, "split_k", "ptx::load_cluster(parts + r * Parts::kPitch + c + j, block)", "ptx::load_cluster(parts + r * Parts::kPitch + c + j, rank)"),
     # layers of one x in one launch: what a tile looks up, and what it waits for
     ("sibling_w_of_the_first", _SIBLINGS, "siblings", "load_blocks(maps.base[term], p.k_blocks[term]);", "load_blocks(maps.base[0], p.k_blocks[term]);"),
@@ -149,7 +150,7 @@ BUGS = tuple(Bug(*row) for row in (
     ("backward_slice_published_early", _BACKWARD, "fused_backward", "ptx::warp_sync(); if (lane == 0) ptx::add_release(p.workspace + rounded_word(p.work), 1);", "if (lane == 0) ptx::add_release(p.workspace + rounded_word(p.work), 1);"),
     ("backward_slice_relaxed", _BACKWARD, "fused_backward", "ptx::warp_sync(); if (lane == 0) ptx::add_release(p.workspace + rounded_word(p.work), 1);", "ptx::warp_sync(); if (lane == 0) ptx::add_relaxed(p.workspace + rounded_word(p.work), 1);"),
     ("backward_slice_of_every_lane", _BACKWARD, "fused_backward", "ptx::shuffle(ticket, 0)", "ticket"),
-    ("backward_no_proxy_fence", _BACKWARD, "fused_backward", "ptx::fence_proxy_async();", ""),
+    ("backward_no_proxy_fence", _BACKWARD, "fused_backward", "ptx::wait_at_least(p.workspace + word, static_cast<uint32_t>(value)); ptx::fence_proxy_async();", "ptx::wait_at_least(p.workspace + word, static_cast<uint32_t>(value));"),
     ("backward_rows_not_awaited", _BACKWARD, "fused_backward", "wait_for(p, kFlags + kWordsOfFlag * work.row, kPublishers);", ""),
     ("backward_rows_half_awaited", _BACKWARD, "fused_backward", "wait_for(p, kFlags + kWordsOfFlag * work.row, kPublishers);", "wait_for(p, kFlags + kWordsOfFlag * work.row, 1);"),
     ("backward_chunk_not_awaited", _BACKWARD, "fused_backward", "if (item.sum == 1) { wait_for(p, chunk_word(p.work, work.row), static_cast<int>(kPublishers) * p.work.height(work.row)); }", ""),
@@ -165,6 +166,13 @@ BUGS = tuple(Bug(*row) for row in (
     ("backward_no_init_sync", _BACKWARD, "fused_backward", "// the barriers are there ptx::block_sync();", ""),
     ("backward_no_store_wait", _BACKWARD, "fused_backward", "leave(p); ptx::tma_store_wait<0>();", "leave(p);"),
     ("backward_sum_over_a_tile", _SUMS, "fused_backward", "if (thread == 0) ptx::tma_store_wait_read<0>();", ""),
+    ("one_launch_no_launch_wait", _BACKWARD, "fused_backward", "ptx::wait_for_previous_launch();", ""),
+    # the same in forward
+    ("forward_rows_awaited_too_late", _BACKWARD, "fused_forward", "wait_for(p, kFlags + kWordsOfFlag * work.row, kPublishers);", ""),
+    ("forward_adapters_awaited_too_late", _BACKWARD, "fused_forward", "if (!rounded) wait_for(p, rounded_word(p.work), p.slices[0] + p.slices[1]);", ""),
+    ("forward_workspace_not_zeroed", _BACKWARD, "fused_forward", "ptx::store_relaxed(p.workspace + i, 0);", ""),
+    ("forward_ticket_of_every_lane", _BACKWARD, "fused_forward", "ptx::shuffle(ticket, 0)", "ticket"),
+    ("forward_without_bias", _BACKWARD, "fused_forward", "!kBackward && p.bias != nullptr", "false"),
     # ragged rows
     ("wrong_group", _GROUPED, "grouped", _GROUP_B.format("tile.group"), _GROUP_B.format("0")),
     ("group_overrun", _GROUPED, "grouped", "row + kWarpgroupRows <= tile.row_end || tile.row_end == p.rows", "true"),

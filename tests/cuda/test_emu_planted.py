@@ -36,6 +36,7 @@ SCENARIOS = {
     "concurrent_backward": ("concurrent_backward", (256, 3, 1), 0),
     "concurrent_backward, four stages": ("concurrent_backward", (128, 4, 1), 0),
     "fused_backward": ("fused_backward", (256, 3, 1), 0),
+    "fused_forward": ("fused_forward", (256, 3, 1), 0),
     "siblings": ("siblings", (256, 3, 2), 0),
     "grouped": ("grouped", None, 0),
 }
@@ -82,7 +83,12 @@ def run(kind, tiling):
             # one launch leaves flags for a second one
             both = [operator.backward(*given)[:3] for _ in range(2 if kind == "fused_backward" else 1)]
         return [tensor for one in both for tensor in one] + list(base.load("emu").flags.values())
-    launches = range(2 if kind in ("fused_xa", "xa_in_tiles") else 1)
+    if kind == "split_k":
+        # x is what the launch before writes
+        first = make_operands(LinearCase(leading=(rows,), N=K, K=64, R=24, dtype=torch.bfloat16))
+        with override(force_kernel="cuda two_kernel"):
+            o.x = operator.forward(first.x, first.w, None, first.a, first.b, None, 1.7, 0.0)[0]
+    launches = range(2 if kind in ("fused_xa", "xa_in_tiles", "fused_forward") else 1)
     with override(force_kernel=f"cuda {kind}", cuda_tiles=[tiling]):
         actual = [operator.forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0) for _ in launches]
     return [tensor for pair in actual for tensor in pair]

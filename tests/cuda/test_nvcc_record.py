@@ -50,7 +50,10 @@ def test_comments_change_nothing(csrc):
         ("include/lorafuse/common.cuh", set(NAMES)),
         (
             "include/lorafuse/ptx/mma.cuh",
-            {"backward_sm90.cu", "round_sm80.cu", "siblings_sm90.cu", "skinny_sm80.cu", "split_sm90.cu"},
+            {
+                *("fused_backward_sm90.cu", "fused_forward_sm90.cu", "round_sm80.cu", "siblings_sm90.cu"),
+                *("skinny_sm80.cu", "split_sm90.cu"),
+            },
         ),
         ("include/lorafuse/ptx/wgmma.cuh", {name for name in NAMES if name.endswith("sm90.cu")}),
         ("bindings.cpp", set()),

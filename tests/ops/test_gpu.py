@@ -83,7 +83,10 @@ def test_every_rank_of_the_cuda_kernels(leading, R):
 
 
 @pytest.mark.parametrize("M", [1, 1000, 8192])
-@pytest.mark.parametrize(("kernel", "N"), [("cuda fused_xa", 4096), ("cuda xa_in_tiles", 1024), ("cuda split_k", 1024)])
+@pytest.mark.parametrize(
+    ("kernel", "N"),
+    [("cuda fused_xa", 4096), ("cuda xa_in_tiles", 1024), ("cuda split_k", 1024), ("cuda fused_forward", 4096)],
+)
 def test_xa_and_y_in_one_cuda_launch(kernel, N, M):
     able("cuda")
     o = operands(LinearCase(leading=(M,), N=N, K=1024, R=16, dtype=torch.bfloat16, adapter_dtype=torch.float32))
