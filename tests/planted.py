@@ -316,7 +316,7 @@ def weave(kernels: Path, out: Path, bugs: tuple[Bug, ...] = BUGS) -> None:
     A text that a file does not hold exactly once, and texts that overlap, are AssertionErrors.
     """
     out.mkdir(parents=True, exist_ok=True)
-    sources = {path.name: path.read_text() for path in kernels.iterdir()}
+    sources = {path.name: path.read_text() for path in kernels.iterdir() if path.is_file()}
     for file, rows in groupby(sorted(bugs, key=lambda bug: bug.file), key=lambda bug: bug.file):
         source, places = sources[file], {}
         for bug in rows:

@@ -53,7 +53,7 @@ void copy_async_wait(int pending) {
       land(*thread.block, copy);
       thread.block->shadow->retire_copy(access_of(thread), copy.shared, 16);
     }
-    thread.copies.pop_front();
+    thread.copies.erase(thread.copies.begin());
   }
 }
 

@@ -137,7 +137,17 @@ struct Thread {
   WgmmaIssuer wgmma;
   StoreIssuer stores;
   // copy_async groups, oldest first; the last is the open one.
-  std::deque<std::vector<AsyncCopy>> copies{1};
+  std::vector<std::vector<AsyncCopy>> copies{1};
+
+  // As of a thread that has not run yet; memory is kept.
+  void reset() {
+    finished = has_proxied = false;
+    waiting = {};
+    wgmma.reset();
+    stores.reset();
+    copies.resize(1);
+    copies[0].clear();
+  }
 };
 
 // When a lane has called fence_proxy_async and fence_proxy_async_shared.
@@ -243,6 +253,7 @@ class Engine {
  private:
   void start(Cluster& cluster);
   void create_threads(Block& block);
+  void free_memory(Block& block);
   bool start_next_cluster();
   bool asynchronous_step();
   void thread_step();

@@ -120,9 +120,7 @@ void GlobalShadow::retire_store(Thread& thread, const void* p, size_t bytes) {
 
 void GlobalShadow::new_launch(bool overlaps, bool keep_earlier) {
   if (!overlaps) {
-    recent_ = {};
-    for (auto& [number, page] : pages_) free_pages_.push_back(std::move(page));
-    pages_.clear();
+    forget_pages();
     return;
   }
   const auto turn = [&](Access& access) {
@@ -164,8 +162,13 @@ size_t GlobalShadow::unwritten_words(const void* begin, size_t bytes) {
 
 void GlobalShadow::forget() {
   regions_.clear();
-  pages_.clear();
+  forget_pages();
+}
+
+void GlobalShadow::forget_pages() {
   recent_ = {};
+  for (auto& [number, page] : pages_) free_pages_.push_back(std::move(page));
+  pages_.clear();
 }
 
 std::string GlobalShadow::describe(const void* p) const {

@@ -46,20 +46,35 @@ void add_read(const Thread& thread, Word& word, Access access) {
   *slot = access;
 }
 
-SharedShadow::SharedShadow(Block& block, uint32_t end) : block_(block), lines_((end + kLineBytes - 1) / kLineBytes) {}
+void SharedShadow::reset(const Block& block, uint32_t end) {
+  block_ = &block;
+  words_.clear();
+  lines_.resize((end + kLineBytes - 1) / kLineBytes);
+  for (Line& line : lines_) {
+    line.write = {};
+    line.readers.clear();
+    line.reading = 0;
+    line.loading = line.split = false;
+    line.words = kNone;
+  }
+}
 
 void SharedShadow::split(uint32_t line) {
-  if (lines_[line].split) return;
-  if (words_.empty()) words_.resize(lines_.size() * (kLineBytes / 4));
+  Line& state = lines_[line];
+  if (state.split) return;
+  if (state.words == kNone) {
+    state.words = static_cast<uint32_t>(words_.size());
+    words_.emplace_back();
+  }
   Word word;
-  word.write = lines_[line].write;
-  std::fill_n(words(line), kLineBytes / 4, word);
-  lines_[line].split = true;
+  word.write = state.write;
+  words(line).fill(word);
+  state.split = true;
 }
 
 void SharedShadow::check_idle(uint32_t line, const char* what) const {
   if (lines_[line].loading) {
-    fail("race: ", what, " of ", describe_shared(block_, line * kLineBytes), " while a TMA load into it is in flight");
+    fail("race: ", what, " of ", describe_shared(*block_, line * kLineBytes), " while a TMA load into it is in flight");
   }
 }
 
@@ -70,19 +85,20 @@ void SharedShadow::read(Thread& thread, uint32_t address, uint32_t bytes) {
     const uint32_t line = word / 32;
     check_idle(line, "read");
     split(line);
-    Word& entry = words_[word];
+    Word& entry = this->word(word);
     const Access& write = entry.write;
-    if (!write) fail("read of ", describe_shared(block_, word * 4), ", which nobody has written");
+    if (!write) fail("read of ", describe_shared(*block_, word * 4), ", which nobody has written");
     if (write.state == Access::kInFlight) {
-      fail("read of ", describe_shared(block_, word * 4), " before the copy_async of ", describe(write),
+      fail("read of ", describe_shared(*block_, word * 4), " before the copy_async of ", describe(write),
            " into it was waited for");
     }
     if (!ordered_after(thread, write)) {
-      fail("race: read of ", describe_shared(block_, word * 4), " is not ordered after the write by ", describe(write));
+      fail("race: read of ", describe_shared(*block_, word * 4), " is not ordered after the write by ",
+           describe(write));
     }
-    if (!write.async && write.agent / engine->agents_per_block != static_cast<uint32_t>(block_.number) &&
+    if (!write.async && write.agent / engine->agents_per_block != static_cast<uint32_t>(block_->number) &&
         thread.cluster_clock.at(write.agent) < write.time) {
-      fail("race: read of ", describe_shared(block_, word * 4), ", which ", describe(write),
+      fail("race: read of ", describe_shared(*block_, word * 4), ", which ", describe(write),
            " has stored, with no cluster_sync between");
     }
     add_read(thread, entry, access);
@@ -99,30 +115,30 @@ void SharedShadow::write(Thread& thread, uint32_t address, uint32_t bytes, const
     at = end;
     check_idle(line, "write");
     if (lines_[line].reading) {
-      fail("race: write of ", describe_shared(block_, word * 4),
+      fail("race: write of ", describe_shared(*block_, word * 4),
            " while a wgmma or TMA store that reads it has not been waited for");
     }
     for (const Access& read : lines_[line].readers) {
       if (!ordered_after(thread, read)) {
-        fail("race: write of ", describe_shared(block_, word * 4), " is not ordered after the asynchronous read by ",
+        fail("race: write of ", describe_shared(*block_, word * 4), " is not ordered after the asynchronous read by ",
              describe(read));
       }
     }
     split(line);
-    Word& shadow = words_[word];
+    Word& shadow = this->word(word);
     if (shadow.write && overlap(shadow.write, entry)) {
       if (shadow.write.state == Access::kInFlight) {
-        fail("race: write of ", describe_shared(block_, word * 4), " before the copy_async of ",
+        fail("race: write of ", describe_shared(*block_, word * 4), " before the copy_async of ",
              describe(shadow.write), " into it was waited for");
       }
       if (!ordered_after(thread, shadow.write)) {
-        fail("race: write of ", describe_shared(block_, word * 4), " is not ordered after the write by ",
+        fail("race: write of ", describe_shared(*block_, word * 4), " is not ordered after the write by ",
              describe(shadow.write));
       }
     }
     for (const Access& read : shadow.reads) {
       if (read && overlap(read, entry) && !ordered_after(thread, read)) {
-        fail("race: write of ", describe_shared(block_, word * 4), " is not ordered after the read by ",
+        fail("race: write of ", describe_shared(*block_, word * 4), " is not ordered after the read by ",
              describe(read));
       }
     }
@@ -133,28 +149,28 @@ void SharedShadow::write(Thread& thread, uint32_t address, uint32_t bytes, const
 
 void SharedShadow::retire_copy(const Access& access, uint32_t address, uint32_t bytes) {
   if (!checks()) return;
-  for (uint32_t word = address / 4; word < (address + bytes) / 4; ++word) words_[word].write = access;
+  for (uint32_t word = address / 4; word < (address + bytes) / 4; ++word) this->word(word).write = access;
 }
 
 void SharedShadow::begin_async_read(Thread& thread, uint32_t line, const char* who) {
   Line& state = lines_[line];
   const auto check = [&](const Access& write, uint32_t address) {
-    if (!write) fail(who, " reads ", describe_shared(block_, address), ", which nobody has written");
+    if (!write) fail(who, " reads ", describe_shared(*block_, address), ", which nobody has written");
     if (write.state == Access::kInFlight) {
-      fail(who, " reads ", describe_shared(block_, address), " before the copy_async of ", describe(write),
+      fail(who, " reads ", describe_shared(*block_, address), " before the copy_async of ", describe(write),
            " into it was waited for");
     }
     if (!ordered_after(thread, write)) {
-      fail("race: ", who, " reads ", describe_shared(block_, address), ", not ordered after the write by ",
+      fail("race: ", who, " reads ", describe_shared(*block_, address), ", not ordered after the write by ",
            describe(write));
     }
     if (!proxy_fenced(thread, write, true)) {
-      fail("proxy: ", who, " reads ", describe_shared(block_, address), ", which ", describe(write),
+      fail("proxy: ", who, " reads ", describe_shared(*block_, address), ", which ", describe(write),
            unfenced(write));
     }
   };
   if (state.loading) {
-    fail("race: ", who, " reads ", describe_shared(block_, line * kLineBytes),
+    fail("race: ", who, " reads ", describe_shared(*block_, line * kLineBytes),
          " while a TMA load into it is in flight");
   }
   if (state.split) {
@@ -180,7 +196,7 @@ void SharedShadow::end_async_read(Thread& thread, uint32_t line) {
 
 void SharedShadow::begin_load(Thread& thread, uint32_t line) {
   Line& state = lines_[line];
-  const auto where = [&](uint32_t word) { return describe_shared(block_, line * kLineBytes + 4 * word); };
+  const auto where = [&](uint32_t word) { return describe_shared(*block_, line * kLineBytes + 4 * word); };
   if (state.reading) {
     fail("race: TMA load into ", where(0), " while a wgmma or TMA store that reads it has not been waited for");
   }

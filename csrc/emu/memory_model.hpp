@@ -42,7 +42,8 @@ class SharedShadow {
  public:
   static constexpr uint32_t kLineBytes = 128;
 
-  SharedShadow(Block& block, uint32_t end);
+  // Of a block that starts, with memory up to `end`.
+  void reset(const Block& block, uint32_t end);
 
   // Ordinary accesses, cp.async, ldmatrix, stmatrix.
   void read(Thread& thread, uint32_t address, uint32_t bytes);
@@ -66,16 +67,21 @@ class SharedShadow {
     bool loading = false;
     // The words have entries of their own, and `write` is not used.
     bool split = false;
+    // Where those are in `words_`, once the line was split.
+    uint32_t words = kNone;
   };
+  using Words = std::array<Word, kLineBytes / 4>;
+  static constexpr uint32_t kNone = UINT32_MAX;
 
   void split(uint32_t line);
-  Word* words(uint32_t line) { return &words_[line * (kLineBytes / 4)]; }
+  Words& words(uint32_t line) { return words_[lines_[line].words]; }
+  Word& word(uint32_t number) { return words(number / 32)[number % 32]; }
   void check_idle(uint32_t line, const char* what) const;
 
-  Block& block_;
+  const Block* block_ = nullptr;
   std::vector<Line> lines_;
-  // Empty until a line is split.
-  std::vector<Word> words_;
+  // Of lines that were split.
+  std::vector<Words> words_;
 };
 
 // Of global memory, by pages.
@@ -106,6 +112,7 @@ class GlobalShadow {
   };
 
   Page& page(uintptr_t number);
+  void forget_pages();
   Region* region(uintptr_t begin, size_t bytes, const char* what);
   template <class F>
   void each_word(const void* p, size_t bytes, F&& f);

@@ -14,11 +14,47 @@
 #else
 #define LORAFUSE_EMU_POISON(begin, bytes) static_cast<void>(0)
 #define LORAFUSE_EMU_UNPOISON(begin, bytes) static_cast<void>(0)
+#define LORAFUSE_EMU_REUSES 1
 #endif
 
 namespace lorafuse::emu {
 
 namespace {
+
+// What blocks that have ended leave to those that start: allocating it and touching it first took a fourth of a launch.
+// AddressSanitizer shall see who uses a block's memory too late, and gets none back.
+struct Left {
+  std::vector<std::unique_ptr<Thread>> threads;
+  std::vector<std::unique_ptr<SharedShadow>> shadows;
+  // Of kWindowBytes each.
+  std::vector<uint8_t*> windows;
+} left;
+// More than a block has on any GPU; a larger one gets a window of its own.
+constexpr uint32_t kWindowBytes = 256 << 10;
+
+template <class T>
+std::unique_ptr<T> take(std::vector<std::unique_ptr<T>>& from) {
+  if (from.empty()) return std::make_unique<T>();
+  std::unique_ptr<T> one = std::move(from.back());
+  from.pop_back();
+  return one;
+}
+
+uint8_t* take_window(uint32_t bytes) {
+#ifdef LORAFUSE_EMU_REUSES
+  if (bytes <= kWindowBytes) {
+    if (!left.windows.empty()) {
+      uint8_t* window = left.windows.back();
+      left.windows.pop_back();
+      return window;
+    }
+    bytes = kWindowBytes;
+  }
+#endif
+  void* window = std::aligned_alloc(kWindowAlignment, bytes);
+  if (!window) throw std::bad_alloc();
+  return static_cast<uint8_t*>(window);
+}
 
 // The rest of a block's memory, from the end of its own to the end of the last line.
 uint32_t window_bytes(uint32_t end) { return (end + kWindowAlignment - 1) / kWindowAlignment * kWindowAlignment; }
@@ -109,14 +145,26 @@ Engine::~Engine() {
 
 void Engine::free_memory(Cluster& cluster) {
   for (const auto& block : cluster.blocks) {
-    if (!block->window) continue;
-    LORAFUSE_EMU_UNPOISON(block->window, window_bytes(block->end));
-    std::free(block->window);
-    block->window = nullptr;
-    block->shadow.reset();
-    // warps stay: others may ask what a lane has fenced
-    block->threads.clear();
+    if (block->window) free_memory(*block);
   }
+}
+
+void Engine::free_memory(Block& block) {
+  const uint32_t bytes = window_bytes(block.end);
+  LORAFUSE_EMU_UNPOISON(block.window, bytes);
+#ifdef LORAFUSE_EMU_REUSES
+  for (auto& thread : block.threads) {
+    thread->fiber.give_stack_back();
+    left.threads.push_back(std::move(thread));
+  }
+  left.shadows.push_back(std::move(block.shadow));
+  if (bytes <= kWindowBytes) left.windows.push_back(std::exchange(block.window, nullptr));
+#endif
+  std::free(block.window);
+  block.window = nullptr;
+  block.shadow.reset();
+  // warps stay: others may ask what a lane has fenced
+  block.threads.clear();
 }
 
 Block& Engine::block_of(Agent agent) const {
@@ -141,13 +189,13 @@ void Engine::start(Cluster& cluster) {
     block.begin = begin;
     block.end = begin + static_cast<uint32_t>(shape.shared_bytes);
     const uint32_t bytes = window_bytes(block.end);
-    block.window = static_cast<uint8_t*>(std::aligned_alloc(kWindowAlignment, bytes));
-    if (!block.window) throw std::bad_alloc();
+    block.window = take_window(bytes);
     // neither a number as bf16, fp16 or fp32
     std::memset(block.window, 0xff, bytes);
     LORAFUSE_EMU_POISON(block.window, block.begin);
     LORAFUSE_EMU_POISON(block.window + block.end, bytes - block.end);
-    block.shadow = std::make_unique<SharedShadow>(block, bytes);
+    block.shadow = take(left.shadows);
+    block.shadow->reset(block, bytes);
     for (Barrier& barrier : block.barriers) barrier.joined.reset(cluster.first_agent, agents_per_cluster);
     create_threads(block);
     cluster.live += block.live;
@@ -169,7 +217,8 @@ void Engine::create_threads(Block& block) {
     block.warpgroups.back()->block = &block;
   }
   for (int t = 0; t < shape.threads; ++t) {
-    auto thread = std::make_unique<Thread>();
+    auto thread = take(left.threads);
+    thread->reset();
     thread->index.x = static_cast<unsigned>(t);
     thread->number = t;
     thread->lane = static_cast<uint32_t>(t % 32);
@@ -265,7 +314,11 @@ void Engine::thread_step() {
   warp.position = -1;
   step_.swap(warp.ready);
   const size_t first = random.below(step_.size());
-  for (size_t i = 0; i < step_.size() && !error_; ++i) resume(*step_[(i + first) % step_.size()]);
+  const size_t count = step_.size();
+  for (size_t i = 0; i < count && !error_; ++i) {
+    step_[(i + first + 2) % count]->fiber.fetch();
+    resume(*step_[(i + first) % count]);
+  }
   step_.clear();
 }
 

@@ -194,7 +194,7 @@ void tma_store_wait(int pending, bool read) {
     if (!read) groups[static_cast<size_t>(g)].clear();
   }
   // what is complete needs no more waiting
-  while (groups.size() > 1 && groups.front().empty()) groups.pop_front();
+  while (groups.size() > 1 && groups.front().empty()) groups.erase(groups.begin());
 }
 
 void fence_proxy_async(bool shared_only) {

@@ -37,8 +37,14 @@ struct StoreOperation {
 
 // The stores of one thread: groups, oldest first; the last is the open one.
 struct StoreIssuer {
-  std::deque<std::vector<StoreOperation*>> groups{1};
+  std::vector<std::vector<StoreOperation*>> groups{1};
   std::vector<Thread*> waiting;
+
+  void reset() {
+    groups.resize(1);
+    groups[0].clear();
+    waiting.clear();
+  }
 };
 
 struct LoadOperation {

@@ -98,23 +98,27 @@ void convert(Element element, const uint8_t* from, float* to) {
   }
 }
 
-// d[64, columns] (+)= a[64, 16] b[16, columns]. Most of a launch's time: 16 columns of d stay in registers, which hold
-// `Floats` each. Products and sums are rounded apart, whatever the registers: no bit depends on the machine.
-template <class Floats>
+// d[64, columns] (+)= a[64, 16] b[16, columns]: `kRows` rows and 16 columns of d stay in registers, which hold `Floats`
+// each. Products and sums are rounded apart, whatever the registers: no bit depends on the machine.
+template <class Floats, int kRows>
 [[gnu::always_inline]] inline void multiply_by(const float* a, const float* b, float* d, int columns, bool accumulate) {
   constexpr int kParts = 16 * sizeof(float) / sizeof(Floats);
-  for (int m = 0; m < 64; ++m) {
+  for (int m = 0; m < 64; m += kRows) {
     for (int n = 0; n < columns; n += 16) {
-      Floats sums[kParts] = {};
-      if (accumulate) std::memcpy(sums, d + m * columns + n, sizeof(sums));
+      Floats sums[kRows][kParts] = {};
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows && accumulate; ++r) std::memcpy(sums[r], d + (m + r) * columns + n, sizeof(sums[r]));
       for (int k = 0; k < 16; ++k) {
-        const float value = a[m * 16 + k];
         Floats row[kParts];
         std::memcpy(row, b + k * columns + n, sizeof(row));
 #pragma GCC unroll 4
-        for (int i = 0; i < kParts; ++i) sums[i] += value * row[i];
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+          for (int i = 0; i < kParts; ++i) sums[r][i] += a[(m + r) * 16 + k] * row[i];
+        }
       }
-      std::memcpy(d + m * columns + n, sums, sizeof(sums));
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) std::memcpy(d + (m + r) * columns + n, sums[r], sizeof(sums[r]));
     }
   }
 }
@@ -124,7 +128,7 @@ using EightFloats = float __attribute__((vector_size(32)));
 
 #ifdef __x86_64__
 [[gnu::target("avx2")]] void multiply_avx2(const float* a, const float* b, float* d, int columns, bool accumulate) {
-  multiply_by<EightFloats>(a, b, d, columns, accumulate);
+  multiply_by<EightFloats, 4>(a, b, d, columns, accumulate);
 }
 #endif
 
@@ -133,7 +137,7 @@ void multiply(const float* a, const float* b, float* d, int columns, bool accumu
   static const bool has_avx2 = __builtin_cpu_supports("avx2");
   if (has_avx2) return multiply_avx2(a, b, d, columns, accumulate);
 #endif
-  multiply_by<FourFloats>(a, b, d, columns, accumulate);
+  multiply_by<FourFloats, 2>(a, b, d, columns, accumulate);
 }
 
 WgmmaOperation& operation_at(Warpgroup& warpgroup, uint64_t number) {
@@ -319,7 +323,7 @@ void wgmma_wait(int pending) {
   while (static_cast<int>(issuer.commits.size()) > pending) {
     const uint64_t upto = issuer.commits.front();
     while (warpgroup.executed < upto) wait_in(warpgroup.waiting, {Waiting::kWgmma, upto, warpgroup.executed, nullptr});
-    issuer.commits.pop_front();
+    issuer.commits.erase(issuer.commits.begin());
     for (uint64_t number = issuer.retired; number < upto; ++number) {
       if (number >= warpgroup.first) {
         end_reads(thread, warpgroup, operation_at(warpgroup, number), static_cast<uint32_t>(t / 32));

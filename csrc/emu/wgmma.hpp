@@ -54,9 +54,15 @@ struct WgmmaIssuer {
   // Products up to here are known to be complete.
   uint64_t retired = 0;
   // The number of products at each commit that has not been waited for.
-  std::deque<uint64_t> commits;
+  std::vector<uint64_t> commits;
   // Registers may have been written by ordinary code since the last fence.
   bool needs_fence = true;
+
+  void reset() {
+    issued = retired = 0;
+    commits.clear();
+    needs_fence = true;
+  }
 };
 
 // The next product of the warpgroup happens.

@@ -1,6 +1,7 @@
 """Digests of what Triton's compiler is given. Compiling is deterministic: with the digest, its result is known."""
 
 import ast
+import functools
 import hashlib
 import io
 import sys
@@ -50,6 +51,7 @@ def drop_comments(package: str) -> None:
         function._unsafe_update_src(function.src)
 
 
+@functools.cache
 def without_comments(source: str) -> str:
     """The source of a function without comments, docstring and empty lines."""
     lines = source.splitlines()

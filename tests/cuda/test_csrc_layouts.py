@@ -4,13 +4,16 @@
 """
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import planted
 import pytest
 import torch
+from planted import Bug
 
 from lorafuse.philox import philox_4x32
 
@@ -30,22 +33,24 @@ def build(source, folder, *includes, options=()):
     return binary
 
 
-def mismatches(binary):
-    """Check → number of mismatches, as the program prints them."""
-    result = subprocess.run([binary], capture_output=True, text=True, timeout=60)
+def mismatches(binary, bug=""):
+    """Check → number of mismatches, as the program prints them, with `bug` on of those woven into its headers."""
+    environment = {**os.environ, "PLANTED": bug}
+    result = subprocess.run([binary], capture_output=True, text=True, timeout=60, env=environment)
     actual = {name: int(count) for name, count in re.findall(r"^(.*): (\d+)$", result.stdout, re.MULTILINE)}
     assert actual
     assert result.returncode == int(any(actual.values()))
     return actual
 
 
-def mutated(folder, header, before, after):
-    """A folder whose `lorafuse/<header>` has `after` in place of `before`."""
-    text = (CSRC / "include" / "lorafuse" / header).read_text()
-    assert text.count(before) == 1, f"{header} holds {before!r} {text.count(before)} times"
-    (folder / "lorafuse").mkdir()
-    (folder / "lorafuse" / header).write_text(text.replace(before, after))
-    return folder
+def woven(source, folder, bugs):
+    """`source` built once from headers that hold all `bugs`, each of which `mismatches` switches on."""
+    headers = folder / "lorafuse"
+    planted.weave(CSRC / "include" / "lorafuse", headers, bugs)
+    for path in {headers / bug.file for bug in bugs}:
+        # which bug is on is no constant
+        path.write_text(re.sub(r"\b(LF_HOST_DEVICE|static) constexpr\b", r"\1", path.read_text()))
+    return build(source, folder, folder, options=[Path(__file__).parent / "csrc" / "planted.cpp"])
 
 
 def cute_headers():
@@ -84,17 +89,25 @@ def test_layouts_and_descriptors_are_those_of_cute(tmp_path):
     assert not any(actual.values()), actual
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "check"),
-    [
-        ("(offset >> 3) & 0x70", "(offset >> 3) & 0x30", "ptx swizzle"),
-        ("i / 2 % 2 * 8", "i / 2 % 2 * 16", "ptx fragments"),
-        ("static_cast<uint32_t>(box_rows * kBoxRowBytes), 1024", "1024, 1024", "ptx descriptor"),
-        ("uint64_t{1} << 62", "uint64_t{2} << 62", "ptx descriptor"),
-    ],
-)
-def test_a_wrong_layout_is_seen(tmp_path, before, after, check):
-    assert mismatches(build("layout_check", tmp_path, mutated(tmp_path, "layout.cuh", before, after)))[check] > 0
+# name, header, the checks that see it, what the header holds, what the bug has instead
+LAYOUT_BUGS = [
+    Bug("bits of the swizzle", "layout.cuh", "ptx swizzle", "(offset >> 3) & 0x70", "(offset >> 3) & 0x30"),
+    Bug("row of a register", "layout.cuh", "ptx fragments", "i / 2 % 2 * 8", "i / 2 % 2 * 16"),
+    Bug(
+        "leading offset", "layout.cuh", "ptx descriptor", "static_cast<uint32_t>(box_rows * kBoxRowBytes)", "1024u"
+    ),
+    Bug("swizzle of a descriptor", "layout.cuh", "ptx descriptor", "uint64_t{1} << 62", "uint64_t{2} << 62"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def woven_layouts(tmp_path_factory):
+    return woven("layout_check", tmp_path_factory.mktemp("layouts"), LAYOUT_BUGS)
+
+
+@pytest.mark.parametrize("bug", LAYOUT_BUGS, ids=lambda bug: bug.name)
+def test_a_wrong_layout_is_seen(woven_layouts, bug):
+    assert mismatches(woven_layouts, bug.name)[bug.seen_by] > 0
 
 
 def test_schedules(schedule_check):
@@ -102,46 +115,89 @@ def test_schedules(schedule_check):
     assert not any(actual.values()), actual
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "check"),
-    [
-        ("within % height, within / height}", "within % group, within / group}", "order: every tile once"),
-        ("tile.column + 1};", "tile.column};", "order: every tile once, column 0 first"),
-        ("c * chunk + tile.row, tile.column - 1}", "tile.row, tile.column - 1}", "backward: every tile and item once"),
+SCHEDULE_BUGS = [Bug(name, header, check, *change) for name, header, check, change in (
+    (
+        "height of the last group of rows", "schedule.cuh", "order: every tile once",
+        ("return {first + within % height, within / height};", "return {first + within % group, within / group};"),
+    ),
+    (
+        "column after column 0", "schedule.cuh", "order: every tile once, column 0 first",
+        ("return {tile.row, tile.column + 1};", "return {tile.row, tile.column};"),
+    ),
+    (
+        "rows of a chunk", "schedule.cuh", "backward: every tile and item once",
+        (
+            "return {Work::kTile, c * chunk + tile.row, tile.column - 1};",
+            "return {Work::kTile, tile.row, tile.column - 1};",
+        ),
+    ),
+    (
+        "tiles from the last", "schedule.cuh",
+        "backward: whatever waits has a later number; tickets: every tile and item once under any order of arrival",
         (
             "TileOrder{rows, columns, tiles.group}.at(within)",
             "TileOrder{rows, columns, tiles.group}.at(rows * columns - 1 - within)",
-            "backward: whatever waits has a later number; tickets: every tile and item once under any order of arrival",
         ),
-        ("wave < full_waves() ? program : program - slack()", "program", "walk: every tile once"),
-        ("program >= slack() ? 1 : 0", "program < tiles % programs ? 1 : 0", "walk: slack in the first programs"),
-        ("? walk.slack() : walk.programs;", "? walk.programs : walk.slack();", "items: free where there is slack"),
+    ),
+    (
+        "programs of the last wave", "schedule.cuh", "walk: every tile once",
+        ("wave < full_waves() ? program : program - slack()", "program"),
+    ),
+    (
+        "early programs", "schedule.cuh", "walk: slack in the first programs",
+        ("program >= slack()", "program < tiles % programs"),
+    ),
+    (
+        "where there is slack", "schedule.cuh", "items: free where there is slack",
         (
-            "last += static_cast<int64_t>(",
-            "last = static_cast<int64_t>(",
-            "ragged: every row of every column once; "
-            "ragged tickets: every row of every column once under any order of arrival, one last ticket",
+            "walk.slack() * items_in_slack >= items ? walk.slack() : walk.programs",
+            "walk.slack() * items_in_slack >= items ? walk.programs : walk.slack()",
         ),
-    ],
-)
-def test_a_wrong_schedule_is_seen(tmp_path, before, after, check):
-    actual = mismatches(build("schedule_check", tmp_path, mutated(tmp_path, "schedule.cuh", before, after)))
-    assert all(actual[name] > 0 for name in check.split("; "))
+    ),
+    (
+        "tiles before a group", "schedule.cuh",
+        "ragged: every row of every column once; "
+        "ragged tickets: every row of every column once under any order of arrival, one last ticket",
+        (
+            "last += static_cast<int64_t>(end > begin ? ceil_div(end - begin, block_m) : 0) * columns;",
+            "last = static_cast<int64_t>(end > begin ? ceil_div(end - begin, block_m) : 0) * columns;",
+        ),
+    ),
+    (
+        "first column of the next output", "side_by_side.cuh", "side by side: every tile of every output once",
+        ("tile.column >= ends[output]", "tile.column > ends[output]"),
+    ),
+    (
+        "columns before an output", "side_by_side.cuh", "side by side: every tile of every output once",
+        ("ends[output - 1]", "ends[0]"),
+    ),
+    (
+        "shift of a power of two", "divisor.cuh", "division: every quotient",
+        ("int64_t{1} << shift < divisor", "int64_t{1} << shift <= divisor"),
+    ),
+    (
+        "magic number", "divisor.cuh", "division: every quotient",
+        (
+            "(beyond << 32) / static_cast<uint64_t>(divisor) + 1",
+            "(beyond << 32) / static_cast<uint64_t>(divisor)",
+        ),
+    ),
+)]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [("tile.column >= ends[output]", "tile.column > ends[output]"), ("ends[output - 1] : 0", "ends[0] : 0")],
-)
-def test_a_tile_of_another_layer_is_seen(tmp_path, before, after):
-    folder = mutated(tmp_path, "side_by_side.cuh", before, after)
-    assert mismatches(build("schedule_check", tmp_path, folder))["side by side: every tile of every output once"] > 0
+@pytest.fixture(scope="module")
+def woven_schedules(tmp_path_factory):
+    return woven("schedule_check", tmp_path_factory.mktemp("schedules"), SCHEDULE_BUGS)
 
 
-@pytest.mark.parametrize(("before", "after"), [("< divisor) ++shift", "<= divisor) ++shift"), (" + 1;", ";")])
-def test_a_wrong_division_is_seen(tmp_path, before, after):
-    folder = mutated(tmp_path, "divisor.cuh", before, after)
-    assert mismatches(build("schedule_check", tmp_path, folder))["division: every quotient"] > 0
+@pytest.mark.parametrize("bug", SCHEDULE_BUGS, ids=lambda bug: bug.name)
+def test_a_wrong_schedule_is_seen(woven_schedules, bug):
+    actual = mismatches(woven_schedules, bug.name)
+    assert all(actual[name] > 0 for name in bug.seen_by.split("; "))
+
+
+def test_with_no_bug_on_woven_headers_are_right(woven_layouts, woven_schedules):
+    assert not any({**mismatches(woven_layouts), **mismatches(woven_schedules)}.values())
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1, 2**64 - 1])

@@ -6,16 +6,20 @@ import sys
 
 import pytest
 from native_build import build
-from native_commands import ROOT, SANITIZED
+from native_commands import ROOT, SANITIZED, SANITIZED_BUILD
 
 pytestmark = pytest.mark.first
 
 LOAD = f"""
-import importlib.util, sys
+import importlib.util, os, sys
 import torch
 spec = importlib.util.spec_from_file_location("lorafuse._emu", {str(SANITIZED)!r})
+# it lacks the units that no test calls here
+flags = sys.getdlopenflags()
+sys.setdlopenflags(os.RTLD_LAZY)
 module = sys.modules["lorafuse._emu"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
+sys.setdlopenflags(flags)
 from lorafuse.backends import base
 base.availability = lambda name: base.Availability(True)
 """
@@ -60,7 +64,7 @@ print("not seen")
 @pytest.fixture(scope="module")
 def sanitized():
     """Runs Python with the sanitized module in place of `lorafuse._emu`."""
-    reason = build("emu", str(SANITIZED), "--sanitize")
+    reason = build(*SANITIZED_BUILD)
     if reason:
         pytest.skip(f"the emulator cannot be built: {reason}")
     libraries = [
