@@ -300,8 +300,10 @@ def _is_executed(ctx: Any, place: int) -> bool:
         # nothing public says it, and needs_input_grad does not know for which inputs `torch.autograd.grad` was called;
         # torch's own `register_multi_grad_hook` asks here too
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:
-        # it knows no leaf whose own gradient was asked for
+    except RuntimeError as error:
+        # what it cannot answer is asked of a leaf under `torch.autograd.grad`, which got here for the leaf's own gradient
+        if "leaf" not in str(error):
+            raise
         return True
 
 
