@@ -342,10 +342,11 @@ def apply(
     """The results of a form; `tensors` and `settings` are those of `MultiSettings.arguments`, `buffers` of each layer
     where its da and db are added.
     """
-    if buffers is not None and not hasattr(torch._C, "_will_engine_execute_node"):
+    if buffers is not None and torch.is_grad_enabled() and not hasattr(torch._C, "_will_engine_execute_node"):
         raise NotImplementedError(
-            f"torch {torch.__version__} has no torch._C._will_engine_execute_node, without which gradients that nobody "
-            "asked for would be added to buffers; pass grad_buffers=None, or take another torch"
+            f"torch {torch.__version__} has no torch._C._will_engine_execute_node (2.11 to 2.13 have), without which "
+            "gradients that nobody asked for would be added to buffers: pass grad_buffers=None, or install one of these "
+            "to train an AdapterPool, whose gradients are in buffers"
         )
     if is_transformed(x):
         with outside_autocast(x):
