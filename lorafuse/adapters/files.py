@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lorafuse.adapters.experts import PooledExperts
+from lorafuse.nn.packing import packed, unpacked
 
 __all__ = ["changes_base", "read", "write"]
 
@@ -41,7 +42,9 @@ def write(
     places = {stack: place for place, stack in _places(parameters, experts).items()}
     tensors = {}
     for name, pair in factors.items():
-        for letter, t in zip("AB", _packed(*pair), strict=True):
+        a, b = pair
+        pair = (a, b.t()) if a.dim() == 2 else packed(a.transpose(0, 1), b.permute(1, 2, 0))
+        for letter, t in zip("AB", pair, strict=True):
             tensors[f"{_PREFIX}{places.get(name, name)}.lora_{letter}.weight"] = t.cpu().clone().contiguous()
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
     config = {
@@ -63,15 +66,6 @@ def _places(parameters: Iterable[str], experts: Mapping[str, PooledExperts]) -> 
         for i, name in enumerate(reversed(adapted)):
             places[module + ".base_layer" * i] = name
     return places
-
-
-def _packed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """PEFT's lora_A and lora_B: of experts the first expert-slowest, the second expert-fastest."""
-    return (a, b.t()) if a.dim() == 2 else (a.transpose(0, 1).flatten(0, 1), b.permute(2, 0, 1).flatten(1))
-
-
-def _unpacked(a: Tensor, b: Tensor, experts: int) -> _Factors:
-    return a.unflatten(0, (experts, -1)).transpose(0, 1), b.unflatten(1, (-1, experts)).permute(1, 2, 0)
 
 
 def changes_base(init_lora_weights: Any) -> str:
@@ -119,7 +113,8 @@ def read(folder: Path, experts: Mapping[str, PooledExperts]) -> tuple[dict[str, 
             E = next(iter(experts[stack.rpartition(".")[0]].stacks.values())).b.shape[1]
             if pair[0].shape[0] % E or pair[1].shape[1] % E:
                 raise ValueError(f"{folder} has {list(pair[0].shape)} for {name}; its first size is {E} experts' ranks")
-            factors[stack] = _unpacked(*pair, E)
+            a, b = unpacked(*pair, E)
+            factors[stack] = a.transpose(0, 1), b.permute(2, 0, 1)
     ranks = {t.shape[0] for pair in factors.values() for t in pair}
     if tensors or len(ranks) != 1:
         raise ValueError(f"{folder} has {sorted(tensors)[:3]} beside LoRA, and ranks {sorted(ranks)}; it needs one")

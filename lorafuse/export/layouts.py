@@ -31,6 +31,7 @@ from lorafuse.adapters import AdapterPool
 from lorafuse.adapters.files import changes_base
 from lorafuse.errors import MissingDependency
 from lorafuse.nn import LoRAExperts, LoRALinear
+from lorafuse.nn.packing import unpacked
 
 __all__ = ["to_sglang", "to_vllm"]
 
@@ -185,9 +186,7 @@ def _read_peft(adapter: _Adapter, name: str, module: Any, which: str | int) -> N
     if getattr(module, "parameter_name", "weight") == "weight":
         adapter.linear[name] = a.weight, b.weight, scale
         return
-    E = module.num_experts
-    # PEFT packs A expert-slowest and B expert-fastest
-    pair = a.weight.view(E, -1, a.in_features), b.weight.view(b.out_features, -1, E).permute(2, 0, 1)
+    pair = unpacked(a.weight, b.weight, module.num_experts)
     _add_experts(adapter, name.removesuffix(".base_layer"), module.parameter_name, module.get_base_layer(), pair, scale)
 
 

@@ -301,7 +301,7 @@ def _is_executed(ctx: Any, place: int) -> bool:
         # torch's own `register_multi_grad_hook` asks here too
         return torch._C._will_engine_execute_node(node)
     except RuntimeError as error:
-        # what it cannot answer is asked of a leaf under `torch.autograd.grad`, which got here for the leaf's own gradient
+        # of a leaf it says nothing under `torch.autograd.grad`, which got here for that leaf's own gradient
         if "leaf" not in str(error):
             raise
         return True
@@ -345,8 +345,8 @@ def apply(
     if buffers is not None and torch.is_grad_enabled() and not hasattr(torch._C, "_will_engine_execute_node"):
         raise NotImplementedError(
             f"torch {torch.__version__} has no torch._C._will_engine_execute_node (2.11 to 2.13 have), without which "
-            "gradients that nobody asked for would be added to buffers: pass grad_buffers=None, or install one of these "
-            "to train an AdapterPool, whose gradients are in buffers"
+            "gradients that nobody asked for would be added to buffers: pass grad_buffers=None, or install one of these, "
+            "to train an AdapterPool"
         )
     if is_transformed(x):
         with outside_autocast(x):
