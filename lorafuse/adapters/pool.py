@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lorafuse.adapters import files
 from lorafuse.adapters.experts import PooledExperts, stack_names
+from lorafuse.adapters.seeds import mixed, signed
 from lorafuse.nn.multi import AdapterRows, AdapterStack, LoRALinearMulti
 from lorafuse.nn.multi_groups import MultiGatedMLP, MultiSiblings
 from lorafuse.nn.roles import sibling_orders
@@ -136,7 +137,7 @@ class AdapterPool:
         """A slot with the adapter of PEFT's files. Raises ValueError for one that is no plain LoRA of one rank, or that
         adapts what the pool does not hold.
         """
-        factors, scale, dropout = files.read(Path(folder), self.experts)
+        factors, scale, dropout = files.read(Path(folder), self.experts, self._others())
         # in the order of the pool, in which an optimizer adds up norms
         names = [name for name in self._targeted(None) if name in factors]
         if unknown := sorted(set(factors) - set(names)):
@@ -151,12 +152,24 @@ class AdapterPool:
         return self._add(_Slot(len(factors[names[0]][0]), scale, seed, dropout, tuple(names)), factors)
 
     def export(self, slot: int, folder: str | Path) -> None:
-        """Write PEFT's files of the adapter, which `peft.PeftModel.from_pretrained` reads."""
+        """Write PEFT's files of the adapter, which `peft.PeftModel.from_pretrained` reads.
+
+        Raises ValueError for a layer that several modules hold, of which PEFT would adapt the first place alone.
+        """
         held, at = self._slots[slot], self.slots.index(slot)
+        for names in (self._names[self._owner(name)] for name in held.stacks):
+            parents = {(id(self.model.get_submodule(n.rpartition(".")[0])), n.rpartition(".")[2]) for n in names}
+            if len(parents) > 1:
+                raise ValueError(
+                    f"{' and '.join(names)} are one module, which PEFT would adapt in the first place alone: give the "
+                    "model a copy of it in the others"
+                )
         stacks = {name: self._stacks[name] for name in held.stacks}
         factors = {n: (one.a.detach()[one.of(at)], one.b.detach()[one.of(at)]) for n, one in stacks.items()}
-        base = getattr(self.model, "name_or_path", None)
-        files.write(Path(folder), factors, self.experts, held.rank, held.scale * held.rank, held.dropout, base)
+        files.write(
+            Path(folder), factors, self.experts, held.rank, held.scale * held.rank, held.dropout, self.model,
+            self._others(),
+        )  # fmt: skip
 
     def parameters(self, slot: int) -> dict[str, Tensor]:
         """The adapter's a `[R, K]` and b `[N, R]` by their names in PEFT's models, until the next allocate, load or
@@ -168,6 +181,11 @@ class AdapterPool:
     def gradients(self, slot: int) -> dict[str, Tensor]:
         """The sums of the gradients of `parameters` since they were last zeroed, likewise."""
         return self._views(slot, lambda a, b, buffers: buffers)
+
+    def places(self, name: str) -> list[str]:
+        """Every name of what `parameters` gives by this one (without .lora_A.weight): a module may have several."""
+        names = self._names[self._owner(name)]
+        return [other + name.removeprefix(names[0]) for other in names]
 
     def scale(self, slot: int) -> float:
         """alpha / R of the adapter."""
@@ -266,6 +284,14 @@ class AdapterPool:
         self._stacks |= {f"{name}.{one}": stack for one, stack in experts.stacks.items()}
         return experts
 
+    def _owner(self, name: str) -> LoRALinearMulti | PooledExperts:
+        """Whose a stack is."""
+        return self.layers.get(name) or self.experts[name.rpartition(".")[0]]
+
+    def _others(self) -> dict[str, str]:
+        """The first name of a module by each of its other names."""
+        return {other: first for first, *others in self._names.values() for other in others}
+
     def _targeted(self, targets: Sequence[str] | None) -> list[str]:
         """The names of the stacks among `targets` and those of the pool, in its order."""
         every = [some for some in (self.targets, targets) if some is not None]
@@ -313,7 +339,7 @@ class AdapterPool:
         present = torch.zeros(count + 1, dtype=torch.int64, device=index.device)
         present.scatter_(0, index.reshape(-1), 1)
         self._calls[slots] += present[:count]
-        return _mixed(self._seeds[slots], self._calls[slots])
+        return mixed(self._seeds[slots], self._calls[slots])
 
     def _drawing(self, slot: int) -> dict[str, int]:
         """What decides the next mask of dropout of a slot."""
@@ -334,7 +360,7 @@ class AdapterPool:
         self._slots[slot] = held
         if slot == len(self._calls):
             self._calls, self._seeds = (torch.cat((t, t.new_zeros(1))) for t in (self._calls, self._seeds))
-        self._calls[slot], self._seeds[slot] = 0, _signed(held.seed)
+        self._calls[slot], self._seeds[slot] = 0, signed(held.seed)
         at = self.slots.index(slot)
         for name, stack in self._stacks.items():
             a, b = factors.get(name) or (torch.empty(0, *size) for size in self._sizes(name))
@@ -372,15 +398,3 @@ def _matches(name: str, targets: Sequence[str], is_stack: bool = False) -> bool:
     if is_stack and _matches(name.rpartition(".")[0], targets):
         return True
     return any(name == one or (name.endswith(f".{one}") and "." * is_stack in one) for one in targets)
-
-
-def _signed(number: int) -> int:
-    """64 bits of a number, as int64 holds them."""
-    return (number + 2**63) % 2**64 - 2**63
-
-
-def _mixed(seeds: Tensor, calls: Tensor) -> Tensor:
-    """63 bits for each pair of numbers, int64 that wrap around."""
-    z = seeds * -0x61C8864680B583EB + calls * -0x40A7B892E31B1A47
-    z = (z ^ ((z >> 30) & (2**34 - 1))) * -0x6B2FB644ECCEEE15
-    return ((z ^ ((z >> 31) & (2**33 - 1))) >> 1) & (2**63 - 1)

@@ -30,7 +30,7 @@ from lorafuse.integrations.hf_common import (
 )
 from lorafuse.integrations.hf_expert_parallel import experts_here, implementation_of, running
 from lorafuse.integrations.hf_transformers import base_stacks, block_operands, first_projection, is_dispatched
-from lorafuse.nn.packing import unpacked
+from lorafuse.nn.peft_layout import unpacked
 from lorafuse.operands import Weight
 from lorafuse.versions import EXPERTS, is_older
 

@@ -6,7 +6,7 @@
 | `LoRAExperts` x, first projection | `x.base_layer.lora_A.weight [E·r, H]`, `x.base_layer.lora_B.weight [2I, r·E]` |
 | `LoRAExperts` x, down | `x.lora_A.weight [E·r, I]`, `x.lora_B.weight [H, r·E]` |
 
-The factors of experts are packed as `lorafuse.nn.packing` has it.
+The factors of experts are packed as `lorafuse.nn.peft_layout` has it.
 """
 
 import json
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lorafuse.errors import MissingDependency
 from lorafuse.nn import LoRAExperts, LoRALinear
-from lorafuse.nn.packing import packed, unpacked
+from lorafuse.nn.peft_layout import packed, target_modules, unpacked
 
 __all__ = ["load_adapter", "save_adapter"]
 
@@ -96,7 +96,7 @@ def save_adapter(
         "r": r,
         "lora_alpha": _number(alpha),
         "lora_dropout": next(iter(dropouts)),
-        "target_modules": _targets(model, list(linear)),
+        "target_modules": target_modules(linear, (name for name, _ in model.named_modules(remove_duplicate=False))),
         "target_parameters": sorted(parameters) or None,
         # PEFT matches a pattern at the end of names too, where no ^ is
         "rank_pattern": {f"^{name}": m.r for name, m in linear.items() if m.r != r},
@@ -170,18 +170,6 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
 
 def _number(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
-
-
-def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
-    """The adapted linear layers as PEFT matches them: by the ends of their names, where no other module ends so, by
-    whole names, where no other module ends in one, or by a pattern."""
-    others = {name for name, _ in model.named_modules()} - set(names)
-    ends = {name.rpartition(".")[2] for name in names}
-    if not any(other.rpartition(".")[2] in ends for other in others):
-        return sorted(ends)
-    if not any(other.endswith(f".{name}") for other in others for name in names):
-        return sorted(names)
-    return "|".join(re.escape(name) for name in sorted(names))
 
 
 def _by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:

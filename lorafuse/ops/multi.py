@@ -345,7 +345,7 @@ def apply(
     if buffers is not None and torch.is_grad_enabled() and not hasattr(torch._C, "_will_engine_execute_node"):
         raise NotImplementedError(
             f"torch {torch.__version__} has no torch._C._will_engine_execute_node (2.11 to 2.13 have), without which "
-            "gradients that nobody asked for would be added to buffers: pass grad_buffers=None, or install one of these, "
+            "gradients that nobody asked for would be added to buffers: pass grad_buffers=None, or install one of them "
             "to train an AdapterPool"
         )
     if is_transformed(x):
