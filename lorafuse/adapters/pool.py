@@ -15,8 +15,7 @@ from lorafuse.adapters import files
 from lorafuse.adapters.experts import PooledExperts, stack_names
 from lorafuse.adapters.seeds import mixed, signed
 from lorafuse.nn.multi import AdapterRows, AdapterStack, LoRALinearMulti
-from lorafuse.nn.multi_groups import MultiGatedMLP, MultiSiblings
-from lorafuse.nn.roles import sibling_orders
+from lorafuse.nn.multi_groups import MultiGatedMLP, form_groups
 
 __all__ = ["AdapterPool"]
 
@@ -84,10 +83,7 @@ class AdapterPool:
         for layer, names in self._names.items():
             for name in names:
                 self._replace(name, layer)
-        self._siblings: list[MultiSiblings] = []
-        self._gated: list[nn.Module] = []
-        if groups:
-            self._group()
+        self._siblings, self._gated = form_groups(model) if groups else ([], [])
         # how many batches each slot was in, and its seed, where the rows' adapters are, which nobody waits for
         self._calls = torch.zeros(0, dtype=torch.int64, device=self._device)
         self._seeds = torch.zeros(0, dtype=torch.int64, device=self._device)
@@ -104,8 +100,13 @@ class AdapterPool:
         """A slot with a fresh adapter: a as PEFT initializes it, from `seed` and the layer's name alone, and b zero.
 
         `alpha` is the rank by default; `targets` as of the pool, None for all that it holds. Raises ValueError for a
-        rank below 1, a dropout outside [0, 1] or of experts, which have none in PEFT, or targets that match nothing.
+        rank below 1, an alpha that is not finite, a dropout outside [0, 1] or of experts, which have none in PEFT, or
+        targets that match nothing; TypeError for a rank that is no int.
+
+        Graphs of calls before cannot run backward after it, nor after `load` and `release`: RuntimeError.
         """
+        if not isinstance(rank, int) or isinstance(rank, bool):
+            raise TypeError(f"got rank={rank!r}; it must be an int")
         if rank < 1 or not 0.0 <= dropout <= 1.0:
             raise ValueError(f"got rank={rank} and dropout={dropout}; they must be at least 1, and in [0, 1]")
         names = self._targeted(targets)
@@ -301,21 +302,6 @@ class AdapterPool:
         """Those of one rank of a and b in a stack."""
         return self._stacks[name].a.shape[1:], self._stacks[name].b.shape[1:]
 
-    def _group(self) -> None:
-        """Make groups of the layers that run as one operator."""
-        for path, parent in self.model.named_modules():
-            children = {name: c for name, c in parent._modules.items() if isinstance(c, LoRALinearMulti)}
-            alike: dict[tuple[object, ...], list[str]] = {}
-            for name, child in children.items():
-                w = child.weight
-                alike.setdefault((w.sizes[1], w.data.device, w.format == "dense" and w.data.dtype), []).append(name)
-            for names in alike.values():
-                where = f"{path.rpartition('.')[2]} {type(parent).__name__}"
-                for order in sibling_orders(names, where):
-                    self._siblings.append(MultiSiblings([children[names[i]] for i in order]))
-            if children and MultiGatedMLP.form(parent):
-                self._gated.append(parent)
-
     @property
     def _device(self) -> torch.device:
         return next(iter(self._stacks.values())).a.device
@@ -356,6 +342,9 @@ class AdapterPool:
 
     def _add(self, held: _Slot, factors: dict[str, tuple[Tensor, Tensor]]) -> int:
         self._refuse_in_use("allocate or load")
+        # the operator refuses it, with every other adapter of the batch
+        if not math.isfinite(held.scale):
+            raise ValueError(f"got alpha / rank = {held.scale}; it must be finite")
         slot = next(i for i in range(len(self._slots) + 1) if i not in self._slots)
         self._slots[slot] = held
         if slot == len(self._calls):

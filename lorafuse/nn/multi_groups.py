@@ -24,9 +24,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from lorafuse.functional import lora_gated_mlp_multi, lora_linears_multi
 from lorafuse.nn.multi import LoRALinearMulti, multi_projections, shared_rows
-from lorafuse.nn.roles import attributes_of, gated_roles, has_attributes, has_gated_sizes
+from lorafuse.nn.roles import attributes_of, gated_roles, has_attributes, has_gated_sizes, sibling_orders
 
-__all__ = ["MultiGatedMLP", "MultiSiblings", "SiblingCalls", "cast_dtype"]
+__all__ = ["MultiGatedMLP", "MultiSiblings", "SiblingCalls", "cast_dtype", "form_groups"]
 
 _hooks_of_saved_tensors = torch._C._autograd._top_saved_tensors_default_hooks
 
@@ -207,3 +207,21 @@ def _gated_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     mlp = self.__dict__.get("_lorafuse_gated")
     y = mlp.output(self, args[0]) if mlp is not None and len(args) == 1 and not kwargs else None
     return type(self).forward(self, *args, **kwargs) if y is None else y
+
+
+def form_groups(model: nn.Module) -> tuple[list[MultiSiblings], list[nn.Module]]:
+    """Make groups of the layers of many adapters of a model; returns the siblings, and the parents of gated MLPs."""
+    siblings, gated = [], []
+    for path, parent in model.named_modules():
+        children = {name: c for name, c in parent._modules.items() if isinstance(c, LoRALinearMulti)}
+        alike: dict[tuple[object, ...], list[str]] = {}
+        for name, child in children.items():
+            w = child.weight
+            alike.setdefault((w.sizes[1], w.data.device, w.format == "dense" and w.data.dtype), []).append(name)
+        for names in alike.values():
+            where = f"{path.rpartition('.')[2]} {type(parent).__name__}"
+            for order in sibling_orders(names, where):
+                siblings.append(MultiSiblings([children[names[i]] for i in order]))
+        if children and MultiGatedMLP.form(parent):
+            gated.append(parent)
+    return siblings, gated

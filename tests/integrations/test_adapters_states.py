@@ -97,6 +97,23 @@ def test_adapters_stay_within_use_adapters(tmp_path):
     assert pool.slots == ()
 
 
+@pytest.mark.parametrize("change", ["allocate", "release", "load"])
+def test_a_graph_of_before_the_slots_changed_is_refused(change, tmp_path):
+    """Its gradients would go into buffers that nobody reads."""
+    pool, (x, dy) = pooled((0, 1)), data(0)
+    pool.export(0, tmp_path)
+    with pool.use_adapters([1] * len(x)):
+        y = pool.model(x)
+    {"allocate": lambda: pool.allocate(2), "release": lambda: pool.release(0), "load": lambda: pool.load(tmp_path)}[
+        change
+    ]()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(dy)
+    with pool.use_adapters([1] * len(x)):
+        pool.model(x).backward(dy)
+    assert all(t.any() for t in pool.gradients(1).values())
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_checkpoint_that_is_called_again_too_late(use_reentrant):
     """Its layers would be the base alone, and the gradients of its adapters lost."""
