@@ -48,13 +48,14 @@ class AdapterPool:
     Gradients add up in the pool, in sums over tokens, until `MultiAdamW.step` or `zero_grad` of that slot.
 
     Raises ValueError where nothing matches, for experts among `targets` that no operator runs, and for a model with
-    PEFT's layers or layers on several devices.
+    PEFT's layers or layers on several devices; TypeError for targets in one str.
     """
 
     def __init__(
         self, model: nn.Module, targets: Sequence[str] | None = None, *, dtype: torch.dtype = torch.float32,
         groups: bool = True,
     ) -> None:  # fmt: skip
+        _refuse_text(targets)
         self.model, self.dtype, self.targets = model.requires_grad_(False), dtype, targets
         self.layers: dict[str, LoRALinearMulti] = {}
         self.experts: dict[str, PooledExperts] = {}
@@ -204,7 +205,7 @@ class AdapterPool:
         `slots` has one for each sample, or is a tensor of integers `[B]` or `[B, T, …]` on the model's device, for each
         sample or token; -1 is none. Ascending ints, -1 last, need no row to be moved. Nothing waits for the device.
         Raises KeyError for an int that is not allocated; in a tensor, which is not looked at, it is none. TypeError for
-        a tensor of other numbers. A layer that a checkpoint calls again later raises RuntimeError.
+        a tensor of other numbers and a list of lists. A layer that a checkpoint calls again later raises RuntimeError.
         """
         every, count = self.slots, len(self._slots)
         if isinstance(slots, Tensor):
@@ -218,7 +219,10 @@ class AdapterPool:
             is_sorted = False
         else:
             known = {slot: i for i, slot in enumerate(every)} | {-1: count}
-            values = [known[slot] for slot in slots]
+            given = list(slots)
+            if any(isinstance(slot, list | tuple) for slot in given):
+                raise TypeError("slots has lists in it; those of tokens must be a tensor, which must hold integers")
+            values = [known[slot] for slot in given]
             index, is_sorted = self._on_device(values), values == sorted(values)
         # without any adapter there is the base alone
         rows = AdapterRows(index, count, is_sorted, self._drawn(index)) if count else None
@@ -295,6 +299,7 @@ class AdapterPool:
 
     def _targeted(self, targets: Sequence[str] | None) -> list[str]:
         """The names of the stacks among `targets` and those of the pool, in its order."""
+        _refuse_text(targets)
         every = [some for some in (self.targets, targets) if some is not None]
         return [name for name in self._stacks if all(_matches(name, t, name not in self.layers) for t in every)]
 
@@ -378,6 +383,11 @@ def _is_linear(module: nn.Module) -> bool:
         return LoRALinearMulti(module).weight is not None
     except TypeError:
         return False
+
+
+def _refuse_text(targets: object) -> None:
+    if isinstance(targets, str):
+        raise TypeError(f"targets is the str {targets!r}; it must be a list of names")
 
 
 def _matches(name: str, targets: Sequence[str], is_stack: bool = False) -> bool:

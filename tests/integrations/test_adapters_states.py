@@ -71,7 +71,7 @@ def test_numbers_that_are_no_slot_are_the_base():
             with pool.use_adapters(slots):
                 results.append(pool.model(x))
     assert all(torch.equal(t, results[0]) for t in results)
-    for slots in (torch.tensor([1.0] * 3), torch.tensor([True] * 3)):
+    for slots in (torch.tensor([1.0] * 3), torch.tensor([True] * 3), [[0, 3]] * 3):
         with pytest.raises(TypeError, match="must hold integers"), pool.use_adapters(slots):
             pass
 
