@@ -116,6 +116,13 @@ class AdapterStack(nn.Module):
         ))  # fmt: skip
         self.ranks = (*self.ranks[:at], a.shape[0], *self.ranks[at:])
 
+    def fill(self, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Hold these adapters alone, each as `insert` takes it; gradients are zero."""
+        empty = [t[:0] for t in self._tensors()[:2]]
+        a, b = (torch.cat([t, *(pair[i].to(t) for pair in factors)]) for i, t in enumerate(empty))
+        self._hold(a, b, torch.zeros_like(a), torch.zeros_like(b))
+        self.ranks = tuple(len(one) for one, _ in factors)
+
     def remove(self, at: int) -> None:
         """Take an adapter out."""
         mine = self.of(at)
