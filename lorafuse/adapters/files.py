@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lorafuse.adapters.experts import PooledExperts
+from lorafuse.nn.peft_layout import packed, target_modules, unpacked
 
 __all__ = ["changes_base", "read", "write"]
 
@@ -29,10 +31,11 @@ _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def write(
     folder: Path, factors: Mapping[str, _Factors], experts: Mapping[str, PooledExperts], rank: int, alpha: float,
-    dropout: float, base: str | None,
+    dropout: float, model: nn.Module, others: Mapping[str, str],
 ) -> None:  # fmt: skip
     """The files of an adapter: `factors` are a `[R, K]` and b `[R, N]` by the names of layers, of experts a `[R, E, K]`
-    and b `[R, E, N]` by those of their parameters.
+    and b `[R, E, N]` by those of their parameters. `others` are further names of some modules, by which they are
+    written too, and the first name of each.
     """
     from safetensors.torch import save_file
 
@@ -41,16 +44,28 @@ def write(
     places = {stack: place for place, stack in _places(parameters, experts).items()}
     tensors = {}
     for name, pair in factors.items():
-        for letter, t in zip("AB", _packed(*pair), strict=True):
-            tensors[f"{_PREFIX}{places.get(name, name)}.lora_{letter}.weight"] = t.cpu().clone().contiguous()
+        a, b = pair
+        pair = (a, b.t()) if a.dim() == 2 else packed(a.transpose(0, 1), b.permute(1, 2, 0))
+        for letter, t in zip("AB", pair, strict=True):
+            key = f"{_PREFIX}{places.get(name, name)}.lora_{letter}.weight"
+            for one in (key, *(_moved(key, first, other) for other, first in others.items())):
+                tensors[one] = t.cpu().clone().contiguous()
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    every = [name for name, _ in model.named_modules(remove_duplicate=False)]
     config = {
-        "base_model_name_or_path": base, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+        "base_model_name_or_path": getattr(model, "name_or_path", None),
+        "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
         "init_lora_weights": True, "lora_alpha": alpha, "lora_dropout": dropout, "modules_to_save": None,
-        "peft_type": "LORA", "r": rank, "target_modules": sorted(set(factors) - set(parameters)),
+        "peft_type": "LORA", "r": rank, "target_modules": target_modules(set(factors) - set(parameters), every),
         "target_parameters": sorted(parameters) or None, "task_type": None, "use_dora": False, "use_rslora": False,
     }  # fmt: skip
     (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _moved(key: str, module: str, other: str) -> str:
+    """A tensor's name with another module's name in the place of its own; that of another module stays."""
+    prefix = f"{_PREFIX}{module}."
+    return f"{_PREFIX}{other}.{key.removeprefix(prefix)}" if key.startswith(prefix) else key
 
 
 def _places(parameters: Iterable[str], experts: Mapping[str, PooledExperts]) -> dict[str, str]:
@@ -65,15 +80,6 @@ def _places(parameters: Iterable[str], experts: Mapping[str, PooledExperts]) -> 
     return places
 
 
-def _packed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """PEFT's lora_A and lora_B: of experts the first expert-slowest, the second expert-fastest."""
-    return (a, b.t()) if a.dim() == 2 else (a.transpose(0, 1).flatten(0, 1), b.permute(2, 0, 1).flatten(1))
-
-
-def _unpacked(a: Tensor, b: Tensor, experts: int) -> _Factors:
-    return a.unflatten(0, (experts, -1)).transpose(0, 1), b.unflatten(1, (-1, experts)).permute(1, 2, 0)
-
-
 def changes_base(init_lora_weights: Any) -> str:
     """Why an adapter that PEFT initialized so does not fit the base of before, as the end of a sentence; or ""."""
     if not isinstance(init_lora_weights, str) or not init_lora_weights.lower().startswith(_RESIDUAL):
@@ -84,8 +90,10 @@ def changes_base(init_lora_weights: Any) -> str:
     )
 
 
-def read(folder: Path, experts: Mapping[str, PooledExperts]) -> tuple[dict[str, _Factors], float, float]:
-    """`(factors, scale, dropout)` of an adapter's files, as `write` takes factors; scale is alpha / R.
+def read(
+    folder: Path, experts: Mapping[str, PooledExperts], others: Mapping[str, str]
+) -> tuple[dict[str, _Factors], float, float]:
+    """`(factors, scale, dropout)` of an adapter's files, as `write` takes them; scale is alpha / R.
 
     Raises ValueError for an adapter that is no plain LoRA of one rank over the base as it is, with what it is.
     """
@@ -103,7 +111,12 @@ def read(folder: Path, experts: Mapping[str, PooledExperts]) -> tuple[dict[str, 
     # PEFT matches them at the end of names
     adapted = [name for name in stacks if any(f".{name}".endswith(f".{target}") for target in targets)]
     places = _places(adapted, experts)
-    tensors, factors, E = load_file(folder / _WEIGHTS), {}, 0
+    tensors: dict[str, Tensor] = {}
+    for key, t in load_file(folder / _WEIGHTS).items():
+        first = next((_moved(key, *pair) for pair in others.items() if _moved(key, *pair) != key), key)
+        if not torch.equal(tensors.setdefault(first, t), t):
+            raise ValueError(f"{folder} has another {key} than {first}, which are of one layer of the pool")
+    factors, E = {}, 0
     for key in sorted(tensors):
         name, marker, rest = key.removeprefix(_PREFIX).partition(".lora_A.")
         if marker:
@@ -119,7 +132,8 @@ def read(folder: Path, experts: Mapping[str, PooledExperts]) -> tuple[dict[str, 
             E = next(iter(experts[stack.rpartition(".")[0]].stacks.values())).b.shape[1]
             if pair[0].shape[0] % E or pair[1].shape[1] % E:
                 raise ValueError(f"{folder} has {list(pair[0].shape)} for {name}; its first size is {E} experts' ranks")
-            factors[stack] = _unpacked(*pair, E)
+            a, b = unpacked(*pair, E)
+            factors[stack] = a.transpose(0, 1), b.permute(2, 0, 1)
     ranks = {t.shape[0] for pair in factors.values() for t in pair}
     if tensors or len(ranks) != 1:
         raise ValueError(f"{folder} has {sorted(tensors)[:3]} beside LoRA, and ranks {sorted(ranks)}; it needs one")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lorafuse.adapters import files
 from lorafuse.adapters.experts import PooledExperts, stack_names
+from lorafuse.adapters.seeds import mixed, signed
 from lorafuse.nn.multi import AdapterRows, AdapterStack, LoRALinearMulti
-from lorafuse.nn.multi_groups import MultiGatedMLP, MultiSiblings
-from lorafuse.nn.roles import sibling_orders
+from lorafuse.nn.multi_groups import MultiGatedMLP, form_groups
 
 __all__ = ["AdapterPool"]
 
@@ -48,13 +48,14 @@ class AdapterPool:
     Gradients add up in the pool, in sums over tokens, until `MultiAdamW.step` or `zero_grad` of that slot.
 
     Raises ValueError where nothing matches, for experts among `targets` that no operator runs, and for a model with
-    PEFT's layers or layers on several devices.
+    PEFT's layers or layers on several devices; TypeError for targets in one str.
     """
 
     def __init__(
         self, model: nn.Module, targets: Sequence[str] | None = None, *, dtype: torch.dtype = torch.float32,
         groups: bool = True,
     ) -> None:  # fmt: skip
+        _refuse_text(targets)
         self.model, self.dtype, self.targets = model.requires_grad_(False), dtype, targets
         self.layers: dict[str, LoRALinearMulti] = {}
         self.experts: dict[str, PooledExperts] = {}
@@ -83,10 +84,7 @@ class AdapterPool:
         for layer, names in self._names.items():
             for name in names:
                 self._replace(name, layer)
-        self._siblings: list[MultiSiblings] = []
-        self._gated: list[nn.Module] = []
-        if groups:
-            self._group()
+        self._siblings, self._gated = form_groups(model) if groups else ([], [])
         # how many batches each slot was in, and its seed, where the rows' adapters are, which nobody waits for
         self._calls = torch.zeros(0, dtype=torch.int64, device=self._device)
         self._seeds = torch.zeros(0, dtype=torch.int64, device=self._device)
@@ -103,8 +101,13 @@ class AdapterPool:
         """A slot with a fresh adapter: a as PEFT initializes it, from `seed` and the layer's name alone, and b zero.
 
         `alpha` is the rank by default; `targets` as of the pool, None for all that it holds. Raises ValueError for a
-        rank below 1, a dropout outside [0, 1] or of experts, which have none in PEFT, or targets that match nothing.
+        rank below 1, an alpha that is not finite, a dropout outside [0, 1] or of experts, which have none in PEFT, or
+        targets that match nothing; TypeError for a rank that is no int.
+
+        Graphs of calls before cannot run backward after it, nor after `load` and `release`: RuntimeError.
         """
+        if not isinstance(rank, int) or isinstance(rank, bool):
+            raise TypeError(f"got rank={rank!r}; it must be an int")
         if rank < 1 or not 0.0 <= dropout <= 1.0:
             raise ValueError(f"got rank={rank} and dropout={dropout}; they must be at least 1, and in [0, 1]")
         names = self._targeted(targets)
@@ -136,7 +139,7 @@ class AdapterPool:
         """A slot with the adapter of PEFT's files. Raises ValueError for one that is no plain LoRA of one rank, or that
         adapts what the pool does not hold.
         """
-        factors, scale, dropout = files.read(Path(folder), self.experts)
+        factors, scale, dropout = files.read(Path(folder), self.experts, self._others())
         # in the order of the pool, in which an optimizer adds up norms
         names = [name for name in self._targeted(None) if name in factors]
         if unknown := sorted(set(factors) - set(names)):
@@ -151,12 +154,24 @@ class AdapterPool:
         return self._add(_Slot(len(factors[names[0]][0]), scale, seed, dropout, tuple(names)), factors)
 
     def export(self, slot: int, folder: str | Path) -> None:
-        """Write PEFT's files of the adapter, which `peft.PeftModel.from_pretrained` reads."""
+        """Write PEFT's files of the adapter, which `peft.PeftModel.from_pretrained` reads.
+
+        Raises ValueError for a layer that several modules hold, of which PEFT would adapt the first place alone.
+        """
         held, at = self._slots[slot], self.slots.index(slot)
+        for names in (self._names[self._owner(name)] for name in held.stacks):
+            parents = {(id(self.model.get_submodule(n.rpartition(".")[0])), n.rpartition(".")[2]) for n in names}
+            if len(parents) > 1:
+                raise ValueError(
+                    f"{' and '.join(names)} are one module, which PEFT would adapt in the first place alone: give the "
+                    "model a copy of it in the others"
+                )
         stacks = {name: self._stacks[name] for name in held.stacks}
         factors = {n: (one.a.detach()[one.of(at)], one.b.detach()[one.of(at)]) for n, one in stacks.items()}
-        base = getattr(self.model, "name_or_path", None)
-        files.write(Path(folder), factors, self.experts, held.rank, held.scale * held.rank, held.dropout, base)
+        files.write(
+            Path(folder), factors, self.experts, held.rank, held.scale * held.rank, held.dropout, self.model,
+            self._others(),
+        )  # fmt: skip
 
     def parameters(self, slot: int) -> dict[str, Tensor]:
         """The adapter's a `[R, K]` and b `[N, R]` by their names in PEFT's models, until the next allocate, load or
@@ -168,6 +183,11 @@ class AdapterPool:
     def gradients(self, slot: int) -> dict[str, Tensor]:
         """The sums of the gradients of `parameters` since they were last zeroed, likewise."""
         return self._views(slot, lambda a, b, buffers: buffers)
+
+    def places(self, name: str) -> list[str]:
+        """Every name of what `parameters` gives by this one (without .lora_A.weight): a module may have several."""
+        names = self._names[self._owner(name)]
+        return [other + name.removeprefix(names[0]) for other in names]
 
     def scale(self, slot: int) -> float:
         """alpha / R of the adapter."""
@@ -185,7 +205,7 @@ class AdapterPool:
         `slots` has one for each sample, or is a tensor of integers `[B]` or `[B, T, …]` on the model's device, for each
         sample or token; -1 is none. Ascending ints, -1 last, need no row to be moved. Nothing waits for the device.
         Raises KeyError for an int that is not allocated; in a tensor, which is not looked at, it is none. TypeError for
-        a tensor of other numbers. A layer that a checkpoint calls again later raises RuntimeError.
+        a tensor of other numbers and a list of lists. A layer that a checkpoint calls again later raises RuntimeError.
         """
         every, count = self.slots, len(self._slots)
         if isinstance(slots, Tensor):
@@ -199,7 +219,10 @@ class AdapterPool:
             is_sorted = False
         else:
             known = {slot: i for i, slot in enumerate(every)} | {-1: count}
-            values = [known[slot] for slot in slots]
+            given = list(slots)
+            if any(isinstance(slot, list | tuple) for slot in given):
+                raise TypeError("slots has lists in it; those of tokens must be a tensor, which must hold integers")
+            values = [known[slot] for slot in given]
             index, is_sorted = self._on_device(values), values == sorted(values)
         # without any adapter there is the base alone
         rows = AdapterRows(index, count, is_sorted, self._drawn(index)) if count else None
@@ -266,29 +289,23 @@ class AdapterPool:
         self._stacks |= {f"{name}.{one}": stack for one, stack in experts.stacks.items()}
         return experts
 
+    def _owner(self, name: str) -> LoRALinearMulti | PooledExperts:
+        """Whose a stack is."""
+        return self.layers.get(name) or self.experts[name.rpartition(".")[0]]
+
+    def _others(self) -> dict[str, str]:
+        """The first name of a module by each of its other names."""
+        return {other: first for first, *others in self._names.values() for other in others}
+
     def _targeted(self, targets: Sequence[str] | None) -> list[str]:
         """The names of the stacks among `targets` and those of the pool, in its order."""
+        _refuse_text(targets)
         every = [some for some in (self.targets, targets) if some is not None]
         return [name for name in self._stacks if all(_matches(name, t, name not in self.layers) for t in every)]
 
     def _sizes(self, name: str) -> tuple[torch.Size, torch.Size]:
         """Those of one rank of a and b in a stack."""
         return self._stacks[name].a.shape[1:], self._stacks[name].b.shape[1:]
-
-    def _group(self) -> None:
-        """Make groups of the layers that run as one operator."""
-        for path, parent in self.model.named_modules():
-            children = {name: c for name, c in parent._modules.items() if isinstance(c, LoRALinearMulti)}
-            alike: dict[tuple[object, ...], list[str]] = {}
-            for name, child in children.items():
-                w = child.weight
-                alike.setdefault((w.sizes[1], w.data.device, w.format == "dense" and w.data.dtype), []).append(name)
-            for names in alike.values():
-                where = f"{path.rpartition('.')[2]} {type(parent).__name__}"
-                for order in sibling_orders(names, where):
-                    self._siblings.append(MultiSiblings([children[names[i]] for i in order]))
-            if children and MultiGatedMLP.form(parent):
-                self._gated.append(parent)
 
     @property
     def _device(self) -> torch.device:
@@ -313,7 +330,7 @@ class AdapterPool:
         present = torch.zeros(count + 1, dtype=torch.int64, device=index.device)
         present.scatter_(0, index.reshape(-1), 1)
         self._calls[slots] += present[:count]
-        return _mixed(self._seeds[slots], self._calls[slots])
+        return mixed(self._seeds[slots], self._calls[slots])
 
     def _drawing(self, slot: int) -> dict[str, int]:
         """What decides the next mask of dropout of a slot."""
@@ -330,11 +347,14 @@ class AdapterPool:
 
     def _add(self, held: _Slot, factors: dict[str, tuple[Tensor, Tensor]]) -> int:
         self._refuse_in_use("allocate or load")
+        # the operator refuses it, with every other adapter of the batch
+        if not math.isfinite(held.scale):
+            raise ValueError(f"got alpha / rank = {held.scale}; it must be finite")
         slot = next(i for i in range(len(self._slots) + 1) if i not in self._slots)
         self._slots[slot] = held
         if slot == len(self._calls):
             self._calls, self._seeds = (torch.cat((t, t.new_zeros(1))) for t in (self._calls, self._seeds))
-        self._calls[slot], self._seeds[slot] = 0, _signed(held.seed)
+        self._calls[slot], self._seeds[slot] = 0, signed(held.seed)
         at = self.slots.index(slot)
         for name, stack in self._stacks.items():
             a, b = factors.get(name) or (torch.empty(0, *size) for size in self._sizes(name))
@@ -365,6 +385,11 @@ def _is_linear(module: nn.Module) -> bool:
         return False
 
 
+def _refuse_text(targets: object) -> None:
+    if isinstance(targets, str):
+        raise TypeError(f"targets is the str {targets!r}; it must be a list of names")
+
+
 def _matches(name: str, targets: Sequence[str], is_stack: bool = False) -> bool:
     """Whether a target is a name or the last parts of one; `is_stack` of a parameter of experts, which they name by its
     module, or by itself with at least one part more ("down_proj" is a linear layer).
@@ -372,15 +397,3 @@ def _matches(name: str, targets: Sequence[str], is_stack: bool = False) -> bool:
     if is_stack and _matches(name.rpartition(".")[0], targets):
         return True
     return any(name == one or (name.endswith(f".{one}") and "." * is_stack in one) for one in targets)
-
-
-def _signed(number: int) -> int:
-    """64 bits of a number, as int64 holds them."""
-    return (number + 2**63) % 2**64 - 2**63
-
-
-def _mixed(seeds: Tensor, calls: Tensor) -> Tensor:
-    """63 bits for each pair of numbers, int64 that wrap around."""
-    z = seeds * -0x61C8864680B583EB + calls * -0x40A7B892E31B1A47
-    z = (z ^ ((z >> 30) & (2**34 - 1))) * -0x6B2FB644ECCEEE15
-    return ((z ^ ((z >> 31) & (2**33 - 1))) >> 1) & (2**63 - 1)

@@ -1,5 +1,6 @@
 """Which adapters of a model change nothing: rollouts and evaluations that silently run the base are found by it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,7 @@ def check_applied(model: nn.Module, batch: Any) -> list[NoEffect]:
     handles += [m.register_forward_hook(watch_group) for m in model.modules() if isinstance(m, _GROUPS)]
     try:
         with torch.no_grad():
-            model(**batch) if isinstance(batch, dict) else model(batch)
+            model(**batch) if isinstance(batch, Mapping) else model(batch)
     finally:
         for handle in handles:
             handle.remove()

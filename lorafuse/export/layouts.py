@@ -31,6 +31,7 @@ from lorafuse.adapters import AdapterPool
 from lorafuse.adapters.files import changes_base
 from lorafuse.errors import MissingDependency
 from lorafuse.nn import LoRAExperts, LoRALinear
+from lorafuse.nn.peft_layout import target_modules, unpacked
 
 __all__ = ["to_sglang", "to_vllm"]
 
@@ -60,8 +61,9 @@ class _Experts:
 
 @dataclass
 class _Adapter:
-    """`linear` are `(A, B, scale)` of embeddings too, whose names are in `embeddings`."""
+    """`linear` are `(A, B, scale)` of embeddings too, whose names are in `embeddings`; `modules` is the whole model."""
 
+    modules: tuple[str, ...]
     linear: dict[str, tuple[Tensor, Tensor, float]] = field(default_factory=dict)
     embeddings: set[str] = field(default_factory=set)
     experts: dict[str, _Experts] = field(default_factory=dict)
@@ -123,8 +125,9 @@ def to_sglang(
 def _read(model: nn.Module | AdapterPool, adapter_name: str | int) -> _Adapter:
     if isinstance(model, AdapterPool):
         return _read_pool(model, adapter_name)
-    adapter = _Adapter(base=getattr(getattr(model, "config", None), "name_or_path", None) or None)
-    for name, module in model.named_modules():
+    adapter = _adapter_of(model)
+    # a module that stands in several places is one of each for a server
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LoRALinear):
             adapter.linear[name] = module.lora_A.weight, module.lora_B.weight, module.scale
         elif isinstance(module, LoRAExperts):
@@ -150,18 +153,25 @@ def _read(model: nn.Module | AdapterPool, adapter_name: str | int) -> _Adapter:
     return adapter
 
 
+def _adapter_of(model: nn.Module) -> _Adapter:
+    every = tuple(name.removeprefix(_PREFIX) for name, _ in model.named_modules(remove_duplicate=False))
+    return _Adapter(every, base=getattr(getattr(model, "config", None), "name_or_path", None) or None)
+
+
 def _read_pool(pool: AdapterPool, slot: str | int) -> _Adapter:
     if slot not in pool.slots:
         raise ValueError(f"the pool has no slot {slot!r}, only {list(pool.slots)}: pass one as adapter_name")
     named, scale = pool.parameters(int(slot)), pool.scale(int(slot))
-    adapter = _Adapter(base=getattr(getattr(pool.model, "config", None), "name_or_path", None) or None)
+    adapter = _adapter_of(pool.model)
     for name in (n.removesuffix(_A) for n in named if n.endswith(_A)):
         a, b = named[name + _A], named[name + _B]
-        module, _, parameter = name.rpartition(".")
-        if name in pool.layers:
-            adapter.linear[name] = a, b, scale
-        else:
-            _add_experts(adapter, module, parameter, pool.experts[module].base, (a, b), scale)
+        module = name.rpartition(".")[0]
+        for place in pool.places(name):
+            if name in pool.layers:
+                adapter.linear[place] = a, b, scale
+            else:
+                of, _, parameter = place.rpartition(".")
+                _add_experts(adapter, of, parameter, pool.experts[module].base, (a, b), scale)
     return adapter
 
 
@@ -185,9 +195,7 @@ def _read_peft(adapter: _Adapter, name: str, module: Any, which: str | int) -> N
     if getattr(module, "parameter_name", "weight") == "weight":
         adapter.linear[name] = a.weight, b.weight, scale
         return
-    E = module.num_experts
-    # PEFT packs A expert-slowest and B expert-fastest
-    pair = a.weight.view(E, -1, a.in_features), b.weight.view(b.out_features, -1, E).permute(2, 0, 1)
+    pair = unpacked(a.weight, b.weight, module.num_experts)
     _add_experts(adapter, name.removesuffix(".base_layer"), module.parameter_name, module.get_base_layer(), pair, scale)
 
 
@@ -210,7 +218,7 @@ def _add_experts(
 
 def _complete(adapter: _Adapter, model: nn.Module) -> None:
     """Give the layers that SGLang stacks with adapted ones adapters of zeros."""
-    layers = {name.removeprefix(_PREFIX): module for name, module in model.named_modules()}
+    layers = {name.removeprefix(_PREFIX): module for name, module in model.named_modules(remove_duplicate=False)}
     for name, (a, b, scale) in list(adapter.linear.items()):
         parent, _, last = name.rpartition(".")
         for other in (o for stack in _STACKED if last in stack for o in stack):
@@ -278,13 +286,16 @@ def _finished(
         Path(folder).mkdir(parents=True, exist_ok=True)
         contents = {key: t.cpu().clone() for key, t in tensors.items()}
         save_file(contents, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
-        targets = {name.rpartition(".")[2] for name in adapter.linear} | (
-            set(projections) if adapter.experts else set()
-        )
+        # PEFT finds experts by the ends of names alone
+        ends = {name.rpartition(".")[2] for name in adapter.linear} | set(projections)
+        targets = sorted(ends) if adapter.experts else target_modules(adapter.linear, adapter.modules)
+        if is_padded and isinstance(targets, str):
+            # SGLang reads no pattern
+            targets = sorted(adapter.linear)
         config = {
             "base_model_name_or_path": adapter.base, "bias": "none", "inference_mode": True, "lora_alpha": scale * rank,
             "lora_dropout": 0.0, "modules_to_save": None, "peft_type": "LORA", "r": rank,
-            "target_modules": sorted(targets), "task_type": "CAUSAL_LM", "use_dora": False, "use_rslora": False,
+            "target_modules": targets, "task_type": "CAUSAL_LM", "use_dora": False, "use_rslora": False,
             **patterns,
         }  # fmt: skip
         (Path(folder) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -12,16 +12,18 @@ import functools
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lorafuse.functional import Projection, run_gated_mlp
+from lorafuse.functional import MultiProjection, Projection, lora_gated_mlp_multi, run_gated_mlp
 from lorafuse.integrations import calls
 from lorafuse.integrations.groups import fits, is_small, why_not_alike
 from lorafuse.integrations.hf_common import altered, interception, is_called_otherwise, original
+from lorafuse.integrations.hf_mixed import Mixed, batch_of, run_batch
 from lorafuse.integrations.hf_peft import Member, operands_of
 from lorafuse.integrations.hf_quantized import dtypes_of, stored
 from lorafuse.integrations.report import Group, Skipped
@@ -90,14 +92,17 @@ class _Roles:
 
     def output(self, parent: Any, x: Any) -> Tensor | None:
         """y of the parent called with x; None where its layers have to be called."""
-        if not isinstance(x, Tensor) or is_small(x) or not 1 <= x.dim() <= 4 or interception(x) is not None:
-            return None
-        if not self._is_as_checked(parent):
+        if not isinstance(x, Tensor) or not 1 <= x.dim() <= 4 or interception(x) is not None:
             return None
         members = [parent._modules.get(name) for name in self.names]
-        operands: list[Any] = [_operands(member) for member in members]
-        if None in operands:
+        batch = batch_of([member for member in members if isinstance(member, Member)])
+        is_apart = is_small(x) if batch is None else torch.compiler.is_compiling()
+        if is_apart or not self._is_as_checked(parent):
             return None
+        given: list[Any] = [_operands(member, x, batch) for member in members]
+        if None in given or len({id(one.rows) for one in given if isinstance(one, Mixed)}) > 1:
+            return None
+        operands = [one.stacked() if isinstance(one, Mixed) else one for one in given]
         gate, up, down = operands
         backends = {member._lorafuse_backend for member in members if isinstance(member, Member)}
         first = next((one for one in operands if one[1] is not None), None)
@@ -113,19 +118,26 @@ class _Roles:
             return None
         dtypes = None
         if type(first[0]) is Weight:
-            given = zip(members, operands, strict=True)
-            dtypes, *others = {dtypes_of(member.get_base_layer(), x, one) for member, one in given}
+            each = zip(members, operands, strict=True)
+            dtypes, *others = {dtypes_of(member.get_base_layer(), x, one) for member, one in each}
             # what lies between layers would be computed in another dtype
             if others or dtypes.computed is not dtypes.returned:
                 return None
-        seeds: list[Tensor | None] = [None] * 3
-        # masks are drawn in the order in which layers are called
-        for i in (1, 0, 2) if self.is_up_first else range(3):
-            if operands[i][5]:
-                seeds[i] = seed_tensor(None, x.device)
-        layers = [Projection(w, a, b, scale, bias, p, seeds[i]) for i, (w, a, b, scale, bias, p) in enumerate(operands)]
-        settings = self.activation, backends.pop()
-        y = run_gated_mlp(x, layers, *settings) if dtypes is None else dtypes.run(run_gated_mlp, x, layers, *settings)
+        backend = backends.pop()
+        if batch is not None:
+            (y,) = run_batch(partial(_gated, self.activation), x, given, operands, dtypes, backend)
+        else:
+            seeds: list[Tensor | None] = [None] * 3
+            # masks are drawn in the order in which layers are called
+            for i in (1, 0, 2) if self.is_up_first else range(3):
+                if operands[i][5]:
+                    seeds[i] = seed_tensor(None, x.device)
+            layers = [
+                Projection(w, a, b, scale, bias, p, seed)
+                for (w, a, b, scale, bias, p), seed in zip(operands, seeds, strict=True)
+            ]
+            run = run_gated_mlp if dtypes is None else partial(dtypes.run, run_gated_mlp)
+            y = run(x, layers, self.activation, backend)
         for member in members:
             if isinstance(member, Member):
                 calls.ran_grouped(member)
@@ -144,17 +156,27 @@ def _out_features(operands: tuple) -> torch.Size | tuple[int, ...]:
     return weight.stored[:1] if type(weight) is Weight else weight.shape[:1]
 
 
-def _operands(member: Any) -> tuple | None:
-    """Operands of a layer in its present state, a and b None where it has no adapter; None where it must be called."""
+def _operands(member: Any, x: Tensor, batch: Any) -> tuple | None:
+    """Operands of a layer in its present state, a and b None where it has no adapter; None where it must be called.
+
+    `batch` is what `batch_of` gives: then of a layer with adapters those of x, or of what has x's first sizes.
+    """
     kind = type(member)
-    if member is None or altered(member) or is_called_otherwise(kind):
+    is_member = isinstance(member, Member)
+    if member is None or altered(member, but_before=is_member and batch is not None) or is_called_otherwise(kind):
         return None
-    if isinstance(member, Member):
-        return operands_of(member)
+    if is_member:
+        return operands_of(member) if batch is None else operands_of(member, x, *batch)
     weight = member._parameters.get("weight")
     if kind.forward is not _LINEAR_FORWARD or type(weight) is not nn.Parameter or weight.requires_grad:
         return None
     return weight, None, None, 1.0, member._parameters["bias"], 0.0
+
+
+def _gated(
+    activation: str, x: Tensor, offsets: Tensor, layers: list[MultiProjection], *, backend: str | None, wide: bool
+) -> list[Tensor]:
+    return [lora_gated_mlp_multi(x, offsets, *layers, activation=activation, backend=backend, wide=wide)]
 
 
 def form(model: nn.Module, layers: Iterable[Any]) -> tuple[list[Group], list[Skipped]]:

@@ -8,10 +8,11 @@ their names, or learned from one forward; a group that leaves outputs behind is 
 Outputs that nobody fetched live until x or their graph's backward is gone, or until the next group runs in the thread.
 """
 
+import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from lorafuse.integrations.report import Group, Skipped
 from lorafuse.nn.roles import sibling_orders
 from lorafuse.operands import Weight
 
-__all__ = ["Siblings", "fits", "form", "is_small", "join", "leave", "why_not_alike"]
+__all__ = ["Siblings", "fits", "form", "is_same_weight", "is_small", "join", "leave", "why_not_alike"]
 
 # elements of x: at K 576 q, k and v as a group took 1.015, 0.97 and 0.99 of the time of the three alone with 32, 64 and
 # 128 rows, an MLP 1.09, 1.02 and 0.93 (forward and backward, fp32, EPYC, one thread, a shared machine, 2026-11-29)
@@ -40,13 +41,20 @@ class Siblings:
     Args:
         count: how many they are; each is known by its index.
         orders: indices that are called one after the other with one x, by the first of them.
+        named: those of them that were not learned; None for all.
 
     A copy, or what pickle loads, knows the same orders and no member: those join by `join` when they are copied.
     """
 
-    def __init__(self, count: int, orders: Iterable[Sequence[int]] = ()) -> None:
+    def __init__(
+        self, count: int, orders: Iterable[Sequence[int]] = (), named: Iterable[Sequence[int]] | None = None
+    ) -> None:
         self.members: list[weakref.ref[Any] | None] = [None] * count
         self.orders = {order[0]: tuple(order) for order in orders}
+        self.named = tuple(self.orders.values()) if named is None else tuple(map(tuple, named))
+        # of a mixed batch that runs now the calls of each member; which of an order have not left
+        self.mixed: dict[Any, Any] | None = None
+        self._present: dict[tuple[int, ...], tuple[int, ...]] = {}
         # of orders that were named or learned: how often in a row outputs were left; absent where none was complete
         self._misses: dict[tuple[int, ...], int] = {}
         self._dropped: set[tuple[int, ...]] = set()
@@ -62,11 +70,31 @@ class Siblings:
         self._self = weakref.ref(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Siblings, (len(self.members), tuple(self.orders.values()))
+        return Siblings, (len(self.members), tuple(self.orders.values()), self.named)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Siblings":
-        memo[id(self)] = copied = Siblings(len(self.members), self.orders.values())
+        memo[id(self)] = copied = Siblings(len(self.members), self.orders.values(), self.named)
         return copied
+
+    @contextlib.contextmanager
+    def mixed_batch(self, calls: Callable[[list[Any], list[Any]], Any]) -> Iterator[None]:
+        """Within it members run a mixed batch: `calls` makes `lorafuse.nn.multi_groups.SiblingCalls` of an order's
+        members and those that have not left. Learned orders are none: bits would depend on batches before.
+        """
+        before, made = self.mixed, {}
+        for order in self.named:
+            layers = {i: one() for i in order if (one := self.members[i]) is not None}
+            if len(layers) == len(order) and None not in layers.values():
+                present = self._present.get(order, order)
+                made[order] = calls(list(layers.values()), [layers[i] for i in present])
+        self.mixed = {layer: one for one in made.values() for layer in one.layers}
+        try:
+            yield
+            for order, one in made.items():
+                one.drop()
+                self._present[order] = tuple(i for i in order if self.members[i]() in one.present)  # type: ignore[misc]
+        finally:
+            self.mixed = before
 
     def output(
         self, index: int, member: Any, x: Tensor, operands: tuple, read: Callable[[Any], tuple | None]
@@ -245,7 +273,7 @@ def _is_same(kept: tuple, operands: tuple) -> bool:
     """Whether a layer still has the operands its output was computed from, and a and b are as they were."""
     (weight, a, b, scale, bias, p), of_a, of_b = kept
     return (
-        _is_same_weight(weight, operands[0])
+        is_same_weight(weight, operands[0])
         and a is operands[1]
         and b is operands[2]
         and scale == operands[3]
@@ -256,7 +284,7 @@ def _is_same(kept: tuple, operands: tuple) -> bool:
     )
 
 
-def _is_same_weight(kept: Any, now: Any) -> bool:
+def is_same_weight(kept: Any, now: Any) -> bool:
     """Whether a weight is the one that it was; a quantized one is adopted at each call, by reference."""
     if kept is now:
         return True

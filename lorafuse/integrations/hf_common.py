@@ -88,13 +88,15 @@ CALL = original(nn.Module, "__call__")
 CALL_IMPL = original(nn.Module, "_call_impl")
 
 
-def altered(*modules: nn.Module) -> bool:
-    """Whether calling one of the modules does more than the forward of its class: hooks, a replaced call or forward."""
+def altered(*modules: nn.Module, but_before: bool = False) -> bool:
+    """Whether calling one of the modules does more than the forward of its class: hooks (`but_before`: but for those
+    before it), a replaced call or forward.
+    """
     for module in modules:
         state = module.__dict__
         if (
             state["_forward_hooks"]
-            or state["_forward_pre_hooks"]
+            or (state["_forward_pre_hooks"] and not but_before)
             or state["_backward_hooks"]
             or state["_backward_pre_hooks"]
             # accelerate leaves the class's own forward there when it removes its hooks

@@ -30,6 +30,7 @@ from lorafuse.integrations.hf_common import (
 )
 from lorafuse.integrations.hf_expert_parallel import experts_here, implementation_of, running
 from lorafuse.integrations.hf_transformers import base_stacks, block_operands, first_projection, is_dispatched
+from lorafuse.nn.peft_layout import unpacked
 from lorafuse.operands import Weight
 from lorafuse.versions import EXPERTS, is_older
 
@@ -202,12 +203,7 @@ def _factors(wrapper: ParamWrapper, base: nn.Module, stack: Tensor | Weight) -> 
 def _operands(operands: dict[str, Any], experts: int, factors: dict[str, list[_Factors]]) -> dict[str, Any]:
     """Keyword arguments of `lora_experts`: a [E, R, in] and b [E, out, R] are views of PEFT's packed weights."""
     for name, packed in factors.items():
-        stacks = []
-        for a, b, scale in packed:
-            # PEFT packs lora_A expert-slowest and lora_B expert-fastest
-            a = a.reshape(experts, -1, a.shape[1])
-            b = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
-            stacks.append((a, b, scale))
+        stacks = [(*unpacked(a, b, experts), scale) for a, b, scale in packed]
         a, b, scale = stacks[0]
         if len(stacks) > 1:
             # active adapters add up, so together they are one adapter of the summed rank

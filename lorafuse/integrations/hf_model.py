@@ -14,7 +14,7 @@ from lorafuse.integrations import calls, gated_mlp, groups
 from lorafuse.integrations.bypassed import bypassed
 from lorafuse.integrations.hf_common import FSDP1, is_fsdp1, is_fsdp2, watched
 from lorafuse.integrations.hf_experts import NOTHING_ACTIVE, FusedExperts, expert_parts, wrappers
-from lorafuse.integrations.hf_mixed import MIXED_APART, lift, lower
+from lorafuse.integrations.hf_mixed import lift, lower
 from lorafuse.integrations.hf_peft import FusedLinear, FusedTorchaoLinear, FusedWeight, Member, why_not_fused
 from lorafuse.integrations.hf_quantized import described_format, has_finite_scales, notes, stored
 from lorafuse.integrations.report import Patched, PatchReport, Skipped
@@ -176,8 +176,6 @@ def regroup(model: nn.Module, layers: list[Any], report: PatchReport, has_groups
     whole = {(mlp.name, name) for mlp in mlps for name in mlp.members}
     report.groups = [one for one in report.groups if not whole.issuperset((one.name, m) for m in one.members)] + mlps
     report.apart += apart
-    if report.groups and any(len(layer.lora_A) > 1 for layer in linear):
-        report.apart.append(Skipped("", "mixed", MIXED_APART))
 
 
 def patched_layers(model: nn.Module) -> list[Any]:
@@ -202,6 +200,7 @@ def release(model: nn.Module) -> int:
         del layer._lorafuse_backend
         layer.__dict__.pop("_lorafuse_dropout_rng", None)
         layer.__dict__.pop("_lorafuse_numerics", None)
+        layer.__dict__.pop("_lorafuse_mixed", None)
         calls.end(layer)
         groups.leave(layer)
     return len(layers)

@@ -35,7 +35,7 @@ from lorafuse.integrations.hf_common import (
     warn_once,
 )
 from lorafuse.integrations.hf_experts import why_not_wrapped
-from lorafuse.integrations.hf_mixed import run_mixed
+from lorafuse.integrations.hf_mixed import Mixed, end_mixed, mixed_parts, run_mixed
 from lorafuse.integrations.hf_quantized import PACKED, is_quantized, multiplies_packed, run_quantized, stored
 from lorafuse.integrations.hf_tensor_parallel import TWO_MESHES, Sharded, run_sharded, sharded_parts
 from lorafuse.integrations.hf_variants import Dora, Masked, column_factor, magnitude_of, run_dora_layer, variant_of
@@ -52,7 +52,6 @@ __all__ = [
     "rejoins",
     "why_not_fused",
 ]
-
 
 # weight, a, b, scale, bias, dropout_p
 _Operands = tuple[Tensor | Weight, Tensor, Tensor, float, Tensor | None, float]
@@ -73,8 +72,6 @@ _LINEAR_FORWARD = original(nn.Linear, "forward")
 _DROPOUT_FORWARD = original(nn.Dropout, "forward")
 _IDENTITY_FORWARD = original(nn.Identity, "forward")
 _DROPOUT = original(nn.functional, "dropout")
-
-# variants that run one adapter alone
 _APART = {"alora": "aLoRA", "dora": "DoRA"}
 # PEFT's class: the forward that it shipped, None where that was replaced before lorafuse came
 _forwards: dict[type, Any] = {}
@@ -89,9 +86,10 @@ def fused(shipped: type) -> Any:
         if type(self) is shipped:
             return shipped.forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
         parts: Any = None
-        # disabled and merged adapters are PEFT's own paths and cost no more there
-        # aLoRA's models give all layers its offsets
+        # disabled and merged adapters cost no more in PEFT's own paths; aLoRA's models give all layers its offsets
         is_plain = not kwargs or kwargs.keys() == {"alora_offsets"}
+        if is_plain and "_lorafuse_mixed" in self.__dict__:
+            end_mixed(self)
         if is_plain and not (args or self._disable_adapters or self.merged_adapters):
             parts = interception(x)
             if parts is None:
@@ -336,15 +334,17 @@ def _sharded(layer: Any, names: list[str]) -> Sharded | str:
     return p if isinstance(p, str) else sharded_parts(layer, names[0], p)
 
 
-def operands_of(layer: Any) -> _Operands | None:
-    """The operands of one of our layers where it runs fused in its present state, with nothing to compute before."""
+def operands_of(layer: Any, *batch: Any) -> _Operands | Mixed | None:
+    """The operands of one of our layers where it runs fused in its present state, with nothing to compute before; with
+    `batch`, what `mixed_parts` takes of one, those of a mixed batch.
+    """
     kind = layer._lorafuse_kind
     if layer._disable_adapters or layer.merged_adapters or kind.forward is not _forwards[kind]:
         return None
-    parts: Any = _parts(layer)
+    parts: Any = mixed_parts(layer, _parts, *batch) if batch else _parts(layer)
     # torch's masks are drawn when PEFT would draw them, in the call of each layer
     is_drawn_apart = type(parts) is tuple and parts[5] and "_lorafuse_dropout_rng" in layer.__dict__
-    return parts if type(parts) is tuple and not is_drawn_apart else None
+    return parts if type(parts) in (tuple, Mixed) and not is_drawn_apart else None
 
 
 def _why_not_linear(base: nn.Module) -> str:

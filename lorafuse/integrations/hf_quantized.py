@@ -19,7 +19,7 @@ Nothing of a library is imported here: whoever holds such a layer has brought it
 import contextlib
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lorafuse import formats
 from lorafuse.backends.aten_wide import has_products
 from lorafuse.formats.sizes import LIBRARY_ROWS
-from lorafuse.functional import Projection, run_linear
+from lorafuse.functional import run_linear
 from lorafuse.integrations.hf_common import original
 from lorafuse.operands import Weight
 from lorafuse.ops.autocast import autocast_is_on, outside_autocast
@@ -139,7 +139,7 @@ class Dtypes(NamedTuple):
         """Where the operator is called."""
         return outside_autocast(x) if self.is_outside else contextlib.nullcontext()
 
-    def run(self, several: Callable[..., Any], x: Tensor, layers: list[Projection], *rest: Any) -> Any:
+    def run(self, several: Callable[..., Any], x: Tensor, layers: Sequence[Any], *rest: Any) -> Any:
         """The results of `several` layers that have these, before they are cast to `returned`."""
         dtype = self.computed
         layers = [one if one.bias is None else one._replace(bias=one.bias.to(dtype)) for one in layers]

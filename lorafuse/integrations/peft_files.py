@@ -6,7 +6,7 @@
 | `LoRAExperts` x, first projection | `x.base_layer.lora_A.weight [E·r, H]`, `x.base_layer.lora_B.weight [2I, r·E]` |
 | `LoRAExperts` x, down | `x.lora_A.weight [E·r, I]`, `x.lora_B.weight [H, r·E]` |
 
-PEFT packs A of experts expert-slowest and B expert-fastest.
+The factors of experts are packed as `lorafuse.nn.peft_layout` has it.
 """
 
 import json
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lorafuse.errors import MissingDependency
 from lorafuse.nn import LoRAExperts, LoRALinear
+from lorafuse.nn.peft_layout import packed, target_modules, unpacked
 
 __all__ = ["load_adapter", "save_adapter"]
 
@@ -80,8 +81,8 @@ def save_adapter(
         for inner, projection in ((".base_layer", "gate_up"), ("", "down")):
             a, b = getattr(block, f"{projection}_lora_A"), getattr(block, f"{projection}_lora_B")
             a, b = (t if t.dim() == 3 else t.expand(block.num_experts, *t.shape) for t in (a, b))
-            tensors[f"{name}{inner}.lora_A.weight"] = a.reshape(-1, a.shape[2])
-            tensors[f"{name}{inner}.lora_B.weight"] = b.permute(1, 2, 0).reshape(b.shape[1], -1)
+            for letter, t in zip("AB", packed(a, b), strict=True):
+                tensors[f"{name}{inner}.lora_{letter}.weight"] = t
     parameters = {
         f"{name.rpartition('.')[2]}.{parameter}"
         for name, block in experts.items()
@@ -95,7 +96,7 @@ def save_adapter(
         "r": r,
         "lora_alpha": _number(alpha),
         "lora_dropout": next(iter(dropouts)),
-        "target_modules": _targets(model, list(linear)),
+        "target_modules": target_modules(linear, (name for name, _ in model.named_modules(remove_duplicate=False))),
         "target_parameters": sorted(parameters) or None,
         # PEFT matches a pattern at the end of names too, where no ^ is
         "rank_pattern": {f"^{name}": m.r for name, m in linear.items() if m.r != r},
@@ -125,17 +126,20 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     copies: list[tuple[Tensor, Tensor]] = []
     scales: dict[nn.Module, float] = {}
 
-    def take(key: str, parameter: Tensor, layout: Any = None) -> None:
-        if key not in tensors:
-            raise ValueError(f"load_adapter: {folder} has no {key}")
-        tensor = tensors.pop(key)
-        packed = tensor.numel() == parameter.numel() and (layout is None or tensor.dim() == 2)
-        tensor = layout(tensor) if layout is not None and packed else tensor
-        if tensor.shape != parameter.shape:
-            raise ValueError(
-                f"load_adapter: {key} is {list(tensor.shape)} in the file, {list(parameter.shape)} in the model"
-            )
-        copies.append((parameter, tensor))
+    def take(place: str, a: Tensor, b: Tensor) -> None:
+        keys = [f"{place}.lora_{letter}.weight" for letter in "AB"]
+        for key in keys:
+            if key not in tensors:
+                raise ValueError(f"load_adapter: {folder} has no {key}")
+        given = [tensors.pop(key) for key in keys]
+        if a.dim() == 3 and all(t.dim() == 2 and t.numel() == p.numel() for t, p in zip(given, (a, b), strict=True)):
+            given = list(unpacked(given[0], given[1], len(a)))
+        for key, tensor, parameter in zip(keys, given, (a, b), strict=True):
+            if tensor.shape != parameter.shape:
+                raise ValueError(
+                    f"load_adapter: {key} is {list(tensor.shape)} in the file, {list(parameter.shape)} in the model"
+                )
+            copies.append((parameter, tensor))
 
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
@@ -143,16 +147,12 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
                 raise ValueError(
                     f"load_adapter: {name} is merged, and would unmerge the file's adapter: unmerge it before"
                 )
-            take(f"{name}.lora_A.weight", module.lora_A.weight)
-            take(f"{name}.lora_B.weight", module.lora_B.weight)
+            take(name, module.lora_A.weight, module.lora_B.weight)
         elif isinstance(module, LoRAExperts):
             if module.shared_outer:
                 raise ValueError(f"load_adapter: {name} has shared_outer, and PEFT's files hold a factor an expert")
             for inner, projection in ((".base_layer", "gate_up"), ("", "down")):
-                a, b = getattr(module, f"{projection}_lora_A"), getattr(module, f"{projection}_lora_B")
-                take(f"{name}{inner}.lora_A.weight", a, lambda t, a=a: t.reshape(a.shape))
-                E, N, r = b.shape
-                take(f"{name}{inner}.lora_B.weight", b, lambda t, N=N, r=r, E=E: t.reshape(N, r, E).permute(2, 0, 1))
+                take(name + inner, *(getattr(module, f"{projection}_lora_{letter}") for letter in "AB"))
         else:
             continue
         alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
@@ -170,18 +170,6 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
 
 def _number(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
-
-
-def _targets(model: nn.Module, names: list[str]) -> list[str] | str:
-    """The adapted linear layers as PEFT matches them: by the ends of their names, where no other module ends so, by
-    whole names, where no other module ends in one, or by a pattern."""
-    others = {name for name, _ in model.named_modules()} - set(names)
-    ends = {name.rpartition(".")[2] for name in names}
-    if not any(other.rpartition(".")[2] in ends for other in others):
-        return sorted(ends)
-    if not any(other.endswith(f".{name}") for other in others for name in names):
-        return sorted(names)
-    return "|".join(re.escape(name) for name in sorted(names))
 
 
 def _by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:

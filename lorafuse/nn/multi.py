@@ -116,6 +116,13 @@ class AdapterStack(nn.Module):
         ))  # fmt: skip
         self.ranks = (*self.ranks[:at], a.shape[0], *self.ranks[at:])
 
+    def fill(self, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Hold these adapters alone, each as `insert` takes it; gradients are zero."""
+        empty = [t[:0] for t in self._tensors()[:2]]
+        a, b = (torch.cat([t, *(pair[i].to(t) for pair in factors)]) for i, t in enumerate(empty))
+        self._hold(a, b, torch.zeros_like(a), torch.zeros_like(b))
+        self.ranks = tuple(len(one) for one, _ in factors)
+
     def remove(self, at: int) -> None:
         """Take an adapter out."""
         mine = self.of(at)
@@ -136,6 +143,11 @@ class AdapterStack(nn.Module):
 
     @torch.no_grad()
     def _hold(self, a: Tensor, b: Tensor, a_grad: Tensor, b_grad: Tensor) -> None:
+        # backward of a call before would add to the former buffers, which nobody reads: changed in place, what it saved
+        # is refused by autograd
+        for t in (self._parameters.get("a"), self._parameters.get("b")):
+            if t is not None:
+                t.mul_(1)
         self.a, self.b, self.a_grad, self.b_grad = nn.Parameter(a), nn.Parameter(b), a_grad, b_grad
 
 

@@ -119,8 +119,11 @@ class LoRAExpertsMulti(ExpertsMulti):
     @torch.no_grad()
     def fill(self, adapters: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], scales: Sequence[float]) -> None:
         """Stack adapters: of each gate_up's a `[E, R, H]` and b `[E, 2I, R]`, down's a `[E, R, I]` and b `[E, H, R]`,
-        the shared ones without E; scales are alpha / R. Gradients start from zero. Raises ValueError for other shapes.
+        the shared ones without E; scales are alpha / R. Gradients start from zero. Raises ValueError for other shapes,
+        and for another number of scales.
         """
+        if len(scales) != len(adapters):
+            raise ValueError(f"got {len(scales)} scales for {len(adapters)} adapters; each has one")
         stacks = self.gate_up_adapters, self.down_adapters
         for g, one in enumerate(adapters):
             for i, (name, t) in enumerate(zip(_FACTORS, one, strict=True)):
@@ -129,10 +132,7 @@ class LoRAExpertsMulti(ExpertsMulti):
                 if list(t.shape) != sizes:
                     raise ValueError(f"adapter {g} has {name} {list(t.shape)}; with its rank {R} it is {sizes}")
         for stack, i in zip(stacks, (0, 2), strict=True):
-            for at in reversed(range(len(stack.ranks))):
-                stack.remove(at)
-            for at, one in enumerate(adapters):
-                stack.insert(at, *(_stacked(t) for t in (one[i], one[i + 1].mT)))
+            stack.fill([(_stacked(one[i]), _stacked(one[i + 1].mT)) for one in adapters])
             stack.scales = tuple(map(float, scales))
 
     def gradients(self, g: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """Layers of many adapters in a model's own code, run as one operator: those that read one x, and gated MLPs.
 
-`MultiSiblings` computes all of its layers in the call of the first (`lora_linears_multi`, one autograd node) and keeps
+`SiblingCalls` computes all of its layers in the call of the first (`lora_linears_multi`, one autograd node) and keeps
 the others' outputs, which each returns where it is called with the same tensor, unchanged, in the same state. Whatever
 else is called runs alone, and so does every call without gradients, or while torch.compile traces: y has the same bits.
+`MultiSiblings` are layers of a pool; `lorafuse.integrations.hf_mixed` has PEFT's.
 
 `MultiGatedMLP` replaces the forward of a parent, which then calls its layers only where one of them, or what stands
 between them, is no longer as it was (`lora_gated_mlp_multi`).
@@ -14,7 +15,7 @@ alone.
 import types
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,71 +24,78 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from lorafuse.functional import lora_gated_mlp_multi, lora_linears_multi
 from lorafuse.nn.multi import LoRALinearMulti, multi_projections, shared_rows
-from lorafuse.nn.roles import attributes_of, gated_roles, has_attributes, has_gated_sizes
+from lorafuse.nn.roles import attributes_of, gated_roles, has_attributes, has_gated_sizes, sibling_orders
 
-__all__ = ["MultiGatedMLP", "MultiSiblings"]
+__all__ = ["MultiGatedMLP", "MultiSiblings", "SiblingCalls", "cast_dtype", "form_groups"]
 
 _hooks_of_saved_tensors = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 @dataclass(eq=False)
 class _Slot:
-    """What was computed of x and not yet fetched, by layer; `is_fixed` of calls that a checkpoint may make again."""
+    """What was computed of x and not yet fetched, by layer: the state that it was computed in, and y. `is_fixed` of
+    calls that a checkpoint may make again.
+    """
 
     x: Tensor
-    state: tuple[Any, ...]
     is_fixed: bool
-    ys: dict[LoRALinearMulti, Tensor] = field(default_factory=dict)
+    ys: dict[Any, tuple[Any, Tensor]]
 
 
-class MultiSiblings:
+class SiblingCalls:
     """Layers that are called one after the other with one x, in that order. One that was not called with it leaves.
 
     What is not fetched has no gradient and adds nothing to that of x: leaving changes no bit.
     """
 
-    def __init__(self, layers: Sequence[LoRALinearMulti]) -> None:
-        self.layers = self._present = tuple(layers)
+    def __init__(self, layers: Sequence[Any], present: Sequence[Any] | None = None) -> None:
+        """`present` are those that have not left."""
+        self.layers = tuple(layers)
+        self.present = self.layers if present is None else tuple(present)
         self._slot: _Slot | None = None
-        for layer in layers:
-            layer.siblings = self
 
-    def output(self, layer: LoRALinearMulti, x: Tensor) -> Tensor | None:
+    def compute(self, layers: Sequence[Any], x: Tensor, given: Any) -> dict[Any, tuple[Any, Tensor]]:
+        """State and y of all the layers, in which the first is called, with this x and what is `given` besides."""
+        raise NotImplementedError
+
+    def state(self, layer: Any, x: Tensor, given: Any) -> Any:
+        """What the y of a layer depends on, as it is now."""
+        raise NotImplementedError
+
+    def output(self, layer: Any, x: Tensor, given: Any = None) -> Tensor | None:
         """y of one of the layers; None where it runs alone."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_inference():
             return None
         slot = self._slot
         is_fixed = _hooks_of_saved_tensors(False) is not None
-        layers = self.layers if is_fixed else self._present
+        layers = self.layers if is_fixed else self.present
         if layer is not layers[0]:
-            if slot is None or slot.x is not x or layer not in slot.ys or slot.state != self._state(x):
+            if slot is None or slot.x is not x or layer not in slot.ys:
                 return None
-            y = slot.ys.pop(layer)
+            if slot.ys[layer][0] != self.state(layer, x, given):
+                return None
+            _, y = slot.ys.pop(layer)
             if not slot.ys:
                 self._slot = None
             return y
         self.drop()
         if len(layers) == 1:
             return None
-        rows = shared_rows(layers)
-        assert rows is not None
-        flat, offsets = rows.sorted(x)
-        ys = lora_linears_multi(flat, offsets, multi_projections(layers, rows))
-        slot = _Slot(x, self._state(x), is_fixed or torch._C._current_graph_task_id() != -1)
-        slot.ys = {one: rows.restored(y, x) for one, y in zip(layers, ys, strict=True)}
+        slot = _Slot(x, is_fixed or torch._C._current_graph_task_id() != -1, self.compute(layers, x, given))
+        _, y = slot.ys.pop(layer)
         self._slot = slot
-        if ys[0].grad_fn is not None:
+        if y.grad_fn is not None:
             # backward frees the graph of all of them; the graph does not hold what holds it
             reference = weakref.ref(slot)
-            ys[0].grad_fn.register_prehook(lambda *_: self._expire(reference))
-        return slot.ys.pop(layer)
+            y.grad_fn.register_prehook(lambda *_: self._expire(reference))
+        return y
 
     def drop(self) -> None:
         """Forget what was not fetched, and whose it was."""
         slot, self._slot = self._slot, None
         # backward may run a checkpointed call again in part, and must run as many layers as the call did
         if slot is not None and slot.ys and not slot.is_fixed:
-            self._present = tuple(layer for layer in self._present if layer not in slot.ys)
+            self.present = tuple(layer for layer in self.present if layer not in slot.ys)
 
     def _expire(self, reference: weakref.ref[_Slot]) -> None:
         if self._slot is not None and self._slot is reference():
@@ -97,12 +105,31 @@ class MultiSiblings:
         """Drop what was not fetched of a call that did not end."""
         self._slot = None
 
-    def _state(self, x: Tensor) -> tuple[Any, ...]:
-        kind = x.device.type
-        layers = (
-            (id(one.rows), id(one.a), one.a._version, id(one.b), one.b._version, one.training) for one in self.layers
-        )
-        return x._version, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind), *layers
+
+class MultiSiblings(SiblingCalls):
+    """Such layers of many adapters."""
+
+    def __init__(self, layers: Sequence[LoRALinearMulti]) -> None:
+        super().__init__(layers)
+        for layer in layers:
+            layer.siblings = self
+
+    def compute(self, layers: Sequence[Any], x: Tensor, given: Any) -> dict[Any, tuple[Any, Tensor]]:
+        rows = shared_rows(layers)
+        assert rows is not None
+        flat, offsets = rows.sorted(x)
+        ys = lora_linears_multi(flat, offsets, multi_projections(layers, rows))
+        return {one: (self.state(one, x, given), rows.restored(y, x)) for one, y in zip(layers, ys, strict=True)}
+
+    def state(self, layer: Any, x: Tensor, given: Any) -> Any:
+        of_layer = id(layer.rows), id(layer.a), layer.a._version, id(layer.b), layer.b._version, layer.training
+        return x._version, cast_dtype(x), *of_layer
+
+
+def cast_dtype(x: Tensor) -> Any:
+    """The dtype of autocast, where that is on for x; False where it is not."""
+    kind = x.device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
 
 
 def _is_bare(module: nn.Module) -> bool:
@@ -180,3 +207,21 @@ def _gated_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     mlp = self.__dict__.get("_lorafuse_gated")
     y = mlp.output(self, args[0]) if mlp is not None and len(args) == 1 and not kwargs else None
     return type(self).forward(self, *args, **kwargs) if y is None else y
+
+
+def form_groups(model: nn.Module) -> tuple[list[MultiSiblings], list[nn.Module]]:
+    """Make groups of the layers of many adapters of a model; returns the siblings, and the parents of gated MLPs."""
+    siblings, gated = [], []
+    for path, parent in model.named_modules():
+        children = {name: c for name, c in parent._modules.items() if isinstance(c, LoRALinearMulti)}
+        alike: dict[tuple[object, ...], list[str]] = {}
+        for name, child in children.items():
+            w = child.weight
+            alike.setdefault((w.sizes[1], w.data.device, w.format == "dense" and w.data.dtype), []).append(name)
+        for names in alike.values():
+            where = f"{path.rpartition('.')[2]} {type(parent).__name__}"
+            for order in sibling_orders(names, where):
+                siblings.append(MultiSiblings([children[names[i]] for i in order]))
+        if children and MultiGatedMLP.form(parent):
+            gated.append(parent)
+    return siblings, gated

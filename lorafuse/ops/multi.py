@@ -300,8 +300,10 @@ def _is_executed(ctx: Any, place: int) -> bool:
         # nothing public says it, and needs_input_grad does not know for which inputs `torch.autograd.grad` was called;
         # torch's own `register_multi_grad_hook` asks here too
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:
-        # it knows no leaf whose own gradient was asked for
+    except RuntimeError as error:
+        # of a leaf it says nothing under `torch.autograd.grad`, which got here for that leaf's own gradient
+        if "leaf" not in str(error):
+            raise
         return True
 
 
@@ -340,10 +342,11 @@ def apply(
     """The results of a form; `tensors` and `settings` are those of `MultiSettings.arguments`, `buffers` of each layer
     where its da and db are added.
     """
-    if buffers is not None and not hasattr(torch._C, "_will_engine_execute_node"):
+    if buffers is not None and torch.is_grad_enabled() and not hasattr(torch._C, "_will_engine_execute_node"):
         raise NotImplementedError(
-            f"torch {torch.__version__} has no torch._C._will_engine_execute_node, without which gradients that nobody "
-            "asked for would be added to buffers; pass grad_buffers=None, or take another torch"
+            f"torch {torch.__version__} has no torch._C._will_engine_execute_node (2.11 to 2.13 have), without which "
+            "gradients that nobody asked for would be added to buffers: pass grad_buffers=None, or install one of them "
+            "to train an AdapterPool"
         )
     if is_transformed(x):
         with outside_autocast(x):

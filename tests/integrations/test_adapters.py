@@ -177,7 +177,27 @@ def test_files_of_other_adapters_are_refused(settings, message, tmp_path):
         AdapterPool(copy.deepcopy(BASE)).load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"rank": 0}, ValueError),
+        ({"rank": 1.5}, TypeError),
+        ({"rank": True}, TypeError),
+        ({"rank": 2, "alpha": float("nan")}, ValueError),
+        ({"rank": 2, "dropout": float("nan")}, ValueError),
+        ({"rank": 2, "targets": "q"}, TypeError),
+    ],
+)
+def test_settings_of_no_adapter(settings, error):
+    pool = pooled((0,))
+    with pytest.raises(error, match="must be"):
+        pool.allocate(**settings)
+    assert pool.slots == (0,)
+
+
 def test_what_does_not_fit_is_refused():
+    with pytest.raises(TypeError, match="must be a list of names"):
+        AdapterPool(copy.deepcopy(BASE), "qo")
     with pytest.raises(ValueError, match="no linear layer"):
         AdapterPool(copy.deepcopy(BASE), ["k"])
     model = peft.get_peft_model(copy.deepcopy(BASE), peft.LoraConfig(r=2, target_modules=["q"]))

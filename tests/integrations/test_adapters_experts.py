@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import lorafuse
 from lorafuse import export
 from lorafuse.adapters import AdamParams, AdapterPool, MultiAdamW
 from lorafuse.testing.numerics import relative_l2, tolerance
@@ -102,6 +103,27 @@ def test_bits_alone_and_in_a_batch(family, order):
     pool.close()
     assert type(pool.model.experts) is type(block.experts)
     assert pool.model.state_dict().keys() == block.state_dict().keys()
+
+
+def test_bits_in_tritons_interpreter():
+    """Every tensor of each user alone and in a batch (T2); y and dx are eager's."""
+    block, order, who = block_of("gpt_oss"), (2, 0, 1), (1, -1, 0, 2, 0)
+    x, dy = torch.randn(2, len(who), 2, moe_models.HIDDEN)
+    results = {}
+    for backend in ("eager", "triton"):
+        pool, slots = pooled(block, order), [order.index(user) if user >= 0 else -1 for user in who]
+        with lorafuse.use_backend(backend):
+            results[backend] = step(pool, slots, x, dy)
+    for name, t in results["triton"].items():
+        assert relative_l2(t, results["eager"][name]) <= tolerance(torch.float32), name
+    for user in order:
+        alone, mine = pooled(block, [user]), [i for i, other in enumerate(who) if other == user]
+        with lorafuse.use_backend("triton"):
+            for name, t in step(alone, [0] * len(mine), x[mine], dy[mine]).items():
+                assert torch.equal(results["triton"][name][mine], t), (user, name)
+        for name, t in alone.gradients(0).items():
+            assert torch.equal(pool.gradients(order.index(user))[name], t), (user, name)
+            assert t.count_nonzero(), name
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

@@ -6,6 +6,7 @@ import io
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_adapters import BASE, SETTINGS, data, fill, pooled, train
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -70,7 +71,7 @@ def test_numbers_that_are_no_slot_are_the_base():
             with pool.use_adapters(slots):
                 results.append(pool.model(x))
     assert all(torch.equal(t, results[0]) for t in results)
-    for slots in (torch.tensor([1.0] * 3), torch.tensor([True] * 3)):
+    for slots in (torch.tensor([1.0] * 3), torch.tensor([True] * 3), [[0, 3]] * 3):
         with pytest.raises(TypeError, match="must hold integers"), pool.use_adapters(slots):
             pass
 
@@ -96,6 +97,23 @@ def test_adapters_stay_within_use_adapters(tmp_path):
     assert pool.slots == ()
 
 
+@pytest.mark.parametrize("change", ["allocate", "release", "load"])
+def test_a_graph_of_before_the_slots_changed_is_refused(change, tmp_path):
+    """Its gradients would go into buffers that nobody reads."""
+    pool, (x, dy) = pooled((0, 1)), data(0)
+    pool.export(0, tmp_path)
+    with pool.use_adapters([1] * len(x)):
+        y = pool.model(x)
+    {"allocate": lambda: pool.allocate(2), "release": lambda: pool.release(0), "load": lambda: pool.load(tmp_path)}[
+        change
+    ]()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(dy)
+    with pool.use_adapters([1] * len(x)):
+        pool.model(x).backward(dy)
+    assert all(t.any() for t in pool.gradients(1).values())
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_checkpoint_that_is_called_again_too_late(use_reentrant):
     """Its layers would be the base alone, and the gradients of its adapters lost."""
@@ -109,7 +127,7 @@ def test_a_checkpoint_that_is_called_again_too_late(use_reentrant):
         checkpoint(pool.model, x, use_reentrant=use_reentrant).backward(dy)
 
 
-def test_a_module_in_two_places():
+def test_a_module_in_two_places(tmp_path):
     """Adapted in both, and put back in both."""
 
     class Twice(nn.Module):
@@ -130,9 +148,59 @@ def test_a_module_in_two_places():
     w = pool.layers["first"].base.weight + named["first.lora_B.weight"] @ named["first.lora_A.weight"]
     bias = pool.layers["first"].base.bias
     assert torch.allclose(y[0], (x[0] @ w.t() + bias) @ w.t() + bias, atol=1e-5)
+    with pytest.raises(ValueError, match="first and second are one module, which PEFT would adapt in the first place"):
+        pool.export(0, tmp_path)
+    written = export.to_vllm(pool, adapter_name=0)
+    assert torch.equal(written["base_model.model.second.lora_B.weight"], named["first.lora_B.weight"])
     pool.close()
     assert type(pool.model.second) is nn.Linear
     assert pool.model.first is pool.model.second
+
+
+class Shared(nn.Module):
+    """A block that stands in two places, next to layers whose names end as those in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(8, 8), "o": nn.Linear(8, 8)}) for _ in range(2))
+        self.layers.append(self.layers[0])
+        self.q_proj = nn.ModuleDict({"o": nn.LayerNorm(8)})
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer["o"](torch.tanh(layer["q_proj"](x)))
+        return self.q_proj["o"](x)
+
+
+def test_a_block_in_two_places(tmp_path):
+    """Files have it by both names, as PEFT's own; names that end as those of other modules are written whole."""
+    model = Shared()
+    pool, x = AdapterPool(copy.deepcopy(model)), torch.randn(3, 8)
+    fill(pool, pool.allocate(2, targets=["0.q_proj", "1.o"]), 0)
+    pool.export(0, tmp_path / "pool")
+    export.to_vllm(pool, tmp_path / "vllm", adapter_name=0)
+    with pool.use_adapters([0] * 3):
+        y = pool.model(x)
+    names = {
+        f"base_model.model.layers.{n}.lora_{letter}.weight" for n in ("0.q_proj", "2.q_proj", "1.o") for letter in "AB"
+    }
+    for folder in ("pool", "vllm"):
+        assert load_file(tmp_path / folder / "adapter_model.safetensors").keys() == names
+        config = peft.LoraConfig.from_pretrained(tmp_path / folder)
+        config.task_type = None
+        stock = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / folder, config=config)
+        assert torch.allclose(stock(x), y, atol=1e-5)
+    written = export.to_vllm(stock)
+    assert all(torch.equal(t, written[name]) for name, t in export.to_vllm(pool, adapter_name=0).items())
+    stock.save_pretrained(tmp_path / "peft")
+    for folder in ("pool", "peft"):
+        slot = pool.load(tmp_path / folder)
+        assert all(torch.equal(t, pool.parameters(slot)[name]) for name, t in pool.parameters(0).items())
+    tensors = load_file(tmp_path / "pool" / "adapter_model.safetensors")
+    tensors["base_model.model.layers.2.q_proj.lora_A.weight"] += 1
+    save_file(tensors, tmp_path / "pool" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="which are of one layer of the pool"):
+        pool.load(tmp_path / "pool")
 
 
 def test_files_that_do_not_fit_change_nothing(tmp_path):
@@ -241,8 +309,19 @@ def test_layers_on_several_devices_are_refused():
 
 
 def test_a_torch_that_does_not_know_what_backward_reaches(monkeypatch):
-    """Gradients of others would be added to the buffers: it is refused before anything runs."""
-    monkeypatch.delattr(torch._C, "_will_engine_execute_node")
+    """Gradients of others would be added to the buffers: it is refused before anything runs, but for no gradients."""
     pool, x = pooled((0,)), data(0)[0]
-    with pool.use_adapters([0] * len(x)), pytest.raises(NotImplementedError, match="grad_buffers=None"):
-        pool.model(x)
+
+    def unknown(node):
+        raise RuntimeError("no longer so")
+
+    with pool.use_adapters([0] * len(x)):
+        expected = pool.model(x)
+        monkeypatch.setattr(torch._C, "_will_engine_execute_node", unknown)
+        with pytest.raises(RuntimeError, match="no longer so"):
+            pool.model(x).sum().backward()
+        monkeypatch.delattr(torch._C, "_will_engine_execute_node")
+        with pytest.raises(NotImplementedError, match=r"2\.11 to 2\.13 .* to train an AdapterPool"):
+            pool.model(x)
+        with torch.no_grad():
+            assert torch.equal(pool.model(x), expected)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import lora_config, tiny, train_away_from_zero
 from torch import nn
+from transformers import BatchEncoding
 
 import lorafuse
 from lorafuse import export
@@ -160,7 +161,8 @@ def test_one_buffer():
 
 
 class TestApplied:
-    ids = {"input_ids": torch.arange(7)[None]}
+    # what tokenizers return, which is no dict
+    ids = BatchEncoding({"input_ids": torch.arange(7)[None]})
 
     def reasons(self, model):
         return {one.name.rpartition(".")[2]: one.reason for one in export.check_applied(model, self.ids)}

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import lorafuse
 from lorafuse import formats
 from lorafuse.backends import aten_wide
-from lorafuse.integrations import hf_mixed, hf_peft
+from lorafuse.integrations import gated_mlp, hf_mixed, hf_peft
 from lorafuse.testing.numerics import relative_l2, tolerance
 
 NAMES = ["b", "__base__", "a", "b", "c", "a"]
@@ -90,32 +91,142 @@ class Block(nn.Module):
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj = nn.Linear(64, 64), nn.Linear(64, 32), nn.Linear(64, 32)
         self.mlp = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=96))
+        self.without = None
 
     def forward(self, x):
-        return self.mlp(x) + self.q_proj(x) + torch.cat((self.k_proj(x), self.v_proj(x)), -1)
+        q, k, v = (one(x) for one in (self.q_proj, self.k_proj, self.v_proj) if one is not self.without)
+        return self.mlp(x) + q + torch.cat((k, v), -1)
 
 
-def test_groups_run_layer_by_layer(fused):
-    """An operator of a whole group would run one adapter for all rows."""
-    targets = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
-    model = peft.get_peft_model(Block(), peft.LoraConfig(r=3, target_modules=targets), "a")
-    model.add_adapter("b", peft.LoraConfig(r=8, target_modules=targets))
-    model.add_adapter("c", peft.LoraConfig(r=1, target_modules=["q_proj", "down_proj"]))
+TARGETS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def block_of(base=None, dropout=0.0):
+    """A block with adapters of three ranks, of which one has some layers only."""
+    base = Block() if base is None else base
+    model = peft.get_peft_model(base, peft.LoraConfig(r=3, target_modules=TARGETS, lora_dropout=dropout), "a")
+    model.add_adapter("b", peft.LoraConfig(r=8, target_modules=TARGETS, lora_dropout=dropout))
+    model.add_adapter("c", peft.LoraConfig(r=1, target_modules=["q_proj", "down_proj"], lora_dropout=dropout))
     for name, p in model.named_parameters():
         p.requires_grad_("lora_" in name)
         if "lora_B" in name:
             nn.init.normal_(p)
-    # enough elements for a group
+    return model
+
+
+@pytest.fixture
+def operators(monkeypatch):
+    """How many layers each call of an operator of many adapters had."""
+    seen = []
+    for module, name in ((hf_mixed, "lora_linears_multi"), (gated_mlp, "lora_gated_mlp_multi")):
+        run = getattr(module, name)
+
+        def counting(x, offsets, *layers, run=run, **more):
+            seen.append(len(layers) if len(layers) == 3 else len(layers[0]))
+            return run(x, offsets, *layers, **more)
+
+        monkeypatch.setattr(module, name, counting)
+    return seen
+
+
+def test_groups_run_as_one_operator(operators):
+    model = block_of()
+    # enough elements for a group in other calls
     x = torch.randn(len(NAMES), 100, 64)
     y, grads = step(model.eval(), x)
     report = lorafuse.patch(model)
     assert {group.kind for group in report.groups} == {"siblings", "gated_mlp"}
-    assert "batches with adapter_names run layer by layer" in str(report)
+    for mode in (False, True):
+        ours, own = step(model.train(mode), x)
+        assert relative_l2(ours, y) <= tolerance(torch.float32)
+        assert own.keys() == grads.keys()
+        assert all(relative_l2(own[name], grad) <= tolerance(torch.float32) for name, grad in grads.items())
+    assert operators == [3, 3] * 2
+    counts = {layer.name.rpartition(".")[2]: (sum(layer.fused.values()), layer.grouped)
+              for layer in lorafuse.status(model).layers}  # fmt: skip
+    assert counts == dict.fromkeys(TARGETS, (2, 2))
+    # without gradients layers run alone, as in other calls
+    with torch.no_grad():
+        assert relative_l2(model(x, adapter_names=NAMES), y) <= tolerance(torch.float32)
+    assert operators == [3, 3] * 2 + [1] * 6
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("tokens", [1, 90])
+def test_groups_leave_an_adapter_its_bits(operators, tokens, dropout):
+    """Those of a batch of its own, whose x is small here and large there."""
+    model = block_of(dropout=dropout).train()
+    lorafuse.patch(model)
+    x, dy = torch.randn(2, len(NAMES), tokens, 64)
+
+    def results(rows):
+        torch.manual_seed(1)
+        model.zero_grad()
+        mine = x[rows].requires_grad_()
+        y = model(mine, adapter_names=[NAMES[i] for i in rows])
+        y.backward(dy[rows])
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return {"y": y.detach(), "dx": mine.grad}, grads
+
+    tensors, grads = results(range(len(NAMES)))
+    for name in "abc":
+        rows = [i for i, other in enumerate(NAMES) if other == name]
+        alone, own = results(rows)
+        assert all(torch.equal(t, tensors[key][rows]) for key, t in alone.items())
+        # an adapter that is in no row has no gradient, not one of zeros that an optimizer would step
+        assert all(f".{name}." in key for key in own)
+        assert len(own) == (4 if name == "c" else 12)
+        assert all(torch.equal(grad, grads[key]) for key, grad in own.items())
+    assert set(operators) == {3}
+
+
+def test_groups_over_a_quantized_base(operators):
+    bnb = pytest.importorskip("bitsandbytes")
+    base = Block()
+    for name, layer in list(base.named_modules()):
+        if isinstance(layer, nn.Linear):
+            has_bias = layer.bias is not None
+            made = bnb.nn.Linear4bit(*layer.weight.shape[::-1], has_bias, torch.float32, quant_type="nf4")
+            base.set_submodule(name, made.to("cpu"))
+    base.is_loaded_in_4bit = True
+    model, x = block_of(base), torch.randn(len(NAMES), 5, 64)
+    y, grads = step(model.eval(), x)
+    lorafuse.patch(model)
     ours, own = step(model.train(), x)
+    assert operators == [3, 3]
     assert relative_l2(ours, y) <= tolerance(torch.float32)
     assert own.keys() == grads.keys()
     assert all(relative_l2(own[name], grad) <= tolerance(torch.float32) for name, grad in grads.items())
-    assert len(fused) == 6
+
+
+def test_groups_whose_layers_are_called_otherwise(operators):
+    model = block_of().train()
+    lorafuse.patch(model)
+    x = torch.randn(len(NAMES), 3, 64)
+    y = step(model, x)[0]
+    # a sibling that nobody calls leaves, and a layer with a hook makes its MLP run layer by layer, gate and up as one
+    block = model.base_model.model
+    block.without, block.forward = block.v_proj, lambda x: block.q_proj(x) + torch.cat([block.k_proj(x)] * 2, -1)
+    for _ in range(2):
+        step(model, x)
+    assert operators[2:] == [3, 2]
+    del block.forward
+    block.without = None
+    operators.clear()
+    handle = block.mlp.down_proj.register_forward_hook(lambda *_: None)
+    assert relative_l2(step(model, x)[0], y) <= tolerance(torch.float32)
+    assert operators == [2, 1, 2, 1]
+    handle.remove()
+    # a call that does not end leaves nothing, and copies group their own layers
+    handle = block.k_proj.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step(model, x)
+    handle.remove()
+    assert relative_l2(step(copy.deepcopy(model), x)[0], y) <= tolerance(torch.float32)
+    lorafuse.patch(model, groups=False)
+    operators.clear()
+    assert relative_l2(step(model, x)[0], y) <= tolerance(torch.float32)
+    assert operators == [1] * 6
 
 
 def test_an_adapter_is_bit_for_bit_what_it_is_alone(fused):
@@ -194,6 +305,20 @@ def test_pefts_checks_stay():
     model.merge_adapter(["a"])
     with pytest.raises(ValueError, match="merged"):
         model(x, adapter_names=NAMES)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_of_the_models_own_is_refused_in_backward(reentrant):
+    """Its rows would all have the active adapter there."""
+    model = model_of()
+    lorafuse.patch(model)
+    base, x = model.base_model.model, torch.randn(len(NAMES), 24, requires_grad=True)
+    expected = model(x)
+    forward, base.forward = base.forward, lambda x: checkpoint(forward, x, use_reentrant=reentrant)
+    y = model(x, adapter_names=NAMES)
+    with pytest.raises(RuntimeError, match="runs again in backward"):
+        y.sum().backward()
+    assert torch.equal(model(x), expected)
 
 
 def test_copies_and_pickles_are_patched_too():

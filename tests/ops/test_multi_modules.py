@@ -103,3 +103,5 @@ def test_experts(shared_outer):
         module(x[:7], index[:7], weight[:7])
     with pytest.raises(ValueError, match="adapter 0 has gate_up_b"):
         module.fill([(adapters[0][0], adapters[0][0], *adapters[0][2:])], (1.0,))
+    with pytest.raises(ValueError, match="1 scales for 2 adapters"):
+        module.fill(adapters[:2], (1.0,))
