@@ -34,7 +34,7 @@ _PIPELINE, _EPILOGUE, _LINEAR, _SUMS = (
     "adapter_grads_sm90.cuh",
 )
 _TILES, _TICKETS, _BACKWARD = "xa_tiles_sm90.cuh", "tickets_sm90.cuh", "one_launch_sm90.cuh"
-_SPLIT, _SIBLINGS = "split_sm90.cuh", "siblings_sm90.cuh"
+_SPLIT, _SIBLINGS, _GATHERED = "split_sm90.cuh", "siblings_sm90.cuh", "gathered_sm90.cuh"
 _GROUPED, _SKINNY, _PROJECT, _REDUCE = "grouped_sm90.cuh", "skinny_sm80.cuh", "project_sm80.cuh", "reduce_sm80.cuh"
 _DECODE, _GATED, _ACTIVATED = "decode_sm80.cuh", "gated_sm90.cuh", "gated_epilogue_sm90.cuh"
 _NESTED = (
@@ -232,6 +232,28 @@ BUGS = tuple(Bug(*row) for row in (
     # ragged rows
     ("wrong_group", _GROUPED, "grouped", _GROUP_B.format("tile.group"), _GROUP_B.format("0")),
     ("group_overrun", _GROUPED, "grouped", "row + kWarpgroupRows <= tile.row_end || tile.row_end == p.rows", "true"),
+    # ragged rows that lie anywhere, copied by threads; tiles by ticket
+    ("gathered_no_full_wait", _GATHERED, "gathered", "ptx::mbarrier_wait(pipeline.full(), pipeline.parity);", ""),
+    ("gathered_no_proxy_fence", _GATHERED, "gathered", "if constexpr (kGathered) ptx::fence_proxy_async_shared();", ""),
+    ("gathered_no_empty_wait", _GATHERED, "gathered", "ptx::mbarrier_wait_cluster(pipeline.empty(), pipeline.parity ^ 1);", ""),
+    ("gathered_thread_arrives_itself", _GATHERED, "gathered", "ptx::copy_async_arrive(pipeline.full());", "ptx::mbarrier_arrive(pipeline.full());"),
+    ("gathered_half_of_the_copies_awaited", _GATHERED, "gathered", "kGathered ? 1 + kCopiers : 1", "kGathered ? 1 + kCopiers / 2 : 1"),
+    ("gathered_tickets_of_consumers_alone", _GATHERED, "gathered", "kGathered ? 12 : 8", "8"),
+    ("gathered_no_init_fence", _GATHERED, "gathered", "ptx::mbarrier_init_fence();", ""),
+    ("gathered_no_init_sync", _GATHERED, "gathered", "// the barriers are there ptx::block_sync();", ""),
+    ("gathered_ticket_not_reset", _GATHERED, "gathered", "ptx::store_relaxed(p.tickets, 0);", ""),
+    ("gathered_ticket_reset_early", _GATHERED, "gathered", "ticket + 1 == walk.last + static_cast<int>(gridDim.x)", "ticket == walk.last"),
+    ("gathered_not_swizzled", _GATHERED, "gathered", "box_offset(thread / 8, piece)", "static_cast<uint32_t>(thread / 8 * kBoxRowBytes + piece * 2)"),
+    ("gathered_columns_behind_the_last", _GATHERED, "gathered", "left <= 0 ? 0 : left < 8 ? left * 2 : 16", "16"),
+    ("gathered_row_of_another_token", _GATHERED, "gathered", "static_cast<int>(ptx::load_global(p.order + row)) / p.choices", "static_cast<int>(ptx::load_global(p.order + row)) / (p.choices + 1)"),
+    ("gathered_group_overrun", _GATHERED, "gathered", "row + kWarpgroupRows <= tile.row_end || tile.row_end == p.rows", "true"),
+    ("gathered_up_of_gate", _GATHERED, "gathered_gated", "n / kHalf * N", "0"),
+    ("gathered_boxes_still_read", _GATHERED, "gathered_gated", "if (thread == 0) ptx::tma_store_wait_read<0>();", ""),
+    ("gathered_gate_before_it_is_there", _GATHERED, "gathered_gated", "// gate and up are there consumer_sync(consumer);", ""),
+    ("gathered_h_over_up", _GATHERED, "gathered_gated", "// and have been read, before h takes the place of up consumer_sync(consumer);", ""),
+    ("gathered_h_before_it_is_there", _GATHERED, "gathered_gated", "// h is there consumer_sync(consumer);", ""),
+    ("gathered_h_overrun", _GATHERED, "gathered_gated", "m >= row_end || n >= N", "n >= N"),
+    ("gathered_no_store_wait", _GATHERED, "gathered", "if (thread == 0) ptx::tma_store_wait<0>();", ""),
     # the memory-bound passes
     ("project copy not awaited", _PROJECT, "project_x", "ptx::copy_async_wait<S::kStages - 2>();", ""),
     ("project stage refilled before the barrier", _PROJECT, "project_x", "ptx::block_sync(); fetch(step + S::kStages - 1);", "fetch(step + S::kStages - 1); ptx::block_sync();"),

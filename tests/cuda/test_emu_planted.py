@@ -10,6 +10,7 @@ from functools import cache
 import planted
 import pytest
 import test_emu_decode
+import test_emu_gathered
 import test_emu_skinny
 import torch
 from emu_launches import gated, masked
@@ -42,6 +43,8 @@ SCENARIOS = {
     "siblings with masks": ("siblings with masks", (128, 4, 2), 0),
     "gated": ("gated", (128, 4, 2), 0),
     "grouped": ("grouped", None, 0),
+    "gathered": ("gathered", (256, 3, 1, 16, 0, 128), 0),
+    "gathered_gated": ("gathered_gated", (256, 3, 1, 16, 0, 128), 0),
 }
 SEEN_BY = {bug.name: bug.seen_by for bug in planted.BUGS}
 
@@ -62,6 +65,14 @@ def run(kind, tiling):
     """What a scenario computes, as tensors; a launch that computes xa too leaves flags for a second one."""
     if kind == "grouped":
         return list(results(*grouped([60, 60, 190], 200, torch.bfloat16), "emu").values())
+    if kind == "gathered_gated":
+        # a row block and a part of one in two groups
+        o = test_emu_gathered.Gated(test_emu_gathered.GatedCase(ends=(150, 290), rows=292, N=2 * 72, K=72, R=8))
+        return [o.launch(emu, tiling)[:290], o.word]
+    if kind == "gathered":
+        # tiles that go around the ring, and more of them than blocks
+        o = test_emu_gathered.Operands(test_emu_gathered.Case(N=264, K=264, R=8))
+        return [o.launch(emu, tiling)[:190], o.word]
     if kind == "siblings":
         with override(force_kernel="cuda siblings", cuda_tiles=[tiling]):
             o = make(
