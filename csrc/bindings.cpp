@@ -52,7 +52,9 @@ void convert(PyObject* value, bool& place) { place = PyObject_IsTrue(value) == 1
 void convert(PyObject* value, float& place) { place = static_cast<float>(PyFloat_AsDouble(value)); }
 template <class T>
   requires std::is_enum_v<T>
-void convert(PyObject* value, T& place) { place = T{static_cast<int>(PyLong_AsLong(value))}; }
+void convert(PyObject* value, T& place) {
+  place = T{static_cast<int>(PyLong_AsLong(value))};
+}
 template <class T>
 void convert(PyObject* value, T*& place) {
   place = static_cast<T*>(PyLong_AsVoidPtr(value));
