@@ -57,6 +57,8 @@ class FusedLoraModel(LoraModel):
                     raise ValueError(f"adapter_names with gradient checkpointing: forward {_LATE}")
                 # PEFT asks this module alone
                 self.training = False
+            # PEFT leaves its hooks after a call that raises, and they would give later calls this one's names
+            stack.push(partial(_unhook, self))
             try:
                 stack.enter_context(super()._enable_peft_forward_hooks(*args, **kwargs))
             finally:
@@ -65,6 +67,16 @@ class FusedLoraModel(LoraModel):
 
 
 FusedLoraModel.__name__ = LoraModel.__name__
+
+
+def _unhook(lora_model: nn.Module, kind: Any, *_: Any) -> None:
+    if kind is not None:
+        for module in lora_model.modules():
+            for key in [
+                key for key, hook in module._forward_pre_hooks.items() if getattr(hook, "func", None) in _HOOKS
+            ]:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def lift(model: nn.Module) -> None:
