@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -126,6 +127,8 @@ def _start(request, installed):
     if request["is_leader"]:
         os.setsid()
     os.chdir(request["cwd"])
+    # a shell's background jobs ignore it, and so does what they start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # those of the server know whether its own files can seek
     encoding = environment.get("PYTHONIOENCODING")
     sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115

@@ -203,13 +203,12 @@ def test_a_peers_process_ends_with_ours(folder):
     variants = {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
     message = {how: folder.parent / how.name for how in variants}
     ours = {
-        how: subprocess.Popen(
+        how: warm_python.Popen(
             [sys.executable, "-m", "lorafuse", *SMALL, "--baselines", str(folder)],
+            has_children=True,
             cwd=Path(__file__).parents[2],
             env={**os.environ, "SAID": str(message[how])},
             stdout=subprocess.DEVNULL,
-            # a shell's background jobs ignore it, and so would what they start
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         for how in variants
     }
