@@ -83,6 +83,8 @@ def keep_mask(seed: Tensor, p: float, rows: slice, columns: int) -> Tensor:
     """
     if seed.dtype is torch.bool:
         return seed.reshape(-1, columns)[rows]
+    if p == 1.0:
+        return torch.zeros(rows.stop - rows.start, columns, dtype=torch.bool, device=seed.device)
     first, last = rows.start * columns, rows.stop * columns
     group = torch.arange(first // 4, -(-last // 4), dtype=torch.int64, device=seed.device)
     zero = torch.zeros_like(group)

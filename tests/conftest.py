@@ -32,6 +32,8 @@ os.environ["LORAFUSE_CACHE_DIR"] = _cache.name
 # processes of pytest-xdist inherit theirs: headers are precompiled and graphs compiled once for all
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{_cache.name}/inductor"
+# a compiler knows what its CPU has: Inductor otherwise compiles a program to see that, for 5 s
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
 
 # Before any kernel is defined: without a GPU, kernels run in Triton's interpreter.
 if not torch.cuda.is_available():

@@ -5,13 +5,13 @@ import importlib
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import native_build
 import pytest
 import torch
+import warm_python
 from operators import Linear
 
 from lorafuse.plan import find, override
@@ -65,7 +65,7 @@ def run_alone(folder, *options):
     for name in ("conftest.py", "fast_interpreter.py"):
         shutil.copy(Path(__file__).with_name(name), folder)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, str(folder)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=300).stdout
+    return warm_python.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
 @pytest.mark.parametrize(

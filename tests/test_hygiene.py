@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 
 from lorafuse import env
 
@@ -176,7 +177,7 @@ for statement in ("import lorafuse", "import rich", "import lorafuse.tune"):
     import torch
     print(*[name for name in {HEAVY} if name in sys.modules], torch.cuda.is_initialized())
 """
-    done = subprocess.run(
+    done = warm_python.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, timeout=300
     )
     return [line.split() for line in done.stdout.splitlines()]

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import warm_python
 import yaml
 
 import lorafuse
@@ -117,7 +118,7 @@ def test_the_doctor_of_an_installed_wheel_advises_what_exists_there(wheel, tmp_p
     run += "[sys.meta_path.remove(f) for f in finders]; "
     run += "from lorafuse.cli import main; sys.exit(main(['doctor', '--json']))"
     command = [sys.executable, "-c", run]
-    done = subprocess.run(
+    done = warm_python.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True, timeout=600
     )
     actual = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}

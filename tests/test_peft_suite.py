@@ -2,10 +2,10 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
+import warm_python
 from peft_suite.results import Result, compare
 from test_hygiene import ROOT
 
@@ -64,9 +64,8 @@ def runs(tmp_path_factory):
         for mode, file in files.items()
     ]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    subprocess.run(
-        [sys.executable, "-c", RUNS, json.dumps(arguments)], cwd=folder, env=environment, check=True, timeout=300
-    )
+    command = [sys.executable, "-c", RUNS, json.dumps(arguments)]
+    warm_python.run(command, warm_python.PeftPopen, cwd=folder, env=environment, check=True, timeout=300)
     return {
         mode: {name.partition("::")[2]: Result(*values) for name, values in json.loads(file.read_text()).items()}
         for mode, file in files.items()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 __all__ = ["Held", "changes", "held_bytes", "peak_bytes"]
 
@@ -54,16 +54,17 @@ def held_bytes(forward: Callable[[], Any], backward: Callable[[Any], object], de
 
 def changes(run: Callable[[], object]) -> list[int]:
     """Bytes of every allocation (positive) and release (negative) of `run()`, in the order of their times."""
-    recorded = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    # torch.profiler's imports Inductor when it starts
+    recorded = profile(profile_memory=True, use_kineto=True)
     with _quiet():
-        recorded.start()
+        recorded.__enter__()
     try:
         run()
     finally:
         with _quiet():
-            recorded.stop()
-    assert recorded.profiler is not None
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+            recorded.__exit__(None, None, None)
+    assert recorded.kineto_results is not None
+    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 

@@ -2,13 +2,13 @@
 
 import copy
 import pickle
-import subprocess
 import sys
 
 import moe_models
 import peft
 import pytest
 import torch
+import warm_python
 from tiny_models import adapted, adapted_twice, assert_close, lora_config, tiny, token_ids, train_away_from_zero
 from torch import nn
 from torch.nn.utils import prune
@@ -224,4 +224,4 @@ for implementation in ("eager", "lorafuse"):
     found.append(model(input_ids=torch.arange(3, 9)[None]).logits)
 assert torch.allclose(*found, atol=1e-5)
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=300)
+    warm_python.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=300)

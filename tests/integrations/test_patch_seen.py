@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import logging
-import subprocess
 import sys
 import warnings
 from unittest import mock
@@ -13,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+import warm_python
 from tiny_models import counting_fused
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -222,7 +222,7 @@ stock, x = copy.deepcopy(m), torch.randn(3, 8)
 lorafuse.patch(m)
 assert torch.equal(m(x), stock(x))
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=300)
+    warm_python.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=300)
 
 
 def test_warnings_as_errors_end_no_step(caplog):

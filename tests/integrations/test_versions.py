@@ -10,6 +10,7 @@ import moe_models
 import peft
 import pytest
 import torch
+import warm_python
 from tiny_models import adapted
 
 import lorafuse
@@ -77,7 +78,7 @@ def test_states(name):
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (installed(name), ROOT, ROOT / "tests")))
     environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "without_torchao", "--show-capture=no", *tests]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = warm_python.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert re.search(r"\d+ passed", done.stdout)
 

@@ -2,12 +2,12 @@
 
 import os
 import re
-import subprocess
 import sys
 from types import ModuleType
 
 import pytest
 import torch
+import warm_python
 from operators import Linear
 
 import lorafuse
@@ -77,7 +77,7 @@ def test_eager_runs_everywhere_and_comes_last(spy):
 def _process(value, statement):
     code = f"import lorafuse\nfrom lorafuse.backends import base\n{statement}"
     environment = {**os.environ, "LORAFUSE_BACKEND": value}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    return warm_python.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
 
 
 def test_the_variable_sets_the_default():

@@ -1,12 +1,12 @@
 """What torch's tools see of the operators (T1): FLOPs, selective checkpoints, the profiler."""
 
 import gc
-import subprocess
 import sys
 from functools import partial
 
 import pytest
 import torch
+import warm_python
 from experts_reference import block, fused
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -124,7 +124,7 @@ with FlopCounterMode(display=False) as counter:
 assert counter.get_total_flops() == 2 * 2 * (15 + 8), counter.get_total_flops()
 import importlib; importlib.reload(lorafuse.functional)
 """
-    subprocess.run([sys.executable, "-c", source], check=True, timeout=300)
+    warm_python.run([sys.executable, "-c", source], check=True, timeout=300)
 
 
 OPERATORS = {

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import shutil
 import stat
-import subprocess
 import sys
 import tempfile
 import time
@@ -13,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import warm_python
 from plan_problems import ALL, HEADLINE
 from test_tuned import ENTRY, H200
 
@@ -143,7 +143,7 @@ class TestTuned:
             "p = Problem(8192, 4096, 4096, 16, 'bfloat16', 'float32')\n"
             "print(select(p, find('H200'), (('eager', ''), ('triton', ''))).reasons[-1])\n"
         )
-        done = subprocess.run(
+        done = warm_python.run(
             [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
         )
         assert done.stdout.startswith("triton: two_kernel, model")

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+import warm_python
 from advised import configured
 from tiny_models import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -380,5 +380,5 @@ def test_a_plain_module_is_counted_from_its_layers():
 
 def test_import_is_lean():
     code = "import lorafuse.advise, sys; print([n for n in ('transformers', 'peft') if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    done = warm_python.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.strip() == "[]"

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 
 from lorafuse.bench.compare import USUAL, agreed, interval, verdict
 from lorafuse.cli import main
@@ -94,7 +95,9 @@ def bench(tree, *arguments):
     """Run the command in a checkout, on one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
     command = [sys.executable, "-m", "lorafuse", "bench", *LAYER, "--base", "HEAD", *arguments]
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=300)
+    done = warm_python.run(
+        command, has_children=True, cwd=tree, env=environment, capture_output=True, text=True, timeout=300
+    )
     return done.returncode, done.stdout + done.stderr
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import multiprocessing
 import random
 import statistics
 
@@ -174,6 +175,9 @@ def test_every_figure_of_a_file_follows_from_its_raw_rounds(tmp_path, peaks, cap
 
 def test_several_processes_measure_a_case(tmp_path, capsys, monkeypatch):
     file = tmp_path / "r.json"
+    # each a fork of one that has imported torch
+    forks = multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: forks)
     # a process does not measure again what is known of the device
     for what, rate in ((torch.float32, 1e11), ("copy", 1e10)):
         monkeypatch.setitem(device_peaks.RATES, (what, CPU), rate)

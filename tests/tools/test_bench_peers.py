@@ -14,6 +14,7 @@ from pathlib import Path
 import fake_peers
 import pytest
 import torch
+import warm_python
 from transformers.models.llama import modeling_llama
 
 from lorafuse.bench import group, peaks, plugins
@@ -63,6 +64,11 @@ def _no_peaks(monkeypatch):
     """Measuring the machine's peaks takes seconds; no test here reads them."""
     monkeypatch.setattr(peaks, "matmul_flops", lambda dtype, device: 1e11)
     monkeypatch.setattr(peaks, "copy_bytes", lambda device: 1e10)
+
+
+@pytest.fixture(autouse=True)
+def _warm(monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", warm_python.Popen)
 
 
 @pytest.fixture
@@ -197,13 +203,12 @@ def test_a_peers_process_ends_with_ours(folder):
     variants = {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
     message = {how: folder.parent / how.name for how in variants}
     ours = {
-        how: subprocess.Popen(
+        how: warm_python.Popen(
             [sys.executable, "-m", "lorafuse", *SMALL, "--baselines", str(folder)],
+            has_children=True,
             cwd=Path(__file__).parents[2],
             env={**os.environ, "SAID": str(message[how])},
             stdout=subprocess.DEVNULL,
-            # a shell's background jobs ignore it, and so would what they start
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         for how in variants
     }
@@ -275,7 +280,8 @@ def test_a_peer_is_called_with_the_right_arguments(fakes, name, problem):
 EXPERTS = Experts("e", "float32", 9, 4, 2, 16, 8, 3, "zipf")
 
 
-def test_scattermoe_runs_in_its_process(fakes):
+def test_scattermoe_runs_in_its_process(fakes, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", warm_python.PeftPopen)
     runner = RemoteRunner("scattermoe", EXPERTS, one("axolotl_scattermoe", "moe"), CPU)
     try:
         assert runner.wrong == ""

@@ -5,6 +5,7 @@ import copy
 import functools
 import os
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import fake_peers
 import gguf
 import pytest
 import torch
+import warm_python
 from tiny_transformers import TINY, TINY_MOE
 
 from lorafuse.bench import curves, model, model_run, plugins, training, transformer
@@ -219,7 +221,8 @@ def model(given, factor=1.0):
 """
 
 
-def test_a_peers_model_runs_in_its_process_and_is_not_trusted(tmp_path):
+def test_a_peers_model_runs_in_its_process_and_is_not_trusted(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", warm_python.PeftPopen)
     folder = tmp_path / "baselines"
     shutil.copytree(plugins.folder(), folder, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "peer.py").write_text(PEER)

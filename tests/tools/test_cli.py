@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import warm_python
 
 from lorafuse import cli, functional
 from lorafuse.backends import base
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_help_lists_every_command():
     command = [sys.executable, "-m", "lorafuse", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
+    done = warm_python.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
     assert all(re.search(rf"^\s+{name}\s", done.stdout, re.MULTILINE) for name in cli.COMMANDS)
 
 
@@ -168,7 +169,7 @@ class TestOutput:
     def run(self, command, stdout, **variables):
         command = [sys.executable, "-W", "error", "-m", "lorafuse", *command.split()]
         environment = {**os.environ, **variables}
-        return subprocess.run(
+        return warm_python.run(
             command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment, timeout=300
         )
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import warm_python
 from published_tree import copied
 
 ROOT = Path(__file__).parents[2]
@@ -64,9 +65,9 @@ def test_there_are_tests_to_run():
         if "-n" in options:
             del options[options.index("-n") : options.index("-n") + 2]
         requested[step.name] = [*options, "--collect-only"]
-    # in one process, since each imports torch
     script = f"import pytest; print({{name: int(pytest.main(options)) for name, options in {requested!r}.items()}})"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", script]
+    done = warm_python.run(command, warm_python.PeftPopen, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines()[-1] == repr(dict.fromkeys(requested, 0)), done.stdout[-3000:]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from planted_studies import plant, planted, read, study
 
 from lorafuse import cli
@@ -167,7 +168,7 @@ planted_studies.study({out!r}, "rl")
 
 def test_a_study_that_was_killed_goes_on_from_its_last_finished_run(set_run, tmp_path):
     code = KILLED.format(tests=str(Path(__file__).parents[1]), out=str(tmp_path))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    process = warm_python.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
     try:
         for _ in range(1200):
             if (tmp_path / "rl.json").exists() and len(read(tmp_path, "rl")["runs"]) >= 3:

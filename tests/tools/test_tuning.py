@@ -1,6 +1,5 @@
 """What `lorafuse tune` decides (T1): which layers a model has, what wins, what is recorded."""
 
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
+import warm_python
 
 from lorafuse import cli
 from lorafuse.backends import base
@@ -237,7 +237,7 @@ def test_every_command_is_imported_without_triton():
     names = ", ".join(f"lorafuse.cli.{name}" for name in cli.COMMANDS)
     heavy = "'triton', 'peft', 'transformers', 'rich'"
     code = f"import sys, {names}\nprint(*[name for name in ({heavy}) if name in sys.modules])"
-    done = subprocess.run(
+    done = warm_python.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, timeout=300
     )
     assert done.stdout.strip() == ""
