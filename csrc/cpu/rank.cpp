@@ -21,8 +21,9 @@
 namespace {
 
 constexpr int kLane = 8;
-// of accumulators, with two vectors each 12 of 16 registers: 12 products a step for 8 loads
-constexpr int kRows = 6;
+// accumulators, of 16 registers: of 6 rows of two vectors 12 products a step wait for 8 loads, of 12 rows of one for 13
+constexpr int kSums = 12;
+constexpr int kRows = kSums / 2;
 constexpr int64_t kPanel = 16;
 // 18 KiB of wide that are read twice from the first-level cache. Medians of xa and (dyb, db) at [256, 4096], R 16, one
 // thread of an EPYC (Zen 3): 0.78 and 1.52 ms; blocks of 96 x 96 0.89 and 1.66, 24 x 192 0.71 and 1.55, 96 x 48 1.60 and
@@ -89,20 +90,20 @@ LORAFUSE_FMA inline void accumulate(
     int64_t steps, bool first, float scale) {
   __m256 sum[kCount][kVectors] = {};
   const float* row[kCount];
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int i = 0; i < kCount; ++i) row[i] = kTransposed ? left + i : left + i * left_row;
   for (int64_t k = 0; k < steps; ++k) {
     __m256 other[kVectors];
     for (int j = 0; j < kVectors; ++j) other[j] = _mm256_loadu_ps(right + k * right_row + j * kLane);
     const int64_t step = kTransposed ? k * left_row : k;
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < kCount; ++i) {
       const __m256 value = _mm256_broadcast_ss(row[i] + step);
       for (int j = 0; j < kVectors; ++j) sum[i][j] = _mm256_fmadd_ps(value, other[j], sum[i][j]);
     }
   }
   const __m256 factor = _mm256_set1_ps(scale);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int i = 0; i < kCount; ++i) {
     for (int j = 0; j < kVectors; ++j) {
       float* to = out + i * out_row + j * kLane;
@@ -116,19 +117,20 @@ template <bool kTransposed, int kVectors>
 LORAFUSE_FMA void accumulate_rows(
     int64_t count, const float* left, int64_t left_row, const float* right, int64_t right_row, float* out,
     int64_t out_row, int64_t steps, bool first, float scale) {
+  constexpr int kMost = kSums / kVectors;
   const int64_t next = kTransposed ? 1 : left_row;
-  int64_t i = 0;
-  for (; i + kRows <= count; i += kRows) {
-    accumulate<kTransposed, kRows, kVectors>(
-        left + i * next, left_row, right, right_row, out + i * out_row, out_row, steps, first, scale);
+  for (; count >= kMost; count -= kMost, left += kMost * next, out += kMost * out_row) {
+    accumulate<kTransposed, kMost, kVectors>(left, left_row, right, right_row, out, out_row, steps, first, scale);
   }
-  left += i * next;
-  out += i * out_row;
-#define LORAFUSE_TAIL(n) \
-  case n:                \
+  if (kMost > 6 && count >= 6) {
+    accumulate<kTransposed, 6, kVectors>(left, left_row, right, right_row, out, out_row, steps, first, scale);
+    count -= 6, left += 6 * next, out += 6 * out_row;
+  }
+#define LORAFUSE_TAIL(n)                         \
+  case n:                                        \
     return accumulate<kTransposed, n, kVectors>( \
         left, left_row, right, right_row, out, out_row, steps, first, scale)
-  switch (count - i) {
+  switch (count) {
     LORAFUSE_TAIL(1);
     LORAFUSE_TAIL(2);
     LORAFUSE_TAIL(3);
