@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=2 python bench/rank.py --shape 576,576 1536,576 --m 16 128 1024 --rank 16 [--rounds 40] [--wall]
 
-Shapes are N,K. Of each form the medians in us of torch and of ours, all in turn, and last what each takes of the two base
-products; CPU time of the process or, with --wall, elapsed. xa, dyb with db, and da read x or dy; y and dx are added to.
+Shapes are N,K. Of each form the medians in us of torch and of ours, all in turn, and last what each takes of the two
+base products; CPU time of the process or, with --wall, elapsed. xa, dyb with db, and da read x or dy; y and dx are added
+to.
 """
 
 import argparse
@@ -70,7 +71,10 @@ def main() -> None:
                 base = sum(of.pop("base"))
                 tax = (100 * sum(times[i] for times in of.values()) / base for i in (0, 1))
                 shown = ", ".join(f"{name} {theirs:.0f} / {ours:.0f}" for name, (theirs, ours) in of.items())
-                print(f"M {M}, {N} x {K}, R {R}: base {base:.0f}; {shown}; {next(tax):.1f} / {next(tax):.1f} %", flush=True)
+                print(
+                    f"M {M}, {N} x {K}, R {R}: base {base:.0f}; {shown}; {next(tax):.1f} / {next(tax):.1f} %",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

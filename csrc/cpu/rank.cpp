@@ -274,7 +274,6 @@ LORAFUSE_FMA void add_columns(
       float* panel = packed.get() + j * R;
       const float* from = factor.data + (c + j) * factor.column;
       const int64_t count = std::min(kPanel, columns - j);
-      if (count < kPanel) std::fill(panel, panel + kPanel * R, 0.0f);
       if (factor.rank == 1) {
         transpose(from, factor.column, panel, kPanel, count, R, alpha);
       } else {

@@ -32,6 +32,10 @@ def _functions() -> tuple[Any, Any] | None:
     return library.lorafuse_rank_read, library.lorafuse_rank_add
 
 
+def _here() -> tuple[Any, Any] | None:
+    return _functions() if cpu.has_addresses() else None
+
+
 def why_not() -> str:
     """Why torch multiplies by the rank on this CPU; "" where these functions do."""
     if reason := cpu.why_not():
@@ -46,7 +50,7 @@ def project(x: Tensor, a: Tensor, is_transposed: bool, scale: float) -> Tensor |
         R = column
     if M * C < _MANY or R % _STEP or R > _LARGEST or not (_is_rows(x) and _is_plain(a)):
         return None
-    functions, factor = _functions(), _strided(a, is_transposed)
+    functions, factor = _here(), _strided(a, is_transposed)
     if functions is None or factor is None:
         return None
     xa = x.new_empty((M, R))
@@ -62,7 +66,7 @@ def adds(xa: Tensor, b: Tensor, columns: int) -> bool:
     M, R = xa.shape
     if M * columns < _SOME or R % _STEP or R > _LARGEST or not (_is_rows(xa) and _is_plain(b)):
         return False
-    return 1 in b.stride() and _functions() is not None
+    return 1 in b.stride() and _here() is not None
 
 
 def add(y: Tensor, xa: Tensor, b: Tensor, is_transposed: bool, scale: float) -> Tensor:
@@ -82,7 +86,7 @@ def outer(narrow: Tensor, wide: Tensor, like: Tensor, is_transposed: bool, scale
     (M, C), R = wide.shape, narrow.shape[1]
     if M * C < _MANY or R % _STEP or R > _LARGEST or not (_is_rows(wide) and _is_rows(narrow) and _is_plain(like)):
         return None
-    functions = _functions()
+    functions = _here()
     if functions is None:
         return None
     sums = wide.new_empty((C, R) if is_transposed else (R, C))
@@ -99,7 +103,7 @@ def project_outer(dy: Tensor, b: Tensor, xa: Tensor, scale: float) -> tuple[Tens
     (M, C), R = dy.shape, b.shape[1]
     if M * C < _SOME or R % _STEP or R > _LARGEST or not (_is_rows(dy) and _is_rows(xa) and _is_plain(b)):
         return None
-    functions, factor = _functions(), _strided(b, True)
+    functions, factor = _here(), _strided(b, True)
     if functions is None or factor is None:
         return None
     dyb, db = dy.new_empty((M, R)), dy.new_empty((C, R))

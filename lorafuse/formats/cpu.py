@@ -16,12 +16,12 @@ from torch import Tensor
 from lorafuse.formats.codec import decode_in_rows
 from lorafuse.formats.sizes import NESTED_BLOCK
 
-__all__ = ["PLAIN", "Codes", "decode", "has_addresses", "library", "opened", "reads", "why_not"]
+__all__ = ["ARGUMENTS", "PLAIN", "Codes", "decode", "has_addresses", "library", "opened", "reads", "why_not"]
 
 # of the functions in csrc/cpu
 _VERSION = 3
 _P, _N, _F, _I = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_float, ctypes.c_int
-_ARGUMENTS: dict[str, Any] = {
+ARGUMENTS: dict[str, Any] = {
     "lorafuse_decode": [_I, _P, _P, _F, *[_P] * 5, *[_N] * 3, _I, _P],
     "lorafuse_rank_read": [_P, *[_N] * 4, _P, _N, _N, _F, _P, _N, _P, _N, _F, _P, _N, _N, _I],
     "lorafuse_rank_add": [_P, *[_N] * 4, _P, _N, _P, _N, _N, _F, _I],
@@ -67,7 +67,7 @@ def opened(file: str | None) -> tuple[Any, str]:
         return None, f"it does not load here: {error}"
     if loaded.lorafuse_cpu_version() != _VERSION:
         return None, f"{file} was built from other sources"
-    for name, arguments in _ARGUMENTS.items():
+    for name, arguments in ARGUMENTS.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
     return loaded, ""
