@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=2 python bench/rank.py --shape 576,576 1536,576 --m 16 128 1024 --rank 16 [--rounds 40] [--wall]
 
 Shapes are N,K. Of each form the medians in us of torch and of ours, all in turn, and last what each takes of the two
-base products; CPU time of the process or, with --wall, elapsed. xa, dyb with db, and da read x or dy; y and dx are added
-to.
+base products: CPU time of the process or, with --wall, elapsed. xa, dyb with db, and da read x or dy; y and dx are
+added to.
 """
 
 import argparse
