@@ -5,8 +5,8 @@
 
 Time is in tiles. A program starts when an SM is free, in the order of its number, and stays to its end. By ticket it
 draws its next tile after the main loop of the one it computes, as `lorafuse/kernels/tickets.py` and
-`csrc/kernels/tickets_sm90.cuh` do. With a shape: the backward of such a layer (M, N, K) in one launch
-(`csrc/kernels/backward_sm90.cuh`), whose tiles wait for what other programs compute, in microseconds.
+`csrc/kernels/tickets_sm90.cuh` do. With a shape: forward and backward of such a layer (M, N, K) in one launch
+each (`csrc/kernels/one_launch_sm90.cuh`), whose tiles wait for what other programs compute, in microseconds.
 """
 
 import argparse
@@ -14,7 +14,9 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Work", "backward", "column_zero_first", "handed_out", "owned", "proportional", "tickets", "walked"]
+__all__ = [
+    *("Work", "backward", "column_zero_first", "forward", "handed_out", "owned", "proportional", "tickets", "walked"),
+]
 
 # microseconds of a tile of 128 x 256 at K 4096 (model: 128 of 132 SMs take eight waves in 360)
 _TILE = 45.0
@@ -112,6 +114,18 @@ def column_zero_first(M: int, N: int, K: int) -> list[Work]:
     return [Work(tile * 1.1)] * rows + others
 
 
+def forward(M: int, N: int, K: int, rate: float, block_n: int = 256, group: int = 8) -> list[Work]:
+    """y and xa in the order of `BackwardOrder` without sums, where an SM streams `rate` GB/s of x beside the tiles."""
+    rows, columns, tile = -(-M // 128), -(-N // block_n), _tile(K, block_n)
+    works: list[Work] = []
+    for first in range(0, rows, group):
+        group_rows = range(min(group, rows - first))
+        items = range(len(works), len(works) + len(group_rows))
+        works += [Work(128 * K * 2 / rate / 1e3) for _ in group_rows]
+        works += [Work(tile, (items[row],), _EPILOGUE) for _ in range(columns) for row in group_rows]
+    return works
+
+
 def backward(M: int, N: int, K: int, rate: float, block_n: int = 256, group: int = 8, chunk: int = 16) -> list[Work]:
     """dx, dyb, da and db in the order of `BackwardOrder` (schedule.cuh), where an SM streams `rate` GB/s."""
     rows, columns, tile = -(-M // 128), -(-K // block_n), _tile(N, block_n)
@@ -142,18 +156,21 @@ def proportional(tiles: float, free: Sequence[float]) -> float:
     return starts[-1] + work / len(starts)
 
 
-def _print_backward(M: int, N: int, K: int, args: argparse.Namespace) -> int:
+def _print_layer(M: int, N: int, K: int, args: argparse.Namespace) -> int:
     idle, held = [0.0] * args.sms, [args.microseconds] * args.held + [0.0] * (args.sms - args.held)
-    # the tiles that are faster alone
-    block_n = min((256, 128), key=lambda n: -(-(-(-M // 128) * -(-K // n)) // args.sms) * _tile(N, n))
-    works = backward(M, N, K, args.rate, block_n)
-    tiles = [Work(work.microseconds) for work in works if work.tail]
-    total = sum(work.microseconds for work in works)
-    for name, free in (("alone", idle), (f"{args.held} SMs held for {args.microseconds:.0f} us", held)):
-        print(
-            f"{name:<28} tiles {max(handed_out(tiles, free)):6.1f}, all {max(handed_out(works, free)):6.1f}, "
-            f"proportional {proportional(total, free):6.1f} us (simulated)"
-        )
+    for direction, written, read, order in (("forward", N, K, forward), ("backward", K, N, backward)):
+
+        def alone(block_n: int, written: int = written, read: int = read) -> float:
+            return -(-(-(-M // 128) * -(-written // block_n)) // args.sms) * _tile(read, block_n)
+
+        works = order(M, N, K, args.rate, min((256, 128), key=alone))
+        tiles = [Work(work.microseconds) for work in works if work.tail]
+        total = sum(work.microseconds for work in works)
+        for name, free in (("alone", idle), (f"{args.held} SMs held for {args.microseconds:.0f} us", held)):
+            print(
+                f"{direction:<8} {name:<26} tiles {max(handed_out(tiles, free)):6.1f}, all "
+                f"{max(handed_out(works, free)):6.1f}, proportional {proportional(total, free):6.1f} us (simulated)"
+            )
     return 0
 
 
@@ -168,7 +185,7 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=75.0, help="GB/s that an SM streams while others run tiles (75)")
     args = parser.parse_args()
     if args.shape:
-        return _print_backward(*args.shape, args)
+        return _print_layer(*args.shape, args)
     free = [args.microseconds / _TILE] * args.held + [0.0] * (args.sms - args.held)
     for name, tiles in (
         ("each program its own tiles", owned(args.tiles, args.sms, free)),

@@ -22,6 +22,7 @@ FORMS = {
     "cuda-single": {"backend": "cuda", "kernel": "cuda fused_xa"},
     "cuda-tiles": {"backend": "cuda", "kernel": "cuda xa_in_tiles"},
     "cuda-split": {"backend": "cuda", "kernel": "cuda split_k"},
+    "cuda-forward": {"backend": "cuda", "kernel": "cuda fused_forward"},
     "cuda-concurrent": {"backend": "cuda", "kernel": "cuda concurrent_backward"},
     "cuda-backward": {"backend": "cuda", "kernel": "cuda fused_backward"},
 }

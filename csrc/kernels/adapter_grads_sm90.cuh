@@ -5,7 +5,7 @@
 // xa or dyb [M, R], R at most 64; no bias, no mask.
 //
 // An item is BLOCK_N columns and all rows: its sums stay in registers from the first row to the last, so that there are
-// no partial sums in memory, and their order is fixed (backward_sm90.cuh has items of fewer rows). Every 64 rows are a
+// no partial sums in memory, and their order is fixed (one_launch_sm90.cuh has items of fewer rows). Every 64 rows are a
 // stage of the ring: boxes of 64 columns of left in b(), one box of 64 ranks of right, zeros from R on, in a(). Both
 // have their reduction index, the rows, in the rows of their boxes: MN-major. The product is d[64 ranks, BLOCK_N] =
 // rightᵀ left; a consumer multiplies 32 of the rows, so that left leaves shared memory once, and the two sums are added

@@ -56,6 +56,7 @@ void launch_kernel(const SplitLinear& p, Stream stream) {
   LaunchConfig config{static_cast<int>(blocks), kThreads};
   config.shared_bytes = shared_bytes;
   config.cluster = p.splits;
+  config.overlap_previous = true;
   launch(split_kernel<T, kRankSteps>, config, stream, maps, arguments);
 }
 

@@ -140,6 +140,8 @@ split_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT SplitArguments p
     ptx::tma_prefetch(&maps.x);
     ptx::tma_prefetch(&maps.w);
   }
+  // this launch may have started while the one before it ends
+  ptx::wait_for_previous_launch();
   // the barriers are there, and so are the other blocks
   ptx::warp_sync();
   ptx::cluster_sync();
@@ -160,6 +162,8 @@ split_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT SplitArguments p
         round_blocks<T, T, kRanks>(pipeline, p, boxes, first, end, warp, lane);
       }
     } else if (ptx::elect_one()) {
+      // TMA reads what the launch before has written
+      ptx::fence_proxy_async();
       LF_NO_UNROLL
       for (int block = first; block < end; ++block) {
         pipeline.acquire(Plan::kStageBytes);
@@ -167,6 +171,7 @@ split_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT SplitArguments p
         ptx::tma_load(pipeline.b(), &maps.w, block * BLOCK_K, column, pipeline.full());
         pipeline.advance();
       }
+      ptx::let_next_launch_start();
     }
     // for the parts of all blocks, and until nobody reads this one's; each role on its own, which has its own registers
     ptx::warp_sync();

@@ -5,6 +5,7 @@
     fused_xa              round_adapter: a; round_adapter: scale · b; linear: xa and y
     xa_in_tiles           the same; tiles of y compute xa
     split_k               split_linear: y and xa, a and scale · b rounded
+    fused_forward         fused_forward: the same, where nothing divides K
     one_pass_backward     reduce_dy: dyb, db, dbias from one read of dy, and a rounded; linear: dx; reduce_x: da
     concurrent_backward   reduce_dy: the same; linear: dx and da
       where plan.configs  round_adapter: scale · bᵀ; project_x: dyb, and a rounded; linear: dx, da and db
@@ -116,6 +117,20 @@ class Cuda(Siblings):
             )  # fmt: skip
             return y, xa if xa.shape[1] == R else xa[:, :R]
         b, round_b = rounding(given_b, dtype, scale)
+        bias = None if bias is None else aligned(bias)
+        if config.fused_forward:
+            data, (a, round_a) = contiguous_rows(w.data), rounding(given_a, dtype, 1.0)
+            y, flags = (
+                x.new_empty((M, len(data))),
+                self._flags(x.device, place["stream"], self.native.fused_forward_workspace(M=M)),
+            )
+            self.native.fused_forward(
+                type=TYPES[dtype], M=M, N=len(data), K=K, R=R, x=x.data_ptr(), stride_x=x.stride(0), w=data.data_ptr(),
+                stride_w=data.stride(0), bias=address(bias), a=a.data_ptr(), stride_a=a.stride(0), rounded_a=round_a,
+                b=b.data_ptr(), stride_b=b.stride(0), rounded_b=round_b, xa=xa.data_ptr(), stride_xa=xa.shape[1],
+                y=y.data_ptr(), stride_y=len(data), workspace=flags.data_ptr(), tiling=tiling(config), **place,
+            )  # fmt: skip
+            return y, xa if xa.shape[1] == R else xa[:, :R]
         fused_xa: dict[str, int] = {}
         if config.fused_xa:
             a, round_a = rounding(given_a, dtype, 1.0)
@@ -132,7 +147,6 @@ class Cuda(Siblings):
                 a=given_a.data_ptr(), stride_a=K, xa=xa.data_ptr(), stride_xa=xa.shape[1], **mask(dropout),
                 rounded=round_b, **place,
             )  # fmt: skip
-        bias = None if bias is None else aligned(bias)
         y = self._linear(
             x, w, False, xa, b, config, place, R=R, bias=address(bias), overlap_previous=not config.fused_xa, **fused_xa
         )

@@ -51,6 +51,7 @@ _STYLES = {
     "lorafuse-cuda-single": Style("#e8a0bf", "d", "OO"),
     "lorafuse-cuda-tiles": Style("#c25b8a", "p", "O."),
     "lorafuse-cuda-split": Style("#a34e74", "^", "O-"),
+    "lorafuse-cuda-forward": Style("#8e4585", "<", "O|"),
     "lorafuse-cuda-concurrent": Style("#7a1f3d", "H", "oo"),
     "lorafuse-cuda-backward": Style("#54162b", "v", "o."),
     "unsloth": Style("#cc79a7", "X", "///"),

@@ -37,6 +37,7 @@ class KernelConfig:
     cluster         blocks that share the tiles of w
     sum_blocks      blocks of a backward matmul that sum da and db concurrently
     fused_backward  a backward matmul computes dyb, da and db too, by ticket, da and db in `splits` parts of the rows
+    fused_forward   a forward matmul computes xa too, by ticket, and rounds the adapters
     tickets         programs of a "tma" matmul take the next tile when they are free, instead of tiles of their own
     """
 
@@ -57,6 +58,7 @@ class KernelConfig:
     tickets: bool = False
     xa_in_tiles: bool = False
     fused_backward: bool = False
+    fused_forward: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ The matmuls run on sm_90a alone, in tiles of 128 rows. The memory-bound kernels 
     fused_xa              a rounded; b rounded; xa and y
     xa_in_tiles           the same, where N has few columns of tiles: those of the first compute xa
     split_k               y and xa by clusters that divide K, where tiles are fewer than half of the SMs
+    fused_forward         everything, in one launch
     one_pass_backward     dyb, db, dbias and a rounded; dx; da
     concurrent_backward   dyb, db, dbias and a rounded; dx and da; or b rounded; dyb and a rounded; dx, da and db
     fused_backward        everything, in one launch
-    siblings              layers of one x: xa of all; every b rounded; every y; or of each layer dyb, db, dbias; every a
-                          rounded; one dx; da of all
+    siblings              layers of one x: xa of all; every b rounded; every y, of gate and up with h; or of each layer
+                          dyb, db, dbias; every a rounded; one dx; da of all. Of down of a gated MLP the last four, with
+                          dgate, dup and h in place of dx
     ragged                y or dx of ragged rows; ATen computes everything else
 """
 
@@ -103,6 +105,8 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
         return "a launch that computes xa and y draws no mask"
     if c.xa_in_tiles and (c.cluster != 1 or problem.R > _MAX_TILE_R):
         return f"tiles compute xa of up to {_MAX_TILE_R} ranks, in clusters of 1"
+    if c.fused_forward and (problem.gradients or problem.dropout or c.cluster != 1 or problem.R > _MAX_FUSED_R):
+        return f"one launch computes y of up to {_MAX_FUSED_R} ranks, in clusters of 1 and without a mask"
     if c.sum_blocks and (not problem.gradients or c.cluster != 1 or problem.R > _MAX_FUSED_R):
         return f"da and db concurrent with dx are of up to {_MAX_FUSED_R} ranks, in clusters of 1"
     if c.sum_blocks and problem.dropout:
@@ -135,7 +139,7 @@ def matmuls(
 
 def _matmul(tile: tuple[int, int, int], **form: Any) -> KernelConfig:
     block_n, stages, cluster = tile
-    waits = form.get("fused_xa") or form.get("fused_backward")
+    waits = any(form.get(name) for name in ("fused_xa", "fused_forward", "fused_backward"))
     return KernelConfig(
         "matmul", "wgmma", _BLOCK_M, block_n, _BLOCK_K, _BLOCK_K, stages, _WARPS, _FUSED_GROUP_M if waits else _GROUP_M,
         cluster=cluster, **form,
@@ -172,6 +176,9 @@ def _forward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Ca
     form = {"fused_xa": True, "xa_in_tiles": True}
     if problem.N <= _MAX_TILE_N and (one := _best(problem, device, tiles, form)):
         yield _candidate("xa_in_tiles", (one,), [round_a, round_b, cost.step(one, problem, device)])
+    if one := _best(problem, device, tiles, {"fused_forward": True}):
+        product = cost.step(one, problem, device)
+        yield _candidate("fused_forward", (one,), [replace(product, name=f"xa, {product.name} in one launch")])
     tiles_of_y = -(-problem.M // _BLOCK_M) * -(-problem.N // _SPLIT_TILE[0])
     forms = [{"splits": count} for count in SPLITS if tiles_of_y * count <= device.sms]
     if forms and _SPLIT_TILE in tiles and (one := _best(problem, device, (_SPLIT_TILE,), *forms)):
@@ -191,7 +198,7 @@ def _backward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[C
         configs.append(_skinny("outer", problem, device))
         parts.append(cost.step(configs[-1], problem, device))
     yield _candidate("one_pass_backward", configs, parts)
-    if _are_siblings(problem) and "dx" in problem.gradients and not problem.dropout:
+    if "dx" in problem.gradients and (_are_siblings(problem) or _is_down(problem)):
         of_each = replace(first, launches=first.launches * problem.siblings)
         yield _candidate("siblings", configs, [of_each, round_a, *parts[1:]])
     yield from sorted(_concurrent(problem, device, tiles), key=lambda candidate: candidate.seconds)[:1]
@@ -205,6 +212,12 @@ def _backward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[C
 def _are_siblings(problem: Problem) -> bool:
     """Whether one launch can run the products of a problem's layers."""
     return 1 < problem.siblings <= MOST_SIBLINGS and problem.format == "dense"
+
+
+def _is_down(problem: Problem) -> bool:
+    """Whether a launch of dx can go on to the activation's backward, which da needs too."""
+    is_one = problem.siblings == 1 and problem.format == "dense" and not problem.dropout
+    return is_one and problem.epilogue == "gated" and "da" in problem.gradients
 
 
 def _concurrent(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Candidate]:

@@ -133,8 +133,8 @@ def kernel_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -
             return seconds + _xa_in_tiles(c, problem, device)
         if c.fused_xa:
             return seconds + _xa_items(c, problem, device)
-        if c.fused_backward:
-            return seconds + _fused_backward(c, seconds, problem, device)
+        if c.fused_forward or c.fused_backward:
+            return seconds + _one_launch(c, seconds, problem, device)
         if c.sum_blocks:
             # column blocks of dy for db, of x for da: the busiest block sums several
             sums = [size for name, size in (("db", N), ("da", K)) if name in problem.gradients]
@@ -189,13 +189,13 @@ def _xa_in_tiles(config: KernelConfig, problem: Problem, device: DeviceSpec) -> 
     return math.ceil(rows / device.sms) * (tile * _MORE_COLUMNS * padded_rank(problem.R) / 16 + _FLAG)
 
 
-def _fused_backward(config: KernelConfig, seconds: float, problem: Problem, device: DeviceSpec) -> float:
-    """What dyb, da and db add to the tiles of dx: what SMs without a tile in the last wave have no time for, on all."""
-    tiles = math.ceil(problem.M / config.block_m) * math.ceil(problem.K / config.block_n)
+def _one_launch(config: KernelConfig, seconds: float, problem: Problem, device: DeviceSpec) -> float:
+    """What xa, or dyb, da and db add to the tiles: what SMs idle in the last wave have no time for, on all."""
+    tiles = math.ceil(problem.M / config.block_m) * math.ceil(problem.written / config.block_n)
     waves = math.ceil(tiles / device.sms)
     free = (waves * device.sms - tiles) * seconds / waves
-    passes = {"dyb": problem.N, "da": problem.K, "db": problem.N}
-    read = sum(size for name, size in passes.items() if name in ("dyb", *problem.gradients))
+    passes = {"da": problem.K, "db": problem.N}
+    read = problem.read + sum(size for name, size in passes.items() if name in problem.gradients)
     streamed = problem.M * read * problem.itemsize / _SIDE_BANDWIDTH
     return max(0.0, streamed - free) * _UNEVEN / device.sms + _FLAG
 

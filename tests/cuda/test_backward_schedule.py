@@ -1,4 +1,4 @@
-"""The order of a backward in one launch, and xa in tiles by ticket, simulated (bench/schedule.py): how long they take.
+"""The order of one launch each way, and xa in tiles by ticket, simulated (bench/schedule.py): how long they take.
 
 That each tile and item runs once, in any order of arrival, is enumerated from the kernels' own headers
 (tests/cuda/test_csrc_layouts.py).
@@ -28,8 +28,9 @@ def seconds(works, free=IDLE):
 def test_sixteen_sms_held_by_another_kernel_cost_their_share(M, layer, rate):
     for microseconds in (100, 300, 1000, 10000):
         held = [microseconds] * 16 + IDLE[16:]
-        end, least = seconds(schedule.backward(M, *LAYERS[layer], rate), held)
-        assert least <= end <= 1.15 * least
+        for direction in (schedule.forward, schedule.backward):
+            end, least = seconds(direction(M, *LAYERS[layer], rate), held)
+            assert least <= end <= 1.15 * least
 
 
 @pytest.mark.parametrize("microseconds", [100, 300, 1000, 10000])
@@ -48,6 +49,18 @@ def test_what_idle_sms_have_time_for_is_nearly_free():
     assert seconds(works)[0] == pytest.approx(373.7, abs=0.1)
     parts = {chunk: seconds(schedule.backward(8192, 4096, 4096, 75, chunk=chunk))[0] for chunk in (8, 16, 32)}
     assert min(parts, key=parts.get) == 16
+
+
+@pytest.mark.parametrize(("M", "tiles", "at_75", "at_50"), [(512, 24.9, 24.9, 24.9), (8192, 359.7, 359.7, 368.6)])
+def test_xa_beside_the_tiles_is_nearly_free(M, tiles, at_75, at_50):
+    """The figures of docs/performance.md: q, whose tiles leave four SMs idle in each or the last wave."""
+    block_n = 128 if M == 512 else 256
+    works = {rate: schedule.forward(M, 4096, 4096, rate, block_n) for rate in (50, 75)}
+    assert seconds([schedule.Work(work.microseconds) for work in works[75] if work.tail])[0] == pytest.approx(
+        tiles, abs=0.1
+    )
+    assert seconds(works[75])[0] == pytest.approx(at_75, abs=0.1)
+    assert seconds(works[50])[0] == pytest.approx(at_50, abs=0.1)
 
 
 def test_a_work_that_waits_for_a_later_one_is_an_error():

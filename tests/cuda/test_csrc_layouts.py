@@ -116,7 +116,12 @@ def test_schedules(schedule_check):
         ("wave < full_waves() ? program : program - slack()", "program", "walk: every tile once"),
         ("program >= slack() ? 1 : 0", "program < tiles % programs ? 1 : 0", "walk: slack in the first programs"),
         ("? walk.slack() : walk.programs;", "? walk.programs : walk.slack();", "items: free where there is slack"),
-        ("last += static_cast<int64_t>(", "last = static_cast<int64_t>(", "ragged: every row of every column once"),
+        (
+            "last += static_cast<int64_t>(",
+            "last = static_cast<int64_t>(",
+            "ragged: every row of every column once; "
+            "ragged tickets: every row of every column once under any order of arrival, one last ticket",
+        ),
     ],
 )
 def test_a_wrong_schedule_is_seen(tmp_path, before, after, check):

@@ -1,4 +1,4 @@
-"""dx, dyb, da and db in one launch (csrc/kernels/backward_sm90.cuh), emulated (T5).
+"""dx, dyb, da and db in one launch (csrc/kernels/one_launch_sm90.cuh), emulated (T5).
 
 Against fp64 in every size, and bit for bit under every schedule; what it reads of adapters and what it leaves behind.
 """

@@ -55,9 +55,8 @@ class TestCost:
             problem, device = replace(HEADLINE, gradients=gradients), find("H200")
             # what has run on no GPU yet is not in the file
             candidates = select(problem, device, every).candidates
-            candidates = [
-                w for w in candidates if w.kernel not in ("concurrent_backward", "fused_backward", "aten_addmm")
-            ]
+            unknown = "fused_forward", "concurrent_backward", "fused_backward", "aten_addmm"
+            candidates = [w for w in candidates if w.kernel not in unknown]
             fastest = {
                 name: min(w.seconds for w in candidates if w.backend == name) for name in ("eager", "triton", "cuda")
             }

@@ -1,21 +1,29 @@
-// dx = dy w + dyb a, dyb = scale · dy b, da = dybᵀ x and db = scale · dyᵀ xa in one launch (sm_90a).
+// A direction of a layer in one launch (sm_90a), its work by ticket: BLOCK_M is 128, R at most 64, no mask.
 //
-// In the layer's names: dy [M, N], w [N, K], a [R, K], b [N, R], x [M, K], xa [M, R], R at most 64; no bias, no mask.
+//   forward    y = x wᵀ + bias + xa (scale b)ᵀ, xa = x aᵀ
+//   backward   dx = dy w + dyb a, dyb = scale dy b, da = dybᵀ x and db = scale dyᵀ xa; no bias
+//
+// In the layer's names: x and dx [M, K], w [N, K], a [R, K], b [N, R], y and dy [M, N], xa and dyb [M, R].
 // BackwardOrder (schedule.cuh) numbers the work, and blocks draw numbers until none is left:
 //
-//   rows      dyb of 128 rows, in the accumulators of an item of xa (linear_sm90.cuh), published by a flag
-//   a tile    of dx: the main loop of linear_kernel; its last K-block, dyb and a, waits for that flag
-//   columns   of da or db over a chunk of the rows (adapter_grads_sm90.cuh); da waits until all dyb of the chunk is there.
-//             Of several chunks each writes partial sums, and the last to arrive adds them in the order of the chunks.
+//   rows      xa or dyb of 128 rows, in the accumulators of an item of xa (linear_sm90.cuh), published by a flag
+//   a tile    of y or dx: the main loop of linear_kernel; its last K-block, the low-rank product, waits for that flag
+//   columns   backward: of da or db over a chunk of the rows (adapter_grads_sm90.cuh); da waits until all dyb of the chunk
+//             is there. Of several chunks each writes partial sums, and the last to arrive adds them in the order of the
+//             chunks. Forward has one chunk and no columns.
 //
-// SMs that have no tile in the last wave, or in the only one, compute the other work. Before dyb, a and scale · bᵀ are
-// rounded to T by the three warps of each block that load nothing, in slices that they draw.
+// SMs that have no tile in the last wave, or in the only one, compute the other work. Before the first rows, the adapters
+// are rounded to T (a, scale b; backward: a, scale bᵀ) by the three warps of each block that load nothing, in slices that
+// they draw.
 //
 // Whoever waits, waits for a lower number that was drawn, or a slice: no launch depends on how many of its blocks run at
 // a time. When the producer, the three warps and both consumers of every block have left, the last one zeroes the
 // workspace. Which block computes what changes no bit.
 //
-// FLOPs 2 M N K + 4 M R (N + K). Bytes: those of dx, dy twice more and x once, from L2 where it still holds them.
+// A launch may start while the one before it ends: it sets up its barriers, then waits before it touches memory.
+//
+// FLOPs forward 2 M N K + 2 M R (N + K), backward 2 M N K + 4 M R (N + K). Bytes: those of the product, and x once more,
+// or dy twice and x once, from L2 where it still holds them.
 #pragma once
 
 #include "linear_sm90.cuh"
@@ -24,10 +32,10 @@
 
 namespace lorafuse::sm90 {
 
-// `xa` of LinearArguments is dyb, `a` of LinearMaps scale · bᵀ, `b` the rounded a.
-struct BackwardArguments : LinearArguments {
+// Backward: `xa` of LinearArguments is dyb, `a` of LinearMaps scale · bᵀ, `b` the rounded a.
+struct OneLaunchArguments : LinearArguments {
   BackwardOrder work;
-  // scale · bᵀ and a; `out` null: it is rounded
+  // what rows are multiplied by, a or scale · bᵀ, and what xa or dyb is; `out` null: it is rounded
   Round rounded[2];
   int slices[2];
   float* partials;  // [chunks, C R] of db, then of da
@@ -44,19 +52,19 @@ LF_HOST_DEVICE constexpr int chunk_word(const BackwardOrder& work, int chunk) { 
 LF_HOST_DEVICE constexpr int item_word(const BackwardOrder& work, int item) {
   return chunk_word(work, work.chunks()) + item;
 }
-LF_HOST_DEVICE constexpr int backward_words(const BackwardOrder& work) { return item_word(work, work.items); }
+LF_HOST_DEVICE constexpr int one_launch_words(const BackwardOrder& work) { return item_word(work, work.items); }
 // The producer, three warps and two consumers.
 constexpr uint32_t kLeaversOfBlock = 6;
 
 template <int BLOCK_N>
-struct BackwardPlan {
+struct OneLaunchPlan {
   using Plan = SharedPlan<BLOCK_M, BLOCK_N>;
   LF_HOST_DEVICE static constexpr int tickets(int stages) { return Plan::bytes(stages) - 1024; }
   LF_HOST_DEVICE static constexpr int bytes(int stages) { return 1024 + tickets(stages) + Tickets::kBytes; }
 };
 
 // One thread of whoever touches the workspace no more.
-LF_DEVICE void leave(const BackwardArguments& p) {
+LF_DEVICE void leave(const OneLaunchArguments& p) {
   const uint32_t before = ptx::fetch_add_acquire_release(p.workspace + left_word(p.work), 1);
   if (before + 1 != kLeaversOfBlock * gridDim.x) return;
   LF_NO_UNROLL
@@ -65,7 +73,7 @@ LF_DEVICE void leave(const BackwardArguments& p) {
 
 // A warp: rounds slices of the adapters, 32 times 8 elements each, and publishes them.
 template <class T>
-LF_DEVICE void round_slices(const BackwardArguments& p, int lane) {
+LF_DEVICE void round_slices(const OneLaunchArguments& p, int lane) {
   const auto draw = [&] {
     const uint32_t ticket = lane == 0 ? ptx::fetch_add_relaxed(p.workspace + kSliceTickets, 1) : 0;
     return static_cast<int>(ptx::shuffle(ticket, 0));
@@ -80,7 +88,7 @@ LF_DEVICE void round_slices(const BackwardArguments& p, int lane) {
 }
 
 // Producer: until what others write is there, for TMA to read.
-LF_DEVICE void wait_for(const BackwardArguments& p, int word, int value) {
+LF_DEVICE void wait_for(const OneLaunchArguments& p, int word, int value) {
   ptx::wait_at_least(p.workspace + word, static_cast<uint32_t>(value));
   ptx::fence_proxy_async();
 }
@@ -90,12 +98,12 @@ struct SumItem {
   int sum, column;
 };
 template <int BLOCK_N>
-LF_DEVICE SumItem sum_item_of(const BackwardArguments& p, int item) {
+LF_DEVICE SumItem sum_item_of(const OneLaunchArguments& p, int item) {
   const int sum = item < p.sums[0].column_blocks ? 0 : 1;
   return {sum, (item - sum * p.sums[0].column_blocks) * BLOCK_N};
 }
 // The end of a chunk's rows.
-LF_DEVICE int end_of(const BackwardArguments& p, int chunk) {
+LF_DEVICE int end_of(const OneLaunchArguments& p, int chunk) {
   const int end = (chunk * p.work.chunk + p.work.height(chunk)) * BLOCK_M;
   return end < p.M ? end : p.M;
 }
@@ -103,7 +111,7 @@ LF_DEVICE int end_of(const BackwardArguments& p, int chunk) {
 // Consumer 0, behind a barrier after which its item of this chunk is written. Where it is the last of all chunks, adds
 // them and stores the sum; `mailbox` is a word of shared memory.
 template <class T, int BLOCK_N>
-LF_DEVICE void finish_sum(const BackwardArguments& p, const Sum& sum, const float* partials, int item, int column,
+LF_DEVICE void finish_sum(const OneLaunchArguments& p, const Sum& sum, const float* partials, int item, int column,
                           uint32_t* mailbox, int thread) {
   struct alignas(16) Quad {
     float values[4];
@@ -149,15 +157,16 @@ LF_DEVICE void finish_sum(const BackwardArguments& p, const Sum& sum, const floa
   }
 }
 
-template <class T, int BLOCK_N, int kRankSteps>
+template <class T, int BLOCK_N, int kRankSteps, Major kMajorB>
 LF_KERNEL(kThreads)
-backward_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT BackwardArguments p) {
+one_launch_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT OneLaunchArguments p) {
+  constexpr bool kBackward = kMajorB == Major::MN;
   using Item = XaItem<BLOCK_N, kRankSteps>;
   using Plan = SharedPlan<BLOCK_M, BLOCK_N>;
 
   LF_DYNAMIC_SHARED(shared);
   Pipeline<BLOCK_M, BLOCK_N> pipeline(shared, p.stages, 1);
-  Tickets tickets(pipeline.base + BackwardPlan<BLOCK_N>::tickets(p.stages));
+  Tickets tickets(pipeline.base + OneLaunchPlan<BLOCK_N>::tickets(p.stages));
   const int warp = ptx::shuffle(static_cast<int>(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     tickets.initialize();
@@ -165,6 +174,7 @@ backward_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT BackwardArgum
     ptx::tma_prefetch(&maps.x);
     ptx::tma_prefetch(&maps.w);
   }
+  ptx::wait_for_previous_launch();
   // the barriers are there
   ptx::block_sync();
 
@@ -176,6 +186,8 @@ backward_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT BackwardArgum
       round_slices<T>(p, lane);
       if (lane == 0) leave(p);
     } else if (ptx::elect_one()) {
+      // TMA reads what the launch before has written
+      ptx::fence_proxy_async();
       const auto draw = [&] { return static_cast<int>(ptx::fetch_add_relaxed(p.workspace + kWorkTickets, 1)); };
       bool rounded = false;
       const auto wait_for_adapters = [&] {
@@ -191,7 +203,7 @@ backward_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT BackwardArgum
           wait_for_adapters();
           load_xa_item<Item>(pipeline, maps, p.k_blocks, work.row);
           next = draw();
-        } else if (work.kind == Work::kColumns) {
+        } else if (kBackward && work.kind == Work::kColumns) {
           const SumItem item = sum_item_of<BLOCK_N>(p, work.column);
           if (item.sum == 1) {
             wait_for(p, chunk_word(p.work, work.row), static_cast<int>(kPublishers) * p.work.height(work.row));
@@ -203,7 +215,7 @@ backward_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT BackwardArgum
           const auto load_block = [&](const TensorMap* map_a, const TensorMap* map_b, int k) {
             pipeline.acquire(Plan::kStageBytes);
             ptx::tma_load(pipeline.a(), map_a, k, row, pipeline.full());
-            load_b<Major::MN>(pipeline, map_b, k, column, 0);
+            load_b<kMajorB>(pipeline, map_b, k, column, 0);
             pipeline.advance();
           };
           LF_NO_UNROLL
@@ -215,6 +227,7 @@ backward_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT BackwardArgum
         }
       }
       tickets.pass(next);
+      ptx::let_next_launch_start();
       leave(p);
     }
   } else {
@@ -229,8 +242,8 @@ backward_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT BackwardArgum
       const Work work = p.work.at(index);
       if (work.kind == Work::kRows) {
         xa_item<T, Item>(pipeline, p, work.row, part.row, consumer, thread);
-        if (thread == 0) ptx::add_release(p.workspace + chunk_word(p.work, work.row / p.work.chunk), 1);
-      } else if (work.kind == Work::kColumns) {
+        if (kBackward && thread == 0) ptx::add_release(p.workspace + chunk_word(p.work, work.row / p.work.chunk), 1);
+      } else if (kBackward && work.kind == Work::kColumns) {
         const auto [which, column] = sum_item_of<BLOCK_N>(p, work.column);
         const Sum sum = which == 0 ? p.sums[0] : p.sums[1];
         const int chunks = p.work.chunks(), first = work.row * p.work.chunk * BLOCK_M;
@@ -253,10 +266,13 @@ backward_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT BackwardArgum
         const int row = work.row * BLOCK_M + part.row, column = work.column * BLOCK_N;
         LF_NO_UNROLL
         for (int block = 0; block < p.k_blocks; ++block) {
-          multiply_block<T, BLOCK_N, Major::MN, kStepsOfBlock>(d, pipeline, part, lane, block > 0, block > 0);
+          multiply_block<T, BLOCK_N, kMajorB, kStepsOfBlock>(d, pipeline, part, lane, block > 0, block > 0);
         }
-        multiply_block<T, BLOCK_N, Major::MN, kRankSteps>(d, pipeline, part, lane, true, true);
+        multiply_block<T, BLOCK_N, kMajorB, kRankSteps>(d, pipeline, part, lane, true, true);
         finish_blocks(pipeline, lane);
+        if (!kBackward && p.bias != nullptr) {
+          add_bias<T, BLOCK_N>(d, static_cast<const T*>(p.bias), column, p.N, thread);
+        }
         store_tile<T, BLOCK_N>(d, &maps.y, pipeline.output(consumer), row, column, consumer, thread);
       }
     }
