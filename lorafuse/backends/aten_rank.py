@@ -14,18 +14,19 @@ from torch import Tensor
 
 from lorafuse.formats import cpu
 
-__all__ = ["add", "adds", "outer", "project", "project_outer", "why_not"]
+__all__ = ["MANY", "OF_THREAD", "SOME", "add", "adds", "functions", "outer", "project", "project_outer", "why_not"]
 
 _STEP, _LARGEST = 8, 64
 # elements of wide, from which on the call pays: of `project` and `outer`, and of `add` and `project_outer`
-_MANY, _SOME = 1 << 18, 1 << 14
+MANY, SOME = 1 << 18, 1 << 14
 # products of a thread, 10 us of its time
-_OF_THREAD = 1 << 18
+OF_THREAD = 1 << 18
 _FLOAT, _PLAIN = torch.float32, cpu.PLAIN
 
 
 @cache
-def _functions() -> tuple[Any, Any] | None:
+def functions() -> tuple[Any, Any] | None:
+    """`lorafuse_rank_read` and `lorafuse_rank_add`; None where they do not run."""
     library = cpu.library()
     if library is None or not library.lorafuse_rank_runs():
         return None
@@ -33,14 +34,14 @@ def _functions() -> tuple[Any, Any] | None:
 
 
 def _here() -> tuple[Any, Any] | None:
-    return _functions() if cpu.has_addresses() else None
+    return functions() if cpu.has_addresses() else None
 
 
 def why_not() -> str:
     """Why torch multiplies by the rank on this CPU; "" where these functions do."""
     if reason := cpu.why_not():
         return reason
-    return "" if _functions() else "they are for CPUs with AVX2 and FMA and without AVX-512"
+    return "" if functions() else "they are for CPUs with AVX2 and FMA and without AVX-512"
 
 
 def project(x: Tensor, a: Tensor, is_transposed: bool, scale: float) -> Tensor | None:
@@ -48,13 +49,13 @@ def project(x: Tensor, a: Tensor, is_transposed: bool, scale: float) -> Tensor |
     (M, C), (R, column) = x.shape, a.shape
     if is_transposed:
         R = column
-    if M * C < _MANY or R % _STEP or R > _LARGEST or not (_is_rows(x) and _is_plain(a)):
+    if M * C < MANY or R % _STEP or R > _LARGEST or not (_is_rows(x) and _is_plain(a)):
         return None
-    functions, factor = _here(), _strided(a, is_transposed)
-    if functions is None or factor is None:
+    calls, factor = _here(), _strided(a, is_transposed)
+    if calls is None or factor is None:
         return None
     xa = x.new_empty((M, R))
-    functions[0](
+    calls[0](
         x.data_ptr(), x.stride(0), M, C, R, *factor, scale, xa.data_ptr(), R, None, 0, 1.0, None, 0, 0,
         _threads(M * C * R),
     )  # fmt: skip
@@ -64,18 +65,18 @@ def project(x: Tensor, a: Tensor, is_transposed: bool, scale: float) -> Tensor |
 def adds(xa: Tensor, b: Tensor, columns: int) -> bool:
     """Whether `add` runs for a y `[M, columns]` that torch has just made."""
     M, R = xa.shape
-    if M * columns < _SOME or R % _STEP or R > _LARGEST or not (_is_rows(xa) and _is_plain(b)):
+    if M * columns < SOME or R % _STEP or R > _LARGEST or not (_is_rows(xa) and _is_plain(b)):
         return False
     return 1 in b.stride() and _here() is not None
 
 
 def add(y: Tensor, xa: Tensor, b: Tensor, is_transposed: bool, scale: float) -> Tensor:
     """y, to which `scale · xa bᵀ` was added, for operands that `adds`."""
-    functions, factor, (M, C), R = _functions(), _strided(b, not is_transposed), y.shape, xa.shape[1]
-    assert functions is not None
+    calls, factor, (M, C), R = functions(), _strided(b, not is_transposed), y.shape, xa.shape[1]
+    assert calls is not None
     assert factor is not None
     assert y.stride(1) == 1
-    functions[1](
+    calls[1](
         y.data_ptr(), y.stride(0), M, C, R, xa.data_ptr(), xa.stride(0), *factor, scale, _threads(M * C * R)
     )  # fmt: skip
     return y
@@ -84,14 +85,14 @@ def add(y: Tensor, xa: Tensor, b: Tensor, is_transposed: bool, scale: float) -> 
 def outer(narrow: Tensor, wide: Tensor, like: Tensor, is_transposed: bool, scale: float) -> Tensor | None:
     """`scale · narrowᵀ wide`, as the primitive of the protocol."""
     (M, C), R = wide.shape, narrow.shape[1]
-    if M * C < _MANY or R % _STEP or R > _LARGEST or not (_is_rows(wide) and _is_rows(narrow) and _is_plain(like)):
+    if M * C < MANY or R % _STEP or R > _LARGEST or not (_is_rows(wide) and _is_rows(narrow) and _is_plain(like)):
         return None
-    functions = _here()
-    if functions is None:
+    calls = _here()
+    if calls is None:
         return None
     sums = wide.new_empty((C, R) if is_transposed else (R, C))
     to = (R, 1) if is_transposed else (1, C)
-    functions[0](
+    calls[0](
         wide.data_ptr(), wide.stride(0), M, C, R, None, 0, 0, 1.0, None, 0, narrow.data_ptr(), narrow.stride(0), scale,
         sums.data_ptr(), *to, _threads(M * C * R),
     )  # fmt: skip
@@ -101,13 +102,13 @@ def outer(narrow: Tensor, wide: Tensor, like: Tensor, is_transposed: bool, scale
 def project_outer(dy: Tensor, b: Tensor, xa: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
     """`(scale · dy b, scale · dyᵀ xa)` from one read of dy."""
     (M, C), R = dy.shape, b.shape[1]
-    if M * C < _SOME or R % _STEP or R > _LARGEST or not (_is_rows(dy) and _is_rows(xa) and _is_plain(b)):
+    if M * C < SOME or R % _STEP or R > _LARGEST or not (_is_rows(dy) and _is_rows(xa) and _is_plain(b)):
         return None
-    functions, factor = _here(), _strided(b, True)
-    if functions is None or factor is None:
+    calls, factor = _here(), _strided(b, True)
+    if calls is None or factor is None:
         return None
     dyb, db = dy.new_empty((M, R)), dy.new_empty((C, R))
-    functions[0](
+    calls[0](
         dy.data_ptr(), dy.stride(0), M, C, R, *factor, scale, dyb.data_ptr(), R, xa.data_ptr(), xa.stride(0), scale,
         db.data_ptr(), R, 1, _threads(M * C * R),
     )  # fmt: skip
@@ -115,7 +116,7 @@ def project_outer(dy: Tensor, b: Tensor, xa: Tensor, scale: float) -> tuple[Tens
 
 
 def _threads(products: int) -> int:
-    return max(1, min(torch.get_num_threads(), products // _OF_THREAD))
+    return max(1, min(torch.get_num_threads(), products // OF_THREAD))
 
 
 def _strided(f: Tensor, is_transposed: bool) -> tuple[int, int, int] | None:

@@ -48,10 +48,10 @@ def built(tmp_path_factory):
 @pytest.fixture
 def use(monkeypatch):
     """Makes the primitives call these functions, whatever the sizes."""
-    monkeypatch.setattr(aten_rank, "_MANY", 1)
-    monkeypatch.setattr(aten_rank, "_SOME", 1)
-    monkeypatch.setattr(aten_rank, "_OF_THREAD", 1)
-    return lambda functions: monkeypatch.setattr(aten_rank, "_functions", lambda: functions)
+    monkeypatch.setattr(aten_rank, "MANY", 1)
+    monkeypatch.setattr(aten_rank, "SOME", 1)
+    monkeypatch.setattr(aten_rank, "OF_THREAD", 1)
+    return lambda functions: monkeypatch.setattr(aten_rank, "functions", lambda: functions)
 
 
 @pytest.fixture(params=[1, 3])
@@ -199,7 +199,7 @@ def test_what_has_no_memory_is_torchs(built, use):
 
 
 def test_few_elements_are_torchs(built, monkeypatch):
-    monkeypatch.setattr(aten_rank, "_functions", lambda: built)
+    monkeypatch.setattr(aten_rank, "functions", lambda: built)
     assert declined(*operands(20, 30, 16))
     assert not declined(*operands(64, 4096, 16))
 
@@ -264,5 +264,5 @@ def test_where_it_does_not_run_there_is_a_reason(monkeypatch):
     monkeypatch.setattr(cpu, "why_not", lambda: "no library")
     assert aten_rank.why_not() == "no library"
     monkeypatch.setattr(cpu, "why_not", lambda: "")
-    monkeypatch.setattr(aten_rank, "_functions", lambda: None)
+    monkeypatch.setattr(aten_rank, "functions", lambda: None)
     assert "AVX-512" in aten_rank.why_not()
