@@ -1,5 +1,5 @@
 """Builds `lorafuse._cuda` with nvcc, or with g++ `lorafuse._emu`, the same kernels on a CPU, or `lorafuse._cpu`, which
-decodes weights on CPUs. Standard library only.
+decodes weights and multiplies with the rank on CPUs. Standard library only.
 
     python csrc/build.py check              say which nvcc would build, or why none can (exit status 1)
     python csrc/build.py cuda [FILE] [--only NAME.cu ...] [--debug]
@@ -41,7 +41,7 @@ NVCC_FLAGS = (
 NVCC_DEBUG_FLAGS = NVCC_FLAGS.replace("MOST_LOOKS=0", f"MOST_LOOKS={2**24}") + " -lineinfo"
 GXX_FLAGS = "-std=c++20 -O2 -fPIC -fvisibility=hidden -Wall -Wno-psabi"
 # products and sums are rounded apart, as torch rounds them
-GXX_CPU_FLAGS = "-std=c++17 -O3 -ffp-contract=off -fopenmp -fPIC -fvisibility=hidden -Wall -Wextra -shared"
+GXX_CPU_FLAGS = "-std=c++17 -O3 -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -shared"
 # of bindings in modules that only tests load: they compile in two thirds of the time
 UNOPTIMIZED = " -O0"
 # unoptimized: it compiles in half the time and the tests run small launches
@@ -237,10 +237,11 @@ def build(
 
 
 def build_cpu(out: Path) -> None:
-    """`lorafuse._cpu`, one file that ctypes loads; raises as `build`."""
+    """`lorafuse._cpu`, which ctypes loads; raises as `build`."""
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f"{out.name}.{os.getpid()}.new")
-    subprocess.run([find_gxx(), *GXX_CPU_FLAGS.split(), CSRC / "cpu" / "decode.cpp", "-o", unfinished], check=True)
+    sources = sorted((CSRC / "cpu").glob("*.cpp"))
+    subprocess.run([find_gxx(), *GXX_CPU_FLAGS.split(), *sources, "-o", unfinished], check=True)
     os.replace(unfinished, out)
 
 

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "threads.hpp"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define LORAFUSE_AVX2 __attribute__((target("avx2")))
@@ -110,23 +112,22 @@ void decode(
   }
 #endif
   const int64_t chunks = (count + kChunk - 1) / kChunk;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && chunks > 1)
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+  lorafuse::parallel(threads, chunks, [&](int64_t chunk) {
     const int64_t stop = first + std::min(count, (chunk + 1) * kChunk);
     for (int64_t start = first + chunk * kChunk; start < stop;) {
       const int64_t end = std::min(stop, (start / block + 1) * block);
       part(w, scales[start / block], start, end, out + (start - first));
       start = end;
     }
-  }
+  });
 }
 
 }  // namespace
 
 extern "C" {
 
-// of the functions below, which their caller expects
-__attribute__((visibility("default"))) int lorafuse_cpu_version() { return 2; }
+// of this module's functions, which their caller expects
+__attribute__((visibility("default"))) int lorafuse_cpu_version() { return 3; }
 
 // Elements first ... first + count - 1 of the flat weight, to `out`. Codes are, by `kind`, nibbles of a table of 16, the
 // high one of a byte first (0) or the low one (1); bytes of a table of 256 (2); or int8 (3), which alone have a `step`.

@@ -3,7 +3,8 @@
 Fused: nothing full-size is scaled, cast or added outside a GEMM: of each pair of products the second accumulates onto
 the first (beta = 1). Dropout, and fp32 adapters over an fp16 base, work in row chunks, so that neither a mask nor a
 copy of x exists at full size. Sums over rows run in a fixed order. Ragged rows are multiplied by torch's grouped_mm
-where the plan says so (`aten_grouped`), else one group after the other (`aten_loop`).
+where the plan says so (`aten_grouped`), else one group after the other (`aten_loop`). On a CPU a dense layer's products
+by the rank are csrc/cpu's where those are faster (`aten_rank`).
 
 Cost of a dense layer forward: 2MNK + 2MR(N + K) FLOPs; beyond the base product one read of x, and of y a write and a
 read. Backward: 2MNK + 4MR(N + K) FLOPs; beyond the base product two reads of dy, one of x, and of dx a write and a
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafuse.backends import aten_loop, aten_multi, aten_wide, base, problems
+from lorafuse.backends import aten_loop, aten_multi, aten_rank, aten_wide, base, problems
 from lorafuse.backends.aten_grouped import GroupedMM
 from lorafuse.backends.protocol import Backend, Problems, finish
 from lorafuse.operands import Dropout, Epilogue, LowRank, Rows, Weight
@@ -69,6 +70,9 @@ class Aten(Backend):
         if a.dtype is not dtype:
             a = a.to(dtype)
         if dropout is None and dtype is x.dtype:
+            own = aten_rank.project(x, a, is_transposed, scale)
+            if own is not None:
+                return own
             xa = torch.mm(x, a) if is_transposed else F.linear(x, a)
         else:
             right = a if is_transposed else a.t()
@@ -103,6 +107,8 @@ class Aten(Backend):
             for chunk in row_chunks(x.shape[0], max(w.sizes), x.device):
                 y[chunk] = torch.addmm(y[chunk].to(xa.dtype), xa[chunk], right)
             return y
+        if aten_rank.adds(xa, b, w.sizes[0]):
+            return aten_rank.add(F.linear(x, w.left(), bias), xa, b, low.is_transposed, scale)
         # on a CPU forward adds 0.62 ms to a base of 4.1 ms in the first order, 0.70 ms in the other (M 1024, K = N
         # 2048, R 16, bf16, Xeon with AMX, 2 threads, 2026-11-24), and at M = 1 it is one operator less
         if not low.is_transposed if plan is None else plan.kernel == "aten_addmm":
@@ -125,6 +131,9 @@ class Aten(Backend):
         if dropout is not None or narrow.dtype is not wide.dtype:
             product = _chunked_outer(narrow, wide, dropout, like).mul_(scale)
             return (product.t() if is_transposed else product).to(like.dtype)
+        own = aten_rank.outer(narrow, wide, like, is_transposed, scale)
+        if own is not None:
+            return own
         if is_transposed and not wide.is_cuda and _takes_transposed(wide):
             product = _product(wide.t(), narrow, scale)
         else:
@@ -135,6 +144,17 @@ class Aten(Backend):
                 return like.new_empty(like.shape).copy_(product.t())
         # `to` its own dtype took 1.6 us, a product of one row 2.3 us (EPYC, torch 2.13, 2026-11-29)
         return product if product.dtype is like.dtype else product.to(like.dtype)
+
+    def project_outer(
+        self, dy: Tensor, b: Tensor, xa: Tensor | None, plan: Plan | None, *, scale: float, need_dyb: bool,
+        need_dbias: bool, dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+        own = aten_rank.project_outer(dy, b, xa, scale) if need_dyb and xa is not None else None
+        if own is not None:
+            return *own, dy.sum(0) if need_dbias else None
+        return super().project_outer(
+            dy, b, xa, plan, scale=scale, need_dyb=need_dyb, need_dbias=need_dbias, dtype=dtype
+        )
 
     def matmul_outer(  # type: ignore[override]
         self, dy: Tensor, w: Weight, plan: Plan | None, low: LowRank, x: Tensor, like: Tensor
@@ -150,9 +170,12 @@ class Aten(Backend):
         dtype, total = terms[0][0].dtype, None
         # dx of masked low-rank products, and of fp32 ones over 16 bits, is added in row chunks
         apart = [low.dropout is not None or low.xa.dtype is not dtype for low in lows]
-        # the low-rank products first: the large GEMMs accumulate onto them, and no full-size sum has a pass of its own
-        for low, is_apart in zip(lows, apart, strict=True):
-            if not is_apart:
+        columns = terms[0][1].sizes[0]
+        late = [not other and aten_rank.adds(low.xa, low.b, columns) for low, other in zip(lows, apart, strict=True)]
+        # the low-rank products first, where torch computes them: the large GEMMs accumulate onto them, and no full-size
+        # sum has a pass of its own
+        for j, low in enumerate(lows):
+            if not (apart[j] or late[j]):
                 total = _accumulated(total, low.xa, _right(low), low.scale)
         for x, w in terms:
             with self.dense(w, x.dtype) as dense:
@@ -167,7 +190,9 @@ class Aten(Backend):
                 for low, like in zip(lows, likes, strict=True)
             ]
         for j, low in enumerate(lows):
-            if apart[j]:
+            if late[j]:
+                aten_rank.add(total, low.xa, low.b, low.is_transposed, low.scale)
+            elif apart[j]:
                 _add_low_rank(total, low, wide, outers[j] if outers else None)
         return total, [outer.to(like.dtype) for outer, like in zip(outers, likes, strict=True)]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from lorafuse import env, functional
-from lorafuse.backends import base, native
+from lorafuse.backends import aten_rank, base, native
 from lorafuse.cli import _common
 from lorafuse.errors import MissingDependency
 from lorafuse.formats import cpu as cpu_decoding
@@ -147,10 +147,12 @@ def _compilers() -> Iterator[Finding]:
     yield _module("_emu", "optional: the same on a CPU, for tests")
     reason, shown = cpu_decoding.why_not(), "lorafuse._cpu"
     if reason:
-        value = f"not used (optional: decodes quantized weights on CPUs): {reason}"
+        value = f"not used (optional: decodes quantized weights and multiplies by the rank on CPUs): {reason}"
         yield Finding("compilers", shown, value, "warn", native.how_to_build("_cpu"))
     else:
-        yield Finding("compilers", shown, "decodes quantized weights on CPUs")
+        reason = aten_rank.why_not()
+        value = f"; torch multiplies by the rank: {reason}" if reason else ", multiplies by the rank in fp32"
+        yield Finding("compilers", shown, f"decodes quantized weights on CPUs{value}")
 
 
 def _module(name: str, purpose: str) -> Finding:

@@ -1,6 +1,8 @@
 """`lorafuse._cpu`: decoding on a CPU in one pass, compiled from csrc/cpu where g++ is when lorafuse is installed.
 
-ctypes calls it by address, without the interpreter's lock. Where it is absent bitsandbytes' kernel or torch decodes.
+ctypes calls it by address, without the interpreter's lock. Where it is absent bitsandbytes' kernel or torch decodes. It
+also multiplies by the rank (`lorafuse.backends.aten_rank`). Its threads are those of the OpenMP runtime that torch
+loads for all modules, which it must load before.
 """
 
 import ctypes
@@ -14,14 +16,18 @@ from torch import Tensor
 from lorafuse.formats.codec import decode_in_rows
 from lorafuse.formats.sizes import NESTED_BLOCK
 
-__all__ = ["Codes", "decode", "has_addresses", "library", "opened", "reads", "why_not"]
+__all__ = ["ARGUMENTS", "PLAIN", "Codes", "decode", "has_addresses", "library", "opened", "reads", "why_not"]
 
-# of the functions in csrc/cpu/decode.cpp
-_VERSION = 2
-_P, _N = ctypes.c_void_p, ctypes.c_longlong
-_ARGUMENTS: Any = [ctypes.c_int, _P, _P, ctypes.c_float, *[_P] * 5, *[_N] * 3, ctypes.c_int, _P]
+# of the functions in csrc/cpu
+_VERSION = 3
+_P, _N, _F, _I = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_float, ctypes.c_int
+ARGUMENTS: dict[str, Any] = {
+    "lorafuse_decode": [_I, _P, _P, _F, *[_P] * 5, *[_N] * 3, _I, _P],
+    "lorafuse_rank_read": [_P, *[_N] * 4, _P, _N, _N, _F, _P, _N, _P, _N, _F, _P, _N, _N, _I],
+    "lorafuse_rank_add": [_P, *[_N] * 4, _P, _N, _P, _N, _N, _F, _I],
+}
 # a subclass of tensors has no address
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 # kinds of codes: how many elements a byte holds, and values their table has
 _KINDS = {"nibbles": (0, 2, 16), "low nibbles": (1, 2, 16), "bytes": (2, 1, 256), "integers": (3, 1, 0)}
 
@@ -61,8 +67,9 @@ def opened(file: str | None) -> tuple[Any, str]:
         return None, f"it does not load here: {error}"
     if loaded.lorafuse_cpu_version() != _VERSION:
         return None, f"{file} was built from other sources"
-    loaded.lorafuse_decode.argtypes = _ARGUMENTS
-    loaded.lorafuse_decode.restype = None
+    for name, arguments in ARGUMENTS.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, None
     return loaded, ""
 
 
@@ -89,7 +96,7 @@ def has_addresses() -> bool:
 
 def reads(data: Tensor) -> bool:
     """Whether it may decode these bytes."""
-    return type(data) in _PLAIN and data.is_cpu and has_addresses() and library() is not None
+    return type(data) in PLAIN and data.is_cpu and has_addresses() and library() is not None
 
 
 def decode(codes: Codes, rounded: torch.dtype, first: int, out: Tensor) -> bool:
@@ -119,7 +126,7 @@ def _fits(codes: Codes, stop: int, out: Tensor) -> bool:
     counts = (scale, blocks), (table, values), (scale_table, 256), (outer, -(-blocks // NESTED_BLOCK)), (offset, 1)
     given = [(t, n) for t, n in counts if t is not None]
     return (
-        all(type(t) in _PLAIN and t.is_cpu and t.is_contiguous() for t in (data, out, *(t for t, _ in given)))
+        all(type(t) in PLAIN and t.is_cpu and t.is_contiguous() for t in (data, out, *(t for t, _ in given)))
         and data.element_size() == 1
         and per_byte * data.numel() >= stop
         and all(t.numel() >= n and (t.dtype is torch.float32 or t is scale) for t, n in given)
