@@ -107,7 +107,7 @@ class Aten(Backend):
             for chunk in row_chunks(x.shape[0], max(w.sizes), x.device):
                 y[chunk] = torch.addmm(y[chunk].to(xa.dtype), xa[chunk], right)
             return y
-        if aten_rank.adds(xa, b, w.sizes[0]):
+        if aten_rank.adds(xa, b, low.is_transposed, x.shape[0], w.sizes[0]):
             return aten_rank.add(F.linear(x, w.left(), bias), xa, b, low.is_transposed, scale)
         # on a CPU forward adds 0.62 ms to a base of 4.1 ms in the first order, 0.70 ms in the other (M 1024, K = N
         # 2048, R 16, bf16, Xeon with AMX, 2 threads, 2026-11-24), and at M = 1 it is one operator less
@@ -170,8 +170,11 @@ class Aten(Backend):
         dtype, total = terms[0][0].dtype, None
         # dx of masked low-rank products, and of fp32 ones over 16 bits, is added in row chunks
         apart = [low.dropout is not None or low.xa.dtype is not dtype for low in lows]
-        columns = terms[0][1].sizes[0]
-        late = [not other and aten_rank.adds(low.xa, low.b, columns) for low, other in zip(lows, apart, strict=True)]
+        sizes = terms[0][0].shape[0], terms[0][1].sizes[0]
+        late = [
+            not is_apart and aten_rank.adds(low.xa, low.b, low.is_transposed, *sizes)
+            for low, is_apart in zip(lows, apart, strict=True)
+        ]
         # the low-rank products first, where torch computes them: the large GEMMs accumulate onto them, and no full-size
         # sum has a pass of its own
         for j, low in enumerate(lows):

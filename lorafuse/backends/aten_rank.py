@@ -1,8 +1,8 @@
 """Products with a side of the rank by `lorafuse._cpu` (csrc/cpu/rank.cpp), in fp32 on CPUs with AVX2 and FMA.
 
-A function does nothing and says so by its result (None, False) where torch is to multiply: for other dtypes and
-devices, tensors without an address, CPUs with AVX-512, ranks that are no multiples of 8 or larger than 64, and matrices
-of fewer elements than pay for the call. Sums have another order than torch's; it is the same for the same sizes and
+A function returns None or False where torch is to multiply: for other dtypes and devices, tensors without an address,
+sizes that do not fit (torch raises), CPUs with AVX-512, ranks that are no multiples of 8 or larger than 64, and
+matrices of fewer elements than pay for the call. Sums have another order than torch's, the same for the same sizes and
 number of threads.
 """
 
@@ -46,10 +46,10 @@ def why_not() -> str:
 
 def project(x: Tensor, a: Tensor, is_transposed: bool, scale: float) -> Tensor | None:
     """`scale · x aᵀ`, as the primitive of the protocol."""
-    (M, C), (R, column) = x.shape, a.shape
+    (M, C), (R, K) = x.shape, a.shape
     if is_transposed:
-        R = column
-    if M * C < MANY or R % _STEP or R > _LARGEST or not (_is_rows(x) and _is_plain(a)):
+        R, K = K, R
+    if M * C < MANY or R % _STEP or R > _LARGEST or K != C or not (_is_rows(x) and _is_plain(a)):
         return None
     calls, factor = _here(), _strided(a, is_transposed)
     if calls is None or factor is None:
@@ -62,12 +62,13 @@ def project(x: Tensor, a: Tensor, is_transposed: bool, scale: float) -> Tensor |
     return xa
 
 
-def adds(xa: Tensor, b: Tensor, columns: int) -> bool:
-    """Whether `add` runs for a y `[M, columns]` that torch has just made."""
-    M, R = xa.shape
-    if M * columns < SOME or R % _STEP or R > _LARGEST or not (_is_rows(xa) and _is_plain(b)):
+def adds(xa: Tensor, b: Tensor, is_transposed: bool, M: int, C: int) -> bool:
+    """Whether `add` runs for a y `[M, C]` that torch makes."""
+    R = xa.shape[1]
+    if M * C < SOME or R % _STEP or R > _LARGEST or not (_is_rows(xa) and _is_plain(b)):
         return False
-    return 1 in b.stride() and _here() is not None
+    fits = xa.shape[0] == M and b.shape == ((R, C) if is_transposed else (C, R))
+    return fits and 1 in b.stride() and _here() is not None
 
 
 def add(y: Tensor, xa: Tensor, b: Tensor, is_transposed: bool, scale: float) -> Tensor:
@@ -84,8 +85,14 @@ def add(y: Tensor, xa: Tensor, b: Tensor, is_transposed: bool, scale: float) -> 
 
 def outer(narrow: Tensor, wide: Tensor, like: Tensor, is_transposed: bool, scale: float) -> Tensor | None:
     """`scale · narrowᵀ wide`, as the primitive of the protocol."""
-    (M, C), R = wide.shape, narrow.shape[1]
-    if M * C < MANY or R % _STEP or R > _LARGEST or not (_is_rows(wide) and _is_rows(narrow) and _is_plain(like)):
+    (M, C), (rows, R) = wide.shape, narrow.shape
+    if (
+        M * C < MANY
+        or R % _STEP
+        or R > _LARGEST
+        or rows != M
+        or not (_is_rows(wide) and _is_rows(narrow) and _is_plain(like))
+    ):
         return None
     calls = _here()
     if calls is None:
@@ -101,8 +108,10 @@ def outer(narrow: Tensor, wide: Tensor, like: Tensor, is_transposed: bool, scale
 
 def project_outer(dy: Tensor, b: Tensor, xa: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
     """`(scale · dy b, scale · dyᵀ xa)` from one read of dy."""
-    (M, C), R = dy.shape, b.shape[1]
+    (M, C), (N, R) = dy.shape, b.shape
     if M * C < SOME or R % _STEP or R > _LARGEST or not (_is_rows(dy) and _is_rows(xa) and _is_plain(b)):
+        return None
+    if N != C or xa.shape != (M, R):
         return None
     calls, factor = _here(), _strided(b, True)
     if calls is None or factor is None:

@@ -87,7 +87,7 @@ def forms(wide, narrow, tall, flat):
     for name, factor, is_transposed in (("y", tall, False), ("dx", flat, True)):
         around = torch.full((M + 2, C + 8), torch.nan)
         around[1:-1, 3 : C + 3] = wide
-        assert aten_rank.adds(narrow, factor, C)
+        assert aten_rank.adds(narrow, factor, is_transposed, M, C)
         aten_rank.add(around[1:-1, 3 : C + 3], narrow, factor, is_transposed, 0.7)
         record(
             name,
@@ -160,7 +160,7 @@ def declined(wide, narrow, tall, flat):
         aten_rank.outer(narrow, wide, flat, False, 1.0), aten_rank.outer(narrow, wide, tall, True, 1.0),
         aten_rank.project_outer(wide, tall, narrow, 1.0),
     )  # fmt: skip
-    adds = aten_rank.adds(narrow, tall, wide.shape[1]), aten_rank.adds(narrow, flat, wide.shape[1])
+    adds = [aten_rank.adds(narrow, f, is_transposed, *wide.shape) for f, is_transposed in ((tall, False), (flat, True))]
     return all(result is None for result in results) and not any(adds)
 
 
@@ -196,6 +196,20 @@ def test_what_has_no_memory_is_torchs(built, use):
     torch.vmap(lambda t: (runs.append(not declined(*given)), t)[1])(torch.ones(2))
     assert runs == [False]
     assert not declined(*given)
+
+
+def test_sizes_that_do_not_fit_are_torchs_to_refuse(built, use):
+    use(built)
+    wide, narrow, tall, flat = operands(20, 30, 16)
+    assert declined(wide, narrow[:-1], tall[:-1], flat[:, :-1])
+    assert aten_rank.project_outer(wide, tall, narrow[:-1], 1.0) is None
+    assert not aten_rank.adds(narrow[:-1], tall, False, 20, 30)
+    assert not aten_rank.adds(narrow, flat, False, 20, 30)
+    with pytest.raises(RuntimeError, match=r"size|shape"):
+        torch.ops.lorafuse.lora_linear_backward(
+            torch.randn(20, 30), torch.randn(20, 8), torch.randn(19, 16), torch.randn(30, 8), torch.randn(16, 8),
+            torch.randn(30, 16), None, 1.0, 0.0, [True] * 4, "eager",
+        )  # fmt: skip
 
 
 def test_few_elements_are_torchs(built, monkeypatch):
