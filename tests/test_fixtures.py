@@ -2,9 +2,12 @@
 
 import gc
 import importlib
+import json
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -189,3 +192,37 @@ class TestFastInterpreter:
         for _ in range(2):
             with pytest.raises(error):
                 fast.core.block_type(fast.core.float32, shape)
+
+
+WHAT_STARTED = """
+import json, os, sys
+print(json.dumps([__name__, sys.argv, sys.path, sys.warnoptions, os.getcwd(), os.getppid(), dict(os.environ)]))
+sys.stdout.flush()
+print(len(sys.stdin.read()), file=sys.stderr)
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("how", [["-c", WHAT_STARTED], ["-W", "error", "-m", "module"], ["folder/module.py"]])
+def test_a_fork_that_has_imported_torch_is_what_python_starts(how, tmp_path):
+    for folder in (tmp_path, tmp_path / "folder"):
+        folder.mkdir(exist_ok=True)
+        (folder / "module.py").write_text(WHAT_STARTED)
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{tmp_path / 'more'}", "PATH": os.environ["PATH"]}
+    results = [
+        run([sys.executable, *how, "an argument"], cwd=tmp_path, env=environment, input="text", capture_output=True,
+            text=True, timeout=300)
+        for run in (subprocess.run, warm_python.run)
+    ]  # fmt: skip
+    expected, actual = ([json.loads(done.stdout), done.stderr, done.returncode] for done in results)
+    # set while Python starts
+    expected[0][-1].pop("LC_CTYPE", None)
+    assert actual == expected
+    assert expected[1:] == ["4\n", 3]
+
+
+def test_signals_reach_a_fork_that_has_imported_torch():
+    process = warm_python.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    assert os.getpgid(process.pid) == process.pid
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL

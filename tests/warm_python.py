@@ -1,8 +1,8 @@
 """Python processes that have torch imported when they start: forks of one that did, each a child of the caller.
 
 Where a test is not about how Python starts, `run` and `Popen` stand for subprocess's, for commands that begin with
-`sys.executable`; a dozen processes otherwise import torch in three seconds each, and PEFT in nine more. A process is
-forked from a server, and forked again: the orphan becomes a child of the caller, which its signals and status reach.
+`sys.executable`; some seventy processes otherwise import torch in three seconds each, and PEFT in nine more. A process
+is forked from a server, and forked again: the orphan becomes a child of the caller, which its status reaches.
 """
 
 import atexit
@@ -60,16 +60,17 @@ class PeftPopen(Popen):
     preload = (*Popen.preload, "peft", "transformers.models.llama.modeling_llama")
 
 
-def run(command, popen=Popen, has_children=False, **options):
+def run(command, popen=Popen, *, timeout, has_children=False, **options):
     """`subprocess.run`."""
     with mock.patch.object(subprocess, "Popen", functools.partial(popen, has_children=has_children)):
-        return subprocess.run(command, **options)
+        return subprocess.run(command, timeout=timeout, **options)
 
 
 @functools.cache
 def _server(preload):
     """The connection to a process that has imported modules; it ends when the connection does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(300)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with theirs:
         command = [sys.executable, __file__, str(theirs.fileno()), *preload]
@@ -104,28 +105,30 @@ def _serve(connection):
         reader, writer = os.pipe()
         if not (between := os.fork()):
             between = os.getpid()
-            if child := os.fork():
-                os.write(writer, str(child).encode())
+            if os.fork():
                 os._exit(0)
             while os.getppid() == between:
                 time.sleep(0.001)
+            request = json.loads(message)
+            if request["is_leader"]:
+                os.setsid()
             for number, file in enumerate(files):
                 os.dup2(file, number)
+            os.write(writer, str(os.getpid()).encode())
             connection.close()
             for file in (reader, writer, *files):
                 os.close(file)
-            return json.loads(message)
+            return request
+        for file in (writer, *files):
+            os.close(file)
         os.waitpid(between, 0)
         connection.send(os.read(reader, 64))
-        for file in (reader, writer, *files):
-            os.close(file)
+        os.close(reader)
 
 
 def _start(request, installed):
     """Run what is requested as Python's command line does."""
     arguments, environment = request["arguments"], request["environment"]
-    if request["is_leader"]:
-        os.setsid()
     os.chdir(request["cwd"])
     # a shell's background jobs ignore it, and so does what they start
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -143,12 +146,8 @@ def _start(request, installed):
         arguments = arguments[2:]
     what, *rest = arguments
     how = {"-m": os.getcwd(), "-c": ""}
-    sys.path[:] = [
-        how.get(what, os.path.dirname(what)),
-        *environment.get("PYTHONPATH", "").split(os.pathsep),
-        *installed,
-    ]
-    sys.path[1:] = [place for place in sys.path[1:] if place]
+    more = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:] = [how.get(what, os.path.dirname(os.path.abspath(what))), *more, *installed]
     sys.argv[:] = [what, *rest[1:]] if what in how else arguments
     if what == "-m":
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)

@@ -21,6 +21,7 @@ from lorafuse.bench.result import Wrong
 from lorafuse.bench.training import Trainee
 from lorafuse.bench.transformer import Given
 from lorafuse.bench.transformer_cost import VARIANTS, Sizes
+from lorafuse.demo import model as demo_model
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -183,6 +184,8 @@ def test_the_real_weights_know_the_text(monkeypatch):
     # transformers parses the file four times, and makes the names of all tensors once a module
     for name in ("GGUFReader", "get_tensor_name_map"):
         monkeypatch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+    # text and weights have the same tokenizer
+    monkeypatch.setattr(demo_model, "load_tokenizer", functools.cache(demo_model.load_tokenizer))
     texts, sizes = transformer.Texts(2, (1, 1, 96), CPU), Sizes.of(transformer.MODELS["smollm2-135m"].config())
     assert texts(0).shape == (1, 1, 96)
     assert torch.equal(texts(2), texts(0))
