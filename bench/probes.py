@@ -1,18 +1,22 @@
-"""Four prices on which the design of the kernels depends, as bench/hopper.py --probes measures them.
+"""Five prices on which the design of the kernels depends, as bench/hopper.py --probes measures them.
 
 columns   what sixteen more columns cost a tile of 128 x 256, as a share of its main loop
 sums      what an SM without a tile streams while the others run tiles, and what that costs these
 flags     from a release to an acquire by another SM
 grouped   the bare product of experts' rows that lie together, as a share of cuBLAS's dense rate
+gathered  the same with tiles by ticket; and of rows that lie anywhere, read where they are or copied together before;
+          and with the columns as gate and up, whose activation the launch or torch computes
 """
 
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lorafuse.testing.numerics import relative_l2, tolerance
 from lorafuse.testing.timing import measure_calls
@@ -20,6 +24,8 @@ from lorafuse.testing.timing import measure_calls
 __all__ = ["PROBES", "Call", "Sizes", "described", "measured"]
 
 _BF16, _RANK = 0, 16
+# experts of a token
+_CHOICES = 8
 _WORDS = 3
 
 
@@ -143,9 +149,56 @@ class _Probes:
             calls[f"{E} experts, N {n}, K {k}"] = Call(run, ((y, right),))
         return calls
 
+    def gathered(self) -> dict[str, Call]:
+        calls: dict[str, Call] = {}
+        for rows, E, n, k in self.sizes.experts:
+            x, w = self.normal(rows // _CHOICES, k), self.normal(E, n, k, scale=k**-0.5)
+            ends = torch.arange(1, E + 1, device=self.device) * (rows // E)
+            order = torch.randperm(rows, generator=self._generator, device=self.device)
+            y, word = x.new_empty(rows, n), torch.zeros(1, dtype=torch.int32, device=self.device)
+            token = order // _CHOICES
+            together = x[token]
+            right = torch.bmm(together.view(E, -1, k).float(), w.float().mT).view(rows, n)
+
+            def run(
+                x: Tensor, order: Tensor | None = None, by_ticket: bool = True, w: Tensor = w, ends: Tensor = ends,
+                y: Tensor = y, word: Tensor = word, **more: int,
+            ) -> None:  # fmt: skip
+                if by_ticket:
+                    more["workspace"] = word.data_ptr()
+                if order is not None:
+                    more |= {"order": order.data_ptr(), "choices": _CHOICES}
+                launch = self.native.gathered_linear if by_ticket else self.native.grouped_linear
+                launch(
+                    type=_BF16, rows=y.shape[0], groups=w.shape[0], K=w.shape[2], offsets=ends.data_ptr(),
+                    x=x.data_ptr(), stride_x=w.shape[2], w=w.data_ptr(), y=y.data_ptr(), stride_y=w.shape[1],
+                    tiling=(256, 3, 1, 16, self.sizes.sms), stream=self.stream, **{"N": w.shape[1]} | more,
+                )  # fmt: skip
+
+            forms: dict[str, Callable[[], None]] = {
+                "by ticket": partial(run, together),
+                "through the order": partial(run, x, order),
+                "copied before": lambda run=run, x=x, token=token: run(x.index_select(0, token), by_ticket=False),
+            }
+            name, inner = f"{E} experts, N {n}, K {k}", n // 2
+            calls |= {f"{name}, {form}": Call(one, ((y, right),)) for form, one in forms.items()}
+            if inner % 8 == 0:
+                h, gate, up = x.new_empty(rows, inner), y[:, :inner], y[:, inner:]
+                both = (y, right), (h, F.silu(right[:, :inner]) * right[:, inner:])
+                fused = {"N": inner, "h": h.data_ptr(), "stride_h": inner}
+
+                def apart(run=run, x=x, order=order, h=h, gate=gate, up=up) -> None:
+                    run(x, order)
+                    torch.mul(F.silu(gate), up, out=h)
+
+                calls[f"{name}, and h"] = Call(partial(run, x, order, **fused), both)
+                calls[f"{name}, and h by torch"] = Call(apart, both)
+        return calls
+
 
 PROBES: dict[str, Callable[[_Probes], dict[str, Call]]] = {
     "columns": _Probes.columns, "sums": _Probes.sums, "flags": _Probes.flags, "grouped": _Probes.grouped,
+    "gathered": _Probes.gathered,
 }  # fmt: skip
 
 
@@ -180,6 +233,9 @@ def figures(name: str, sizes: Sizes, medians: dict[str, float]) -> dict[str, flo
         return rates
     if name == "flags":
         return {"a flag, us": (medians["turns"] - medians["zeroed"]) / (2 * sizes.turns) * 1e6}
+    if name == "gathered":
+        work = {f"{E} experts, N {n}, K {k}": 2 * rows * n * k for rows, E, n, k in sizes.experts}
+        return {f"{n}, TFLOP/s": work[n.rpartition(", ")[0]] / seconds / 1e12 for n, seconds in medians.items()}
     dense = 2 * M * N * K / medians["dense by cuBLAS"]
     rates = {}
     for rows, E, n, k in sizes.experts:

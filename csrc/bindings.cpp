@@ -12,12 +12,14 @@
 #include <lorafuse/api_decode.hpp>
 #include <lorafuse/api_device.hpp>
 #include <lorafuse/api_forward.hpp>
+#include <lorafuse/api_gated.hpp>
+#include <lorafuse/api_gathered.hpp>
 #include <lorafuse/api_probes.hpp>
 #include <lorafuse/api_siblings.hpp>
 #include <lorafuse/api_split.hpp>
 
 #ifdef LORAFUSE_EMULATED
-#include "emu/emulator.hpp"
+#include "bindings_emulator.hpp"
 #endif
 
 // JSON, written by build.py
@@ -48,7 +50,11 @@ void convert(PyObject* value, T& place) {
 }
 void convert(PyObject* value, bool& place) { place = PyObject_IsTrue(value) == 1; }
 void convert(PyObject* value, float& place) { place = static_cast<float>(PyFloat_AsDouble(value)); }
-void convert(PyObject* value, Type& place) { place = Type{static_cast<int>(PyLong_AsLong(value))}; }
+template <class T>
+  requires std::is_enum_v<T>
+void convert(PyObject* value, T& place) {
+  place = T{static_cast<int>(PyLong_AsLong(value))};
+}
 template <class T>
 void convert(PyObject* value, T*& place) {
   place = static_cast<T*>(PyLong_AsVoidPtr(value));
@@ -84,139 +90,7 @@ void store(void* p, PyObject* value) {
   convert(value, static_cast<typename MemberOf<decltype(kMember)>::Struct*>(p)->*kMember);
 }
 
-#define REQUIRED(member) {#member, true, store<&P::member>}
-#define OPTIONAL(member) {#member, false, store<&P::member>}
-
-template <>
-struct Fields<Linear> {
-  using P = Linear;
-  static constexpr Field fields[] = {
-      REQUIRED(type), REQUIRED(M), REQUIRED(N), REQUIRED(K), OPTIONAL(R), OPTIONAL(transposed), REQUIRED(x),
-      REQUIRED(stride_x), REQUIRED(w), REQUIRED(stride_w), OPTIONAL(bias), OPTIONAL(xa), OPTIONAL(stride_xa),
-      OPTIONAL(b), OPTIONAL(stride_b), REQUIRED(y), REQUIRED(stride_y), OPTIONAL(overlap_previous),
-      OPTIONAL(tiling), OPTIONAL(a), OPTIONAL(stride_a), OPTIONAL(workspace), OPTIONAL(xa_in_tiles), OPTIONAL(seed),
-      OPTIONAL(drop_below), OPTIONAL(sum_blocks), OPTIONAL(layer_x), OPTIONAL(stride_layer_x), OPTIONAL(da),
-      OPTIONAL(da_type), OPTIONAL(layer_xa), OPTIONAL(stride_layer_xa), OPTIONAL(db), OPTIONAL(db_type),
-      OPTIONAL(scale)};
-};
-template <>
-struct Fields<FusedBackward> {
-  using P = FusedBackward;
-  static constexpr Field fields[] = {
-      REQUIRED(type), REQUIRED(M), REQUIRED(N), REQUIRED(K), REQUIRED(R), REQUIRED(dy), REQUIRED(stride_dy),
-      REQUIRED(w), REQUIRED(stride_w), REQUIRED(a), REQUIRED(stride_a), REQUIRED(b), REQUIRED(stride_b),
-      OPTIONAL(scale), REQUIRED(dyb), REQUIRED(stride_dyb), REQUIRED(dx), REQUIRED(stride_dx), OPTIONAL(x),
-      OPTIONAL(stride_x), OPTIONAL(da), OPTIONAL(da_type), OPTIONAL(xa), OPTIONAL(stride_xa), OPTIONAL(db),
-      OPTIONAL(db_type), OPTIONAL(rounded_a), OPTIONAL(rounded_b), OPTIONAL(sum_rows), OPTIONAL(partials),
-      REQUIRED(workspace), OPTIONAL(tiling)};
-};
-template <>
-struct Fields<FusedForward> {
-  using P = FusedForward;
-  static constexpr Field fields[] = {
-      REQUIRED(type), REQUIRED(M), REQUIRED(N), REQUIRED(K), REQUIRED(R), REQUIRED(x), REQUIRED(stride_x), REQUIRED(w),
-      REQUIRED(stride_w), OPTIONAL(bias), REQUIRED(a), REQUIRED(stride_a), REQUIRED(b), REQUIRED(stride_b),
-      REQUIRED(xa), REQUIRED(stride_xa), REQUIRED(y), REQUIRED(stride_y), OPTIONAL(rounded_a), OPTIONAL(rounded_b),
-      REQUIRED(workspace), OPTIONAL(tiling)};
-};
-template <>
-struct Fields<SplitLinear> {
-  using P = SplitLinear;
-  static constexpr Field fields[] = {
-      REQUIRED(type), REQUIRED(a_type), REQUIRED(b_type), REQUIRED(M), REQUIRED(N), REQUIRED(K), REQUIRED(R),
-      REQUIRED(x), REQUIRED(stride_x), REQUIRED(w), REQUIRED(stride_w), OPTIONAL(bias), REQUIRED(a),
-      REQUIRED(stride_a), REQUIRED(b), REQUIRED(stride_b), OPTIONAL(scale), REQUIRED(xa), REQUIRED(stride_xa),
-      REQUIRED(y), REQUIRED(stride_y), OPTIONAL(splits), OPTIONAL(tiling)};
-};
-template <>
-struct Fields<SiblingsForward> {
-  using P = SiblingsForward;
-  static constexpr Field fields[] = {
-      REQUIRED(type), REQUIRED(count), REQUIRED(M), REQUIRED(K), REQUIRED(N), OPTIONAL(R), REQUIRED(x),
-      REQUIRED(stride_x), REQUIRED(w), REQUIRED(stride_w), OPTIONAL(bias), OPTIONAL(xa), OPTIONAL(stride_xa),
-      OPTIONAL(b), OPTIONAL(stride_b), REQUIRED(y), REQUIRED(stride_y), OPTIONAL(rounded), OPTIONAL(tiling)};
-};
-template <>
-struct Fields<SiblingsDx> {
-  using P = SiblingsDx;
-  static constexpr Field fields[] = {
-      REQUIRED(type), REQUIRED(count), REQUIRED(M), REQUIRED(K), OPTIONAL(R), REQUIRED(N), REQUIRED(dy),
-      REQUIRED(stride_dy), REQUIRED(w), REQUIRED(stride_w), OPTIONAL(dyb), OPTIONAL(stride_dyb), OPTIONAL(a),
-      OPTIONAL(stride_a), REQUIRED(dx), REQUIRED(stride_dx), OPTIONAL(rounded), OPTIONAL(tiling)};
-};
-template <>
-struct Fields<GroupedLinear> {
-  using P = GroupedLinear;
-  static constexpr Field fields[] = {
-      REQUIRED(type), REQUIRED(rows), REQUIRED(groups), REQUIRED(N), REQUIRED(K), OPTIONAL(R),
-      OPTIONAL(transposed), REQUIRED(offsets), REQUIRED(x), REQUIRED(stride_x), REQUIRED(w), OPTIONAL(bias),
-      OPTIONAL(xa), OPTIONAL(stride_xa), OPTIONAL(b), REQUIRED(y), REQUIRED(stride_y),
-      OPTIONAL(overlap_previous), OPTIONAL(tiling)};
-};
-template <>
-struct Fields<Round> {
-  using P = Round;
-  static constexpr Field fields[] = {
-      REQUIRED(in_type), REQUIRED(type), OPTIONAL(transposed), REQUIRED(rows), REQUIRED(columns), REQUIRED(in),
-      REQUIRED(stride_in), OPTIONAL(scale), OPTIONAL(out), REQUIRED(stride_out)};
-};
-template <>
-struct Fields<ProjectX> {
-  using P = ProjectX;
-  static constexpr Field fields[] = {
-      REQUIRED(type), REQUIRED(a_type), REQUIRED(M), REQUIRED(K), REQUIRED(R), REQUIRED(x), REQUIRED(stride_x),
-      REQUIRED(a), REQUIRED(stride_a), REQUIRED(xa), REQUIRED(stride_xa), OPTIONAL(seed), OPTIONAL(drop_below),
-      OPTIONAL(rounded)};
-};
-template <>
-struct Fields<ReduceDy> {
-  using P = ReduceDy;
-  static constexpr Field fields[] = {
-      REQUIRED(type), REQUIRED(b_type), REQUIRED(M), REQUIRED(N), REQUIRED(R), REQUIRED(dy),
-      REQUIRED(stride_dy), OPTIONAL(b), OPTIONAL(stride_b), OPTIONAL(xa), OPTIONAL(stride_xa), OPTIONAL(scale),
-      OPTIONAL(dyb), OPTIONAL(stride_dyb), OPTIONAL(db), OPTIONAL(dbias), OPTIONAL(workspace), OPTIONAL(dyb_bytes),
-      OPTIONAL(sms), OPTIONAL(rounded)};
-};
-template <>
-struct Fields<ReduceX> {
-  using P = ReduceX;
-  static constexpr Field fields[] = {
-      REQUIRED(type), REQUIRED(a_type), REQUIRED(M), REQUIRED(K), REQUIRED(R), REQUIRED(x), REQUIRED(stride_x),
-      REQUIRED(dyb), REQUIRED(stride_dyb), REQUIRED(da), OPTIONAL(seed), OPTIONAL(drop_below),
-      OPTIONAL(workspace), OPTIONAL(sms)};
-};
-
-template <>
-struct Fields<DecodeCodebook> {
-  using P = DecodeCodebook;
-  static constexpr Field fields[] = {
-      REQUIRED(type), REQUIRED(count), OPTIONAL(first), REQUIRED(block_size), REQUIRED(data), REQUIRED(code),
-      REQUIRED(absmax), OPTIONAL(nested_code), OPTIONAL(nested_absmax), OPTIONAL(nested_offset), OPTIONAL(rounded),
-      REQUIRED(out)};
-};
-template <>
-struct Fields<DecodeFp8> {
-  using P = DecodeFp8;
-  static constexpr Field fields[] = {
-      REQUIRED(type), OPTIONAL(G), REQUIRED(N), REQUIRED(K), REQUIRED(block_rows), REQUIRED(block_columns),
-      REQUIRED(data), REQUIRED(scale), OPTIONAL(scale_type), OPTIONAL(rounded_scale), OPTIONAL(rounded),
-      REQUIRED(out)};
-};
-
-template <>
-struct Fields<ProbeColumns> {
-  using P = ProbeColumns;
-  static constexpr Field fields[] = {REQUIRED(M), REQUIRED(N), REQUIRED(K),  REQUIRED(x),  REQUIRED(w),
-                                     OPTIONAL(a), REQUIRED(y), OPTIONAL(xa), OPTIONAL(sms)};
-};
-template <>
-struct Fields<ProbeFlags> {
-  using P = ProbeFlags;
-  static constexpr Field fields[] = {REQUIRED(rounds), REQUIRED(words)};
-};
-
-#undef REQUIRED
-#undef OPTIONAL
+#include "bindings_fields.hpp"
 
 // The fields' names as Python's own strings of them, which the names in a call are too.
 template <class P>
@@ -323,56 +197,6 @@ struct Bound<kFunction> {
 
 py::object build_info() { return py::module_::import("json").attr("loads")(lorafuse_build_info); }
 
-#ifdef LORAFUSE_EMULATED
-void configure(uint64_t seed, int resident, bool checks, int multiprocessors, int shared_memory,
-               const std::string& planted) {
-  emu::Config config;
-  config.seed = seed;
-  config.resident = resident;
-  config.checks = checks;
-  config.multiprocessors = multiprocessors;
-  config.shared_memory = shared_memory;
-  config.planted = planted;
-  emu::configure(config);
-}
-
-py::dict statistics() {
-  const emu::Statistics& s = emu::statistics();
-  py::dict found;
-  found["launches"] = s.launches;
-  found["steps"] = s.steps;
-  found["switches"] = s.switches;
-  found["tma_loads"] = s.tma_loads;
-  found["tma_stores"] = s.tma_stores;
-  found["wgmmas"] = s.wgmmas;
-  found["mmas"] = s.mmas;
-  found["planted_reached"] = s.planted_reached;
-  return found;
-}
-
-void declare_memory(Pointer begin, size_t bytes, const std::string& name, bool unwritten) {
-  emu::declare_memory(reinterpret_cast<void*>(begin), bytes, name, unwritten);
-}
-size_t unwritten_words(Pointer begin, size_t bytes) {
-  return emu::unwritten_words(reinterpret_cast<void*>(begin), bytes);
-}
-
-void bind_emulator(py::module_& m) {
-  using py::arg;
-  py::register_exception<emu::Error>(m, "EmulationError", PyExc_RuntimeError);
-  const emu::Config standard;
-  m.def("configure", &configure, "How the next launches run; emulator.hpp says what each setting means.", py::kw_only(),
-        arg("seed") = standard.seed, arg("resident") = standard.resident, arg("checks") = standard.checks,
-        arg("multiprocessors") = standard.multiprocessors, arg("shared_memory") = standard.shared_memory,
-        arg("planted") = standard.planted);
-  m.def("statistics", &statistics, "What the last launch did.");
-  m.def("declare_memory", &declare_memory, py::kw_only(), arg("begin"), arg("bytes"), arg("name"),
-        arg("unwritten") = false);
-  m.def("unwritten_words", &unwritten_words, py::kw_only(), arg("begin"), arg("bytes"));
-  m.def("forget_memory", &emu::forget_memory);
-}
-#endif
-
 }  // namespace
 
 PYBIND11_MODULE(LORAFUSE_MODULE, m) {
@@ -391,7 +215,10 @@ PYBIND11_MODULE(LORAFUSE_MODULE, m) {
   m.def("split_linear", &Bound<split_linear>::call);
   m.def("siblings_forward", &Bound<siblings_forward>::call);
   m.def("siblings_dx", &Bound<siblings_dx>::call);
+  m.def("gated_forward", &Bound<gated_forward>::call);
+  m.def("gated_backward", &Bound<gated_backward>::call);
   m.def("grouped_linear", &Bound<grouped_linear>::call);
+  m.def("gathered_linear", &Bound<gathered_linear>::call);
   m.def("round_adapter", &Bound<round_adapter>::call);
   m.def("project_x", &Bound<project_x>::call);
   m.def("reduce_dy_workspace", &Bound<reduce_dy_workspace>::call);
@@ -404,6 +231,6 @@ PYBIND11_MODULE(LORAFUSE_MODULE, m) {
   m.def("probe_columns", &Bound<probe_columns>::call);
   m.def("probe_flags", &Bound<probe_flags>::call);
 #ifdef LORAFUSE_EMULATED
-  bind_emulator(m);
+  lorafuse::bind_emulator(m);
 #endif
 }

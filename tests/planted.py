@@ -34,9 +34,9 @@ _PIPELINE, _EPILOGUE, _LINEAR, _SUMS = (
     "adapter_grads_sm90.cuh",
 )
 _TILES, _TICKETS, _BACKWARD = "xa_tiles_sm90.cuh", "tickets_sm90.cuh", "one_launch_sm90.cuh"
-_SPLIT, _SIBLINGS = "split_sm90.cuh", "siblings_sm90.cuh"
+_SPLIT, _SIBLINGS, _GATHERED = "split_sm90.cuh", "siblings_sm90.cuh", "gathered_sm90.cuh"
 _GROUPED, _SKINNY, _PROJECT, _REDUCE = "grouped_sm90.cuh", "skinny_sm80.cuh", "project_sm80.cuh", "reduce_sm80.cuh"
-_DECODE = "decode_sm80.cuh"
+_DECODE, _GATED, _ACTIVATED = "decode_sm80.cuh", "gated_sm90.cuh", "gated_epilogue_sm90.cuh"
 _NESTED = (
     "ptx::multiply_rounded(nested, ptx::load_global(p.nested_absmax + block / 256)) + ptx::load_global(p.nested_offset)"
 )
@@ -47,6 +47,26 @@ _MULTIPLY = "multiply<T, N, kMajorB, kSteps>(d, pipeline.a() + part.row * kBoxRo
 _LAUNCH_WAIT = "{ ptx::wait_for_previous_launch(); ptx::fence_proxy_async(); }"
 _GROUP_B = "load_group_b<kMajorB>(pipeline, map_b, block * BLOCK_K, tile.column * BLOCK_N, {});"
 _ADD_PARTS = "add_parts<S::kParts, BLOCK_M, RANKS>(sums, left, part, part_row);"
+_GATE_STORED = "store_boxes(gate, boxes, kBoxes, row, column);"
+_BOTH_STORED = (
+    "ptx::fence_proxy_async_shared(); consumer_sync(consumer); if (thread == 0) { if (keep_up) store_boxes(up, ups, kBoxes, row, column); "
+    f"{_GATE_STORED} // h will lie where up does, which has been read then\n ptx::tma_store_wait_read<1>(); }}"
+)
+_H_STORED = (
+    "consumer_sync(consumer); activate_boxes<T>(activation, boxes, ups, kBoxes * kBoxBytes, thread); "
+    "ptx::fence_proxy_async_shared(); consumer_sync(consumer); if (thread == 0) store_boxes(h, ups, kBoxes, row, column);"
+)
+_GRADIENTS = (
+    "ptx::fence_proxy_async_shared(); // what was stored before has been read, and its stage is free\n "
+    "if (thread == 0) ptx::tma_store_wait_read<0>(); consumer_sync(consumer); if (n > 0) pipeline.release_previous(lane);"
+)
+_LAST_GRADIENTS = (
+    "if (thread == 0) ptx::tma_store_wait_read<0>(); consumer_sync(consumer); pipeline.release_previous(lane);"
+)
+_MASKED = (
+    "finish_blocks(pipeline, lane); "
+    "drop<kBoxElements>(low, p.seeds[mask], p.drop_below[mask], row, column + n, p.N[0], thread);"
+)
 _FIRST, _LAST = "p.shares.owner(j * p.row_blocks)", "p.shares.owner(last)"
 
 # fmt: off
@@ -137,7 +157,43 @@ BUGS = tuple(Bug(*row) for row in (
     ("sibling_no_init_sync", _SIBLINGS, "siblings", "// the barriers of both blocks are there ptx::cluster_sync();", ""),
     ("sibling_no_exit_sync", _SIBLINGS, "siblings", "// the other block of a cluster may still arrive at this one's barriers ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync();"),
     ("sibling_no_store_wait", _SIBLINGS, "siblings", "if (thread == 0) ptx::tma_store_wait<0>();", ""),
-    ("sibling_rounds_the_first", _SIBLINGS, "siblings", "skinny::round_chunk<T>(p.each[which], block * skinny::kThreads + static_cast<int64_t>(threadIdx.x));", "skinny::round_chunk<T>(p.each[0], block * skinny::kThreads + static_cast<int64_t>(threadIdx.x));"),
+    ("sibling_rounds_the_first", "round_each_sm80.cu", "siblings", "round_chunk<T>(p.each[which], block * kThreads + static_cast<int64_t>(threadIdx.x));", "round_chunk<T>(p.each[0], block * kThreads + static_cast<int64_t>(threadIdx.x));"),
+    # and with masks of their own
+    ("masked_seed_of_the_first", _SIBLINGS, "siblings with masks", _MASKED, _MASKED.replace("seeds[mask]", "seeds[0]")),
+    ("masked_other_columns", _SIBLINGS, "siblings with masks", _MASKED, _MASKED.replace("column + n", "column")),
+    ("masked_unfinished", _SIBLINGS, "siblings with masks", _MASKED, _MASKED.replace("finish_blocks(pipeline, lane);", "pipeline.release_previous(lane);")),
+    ("masked_over_the_rest", _SIBLINGS, "siblings with masks", "d[n / 2 + i] += low[i];", "d[n / 2 + i] = low[i];"),
+    ("masked_a_of_the_first_columns", _SIBLINGS, "siblings with masks", "ptx::tma_load(pipeline.b(), &maps.masked[mask].b, column + n, block * BLOCK_K, pipeline.full());", "ptx::tma_load(pipeline.b(), &maps.masked[mask].b, column, block * BLOCK_K, pipeline.full());"),
+    ("masked_no_launch_wait", _SIBLINGS, "siblings with masks", "// dyb is the first operand, and a wait_for_adapters();", ""),
+    # gate and up with their activation: what a tile reads and waits for
+    ("gated_rounds_the_first", "round_each_sm80.cu", "gated", "round_chunk<T>(p.each[which], block * kThreads + static_cast<int64_t>(threadIdx.x));", "round_chunk<T>(p.each[0], block * kThreads + static_cast<int64_t>(threadIdx.x));"),
+    ("gated_w_of_gate", _GATED, "gated", "ptx::tma_load_multicast(place, &maps[half], reduction, column, pipeline.full(), kBoth);", "ptx::tma_load_multicast(place, &maps[0], reduction, column, pipeline.full(), kBoth);"),
+    ("gated_ranks_of_gate", _GATED, "gated", "load_halves(pipeline, b, k - first0, k - first1, column, rank);", "load_halves(pipeline, b, k, k, column, rank);"),
+    ("gated_no_launch_wait", _GATED, "gated", _LAUNCH_WAIT, "{ ptx::fence_proxy_async(); }"),
+    ("gated_up_is_gate", _GATED, "gated", "&maps.read[1]", "&maps.read[0]"),
+    ("gated_reads_of_the_first", _GATED, "gated", "ptx::tma_load(pipeline.a(), &maps.read[0], column + n, row, pipeline.full());", "ptx::tma_load(pipeline.a(), &maps.read[0], column, row, pipeline.full());"),
+    ("gated_bytes_of_one", _GATED, "gated", "pipeline.acquire(2 * Plan::kTileABytes);", "pipeline.acquire(Plan::kTileABytes);"),
+    ("gated_bias_of_its_neighbour", _GATED, "gated", "column + fragment_column(thread, i) - half * (N_TILE / 2)", "column + fragment_column(thread, i)"),
+    ("gated_rows_of_its_neighbour", _GATED, "gated", "(tile.row * p.cluster + rank) * BLOCK_M", "tile.row * p.cluster * BLOCK_M"),
+    ("gated_no_init_sync", _GATED, "gated", "// the barriers of both blocks are there ptx::cluster_sync();", ""),
+    ("gated_no_exit_sync", _GATED, "gated", "// the other block of a cluster may still arrive at this one's barriers ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync();"),
+    ("gated_no_store_wait", _GATED, "gated", "if (thread == 0) ptx::tma_store_wait<0>();", ""),
+    ("gated_over_the_tile_before", _ACTIVATED, "gated", "// the boxes may still be read for the tile before if (thread == 0) ptx::tma_store_wait_read<0>();", ""),
+    ("gated_boxes_half_written", _ACTIVATED, "gated", _BOTH_STORED, _BOTH_STORED.replace("consumer_sync(consumer);", "")),
+    ("gated_no_proxy_fence", _ACTIVATED, "gated", _BOTH_STORED, _BOTH_STORED.replace("ptx::fence_proxy_async_shared();", "")),
+    ("gated_h_over_up", _ACTIVATED, "gated", _BOTH_STORED, _BOTH_STORED.replace("ptx::tma_store_wait_read<1>();", "")),
+    ("gated_gate_first", _ACTIVATED, "gated", _BOTH_STORED, _BOTH_STORED.replace(_GATE_STORED, "").replace("if (keep_up)", _GATE_STORED + " if (keep_up)")),
+    ("gated_h_before_the_wait", _ACTIVATED, "gated", _H_STORED, _H_STORED.replace("consumer_sync(consumer); activate", "activate")),
+    ("gated_h_not_whole", _ACTIVATED, "gated", _H_STORED, _H_STORED.replace("consumer_sync(consumer); if", "if")),
+    ("gated_h_no_proxy_fence", _ACTIVATED, "gated", _H_STORED, _H_STORED.replace("ptx::fence_proxy_async_shared();", "")),
+    ("gated_dh_not_whole", _ACTIVATED, "gated", "write_boxes<T, BLOCK_N>(d, hs, thread); consumer_sync(consumer);", "write_boxes<T, BLOCK_N>(d, hs, thread);"),
+    ("gated_reads_not_awaited", _ACTIVATED, "gated", "ptx::mbarrier_wait(pipeline.full(), pipeline.parity);", ""),
+    ("gated_gradients_no_proxy_fence", _ACTIVATED, "gated", _GRADIENTS, _GRADIENTS.replace("ptx::fence_proxy_async_shared();", "")),
+    ("gated_gradients_not_whole", _ACTIVATED, "gated", _GRADIENTS, _GRADIENTS.replace("consumer_sync(consumer);", "")),
+    ("gated_stage_freed_unread", _ACTIVATED, "gated", _GRADIENTS, _GRADIENTS.replace("ptx::tma_store_wait_read<0>();", "{}")),
+    ("gated_stage_not_freed", _ACTIVATED, "gated", _GRADIENTS, _GRADIENTS.replace("if (n > 0) pipeline.release_previous(lane);", "")),
+    ("gated_last_stage_freed_unread", _ACTIVATED, "gated", _LAST_GRADIENTS, "consumer_sync(consumer); pipeline.release_previous(lane);"),
+    ("gated_last_stage_freed_early", _ACTIVATED, "gated", _LAST_GRADIENTS, "if (thread == 0) ptx::tma_store_wait_read<0>(); pipeline.release_previous(lane);"),
     # da and db in the launch of dx
     ("sum_no_launch_wait", _LINEAR, "concurrent_backward", "if (p.overlap_previous) " + _LAUNCH_WAIT, "if (p.overlap_previous) ptx::fence_proxy_async();"),
     ("sum_no_wait_read", _SUMS, "concurrent_backward, four stages", "// the sums of the item before have been read consumers_sync();", ""),
@@ -176,6 +232,28 @@ BUGS = tuple(Bug(*row) for row in (
     # ragged rows
     ("wrong_group", _GROUPED, "grouped", _GROUP_B.format("tile.group"), _GROUP_B.format("0")),
     ("group_overrun", _GROUPED, "grouped", "row + kWarpgroupRows <= tile.row_end || tile.row_end == p.rows", "true"),
+    # ragged rows that lie anywhere, copied by threads; tiles by ticket
+    ("gathered_no_full_wait", _GATHERED, "gathered", "ptx::mbarrier_wait(pipeline.full(), pipeline.parity);", ""),
+    ("gathered_no_proxy_fence", _GATHERED, "gathered", "if constexpr (kGathered) ptx::fence_proxy_async_shared();", ""),
+    ("gathered_no_empty_wait", _GATHERED, "gathered", "ptx::mbarrier_wait_cluster(pipeline.empty(), pipeline.parity ^ 1);", ""),
+    ("gathered_thread_arrives_itself", _GATHERED, "gathered", "ptx::copy_async_arrive(pipeline.full());", "ptx::mbarrier_arrive(pipeline.full());"),
+    ("gathered_half_of_the_copies_awaited", _GATHERED, "gathered", "kGathered ? 1 + kCopiers : 1", "kGathered ? 1 + kCopiers / 2 : 1"),
+    ("gathered_tickets_of_consumers_alone", _GATHERED, "gathered", "kGathered ? 12 : 8", "8"),
+    ("gathered_no_init_fence", _GATHERED, "gathered", "ptx::mbarrier_init_fence();", ""),
+    ("gathered_no_init_sync", _GATHERED, "gathered", "// the barriers are there ptx::block_sync();", ""),
+    ("gathered_ticket_not_reset", _GATHERED, "gathered", "ptx::store_relaxed(p.tickets, 0);", ""),
+    ("gathered_ticket_reset_early", _GATHERED, "gathered", "ticket + 1 == walk.last + static_cast<int>(gridDim.x)", "ticket == walk.last"),
+    ("gathered_not_swizzled", _GATHERED, "gathered", "box_offset(thread / 8, piece)", "static_cast<uint32_t>(thread / 8 * kBoxRowBytes + piece * 2)"),
+    ("gathered_columns_behind_the_last", _GATHERED, "gathered", "left <= 0 ? 0 : left < 8 ? left * 2 : 16", "16"),
+    ("gathered_row_of_another_token", _GATHERED, "gathered", "static_cast<int>(ptx::load_global(p.order + row)) / p.choices", "static_cast<int>(ptx::load_global(p.order + row)) / (p.choices + 1)"),
+    ("gathered_group_overrun", _GATHERED, "gathered", "row + kWarpgroupRows <= tile.row_end || tile.row_end == p.rows", "true"),
+    ("gathered_up_of_gate", _GATHERED, "gathered_gated", "n / kHalf * N", "0"),
+    ("gathered_boxes_still_read", _GATHERED, "gathered_gated", "if (thread == 0) ptx::tma_store_wait_read<0>();", ""),
+    ("gathered_gate_before_it_is_there", _GATHERED, "gathered_gated", "// gate and up are there consumer_sync(consumer);", ""),
+    ("gathered_h_over_up", _GATHERED, "gathered_gated", "// and have been read, before h takes the place of up consumer_sync(consumer);", ""),
+    ("gathered_h_before_it_is_there", _GATHERED, "gathered_gated", "// h is there consumer_sync(consumer);", ""),
+    ("gathered_h_overrun", _GATHERED, "gathered_gated", "m >= row_end || n >= N", "n >= N"),
+    ("gathered_no_store_wait", _GATHERED, "gathered", "if (thread == 0) ptx::tma_store_wait<0>();", ""),
     # the memory-bound passes
     ("project copy not awaited", _PROJECT, "project_x", "ptx::copy_async_wait<S::kStages - 2>();", ""),
     ("project stage refilled before the barrier", _PROJECT, "project_x", "ptx::block_sync(); fetch(step + S::kStages - 1);", "fetch(step + S::kStages - 1); ptx::block_sync();"),

@@ -20,11 +20,13 @@ void complete_phase(Mbarrier& barrier) {
   engine->wake(barrier.waiting);
 }
 
-void check_init(const Thread& thread, const Block& block, const Mbarrier& barrier) {
-  if (checks() && !ordered_after(thread, barrier.init)) {
-    fail("race: use of the mbarrier at ", describe_shared(block, barrier.address),
-         " is not ordered after its initialization by ", describe(barrier.init));
+void count_arrival(const Block& block, Mbarrier& barrier) {
+  if (barrier.pending == 0) {
+    fail("more arrivals at the mbarrier at ", describe_shared(block, barrier.address), " than its ", barrier.expected,
+         ", in phase ", barrier.phase);
   }
+  --barrier.pending;
+  complete_phase(barrier);
 }
 
 void arrive(Block& block, uint32_t address, uint32_t bytes) {
@@ -34,13 +36,8 @@ void arrive(Block& block, uint32_t address, uint32_t bytes) {
   check_init(thread, block, barrier);
   if (&block != thread.block) barrier.remote = true;
   release(thread, barrier.arrived);
-  if (barrier.pending == 0) {
-    fail("more arrivals at the mbarrier at ", describe_shared(block, address), " than its ", barrier.expected,
-         ", in phase ", barrier.phase);
-  }
   barrier.bytes += bytes;
-  --barrier.pending;
-  complete_phase(barrier);
+  count_arrival(block, barrier);
 }
 
 // Everyone who is still running has arrived.
@@ -83,7 +80,14 @@ Mbarrier& mbarrier_at(Block& block, uint32_t address) {
   return block.mbarriers[number];
 }
 
-void check_mbarrier_for_copies(const Thread& thread, Block& block, uint32_t address) {
+void check_init(const Thread& thread, const Block& block, const Mbarrier& barrier) {
+  if (checks() && !ordered_after(thread, barrier.init)) {
+    fail("race: use of the mbarrier at ", describe_shared(block, barrier.address),
+         " is not ordered after its initialization by ", describe(barrier.init));
+  }
+}
+
+void check_mbarrier_for_tma(const Thread& thread, Block& block, uint32_t address) {
   const Mbarrier& barrier = mbarrier_at(block, address);
   check_init(thread, block, barrier);
   if (checks() && !barrier.fenced) {
@@ -96,6 +100,11 @@ void complete_bytes(Mbarrier& barrier, uint32_t time, int64_t bytes) {
   barrier.arrived.raise(barrier.agent, time);
   barrier.bytes -= bytes;
   complete_phase(barrier);
+}
+
+void complete_copies(Block& block, Mbarrier& barrier, uint32_t time) {
+  barrier.arrived.raise(barrier.agent, time);
+  count_arrival(block, barrier);
 }
 
 // A thread of the block has ended: those who wait for all are fewer.

@@ -54,9 +54,12 @@ uint32_t fetch_add(uint32_t* counter, uint32_t value, Order order);
 void store_relaxed(uint32_t* counter, uint32_t value);
 void wait_at_least(const uint32_t* counter, uint32_t value);
 void wait_for_previous_launch();
+
+// copies.cpp
 void copy_async(void* shared, const void* global, int bytes);
 void copy_async_commit();
 void copy_async_wait(int pending);
+void copy_async_arrive(uint64_t* barrier);
 
 // tma.cpp
 // A tensor map as the emulator keeps it, in the 128 bytes of the driver's.

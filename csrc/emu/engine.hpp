@@ -71,7 +71,7 @@ struct Mbarrier {
   // Bytes announced and not yet arrived; below zero while a copy is ahead of its announcement.
   int64_t bytes = 0;
   uint64_t phase = 0;
-  // Times of the agent: one a copy.
+  // Times of the agent: one a TMA load, or a CopyArrival.
   uint32_t copies = 0;
   // Other blocks of the cluster arrive here.
   bool remote = false;
@@ -109,6 +109,14 @@ struct AsyncCopy {
   bool moved;
 };
 
+// Copies of one thread that arrive together at an mbarrier, when all of them have landed.
+struct CopyArrival {
+  std::vector<AsyncCopy> copies;
+  Block* block;
+  uint32_t barrier;
+  uint32_t time;
+};
+
 struct Thread {
   Fiber fiber;
   Index index;
@@ -122,8 +130,8 @@ struct Thread {
   Clock clock;
   // As of the last cluster_sync: what other blocks have stored in this one's memory can be read only after that.
   Clock cluster_clock;
-  // What the thread knew at its last fence_proxy_async.
-  Clock proxied;
+  // What the thread knew at its last fence_proxy_async, and at the last one of either kind.
+  Clock proxied, proxied_shared;
   bool has_proxied = false;
 
   WgmmaIssuer wgmma;
@@ -135,6 +143,7 @@ struct Thread {
   void reset() {
     finished = has_proxied = false;
     waiting = {};
+    proxied = proxied_shared = Clock();
     wgmma.reset();
     stores.reset();
     copies.resize(1);
@@ -221,6 +230,8 @@ class Engine {
   uint32_t agents_per_block = 0, agents_per_cluster = 0, agents = 0;
   uint32_t elected_lane = 0;
   TmaQueue tma;
+  // What has been issued and has not landed; any of it may be next.
+  std::vector<CopyArrival> copy_arrivals;
   // With a wgmma that all threads have issued.
   std::vector<Warpgroup*> ready_warpgroups;
   std::unordered_map<const void*, Flag> flags;
@@ -293,10 +304,18 @@ void maybe_yield();
 // All lanes of the warp come here, each with its slot; the last one completes the step.
 void rendezvous(const char* operation, void* slot, const std::function<void(const std::array<void*, 32>&)>& complete);
 
+// The address of `bytes` of the block's shared memory; throws where they are not.
+uint32_t checked_shared(const void* p, size_t bytes, size_t alignment, const char* what);
+// Copy arrival `i` of the engine's happens.
+void run_copy_arrival(size_t i);
+
 // Barriers.
 Mbarrier& mbarrier_at(Block& block, uint32_t address);
-void check_mbarrier_for_copies(const Thread& thread, Block& block, uint32_t address);
+void check_init(const Thread& thread, const Block& block, const Mbarrier& barrier);
+void check_mbarrier_for_tma(const Thread& thread, Block& block, uint32_t address);
+// A TMA load's bytes have come; copies of a thread have.
 void complete_bytes(Mbarrier& barrier, uint32_t time, int64_t bytes);
+void complete_copies(Block& block, Mbarrier& barrier, uint32_t time);
 void arrive_exited(Block& block);
 
 inline void tick(Thread& thread) { ++thread.warp->time; }

@@ -1,4 +1,4 @@
-// Ordinary memory, counters, copies of sm_80, and launches that overlap.
+// Ordinary memory, counters, and launches that overlap.
 #include <algorithm>
 #include <cstring>
 
@@ -40,8 +40,6 @@ void global_write(void* p, size_t bytes, size_t alignment) {
   global_shadow.write(thread, p, bytes, access_of(thread));
 }
 
-namespace {
-
 uint32_t checked_shared(const void* p, size_t bytes, size_t alignment, const char* what) {
   const uint32_t address = shared_address(p);
   const Block& block = *current->block;
@@ -51,8 +49,6 @@ uint32_t checked_shared(const void* p, size_t bytes, size_t alignment, const cha
   }
   return address;
 }
-
-}  // namespace
 
 void shared_read(const void* p, size_t bytes, size_t alignment) {
   if (engine->random.below(16) == 0) yield();
@@ -146,45 +142,6 @@ void wait_for_previous_launch() {
   maybe_yield();
   engine->waited_for_previous = true;
   current->clock.learn_previous();
-}
-
-void copy_async(void* shared, const void* global, int bytes) {
-  Thread& thread = *current;
-  const uint32_t address = checked_shared(shared, 16, 16, "copy_async");
-  if (bytes < 0 || bytes > 16) fail("copy_async of ", bytes, " bytes");
-  if (bytes > 0 && reinterpret_cast<uintptr_t>(global) % 16 != 0) {
-    fail("copy_async from ", describe_global(global), ", which is not on a 16-byte boundary");
-  }
-  if (bytes > 0) {
-    global_shadow.read(thread, global, static_cast<size_t>(bytes), Proxy::kGeneric, access_of(thread));
-  }
-  Access access = access_of(thread);
-  access.state = Access::kInFlight;
-  thread.block->shadow->write(thread, address, 16, access);
-  AsyncCopy copy{address, global, bytes, engine->random.chance(50)};
-  uint8_t* to = thread.block->window + address;
-  // what is read too early is no number
-  std::memset(to, copy.moved ? 0 : 0xff, 16);
-  if (copy.moved && bytes > 0) std::memcpy(to, global, static_cast<size_t>(bytes));
-  thread.copies.back().push_back(copy);
-}
-
-void copy_async_commit() { current->copies.emplace_back(); }
-
-void copy_async_wait(int pending) {
-  maybe_yield();
-  Thread& thread = *current;
-  while (static_cast<int>(thread.copies.size()) - 1 > pending) {
-    for (const AsyncCopy& copy : thread.copies.front()) {
-      if (!copy.moved) {
-        uint8_t* to = thread.block->window + copy.shared;
-        std::memset(to, 0, 16);
-        if (copy.bytes > 0) std::memcpy(to, copy.global, static_cast<size_t>(copy.bytes));
-      }
-      thread.block->shadow->retire_copy(thread, copy.shared, 16);
-    }
-    thread.copies.erase(thread.copies.begin());
-  }
 }
 
 }  // namespace lorafuse::emu

@@ -6,8 +6,21 @@
 
 namespace lorafuse::emu {
 
+namespace {
+
+// Where the fence belongs that is missing.
+const char* unfenced(const Access& write) {
+  return engine->is_mbarrier(write.agent) ? " wrote with no fence_proxy_async_shared after the wait for it"
+                                          : " wrote with no fence_proxy_async_shared before the barrier";
+}
+
+}  // namespace
+
 bool proxy_fenced(const Thread& thread, const Access& access, bool shared) {
   if (access.async || access.agent == Access::kPreviousLaunch) return true;
+  // Copies that an mbarrier counted: no fence of the thread that issued them comes after their writes, so that whoever
+  // has waited for them has to have one.
+  if (shared && engine->is_mbarrier(access.agent)) return thread.proxied_shared.at(access.agent) >= access.time;
   // A fence of the writer, after the write and before the release that told of it.
   const bool own = access.agent == thread.warp->agent && access.lane == thread.lane;
   const uint32_t told = own ? UINT32_MAX : thread.clock.at(access.agent);
@@ -134,9 +147,8 @@ void SharedShadow::write(Thread& thread, uint32_t address, uint32_t bytes, const
   }
 }
 
-void SharedShadow::retire_copy(Thread& thread, uint32_t address, uint32_t bytes) {
+void SharedShadow::retire_copy(const Access& access, uint32_t address, uint32_t bytes) {
   if (!checks()) return;
-  const Access access = access_of(thread);
   for (uint32_t word = address / 4; word < (address + bytes) / 4; ++word) this->word(word).write = access;
 }
 
@@ -154,7 +166,7 @@ void SharedShadow::begin_async_read(Thread& thread, uint32_t line, const char* w
     }
     if (!proxy_fenced(thread, write, true)) {
       fail("proxy: ", who, " reads ", describe_shared(*block_, address), ", which ", describe(write),
-           " wrote with no fence_proxy_async_shared before the barrier");
+           unfenced(write));
     }
   };
   if (state.loading) {
@@ -202,7 +214,7 @@ void SharedShadow::begin_load(Thread& thread, uint32_t line) {
     }
     if (!proxy_fenced(thread, write, true)) {
       fail("proxy: TMA load into ", where(word), ", which ", describe(write),
-           " wrote with no fence_proxy_async_shared before the barrier");
+           unfenced(write));
     }
   };
   if (state.split) {

@@ -28,7 +28,8 @@ struct Word {
 enum class Proxy { kGeneric, kAsync };
 
 // The same, and a proxy fence lies between a generic `access` and the thread's asynchronous one. Of shared memory the
-// fence must be the writer's; of global memory the thread's own, after it has acquired, will do.
+// fence must be the writer's (of copies that an mbarrier counts, the reader's after its wait); of global memory the
+// thread's own, after it has acquired, will do.
 bool proxy_fenced(const Thread& thread, const Access& access, bool shared);
 
 // Keeps a read by `thread`.
@@ -47,8 +48,8 @@ class SharedShadow {
   // Ordinary accesses, cp.async, ldmatrix, stmatrix.
   void read(Thread& thread, uint32_t address, uint32_t bytes);
   void write(Thread& thread, uint32_t address, uint32_t bytes, const Access& access);
-  // cp.async has been waited for.
-  void retire_copy(Thread& thread, uint32_t address, uint32_t bytes);
+  // cp.async has been waited for, or has landed where an mbarrier counts it: `access` is what its write counts as.
+  void retire_copy(const Access& access, uint32_t address, uint32_t bytes);
 
   // wgmma and TMA stores: from when they are issued until they are known to have read.
   void begin_async_read(Thread& thread, uint32_t line, const char* who);

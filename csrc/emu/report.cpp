@@ -25,7 +25,8 @@ std::string describe(const Access& access) {
   const uint32_t number = access.agent % engine->agents_per_block;
   if (engine->is_mbarrier(access.agent)) {
     const Mbarrier& barrier = block.mbarriers[number - block.warps.size()];
-    return "a TMA load counted by the mbarrier at " + describe_shared(block, barrier.address);
+    const char* what = access.async ? "a TMA load" : "asynchronous copies";
+    return std::string(what) + " counted by the mbarrier at " + describe_shared(block, barrier.address);
   }
   return "block " + std::to_string(block.number) + " warp " + std::to_string(number) + " lane " +
          std::to_string(access.lane);

@@ -249,7 +249,7 @@ void Engine::wake(Queue& queue) {
 
 void Engine::block_ended(Block& block) {
   if (checks() && block.loads_in_flight > 0) {
-    fail("block ", block.number, " ends with ", block.loads_in_flight, " TMA loads into its shared memory in flight");
+    fail("block ", block.number, " ends with ", block.loads_in_flight, " TMA loads or copies into its shared memory in flight");
   }
   block.exited = true;
   --running_blocks_;
@@ -270,7 +270,7 @@ bool Engine::start_next_cluster() {
 }
 
 bool Engine::asynchronous_step() {
-  const size_t operations = tma.size() + ready_warpgroups.size();
+  const size_t copies = copy_arrivals.size(), operations = tma.size() + copies + ready_warpgroups.size();
   if (operations == 0) return false;
   if (!ready_warps_.empty() && !random.chance(async_percent_)) return false;
   const size_t i = random.below(operations);
@@ -278,7 +278,11 @@ bool Engine::asynchronous_step() {
     tma.run(i);
     return true;
   }
-  Warpgroup*& warpgroup = ready_warpgroups[i - tma.size()];
+  if (i < tma.size() + copies) {
+    run_copy_arrival(i - tma.size());
+    return true;
+  }
+  Warpgroup*& warpgroup = ready_warpgroups[i - tma.size() - copies];
   execute(*warpgroup);
   if (!executable(*warpgroup)) {
     warpgroup->queued = false;
@@ -333,11 +337,11 @@ void Engine::run() {
       if (++statistics.steps > config().step_limit) {
         fail("the launch has not ended after ", config().step_limit, " steps");
       }
-      if (!ended_.empty() && tma.size() == 0) {
+      if (!ended_.empty() && tma.size() == 0 && copy_arrivals.empty()) {
         for (Cluster* cluster : ended_) free_memory(*cluster);
         ended_.clear();
       }
-      const bool idle = ready_warps_.empty() && tma.size() == 0 && ready_warpgroups.empty();
+      const bool idle = ready_warps_.empty() && tma.size() == 0 && copy_arrivals.empty() && ready_warpgroups.empty();
       if ((idle || random.chance(start_percent_)) && start_next_cluster()) continue;
       if (asynchronous_step()) continue;
       if (!ready_warps_.empty()) {

@@ -113,7 +113,7 @@ void issue_load(void* shared, const Box& box, uint64_t* barrier, uint32_t blocks
   for (const auto& target : cluster) {
     if ((blocks >> target->rank & 1) == 0) continue;
     if (target->exited) fail("TMA load into block ", target->number, ", which has ended");
-    check_mbarrier_for_copies(thread, *target, barrier_address);
+    check_mbarrier_for_tma(thread, *target, barrier_address);
     Mbarrier& counted = mbarrier_at(*target, barrier_address);
     const uint32_t time = ++counted.copies;
     if (checks()) {
@@ -201,6 +201,7 @@ void fence_proxy_async(bool shared_only) {
   Thread& thread = *current;
   LaneFences& fences = thread.warp->fences[thread.lane];
   (shared_only ? fences.shared : fences.all).push_back(thread.warp->time);
+  thread.proxied_shared = thread.clock;
   if (!shared_only) {
     thread.proxied = thread.clock;
     thread.has_proxied = true;

@@ -5,6 +5,8 @@
     project_outer   reduce_dy: dyb, db and dbias of one layer from one read of its dy
     matmul_sum      siblings_dx: dx in one launch, after one that rounds the a of all layers
     outer           reduce_x: da of all layers from one read of x
+    matmul_gated    gated_forward: gate, up and h of a gated MLP in one launch, after one that rounds both scale · b
+    gated_backward  gated_backward: dgate, dup and h in one launch, after one that rounds a of the down projection
 
 Ranks that are no multiples of 8 cost copies of xa and dyb. Under any other plan one layer after the other runs in
 composites, and these primitives are ATen's.
@@ -31,7 +33,10 @@ from lorafuse.backends.cuda_operands import (
 from lorafuse.operands import Dropout, LowRank, Rows, Weight, contiguous_rows
 from lorafuse.plan import Plan
 
-__all__ = ["Siblings"]
+__all__ = ["ACTIVATIONS", "Siblings"]
+
+# the numbers of activations in api_gated.hpp
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "clamped_swiglu": 5}
 
 
 class Siblings(Aten):
@@ -74,15 +79,7 @@ class Siblings(Aten):
         y = [x.new_empty((M, len(w))) for w in data]
         of_bias = [None if bias is None else aligned(bias) for bias in biases]
         xa = [None if low is None else aligned_rows(low.xa) for low in lows]
-        # alive until the launch that reads them
-        given = [None if low is None else adapter_of(low.b, dtype)[0] for low in lows]
-        b, rounded = zip(
-            *(
-                (None, None) if low is None or t is None else rounding(t, dtype, low.scale)
-                for low, t in zip(lows, given, strict=True)
-            ),
-            strict=True,
-        )
+        _given, b, rounded = _rounded_b(lows, dtype)
         self.native.siblings_forward(
             type=TYPES[dtype], count=len(data), M=M, K=K, N=tuple(map(len, data)),
             R=tuple(0 if t is None else t.shape[1] for t in xa), x=x.data_ptr(), stride_x=x.stride(0), w=_places(data),
@@ -91,6 +88,52 @@ class Siblings(Aten):
             tiling=tiling(plan.config("matmul")), **self.place(x.device),
         )  # fmt: skip
         return y
+
+    def matmul_gated(
+        self, x: Tensor, weights: Sequence[Weight], plan: Plan | None, *, lows: Sequence[LowRank | None],
+        biases: Sequence[Tensor | None], activation: str, need_up: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+        if not self.runs_siblings(plan):
+            return super().matmul_gated(
+                x, weights, plan, lows=lows, biases=biases, activation=activation, need_up=need_up
+            )
+        assert plan is not None
+        (M, K), dtype, data = x.shape, x.dtype, [contiguous_rows(w.data) for w in weights]
+        gate, h = (x.new_empty((M, len(data[0]))) for _ in range(2))
+        up = torch.empty_like(gate) if need_up else None
+        of_bias = [None if bias is None else aligned(bias) for bias in biases]
+        xa = _side_by_side([low.xa for low in lows if low is not None])
+        _given, b, rounded = _rounded_b(lows, dtype)
+        self.native.gated_forward(
+            type=TYPES[dtype], activation=ACTIVATIONS[activation], M=M, N=gate.shape[1], K=K,
+            R=tuple(0 if low is None else low.xa.shape[1] for low in lows), x=x.data_ptr(), stride_x=x.stride(0),
+            w=_places(data), stride_w=_strides(data), bias=_places(of_bias), xa=address(xa),
+            stride_xa=0 if xa is None else xa.stride(0), b=_places(b), stride_b=_strides(b), gate=gate.data_ptr(),
+            stride_gate=gate.stride(0), up=address(up), stride_up=gate.stride(0), h=h.data_ptr(), stride_h=h.stride(0),
+            rounded=rounded, tiling=tiling(plan.config("matmul")), **self.place(x.device),
+        )  # fmt: skip
+        return gate, up, h
+
+    def gated_backward(
+        self, dy: Tensor, w: Weight, plan: Plan | None, *, low: LowRank, gate: Tensor, up: Tensor, activation: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.runs_siblings(plan):
+            return super().gated_backward(dy, w, plan, low=low, gate=gate, up=up, activation=activation)
+        assert plan is not None
+        assert low.dropout is None
+        dy, dyb, gate, up = map(aligned_rows, (dy, low.xa, gate, up))
+        data, dtype, (given, _) = contiguous_rows(w.data), dy.dtype, adapter_of(low.b, dy.dtype)
+        a, rounded = rounding(given, dtype, low.scale)
+        (M, N), (dgate, dup, h) = gate.shape, (gate.new_empty(gate.shape) for _ in range(3))
+        self.native.gated_backward(
+            type=TYPES[dtype], activation=ACTIVATIONS[activation], M=M, N=N, K=dy.shape[1], R=dyb.shape[1],
+            dy=dy.data_ptr(), stride_dy=dy.stride(0), w=data.data_ptr(), stride_w=data.stride(0), dyb=dyb.data_ptr(),
+            stride_dyb=dyb.stride(0), a=a.data_ptr(), stride_a=a.stride(0), gate=gate.data_ptr(),
+            stride_gate=gate.stride(0), up=up.data_ptr(), stride_up=up.stride(0), dgate=dgate.data_ptr(),
+            stride_dgate=N, dup=dup.data_ptr(), stride_dup=N, h=h.data_ptr(), stride_h=N, rounded=rounded,
+            tiling=tiling(plan.config("matmul")), **self.place(dy.device),
+        )  # fmt: skip
+        return dgate, dup, h
 
     def project_outer(
         self, dy: Tensor, b: Tensor, xa: Tensor | None, plan: Plan | None, *, scale: float, need_dyb: bool,
@@ -122,21 +165,16 @@ class Siblings(Aten):
         if not self.runs_siblings(plan):
             return super().matmul_sum(terms, lows, plan, wide=wide, likes=likes)
         assert plan is not None
-        # layers without a mask are one product, and a plan with masks is another
-        assert len(lows) <= 1
         dys, data = [aligned_rows(dy) for dy, _ in terms], [contiguous_rows(w.data) for _, w in terms]
-        dtype, low = dys[0].dtype, {}
-        dx = dys[0].new_empty((dys[0].shape[0], data[0].shape[1]))
-        for one in lows:
-            dyb, (given, _) = aligned_rows(one.xa), adapter_of(one.b, dtype)
-            a, rounded = rounding(given, dtype, one.scale)
-            low = {
-                "R": dyb.shape[1], "dyb": dyb.data_ptr(), "stride_dyb": dyb.stride(0), "a": a.data_ptr(),
-                "stride_a": a.stride(0), "rounded": rounded,
-            }  # fmt: skip
+        dtype, dx = dys[0].dtype, dys[0].new_empty((dys[0].shape[0], data[0].shape[1]))
+        dyb, masks = [aligned_rows(low.xa) for low in lows], [mask(low.dropout) for low in lows]
+        _given, a, rounded = _rounded_b(lows, dtype)
         self.native.siblings_dx(
             type=TYPES[dtype], count=len(dys), M=dx.shape[0], K=dx.shape[1], N=tuple(map(len, data)), dy=_places(dys),
-            stride_dy=_strides(dys), w=_places(data), stride_w=_strides(data), **low, dx=dx.data_ptr(),
+            stride_dy=_strides(dys), w=_places(data), stride_w=_strides(data), lows=len(lows),
+            R=tuple(t.shape[1] for t in dyb), dyb=_places(dyb), stride_dyb=_strides(dyb), a=_places(a),
+            stride_a=_strides(a), seed=tuple(one.get("seed", 0) for one in masks),
+            drop_below=tuple(one.get("drop_below", 0) for one in masks), rounded=rounded, dx=dx.data_ptr(),
             stride_dx=dx.stride(0), tiling=tiling(plan.config("matmul")), **self.place(dx.device),
         )  # fmt: skip
         return dx, self.outers(lows, wide, plan, likes)
@@ -165,6 +203,37 @@ class Siblings(Aten):
         work = scratch(self.native.reduce_x_workspace(**reduced), wide.device)
         self.native.reduce_x(**reduced, workspace=work.data_ptr(), **self.place(wide.device))
         return da.to(like.dtype)
+
+
+def _rounded_b(
+    lows: Sequence[LowRank | None], dtype: torch.dtype
+) -> tuple[list[Tensor | None], list[Tensor | None], tuple[dict[str, int | float] | None, ...]]:
+    """Of each b, or a of dx: the one given, which must live until it is rounded, the one that a product reads, and that
+    rounding.
+    """
+    given = [None if low is None else adapter_of(low.b, dtype)[0] for low in lows]
+    made = [
+        (None, None) if low is None or t is None else rounding(t, dtype, low.scale)
+        for low, t in zip(lows, given, strict=True)
+    ]
+    return given, [b for b, _ in made], tuple(rounded for _, rounded in made)
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
+    """xa `[M, ΣR]` of parts `[M, R]`, on 16-byte boundaries: as `project` returned it, or copied; None of none."""
+    if len(parts) < 2:
+        return aligned_rows(parts[0]) if parts else None
+    first, second = parts
+    (M, R), place = first.shape, first.storage_offset()
+    together = R + second.shape[1]
+    if (
+        first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+        and first.stride() == second.stride()
+        and first.stride(1) == 1
+        and second.storage_offset() == place + R
+    ):
+        return aligned_rows(first.as_strided((M, together), first.stride(), place))
+    return aligned_rows(torch.cat(parts, 1))
 
 
 def _places(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:

@@ -68,7 +68,7 @@ class Backend:
     multi: Multi | None = None
 
     def runs_siblings(self, plan: Plan | None) -> bool:
-        """Whether layers of one x run by the primitives together, and not one after the other by composites."""
+        """Whether a plan's layers run by the primitives, those of one x together, and not each by composites."""
         return self.linear_forward is None
 
     def plan(self, operator: Problems, device: torch.device) -> Plan | None:
@@ -159,9 +159,12 @@ class Backend:
 
     def matmul_gated(
         self, x: Tensor, weights: Sequence[Weight], plan: Plan | None, *, lows: Sequence[LowRank | None],
-        biases: Sequence[Tensor | None], activation: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """`(gate, up, h)`, `[S, I]` each: the `matmuls` of two layers, and their activation, by name."""
+        biases: Sequence[Tensor | None], activation: str, need_up: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+        """`(gate, up, h)`, `[S, I]` each: the `matmuls` of two layers, and their activation, by name.
+
+        Unless `need_up`, up may be None.
+        """
         gate, up = self.matmuls(x, weights, plan, lows=lows, biases=biases)
         return gate, up, gate_forward(activation, gate, up)
 

@@ -154,8 +154,8 @@ class Triton(Backend):
 
     def matmul_gated(
         self, x: Tensor, weights: Sequence[Weight], plan: Plan | None, *, lows: Sequence[LowRank | None],
-        biases: Sequence[Tensor | None], activation: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        biases: Sequence[Tensor | None], activation: str, need_up: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
         assert plan is not None
         given = _side_by_side(weights, biases, lows) if plan.kernel == "siblings" else None
         if given is None or len({w.stride(1) == 1 for w in given[0]}) > 1:

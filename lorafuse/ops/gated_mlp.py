@@ -57,14 +57,20 @@ LIBRARY.define(
 
 
 def forward(
-    run: Backend, plan: Plan | None, x: Tensor, layers: Sequence[Layer], activation: str, wide: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """`(y [M, N], gate [M, I], up [M, I], xa [M, ΣR] of both, ha [M, R])` of x `[M, H]`; layers gate, up and down."""
+    run: Backend, plan: Plan | None, x: Tensor, layers: Sequence[Layer], activation: str, wide: bool,
+    need_up: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+    """`(y [M, N], gate [M, I], up [M, I], xa [M, ΣR] of both, ha [M, R])` of x `[M, H]`; layers gate, up and down.
+
+    Unless `need_up`, up may be None.
+    """
     *siblings, down = layers
     if run.runs_siblings(plan):
         xa, lows = group.low_rank(run, plan, x, siblings, wide)
         weights, biases = [layer.weight for layer in siblings], [layer.bias for layer in siblings]
-        gate, up, h = run.matmul_gated(x, weights, plan, lows=lows, biases=biases, activation=activation)
+        gate, up, h = run.matmul_gated(
+            x, weights, plan, lows=lows, biases=biases, activation=activation, need_up=need_up
+        )
     else:
         xa, (gate, up) = group.forward(run, plan, x, siblings, wide)
         h = gate_forward(activation, gate, up)
@@ -84,9 +90,13 @@ def backward(
     if up is None and (need_dh or of_da[2]):
         up = up_again(run, x, xa, siblings, wide)
     needs_of_down = need_dh, of_da[2], of_db[2], of_dbias[2]
-    if all(needs_of_down[:2]) and run.linear_backward is None and down.seed is None:
+    fuses, planned = need_dh and of_da[2] and down.seed is None, None
+    if fuses:
+        planned = plan_of(run, dy, down, needs_of_down, wide, "gated")
+        fuses = run.runs_siblings(planned)
+    if fuses:
         du: tuple[Tensor, Tensor] | None
-        du, *of_down = _down_backward(run, dy, gate, up, ha, down, needs_of_down, activation, wide)
+        du, *of_down = _down_backward(run, planned, dy, gate, up, ha, down, needs_of_down, activation, wide)
     else:
         # a backend's own backward of a layer, and a mask that dx and da share, read h beforehand
         h = gate_forward(activation, gate, up) if of_da[2] else None
@@ -102,9 +112,8 @@ def backward(
     return [dx, *da, *db, *dbias]
 
 
-def _down_backward(run, dy, gate, up, ha, down, needs, activation, wide):
+def _down_backward(run, plan, dy, gate, up, ha, down, needs, activation, wide):
     """`((dgate, dup), da, db, dbias of down)`: the activation is computed once for both."""
-    plan = plan_of(run, dy, down, needs, wide, "gated")
     dyb, db, dbias = run.project_outer(
         dy, down.b, ha if needs[2] else None, plan, scale=down.factor, need_dyb=True, need_dbias=needs[3],
         dtype=torch.float32 if wide else dy.dtype,
@@ -133,7 +142,7 @@ def _run_forward(x, layers, backend, wide, activation, recompute_up):
     flat = matrix(x)
     run, plan = choose_for(backend, flat, layers[:2], wide, also=layers[2:])
     with NO_GUARD if x.is_cpu else run.guard(x.device):
-        y, gate, up, xa, ha = forward(run, plan, run.matrix(flat), layers, activation, wide)
+        y, gate, up, xa, ha = forward(run, plan, run.matrix(flat), layers, activation, wide, not recompute_up)
     if ha is None:
         ha = xa.new_empty((xa.shape[0], 0))
     return shaped_like(y, x), gate, x.new_empty(0) if recompute_up else up, xa, ha

@@ -10,8 +10,9 @@ The matmuls run on sm_90a alone, in tiles of 128 rows. The memory-bound kernels 
     one_pass_backward     dyb, db, dbias and a rounded; dx; da
     concurrent_backward   dyb, db, dbias and a rounded; dx and da; or b rounded; dyb and a rounded; dx, da and db
     fused_backward        everything, in one launch
-    siblings              layers of one x: xa of all; every b rounded; every y; or of each layer dyb, db, dbias; every a
-                          rounded; one dx; da of all
+    siblings              layers of one x: xa of all; every b rounded; every y, of gate and up with h; or of each layer
+                          dyb, db, dbias; every a rounded; one dx; da of all. Of down of a gated MLP the last four, with
+                          dgate, dup and h in place of dx
     ragged                y or dx of ragged rows; ATen computes everything else
 """
 
@@ -197,7 +198,7 @@ def _backward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[C
         configs.append(_skinny("outer", problem, device))
         parts.append(cost.step(configs[-1], problem, device))
     yield _candidate("one_pass_backward", configs, parts)
-    if _are_siblings(problem) and "dx" in problem.gradients and not problem.dropout:
+    if "dx" in problem.gradients and (_are_siblings(problem) or _is_down(problem)):
         of_each = replace(first, launches=first.launches * problem.siblings)
         yield _candidate("siblings", configs, [of_each, round_a, *parts[1:]])
     yield from sorted(_concurrent(problem, device, tiles), key=lambda candidate: candidate.seconds)[:1]
@@ -211,6 +212,12 @@ def _backward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[C
 def _are_siblings(problem: Problem) -> bool:
     """Whether one launch can run the products of a problem's layers."""
     return 1 < problem.siblings <= MOST_SIBLINGS and problem.format == "dense"
+
+
+def _is_down(problem: Problem) -> bool:
+    """Whether a launch of dx can go on to the activation's backward, which da needs too."""
+    is_one = problem.siblings == 1 and problem.format == "dense" and not problem.dropout
+    return is_one and problem.epilogue == "gated" and "da" in problem.gradients
 
 
 def _concurrent(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Candidate]:

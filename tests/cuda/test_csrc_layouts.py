@@ -155,7 +155,9 @@ SCHEDULE_BUGS = [Bug(name, header, check, *change) for name, header, check, chan
         ),
     ),
     (
-        "tiles before a group", "schedule.cuh", "ragged: every row of every column once",
+        "tiles before a group", "schedule.cuh",
+        "ragged: every row of every column once; "
+        "ragged tickets: every row of every column once under any order of arrival, one last ticket",
         (
             "last += static_cast<int64_t>(end > begin ? ceil_div(end - begin, block_m) : 0) * columns;",
             "last = static_cast<int64_t>(end > begin ? ceil_div(end - begin, block_m) : 0) * columns;",

@@ -31,6 +31,7 @@ CASES = (
     "copy_async and mma, transposed",
     "warp operations",
     "numbers",
+    "copy_async and mbarrier",
     "flag to TMA",
     "flag to loads",
     "ticket",

@@ -10,6 +10,7 @@ from functools import cache
 import planted
 import pytest
 import test_emu_decode
+import test_emu_gathered
 import test_emu_skinny
 import torch
 from group_reference import Case, linears, make
@@ -21,7 +22,10 @@ from operators import Linear
 from test_emu_experts import grouped, results
 
 from lorafuse.backends import base
-from lorafuse.plan import clear_cache, configs_cuda, override
+from lorafuse.operands import Dropout, LowRank, Weight
+from lorafuse.plan import Plan, clear_cache, configs_cuda, override
+from lorafuse.plan.devices import find
+from lorafuse.plan.problem import Problem
 from lorafuse.testing.check_linear import LinearCase, make_operands
 
 # by what the table names as seeing a bug: (launch, (block_n, stages, cluster), blocks that run at a time)
@@ -38,8 +42,14 @@ SCENARIOS = {
     "fused_backward": ("fused_backward", (256, 3, 1), 0),
     "fused_forward": ("fused_forward", (256, 3, 1), 0),
     "siblings": ("siblings", (256, 3, 2), 0),
+    "siblings with masks": ("siblings with masks", (128, 4, 2), 0),
+    "gated": ("gated", (128, 4, 2), 0),
     "grouped": ("grouped", None, 0),
+    "gathered": ("gathered", (256, 3, 1, 16, 0, 128), 0),
+    "gathered_gated": ("gathered_gated", (256, 3, 1, 16, 0, 128), 0),
 }
+# of any sizes: for the configuration of a tiling
+SMALL, H200 = Problem(300, 200, 200, 8, "bfloat16", "bfloat16"), find("H200")
 SEEN_BY = {bug.name: bug.seen_by for bug in planted.BUGS}
 
 
@@ -55,16 +65,57 @@ def _built():
     emu.configure()
 
 
+def gated(plan):
+    """Gate, up and h, and down's backward through them, in two launches: of three tiles one program has two."""
+    case = Case(N=(264, 264, 72), R=(40, 24, 72), K=72, leading=(150,), dtype=torch.bfloat16, bias=(True,) * 3)
+    o, backend = make(case, of_mlp=True), base.load("emu")
+    of_gate, of_up, of_down = o.projections
+    weights, biases = [Weight(one.weight) for one in (of_gate, of_up)], [of_gate.bias, of_up.bias]
+    # any numbers are xa and dyb
+    lows = [LowRank(o.x[:, :40], of_gate.b, 0.7), LowRank(o.x[:, 40:64], of_up.b, 1.3)]
+    gate, up, h = backend.matmul_gated(o.x, weights, plan, lows=lows, biases=biases, activation="silu")
+    low = LowRank(o.x, of_down.a, is_transposed=True)
+    back = backend.gated_backward(
+        o.dys[0], Weight(of_down.weight).t, plan, low=low, gate=gate, up=up, activation="silu"
+    )
+    return [gate, up, h, *back]
+
+
+def masked(plan):
+    """dx of three layers, of which two have masks, by its launch."""
+    case = Case(N=(40, 24, 8), R=(8, 16, 80), K=200, leading=(150,), dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    o = make(case)
+    terms = [(dy, Weight(one.weight).t) for dy, one in zip(o.dys, o.projections, strict=True)]
+    masks = Dropout(torch.tensor([7]), 0.5), None, Dropout(torch.tensor([8]), 0.3)
+    lows = [
+        LowRank(o.x[:, : one.a.shape[0]], one.a, is_transposed=True, dropout=mask)
+        for one, mask in zip(o.projections, masks, strict=True)
+    ]
+    return [base.load("emu").matmul_sum(terms, lows, plan)[0]]
+
+
 def run(kind, tiling):
     """What a scenario computes, as tensors; a launch that computes xa too leaves flags for a second one."""
     if kind == "grouped":
         return list(results(*grouped([60, 60, 190], 200, torch.bfloat16), "emu").values())
+    if kind == "gathered_gated":
+        # a row block and a part of one in two groups
+        o = test_emu_gathered.Gated(test_emu_gathered.GatedCase(ends=(150, 290), rows=292, N=2 * 72, K=72, R=8))
+        return [o.launch(emu, tiling)[:290], o.word]
+    if kind == "gathered":
+        # tiles that go around the ring, and more of them than blocks
+        o = test_emu_gathered.Operands(test_emu_gathered.Case(N=264, K=264, R=8))
+        return [o.launch(emu, tiling)[:190], o.word]
     if kind == "siblings":
         with override(force_kernel="cuda siblings", cuda_tiles=[tiling]):
             o = make(
                 Case(N=(72, 40, 264), R=(40, 0, 80), K=200, leading=(150,), dtype=torch.bfloat16, bias=(True,) * 3)
             )
             return list(group_results(lambda o: linears(o, backend="emu"), o).values())
+    if kind in ("gated", "siblings with masks"):
+        return (gated if kind == "gated" else masked)(
+            Plan("cuda", "siblings", configs_cuda.matmuls(SMALL, H200, [tiling]))
+        )
     operator = Linear("emu")
     # flags that a bug left set are not those of the next run
     base.load("emu").flags.clear()

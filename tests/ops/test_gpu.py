@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from group_reference import Case, linears, make
+from group_reference import Case, linears, make, mlp
 from group_reference import results as group_results
 from torch.utils.checkpoint import checkpoint
 
 from lorafuse import cli
+from lorafuse.activation import ACTIVATIONS, GATES
 from lorafuse.backends import base
 from lorafuse.functional import lora_linear, plan_linear
 from lorafuse.plan import clear_cache, override
@@ -115,6 +116,26 @@ def test_siblings_in_one_cuda_launch(N, M):
         assert_near({name: t for name, t in first.items() if name != "differentiable"}, eager)
         for _ in range(100):
             again = group_results(lambda o: linears(o, backend="cuda"), o)
+            assert all(torch.equal(t, first[name]) for name, t in again.items())
+
+
+@pytest.mark.parametrize(
+    ("activation", "M"), [*((name, 1000) for name in (*ACTIVATIONS, *GATES)), ("silu", 1), ("silu", 8192)]
+)
+def test_gated_mlp_in_one_cuda_launch_each_way(activation, M):
+    """Gate, up and h; dgate, dup and h: as eager has them, and the same bits each time."""
+    able("cuda")
+    N, R, bias = (1032, 1032, 264), (16, 24, 40), (True, False, True)
+    o = make(Case(N, R, (0.0,) * 3, bias, (M,), 1024, torch.bfloat16, torch.float32), of_mlp=True)
+    o = o.with_leaves({name: t.cuda() for name, t in o.leaves().items()})
+    o.projections = [one._replace(weight=one.weight.cuda()) for one in o.projections]
+    o.dys = [dy.cuda() for dy in o.dys]
+    eager = group_results(lambda o: mlp(o, activation, backend="eager"), o)
+    with override(force_kernel="cuda siblings"):
+        first = group_results(lambda o: mlp(o, activation, backend="cuda"), o)
+        assert_near({name: t for name, t in first.items() if name != "differentiable"}, eager)
+        for _ in range(20):
+            again = group_results(lambda o: mlp(o, activation, backend="cuda"), o)
             assert all(torch.equal(t, first[name]) for name, t in again.items())
 
 

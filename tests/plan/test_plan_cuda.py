@@ -189,15 +189,25 @@ class TestCost:
         layers = [replace(HEADLINE, N=n) for n in (4096, 1024, 1024)]
         alone = sum(candidates(layer, device)["two_kernel"].seconds for layer in layers)
         assert forward["siblings"].seconds < 0.95 * alone
-        masked = candidates(replace(qkv, gradients=BACKWARD, dropout=True), device)
-        assert "siblings" in candidates(replace(qkv, dropout=True), device)
-        assert "siblings" not in masked
+        for gradients in ((), BACKWARD):
+            assert "siblings" in candidates(replace(qkv, gradients=gradients, dropout=True), device)
         for change in ({"siblings": 1}, {"siblings": 5}, {"format": "nf4"}, {"gradients": ("da", "db")}):
             assert "siblings" not in candidates(replace(qkv, **change), device)
         for problem in (qkv, replace(qkv, gradients=BACKWARD)):
             plan = select(problem, device, EVERY)
             assert plan.kernel != "siblings"
             assert any("cuda siblings is chosen only where measured" in reason for reason in plan.reasons)
+
+    def test_gate_and_up_with_their_activation(self):
+        """The launches of siblings in forward; down's backward goes on to gate and up where dx and da are needed."""
+        device, up = find("H200"), replace(HEADLINE, N=28672, siblings=2, epilogue="gated")
+        down = replace(HEADLINE, K=14336, gradients=BACKWARD, epilogue="gated")
+        assert [part.launches for part in candidates(up, device)["siblings"].parts] == [1, 1, 1, 0]
+        assert [part.launches for part in candidates(down, device)["siblings"].parts] == [2, 1, 1, 2, 0]
+        for change in ({"dropout": True}, {"format": "nf4"}, {"gradients": ("dx", "db")}, {"gradients": ("da", "db")}):
+            assert "siblings" not in candidates(replace(down, **change), device)
+        assert select(up, device, EVERY).kernel != "siblings"
+        assert select(down, device, EVERY).kernel != "siblings"
 
     def test_clusters_where_l2_would_be_the_limit(self):
         """Blocks that share w; not where the second would have no rows."""

@@ -34,6 +34,7 @@ struct Case {
 std::vector<Case> ring_cases();
 std::vector<Case> store_cases();
 std::vector<Case> warp_cases();
+std::vector<Case> copies_cases();
 std::vector<Case> order_cases();
 std::vector<Case> report_cases();
 

@@ -66,7 +66,8 @@ bool run_case(const Case& test, int seeds) {
 int main(int count, char** arguments) {
   using namespace lorafuse::selftest;
   std::vector<Case> cases;
-  for (const auto& some : {ring_cases(), store_cases(), warp_cases(), order_cases(), report_cases()}) {
+  for (const auto& some :
+       {ring_cases(), store_cases(), warp_cases(), copies_cases(), order_cases(), report_cases()}) {
     cases.insert(cases.end(), some.begin(), some.end());
   }
   const std::string wanted = count > 1 ? arguments[1] : "";

@@ -264,10 +264,36 @@ void check_items() {
   report("items: 8192 x 4096 on 132 multiprocessors", layer);
 }
 
+// Programs that draw the tiles of ragged groups by ticket, in a random order: `tile(tile)` is called for each. Returns how
+// many of them see that they have drawn the last ticket, of which there is one a program behind the tiles.
+template <class F>
+int drawn_last(const std::vector<int>& ends, int columns, int block_m, int programs, uint32_t seed, F tile) {
+  std::vector<RaggedWalk> walks(static_cast<size_t>(programs),
+                                RaggedWalk(static_cast<int>(ends.size()), columns, block_m));
+  std::vector<bool> ended(static_cast<size_t>(programs));
+  int last = 0;
+  for (int64_t next = 0, left = programs; left > 0;) {
+    seed = seed * 1664525u + 1013904223u;
+    const auto p = static_cast<size_t>((seed >> 8) % static_cast<uint32_t>(programs));
+    if (ended[p]) continue;
+    const int64_t ticket = next++;
+    RaggedTile one{};
+    if (walks[p].seek(ticket, [&](int g) { return ends[static_cast<size_t>(g)]; }, one)) {
+      tile(one);
+      continue;
+    }
+    ended[p] = true;
+    --left;
+    last += ticket + 1 == walks[p].last + programs;
+    if (left == 0) last += ticket + 1 != walks[p].last + programs;
+  }
+  return last;
+}
+
 void check_ragged() {
   const std::vector<std::vector<int>> cases = {{},           {0},        {5},           {0, 0, 3},       {4, 0, 4, 9},
                                                {1, 1, 1, 1}, {16, 0, 0}, {7, 0, 23, 1}, {0, 12, 0, 5, 0}};
-  int bad = 0, forward = 0;
+  int bad = 0, forward = 0, tickets = 0;
   constexpr int kBlock = 4;
   for (const auto& sizes : cases) {
     std::vector<int> ends;
@@ -275,7 +301,15 @@ void check_ragged() {
     const int groups = static_cast<int>(sizes.size()), rows = ends.empty() ? 0 : ends.back();
     for (int columns = 1; columns <= 3; ++columns) {
       for (int programs = 1; programs <= 7; ++programs) {
-        std::vector<int> seen(static_cast<size_t>(rows * columns));
+        std::vector<int> seen(static_cast<size_t>(rows * columns)), drawn = seen;
+        const auto count = [&](const RaggedTile& tile, std::vector<int>& of) {
+          for (int row = tile.row; row < std::min(tile.row + kBlock, tile.row_end); ++row) {
+            ++of[static_cast<size_t>(row * columns + tile.column)];
+          }
+        };
+        const auto seed = static_cast<uint32_t>(rows * 100 + columns * 10 + programs);
+        tickets += 1 != drawn_last(ends, columns, kBlock, programs, seed, [&](const auto& t) { count(t, drawn); });
+        tickets += std::count(drawn.begin(), drawn.end(), 1) != static_cast<int>(drawn.size());
         for (int p = 0; p < programs; ++p) {
           RaggedWalk walk(groups, columns, kBlock);
           RaggedTile tile{};
@@ -285,9 +319,7 @@ void check_ragged() {
             const int begin = tile.group == 0 ? 0 : ends[static_cast<size_t>(tile.group - 1)];
             bad += tile.row_end != ends[static_cast<size_t>(tile.group)] || (tile.row - begin) % kBlock != 0;
             bad += tile.row >= tile.row_end || tile.column < 0 || tile.column >= columns;
-            for (int row = tile.row; row < std::min(tile.row + kBlock, tile.row_end); ++row) {
-              ++seen[static_cast<size_t>(row * columns + tile.column)];
-            }
+            count(tile, seen);
           }
           forward += loads != groups;
         }
@@ -297,6 +329,7 @@ void check_ragged() {
   }
   report("ragged: every row of every column once", bad);
   report("ragged: each end read once", forward);
+  report("ragged tickets: every row of every column once under any order of arrival, one last ticket", tickets);
 }
 
 // Random123 1.14.0, tests/kat_vectors, "philox4x32 10", of the counters that have zeros in their high half.

@@ -1,0 +1,185 @@
+// gate = x w_0ᵀ + bias_0 + xa_0 b_0ᵀ, up the same of w_1, h = act(gate) · up; and dgate, dup, h of dh = dy w + dyb a (sm_90a).
+//
+// Shapes as in api_gated.hpp. The walk, the ring and the accumulators are those of linear_sm90.cuh; a tile of forward has
+// BLOCK_N / 2 columns of gate and the same of up.
+//
+//   forward    B of a K-block is half w_0, half w_1: one product computes both. xa and b of both layers are K-blocks of
+//              one product too, [xa_0 | xa_1] [b_0 0; 0 b_1]ᵀ, whose zeros are what TMA reads outside of b_0 and of b_1.
+//   backward   after the K-blocks of dy and of dyb the ring holds gate and up of the tile, which come while it is still
+//              multiplied; dh goes to shared memory alone.
+//
+// Fused: the activation and its backward (gated_epilogue_sm90.cuh), chosen when the kernel runs. Against the products
+// and a pass over their results: forward reads gate and up once less, backward does not write dh and reads it, gate and
+// up once less. FLOPs are those of the products. Bytes: a tile writes three tiles, and in backward reads two.
+#pragma once
+
+#include <lorafuse/schedule.cuh>
+
+#include "gated_epilogue_sm90.cuh"
+#include "linear_sm90.cuh"
+
+namespace lorafuse::sm90 {
+
+enum class Pass { kForward, kBackward };
+
+// Of pairs, [0] is gate's and [1] up's; backward has one w and one b, which is a.
+struct GatedMaps {
+  TensorMap x, w[2], xa, b[2];
+  TensorMap read[2];  // backward: gate and up
+  TensorMap written[2], h;
+};
+
+struct GatedArguments {
+  TileOrder order;
+  int stages, cluster;
+  int k_blocks, rank_blocks;
+  int whole_blocks;  // of both, those of all four steps
+  int last_steps;    // of the block that follows them: 1, 2, or 0 of none
+  int first_rank[2];  // forward: columns of xa before those of the layer
+  int N;
+  const void* bias[2];
+  Activation activation;
+  bool keep_up;
+  // adapters were written by the launch before, which this one may overlap
+  bool overlap_previous;
+};
+
+// Producer: half of b() from each of two K-major operands, columns column … of both; a block of a cluster loads one.
+template <int BLOCK_M, int BLOCK_N>
+LF_DEVICE void load_halves(Pipeline<BLOCK_M, BLOCK_N>& pipeline, const TensorMap (&maps)[2], int reduction0,
+                           int reduction1, int column, int rank) {
+  constexpr uint16_t kBoth = 3;
+  LF_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    uint8_t* place = pipeline.b() + half * (BLOCK_N / 2 * kBoxRowBytes);
+    const int reduction = half == 0 ? reduction0 : reduction1;
+    if (pipeline.cluster == 1) {
+      ptx::tma_load(place, &maps[half], reduction, column, pipeline.full());
+    } else if (half == rank) {
+      ptx::tma_load_multicast(place, &maps[half], reduction, column, pipeline.full(), kBoth);
+    }
+  }
+}
+
+// Adds both biases; `column` is the first of each, and columns from N on do not exist.
+template <class T, int N_TILE>
+LF_DEVICE void add_biases(float (&d)[N_TILE / 2], const void* const (&biases)[2], int column, int N, int thread) {
+  LF_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const T* bias = static_cast<const T*>(biases[half]);
+    if (bias == nullptr) continue;
+    LF_UNROLL
+    for (int i = half * (N_TILE / 4); i < (half + 1) * (N_TILE / 4); i += 4) {
+      const int n = column + fragment_column(thread, i) - half * (N_TILE / 2);
+      if (n < N) {
+        const uint32_t pair = ptx::load_global(reinterpret_cast<const uint32_t*>(bias + n));
+        const float low = ptx::unpack<T>(pair), high = ptx::unpack<T>(pair >> 16);
+        d[i] += low;
+        d[i + 1] += high;
+        d[i + 2] += low;
+        d[i + 3] += high;
+      }
+    }
+  }
+}
+
+template <class T, int BLOCK_N, Pass kPass>
+LF_KERNEL(kThreads)
+gated_kernel(LF_GRID_CONSTANT GatedMaps maps, LF_GRID_CONSTANT GatedArguments p) {
+  constexpr bool kForward = kPass == Pass::kForward;
+  constexpr Major kMajorB = kForward ? Major::K : Major::MN;
+  // columns of a tile, of each matrix
+  constexpr int kColumns = kForward ? BLOCK_N / 2 : BLOCK_N;
+  using Plan = SharedPlan<BLOCK_M, BLOCK_N>;
+
+  LF_DYNAMIC_SHARED(shared);
+  Pipeline<BLOCK_M, BLOCK_N> pipeline(shared, p.stages, p.cluster);
+  const int rank = p.cluster == 1 ? 0 : static_cast<int>(ptx::cluster_rank());
+  const int warp = ptx::shuffle(static_cast<int>(threadIdx.x) / 32, 0);
+  if (threadIdx.x == 0) {
+    pipeline.initialize();
+    ptx::tma_prefetch(&maps.x);
+    ptx::tma_prefetch(&maps.w[0]);
+  }
+  ptx::warp_sync();
+  // the barriers of both blocks are there
+  ptx::cluster_sync();
+
+  const Walk walk{p.order.tiles(), static_cast<int>(gridDim.x) / p.cluster};
+  const int program = static_cast<int>(blockIdx.x) / p.cluster;
+  const int waves = walk.count(program);
+  const auto first_row = [&](const Tile& tile) { return (tile.row * p.cluster + rank) * BLOCK_M; };
+
+  if (warp < 4) {
+    // ---- producer
+    ptx::registers_decrease<kProducerRegisters>();
+    if (warp == 0 && ptx::elect_one()) {
+      for (int wave = 0; wave < waves; ++wave) {
+        const Tile tile = p.order.at(walk.tile(program, wave));
+        const int row = first_row(tile), column = tile.column * kColumns;
+        const auto load_blocks = [&](const TensorMap& a, const TensorMap (&b)[2], int blocks, int first0, int first1) {
+          LF_NO_UNROLL
+          for (int block = 0; block < blocks; ++block) {
+            const int k = block * BLOCK_K;
+            pipeline.acquire(Plan::kStageBytes);
+            ptx::tma_load(pipeline.a(), &a, k, row, pipeline.full());
+            if constexpr (kForward) {
+              load_halves(pipeline, b, k - first0, k - first1, column, rank);
+            } else {
+              load_b<kMajorB>(pipeline, &b[0], k, column, rank);
+            }
+            pipeline.advance();
+          }
+        };
+        load_blocks(maps.x, maps.w, p.k_blocks, 0, 0);
+        if (p.overlap_previous && wave == 0) {
+          ptx::wait_for_previous_launch();
+          ptx::fence_proxy_async();
+        }
+        load_blocks(maps.xa, maps.b, p.rank_blocks, p.first_rank[0], p.first_rank[1]);
+        if constexpr (!kForward) {
+          LF_NO_UNROLL
+          for (int n = 0; n < BLOCK_N; n += kBoxElements) {
+            static_assert(2 * Plan::kTileABytes <= Plan::kStageBytes);
+            pipeline.acquire(2 * Plan::kTileABytes);
+            ptx::tma_load(pipeline.a(), &maps.read[0], column + n, row, pipeline.full());
+            ptx::tma_load(pipeline.b(), &maps.read[1], column + n, row, pipeline.full());
+            pipeline.advance();
+          }
+        }
+      }
+    }
+  } else {
+    // ---- consumers
+    ptx::registers_increase<kConsumerRegisters>();
+    const int consumer = warp / 4 - 1, thread = threadIdx.x % 128, lane = thread % 32;
+    const ConsumerPart<BLOCK_M, BLOCK_N> part(consumer);
+    for (int wave = 0; wave < waves; ++wave) {
+      const Tile tile = p.order.at(walk.tile(program, wave));
+      const int row = first_row(tile) + part.row, column = tile.column * kColumns;
+      float d[BLOCK_N / 2];
+      LF_NO_UNROLL
+      for (int block = 0; block < p.whole_blocks; ++block) {
+        multiply_block<T, BLOCK_N, kMajorB, kStepsOfBlock>(d, pipeline, part, lane, block > 0, block > 0);
+      }
+      if (p.last_steps == 1) multiply_block<T, BLOCK_N, kMajorB, 1>(d, pipeline, part, lane, true, true);
+      if (p.last_steps == 2) multiply_block<T, BLOCK_N, kMajorB, 2>(d, pipeline, part, lane, true, true);
+      finish_blocks(pipeline, lane);
+
+      if constexpr (kForward) {
+        add_biases<T, BLOCK_N>(d, p.bias, column, p.N, thread);
+        store_activated<T, BLOCK_N>(d, &maps.written[0], &maps.written[1], p.keep_up, &maps.h, p.activation,
+                                    pipeline.output(consumer), row, column, consumer, thread);
+      } else {
+        store_gradients<T>(d, pipeline, &maps.written[0], &maps.written[1], &maps.h, p.activation, row, column,
+                           consumer, thread);
+      }
+    }
+    if (thread == 0) ptx::tma_store_wait<0>();
+  }
+  // the other block of a cluster may still arrive at this one's barriers
+  ptx::warp_sync();
+  ptx::cluster_sync();
+}
+
+}  // namespace lorafuse::sm90

@@ -1,0 +1,169 @@
+"""Gate and up with their activation, each way in one launch (csrc/kernels/gated_sm90.cuh), emulated (T5).
+
+Every gradient of a gated MLP by name against fp64; bit for bit in every tiling and under every schedule.
+"""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from group_reference import Case, check, make, mlp, plain_mlp, results
+from test_emu_linear import TILINGS
+
+from lorafuse.activation import ACTIVATIONS, GATES, gate_forward
+from lorafuse.backends import cuda_siblings
+from lorafuse.plan import override
+
+pytest_plugins = "emu_fixtures"
+pytestmark = pytest.mark.usefixtures("emu")
+
+HALF = torch.float16
+# columns off the tile, ranks that end within eight, biases of one and not of the other
+PLAIN = Case(N=(72, 72, 40), K=136, R=(13, 6, 8), p=(0.0,) * 3, bias=(True, False, True), leading=(2, 18), dtype=HALF)
+CASES = {
+    "several tiles": replace(PLAIN, N=(264, 264, 24), K=72, leading=(140,)),
+    "fp32 adapters": replace(PLAIN, R=(8, 16, 24), dtype=torch.bfloat16, adapter_dtype=torch.float32),
+    "many ranks": replace(PLAIN, R=(40, 80, 72), bias=(False, True, False)),
+    "one step each": replace(PLAIN, R=(8, 8, 16), dtype=torch.bfloat16, bias=(True,) * 3),
+    "no adapter of gate": replace(PLAIN, R=(0, 24, 8)),
+    "no adapter of up": replace(PLAIN, R=(70, 0, 8)),
+    "one row": replace(PLAIN, N=(8, 8, 8), K=8, leading=(1,)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _together():
+    with override(force_kernel="cuda siblings"):
+        yield
+
+
+def run(o, activation="silu", **more):
+    return mlp(o, activation, backend="emu", **more)
+
+
+def counted(launched):
+    return Counter(name for name, _ in launched if name.startswith(("gated", "siblings", "linear", "reduce")))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_gradient(name, launched):
+    check(run, plain_mlp, make(CASES[name], of_mlp=True))
+    # y of down is a product by itself
+    launches = {"gated_forward": 1, "linear": 1, "gated_backward": 1, "siblings_dx": 1, "reduce_x": 2}
+    adapters = sum(r > 0 for r in CASES[name].R)
+    actual = counted(launched)
+    assert {key: n for key, n in actual.items() if not key.endswith("_workspace")} == launches | {"reduce_dy": adapters}
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, *GATES])
+def test_every_activation(activation, launched):
+    case = replace(PLAIN, N=(40, 40, 16), K=24, leading=(64,))
+    check(lambda o: run(o, activation), lambda o: plain_mlp(o, activation), make(case, of_mlp=True))
+    numbers = {one["activation"] for name, one in launched if name.startswith("gated")}
+    assert numbers == {cuda_siblings.ACTIVATIONS[activation]}
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, *GATES])
+def test_large_and_small_numbers(emu, activation):
+    """h of gates and ups that the identity hands through, from where it vanishes to where it overflows."""
+    x = torch.cat([torch.linspace(-30, 30, 504), torch.tensor([-6e4, 6e4, -200.0, 200.0, -0.0, 0.0, 1e-7, -1e-7])])
+    x, w = x.to(HALF).view(-1, 8).contiguous(), torch.eye(8, dtype=HALF)
+    gate, up, h = (torch.empty_like(x) for _ in range(3))
+    flipped = -w
+    emu.gated_forward(
+        type=1, activation=cuda_siblings.ACTIVATIONS[activation], M=len(x), N=8, K=8, x=x.data_ptr(), stride_x=8,
+        w=(w.data_ptr(), flipped.data_ptr()), stride_w=(8, 8), gate=gate.data_ptr(), stride_gate=8, up=up.data_ptr(),
+        stride_up=8, h=h.data_ptr(), stride_h=8, tiling=(128, 4, 1),
+    )  # fmt: skip
+    assert torch.equal(gate, x)
+    assert torch.equal(up, -x)
+    exact = gate_forward(activation, gate.double(), up.double()).to(HALF)
+    # one rounding, and what fp32 loses of a vanishing 1 + erf(x)
+    torch.testing.assert_close(h, exact, rtol=2**-10, atol=2e-6, equal_nan=True)
+
+
+def test_up_is_not_stored(launched):
+    """It is computed again: forward writes gate and h alone."""
+    check(lambda o: run(o, recompute_up=True), plain_mlp, make(PLAIN, of_mlp=True))
+    (one,) = (arguments for name, arguments in launched if name == "gated_forward")
+    assert one["up"] == 0
+    assert counted(launched)["gated_backward"] == 1
+
+
+def test_masks(launched):
+    """Those of gate and up are drawn before the launch; with a mask on down the activation has a pass of its own."""
+    check(run, plain_mlp, make(replace(PLAIN, p=(0.3, 0.5, 0.0)), of_mlp=True))
+    assert counted(launched)["gated_forward"] == counted(launched)["gated_backward"] == 1
+    launched.clear()
+    check(run, plain_mlp, make(replace(PLAIN, p=(0.0, 0.0, 0.4)), of_mlp=True))
+    assert (counted(launched)["gated_forward"], counted(launched)["gated_backward"]) == (1, 0)
+
+
+@pytest.mark.parametrize(("names", "backward"), [(("x", "a 2"), 1), (("a 0", "a 2", "b 2"), 1), (("x", "b 2"), 0)])
+def test_some_gradients(names, backward, launched):
+    """h is computed again where da of down reads it; db of down alone is of ha."""
+    check(run, plain_mlp, make(PLAIN, of_mlp=True), names=names)
+    assert counted(launched)["gated_backward"] == backward
+
+
+def test_down_without_an_adapter(launched):
+    check(run, plain_mlp, make(replace(PLAIN, R=(8, 8, 0)), of_mlp=True))
+    assert (counted(launched)["gated_forward"], counted(launched)["gated_backward"]) == (1, 0)
+
+
+def test_every_tiling(tiles, launched):
+    """No bit depends on it, since each tile sums in the same order."""
+    o, first = make(replace(PLAIN, N=(136, 136, 24), K=72, leading=(140,)), of_mlp=True), None
+    for config in TILINGS:
+        tiles(config)
+        actual = results(run, o)
+        first = first or actual
+        assert all(torch.equal(tensor, first[name]) for name, tensor in actual.items()), config
+    products = [one["tiling"][:3] for name, one in launched if name.startswith("gated")]
+    assert products == [config for config in TILINGS for _ in range(2)]
+
+
+def test_many_schedules(emu, tiles, request):
+    """No bit depends on the order in which blocks run, or on how many do at a time."""
+    # so few columns that the passes over rows cut them alike on all of these GPUs
+    case = Case(N=(72, 72, 16), K=72, R=(20, 3, 8), p=(0.0,) * 3, leading=(130,), dtype=torch.bfloat16)
+    o, first, configs = make(case, of_mlp=True), None, [config for config in TILINGS if config[0] == 128]
+    for i in range(max(10, request.config.getoption("--seeds") // 10)):
+        config = configs[i % len(configs)]
+        tiles(config)
+        emu.configure(seed=i, resident=config[2] * (1 + i % 3), multiprocessors=config[2] * (1 + i % 4))
+        actual = results(run, o)
+        first = first or actual
+        assert all(torch.equal(tensor, first[name]) for name, tensor in actual.items()), i
+
+
+def test_what_is_refused(emu):
+    given = {"type": 0, "activation": 0, "M": 1, "N": 8, "K": 64, "x": 64, "stride_x": 64, "w": (64, 64)}
+    given |= {"stride_w": (64, 64), "gate": 64, "stride_gate": 8, "h": 64, "stride_h": 8, "tiling": (128, 4, 1)}
+    for message, change in {
+        "activation 6 is not in 0 … 5": {"activation": 6},
+        "N of 12 is not a positive multiple of 8": {"N": 12},
+        "w is null": {"w": (64,)},
+        "stride 60 of w is below its 64 columns": {"stride_w": (64, 60)},
+        "xa is null": {"R": (0, 8), "b": (0, 64), "stride_b": (0, 8)},
+        "b is null": {"R": (0, 8)},
+        "h is null": {"h": 0},
+        "stride 4 of up is below": {"up": 64, "stride_up": 4},
+        "clusters of 3 blocks": {"tiling": (128, 4, 3)},
+        "block_n of 64 has no kernel": {"tiling": (64, 4, 1)},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            emu.gated_forward(**given | change)
+    names = "dy", "w", "dyb", "a", "gate", "up", "dgate", "dup", "h"
+    given = {"type": 0, "activation": 0, "M": 1, "N": 8, "K": 8, "R": 8, **dict.fromkeys(names, 64)}
+    given |= {f"stride_{name}": 8 for name in names} | {"tiling": (128, 4, 1)}
+    for message, change in {
+        "activation -1 is not in 0": {"activation": -1},
+        "R of 0: dh has a low-rank product": {"R": 0},
+        "K of 4 is not a positive multiple of 8": {"K": 4},
+        "dup at .* is not on a 16-byte boundary": {"dup": 72},
+        "a ring of 1 stages": {"tiling": (128, 1, 1)},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            emu.gated_backward(**given | change)

@@ -1,0 +1,281 @@
+"""Products of ragged rows that lie anywhere in x, tiles by ticket (csrc/kernels/gathered_sm90.cuh), emulated (T5).
+
+Called directly: no operator takes them before a GPU has measured them. Against fp64 and, bit for bit, against the
+kernel with fixed tiles over a gathered copy of x, in every tiling and under every schedule.
+"""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from lorafuse.activation import gate_forward
+from lorafuse.testing.numerics import relative_l2, tolerance
+
+pytest_plugins = "emu_fixtures"
+pytestmark = pytest.mark.usefixtures("emu")
+
+# (block_n, stages, cluster, group_m, sms, block_m)
+TILINGS = ((256, 3, 1, 16, 0, 128), (128, 4, 1, 16, 0, 128), (256, 4, 1, 16, 0, 64), (256, 2, 1, 16, 0, 128))
+TYPES = {torch.bfloat16: 0, torch.float16: 1}
+# by the numbers of api_gated.hpp
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Ends of the groups' rows, of `rows` in all, which are `choices` of tokens; columns, reduction and rank."""
+
+    ends: tuple[int, ...] = (60, 60, 190)
+    rows: int = 200
+    choices: int = 4
+    N: int = 136
+    K: int = 136
+    R: int = 24
+    transposed: bool = False
+    bias: bool = True
+    dtype: torch.dtype = torch.bfloat16
+
+
+class Operands:
+    """Of a case. Behind the last column of x lies NaN, which no result may hold."""
+
+    def __init__(self, case, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape, size=1.0):
+            return torch.randn(shape, generator=generator).mul_(size).to(case.dtype)
+
+        self.case, E = case, len(case.ends)
+        self.wide = torch.full((case.rows // case.choices, -(-case.K // 8) * 8 + 8), float("nan"), dtype=case.dtype)
+        self.x, self.offsets = self.wide[:, : case.K], torch.tensor(case.ends)
+        self.x.copy_(normal(*self.x.shape))
+        self.order = torch.randperm(case.rows, generator=generator)
+        self.w, self.b = normal(E, case.N, case.K, size=case.K**-0.5), normal(E, case.N, case.R, size=0.3)
+        if case.transposed:
+            self.w, self.b = self.w.mT.contiguous(), self.b.mT.contiguous()
+        self.xa = normal(case.rows, case.R)
+        self.bias = normal(E, case.N) if case.bias else None
+        self.word = torch.zeros(1, dtype=torch.int32)
+
+    @property
+    def gathered(self):
+        return self.wide[self.order // self.case.choices][:, : self.case.K]
+
+    def expected(self):
+        """In fp64; rows of no group are NaN, as they are before the launch."""
+        case, first = self.case, 0
+        y = torch.full((case.rows, case.N), float("nan"), dtype=torch.float64)
+        for g, end in enumerate(case.ends):
+            w, b = (t[g].double() if case.transposed else t[g].double().t() for t in (self.w, self.b))
+            rows = slice(first, end)
+            y[rows] = self.gathered[rows].double() @ w + self.xa[rows].double() @ b
+            if case.bias:
+                y[rows] += self.bias[g].double()
+            first = end
+        return y
+
+    def arguments(self, x, tiling):
+        case, y = self.case, self.xa.new_full((self.case.rows, self.case.N), float("nan"))
+        # as long as the launch may read it
+        self.read = x
+        return y, {
+            "type": TYPES[case.dtype], "rows": case.rows, "groups": len(case.ends), "N": case.N, "K": case.K,
+            "R": case.R, "transposed": case.transposed, "offsets": self.offsets.data_ptr(), "x": x.data_ptr(),
+            "stride_x": x.stride(0), "w": self.w.data_ptr(), "bias": self.bias.data_ptr() if case.bias else 0,
+            "xa": self.xa.data_ptr(), "stride_xa": case.R, "b": self.b.data_ptr(), "y": y.data_ptr(),
+            "stride_y": case.N, "tiling": tiling,
+        }  # fmt: skip
+
+    def launch(self, emu, tiling=TILINGS[0]):
+        """y through the order."""
+        y, arguments = self.arguments(self.x, tiling)
+        places = {"order": self.order.data_ptr(), "choices": self.case.choices, "workspace": self.word.data_ptr()}
+        emu.gathered_linear(**arguments, **places)
+        return y
+
+    def through_order(self, emu, tiling=TILINGS[0]):
+        y = self.launch(emu, tiling)
+        assert self.word.item() == 0
+        return y
+
+    def in_order(self, emu, tiling=TILINGS[0]):
+        """y of a gathered copy."""
+        y, arguments = self.arguments(self.gathered, tiling)
+        emu.gathered_linear(**arguments, workspace=self.word.data_ptr())
+        assert self.word.item() == 0
+        return y
+
+    def fixed_tiles(self, emu, tiling=TILINGS[0]):
+        y, arguments = self.arguments(self.gathered, tiling)
+        emu.grouped_linear(**arguments)
+        return y
+
+
+@dataclass(frozen=True)
+class GatedCase(Case):
+    """Of gate and up side by side, N columns both, in one launch with their activation."""
+
+    activation: str = "silu"
+
+
+class Gated(Operands):
+    """Of a gated case; the launch gives h too."""
+
+    def launch(self, emu, tiling=TILINGS[0]):
+        """u and h."""
+        case, I = self.case, self.case.N // 2
+        u, arguments = self.arguments(self.x, tiling)
+        h = u.new_full((case.rows, I), float("nan"))
+        emu.gathered_linear(
+            **arguments | {"N": I}, order=self.order.data_ptr(), choices=case.choices, workspace=self.word.data_ptr(),
+            activation=ACTIVATIONS.index(case.activation), h=h.data_ptr(), stride_h=I,
+        )  # fmt: skip
+        return torch.cat([u, h], 1)
+
+
+def same(one, other):
+    """Bit for bit, what nobody wrote included."""
+    return torch.equal(one.view(torch.int16), other.view(torch.int16))
+
+
+def check(emu, case, tiling=TILINGS[0]):
+    o = Operands(case)
+    y, expected, end = o.through_order(emu, tiling), o.expected(), case.ends[-1]
+    assert relative_l2(y[:end], expected[:end]) < tolerance(case.dtype)
+    assert y[end:].isnan().all(), "a row of no group was written"
+    assert same(y, o.in_order(emu, tiling)), "rows that TMA has loaded"
+    return o, y
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_every_layout(emu, transposed, dtype):
+    """Columns behind those of a tile, several of them, ranks that end in a short block, and without bias."""
+    o, y = check(emu, Case(transposed=transposed, dtype=dtype, N=264, bias=not transposed))
+    assert same(y, o.fixed_tiles(emu))
+
+
+@pytest.mark.parametrize("tiling", TILINGS[1:])
+def test_every_tiling(emu, tiling):
+    """No bit depends on it, since each tile sums in the same order."""
+    o = Operands(Case(N=264, K=72, R=8))
+    assert same(o.through_order(emu, tiling), o.fixed_tiles(emu))
+
+
+@pytest.mark.parametrize("R", [0, 8, 16, 64, 80])
+def test_every_rank(emu, R):
+    check(emu, Case(R=R, ends=(9, 40), rows=40, choices=2, N=72, K=72, transposed=R == 16))
+
+
+GROUPS = {
+    "none has rows": ((0, 0), 8, 4),
+    "some have none": ((0, 130, 130, 131, 300), 300, 3),
+    "one has all": ((0, 0, 260, 260), 260, 2),
+    "whole tiles": ((128, 256), 300, 1),
+    "a row each": ((1, 2, 3, 4, 5, 6, 7, 8), 8, 8),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_of_every_kind(emu, name):
+    ends, rows, choices = GROUPS[name]
+    case = Case(ends=ends, rows=rows, choices=choices, N=72, K=72, R=8)
+    if ends[-1] == 0:
+        assert Operands(case).through_order(emu).isnan().all()
+        return
+    for tiling in TILINGS[:1] if rows > 200 else (TILINGS[0], TILINGS[2]):
+        check(emu, case, tiling)
+
+
+@pytest.mark.parametrize("K", [8, 60, 64, 130])
+def test_columns_of_x_that_fill_no_block(emu, K):
+    """Where w is stored by columns, K need not be a multiple of 8 either."""
+    check(emu, Case(ends=(20, 24), rows=24, K=K, N=72, R=8, transposed=K % 8 != 0))
+
+
+def test_integers_are_exact(emu):
+    o = Operands(Case(R=16))
+    for t in (o.x, o.w, o.xa, o.b, o.bias):
+        t.copy_(torch.randint(-2, 3, t.shape, generator=torch.Generator().manual_seed(1)))
+    y, expected = o.through_order(emu), o.expected()
+    assert torch.equal(y[:190].double(), expected[:190].bfloat16().double())
+
+
+FEW = GatedCase(ends=(20, 20, 90), rows=92, N=2 * 72, K=72, R=8)
+
+
+@pytest.mark.parametrize("kind", [Operands, Gated])
+def test_many_schedules(emu, request, kind):
+    """No bit depends on who computes a tile, or when; w by rows and by columns in turn."""
+    forms, first = [kind(FEW), kind(replace(FEW, transposed=True))], {}
+    for i in range(max(50, request.config.getoption("--seeds") // 4)):
+        emu.configure(seed=i, resident=1 + i % 3, multiprocessors=1 + i // 2 % 5)
+        y = forms[i % 2].through_order(emu, TILINGS[0 if kind is Gated else i % 3])
+        assert same(y, first.setdefault(i % 2, y)), i
+
+
+def test_late_blocks_leave_their_tiles_to_others(emu):
+    """One block at a time: the first has all the tiles, and each of the others draws one ticket and ends."""
+    o = Operands(Case(N=72, K=72, R=8))
+    emu.configure(seed=5, resident=1, multiprocessors=3)
+    y = o.through_order(emu)
+    assert emu.statistics()["wgmmas"] > 0
+    assert same(y, o.in_order(emu))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_activation(emu, activation):
+    """h of the u that is stored, in tiles that end with a group's rows and in those that do not; u as without h."""
+    index = ACTIVATIONS.index(activation)
+    case = GatedCase(
+        ends=(20, 20, 150, 152), N=2 * 136, K=72, R=8, activation=activation, transposed=index % 2 == 1,
+        bias=index % 3 > 0, dtype=(torch.bfloat16, torch.float16)[index // 3],
+    )  # fmt: skip
+    o, end = Gated(case), case.ends[-1]
+    u, h = o.through_order(emu).split([case.N, case.N // 2], 1)
+    assert same(u, Operands(case).through_order(emu))
+    exact = gate_forward(activation, *u[:end].double().chunk(2, 1))
+    assert relative_l2(h[:end], exact) < tolerance(case.dtype)
+    assert h[end:].isnan().all(), "a row of no group was written"
+
+
+def test_what_is_refused(emu):
+    o = Operands(Case())
+    _, given = o.arguments(o.x, TILINGS[0])
+    given |= {"order": o.order.data_ptr(), "choices": 4, "workspace": o.word.data_ptr()}
+    for message, change in {
+        "choices of 0; a token has at least 1": {"choices": 0},
+        "choices of 4 without an order": {"order": 0},
+        "order at .* is not on a 8-byte boundary": {"order": o.order.data_ptr() + 4},
+        "workspace is null": {"workspace": 0},
+        "offsets is null": {"offsets": 0},
+        "N of 12 is not a multiple of 8": {"N": 12},
+        "stride 128 of x is below its 136 columns": {"stride_x": 128},
+        "clusters of 2 blocks; grouped kernels have none": {"tiling": (256, 3, 2)},
+        "block_m of 32; tiles have 64 or 128 rows": {"tiling": (256, 3, 1, 16, 0, 32)},
+        "block_m of 64 with block_n of 128 has no kernel": {"tiling": (128, 3, 1, 16, 0, 64)},
+        "5 stages of 49152 bytes need": {"tiling": (256, 5, 1)},
+        "xa is null": {"xa": 0},
+        "rows of -1": {"rows": -1},
+        "activation 6; there are 0 to 5": {"h": o.x.data_ptr(), "stride_h": 136, "stride_y": 272, "activation": 6},
+        "h without an order": {"h": o.x.data_ptr(), "stride_h": 136, "stride_y": 272, "order": 0, "choices": 1},
+        "stride 136 of y is below its 272 columns": {"h": o.x.data_ptr(), "stride_h": 136},
+        "tiles of 128 x 128; those of gate and up are 128 x 256": {
+            "h": o.x.data_ptr(),
+            "stride_h": 136,
+            "stride_y": 272,
+            "tiling": (128, 3, 1),
+        },
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            emu.gathered_linear(**given | change)
+    with pytest.raises(TypeError, match="missing keyword workspace"):
+        emu.gathered_linear(**{key: value for key, value in given.items() if key != "workspace"})
+    emu.gathered_linear(**given | {"rows": 0, "workspace": 0})
+
+
+def test_a_wide_layer_has_tiles_of_every_kind(emu):
+    """Several columns of tiles over several row blocks of a group, more than blocks."""
+    emu.configure(seed=7, multiprocessors=2)
+    check(emu, replace(Case(), ends=(150, 280), rows=280, N=264, K=72, R=16, dtype=torch.float16))
