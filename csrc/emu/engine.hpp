@@ -143,6 +143,7 @@ struct Thread {
   void reset() {
     finished = has_proxied = false;
     waiting = {};
+    proxied = proxied_shared = Clock();
     wgmma.reset();
     stores.reset();
     copies.resize(1);
