@@ -63,6 +63,10 @@ _GRADIENTS = (
 _LAST_GRADIENTS = (
     "if (thread == 0) ptx::tma_store_wait_read<0>(); consumer_sync(consumer); pipeline.release_previous(lane);"
 )
+_MASKED = (
+    "finish_blocks(pipeline, lane); "
+    "drop<kBoxElements>(low, p.seeds[mask], p.drop_below[mask], row, column + n, p.N[0], thread);"
+)
 _FIRST, _LAST = "p.shares.owner(j * p.row_blocks)", "p.shares.owner(last)"
 
 # fmt: off
@@ -154,6 +158,13 @@ BUGS = tuple(Bug(*row) for row in (
     ("sibling_no_exit_sync", _SIBLINGS, "siblings", "// the other block of a cluster may still arrive at this one's barriers ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync();"),
     ("sibling_no_store_wait", _SIBLINGS, "siblings", "if (thread == 0) ptx::tma_store_wait<0>();", ""),
     ("sibling_rounds_the_first", "round_each_sm80.cu", "siblings", "round_chunk<T>(p.each[which], block * kThreads + static_cast<int64_t>(threadIdx.x));", "round_chunk<T>(p.each[0], block * kThreads + static_cast<int64_t>(threadIdx.x));"),
+    # and with masks of their own
+    ("masked_seed_of_the_first", _SIBLINGS, "siblings with masks", _MASKED, _MASKED.replace("seeds[mask]", "seeds[0]")),
+    ("masked_other_columns", _SIBLINGS, "siblings with masks", _MASKED, _MASKED.replace("column + n", "column")),
+    ("masked_unfinished", _SIBLINGS, "siblings with masks", _MASKED, _MASKED.replace("finish_blocks(pipeline, lane);", "pipeline.release_previous(lane);")),
+    ("masked_over_the_rest", _SIBLINGS, "siblings with masks", "d[n / 2 + i] += low[i];", "d[n / 2 + i] = low[i];"),
+    ("masked_a_of_the_first_columns", _SIBLINGS, "siblings with masks", "ptx::tma_load(pipeline.b(), &maps.masked[mask].b, column + n, block * BLOCK_K, pipeline.full());", "ptx::tma_load(pipeline.b(), &maps.masked[mask].b, column, block * BLOCK_K, pipeline.full());"),
+    ("masked_no_launch_wait", _SIBLINGS, "siblings with masks", "// dyb is the first operand, and a wait_for_adapters();", ""),
     # gate and up with their activation: what a tile reads and waits for
     ("gated_rounds_the_first", "round_each_sm80.cu", "gated", "round_chunk<T>(p.each[which], block * kThreads + static_cast<int64_t>(threadIdx.x));", "round_chunk<T>(p.each[0], block * kThreads + static_cast<int64_t>(threadIdx.x));"),
     ("gated_w_of_gate", _GATED, "gated", "ptx::tma_load_multicast(place, &maps[half], reduction, column, pipeline.full(), kBoth);", "ptx::tma_load_multicast(place, &maps[0], reduction, column, pipeline.full(), kBoth);"),

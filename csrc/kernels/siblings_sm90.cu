@@ -41,6 +41,14 @@ class Product {
     require(columns_ < int64_t{1} << 31, columns_, " columns of tiles are more than 2^31 - 1");
     p_.tiles.ends[i] = static_cast<int>(columns_);
   }
+  // A low-rank product of output 0 with a mask of its own.
+  void add_masked(const void* xa, int64_t stride_xa, const void* b, int64_t stride_b, int64_t N, int64_t R,
+                  const int64_t* seed, uint32_t drop_below) {
+    maps_.masked[p_.masks] = maps(xa, stride_xa, b, stride_b, N, R);
+    p_.mask_blocks[p_.masks] = blocks_of(R);
+    p_.seeds[p_.masks] = seed;
+    p_.drop_below[p_.masks++] = drop_below;
+  }
   void run(bool overlap_previous, Stream stream) {
     const int cluster = tiling_.cluster;
     const int rows = static_cast<int>(ceil_div<int64_t>(M_, BLOCK_M * cluster));
@@ -51,7 +59,10 @@ class Product {
     config.shared_bytes = Plan::bytes(tiling_.stages);
     config.cluster = cluster;
     config.overlap_previous = overlap_previous;
-    launch(siblings_kernel<T, BLOCK_N, kMajor>, config, stream, maps_, p_);
+    if constexpr (kMajor == Major::MN) {
+      if (p_.masks > 0) return launch(siblings_kernel<T, BLOCK_N, kMajor, true>, config, stream, maps_, p_);
+    }
+    launch(siblings_kernel<T, BLOCK_N, kMajor, false>, config, stream, maps_, p_);
   }
 
  private:
@@ -119,18 +130,25 @@ void siblings_dx(const SiblingsDx& p, void* stream) {
   check_count(p.count);
   check_size("M", p.M);
   check_features("K", p.K);
-  check_size("R", p.R);
   for (int i = 0; i < p.count; ++i) {
     check_features("N", p.N[i]);
     check_matrix("dy", p.dy[i], p.N[i], p.stride_dy[i]);
     check_matrix("w", p.w[i], p.K, p.stride_w[i]);
   }
   check_matrix("dx", p.dx, p.K, p.stride_dx);
+  require(p.lows >= 0 && p.lows <= p.count, p.lows, " low-rank products of ", p.count, " layers");
   RoundEach rounded{};
-  if (p.R > 0) {
-    check_matrix("dyb", p.dyb, p.R, p.stride_dyb);
-    check_matrix("a", p.a, p.K, p.stride_a);
-    rounded.each[0] = p.rounded;
+  // that without a mask
+  int plain = -1;
+  for (int j = 0; j < p.lows; ++j) {
+    check_size("R", p.R[j]);
+    require(p.R[j] >= 1, "R of ", p.R[j], " is not a rank");
+    check_matrix("dyb", p.dyb[j], p.R[j], p.stride_dyb[j]);
+    check_matrix("a", p.a[j], p.K, p.stride_a[j]);
+    rounded.each[j] = p.rounded[j];
+    if (p.seed[j] != nullptr) continue;
+    require(plain < 0, "low-rank products ", plain, " and ", j, " have no mask; they are one");
+    plain = j;
   }
   if (p.M == 0) return;
   const auto to = static_cast<Stream>(stream);
@@ -139,7 +157,13 @@ void siblings_dx(const SiblingsDx& p, void* stream) {
     for (int i = 0; i < p.count; ++i) {
       product.add_base(i, p.dy[i], p.stride_dy[i], p.w[i], p.stride_w[i], p.K, p.N[i]);
     }
-    product.add_output(0, p.count, nullptr, p.dx, p.stride_dx, p.K, p.dyb, p.stride_dyb, p.a, p.stride_a, p.R);
+    for (int j = 0; j < p.lows; ++j) {
+      if (j == plain) continue;
+      product.add_masked(p.dyb[j], p.stride_dyb[j], p.a[j], p.stride_a[j], p.K, p.R[j], p.seed[j], p.drop_below[j]);
+    }
+    const int j = std::max(plain, 0);
+    product.add_output(0, p.count, nullptr, p.dx, p.stride_dx, p.K, p.dyb[j], p.stride_dyb[j], p.a[j], p.stride_a[j],
+                       plain < 0 ? 0 : p.R[j]);
     product.run(overlap, to);
   });
 }

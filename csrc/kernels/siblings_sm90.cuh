@@ -7,6 +7,8 @@
 //   forward   an output for each layer, of one base product; the tiles of all outputs are one walk (SideBySide)
 //   dx        one output, of a base product for each layer: the reduction goes on from w_i to w_{i+1}; one low-rank
 //             product of all ranks. dx is written once and never read, where autograd adds a full-size gradient a layer.
+//   dx, kMasked  the low-rank products of layers with dropout come first, each with its mask: 64 columns of one at a
+//             time in accumulators of their own, masked there and added to those of the tile.
 //
 // Blocks walk fixed tiles and share no flag, so that results depend on no order. Adapters are rounded by a launch before
 // the product (round_each), which the first tiles' base products overlap.
@@ -26,7 +28,7 @@ struct ProductMaps {
   TensorMap a, b;
 };
 struct SiblingsMaps {
-  ProductMaps base[kMostSiblings], low[kMostSiblings];
+  ProductMaps base[kMostSiblings], low[kMostSiblings], masked[kMostSiblings];
   TensorMap y[kMostSiblings];
 };
 
@@ -40,11 +42,38 @@ struct SiblingsArguments {
   bool ends_short[kMostSiblings];
   int N[kMostSiblings];
   const void* bias[kMostSiblings];
+  // kMasked: low-rank products with masks
+  int masks;
+  int mask_blocks[kMostSiblings];
+  const int64_t* seeds[kMostSiblings];
+  uint32_t drop_below[kMostSiblings];
   // adapters were written by the launch before, which this one may overlap
   bool overlap_previous;
 };
 
-template <class T, int BLOCK_N, Major kMajorB>
+// Adds the masked low-rank products to the tile's accumulators.
+template <class T, int BLOCK_N>
+LF_DEVICE void add_masked(float (&d)[BLOCK_N / 2], Pipeline<BLOCK_M, BLOCK_N>& pipeline, const SiblingsArguments& p,
+                          const ConsumerPart<BLOCK_M, BLOCK_N>& part, int row, int column, int thread) {
+  const int lane = thread % 32;
+  LF_NO_UNROLL
+  for (int mask = 0; mask < p.masks; ++mask) {
+    LF_UNROLL
+    for (int n = 0; n < BLOCK_N; n += kBoxElements) {
+      float low[kBoxElements / 2];
+      LF_NO_UNROLL
+      for (int block = 0; block < p.mask_blocks[mask]; ++block) {
+        multiply_block<T, kBoxElements, Major::MN, kStepsOfBlock>(low, pipeline, part, lane, block > 0, block > 0);
+      }
+      finish_blocks(pipeline, lane);
+      drop<kBoxElements>(low, p.seeds[mask], p.drop_below[mask], row, column + n, p.N[0], thread);
+      LF_UNROLL
+      for (int i = 0; i < kBoxElements / 2; ++i) d[n / 2 + i] += low[i];
+    }
+  }
+}
+
+template <class T, int BLOCK_N, Major kMajorB, bool kMasked>
 LF_KERNEL(kThreads)
 siblings_kernel(LF_GRID_CONSTANT SiblingsMaps maps, LF_GRID_CONSTANT SiblingsArguments p) {
   using Plan = SharedPlan<BLOCK_M, BLOCK_N>;
@@ -83,13 +112,33 @@ siblings_kernel(LF_GRID_CONSTANT SiblingsMaps maps, LF_GRID_CONSTANT SiblingsArg
             pipeline.advance();
           }
         };
+        const auto wait_for_adapters = [&] {
+          if (p.overlap_previous && wave == 0) {
+            ptx::wait_for_previous_launch();
+            ptx::fence_proxy_async();
+          }
+        };
+        if constexpr (kMasked) {
+          // dyb is the first operand, and a
+          wait_for_adapters();
+          LF_NO_UNROLL
+          for (int mask = 0; mask < p.masks; ++mask) {
+            LF_NO_UNROLL
+            for (int n = 0; n < BLOCK_N; n += kBoxElements) {
+              LF_NO_UNROLL
+              for (int block = 0; block < p.mask_blocks[mask]; ++block) {
+                pipeline.acquire(Plan::kTileABytes + kBoxBytes);
+                ptx::tma_load(pipeline.a(), &maps.masked[mask].a, block * BLOCK_K, row, pipeline.full());
+                ptx::tma_load(pipeline.b(), &maps.masked[mask].b, column + n, block * BLOCK_K, pipeline.full());
+                pipeline.advance();
+              }
+            }
+          }
+        }
         const int end = tile.output + p.terms;
         LF_NO_UNROLL
         for (int term = tile.output; term < end; ++term) load_blocks(maps.base[term], p.k_blocks[term]);
-        if (p.overlap_previous && wave == 0) {
-          ptx::wait_for_previous_launch();
-          ptx::fence_proxy_async();
-        }
+        if constexpr (!kMasked) wait_for_adapters();
         load_blocks(maps.low[tile.output], p.rank_blocks[tile.output]);
       }
     }
@@ -103,9 +152,14 @@ siblings_kernel(LF_GRID_CONSTANT SiblingsMaps maps, LF_GRID_CONSTANT SiblingsArg
       const int row = first_row(tile) + part.row, column = tile.column * BLOCK_N;
       const int blocks = p.whole_blocks[tile.output];
       float d[BLOCK_N / 2];
+      if constexpr (kMasked) {
+        LF_UNROLL
+        for (int i = 0; i < BLOCK_N / 2; ++i) d[i] = 0.0f;
+        add_masked<T, BLOCK_N>(d, pipeline, p, part, row, column, thread);
+      }
       LF_NO_UNROLL
       for (int block = 0; block < blocks; ++block) {
-        multiply_block<T, BLOCK_N, kMajorB, kStepsOfBlock>(d, pipeline, part, lane, block > 0, block > 0);
+        multiply_block<T, BLOCK_N, kMajorB, kStepsOfBlock>(d, pipeline, part, lane, block > 0, kMasked || block > 0);
       }
       if (p.ends_short[tile.output]) multiply_block<T, BLOCK_N, kMajorB, 1>(d, pipeline, part, lane, true, true);
       finish_blocks(pipeline, lane);

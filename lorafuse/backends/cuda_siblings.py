@@ -165,21 +165,16 @@ class Siblings(Aten):
         if not self.runs_siblings(plan):
             return super().matmul_sum(terms, lows, plan, wide=wide, likes=likes)
         assert plan is not None
-        # layers without a mask are one product, and a plan with masks is another
-        assert len(lows) <= 1
         dys, data = [aligned_rows(dy) for dy, _ in terms], [contiguous_rows(w.data) for _, w in terms]
-        dtype, low = dys[0].dtype, {}
-        dx = dys[0].new_empty((dys[0].shape[0], data[0].shape[1]))
-        for one in lows:
-            dyb, (given, _) = aligned_rows(one.xa), adapter_of(one.b, dtype)
-            a, rounded = rounding(given, dtype, one.scale)
-            low = {
-                "R": dyb.shape[1], "dyb": dyb.data_ptr(), "stride_dyb": dyb.stride(0), "a": a.data_ptr(),
-                "stride_a": a.stride(0), "rounded": rounded,
-            }  # fmt: skip
+        dtype, dx = dys[0].dtype, dys[0].new_empty((dys[0].shape[0], data[0].shape[1]))
+        dyb, masks = [aligned_rows(low.xa) for low in lows], [mask(low.dropout) for low in lows]
+        _given, a, rounded = _rounded_b(lows, dtype)
         self.native.siblings_dx(
             type=TYPES[dtype], count=len(dys), M=dx.shape[0], K=dx.shape[1], N=tuple(map(len, data)), dy=_places(dys),
-            stride_dy=_strides(dys), w=_places(data), stride_w=_strides(data), **low, dx=dx.data_ptr(),
+            stride_dy=_strides(dys), w=_places(data), stride_w=_strides(data), lows=len(lows),
+            R=tuple(t.shape[1] for t in dyb), dyb=_places(dyb), stride_dyb=_strides(dyb), a=_places(a),
+            stride_a=_strides(a), seed=tuple(one.get("seed", 0) for one in masks),
+            drop_below=tuple(one.get("drop_below", 0) for one in masks), rounded=rounded, dx=dx.data_ptr(),
             stride_dx=dx.stride(0), tiling=tiling(plan.config("matmul")), **self.place(dx.device),
         )  # fmt: skip
         return dx, self.outers(lows, wide, plan, likes)
@@ -213,7 +208,9 @@ class Siblings(Aten):
 def _rounded_b(
     lows: Sequence[LowRank | None], dtype: torch.dtype
 ) -> tuple[list[Tensor | None], list[Tensor | None], tuple[dict[str, int | float] | None, ...]]:
-    """Each b as given, which must live until the launch that rounds it, as the product reads it, and its rounding."""
+    """Of each b, or a of dx: the one given, which must live until it is rounded, the one that a product reads, and that
+    rounding.
+    """
     given = [None if low is None else adapter_of(low.b, dtype)[0] for low in lows]
     made = [
         (None, None) if low is None or t is None else rounding(t, dtype, low.scale)

@@ -198,7 +198,7 @@ def _backward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[C
         configs.append(_skinny("outer", problem, device))
         parts.append(cost.step(configs[-1], problem, device))
     yield _candidate("one_pass_backward", configs, parts)
-    if (_are_siblings(problem) or _is_down(problem)) and "dx" in problem.gradients and not problem.dropout:
+    if "dx" in problem.gradients and (_are_siblings(problem) or _is_down(problem)):
         of_each = replace(first, launches=first.launches * problem.siblings)
         yield _candidate("siblings", configs, [of_each, round_a, *parts[1:]])
     yield from sorted(_concurrent(problem, device, tiles), key=lambda candidate: candidate.seconds)[:1]
@@ -216,7 +216,7 @@ def _are_siblings(problem: Problem) -> bool:
 
 def _is_down(problem: Problem) -> bool:
     """Whether a launch of dx can go on to the activation's backward, which da needs too."""
-    is_one = problem.siblings == 1 and problem.format == "dense"
+    is_one = problem.siblings == 1 and problem.format == "dense" and not problem.dropout
     return is_one and problem.epilogue == "gated" and "da" in problem.gradients
 
 

@@ -53,12 +53,13 @@ def test_every_gradient(name, launched):
     assert counted(launched) == Counter({key: n for key, n in expected.items() if adapters or key.startswith("sib")})
 
 
-def test_masks(launched):
-    """Every layer's own in forward; in backward layer by layer, since one sum has one mask."""
-    check(run, plain_linears, make(replace(PLAIN, p=(0.3, 0.0, 0.5), R=(6, 4, 40), leading=(70,))))
-    assert counted(launched)["siblings_forward"] == 1
-    assert counted(launched)["siblings_dx"] == 0
-    assert counted(launched)["linear"] == 3
+@pytest.mark.parametrize(("p", "R"), [((0.3, 0.0, 0.5), (6, 4, 40)), ((0.5, 0.5, 0.0), (80, 8, 0))])
+def test_masks(p, R, launched):
+    """Every layer's own, in both directions."""
+    check(run, plain_linears, make(replace(PLAIN, p=p, R=R, leading=(70,))))
+    assert counted(launched)["siblings_forward"] == counted(launched)["siblings_dx"] == 1
+    (one,) = (arguments for name, arguments in launched if name == "siblings_dx")
+    assert [seed != 0 for seed in one["seed"]].count(True) == sum(map(bool, p))
 
 
 @pytest.mark.parametrize("used", [(0,), (1,), (2, 0)])
@@ -67,7 +68,7 @@ def test_results_without_a_gradient(used, launched):
     check(run, plain_linears, make(replace(PLAIN, leading=(40,))), used=used)
     (one,) = (arguments for name, arguments in launched if name == "siblings_dx")
     assert one["count"] == len(used)
-    assert (one.get("R", 0) > 0) == (used != (1,))
+    assert (one["lows"] > 0) == (used != (1,))
 
 
 def test_adapters_alone(launched):
@@ -99,10 +100,10 @@ def test_strided_gradients(launched):
 
 @pytest.mark.parametrize("recompute_up", [False, True])
 def test_gated_mlp(recompute_up, launched):
-    """Gate and up together; down alone."""
+    """Gate and up together, with their activation (test_emu_gated.py); down alone."""
     case = Case(N=(136, 136, 40), K=96, R=(13, 0, 16), leading=(40,), dtype=torch.bfloat16)
     check(lambda o: mlp(o, backend="emu", recompute_up=recompute_up), plain_mlp, make(case, of_mlp=True))
-    assert counted(launched)["siblings_forward"] == counted(launched)["siblings_dx"] == 1
+    assert counted(launched)["gated_forward"] == counted(launched)["siblings_dx"] == 1
 
 
 def test_every_tiling(tiles, launched):
@@ -139,11 +140,17 @@ def test_what_is_refused(emu):
     for message, change in {
         "0 layers in one launch": {"count": 0},
         "K of 60 is not a positive multiple of 8": {"K": 60},
-        "dyb is null": {"R": 8},
+        "dyb is null": {"lows": 1, "R": (8,)},
+        "R of 0 is not a rank": {"lows": 1},
+        "2 low-rank products of 1 layers": {"lows": 2},
         "dy is null": {"dy": (0,)},
     }.items():
         with pytest.raises(ValueError, match=message):
             emu.siblings_dx(**given | change)
+    names = ("N", "dy", "stride_dy", "w", "stride_w", "R", "dyb", "stride_dyb", "a", "stride_a")
+    both = {name: (8 if name in ("N", "stride_dy", "R", "stride_dyb") else 64,) * 2 for name in names}
+    with pytest.raises(ValueError, match="low-rank products 0 and 1 have no mask; they are one"):
+        emu.siblings_dx(**given | both | {"count": 2, "lows": 2})
 
 
 def test_many_schedules(emu, tiles, request):

@@ -39,24 +39,29 @@ struct SiblingsForward {
 };
 void siblings_forward(const SiblingsForward& p, void* stream);
 
-// dx = Σ_i dy_i w_i + dyb a in one accumulation: dy_i [M, N_i], w_i [N_i, K], dx [M, K]; dyb [M, R] and a [R, K] are
-// those of all layers, R their ranks together and 0 of none. `rounded` as above, of a.
+// dx = Σ_i dy_i w_i + Σ_j mask_j ⊙ (dyb_j a_j) in one accumulation: dy_i [M, N_i], w_i [N_i, K], dx [M, K]. Of the `lows`
+// low-rank products, dyb_j [M, R_j] and a_j [R_j, K], one at most has no seed and no mask, that of all layers without
+// dropout; masks are those of Linear. `rounded` as above, of each a.
 struct SiblingsDx {
   Type type;
   int count;
-  int64_t M, K, R = 0;
+  int64_t M, K;
   Each<int64_t> N;
   Each<const void*> dy;
   Each<int64_t> stride_dy;
   Each<const void*> w;
   Each<int64_t> stride_w;
-  const void* dyb = nullptr;
-  int64_t stride_dyb = 0;
-  const void* a = nullptr;
-  int64_t stride_a = 0;
+  int lows = 0;
+  Each<int64_t> R = {};
+  Each<const void*> dyb = {};
+  Each<int64_t> stride_dyb = {};
+  Each<const void*> a = {};
+  Each<int64_t> stride_a = {};
+  Each<const int64_t*> seed = {};
+  Each<uint32_t> drop_below = {};
+  Each<Round> rounded = {};
   void* dx;
   int64_t stride_dx;
-  Round rounded = {};
   Tiling tiling;
 };
 void siblings_dx(const SiblingsDx& p, void* stream);
