@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from group_reference import Case, check, make, mlp, plain_mlp, results
+from emu_launches import gated, masked
+from group_reference import Case, check, make, mlp, plain_mlp
 from test_emu_linear import TILINGS
 
 from lorafuse.activation import ACTIVATIONS, GATES, gate_forward
@@ -112,30 +113,24 @@ def test_down_without_an_adapter(launched):
     assert (counted(launched)["gated_forward"], counted(launched)["gated_backward"]) == (1, 0)
 
 
-def test_every_tiling(tiles, launched):
+@pytest.mark.parametrize("launch", [gated, masked])
+def test_every_tiling(launch, launched):
     """No bit depends on it, since each tile sums in the same order."""
-    o, first = make(replace(PLAIN, N=(136, 136, 24), K=72, leading=(140,)), of_mlp=True), None
-    for config in TILINGS:
-        tiles(config)
-        actual = results(run, o)
-        first = first or actual
-        assert all(torch.equal(tensor, first[name]) for name, tensor in actual.items()), config
-    products = [one["tiling"][:3] for name, one in launched if name.startswith("gated")]
-    assert products == [config for config in TILINGS for _ in range(2)]
+    first, *others = [launch(config) for config in TILINGS]
+    for config, actual in zip(TILINGS[1:], others, strict=True):
+        assert all(map(torch.equal, actual, first)), config
+    assert {one["tiling"][:3] for _, one in launched if "tiling" in one} == set(TILINGS)
 
 
-def test_many_schedules(emu, tiles, request):
+@pytest.mark.parametrize("launch", [gated, masked])
+def test_many_schedules(launch, emu, request):
     """No bit depends on the order in which blocks run, or on how many do at a time."""
-    # so few columns that the passes over rows cut them alike on all of these GPUs
-    case = Case(N=(72, 72, 16), K=72, R=(20, 3, 8), p=(0.0,) * 3, leading=(130,), dtype=torch.bfloat16)
-    o, first, configs = make(case, of_mlp=True), None, [config for config in TILINGS if config[0] == 128]
-    for i in range(max(10, request.config.getoption("--seeds") // 10)):
+    emu.configure()
+    first, configs = launch(TILINGS[0]), [config for config in TILINGS if config[0] == 128]
+    for i in range(max(6, request.config.getoption("--seeds") // 8)):
         config = configs[i % len(configs)]
-        tiles(config)
         emu.configure(seed=i, resident=config[2] * (1 + i % 3), multiprocessors=config[2] * (1 + i % 4))
-        actual = results(run, o)
-        first = first or actual
-        assert all(torch.equal(tensor, first[name]) for name, tensor in actual.items()), i
+        assert all(map(torch.equal, launch(config), first)), i
 
 
 def test_what_is_refused(emu):

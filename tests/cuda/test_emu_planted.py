@@ -12,6 +12,7 @@ import pytest
 import test_emu_decode
 import test_emu_skinny
 import torch
+from emu_launches import gated, masked
 from gathered_reference import Case as GatheredCase
 from gathered_reference import Gated, GatedCase, Operands
 from group_reference import Case, linears, make
@@ -23,10 +24,7 @@ from operators import Linear
 from test_emu_experts import grouped, results
 
 from lorafuse.backends import base
-from lorafuse.operands import Dropout, LowRank, Weight
-from lorafuse.plan import Plan, clear_cache, configs_cuda, override
-from lorafuse.plan.devices import find
-from lorafuse.plan.problem import Problem
+from lorafuse.plan import clear_cache, configs_cuda, override
 from lorafuse.testing.check_linear import LinearCase, make_operands
 
 # by what the table names as seeing a bug: (launch, (block_n, stages, cluster), blocks that run at a time)
@@ -49,8 +47,6 @@ SCENARIOS = {
     "gathered": ("gathered", (256, 3, 1, 16, 0, 128), 0),
     "gathered_gated": ("gathered_gated", (256, 3, 1, 16, 0, 128), 0),
 }
-# of any sizes: for the configuration of a tiling
-SMALL, H200 = Problem(300, 200, 200, 8, "bfloat16", "bfloat16"), find("H200")
 SEEN_BY = {bug.name: bug.seen_by for bug in planted.BUGS}
 
 
@@ -64,35 +60,6 @@ def _built():
         yield
     clear_cache()
     emu.configure()
-
-
-def gated(plan):
-    """Gate, up and h, and down's backward through them, in two launches: of three tiles one program has two."""
-    case = Case(N=(264, 264, 72), R=(40, 24, 72), K=72, leading=(150,), dtype=torch.bfloat16, bias=(True,) * 3)
-    o, backend = make(case, of_mlp=True), base.load("emu")
-    of_gate, of_up, of_down = o.projections
-    weights, biases = [Weight(one.weight) for one in (of_gate, of_up)], [of_gate.bias, of_up.bias]
-    # any numbers are xa and dyb
-    lows = [LowRank(o.x[:, :40], of_gate.b, 0.7), LowRank(o.x[:, 40:64], of_up.b, 1.3)]
-    gate, up, h = backend.matmul_gated(o.x, weights, plan, lows=lows, biases=biases, activation="silu")
-    low = LowRank(o.x, of_down.a, is_transposed=True)
-    back = backend.gated_backward(
-        o.dys[0], Weight(of_down.weight).t, plan, low=low, gate=gate, up=up, activation="silu"
-    )
-    return [gate, up, h, *back]
-
-
-def masked(plan):
-    """dx of three layers, of which two have masks, by its launch."""
-    case = Case(N=(40, 24, 8), R=(8, 16, 80), K=200, leading=(150,), dtype=torch.bfloat16, adapter_dtype=torch.float32)
-    o = make(case)
-    terms = [(dy, Weight(one.weight).t) for dy, one in zip(o.dys, o.projections, strict=True)]
-    masks = Dropout(torch.tensor([7]), 0.5), None, Dropout(torch.tensor([8]), 0.3)
-    lows = [
-        LowRank(o.x[:, : one.a.shape[0]], one.a, is_transposed=True, dropout=mask)
-        for one, mask in zip(o.projections, masks, strict=True)
-    ]
-    return [base.load("emu").matmul_sum(terms, lows, plan)[0]]
 
 
 def run(kind, tiling):
@@ -114,9 +81,7 @@ def run(kind, tiling):
             )
             return list(group_results(lambda o: linears(o, backend="emu"), o).values())
     if kind in ("gated", "siblings with masks"):
-        return (gated if kind == "gated" else masked)(
-            Plan("cuda", "siblings", configs_cuda.matmuls(SMALL, H200, [tiling]))
-        )
+        return (gated if kind == "gated" else masked)(tiling)
     operator = Linear("emu")
     # flags that a bug left set are not those of the next run
     base.load("emu").flags.clear()

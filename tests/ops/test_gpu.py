@@ -101,12 +101,14 @@ def test_xa_and_y_in_one_cuda_launch(kernel, N, M):
 
 
 @pytest.mark.parametrize("M", [1, 1000, 8192])
-@pytest.mark.parametrize("N", [(4096, 1024, 1024), (1032, 264), (256, 512, 776, 8)])
-def test_siblings_in_one_cuda_launch(N, M):
+@pytest.mark.parametrize(
+    ("N", "p"), [((4096, 1024, 1024), 0.0), ((1032, 264), 0.0), ((1032, 264), 0.1), ((256, 512, 776, 8), 0.0)]
+)
+def test_siblings_in_one_cuda_launch(N, p, M):
     """Every y and every gradient as eager has them, and the same bits each time."""
     able("cuda")
-    R, none = (16, 24, 0, 64)[: len(N)], (0.0,) * len(N)
-    case = Case(N, R, none, (True, False, True, False)[: len(N)], (M,), 1024, torch.bfloat16, torch.float32)
+    R, drops = (16, 24, 0, 64)[: len(N)], (p,) * len(N)
+    case = Case(N, R, drops, (True, False, True, False)[: len(N)], (M,), 1024, torch.bfloat16, torch.float32)
     o = make(case)
     o = o.with_leaves({name: t.cuda() for name, t in o.leaves().items()})
     o.projections = [one._replace(weight=one.weight.cuda()) for one in o.projections]

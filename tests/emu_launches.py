@@ -1,0 +1,47 @@
+"""Launches for layers of one x in the emulator, by the primitives of its backend: without what an operator adds."""
+
+import torch
+from group_reference import Case, make
+
+from lorafuse.backends import base
+from lorafuse.operands import Dropout, LowRank, Weight
+from lorafuse.plan import Plan, configs_cuda
+from lorafuse.plan.devices import find
+from lorafuse.plan.problem import Problem
+
+__all__ = ["gated", "masked"]
+
+
+def _plan(tiling):
+    """That of a (block_n, stages, cluster), whatever the sizes."""
+    problem = Problem(300, 200, 200, 8, "bfloat16", "bfloat16")
+    return Plan("cuda", "siblings", configs_cuda.matmuls(problem, find("H200"), [tiling]))
+
+
+def gated(tiling):
+    """Gate, up and h, and down's backward through them, in two launches: of three tiles one program has two."""
+    case = Case(N=(264, 264, 72), R=(40, 24, 72), K=72, leading=(150,), dtype=torch.bfloat16, bias=(True,) * 3)
+    o, backend = make(case, of_mlp=True), base.load("emu")
+    of_gate, of_up, of_down = o.projections
+    weights, biases = [Weight(one.weight) for one in (of_gate, of_up)], [of_gate.bias, of_up.bias]
+    # any numbers are xa and dyb
+    lows = [LowRank(o.x[:, :40], of_gate.b, 0.7), LowRank(o.x[:, 40:64], of_up.b, 1.3)]
+    gate, up, h = backend.matmul_gated(o.x, weights, _plan(tiling), lows=lows, biases=biases, activation="silu")
+    low = LowRank(o.x, of_down.a, is_transposed=True)
+    back = backend.gated_backward(
+        o.dys[0], Weight(of_down.weight).t, _plan(tiling), low=low, gate=gate, up=up, activation="silu"
+    )
+    return [gate, up, h, *back]
+
+
+def masked(tiling):
+    """dx of three layers, of which two have masks, by its launch."""
+    case = Case(N=(40, 24, 8), R=(8, 16, 80), K=200, leading=(150,), dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    o = make(case)
+    terms = [(dy, Weight(one.weight).t) for dy, one in zip(o.dys, o.projections, strict=True)]
+    masks = Dropout(torch.tensor([7]), 0.5), None, Dropout(torch.tensor([8]), 0.3)
+    lows = [
+        LowRank(o.x[:, : one.a.shape[0]], one.a, is_transposed=True, dropout=mask)
+        for one, mask in zip(o.projections, masks, strict=True)
+    ]
+    return [base.load("emu").matmul_sum(terms, lows, _plan(tiling))[0]]
