@@ -85,7 +85,8 @@ class CopyBaselines(build_py):
 
 sources = ["csrc/bindings.cpp"]
 modules = [Extension("lorafuse._cuda", sources, optional=True)]
-modules.append(Extension("lorafuse._cpu", ["csrc/cpu/decode.cpp", "csrc/cpu/rank.cpp"], optional=True))
+on_cpus = [f"csrc/cpu/{name}.cpp" for name in ("columns", "decode", "rank")]
+modules.append(Extension("lorafuse._cpu", on_cpus, optional=True))
 if os.environ.get("LORAFUSE_BUILD_EMULATOR") == "1":
     modules.append(Extension("lorafuse._emu", sources))
 

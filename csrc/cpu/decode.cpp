@@ -127,7 +127,7 @@ void decode(
 extern "C" {
 
 // of this module's functions, which their caller expects
-__attribute__((visibility("default"))) int lorafuse_cpu_version() { return 3; }
+__attribute__((visibility("default"))) int lorafuse_cpu_version() { return 4; }
 
 // Elements first ... first + count - 1 of the flat weight, to `out`. Codes are, by `kind`, nibbles of a table of 16, the
 // high one of a byte first (0) or the low one (1); bytes of a table of 256 (2); or int8 (3), which alone have a `step`.

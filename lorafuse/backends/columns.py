@@ -21,17 +21,21 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lorafuse.formats import cpu
 from lorafuse.operands import Weight
 from lorafuse.philox import row_chunks
 
-__all__ = ["columns_backward", "row_norms", "scaled_columns", "small_terms"]
+__all__ = ["OF_THREAD", "columns_backward", "row_norms", "scaled_columns", "small_terms"]
 
 
 # rows of fewer columns are summed in fp64 (1.3 times PEFT's error at 64 columns otherwise, fp32)
 _SHORT = 256
-# elements of dy and z at a time on CPUs, where memory that is new costs more than the pass over it: 0.22 to 0.31 ms
-# with 2^15 to 2^17 of them, 0.50 with 2^14, 1.2 with all (256 x 1024, fp32, minima of 90, one thread, shared EPYC)
+# elements of dy and z at a time where torch computes on a CPU, since new memory costs more than the pass over it:
+# 0.22 to 0.31 ms with 2^15 to 2^17 of them, 0.50 with 2^14, 1.2 with all (256 x 1024, fp32, minima of 90, one thread,
+# shared EPYC)
 _PART = 1 << 16
+# elements of a thread of `lorafuse._cpu`: 10 us of its time
+OF_THREAD = 1 << 15
 # weights whose norms are kept: 12 bytes for each row of each
 _KEPT = 1024
 _kept: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()
@@ -116,6 +120,14 @@ def _sums_of_squares(left: Tensor) -> Tensor:
 def scaled_columns(z: Tensor, factor: Tensor, addend: Tensor | None) -> Tensor:
     """`z ⊙ factor + addend` in z's dtype, rounded once: z `[…, N]`, factor `[N]`, addend `[N]` or as z."""
     y = torch.empty_like(z)
+    if y.is_contiguous() and _is_read(z, y, factor) and (addend is None or _is_read(addend)):
+        flat, more, row = z.view(-1, z.shape[-1]), None, 0
+        if addend is not None:
+            more, row = addend.data_ptr(), 0 if addend.dim() == 1 else addend.shape[-1]
+        cpu.library().lorafuse_columns_scale(
+            z.data_ptr(), z.shape[-1], *flat.shape, factor.data_ptr(), more, row, y.data_ptr(), _threads(z)
+        )
+        return y
     return torch.mul(z, factor, out=y) if addend is None else torch.addcmul(addend, z, factor, out=y)
 
 
@@ -127,6 +139,13 @@ def columns_backward(
     dfactor is summed in factor's dtype.
     """
     dz = torch.empty_like(dy) if need_dz else None
+    if (need_dz or z is not None) and _is_read(dy, factor) and (z is None or _is_read(z)):
+        dfactor = None if z is None else torch.empty_like(factor)
+        (M, N), place = dy.shape, [None if t is None else t.data_ptr() for t in (z, dz, dfactor)]
+        cpu.library().lorafuse_columns_backward(
+            dy.data_ptr(), N, place[0], N, M, N, factor.data_ptr(), *place[1:], _threads(dy)
+        )
+        return dz, dfactor
     dfactor, part = None if z is None else torch.zeros_like(factor), None
     chunks = row_chunks(dy.shape[0], dy.shape[1], dy.device)
     if dy.is_cpu:
@@ -141,3 +160,15 @@ def columns_backward(
             part = factor.new_empty(given.shape) if part is None else part
             dfactor += torch.mul(given.to(factor.dtype), z[rows], out=part[: given.shape[0]]).sum(0)
     return dz, dfactor
+
+
+def _is_read(*tensors: Tensor) -> bool:
+    """Whether `lorafuse._cpu` reads them: dense ones in fp32, of some elements."""
+    return all(
+        cpu.reads(t) and t.dtype is torch.float32 and t.is_contiguous() and not t.is_neg() and t.numel()
+        for t in tensors
+    )
+
+
+def _threads(t: Tensor) -> int:
+    return max(1, min(torch.get_num_threads(), t.numel() // OF_THREAD))

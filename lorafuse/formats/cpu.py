@@ -1,8 +1,8 @@
 """`lorafuse._cpu`: decoding on a CPU in one pass, compiled from csrc/cpu where g++ is when lorafuse is installed.
 
 ctypes calls it by address, without the interpreter's lock. Where it is absent bitsandbytes' kernel or torch decodes. It
-also multiplies by the rank (`lorafuse.backends.aten_rank`). Its threads are those of the OpenMP runtime that torch
-loads for all modules, which it must load before.
+also multiplies by the rank (`lorafuse.backends.aten_rank`), and by a factor for each column (`columns`, there). Its
+threads are those of the OpenMP runtime that torch loads for all modules, which it must load before.
 """
 
 import ctypes
@@ -19,12 +19,14 @@ from lorafuse.formats.sizes import NESTED_BLOCK
 __all__ = ["ARGUMENTS", "PLAIN", "Codes", "decode", "has_addresses", "library", "opened", "reads", "why_not"]
 
 # of the functions in csrc/cpu
-_VERSION = 3
+_VERSION = 4
 _P, _N, _F, _I = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_float, ctypes.c_int
 ARGUMENTS: dict[str, Any] = {
     "lorafuse_decode": [_I, _P, _P, _F, *[_P] * 5, *[_N] * 3, _I, _P],
     "lorafuse_rank_read": [_P, *[_N] * 4, _P, _N, _N, _F, _P, _N, _P, _N, _F, _P, _N, _N, _I],
     "lorafuse_rank_add": [_P, *[_N] * 4, _P, _N, _P, _N, _N, _F, _I],
+    "lorafuse_columns_scale": [_P, *[_N] * 3, _P, _P, _N, _P, _I],
+    "lorafuse_columns_backward": [_P, _N, _P, *[_N] * 3, _P, _P, _P, _I],
 }
 # a subclass of tensors has no address
 PLAIN = (Tensor, torch.nn.Parameter)

@@ -1,0 +1,134 @@
+"""A factor for each column, and its gradient, by csrc/cpu/columns.cpp: against fp64, for any sizes and threads."""
+
+import ctypes
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lorafuse.backends import columns
+from lorafuse.formats import cpu
+from lorafuse.testing.numerics import relative_l2
+
+SOURCES = Path(__file__).parents[2] / "csrc" / "cpu"
+
+
+def compiled(folder, source, *flags):
+    file, module = folder / "columns.cpp", folder / "columns.so"
+    file.write_text(source)
+    command = ["g++", "-std=c++17", *flags, "-fPIC", "-shared", "-I", SOURCES, file, "-o", module]
+    subprocess.run(command, check=True, timeout=300)
+    library = ctypes.CDLL(str(module))
+    for name in ("lorafuse_columns_scale", "lorafuse_columns_backward"):
+        function = getattr(library, name)
+        function.argtypes, function.restype = cpu.ARGUMENTS[name], None
+    return library
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    try:
+        return compiled(tmp_path_factory.mktemp("columns"), (SOURCES / "columns.cpp").read_text(), "-O1")
+    except FileNotFoundError:
+        pytest.skip("g++ is not here")
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Makes the pass call a library, and counts its calls."""
+    calls = []
+
+    def install(library):
+        def counted(name):
+            return lambda *arguments: (calls.append(name), getattr(library, name)(*arguments))[1]
+
+        names = ("lorafuse_columns_scale", "lorafuse_columns_backward")
+        counting = SimpleNamespace(**{name: counted(name) for name in names})
+        monkeypatch.setattr(cpu, "library", lambda: counting)
+        return calls
+
+    monkeypatch.setattr(columns, "OF_THREAD", 1)
+    return install
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    former = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(former)
+
+
+def check(M, N):
+    """Every form; dfactor of many rows is as near to fp64 as torch's sum."""
+    z, dy, factor, bias = torch.randn(M, N), torch.randn(M, N), torch.randn(N), torch.randn(N)
+    whole = torch.randn(M, N)
+    for addend in (None, bias, whole):
+        y = columns.scaled_columns(z, factor, addend)
+        exact = z.double() * factor.double() + (0 if addend is None else addend.double())
+        assert torch.allclose(y.double(), exact, rtol=1e-6, atol=1e-6)
+    dz, dfactor = columns.columns_backward(dy, z, factor, True)
+    assert torch.equal(dz, dy * factor)
+    exact = (dy.double() * z.double()).sum(0)
+    assert relative_l2(dfactor, exact) <= 2 * relative_l2((dy * z).sum(0), exact) + 1e-7
+    alone, none = columns.columns_backward(dy, None, factor, True)
+    assert torch.equal(alone, dz)
+    assert none is None
+    none, again = columns.columns_backward(dy, z, factor, False)
+    assert none is None
+    assert torch.equal(again, dfactor)
+
+
+@pytest.mark.parametrize(("M", "N"), [(1, 1), (3, 17), (64, 512), (65, 513), (200, 1030), (2000, 5)])
+def test_every_form(built, use, threads, M, N):
+    calls = use(built)
+    check(M, N)
+    assert calls == ["lorafuse_columns_scale"] * 3 + ["lorafuse_columns_backward"] * 3
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("std::min(kColumns, stop - c)", "std::min(kColumns, stop - c) - 1"),
+        ("dz + m * C + c", "dz + m * C"),
+        ("total[i] += sums[i]", "total[i] = sums[i]"),
+        ("part * step, std::min", "part * step + part, std::min"),
+    ],
+    ids=["tail of columns", "place of dz", "blocks of rows", "threads"],
+)
+def test_planted_bugs_are_seen(use, tmp_path, before, after):
+    source = (SOURCES / "columns.cpp").read_text()
+    assert source.count(before) == 1
+    use(compiled(tmp_path, source.replace(before, after), "-O0"))
+    former = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(AssertionError):
+            check(200, 1030)
+    finally:
+        torch.set_num_threads(former)
+
+
+def test_what_torch_computes(built, use):
+    """Other dtypes, what is not dense, and nothing."""
+    calls = use(built)
+    z, factor = torch.randn(8, 6), torch.randn(6)
+    columns.scaled_columns(z.bfloat16(), factor, None)
+    columns.scaled_columns(z.t().contiguous().t(), factor, None)
+    columns.scaled_columns(z[:0], factor, None)
+    columns.columns_backward(z.double(), z.double(), factor.double(), True)
+    columns.columns_backward(z[:0], z[:0], factor, True)
+    columns.columns_backward(z.bfloat16(), None, factor, True)
+    assert not calls
+
+
+def test_nan_and_infinity_stay(built, use):
+    use(built)
+    z, factor = torch.randn(70, 40), torch.randn(40)
+    z[3, 7], z[66, 9] = torch.nan, torch.inf
+    assert columns.scaled_columns(z, factor, None).isnan()[3, 7]
+    _, dfactor = columns.columns_backward(torch.ones_like(z), z, factor, True)
+    assert dfactor.isnan().nonzero().flatten().tolist() == [7]
+    assert dfactor[9] == torch.inf
