@@ -41,8 +41,12 @@ def files_that_name(*words):
             "formats/int8.py",
             {"formats/__init__.py", "formats/sizes.py", "advise/bases.py"},
         ),
-        # transformers' class of it, by its name here
-        (["relu2"], "kernels/epilogues.py", {"activation.py", "integrations/hf_transformers.py"}),
+        # transformers' class of it, by its name here, and its number in csrc
+        (
+            ["relu2"],
+            "kernels/epilogues.py",
+            {"activation.py", "integrations/hf_transformers.py", "backends/cuda_siblings.py"},
+        ),
         # and what links it, for the model of many devices
         (["RTX 5090"], "plan/devices.py", {"advise/links.py"}),
         # the public function, and the formulas of FLOPs

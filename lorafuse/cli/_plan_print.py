@@ -68,13 +68,13 @@ def _print_direction(name: str, direction: Direction) -> None:
     chosen = f"{plan.backend} {plan.kernel}"
     print(f"{name}: {chosen}")
     named = {"frozen": direction.frozen} | {f"{one.backend} {one.kernel}": one for one in plan.candidates}
-    width = max(25, *(len(part.name) + 1 for one in named.values() for part in one.parts))
+    printed = {name: one.parts if len(one.parts) > 1 else () for name, one in named.items()}
+    width = max(25, *(len(part.name) + 1 for parts in printed.values() for part in parts))
     for name, one in named.items():
         launched = f", {one.launch_seconds * 1e6:.0f} us to launch (model)" if one.launch_seconds > one.seconds else ""
         print(f"  {'->' if name == chosen else '  '} {name:<{width + 3}}{_us(one.seconds)}{launched}")
-        if len(one.parts) > 1:
-            for part in one.parts:
-                print(f"       {part.name:<{width}}{_us(part.seconds)}")
+        for part in printed[name]:
+            print(f"       {part.name:<{width}}{_us(part.seconds)}")
     for of, config in direction.configs():
         sizes = "x".join(str(size) for size in (config.block_m, config.block_n, config.block_k) if size)
         rank = f", {config.block_r} ranks at a time" if config.block_r else ""
