@@ -30,8 +30,9 @@ from lorafuse.philox import draw_seed
 
 __all__ = ["FusedLoraModel", "Mixed", "batch_of", "end_mixed", "lift", "lower", "mixed_parts", "run_batch", "run_mixed"]
 
-# PEFT's hooks that give a layer the names, and the tokens of aLoRA
-_HOOKS = [getattr(model, name, None) for name in ("_adapter_names_pre_forward_hook", "_alora_offsets_pre_forward_hook")]
+# PEFT's hooks that give a layer the names, and the tokens of aLoRA, which not every PEFT has
+_NAMES = "_adapter_names_pre_forward_hook", "_alora_offsets_pre_forward_hook"
+_HOOKS = [getattr(model, name) for name in _NAMES if hasattr(model, name)]
 _LATE = (
     "runs again in backward, where PEFT no longer has the names. Disable checkpointing "
     "(model.gradient_checkpointing_disable()), or hold the adapters in a lorafuse.adapters.AdapterPool, whose "
