@@ -3,7 +3,7 @@
     norm[n]² = ‖w[n]‖² + 2 s ⟨w[n] aᵀ, b[n]⟩ + s² ⟨b[n] (a aᵀ), b[n]⟩             of w + s · b a, which nobody builds
 
 ‖w‖² is kept from step to step on CPUs. What tells that w is still what it was is no counter, which writes through
-`.data` and through other tensors of the same memory pass by, but w itself: the product with a has one column more, of
+`.data` and through other tensors of the same memory pass by, but w itself: beside the product with a there is one with
 fixed numbers, and ‖w[n]‖² is computed anew unless all N products have the bits that they had. The numbers are between
 1/2 and 3/2, with random signs, so that what rounding hides there it hides in ‖w‖ too.
 
@@ -21,6 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lorafuse.backends import aten_rank
 from lorafuse.formats import cpu
 from lorafuse.operands import Weight
 from lorafuse.philox import row_chunks
@@ -57,16 +58,21 @@ def row_norms(w: Weight, a: Tensor, b: Tensor, scale: float, place: int | None =
     dtype = torch.promote_types(left.dtype, torch.float32)
     a_to, R = a.to(dtype), a.shape[0]
     if left.is_cpu:
-        products = _products(torch.cat((a_to, _numbers(left.shape[1], dtype))), left)
+        products, numbers = aten_rank.project(left, a_to, False, 1.0), _numbers(left.shape[1], dtype)
+        if products is None:
+            both = _products(torch.cat((a_to, numbers)), left)
+            products, seen = both[:R].t(), both[R]
+        else:
+            seen = torch.mv(left, numbers[0])
         place = left.data_ptr() if place is None else place
-        squares = _kept_squares(left, (place, left.shape, left.stride(), left.dtype), products[R])
+        squares = _kept_squares(left, (place, left.shape, left.stride(), left.dtype), seen)
     else:
-        products, squares = _products(a_to, left), _sums_of_squares(left)
-    # the sum of all terms is exact; what is rounded before is a wᵀ, and of long rows the parts of their sums of squares
-    exact_a, exact_b = a.double(), (b.double() * scale).t().contiguous()
-    terms = torch.mm(exact_a @ exact_a.mT, exact_b).add_(products[:R], alpha=2).mul_(exact_b)
+        products, squares = _products(a_to, left).t(), _sums_of_squares(left)
+    # the sum of all terms is exact; what is rounded before is w aᵀ, and of long rows the parts of their sums of squares
+    exact_a, exact_b = a.double(), b.double() * scale
+    terms = torch.mm(exact_b, exact_a @ exact_a.mT).add_(products, alpha=2).mul_(exact_b)
     # rounding can leave less than nothing where the adapter cancels w
-    return terms.sum(0).add_(squares).clamp_(min=0).sqrt_().to(dtype)
+    return terms.sum(1).add_(squares).clamp_(min=0).sqrt_().to(dtype)
 
 
 def _products(rows: Tensor, left: Tensor) -> Tensor:
@@ -120,14 +126,6 @@ def _sums_of_squares(left: Tensor) -> Tensor:
 def scaled_columns(z: Tensor, factor: Tensor, addend: Tensor | None) -> Tensor:
     """`z ⊙ factor + addend` in z's dtype, rounded once: z `[…, N]`, factor `[N]`, addend `[N]` or as z."""
     y = torch.empty_like(z)
-    if y.is_contiguous() and _is_read(z, y, factor) and (addend is None or _is_read(addend)):
-        flat, more, row = z.view(-1, z.shape[-1]), None, 0
-        if addend is not None:
-            more, row = addend.data_ptr(), 0 if addend.dim() == 1 else addend.shape[-1]
-        cpu.library().lorafuse_columns_scale(
-            z.data_ptr(), z.shape[-1], *flat.shape, factor.data_ptr(), more, row, y.data_ptr(), _threads(z)
-        )
-        return y
     return torch.mul(z, factor, out=y) if addend is None else torch.addcmul(addend, z, factor, out=y)
 
 

@@ -25,7 +25,6 @@ ARGUMENTS: dict[str, Any] = {
     "lorafuse_decode": [_I, _P, _P, _F, *[_P] * 5, *[_N] * 3, _I, _P],
     "lorafuse_rank_read": [_P, *[_N] * 4, _P, _N, _N, _F, _P, _N, _P, _N, _F, _P, _N, _N, _I],
     "lorafuse_rank_add": [_P, *[_N] * 4, _P, _N, _P, _N, _N, _F, _I],
-    "lorafuse_columns_scale": [_P, *[_N] * 3, _P, _P, _N, _P, _I],
     "lorafuse_columns_backward": [_P, _N, _P, *[_N] * 3, _P, _P, _P, _I],
 }
 # a subclass of tensors has no address
