@@ -9,7 +9,6 @@ number of threads.
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lorafuse.formats import cpu
@@ -21,7 +20,8 @@ _STEP, _LARGEST = 8, 64
 MANY, SOME = 1 << 18, 1 << 14
 # products of a thread, 10 us of its time
 OF_THREAD = 1 << 18
-_FLOAT, _PLAIN = torch.float32, cpu.PLAIN
+# of a call that reads, where one of its products is left out
+_NO_PROJECTION, _NO_SUMS = (None, 0, 0, 1.0, None, 0), (None, 0, 1.0, None, 0, 0)
 
 
 @cache
@@ -46,100 +46,80 @@ def why_not() -> str:
 
 def project(x: Tensor, a: Tensor, is_transposed: bool, scale: float) -> Tensor | None:
     """`scale · x aᵀ`, as the primitive of the protocol."""
-    (M, C), (R, K) = x.shape, a.shape
-    if is_transposed:
-        R, K = K, R
-    if M * C < MANY or R % _STEP or R > _LARGEST or K != C or not (_is_rows(x) and _is_plain(a)):
-        return None
-    calls, factor = _here(), _strided(a, is_transposed)
-    if calls is None or factor is None:
+    (M, C), R = x.shape, a.shape[1 if is_transposed else 0]
+    calls = _here() if _pays(M * C, R, MANY) and _is_rows(x) else None
+    if calls is None or (factor := _factor(a, is_transposed, R, C)) is None:
         return None
     xa = x.new_empty((M, R))
-    calls[0](
-        x.data_ptr(), x.stride(0), M, C, R, *factor, scale, xa.data_ptr(), R, None, 0, 1.0, None, 0, 0,
-        _threads(M * C * R),
-    )  # fmt: skip
+    _read(calls, x, R, (*factor, scale, xa.data_ptr(), R), _NO_SUMS)
     return xa
 
 
 def adds(xa: Tensor, b: Tensor, is_transposed: bool, M: int, C: int) -> bool:
     """Whether `add` runs for a y `[M, C]` that torch makes."""
     R = xa.shape[1]
-    if M * C < SOME or R % _STEP or R > _LARGEST or not (_is_rows(xa) and _is_plain(b)):
-        return False
-    fits = xa.shape[0] == M and b.shape == ((R, C) if is_transposed else (C, R))
-    return fits and 1 in b.stride() and _here() is not None
+    calls = _here() if _pays(M * C, R, SOME) and xa.shape[0] == M and _is_rows(xa) else None
+    return calls is not None and _factor(b, not is_transposed, R, C) is not None
 
 
 def add(y: Tensor, xa: Tensor, b: Tensor, is_transposed: bool, scale: float) -> Tensor:
     """y, to which `scale · xa bᵀ` was added, for operands that `adds`."""
-    calls, factor, (M, C), R = functions(), _strided(b, not is_transposed), y.shape, xa.shape[1]
+    (M, C), R, calls = y.shape, xa.shape[1], functions()
+    factor = _factor(b, not is_transposed, R, C)
     assert calls is not None
     assert factor is not None
     assert y.stride(1) == 1
-    calls[1](
-        y.data_ptr(), y.stride(0), M, C, R, xa.data_ptr(), xa.stride(0), *factor, scale, _threads(M * C * R)
-    )  # fmt: skip
+    threads = cpu.threads_for(M * C * R, OF_THREAD)
+    calls[1](y.data_ptr(), y.stride(0), M, C, R, xa.data_ptr(), xa.stride(0), *factor, scale, threads)
     return y
 
 
 def outer(narrow: Tensor, wide: Tensor, like: Tensor, is_transposed: bool, scale: float) -> Tensor | None:
     """`scale · narrowᵀ wide`, as the primitive of the protocol."""
     (M, C), (rows, R) = wide.shape, narrow.shape
-    if (
-        M * C < MANY
-        or R % _STEP
-        or R > _LARGEST
-        or rows != M
-        or not (_is_rows(wide) and _is_rows(narrow) and _is_plain(like))
-    ):
+    if not (_pays(M * C, R, MANY) and rows == M and _is_rows(wide) and _is_rows(narrow) and cpu.is_plain_fp32(like)):
         return None
-    calls = _here()
-    if calls is None:
+    if (calls := _here()) is None:
         return None
     sums = wide.new_empty((C, R) if is_transposed else (R, C))
-    to = (R, 1) if is_transposed else (1, C)
-    calls[0](
-        wide.data_ptr(), wide.stride(0), M, C, R, None, 0, 0, 1.0, None, 0, narrow.data_ptr(), narrow.stride(0), scale,
-        sums.data_ptr(), *to, _threads(M * C * R),
-    )  # fmt: skip
+    strides = (R, 1) if is_transposed else (1, C)
+    _read(calls, wide, R, _NO_PROJECTION, (narrow.data_ptr(), narrow.stride(0), scale, sums.data_ptr(), *strides))
     return sums
 
 
 def project_outer(dy: Tensor, b: Tensor, xa: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
     """`(scale · dy b, scale · dyᵀ xa)` from one read of dy."""
-    (M, C), (N, R) = dy.shape, b.shape
-    if M * C < SOME or R % _STEP or R > _LARGEST or not (_is_rows(dy) and _is_rows(xa) and _is_plain(b)):
-        return None
-    if N != C or xa.shape != (M, R):
-        return None
-    calls, factor = _here(), _strided(b, True)
-    if calls is None or factor is None:
+    (M, C), R = dy.shape, b.shape[1]
+    calls = _here() if _pays(M * C, R, SOME) and xa.shape == (M, R) and _is_rows(dy) and _is_rows(xa) else None
+    if calls is None or (factor := _factor(b, True, R, C)) is None:
         return None
     dyb, db = dy.new_empty((M, R)), dy.new_empty((C, R))
-    calls[0](
-        dy.data_ptr(), dy.stride(0), M, C, R, *factor, scale, dyb.data_ptr(), R, xa.data_ptr(), xa.stride(0), scale,
-        db.data_ptr(), R, 1, _threads(M * C * R),
-    )  # fmt: skip
+    sums = xa.data_ptr(), xa.stride(0), scale, db.data_ptr(), R, 1
+    _read(calls, dy, R, (*factor, scale, dyb.data_ptr(), R), sums)
     return dyb, db
 
 
-def _threads(products: int) -> int:
-    return max(1, min(torch.get_num_threads(), products // OF_THREAD))
+def _pays(elements: int, R: int, least: int) -> bool:
+    return elements >= least and R % _STEP == 0 and R <= _LARGEST
 
 
-def _strided(f: Tensor, is_transposed: bool) -> tuple[int, int, int] | None:
-    """Address and strides of a factor `[R, C]`, or `[C, R]` when transposed: of C, of R; None if neither is 1."""
-    row, column = f.stride()
-    if row != 1 and column != 1:
+def _read(calls: tuple[Any, Any], wide: Tensor, R: int, projection: tuple[Any, ...], sums: tuple[Any, ...]) -> None:
+    """`lorafuse_rank_read` of wide `[M, C]`."""
+    M, C = wide.shape
+    threads = cpu.threads_for(M * C * R, OF_THREAD)
+    calls[0](wide.data_ptr(), wide.stride(0), M, C, R, *projection, *sums, threads)
+
+
+def _factor(f: Tensor, is_tall: bool, R: int, C: int) -> tuple[int, int, int] | None:
+    """Address and strides, of C and of R, of a factor `[C, R]` where it `is_tall`, else `[R, C]`. None for other sizes,
+    where neither stride is 1, and for what has no address.
+    """
+    column, rank = f.stride() if is_tall else reversed(f.stride())
+    if f.shape != ((C, R) if is_tall else (R, C)) or (column != 1 and rank != 1) or not cpu.is_plain_fp32(f):
         return None
-    return (f.data_ptr(), row, column) if is_transposed else (f.data_ptr(), column, row)
-
-
-def _is_plain(t: Tensor) -> bool:
-    return type(t) in _PLAIN and t.dtype is _FLOAT and t.is_cpu and not t.is_neg()
+    return f.data_ptr(), column, rank
 
 
 def _is_rows(t: Tensor) -> bool:
     """Whether it can be read row by row."""
-    return type(t) in _PLAIN and t.dtype is _FLOAT and t.is_cpu and t.stride(1) == 1 and not t.is_neg()
+    return cpu.is_plain_fp32(t) and t.stride(1) == 1

@@ -87,17 +87,17 @@ def _products(rows: Tensor, left: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _numbers(K: int, dtype: torch.dtype) -> Tensor:
-    """The fixed column, `[1, K]`."""
+    """The fixed numbers, `[1, K]`."""
     made = torch.rand(2, K, generator=torch.Generator().manual_seed(0), device="cpu")
     return (made[:1] + 0.5).copysign(made[1:] - 0.5).to(dtype)
 
 
-def _kept_squares(left: Tensor, key: tuple, products: Tensor) -> Tensor:
-    """The sums of squares of the rows, those of the last call with this key if the products are too."""
+def _kept_squares(left: Tensor, key: tuple, seen: Tensor) -> Tensor:
+    """The sums of squares of the rows, those of the last call with this key if what was `seen` of them is too."""
     with _lock:
         kept = _kept.pop(key, None)
-    if kept is None or not torch.equal(kept[0], products):
-        kept = products.clone(), _sums_of_squares(left)
+    if kept is None or not torch.equal(kept[0], seen):
+        kept = seen.clone(), _sums_of_squares(left)
     with _lock:
         _kept[key] = kept
         if len(_kept) > _KEPT:
@@ -141,7 +141,15 @@ def columns_backward(
         dfactor = None if z is None else torch.empty_like(factor)
         (M, N), place = dy.shape, [None if t is None else t.data_ptr() for t in (z, dz, dfactor)]
         cpu.library().lorafuse_columns_backward(
-            dy.data_ptr(), N, place[0], N, M, N, factor.data_ptr(), *place[1:], _threads(dy)
+            dy.data_ptr(),
+            N,
+            place[0],
+            N,
+            M,
+            N,
+            factor.data_ptr(),
+            *place[1:],
+            cpu.threads_for(dy.numel(), OF_THREAD),
         )
         return dz, dfactor
     dfactor, part = None if z is None else torch.zeros_like(factor), None
@@ -162,11 +170,4 @@ def columns_backward(
 
 def _is_read(*tensors: Tensor) -> bool:
     """Whether `lorafuse._cpu` reads them: dense ones in fp32, of some elements."""
-    return all(
-        cpu.reads(t) and t.dtype is torch.float32 and t.is_contiguous() and not t.is_neg() and t.numel()
-        for t in tensors
-    )
-
-
-def _threads(t: Tensor) -> int:
-    return max(1, min(torch.get_num_threads(), t.numel() // OF_THREAD))
+    return cpu.reads(tensors[0]) and all(cpu.is_plain_fp32(t) and t.is_contiguous() and t.numel() for t in tensors)

@@ -16,7 +16,10 @@ from torch import Tensor
 from lorafuse.formats.codec import decode_in_rows
 from lorafuse.formats.sizes import NESTED_BLOCK
 
-__all__ = ["ARGUMENTS", "PLAIN", "Codes", "decode", "has_addresses", "library", "opened", "reads", "why_not"]
+__all__ = [
+    *("ARGUMENTS", "Codes", "decode", "has_addresses", "is_plain_fp32", "library", "opened", "reads", "threads_for"),
+    "why_not",
+]
 
 # of the functions in csrc/cpu
 _VERSION = 4
@@ -28,7 +31,7 @@ ARGUMENTS: dict[str, Any] = {
     "lorafuse_columns_backward": [_P, _N, _P, *[_N] * 3, _P, _P, _P, _I],
 }
 # a subclass of tensors has no address
-PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, torch.nn.Parameter)
 # kinds of codes: how many elements a byte holds, and values their table has
 _KINDS = {"nibbles": (0, 2, 16), "low nibbles": (1, 2, 16), "bytes": (2, 1, 256), "integers": (3, 1, 0)}
 
@@ -97,7 +100,17 @@ def has_addresses() -> bool:
 
 def reads(data: Tensor) -> bool:
     """Whether it may decode these bytes."""
-    return type(data) in PLAIN and data.is_cpu and has_addresses() and library() is not None
+    return type(data) in _PLAIN and data.is_cpu and has_addresses() and library() is not None
+
+
+def is_plain_fp32(t: Tensor) -> bool:
+    """Whether a tensor's elements are the numbers at its address, in fp32 on a CPU."""
+    return type(t) in _PLAIN and t.dtype is torch.float32 and t.is_cpu and not t.is_neg()
+
+
+def threads_for(work: int, of_thread: int) -> int:
+    """How many of torch's threads have so much to do each."""
+    return max(1, min(torch.get_num_threads(), work // of_thread))
 
 
 def decode(codes: Codes, rounded: torch.dtype, first: int, out: Tensor) -> bool:
@@ -127,7 +140,7 @@ def _fits(codes: Codes, stop: int, out: Tensor) -> bool:
     counts = (scale, blocks), (table, values), (scale_table, 256), (outer, -(-blocks // NESTED_BLOCK)), (offset, 1)
     given = [(t, n) for t, n in counts if t is not None]
     return (
-        all(type(t) in PLAIN and t.is_cpu and t.is_contiguous() for t in (data, out, *(t for t, _ in given)))
+        all(type(t) in _PLAIN and t.is_cpu and t.is_contiguous() for t in (data, out, *(t for t, _ in given)))
         and data.element_size() == 1
         and per_byte * data.numel() >= stop
         and all(t.numel() >= n and (t.dtype is torch.float32 or t is scale) for t, n in given)

@@ -1,47 +1,34 @@
 """The gradient of a factor for each column by csrc/cpu/columns.cpp: against fp64, for any sizes and threads."""
 
-import ctypes
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from cpu_source import SOURCES, compiled, torch_threads
 
 from lorafuse.backends import columns
 from lorafuse.formats import cpu
 from lorafuse.testing.numerics import relative_l2
 
-SOURCES = Path(__file__).parents[2] / "csrc" / "cpu"
-
-
-def compiled(folder, source, *flags):
-    file, module = folder / "columns.cpp", folder / "columns.so"
-    file.write_text(source)
-    command = ["g++", "-std=c++17", *flags, "-fPIC", "-shared", "-I", SOURCES, file, "-o", module]
-    subprocess.run(command, check=True, timeout=300)
-    library = ctypes.CDLL(str(module))
-    function = library.lorafuse_columns_backward
-    function.argtypes, function.restype = cpu.ARGUMENTS[function.__name__], None
-    return function
+SOURCE = (SOURCES / "columns.cpp").read_text()
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    try:
-        return compiled(tmp_path_factory.mktemp("columns"), (SOURCES / "columns.cpp").read_text(), "-O1")
-    except FileNotFoundError:
-        pytest.skip("g++ is not here")
+    return compiled(tmp_path_factory.mktemp("columns"), "columns.cpp", SOURCE, "-O1")
 
 
 @pytest.fixture
 def use(monkeypatch):
-    """Makes the pass call a function, and counts its calls."""
+    """Makes the pass call a library, and counts its calls."""
     calls = []
 
-    def install(function):
-        counted = SimpleNamespace(lorafuse_columns_backward=lambda *given: (calls.append(given), function(*given)))
-        monkeypatch.setattr(cpu, "library", lambda: counted)
+    def install(library):
+        def counted(*given):
+            calls.append(given)
+            library.lorafuse_columns_backward(*given)
+
+        monkeypatch.setattr(cpu, "library", lambda: SimpleNamespace(lorafuse_columns_backward=counted))
         return calls
 
     monkeypatch.setattr(columns, "OF_THREAD", 1)
@@ -50,10 +37,8 @@ def use(monkeypatch):
 
 @pytest.fixture(params=[1, 3])
 def threads(request):
-    former = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(former)
+    with torch_threads(request.param):
+        yield request.param
 
 
 def check(M, N):
@@ -89,16 +74,10 @@ def test_every_form(built, use, threads, M, N):
     ids=["tail of columns", "place of dz", "blocks of rows", "threads"],
 )
 def test_planted_bugs_are_seen(use, tmp_path, before, after):
-    source = (SOURCES / "columns.cpp").read_text()
-    assert source.count(before) == 1
-    use(compiled(tmp_path, source.replace(before, after), "-O0"))
-    former = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        with pytest.raises(AssertionError):
-            check(200, 1030)
-    finally:
-        torch.set_num_threads(former)
+    assert SOURCE.count(before) == 1
+    use(compiled(tmp_path, "columns.cpp", SOURCE.replace(before, after), "-O0"))
+    with torch_threads(3), pytest.raises(AssertionError):
+        check(200, 1030)
 
 
 def test_what_torch_computes(built, use):

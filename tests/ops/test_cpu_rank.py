@@ -1,11 +1,8 @@
 """Products with the rank by csrc/cpu/rank.cpp, built anew: against fp64, for any sizes, strides and threads."""
 
-import ctypes
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
+from cpu_source import SOURCES, compiled, torch_threads
 from torch._subclasses import FakeTensorMode
 
 from lorafuse.backends import aten_rank
@@ -13,7 +10,7 @@ from lorafuse.formats import cpu
 from lorafuse.functional import Projection, lora_linear, lora_linears
 from lorafuse.testing.numerics import relative_l2, tolerance
 
-SOURCES = Path(__file__).parents[2] / "csrc" / "cpu"
+SOURCE = (SOURCES / "rank.cpp").read_text()
 # M, C, R: tails of rows and of columns, several blocks, one row, one column, every number of vectors
 SIZES = [
     (128, 576, 16), (63, 577, 8), (257, 301, 24), (100, 192, 48), (50, 97, 64), (7, 4096, 16), (1, 2000, 8),
@@ -21,28 +18,17 @@ SIZES = [
 ]  # fmt: skip
 
 
-def compiled(folder, source, *flags):
+def made(folder, source, *flags):
     """The functions of `rank.cpp`, or of what was made of it."""
-    file, module = folder / "rank.cpp", folder / "rank.so"
-    file.write_text(source)
-    subprocess.run(
-        ["g++", "-std=c++17", *flags, "-fPIC", "-shared", "-I", SOURCES, file, "-o", module], check=True, timeout=300
-    )
-    library = ctypes.CDLL(str(module))
+    library = compiled(folder, "rank.cpp", source, *flags)
     if not library.lorafuse_rank_runs():
         pytest.skip("csrc/cpu/rank.cpp is for CPUs with AVX2 and FMA and without AVX-512")
-    functions = library.lorafuse_rank_read, library.lorafuse_rank_add
-    for function in functions:
-        function.argtypes, function.restype = cpu.ARGUMENTS[function.__name__], None
-    return functions
+    return library.lorafuse_rank_read, library.lorafuse_rank_add
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    try:
-        return compiled(tmp_path_factory.mktemp("rank"), (SOURCES / "rank.cpp").read_text(), "-O1")
-    except FileNotFoundError:
-        pytest.skip("g++ is not here")
+    return made(tmp_path_factory.mktemp("rank"), SOURCE, "-O1")
 
 
 @pytest.fixture
@@ -56,10 +42,8 @@ def use(monkeypatch):
 
 @pytest.fixture(params=[1, 3])
 def threads(request):
-    former = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(former)
+    with torch_threads(request.param):
+        yield request.param
 
 
 def operands(M, C, R):
@@ -141,16 +125,10 @@ def test_what_is_not_finite_reaches_what_it_reaches_in_torch(built, use, place, 
     ids=["tail of rows", "pitch", "tail of columns", "threads"],
 )
 def test_a_wrong_line_is_seen(built, use, tmp_path, line, wrong):
-    source = (SOURCES / "rank.cpp").read_text()
-    assert line in source
-    use(compiled(tmp_path, source.replace(line, wrong)))
-    former = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with pytest.raises(AssertionError, match="torch"):
-            check(70, 101, 16)
-    finally:
-        torch.set_num_threads(former)
+    assert line in SOURCE
+    use(made(tmp_path, SOURCE.replace(line, wrong)))
+    with torch_threads(2), pytest.raises(AssertionError, match="torch"):
+        check(70, 101, 16)
 
 
 def declined(wide, narrow, tall, flat):
