@@ -143,11 +143,11 @@ class AdapterStack(nn.Module):
 
     @torch.no_grad()
     def _hold(self, a: Tensor, b: Tensor, a_grad: Tensor, b_grad: Tensor) -> None:
-        # backward of a call before would add to the former buffers, which nobody reads: changed in place, what it saved
-        # is refused by autograd
+        # backward of a call before would add to the former buffers, which nobody reads: autograd refuses what it saved
+        # as changed in place
         for t in (self._parameters.get("a"), self._parameters.get("b")):
             if t is not None:
-                t.mul_(1)
+                torch.autograd.graph.increment_version(t)
         self.a, self.b, self.a_grad, self.b_grad = nn.Parameter(a), nn.Parameter(b), a_grad, b_grad
 
 
