@@ -105,32 +105,30 @@ class Cuda(Siblings):
         config = plan.config("matmul")
         (given_a, a_type), (given_b, b_type) = adapter_of(a, dtype), adapter_of(b, dtype)
         xa = x.new_empty((M, padded(R)))
-        if plan.kernel == "split_k":
+        bias = None if bias is None else aligned(bias)
+        if plan.kernel in ("split_k", "fused_forward"):
             data = contiguous_rows(w.data)
-            y, bias = x.new_empty((M, len(data))), None if bias is None else aligned(bias)
-            self.native.split_linear(
-                type=TYPES[dtype], a_type=a_type, b_type=b_type, M=M, N=len(data), K=K, R=R, x=x.data_ptr(),
-                stride_x=x.stride(0), w=data.data_ptr(), stride_w=data.stride(0), bias=address(bias),
-                a=given_a.data_ptr(), stride_a=K, b=given_b.data_ptr(), stride_b=R, scale=scale, xa=xa.data_ptr(),
-                stride_xa=xa.shape[1],
-                y=y.data_ptr(), stride_y=len(data), splits=config.splits, tiling=tiling(config), **place,
-            )  # fmt: skip
+            y = x.new_empty((M, len(data)))
+            operands = {
+                "type": TYPES[dtype], "M": M, "N": len(data), "K": K, "R": R, "x": x.data_ptr(),
+                "stride_x": x.stride(0), "w": data.data_ptr(), "stride_w": data.stride(0), "bias": address(bias),
+                "xa": xa.data_ptr(), "stride_xa": xa.shape[1], "y": y.data_ptr(), "stride_y": len(data),
+                "tiling": tiling(config), **place,
+            }  # fmt: skip
+            if plan.kernel == "split_k":
+                self.native.split_linear(
+                    **operands, a=given_a.data_ptr(), a_type=a_type, stride_a=K, b=given_b.data_ptr(), b_type=b_type,
+                    stride_b=R, scale=scale, splits=config.splits,
+                )  # fmt: skip
+            else:
+                (a, round_a), (b, round_b) = rounding(given_a, dtype, 1.0), rounding(given_b, dtype, scale)
+                flags = self._flags(x.device, place["stream"], self.native.fused_forward_workspace(M=M))
+                self.native.fused_forward(
+                    **operands, a=a.data_ptr(), stride_a=a.stride(0), rounded_a=round_a, b=b.data_ptr(),
+                    stride_b=b.stride(0), rounded_b=round_b, workspace=flags.data_ptr(),
+                )  # fmt: skip
             return y, xa if xa.shape[1] == R else xa[:, :R]
         b, round_b = rounding(given_b, dtype, scale)
-        bias = None if bias is None else aligned(bias)
-        if config.fused_forward:
-            data, (a, round_a) = contiguous_rows(w.data), rounding(given_a, dtype, 1.0)
-            y, flags = (
-                x.new_empty((M, len(data))),
-                self._flags(x.device, place["stream"], self.native.fused_forward_workspace(M=M)),
-            )
-            self.native.fused_forward(
-                type=TYPES[dtype], M=M, N=len(data), K=K, R=R, x=x.data_ptr(), stride_x=x.stride(0), w=data.data_ptr(),
-                stride_w=data.stride(0), bias=address(bias), a=a.data_ptr(), stride_a=a.stride(0), rounded_a=round_a,
-                b=b.data_ptr(), stride_b=b.stride(0), rounded_b=round_b, xa=xa.data_ptr(), stride_xa=xa.shape[1],
-                y=y.data_ptr(), stride_y=len(data), workspace=flags.data_ptr(), tiling=tiling(config), **place,
-            )  # fmt: skip
-            return y, xa if xa.shape[1] == R else xa[:, :R]
         fused_xa: dict[str, int] = {}
         if config.fused_xa:
             a, round_a = rounding(given_a, dtype, 1.0)
