@@ -1,31 +1,12 @@
 // grouped_linear of api.hpp: what the grouped sm_90 kernels can run.
-#include "checks.hpp"
 #include "grouped_launch_sm90.cuh"
+#include "ragged_checks.hpp"
 
 namespace lorafuse {
 
 void grouped_linear(const GroupedLinear& p, void* stream) {
   using namespace sm90;
-  check_size("rows", p.rows);
-  check_size("groups", p.groups);
-  check_size("N", p.N);
-  check_size("K", p.K);
-  check_size("R", p.R);
-  if (p.rows == 0 || p.groups == 0 || p.N == 0) return;
-  require(p.K > 0, "K of 0 has nothing to multiply");
-  require(p.N % 8 == 0, "N of ", p.N, " is not a multiple of 8");
-  require(p.tiling.cluster == 1, "clusters of ", p.tiling.cluster, " blocks; grouped kernels have none (1)");
-  require(p.tiling.block_m == 128 || p.tiling.block_m == 64, "block_m of ", p.tiling.block_m,
-          "; tiles have 64 or 128 rows");
-  check_address("offsets", p.offsets, 8);
-  check_matrix("x", p.x, p.K, p.stride_x);
-  check_matrix("w", p.w, p.transposed ? p.N : p.K, p.transposed ? p.N : p.K);
-  check_matrix("y", p.y, p.N, p.stride_y);
-  if (p.bias != nullptr) check_address("bias", p.bias, 4);
-  if (p.R > 0) {
-    check_matrix("xa", p.xa, p.R, p.stride_xa);
-    check_matrix("b", p.b, p.transposed ? p.N : p.R, p.transposed ? p.N : p.R);
-  }
+  if (!check_ragged(p, p.N)) return;
   if (p.transposed) {
     launch_grouped<true>(p, static_cast<Stream>(stream));
   } else {
