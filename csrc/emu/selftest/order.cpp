@@ -1,4 +1,5 @@
 // What blocks and launches tell each other: flags, tickets, words of a cluster, launches that overlap.
+#include <lorafuse/ptx/cluster.cuh>
 #include <lorafuse/ptx/launch.cuh>
 #include <lorafuse/ptx/memory.cuh>
 
@@ -142,6 +143,29 @@ std::string run_cluster() {
   return "";
 }
 
+// Every block of a cluster adds up the numbers of all of them.
+LF_KERNEL(32) cluster_sum_kernel(float* out) {
+  LF_DYNAMIC_SHARED(raw);
+  float* number = reinterpret_cast<float*>(raw);
+  if (threadIdx.x == 0) ptx::store_shared(number, static_cast<float>(blockIdx.x + 1));
+  if (!LF_PLANTED("cluster sum: no sync before the loads")) ptx::cluster_sync();
+  float sum = 0;
+  const uint32_t blocks = LF_PLANTED("cluster sum: one block too many") ? 5 : 4;
+  for (uint32_t rank = 0; rank < blocks && threadIdx.x == 0; ++rank) {
+    sum += LF_PLANTED("cluster sum: its own number") ? ptx::load_shared<float>(number) : ptx::load_cluster(number, rank);
+  }
+  if (LF_PLANTED("cluster sum: changed while it is read") && threadIdx.x == 0) ptx::store_shared(number, 0.0f);
+  if (!LF_PLANTED("cluster sum: ends while it is read")) ptx::cluster_sync();
+  if (threadIdx.x == 0) ptx::store_global(out + blockIdx.x, sum);
+}
+
+std::string run_cluster_sum() {
+  std::vector<float> out(8);
+  emu::forget_memory();
+  launch(cluster_sum_kernel, {8, 32, 16, 4}, nullptr, out.data());
+  return compare(out, {10, 10, 10, 10, 26, 26, 26, 26}, 0);
+}
+
 LF_KERNEL(32) first_kernel(float* between, uint32_t* counter) {
   ptx::let_next_launch_start();
   ptx::store_global(between + threadIdx.x, static_cast<float>(threadIdx.x));
@@ -194,6 +218,12 @@ std::vector<Case> order_cases() {
       {"words of a cluster", run_cluster,
        {{"cluster: block_sync for cluster_sync", "shared memory", 90},
         {"cluster: no sync before the store", "may not have started"}}},
+      {"loads from a cluster", run_cluster_sum,
+       {{"cluster sum: no sync before the loads", "shared memory"},
+        {"cluster sum: one block too many", "of a cluster of 4"},
+        {"cluster sum: its own number", "wrong value"},
+        {"cluster sum: changed while it is read", "shared memory"},
+        {"cluster sum: ends while it is read", "has ended", 50}}},
       {"launches that overlap", run_overlap,
        {{"overlap: no wait", "the launch before"},
         {"overlap: no barrier after the wait", "the launch before"},
