@@ -90,8 +90,8 @@ void TmaQueue::run_store(size_t i) {
       const uint8_t* address;
       uint32_t bytes, skip;
       if (!operation.box.row(row, address, bytes, skip)) continue;
-      std::memcpy(const_cast<uint8_t*>(address), &operation.staged[static_cast<size_t>(row) * operation.box.row_bytes() + skip],
-                  bytes);
+      const uint32_t from = static_cast<uint32_t>(row) * operation.box.row_bytes() + skip;
+      std::memcpy(const_cast<uint8_t*>(address), &operation.staged[from], bytes);
     }
     operation.written = true;
     operation.staged = {};

@@ -20,17 +20,17 @@ struct Matrix {
   // Of a row's bytes the binary logarithm: those of the swizzle, or 16.
   uint32_t row_shift, mask;
 
-  // Of 8 elements that are contiguous: the shared address. With T = 8 elements of 16 bytes and rows of S T, the canonical
-  // layouts are
+  // Of 8 elements that are contiguous: the shared address. With T = 8 elements of 16 bytes and rows of S T, the
+  // canonical layouts are
   //   K-major   ((8, m), (T, 2k)) : ((S T, SBO), (1, T))         SBO from 8 rows to the next 8
   //   MN-major  ((T, S, m), (8, k)) : ((1, T, LBO), (S T, SBO))  LBO from the columns of a row to the next ones, SBO from
   //                                                              8 reduction indices to the next 8
   // Without a swizzle S is 1, K-major has LBO from 8 reduction indices to the next 8, and MN-major's two change places.
   uint32_t chunk(uint32_t mn, uint32_t k) const {
-    const uint32_t address = mn_major ? start + (mn >> (row_shift - 1)) * leading + (mn * 2 & ((1u << row_shift) - 1)) +
-                                            (k >> 3) * stride + ((k & 7) << row_shift)
-                                      : start + (mn >> 3) * stride + ((mn & 7) << row_shift) + (k >> 3) * leading;
-    return swizzled(address, mask);
+    const uint32_t in_row = mn * 2 & ((1u << row_shift) - 1);
+    const uint32_t offset = mn_major ? (mn >> (row_shift - 1)) * leading + in_row + (k >> 3) * stride + ((k & 7) << row_shift)
+                                     : (mn >> 3) * stride + ((mn & 7) << row_shift) + (k >> 3) * leading;
+    return swizzled(start + offset, mask);
   }
 };
 
@@ -268,8 +268,8 @@ void wgmma_fence() {
 
 void wgmma_commit() { current->wgmma.commits.push_back(current->wgmma.issued); }
 
-void issue_product(Element element, int columns, bool a_is_mn_major, bool b_is_mn_major, float* d,
-                   uint64_t a, const uint32_t* registers, uint64_t b, bool accumulate) {
+void issue_product(Element element, int columns, bool a_is_mn_major, bool b_is_mn_major, float* d, uint64_t a,
+                   const uint32_t* registers, uint64_t b, bool accumulate) {
   Thread& thread = *current;
   const size_t group = static_cast<size_t>(thread.number / 128);
   if (group >= thread.block->warpgroups.size()) fail("wgmma by a thread of no whole warpgroup");

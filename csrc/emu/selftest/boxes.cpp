@@ -133,8 +133,8 @@ uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride, int spa
          mode << 62;
 }
 
-// An operand [64 of d's rows or columns, 64 of the reduction] in boxes of one row of `kSpan` bytes after the other, or of
-// 16 without a swizzle.
+// An operand, 64 of d's rows or columns and 64 of the reduction, in boxes of rows of `kSpan` bytes, or of 16 without a
+// swizzle.
 template <Major kMajor, int kSpan>
 struct Operand {
   static constexpr int kRowBytes = kSpan == 0 ? 16 : kSpan, kWidth = kRowBytes / 2, kBytes = 64 * 128;

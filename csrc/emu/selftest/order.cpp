@@ -1,4 +1,4 @@
-// What blocks and launches tell each other: flags, tickets, words of a cluster, launches that overlap.
+// What blocks and launches tell each other: flags, tickets, words and sums of a cluster, launches that overlap.
 #include <lorafuse/ptx/cluster.cuh>
 #include <lorafuse/ptx/launch.cuh>
 #include <lorafuse/ptx/memory.cuh>
@@ -152,7 +152,8 @@ LF_KERNEL(32) cluster_sum_kernel(float* out) {
   float sum = 0;
   const uint32_t blocks = LF_PLANTED("cluster sum: one block too many") ? 5 : 4;
   for (uint32_t rank = 0; rank < blocks && threadIdx.x == 0; ++rank) {
-    sum += LF_PLANTED("cluster sum: its own number") ? ptx::load_shared<float>(number) : ptx::load_cluster(number, rank);
+    const bool own = LF_PLANTED("cluster sum: its own number");
+    sum += own ? ptx::load_shared<float>(number) : ptx::load_cluster(number, rank);
   }
   if (LF_PLANTED("cluster sum: changed while it is read") && threadIdx.x == 0) ptx::store_shared(number, 0.0f);
   if (!LF_PLANTED("cluster sum: ends while it is read")) ptx::cluster_sync();
