@@ -23,14 +23,13 @@ struct Matrix {
   // Of 8 elements that are contiguous: the shared address. With T = 8 elements of 16 bytes and rows of S T, the
   // canonical layouts are
   //   K-major   ((8, m), (T, 2k)) : ((S T, SBO), (1, T))         SBO from 8 rows to the next 8
-  //   MN-major  ((T, S, m), (8, k)) : ((1, T, LBO), (S T, SBO))  LBO from the columns of a row to the next ones, SBO from
-  //                                                              8 reduction indices to the next 8
+  //   MN-major  ((T, S, m), (8, k)) : ((1, T, LBO), (S T, SBO))  LBO from a row's columns to the next, SBO from 8
+  //                                                              reduction indices to the next 8
   // Without a swizzle S is 1, K-major has LBO from 8 reduction indices to the next 8, and MN-major's two change places.
   uint32_t chunk(uint32_t mn, uint32_t k) const {
-    const uint32_t in_row = mn * 2 & ((1u << row_shift) - 1);
-    const uint32_t offset = mn_major ? (mn >> (row_shift - 1)) * leading + in_row + (k >> 3) * stride + ((k & 7) << row_shift)
-                                     : (mn >> 3) * stride + ((mn & 7) << row_shift) + (k >> 3) * leading;
-    return swizzled(start + offset, mask);
+    if (!mn_major) return swizzled(start + (mn >> 3) * stride + (k >> 3) * leading + ((mn & 7) << row_shift), mask);
+    const uint32_t in_row = mn * 2 & ((1u << row_shift) - 1), row = (k >> 3) * stride + ((k & 7) << row_shift);
+    return swizzled(start + (mn >> (row_shift - 1)) * leading + row + in_row, mask);
   }
 };
 
