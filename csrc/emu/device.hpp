@@ -87,8 +87,8 @@ void fence_proxy_async(bool shared_only);
 void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int pending);
-// One of the four registers of a thread that hold its part of a. Every access of ordinary code is seen, so that it must
-// be where the registers of a kernel for the device are plain words.
+// One of the four registers that hold a thread's part of a: a plain word on the device, here a class, which sees every
+// access of ordinary code.
 class OperandRegister {
  public:
   OperandRegister() = default;

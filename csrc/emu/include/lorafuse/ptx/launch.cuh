@@ -38,14 +38,14 @@ ptx::TensorMap encode_tensor_map(const void* base, const int64_t (&sizes)[kDimen
   static_assert(sizeof(T) == 2 && (kDimensions == 2 || kDimensions == 3));
   const bool plain = swizzle == emu::Swizzle::kNone;
   const int row_bytes = box[0] * 2, span = plain ? 128 : static_cast<int>(swizzle);
-  int bytes = row_bytes;
-  for (int i = 1; i < kDimensions; ++i) bytes *= box[i];
   require(row_bytes <= span, "box of ", box[0], " elements is wider than the ", span, " bytes ",
           plain ? "that the emulator models of a row" : "of its swizzle");
   check_tensor_map(base, sizes, strides, box);
   require(row_bytes % 16 == 0, "box of ", box[0], " elements is not a multiple of 16 bytes, as TMA needs");
   require(plain || row_bytes == span, "box of ", box[0], " elements is narrower than the ", span,
           "-byte swizzle, and how TMA lays out such rows is not documented");
+  int bytes = row_bytes;
+  for (int i = 1; i < kDimensions; ++i) bytes *= box[i];
   require(bytes % 128 == 0, "box of ", bytes, " bytes: the emulator models whole lines of 128");
   ptx::TensorMap map{};
   map.magic = ptx::TensorMap::kMagic;
