@@ -15,6 +15,7 @@
 #include <lorafuse/api_gated.hpp>
 #include <lorafuse/api_gathered.hpp>
 #include <lorafuse/api_probes.hpp>
+#include <lorafuse/api_reduce.hpp>
 #include <lorafuse/api_siblings.hpp>
 #include <lorafuse/api_split.hpp>
 
@@ -223,6 +224,8 @@ PYBIND11_MODULE(LORAFUSE_MODULE, m) {
   m.def("project_x", &Bound<project_x>::call);
   m.def("reduce_dy_workspace", &Bound<reduce_dy_workspace>::call);
   m.def("reduce_dy", &Bound<reduce_dy>::call);
+  m.def("reduce_each_workspace", &Bound<reduce_each_workspace>::call);
+  m.def("reduce_each", &Bound<reduce_each>::call);
   m.def("reduce_x_workspace", &Bound<reduce_x_workspace>::call);
   m.def("reduce_x", &Bound<reduce_x>::call);
   m.def("decode_codebook", &Bound<decode_codebook>::call);

@@ -77,7 +77,7 @@ struct Fields<GatedBackward> {
       REQUIRED(stride_dy), REQUIRED(w), REQUIRED(stride_w), REQUIRED(dyb), REQUIRED(stride_dyb), REQUIRED(a),
       REQUIRED(stride_a), REQUIRED(gate), REQUIRED(stride_gate), REQUIRED(up), REQUIRED(stride_up),
       REQUIRED(dgate), REQUIRED(stride_dgate), REQUIRED(dup), REQUIRED(stride_dup), REQUIRED(h), REQUIRED(stride_h),
-      OPTIONAL(rounded), OPTIONAL(tiling)};
+      OPTIONAL(seed), OPTIONAL(drop_below), OPTIONAL(rounded), OPTIONAL(tiling)};
 };
 template <>
 struct Fields<GroupedLinear> {
@@ -120,6 +120,15 @@ struct Fields<ReduceDy> {
       REQUIRED(stride_dy), OPTIONAL(b), OPTIONAL(stride_b), OPTIONAL(xa), OPTIONAL(stride_xa), OPTIONAL(scale),
       OPTIONAL(dyb), OPTIONAL(stride_dyb), OPTIONAL(db), OPTIONAL(dbias), OPTIONAL(workspace), OPTIONAL(dyb_bytes),
       OPTIONAL(sms), OPTIONAL(rounded)};
+};
+template <>
+struct Fields<ReduceEach> {
+  using P = ReduceEach;
+  static constexpr Field fields[] = {
+      REQUIRED(type), REQUIRED(count), REQUIRED(M), REQUIRED(b_type), REQUIRED(N), REQUIRED(R), REQUIRED(dy),
+      REQUIRED(stride_dy), OPTIONAL(b), OPTIONAL(stride_b), OPTIONAL(xa), OPTIONAL(stride_xa), REQUIRED(scale),
+      OPTIONAL(dyb), OPTIONAL(stride_dyb), OPTIONAL(db), OPTIONAL(dbias), OPTIONAL(workspace), OPTIONAL(dyb_bytes),
+      OPTIONAL(sms)};
 };
 template <>
 struct Fields<ReduceX> {

@@ -36,6 +36,7 @@ _PIPELINE, _EPILOGUE, _LINEAR, _SUMS = (
 _TILES, _TICKETS, _BACKWARD = "xa_tiles_sm90.cuh", "tickets_sm90.cuh", "one_launch_sm90.cuh"
 _SPLIT, _SIBLINGS, _GATHERED = "split_sm90.cuh", "siblings_sm90.cuh", "gathered_sm90.cuh"
 _GROUPED, _SKINNY, _PROJECT, _REDUCE = "grouped_sm90.cuh", "skinny_sm80.cuh", "project_sm80.cuh", "reduce_sm80.cuh"
+_REDUCE_EACH = "reduce_each_sm80.cu"
 _DECODE, _GATED, _ACTIVATED = "decode_sm80.cuh", "gated_sm90.cuh", "gated_epilogue_sm90.cuh"
 _NESTED = (
     "ptx::multiply_rounded(nested, ptx::load_global(p.nested_absmax + block / 256)) + ptx::load_global(p.nested_offset)"
@@ -67,6 +68,7 @@ _MASKED = (
     "finish_blocks(pipeline, lane); "
     "drop<kBoxElements>(low, p.seeds[mask], p.drop_below[mask], row, column + n, p.N[0], thread);"
 )
+_MASKED_DH = "finish_blocks(pipeline, lane); drop<BLOCK_N>(d, p.seed, p.drop_below, row, column, p.N, thread);"
 _FIRST, _LAST = "p.shares.owner(j * p.row_blocks)", "p.shares.owner(last)"
 
 # fmt: off
@@ -158,6 +160,11 @@ BUGS = tuple(Bug(*row) for row in (
     ("sibling_no_exit_sync", _SIBLINGS, "siblings", "// the other block of a cluster may still arrive at this one's barriers ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync();"),
     ("sibling_no_store_wait", _SIBLINGS, "siblings", "if (thread == 0) ptx::tma_store_wait<0>();", ""),
     ("sibling_rounds_the_first", "round_each_sm80.cu", "siblings", "round_chunk<T>(p.each[which], block * kThreads + static_cast<int64_t>(threadIdx.x));", "round_chunk<T>(p.each[0], block * kThreads + static_cast<int64_t>(threadIdx.x));"),
+    ("sibling_reduces_dy_of_the_first", _REDUCE_EACH, "siblings", "reduce_block<T, BLOCK_M, BLOCK_N, RANKS>(p.each[layer], block, shared);", "reduce_block<T, BLOCK_M, BLOCK_N, RANKS>(p.each[0], block, shared);"),
+    ("sibling_sums_of_the_first", _REDUCE_EACH, "siblings", "sum_block<T>(p.each[layer], block);", "sum_block<T>(p.each[0], block);"),
+    ("sibling_block_of_the_grid", _REDUCE_EACH, "siblings", "sum_block<T>(p.each[layer], block);", "sum_block<T>(p.each[layer], blockIdx.x);"),
+    ("sibling_partial_sums_overlap", _REDUCE_EACH, "siblings", "workspace = static_cast<uint8_t*>(workspace) + round_up<int64_t>(p.plans[i].bytes(), 16);", ""),
+    ("sibling_dyb_over_its_neighbour", _REDUCE, "siblings", "store_result<T>(p.rows_out, m * p.stride_rows_out + r, p.scale * sum, false);", "store_result<T>(p.rows_out, i, p.scale * sum, false);"),
     # and with masks of their own
     ("masked_seed_of_the_first", _SIBLINGS, "siblings with masks", _MASKED, _MASKED.replace("seeds[mask]", "seeds[0]")),
     ("masked_other_columns", _SIBLINGS, "siblings with masks", _MASKED, _MASKED.replace("column + n", "column")),
@@ -178,6 +185,12 @@ BUGS = tuple(Bug(*row) for row in (
     ("gated_no_init_sync", _GATED, "gated", "// the barriers of both blocks are there ptx::cluster_sync();", ""),
     ("gated_no_exit_sync", _GATED, "gated", "// the other block of a cluster may still arrive at this one's barriers ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync();"),
     ("gated_no_store_wait", _GATED, "gated", "if (thread == 0) ptx::tma_store_wait<0>();", ""),
+    # and with a mask on h
+    ("gated_mask_no_launch_wait", _GATED, "gated with a mask", _LAUNCH_WAIT, "{ ptx::fence_proxy_async(); }"),
+    ("gated_mask_unfinished", _GATED, "gated with a mask", _MASKED_DH, _MASKED_DH.replace("finish_blocks(pipeline, lane);", "pipeline.release_previous(lane);")),
+    ("gated_mask_other_columns", _GATED, "gated with a mask", _MASKED_DH, _MASKED_DH.replace("column", "0")),
+    ("gated_mask_over_the_ranks", _GATED, "gated with a mask", "multiply_block<T, BLOCK_N, kMajorB, kStepsOfBlock>(d, pipeline, part, lane, block > 0, true);", "multiply_block<T, BLOCK_N, kMajorB, kStepsOfBlock>(d, pipeline, part, lane, block > 0, block > 0);"),
+    ("gated_mask_over_nothing", _GATED, "gated with a mask", "!kMasked || p.whole_blocks > 0", "true"),
     ("gated_over_the_tile_before", _ACTIVATED, "gated", "// the boxes may still be read for the tile before if (thread == 0) ptx::tma_store_wait_read<0>();", ""),
     ("gated_boxes_half_written", _ACTIVATED, "gated", _BOTH_STORED, _BOTH_STORED.replace("consumer_sync(consumer);", "")),
     ("gated_no_proxy_fence", _ACTIVATED, "gated", _BOTH_STORED, _BOTH_STORED.replace("ptx::fence_proxy_async_shared();", "")),

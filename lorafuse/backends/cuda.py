@@ -60,6 +60,8 @@ class Cuda(Siblings):
     """See the module. `module` is what csrc was compiled to; the functions after it are about a device."""
 
     multi = None  # type: ignore[assignment]
+    # one launch of dx or h draws a mask, that of da again
+    matmul_outer = None  # type: ignore[assignment]
 
     def __init__(
         self, name: str, module: ModuleType, spec: Callable[[torch.device], DeviceSpec | None],

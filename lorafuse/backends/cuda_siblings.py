@@ -2,7 +2,7 @@
 
     project         project_x: xa of all layers from one read of x
     matmuls         siblings_forward: every y in one launch, after one that rounds every scale · b
-    project_outer   reduce_dy: dyb, db and dbias of one layer from one read of its dy
+    project_outers  reduce_each: dyb, db and dbias of all layers, in two launches, from one read of each dy
     matmul_sum      siblings_dx: dx in one launch, after one that rounds the a of all layers
     outer           reduce_x: da of all layers from one read of x
     matmul_gated    gated_forward: gate, up and h of a gated MLP in one launch, after one that rounds both scale · b
@@ -30,6 +30,7 @@ from lorafuse.backends.cuda_operands import (
     rounding,
     scratch,
 )
+from lorafuse.backends.protocol import side_by_side
 from lorafuse.operands import Dropout, LowRank, Rows, Weight, contiguous_rows
 from lorafuse.plan import Plan
 
@@ -120,7 +121,6 @@ class Siblings(Aten):
         if not self.runs_siblings(plan):
             return super().gated_backward(dy, w, plan, low=low, gate=gate, up=up, activation=activation)
         assert plan is not None
-        assert low.dropout is None
         dy, dyb, gate, up = map(aligned_rows, (dy, low.xa, gate, up))
         data, dtype, (given, _) = contiguous_rows(w.data), dy.dtype, adapter_of(low.b, dy.dtype)
         a, rounded = rounding(given, dtype, low.scale)
@@ -131,7 +131,7 @@ class Siblings(Aten):
             stride_dyb=dyb.stride(0), a=a.data_ptr(), stride_a=a.stride(0), gate=gate.data_ptr(),
             stride_gate=gate.stride(0), up=up.data_ptr(), stride_up=up.stride(0), dgate=dgate.data_ptr(),
             stride_dgate=N, dup=dup.data_ptr(), stride_dup=N, h=h.data_ptr(), stride_h=N, rounded=rounded,
-            tiling=tiling(plan.config("matmul")), **self.place(dy.device),
+            tiling=tiling(plan.config("matmul")), **mask(low.dropout), **self.place(dy.device),
         )  # fmt: skip
         return dgate, dup, h
 
@@ -143,20 +143,55 @@ class Siblings(Aten):
             return super().project_outer(
                 dy, b, xa, plan, scale=scale, need_dyb=need_dyb, need_dbias=need_dbias, dtype=dtype
             )
-        dy, (given, b_type) = aligned_rows(dy), adapter_of(b, dy.dtype)
-        (M, N), R, xa = dy.shape, b.shape[1], None if xa is None else aligned_rows(xa)
-        dyb = dy.new_empty((M, padded(R))) if need_dyb else None
-        db = None if xa is None else given.new_empty(b.shape)
-        dbias = dy.new_empty((N,)) if need_dbias else None
-        reduced = {
-            "type": TYPES[dy.dtype], "b_type": b_type, "M": M, "N": N, "R": R, "dy": dy.data_ptr(),
-            "stride_dy": dy.stride(0), "b": given.data_ptr(), "stride_b": R, "xa": address(xa),
-            "stride_xa": 0 if xa is None else xa.stride(0), "scale": scale, "dyb": address(dyb),
-            "stride_dyb": padded(R), "db": address(db), "dbias": address(dbias),
-        }  # fmt: skip
-        work = scratch(self.native.reduce_dy_workspace(**reduced), dy.device)
-        self.native.reduce_dy(**reduced, workspace=work.data_ptr(), **self.place(dy.device))
-        return None if dyb is None else dyb[:, :R], None if db is None else db.to(b.dtype), dbias
+        dyb, (db,), (dbias,) = self.project_outers(
+            [dy], [b], [xa], plan, scales=[scale], need_dbias=[need_dbias], parts=[[0]] if need_dyb else []
+        )
+        return dyb[0] if dyb else None, db, dbias
+
+    def project_outers(
+        self, dys: Sequence[Tensor], bs: Sequence[Tensor], xas: Sequence[Tensor | None], plan: Plan | None, *,
+        scales: Sequence[float], need_dbias: Sequence[bool], parts: Sequence[Sequence[int]],
+        dtype: torch.dtype | None = None,
+    ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:  # fmt: skip
+        if not (dys and self.runs_siblings(plan)):
+            return super().project_outers(
+                dys, bs, xas, plan, scales=scales, need_dbias=need_dbias, parts=parts, dtype=dtype
+            )
+        M, of, ranks = dys[0].shape[0], dys[0].dtype, [b.shape[1] for b in bs]
+        dyb: list[Tensor | None] = [None] * len(dys)
+        buffers = [dys[0].new_empty((M, sum(padded(ranks[i]) for i in part))) for part in parts]
+        for part, buffer in zip(parts, buffers, strict=True):
+            first = 0
+            for i in part:
+                dyb[i] = buffer[:, first : first + ranks[i]]
+                first += padded(ranks[i])
+        given, xas = [adapter_of(b, of) for b in bs], [None if xa is None else aligned_rows(xa) for xa in xas]
+        dbs = [None if xa is None else b.new_empty(b.shape) for xa, (b, _) in zip(xas, given, strict=True)]
+        dbiases = [dy.new_empty(dy.shape[1]) if need else None for dy, need in zip(dys, need_dbias, strict=True)]
+        results = zip(dyb, dbs, dbiases, strict=True)
+        if here := [i for i, some in enumerate(results) if any(t is not None for t in some)]:
+            read = [aligned_rows(dys[i]) for i in here]
+
+            def of_each(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+                return [tensors[i] for i in here]
+
+            reduced = {
+                "type": TYPES[of], "count": len(here), "M": M, "b_type": tuple(given[i][1] for i in here),
+                "N": tuple(dy.shape[1] for dy in read), "R": tuple(ranks[i] for i in here), "dy": _places(read),
+                "stride_dy": _strides(read), "b": tuple(given[i][0].data_ptr() for i in here),
+                "stride_b": tuple(ranks[i] for i in here), "xa": _places(of_each(xas)),
+                "stride_xa": _strides(of_each(xas)), "scale": tuple(scales[i] for i in here),
+                "dyb": _places(of_each(dyb)), "stride_dyb": _strides(of_each(dyb)), "db": _places(of_each(dbs)),
+                "dbias": _places(of_each(dbiases)),
+            }  # fmt: skip
+            work = scratch(self.native.reduce_each_workspace(**reduced), dys[0].device)
+            self.native.reduce_each(**reduced, workspace=work.data_ptr(), **self.place(dys[0].device))
+        dybs = []
+        for part, buffer in zip(parts, buffers, strict=True):
+            has_gaps = any(ranks[i] != padded(ranks[i]) for i in part[:-1])
+            each = [t for i in part if (t := dyb[i]) is not None]
+            dybs.append(side_by_side(each) if has_gaps else buffer[:, : sum(ranks[i] for i in part)])
+        return dybs, [db if db is None else db.to(b.dtype) for db, b in zip(dbs, bs, strict=True)], dbiases
 
     def matmul_sum(
         self, terms: Sequence[tuple[Tensor, Weight]], lows: Sequence[LowRank], plan: Plan | None, *,

@@ -90,7 +90,8 @@ def backward(
     if up is None and (need_dh or of_da[2]):
         up = up_again(run, x, xa, siblings, wide)
     needs_of_down = need_dh, of_da[2], of_db[2], of_dbias[2]
-    fuses, planned = need_dh and of_da[2] and down.seed is None, None
+    # a backend that draws a mask once for dx and da reads h beforehand
+    fuses, planned = need_dh and of_da[2] and (down.seed is None or run.matmul_outer is None), None
     if fuses:
         planned = plan_of(run, dy, down, needs_of_down, wide, "gated")
         fuses = run.runs_siblings(planned)
@@ -98,7 +99,7 @@ def backward(
         du: tuple[Tensor, Tensor] | None
         du, *of_down = _down_backward(run, planned, dy, gate, up, ha, down, needs_of_down, activation, wide)
     else:
-        # a backend's own backward of a layer, and a mask that dx and da share, read h beforehand
+        # a backend's own backward of a layer reads h beforehand too
         h = gate_forward(activation, gate, up) if of_da[2] else None
         dh, *of_down = layer_backward(run, dy, h, ha, down, needs_of_down, wide)
         del h
@@ -118,9 +119,9 @@ def _down_backward(run, plan, dy, gate, up, ha, down, needs, activation, wide):
         dy, down.b, ha if needs[2] else None, plan, scale=down.factor, need_dyb=True, need_dbias=needs[3],
         dtype=torch.float32 if wide else dy.dtype,
     )  # fmt: skip
-    low = LowRank(dyb, down.a, is_transposed=True)
+    low = LowRank(dyb, down.a, is_transposed=True, dropout=down.dropout)
     *du, h = run.gated_backward(dy, down.weight.t, plan, low=low, gate=gate, up=up, activation=activation)
-    return du, run.outer(dyb, h, None, plan, like=down.a), db, dbias
+    return du, run.outer(dyb, h, None, plan, like=down.a, dropout=down.dropout), db, dbias
 
 
 def up_again(run: Backend, x: Tensor, xa: Tensor | None, siblings: Sequence[Layer], wide: bool) -> Tensor:

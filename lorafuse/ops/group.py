@@ -100,24 +100,29 @@ def backward(
             dx = own if dx is None or own is None else dx.add_(own)
         return [dx, *da, *db, *dbias]
     # by the mask: dyb of layers without one are side by side in one low-rank product and one sum over rows
-    parts: dict[int, list[tuple[int, Tensor]]] = {}
+    by_mask: dict[int, list[int]] = {}
+    adapted: list[tuple[int, Tensor, Tensor, Tensor | None]] = []
     for i, dy, layer, mine in given:
         need_da, need_db, need_dbias = need[i]
         if layer.b is None:
             dbias[i] = dy.sum(0) if need_dbias else None
             continue
-        dyb, db[i], dbias[i] = run.project_outer(
-            dy, layer.b, mine if need_db else None, plan, scale=layer.factor, need_dyb=need_dx or need_da,
-            need_dbias=need_dbias, dtype=torch.float32 if wide else dy.dtype,
-        )  # fmt: skip
-        if dyb is not None:
-            parts.setdefault(G if layer.seed is None else i, []).append((i, dyb))
+        if need_dx or need_da:
+            by_mask.setdefault(G if layer.seed is None else i, []).append(len(adapted))
+        adapted.append((i, dy, layer.b, mine if need_db else None))
+    places = [i for i, *_ in adapted]
+    dybs, *of_columns = run.project_outers(
+        [dy for _, dy, _, _ in adapted], [b for _, _, b, _ in adapted], [mine for *_, mine in adapted], plan,
+        scales=[layers[i].factor for i in places], need_dbias=[need[i][2] for i in places],
+        parts=list(by_mask.values()), dtype=torch.float32 if wide else None,
+    )  # fmt: skip
+    for i, *of_layer in zip(places, *of_columns, strict=True):
+        db[i], dbias[i] = of_layer
+    members = [[places[j] for j in part] for part in by_mask.values()]
     lows = []
-    for part in parts.values():
-        dyb = _side_by_side([dyb for _, dyb in part], part[0][1], part[0][1].dtype)
-        a = _stacked([a for i, _ in part if (a := layers[i].a) is not None])
-        lows.append(LowRank(dyb, a, is_transposed=True, dropout=layers[part[0][0]].dropout))
-    members = [[i for i, _ in part] for part in parts.values()]
+    for dyb, part in zip(dybs, members, strict=True):
+        a = _stacked([a for i in part if (a := layers[i].a) is not None])
+        lows.append(LowRank(dyb, a, is_transposed=True, dropout=layers[part[0]].dropout))
     summed = [j for j, part in enumerate(members) if any(need[i][0] for i in part)]
     sums: list[Tensor] = []
     if need_dx:

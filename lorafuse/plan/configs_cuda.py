@@ -199,8 +199,7 @@ def _backward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[C
         parts.append(cost.step(configs[-1], problem, device))
     yield _candidate("one_pass_backward", configs, parts)
     if "dx" in problem.gradients and (_are_siblings(problem) or _is_down(problem)):
-        of_each = replace(first, launches=first.launches * problem.siblings)
-        yield _candidate("siblings", configs, [of_each, round_a, *parts[1:]])
+        yield _candidate("siblings", configs, [first, round_a, *parts[1:]])
     yield from sorted(_concurrent(problem, device, tiles), key=lambda candidate: candidate.seconds)[:1]
     sums = [name for name in ("da", "db") if name in problem.gradients]
     if sums and (one := _best(problem, device, tiles, {"fused_backward": True, "splits": splits(problem)})):
@@ -216,7 +215,7 @@ def _are_siblings(problem: Problem) -> bool:
 
 def _is_down(problem: Problem) -> bool:
     """Whether a launch of dx can go on to the activation's backward, which da needs too."""
-    is_one = problem.siblings == 1 and problem.format == "dense" and not problem.dropout
+    is_one = problem.siblings == 1 and problem.format == "dense"
     return is_one and problem.epilogue == "gated" and "da" in problem.gradients
 
 
