@@ -10,8 +10,8 @@ The matmuls run on sm_90a alone, in tiles of 128 rows. The memory-bound kernels 
     one_pass_backward     dyb, db, dbias and a rounded; dx; da
     concurrent_backward   dyb, db, dbias and a rounded; dx and da; or b rounded; dyb and a rounded; dx, da and db
     fused_backward        everything, in one launch
-    siblings              layers of one x: xa of all; every b rounded; every y, of gate and up with h; or of each layer
-                          dyb, db, dbias; every a rounded; one dx; da of all. Of down of a gated MLP the last four, with
+    siblings              layers of one x: xa of all; every b rounded; every y, of gate and up with h; or every dyb,
+                          db and dbias; every a rounded; one dx; da of all. Of down of a gated MLP the last four, with
                           dgate, dup and h in place of dx
     ragged                y or dx of ragged rows; ATen computes everything else
 """

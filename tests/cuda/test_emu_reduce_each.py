@@ -49,9 +49,9 @@ def each(layers, dys, bs, xas, **more):
     """`[(dyb, db, dbias)]`; the dyb lie side by side, with what belongs to nobody between them."""
     emu.forget_memory()
     M, widths = len(dys[0]), [-(-one.R // 8) * 8 + 8 for one in layers]
-    beside = nan(M, sum(widths), dtype=DTYPE)
-    declare("dyb", beside)
-    dyb = [part if one.want[0] else None for part, one in zip(beside.split(widths, 1), layers, strict=True)]
+    whole = nan(M, sum(widths), dtype=DTYPE)
+    declare("dyb", whole)
+    dyb = [part if one.want[0] else None for part, one in zip(whole.split(widths, 1), layers, strict=True)]
     db = [nan(*b.shape, dtype=b.dtype) if one.want[1] else None for b, one in zip(bs, layers, strict=True)]
     dbias = [nan(one.N, dtype=DTYPE) if one.want[2] else None for one in layers]
 
@@ -69,7 +69,7 @@ def each(layers, dys, bs, xas, **more):
     }  # fmt: skip
     workspace = nan(emu.reduce_each_workspace(**arguments) // 4, dtype=FP32)
     emu.reduce_each(**arguments, workspace=declare("workspace", workspace, unwritten=True))
-    for part, one in zip(beside.split(widths, 1), layers, strict=True):
+    for part, one in zip(whole.split(widths, 1), layers, strict=True):
         # eight columns more, and all where no dyb is written
         assert part[:, -8 if one.want[0] else 0 :].isnan().all()
     return list(zip([None if t is None else t[:, :-8] for t in dyb], db, dbias, strict=True))

@@ -123,13 +123,17 @@ def test_siblings_in_one_cuda_launch(N, p, M):
 
 
 @pytest.mark.parametrize(
-    ("activation", "M"), [*((name, 1000) for name in (*ACTIVATIONS, *GATES)), ("silu", 1), ("silu", 8192)]
+    ("activation", "M", "p"),
+    [
+        *((name, 1000, 0.0) for name in (*ACTIVATIONS, *GATES)),
+        *(("silu", M, p) for M, p in ((1, 0.0), (8192, 0.0), (1, 0.3), (1000, 0.3), (8192, 0.1))),
+    ],
 )
-def test_gated_mlp_in_one_cuda_launch_each_way(activation, M):
+def test_gated_mlp_in_one_cuda_launch_each_way(activation, M, p):
     """Gate, up and h; dgate, dup and h: as eager has them, and the same bits each time."""
     able("cuda")
     N, R, bias = (1032, 1032, 264), (16, 24, 40), (True, False, True)
-    o = make(Case(N, R, (0.0,) * 3, bias, (M,), 1024, torch.bfloat16, torch.float32), of_mlp=True)
+    o = make(Case(N, R, (p,) * 3, bias, (M,), 1024, torch.bfloat16, torch.float32), of_mlp=True)
     o = o.with_leaves({name: t.cuda() for name, t in o.leaves().items()})
     o.projections = [one._replace(weight=one.weight.cuda()) for one in o.projections]
     o.dys = [dy.cuda() for dy in o.dys]
