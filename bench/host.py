@@ -4,9 +4,9 @@
     python bench/host.py emu    on any machine with g++: launches are counted and do not run
 
 q, k and v, o, and the gated MLP are one operator each, in bfloat16 with fp32 adapters of rank 16, as PEFT has them, by
-the plan "cuda siblings" and, for o and down, the planner's. Matrices are small: a GPU never makes the host wait. "in csrc"
-is the part within lorafuse._cuda: arguments, checks, tensor maps and launches; the rest is Python and torch. Times are the
-process's own, the 10th percentile of 41 rounds. The emulator's part in csrc is compiled without optimization.
+the plan "cuda siblings" and, for o and down, the planner's. Matrices are small: a GPU never makes the host wait. "in
+csrc" is the part within lorafuse._cuda: arguments, checks, tensor maps and launches; the rest is Python and torch. Times
+are the process's own, the 10th percentile of 41 rounds. The emulator's part in csrc is compiled without optimization.
 """
 
 import argparse
