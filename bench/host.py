@@ -4,8 +4,8 @@
     python bench/host.py emu    on any machine with g++: launches are counted and do not run
 
 q, k and v, o, and the gated MLP are one operator each, in bfloat16 with fp32 adapters of rank 16, as PEFT has them, by
-the plan "cuda siblings" and, for o and down, the planner's. Matrices are small: a GPU never makes the host wait. "in
-csrc" is the part within lorafuse._cuda: arguments, checks, tensor maps and launches; the rest is Python and torch. Times
+the plan "cuda siblings" and, for o and down, the planner's. Matrices are small: a GPU never makes the host wait. What
+is "in csrc" is within lorafuse._cuda: arguments, checks, tensor maps and launches; the rest is Python and torch. Times
 are the process's own, the 10th percentile of 41 rounds. The emulator's part in csrc is compiled without optimization.
 """
 
@@ -91,6 +91,23 @@ def measure(call, backend, timed):
     return {name: (*(sorted(us)[ROUNDS // 10] for us in rounds[name]), dict(counted[name])) for name in names}
 
 
+def measure_all(backend, rows=16):
+    """`{part: what measure returns}` of the seven layers."""
+    run, device = base.load(backend), "cuda" if backend == "cuda" else "cpu"
+    module = run.native
+    run.native = timed = Timed(module)
+    if backend == "emu":
+        module.configure(runs=False, multiprocessors=132)
+    try:
+        with override(force_kernel="cuda siblings"):
+            parts = layers(device, rows, 512, 1024)
+            return {name: measure(call, backend, timed) for name, call in parts.items()}
+    finally:
+        run.native = module
+        if backend == "emu":
+            module.configure()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("backend", nargs="?", choices=("cuda", "emu"), default="cuda")
@@ -98,15 +115,7 @@ def main():
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    run, device = base.load(args.backend), "cuda" if args.backend == "cuda" else "cpu"
-    if args.backend == "emu":
-        run.native.configure(runs=False, multiprocessors=132)
-    run.native = timed = Timed(run.native)
-    measured = {}
-    with override(force_kernel="cuda siblings"):
-        for name, call in layers(device, args.rows, 512, 1024).items():
-            measured[name] = measure(call, args.backend, timed)
-    total = 0.0
+    measured, total = measure_all(args.backend, args.rows), 0.0
     for name, passes in measured.items():
         for which, (us, within, calls) in passes.items():
             total += us
