@@ -6,7 +6,7 @@
     matmul_sum      siblings_dx: dx in one launch, after one that rounds the a of all layers
     outer           reduce_x: da of all layers from one read of x
     matmul_gated    gated_forward: gate, up and h of a gated MLP in one launch, after one that rounds both scale · b
-    gated_backward  gated_backward: dgate, dup and h in one launch, with or without dropout on h, after one that rounds a
+    gated_backward  gated_backward: dgate, dup and h in one launch, masked or not, after one that rounds a of down
 
 Ranks that are no multiples of 8 cost copies of xa and dyb. Under any other plan one layer after the other runs in
 composites, and these primitives are ATen's.
