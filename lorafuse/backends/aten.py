@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafuse.backends import aten_loop, aten_multi, aten_rank, aten_wide, base, problems
+from lorafuse.backends import aten_blocks, aten_loop, aten_multi, aten_rank, aten_wide, base, problems
 from lorafuse.backends.aten_grouped import GroupedMM
 from lorafuse.backends.protocol import Backend, Problems, finish
 from lorafuse.operands import Dropout, Epilogue, LowRank, Rows, Weight
@@ -87,6 +87,9 @@ class Aten(Backend):
     ) -> Any:  # fmt: skip
         if rows is not None:
             return finish(self._ragged(plan).matmul(self, x, w, rows, low, bias), epilogue)
+        own = aten_blocks.product(x, w, bias, low)
+        if own is not None:
+            return own
         if w.format != "dense":
             with self.dense(w, x.dtype) as dense:
                 return self.matmul(x, dense, None, plan, low=low, bias=bias)
@@ -168,6 +171,8 @@ class Aten(Backend):
         wide: Tensor | None = None, likes: Sequence[Tensor] = (),
     ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         dtype, total = terms[0][0].dtype, None
+        if len(terms) >= len(lows) and (blocks := self._sum_of_blocks(terms, lows)) is not None:
+            return blocks, self.outers(lows, wide, plan, likes)
         # dx of masked low-rank products, and of fp32 ones over 16 bits, is added in row chunks
         apart = [low.dropout is not None or low.xa.dtype is not dtype for low in lows]
         sizes = terms[0][0].shape[0], terms[0][1].sizes[0]
@@ -198,6 +203,17 @@ class Aten(Backend):
             elif apart[j]:
                 _add_low_rank(total, low, wide, outers[j] if outers else None)
         return total, [outer.to(like.dtype) for outer, like in zip(outers, likes, strict=True)]
+
+    @staticmethod
+    def _sum_of_blocks(terms: Sequence[tuple[Tensor, Weight]], lows: Sequence[LowRank]) -> Tensor | None:
+        """The sum of `matmul_sum` by `aten_blocks`; None where its first product is not."""
+        total = None
+        for j, (x, w) in enumerate(terms):
+            product = aten_blocks.product(x, w, None, lows[j] if j < len(lows) else None, total)
+            if product is None:
+                return None
+            total = product
+        return total
 
     def combine(self, y: Tensor, rows: Rows, weight: Tensor | None) -> Tensor:
         assert rows.order is not None
