@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 
 #include "rank_add.hpp"
@@ -47,13 +48,25 @@ struct LorafuseMatmul {
   const float* factor;
   int64_t factor_column, factor_rank;
   float alpha;
-  int is_transposed, adds;
+  // w; y is added to; elements of a stored w are rounded to bf16, as its library does
+  int is_transposed, adds, rounds;
 };
 }
 
 namespace {
 
 #if defined(__x86_64__)
+
+// each number to the nearest bf16, ties to even; a NaN stays one
+LORAFUSE_AVX2 void round_to_bf16(float* numbers, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, numbers + i, sizeof bits);
+    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    bits = (is_nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+    std::memcpy(numbers + i, &bits, sizeof bits);
+  }
+}
 
 // y[:, start ... start + n - 1]
 void of_columns(const LorafuseMatmul& of, int64_t start, int64_t n) {
@@ -84,6 +97,7 @@ void of_columns(const LorafuseMatmul& of, int64_t start, int64_t n) {
       for (int64_t i = 0; i < rows; ++i) {
         of.stored->decode(from + i * of.w_row, from + i * of.w_row + columns, block.get() + i * columns);
       }
+      if (of.rounds) round_to_bf16(block.get(), rows * columns);
       multiply(block.get(), int(columns), k, count);
     }
   }

@@ -15,6 +15,7 @@
 namespace lorafuse {
 
 inline constexpr int64_t kNestedBlock = 256;
+
 struct Scales {
   // either fp32, or bytes with their table, and of nested statistics the two after it
   const float* plain;

@@ -4,7 +4,8 @@ Fused: nothing full-size is scaled, cast or added outside a GEMM: of each pair o
 the first (beta = 1). Dropout, and fp32 adapters over an fp16 base, work in row chunks, so that neither a mask nor a
 copy of x exists at full size. Sums over rows run in a fixed order. Ragged rows are multiplied by torch's grouped_mm
 where the plan says so (`aten_grouped`), else one group after the other (`aten_loop`). On a CPU a dense layer's products
-by the rank are csrc/cpu's where those are faster (`aten_rank`).
+by the rank are csrc/cpu's where those are faster (`aten_rank`), and those by weights, in blocks of columns whose low-rank
+product is added, and whose quantized weight is decoded, in a core's caches (`aten_blocks`).
 
 Cost of a dense layer forward: 2MNK + 2MR(N + K) FLOPs; beyond the base product one read of x, and of y a write and a
 read. Backward: 2MNK + 4MR(N + K) FLOPs; beyond the base product two reads of dy, one of x, and of dx a write and a
@@ -171,7 +172,8 @@ class Aten(Backend):
         wide: Tensor | None = None, likes: Sequence[Tensor] = (),
     ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
         dtype, total = terms[0][0].dtype, None
-        if len(terms) >= len(lows) and (blocks := self._sum_of_blocks(terms, lows)) is not None:
+        blocks = aten_blocks.sum_of_products(terms, lows)
+        if blocks is not None:
             return blocks, self.outers(lows, wide, plan, likes)
         # dx of masked low-rank products, and of fp32 ones over 16 bits, is added in row chunks
         apart = [low.dropout is not None or low.xa.dtype is not dtype for low in lows]
@@ -203,17 +205,6 @@ class Aten(Backend):
             elif apart[j]:
                 _add_low_rank(total, low, wide, outers[j] if outers else None)
         return total, [outer.to(like.dtype) for outer, like in zip(outers, likes, strict=True)]
-
-    @staticmethod
-    def _sum_of_blocks(terms: Sequence[tuple[Tensor, Weight]], lows: Sequence[LowRank]) -> Tensor | None:
-        """The sum of `matmul_sum` by `aten_blocks`; None where its first product is not."""
-        total = None
-        for j, (x, w) in enumerate(terms):
-            product = aten_blocks.product(x, w, None, lows[j] if j < len(lows) else None, total)
-            if product is None:
-                return None
-            total = product
-        return total
 
     def combine(self, y: Tensor, rows: Rows, weight: Tensor | None) -> Tensor:
         assert rows.order is not None

@@ -3,11 +3,12 @@
 Each thread multiplies blocks of columns by the sgemm that torch was built with, adds the low-rank product while a block
 is in its caches, and decodes a quantized weight block by block: it is nowhere whole. None where torch is to multiply:
 for other dtypes and devices, tensors without an address, sizes that do not fit (torch raises), CPUs with AVX-512, more
-threads than were measured, few rows, and a torch whose sgemm has no name. Sums have another order than torch's, the same
-for the same sizes and number of threads.
+threads than were measured, few rows, and a torch whose sgemm has no name. Sums have another order than torch's, the
+same for the same sizes and number of threads.
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lorafuse.backends import aten_rank
 from lorafuse.formats import cpu, load
 from lorafuse.operands import LowRank, Weight
 
-__all__ = ["LEAST_ROWS", "MOST_THREADS", "OF_THREAD", "functions", "product", "why_not"]
+__all__ = ["LEAST_ROWS", "MOST_THREADS", "OF_THREAD", "functions", "product", "sum_of_products", "why_not"]
 
 # rows and products of a thread from which on it pays
 LEAST_ROWS, OF_THREAD = 16, 1 << 20
@@ -74,7 +75,7 @@ def product(
     else:
         find = getattr(load(w.format), "codes", None)
         codes = None if find is None or not cpu.reads(w.data) else find(w.data, w.statistics, w.parameters)
-        if codes is None or codes.rounded is not torch.float32:
+        if codes is None or codes.rounded is torch.float16:
             return None
         if (stored := cpu.stored(codes, codes.first + N * K)) is None:
             return None
@@ -92,10 +93,20 @@ def product(
     of = cpu.Matmul(
         calls[1], x.data_ptr(), x.stride(0), M, K, N, data, None if stored is None else ctypes.addressof(stored), row,
         0 if codes is None else codes.first, y.data_ptr(), y.stride(0), None if bias is None else bias.data_ptr(),
-        *narrow, w.is_transposed, total is not None,
+        *narrow, w.is_transposed, total is not None, codes is not None and codes.rounded is torch.bfloat16,
     )  # fmt: skip
     calls[0](ctypes.byref(of), threads)
     return y
+
+
+def sum_of_products(terms: Sequence[tuple[Tensor, Weight]], lows: Sequence[LowRank]) -> Tensor | None:
+    """`Σ_i x_i w_iᵀ + Σ_j low_j`, of lows no more than terms; None where torch is to multiply one of them."""
+    total = None
+    for i, (x, w) in enumerate(terms):
+        total = product(x, w, None, lows[i] if i < len(lows) else None, total)
+        if total is None:
+            return None
+    return total
 
 
 def _is_rows(t: Tensor) -> bool:

@@ -13,7 +13,19 @@ from torch import Tensor
 
 from lorafuse.formats import cpu
 
-__all__ = ["MANY", "OF_THREAD", "SOME", "add", "adds", "factor_of", "functions", "outer", "project", "project_outer", "why_not"]
+__all__ = [
+    "MANY",
+    "OF_THREAD",
+    "SOME",
+    "add",
+    "adds",
+    "factor_of",
+    "functions",
+    "outer",
+    "project",
+    "project_outer",
+    "why_not",
+]
 
 _STEP, _LARGEST = 8, 64
 # elements of wide, from which on the call pays: of `project` and `outer`, and of `add` and `project_outer`
