@@ -4,8 +4,8 @@ Fused: nothing full-size is scaled, cast or added outside a GEMM: of each pair o
 the first (beta = 1). Dropout, and fp32 adapters over an fp16 base, work in row chunks, so that neither a mask nor a
 copy of x exists at full size. Sums over rows run in a fixed order. Ragged rows are multiplied by torch's grouped_mm
 where the plan says so (`aten_grouped`), else one group after the other (`aten_loop`). On a CPU a dense layer's products
-by the rank are csrc/cpu's where those are faster (`aten_rank`), and those by weights, in blocks of columns whose low-rank
-product is added, and whose quantized weight is decoded, in a core's caches (`aten_blocks`).
+by the rank are csrc/cpu's where those are faster (`aten_rank`), and those by weights, in blocks whose low-rank product
+is added, and whose quantized weight is decoded, in a core's caches (`aten_blocks`).
 
 Cost of a dense layer forward: 2MNK + 2MR(N + K) FLOPs; beyond the base product one read of x, and of y a write and a
 read. Backward: 2MNK + 4MR(N + K) FLOPs; beyond the base product two reads of dy, one of x, and of dx a write and a
