@@ -171,26 +171,12 @@ class Aten(Backend):
         self, terms: Sequence[tuple[Tensor, Weight]], lows: Sequence[LowRank], plan: Plan | None, *,
         wide: Tensor | None = None, likes: Sequence[Tensor] = (),
     ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-        dtype, total = terms[0][0].dtype, None
-        blocks = aten_blocks.sum_of_products(terms, lows)
-        if blocks is not None:
-            return blocks, self.outers(lows, wide, plan, likes)
         # dx of masked low-rank products, and of fp32 ones over 16 bits, is added in row chunks
-        apart = [low.dropout is not None or low.xa.dtype is not dtype for low in lows]
-        sizes = terms[0][0].shape[0], terms[0][1].sizes[0]
-        late = [
-            not is_apart and aten_rank.adds(low.xa, low.b, low.is_transposed, *sizes)
-            for low, is_apart in zip(lows, apart, strict=True)
-        ]
-        # the low-rank products first, where torch computes them: the large GEMMs accumulate onto them, and no full-size
-        # sum has a pass of its own
-        for j, low in enumerate(lows):
-            if not (apart[j] or late[j]):
-                total = _accumulated(total, low.xa, _right(low), low.scale)
-        for x, w in terms:
-            with self.dense(w, x.dtype) as dense:
-                total = _accumulated(total, x, dense.right())
-        assert total is not None
+        apart = [low.dropout is not None or low.xa.dtype is not terms[0][0].dtype for low in lows]
+        plain = [low for low, is_apart in zip(lows, apart, strict=True) if not is_apart]
+        total = aten_blocks.sum_of_products(terms, plain)
+        if total is None:
+            total = self._sum(terms, plain)
         outers = []
         if likes:
             assert wide is not None
@@ -200,11 +186,25 @@ class Aten(Backend):
                 for low, like in zip(lows, likes, strict=True)
             ]
         for j, low in enumerate(lows):
-            if late[j]:
-                aten_rank.add(total, low.xa, low.b, low.is_transposed, low.scale)
-            elif apart[j]:
+            if apart[j]:
                 _add_low_rank(total, low, wide, outers[j] if outers else None)
         return total, [outer.to(like.dtype) for outer, like in zip(outers, likes, strict=True)]
+
+    def _sum(self, terms: Sequence[tuple[Tensor, Weight]], lows: Sequence[LowRank]) -> Tensor:
+        total, sizes = None, (terms[0][0].shape[0], terms[0][1].sizes[0])
+        late = [low for low in lows if aten_rank.adds(low.xa, low.b, low.is_transposed, *sizes)]
+        # the low-rank products first, where torch computes them: the large GEMMs accumulate onto them, and no full-size
+        # sum has a pass of its own
+        for low in lows:
+            if low not in late:
+                total = _accumulated(total, low.xa, _right(low), low.scale)
+        for x, w in terms:
+            with self.dense(w, x.dtype) as dense:
+                total = _accumulated(total, x, dense.right())
+        assert total is not None
+        for low in late:
+            aten_rank.add(total, low.xa, low.b, low.is_transposed, low.scale)
+        return total
 
     def combine(self, y: Tensor, rows: Rows, weight: Tensor | None) -> Tensor:
         assert rows.order is not None
@@ -247,7 +247,10 @@ def _masked_matmul(x: Tensor, w: Weight, low: LowRank, wide: Tensor | None, oute
             y[chunk] *= keep
         if outer is not None and wide is not None:
             outer += torch.mm(xa[chunk].t(), wide[chunk].to(xa.dtype) * keep)
-    return y.to(x.dtype) if is_fp32 else y.addmm_(x, w.right())
+    if is_fp32:
+        return y.to(x.dtype)
+    total = aten_blocks.product(x, w, total=y)
+    return y.addmm_(x, w.right()) if total is None else total
 
 
 def _accumulated(total: Tensor | None, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
