@@ -41,7 +41,9 @@ INSTRUCTIONS = {
 CALLED = "lorafuse::round_adapter("
 
 
+@cache
 def script():
+    """The names of csrc/build.py, which every digest asks for its options."""
     return runpy.run_path(str(CSRC / "build.py"))
 
 
@@ -107,14 +109,22 @@ def defines(file):
 
 
 READERS = (short, resources, warnings, instructions, defines)
+source_of = cache(inspect.getsource)
 
 
+@cache
 def without_comments(source):
     """A C++ source without comments, trailing blanks and empty lines."""
     assert not re.search(r'\b(u8|[uUL])?R"[^"()]*\(', source), "raw strings are not read here"
     token = r'"(?:\\.|[^"\\\n])*"|' + r"'(?:\\.|[^'\\\n])'" + r"|//[^\n]*|/\*.*?\*/"
     source = re.sub(token, lambda m: " " if m[0].startswith("/") else m[0], source, flags=re.DOTALL)
     return "\n".join(line.rstrip() for line in source.splitlines() if line.strip())
+
+
+@cache
+def included(source):
+    """Names of the files that a source includes."""
+    return re.findall(r'^\s*#\s*include\s+["<]([^">]+)[">]', source, re.MULTILINE)
 
 
 def reached(unit, csrc):
@@ -125,7 +135,7 @@ def reached(unit, csrc):
         if path in found:
             continue
         found.add(path)
-        for name in re.findall(r'^\s*#\s*include\s+["<]([^">]+)[">]', path.read_text(), re.MULTILINE):
+        for name in included(path.read_text()):
             places = (path.parent / name, csrc / "include" / name)
             todo += [place for place in places if place.is_file()][:1]
     return sorted(found)
@@ -141,7 +151,7 @@ def digest(name, csrc=CSRC, nvcc=None, flags=None, targets=None):
     parts = [nvcc or build_py["find_nvcc"]()[1], flags or build_py["NVCC_FLAGS"]]
     parts += targets or build_py["TARGETS"][ending]
     parts += [f"{key}={os.environ.get(key, '')}" for key in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")]
-    parts += [inspect.getsource(reader) for reader in READERS] + [repr(INSTRUCTIONS)]
+    parts += [source_of(reader) for reader in READERS] + [repr(INSTRUCTIONS)]
     for path in reached(csrc / "kernels" / name, csrc.resolve()):
         parts += [path.relative_to(csrc.resolve()).as_posix(), without_comments(path.read_text())]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
