@@ -66,11 +66,12 @@ class Aten(Backend):
     ) -> Tensor:  # fmt: skip
         if rows is not None:
             return self._ragged(plan).project(x, a, rows, is_transposed, scale)
-        dtype = x.dtype if dtype is None else dtype
+        of_x = x.dtype
+        dtype = dtype or of_x
         if a.dtype is not dtype:
             a = a.to(dtype)
-        if dropout is None and dtype is x.dtype:
-            own = aten_rank.project(x, a, is_transposed, scale)
+        if dropout is None and dtype is of_x:
+            own = aten_rank.project(x, a, is_transposed, scale) if x.numel() >= aten_rank.MANY else None
             if own is not None:
                 return own
             xa = torch.mm(x, a) if is_transposed else F.linear(x, a)
@@ -107,7 +108,8 @@ class Aten(Backend):
             for chunk in row_chunks(x.shape[0], max(w.sizes), x.device):
                 y[chunk] = torch.addmm(y[chunk].to(xa.dtype), xa[chunk], right)
             return y
-        if aten_rank.adds(xa, b, low.is_transposed, x.shape[0], w.sizes[0]):
+        rows, columns = x.shape[0], w.data.shape[1 if w.is_transposed else 0]
+        if rows * columns >= aten_rank.SOME and aten_rank.adds(xa, b, low.is_transposed, rows, columns):
             return aten_rank.add(F.linear(x, w.left(), bias), xa, b, low.is_transposed, scale)
         # on a CPU forward adds 0.62 ms to a base of 4.1 ms in the first order, 0.70 ms in the other (M 1024, K = N
         # 2048, R 16, bf16, Xeon with AMX, 2 threads, 2026-11-24), and at M = 1 it is one operator less
@@ -131,7 +133,7 @@ class Aten(Backend):
         if dropout is not None or narrow.dtype is not wide.dtype:
             product = _chunked_outer(narrow, wide, dropout, like).mul_(scale)
             return (product.t() if is_transposed else product).to(like.dtype)
-        own = aten_rank.outer(narrow, wide, like, is_transposed, scale)
+        own = aten_rank.outer(narrow, wide, like, is_transposed, scale) if wide.numel() >= aten_rank.MANY else None
         if own is not None:
             return own
         if is_transposed and not wide.is_cuda and _takes_transposed(wide):
@@ -149,9 +151,10 @@ class Aten(Backend):
         self, dy: Tensor, b: Tensor, xa: Tensor | None, plan: Plan | None, *, scale: float, need_dyb: bool,
         need_dbias: bool, dtype: torch.dtype | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-        own = aten_rank.project_outer(dy, b, xa, scale) if need_dyb and xa is not None else None
-        if own is not None:
-            return *own, dy.sum(0) if need_dbias else None
+        if need_dyb and xa is not None and dy.numel() >= aten_rank.SOME:
+            own = aten_rank.project_outer(dy, b, xa, scale)
+            if own is not None:
+                return *own, dy.sum(0) if need_dbias else None
         return super().project_outer(
             dy, b, xa, plan, scale=scale, need_dyb=need_dyb, need_dbias=need_dbias, dtype=dtype
         )

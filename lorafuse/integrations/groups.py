@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafuse.functional import Projection, run_linears
+from lorafuse.integrations.calls import is_tracing
 from lorafuse.integrations.hf_quantized import dtypes_of, is_quantized, stored
 from lorafuse.integrations.report import Group, Skipped
 from lorafuse.nn.roles import sibling_orders
@@ -101,10 +102,9 @@ class Siblings:
     ) -> Tensor | None:
         """y of a member called with x, whose present `operands` are given; None where it runs alone.
 
-        `read` gives the operands of another member, or None where it cannot run fused.
+        `read` gives the operands of another member, or None where it cannot run fused. An x that `is_small` is none of a
+        group's: its layers run alone.
         """
-        if is_small(x):
-            return None
         slot, is_compiling = self.slot, torch.compiler.is_compiling()
         # what a group saves is in backward; and no trace shows a change of x in place, which autograd forbids
         if not torch.is_grad_enabled():
@@ -230,7 +230,7 @@ class Siblings:
 
 def is_small(x: Tensor) -> bool:
     """Whether the layers of this x run alone: a group costs the host more than its passes save; a graph has no host."""
-    return x.numel() < SMALL and not torch.compiler.is_compiling()
+    return x.numel() < SMALL and not is_tracing()
 
 
 def _is_in_subgraph() -> bool:
