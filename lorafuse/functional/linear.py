@@ -109,17 +109,17 @@ def run_linear(
     for the numerics of servers.
     """
     format, statistics = "dense", None
-    if type(weight) is Weight:
+    if isinstance(weight, Weight):
         check_statistics("lora_linear", x, weight)
         if weight.is_transposed:
             raise ValueError("lora_linear got a transposed weight; it reads [N, K], as nn.Linear stores it")
         format, statistics, weight = weight.format, list(weight.statistics) or None, weight.data
     autocast, is_dense, dtype = autocast_is_on(x), format == "dense", x.dtype
-    if autocast and dtype is not torch.float64 and x.is_floating_point():
-        if weight.is_floating_point() or not is_dense:
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-            weight = weight.to(dtype) if is_dense else weight
+    is_cast = autocast and dtype is not torch.float64 and x.is_floating_point()
+    if is_cast and (weight.is_floating_point() or not is_dense):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        weight = weight.to(dtype) if is_dense else weight
     if not x.is_floating_point() or (is_dense and dtype is not weight.dtype):
         raise TypeError(
             f"lora_linear got x {dtype} and weight {weight.dtype}; they must have one floating dtype: cast x, or run "

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lorafuse.functional import MultiProjection, Projection, lora_gated_mlp_multi, run_gated_mlp
 from lorafuse.integrations import calls
 from lorafuse.integrations.groups import fits, is_small, why_not_alike
-from lorafuse.integrations.hf_common import altered, interception, is_called_otherwise, original
+from lorafuse.integrations.hf_common import altered, interception, is_called_otherwise
 from lorafuse.integrations.hf_mixed import Mixed, batch_of, run_batch
 from lorafuse.integrations.hf_peft import Member, operands_of
 from lorafuse.integrations.hf_plain import LINEAR_FORWARD

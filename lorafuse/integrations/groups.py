@@ -102,8 +102,8 @@ class Siblings:
     ) -> Tensor | None:
         """y of a member called with x, whose present `operands` are given; None where it runs alone.
 
-        `read` gives the operands of another member, or None where it cannot run fused. An x that `is_small` is none of a
-        group's: its layers run alone.
+        `read` gives the operands of another member, or None where it cannot run fused. Layers of an x that `is_small`
+        run alone and are not given here.
         """
         slot, is_compiling = self.slot, torch.compiler.is_compiling()
         # what a group saves is in backward; and no trace shows a change of x in place, which autograd forbids
@@ -172,7 +172,7 @@ class Siblings:
                 every[i] = theirs
         if len(every) == 1 or not fits(operands, operands, x, features):
             return None
-        layers = [Projection(w, a, b, scale, bias, p) for w, a, b, scale, bias, p in every.values()]
+        layers = [Projection(*one) for one in every.values()]
         if dtypes is None:
             results = run_linears(x, layers, member._lorafuse_backend)
         else:
@@ -302,21 +302,24 @@ def fits(theirs: tuple, first: tuple, x: Tensor, features: torch.Size) -> bool:
     a and b of a layer without an adapter are None. Sharded and offloaded layers do not fit.
     """
     w, a, b, _, bias, _ = theirs
+    like, of_a, _, _, _, _ = first
     if type(w) is Weight:
         # dtypes of quantized layers are compared apart
-        if type(first[0]) is not Weight:
+        if type(like) is not Weight:
             return False
         sizes, tensors = w.stored, [w.data, *w.statistics]
-    elif type(first[0]) is Weight or w.dtype is not first[0].dtype or (bias is not None and bias.dtype is not w.dtype):
-        return False
     else:
+        dtype = w.dtype
+        if type(like) is Weight or dtype is not like.dtype or (bias is not None and bias.dtype is not dtype):
+            return False
         sizes, tensors = w.shape, [w]
     if sizes[1:] != features:
         return False
     if bias is not None:
         tensors.append(bias)
     if a is not None:
-        if a.dtype is not first[1].dtype or a.shape[1:] != features or b.shape != (*sizes[:1], *a.shape[:1]):
+        sizes_of_a = a.shape
+        if a.dtype is not of_a.dtype or sizes_of_a[1:] != features or b.shape != (*sizes[:1], *sizes_of_a[:1]):
             return False
         tensors += a, b
     # comparing devices takes as long as all of the above

@@ -263,13 +263,16 @@ def _plain_gradients(dy, x, layers, needs, others):
 _apply = super(torch.autograd.Function, _LoRAGatedMLP).apply
 
 
-def _autograd(x, *arguments):
-    settings, tensors = Settings.of(arguments[:10])
-    layers = settings.layers(tensors)
+def _run(x, layers, settings, tensors, *others):
     if not torch.is_grad_enabled() and can_bypass_dispatcher(x, *tensors):
         # nothing is recorded
-        return _run_forward(x, layers, *arguments[10:])
-    return _apply(x, layers, settings, arguments[10:], *tensors)
+        return _run_forward(x, layers, *others)
+    return _apply(x, layers, settings, others, *tensors)
+
+
+def _autograd(x, *arguments):
+    settings, tensors = Settings.of(arguments[:10])
+    return _run(x, settings.layers(tensors), settings, tensors, *arguments[10:])
 
 
 implement("lora_gated_mlp", _forward, _fake_forward)
@@ -277,15 +280,15 @@ implement("lora_gated_mlp_backward", _backward, _fake_backward)
 LIBRARY.impl("lora_gated_mlp", _autograd, "Autograd")
 
 
-def lora_gated_mlp(x, *arguments):
-    """y of the operator; see `lorafuse.functional.lora_gated_mlp` for the meaning."""
-    run = _op if torch.compiler.is_compiling() else _autograd
-    return run(x, *arguments)[0]
+def lora_gated_mlp(x, layers, *others):
+    """y of the operator; see `lorafuse.functional.lora_gated_mlp` for the meaning. `others` end its schema."""
+    settings, tensors = Settings.of_layers(layers)
+    if torch.compiler.is_compiling():
+        return _op(x, *settings.arguments(tensors), *others)[0]
+    return _run(x, layers, settings, tensors, *others)[0]
 
 
-def plain_lora_gated_mlp(x, *arguments):
+def plain_lora_gated_mlp(x, layers, backend, wide, activation, recompute_up):
     """`lora_gated_mlp` for a call that `is_transformed`: in plain torch, whatever the backend."""
-    *of_layers, _, wide, activation, _ = arguments
-    layers = layers_of(*of_layers)
     refuse_masks_of_nested("lora_gated_mlp", x, layers)
     return _plain(x, layers, activation, wide)
