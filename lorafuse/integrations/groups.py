@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from lorafuse.functional import Projection, run_linears
-from lorafuse.integrations.calls import is_tracing
 from lorafuse.integrations.hf_quantized import dtypes_of, is_quantized, stored
 from lorafuse.integrations.report import Group, Skipped
 from lorafuse.nn.roles import sibling_orders
@@ -230,7 +229,7 @@ class Siblings:
 
 def is_small(x: Tensor) -> bool:
     """Whether the layers of this x run alone: a group costs the host more than its passes save; a graph has no host."""
-    return x.numel() < SMALL and not is_tracing()
+    return x.numel() < SMALL and not torch.compiler.is_compiling()
 
 
 def _is_in_subgraph() -> bool:
@@ -302,24 +301,21 @@ def fits(theirs: tuple, first: tuple, x: Tensor, features: torch.Size) -> bool:
     a and b of a layer without an adapter are None. Sharded and offloaded layers do not fit.
     """
     w, a, b, _, bias, _ = theirs
-    like, of_a, _, _, _, _ = first
     if type(w) is Weight:
         # dtypes of quantized layers are compared apart
-        if type(like) is not Weight:
+        if type(first[0]) is not Weight:
             return False
         sizes, tensors = w.stored, [w.data, *w.statistics]
+    elif type(first[0]) is Weight or w.dtype is not first[0].dtype or (bias is not None and bias.dtype is not w.dtype):
+        return False
     else:
-        dtype = w.dtype
-        if type(like) is Weight or dtype is not like.dtype or (bias is not None and bias.dtype is not dtype):
-            return False
         sizes, tensors = w.shape, [w]
     if sizes[1:] != features:
         return False
     if bias is not None:
         tensors.append(bias)
     if a is not None:
-        sizes_of_a = a.shape
-        if a.dtype is not of_a.dtype or sizes_of_a[1:] != features or b.shape != (*sizes[:1], *sizes_of_a[:1]):
+        if a.dtype is not first[1].dtype or a.shape[1:] != features or b.shape != (*sizes[:1], *a.shape[:1]):
             return False
         tensors += a, b
     # comparing devices takes as long as all of the above

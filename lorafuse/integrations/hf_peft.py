@@ -97,10 +97,8 @@ def fused(shipped: type) -> Any:
                     return shipped.forward(self, x, **kwargs)  # type: ignore[attr-defined]
                 if shipped.forward is not own:  # type: ignore[attr-defined]
                     parts = _replaced(shipped)
-                elif is_wrapper:
-                    parts = _parts(self)
                 else:
-                    parts = _present(self)
+                    parts = _parts(self) if is_wrapper else _present(self)
             # absent from layers with the numerics of lorafuse's kernels
             numerics = state.get("_lorafuse_numerics")
             if numerics is not None:
