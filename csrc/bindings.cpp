@@ -219,6 +219,8 @@ PYBIND11_MODULE(LORAFUSE_MODULE, m) {
   m.def("gated_backward", &Bound<gated_backward>::call);
   m.def("grouped_linear", &Bound<grouped_linear>::call);
   m.def("gathered_linear", &Bound<gathered_linear>::call);
+  m.def("ragged_ranks_workspace", &Bound<ragged_ranks_workspace>::call);
+  m.def("ragged_ranks", &Bound<ragged_ranks>::call);
   m.def("round_adapter", &Bound<round_adapter>::call);
   m.def("project_x", &Bound<project_x>::call);
   m.def("reduce_dy_workspace", &Bound<reduce_dy_workspace>::call);

@@ -95,7 +95,17 @@ struct Fields<GatheredLinear> {
       REQUIRED(type), REQUIRED(rows), REQUIRED(groups), REQUIRED(N), REQUIRED(K), OPTIONAL(R),
       OPTIONAL(transposed), REQUIRED(offsets), OPTIONAL(order), OPTIONAL(choices), REQUIRED(x), REQUIRED(stride_x),
       REQUIRED(w), OPTIONAL(bias), OPTIONAL(xa), OPTIONAL(stride_xa), OPTIONAL(b), REQUIRED(y), REQUIRED(stride_y),
-      REQUIRED(workspace), OPTIONAL(activation), OPTIONAL(h), OPTIONAL(stride_h), OPTIONAL(tiling)};
+      REQUIRED(workspace), OPTIONAL(activation), OPTIONAL(h), OPTIONAL(stride_h), OPTIONAL(u), OPTIONAL(stride_u),
+      OPTIONAL(row_scale), OPTIONAL(products), OPTIONAL(tiling)};
+};
+template <>
+struct Fields<RaggedRanks> {
+  using P = RaggedRanks;
+  static constexpr Field fields[] = {
+      REQUIRED(type), REQUIRED(rows), REQUIRED(groups), REQUIRED(C), REQUIRED(R), REQUIRED(offsets), OPTIONAL(order),
+      OPTIONAL(choices), REQUIRED(wide), REQUIRED(stride_wide), OPTIONAL(b), OPTIONAL(projected),
+      OPTIONAL(stride_projected), OPTIONAL(narrow), OPTIONAL(stride_narrow), OPTIONAL(outer), OPTIONAL(outer_type),
+      OPTIONAL(transposed), OPTIONAL(scale), OPTIONAL(workspace)};
 };
 template <>
 struct Fields<Round> {

@@ -46,6 +46,9 @@ _FLAG = "ptx::wait_at_least(flag, kPublishers); ptx::fence_proxy_async();"
 _MULTIPLY = "multiply<T, N, kMajorB, kSteps>(d, pipeline.a() + part.row * kBoxRowBytes, pipeline.b() + part.column * kBoxRowBytes, {});"
 _LAUNCH_WAIT = "{ ptx::wait_for_previous_launch(); ptx::fence_proxy_async(); }"
 _GROUP_B = "load_group_b<kMajorB>(pipeline, map_b, block * BLOCK_K, tile.column * BLOCK_N, {});"
+_RANKS = "ragged_ranks_sm80.cuh"
+_NARROW = "S::Narrow::copy(stage + S::Wide::kBytes, static_cast<const T*>(of.right), of.stride_right, begin + step * S::BLOCK_M, {}, rank, of.R);"
+_ADD_RANKS = "add_parts<S::kParts, S::BLOCK_M, RANKS>(sums, wide, part, part_row);"
 _ADD_PARTS = "add_parts<S::kParts, BLOCK_M, RANKS>(sums, left, part, part_row);"
 _GATE_STORED = "store_boxes(gate, boxes, kBoxes, row, column);"
 _BOTH_STORED = (
@@ -63,6 +66,7 @@ _GRADIENTS = (
 _LAST_GRADIENTS = (
     "if (thread == 0) ptx::tma_store_wait_read<0>(); consumer_sync(consumer); pipeline.release_previous(lane);"
 )
+_LOAD_GATES = "load_blocks(BLOCK_N / kBoxElements, 2 * Plan::kTileABytes, load_gates, [](int) {});"
 _MASKED = (
     "finish_blocks(pipeline, lane); "
     "drop<kBoxElements>(low, p.seeds[mask], p.drop_below[mask], row, column + n, p.N[0], thread);"
@@ -253,7 +257,30 @@ BUGS = tuple(Bug(*row) for row in (
     ("gathered_h_over_up", _GATHERED, "gathered_gated", "// and have been read, before h takes the place of up consumer_sync(consumer);", ""),
     ("gathered_h_before_it_is_there", _GATHERED, "gathered_gated", "// h is there consumer_sync(consumer);", ""),
     ("gathered_h_overrun", _GATHERED, "gathered_gated", "m >= row_end || n >= N", "n >= N"),
+    ("gathered_gates_half_announced", _GATHERED, "gathered_gradients", _LOAD_GATES, _LOAD_GATES.replace("2 * ", "")),
+    ("gathered_gates_over_copies", _GATHERED, "gathered_gradients", "// over what threads have copied: ordinary writes, before those of the async proxy\n ptx::fence_proxy_async_shared();", ""),
+    ("gathered_up_for_gate", _GATHERED, "gathered_gradients", "&maps.read[1]", "&maps.read[0]"),
+    ("gathered_row_not_scaled", _GATHERED, "gathered_gradients", "row + r < row_end ? ptx::load_global(scale + row + r) : 0.0f", "1.0f"),
+    ("gathered_product_of_other_rows", _GATHERED, "gathered_gradients", "thread % 8 == r / 16", "thread % 8 == 0"),
+    ("gathered_product_of_one_thread", _GATHERED, "gathered_gradients", "part += ptx::shuffle_xor(part, mask);", ""),
+    ("gathered_product_overrun", _GATHERED, "gathered_gradients", "thread % 8 < 4 && mine < row_end", "thread % 8 < 4"),
+    ("gathered_dh_not_whole", _ACTIVATED, "gathered_gradients", "write_boxes<T, BLOCK_N>(d, hs, thread); consumer_sync(consumer);", "write_boxes<T, BLOCK_N>(d, hs, thread);"),
+    ("gathered_gates_not_awaited", _ACTIVATED, "gathered_gradients", "ptx::mbarrier_wait(pipeline.full(), pipeline.parity);", ""),
+    ("gathered_gradients_no_proxy_fence", _ACTIVATED, "gathered_gradients", _GRADIENTS, _GRADIENTS.replace("ptx::fence_proxy_async_shared();", "")),
+    ("gathered_gradients_not_whole", _ACTIVATED, "gathered_gradients", _GRADIENTS, _GRADIENTS.replace("consumer_sync(consumer);", "")),
+    ("gathered_gradients_freed_unread", _ACTIVATED, "gathered_gradients", _LAST_GRADIENTS, "if (thread == 0) ptx::tma_store_wait_read<0>(); pipeline.release_previous(lane);"),
     ("gathered_no_store_wait", _GATHERED, "gathered", "if (thread == 0) ptx::tma_store_wait<0>();", ""),
+    # their products with the rank, in one read
+    ("ranks_copy_not_awaited", _RANKS, "ragged_ranks", "ptx::copy_async_wait<0>();", ""),
+    ("ranks_stage_refilled_early", _RANKS, "ragged_ranks", "ptx::block_sync(); fetch(step + 1);", "fetch(step + 1); ptx::block_sync();"),
+    ("ranks_parts_over_rows_that_are_read", _RANKS, "ragged_ranks", "ptx::block_sync(); " + _ADD_RANKS, _ADD_RANKS),
+    ("ranks_source_of_the_step_before", _RANKS, "ragged_ranks", "next = source(step + 1);", ""),
+    ("ranks_rows_of_lane_0", _RANKS, "ragged_ranks", "ptx::shuffle(next, i)", "ptx::shuffle(next, 0)"),
+    ("ranks_row_of_another_token", _RANKS, "ragged_ranks", "static_cast<int>(ptx::load_global(p.order + row)) / p.choices", "static_cast<int>(ptx::load_global(p.order + row)) / (p.choices + 1)"),
+    ("ranks_group_overrun", _RANKS, "ragged_ranks", "part > 0 || m >= end || c >= of.R", "part > 0 || m >= of.M || c >= of.R"),
+    ("ranks_rows_of_the_next_group", _RANKS, "ragged_ranks", _NARROW.format("end"), _NARROW.format("of.M")),
+    ("ranks_b_of_the_first_group", _RANKS, "ragged_ranks", "static_cast<const T*>(of.b) + group * of.C * of.stride_b", "static_cast<const T*>(of.b)"),
+    ("ranks_columns_behind_the_last", _RANKS, "ragged_ranks", "left <= 0 ? 0 : left < 8 ? static_cast<int>(left) * 2 : kChunkBytes", "kChunkBytes"),
     # the memory-bound passes
     ("project copy not awaited", _PROJECT, "project_x", "ptx::copy_async_wait<S::kStages - 2>();", ""),
     ("project stage refilled before the barrier", _PROJECT, "project_x", "ptx::block_sync(); fetch(step + S::kStages - 1);", "fetch(step + S::kStages - 1); ptx::block_sync();"),

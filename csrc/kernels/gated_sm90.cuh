@@ -171,8 +171,15 @@ gated_kernel(LF_GRID_CONSTANT GatedMaps maps, LF_GRID_CONSTANT GatedArguments p)
         store_activated<T, BLOCK_N>(d, &maps.written[0], &maps.written[1], p.keep_up, &maps.h, p.activation,
                                     pipeline.output(consumer), row, column, consumer, thread);
       } else {
-        store_gradients<T>(d, pipeline, &maps.written[0], &maps.written[1], &maps.h, p.activation, row, column,
-                           consumer, thread);
+        const auto store = [&](int n, const uint8_t* gates, const uint8_t* ups, const uint8_t* hs) {
+          if (thread == 0) {
+            store_boxes(&maps.written[0], gates, 1, row, column + n);
+            store_boxes(&maps.written[1], ups, 1, row, column + n);
+            store_boxes(&maps.h, hs, 1, row, column + n);
+          }
+        };
+        DenseRows rows;
+        store_gradients<T>(d, pipeline, p.activation, rows, store, consumer, thread);
       }
     }
     if (thread == 0) ptx::tma_store_wait<0>();

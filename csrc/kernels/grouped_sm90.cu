@@ -6,7 +6,7 @@ namespace lorafuse {
 
 void grouped_linear(const GroupedLinear& p, void* stream) {
   using namespace sm90;
-  if (!check_ragged(p, p.N)) return;
+  if (!check_ragged(p, p.N, p.N)) return;
   if (p.transposed) {
     launch_grouped<true>(p, static_cast<Stream>(stream));
   } else {

@@ -5,10 +5,10 @@
 
 namespace lorafuse::sm90 {
 
-// Of GroupedLinear or GatheredLinear: sizes, tiles and the rows of each matrix; w, b and y have `columns`. False:
-// there is nothing to compute.
+// Of GroupedLinear or GatheredLinear: sizes, tiles and the rows of each matrix; w and b have `columns`, y has
+// `y_columns`. False: there is nothing to compute.
 template <class P>
-bool check_ragged(const P& p, int64_t columns) {
+bool check_ragged(const P& p, int64_t columns, int64_t y_columns) {
   check_size("rows", p.rows);
   check_size("groups", p.groups);
   check_size("N", p.N);
@@ -23,7 +23,7 @@ bool check_ragged(const P& p, int64_t columns) {
   check_address("offsets", p.offsets, 8);
   check_matrix("x", p.x, p.K, p.stride_x);
   check_matrix("w", p.w, p.transposed ? columns : p.K, p.transposed ? columns : p.K);
-  check_matrix("y", p.y, columns, p.stride_y);
+  check_matrix("y", p.y, y_columns, p.stride_y);
   if (p.bias != nullptr) check_address("bias", p.bias, 4);
   if (p.R > 0) {
     check_matrix("xa", p.xa, p.R, p.stride_xa);

@@ -13,6 +13,7 @@
     fused_backward        fused_backward: dx, da and db; dyb, and a and scale · bᵀ rounded
     siblings              layers of one x together: `lorafuse.backends.cuda_siblings`
     ragged                grouped_linear: y or dx; ATen computes everything else
+    gathered              ragged rows where they lie: `lorafuse.backends.cuda_gathered`
 
 A quantized weight is decoded by a launch of its own (decode_codebook, decode_fp8; both run from sm_80 on) before the
 first one of a pass: linear may overlap the launch right before it, and reads w without waiting.
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor
 
 from lorafuse.backends import native, problems
+from lorafuse.backends.cuda_gathered import Gathered
 from lorafuse.backends.cuda_grouped import INSTEAD, TYPES, GroupedLinear, tiling
 from lorafuse.backends.cuda_operands import (
     adapter_of,
@@ -45,7 +47,6 @@ from lorafuse.backends.cuda_operands import (
     rounding,
     scratch,
 )
-from lorafuse.backends.cuda_siblings import Siblings
 from lorafuse.backends.protocol import Problems, device_guard
 from lorafuse.operands import Dropout, Weight, contiguous_rows
 from lorafuse.plan import DeviceSpec, KernelConfig, Plan, configs_cuda, select
@@ -56,7 +57,7 @@ __all__ = ["TYPES", "Cuda", "backend", "padded_rows"]
 _SCALES, _EXPONENT = {torch.bfloat16: 0, torch.float32: 2}, 3
 
 
-class Cuda(Siblings):
+class Cuda(Gathered):
     """See the module. `module` is what csrc was compiled to; the functions after it are about a device."""
 
     multi = None  # type: ignore[assignment]
@@ -122,7 +123,7 @@ class Cuda(Siblings):
                 )  # fmt: skip
             else:
                 (a, round_a), (b, round_b) = rounding(given_a, dtype, 1.0), rounding(given_b, dtype, scale)
-                flags = self._flags(x.device, place["stream"], self.native.fused_forward_workspace(M=M))
+                flags = self.zeroed(x.device, place["stream"], self.native.fused_forward_workspace(M=M))
                 self.native.fused_forward(
                     **operands, a=a.data_ptr(), stride_a=a.stride(0), rounded_a=round_a, b=b.data_ptr(),
                     stride_b=b.stride(0), rounded_b=round_b, workspace=flags.data_ptr(),
@@ -134,7 +135,7 @@ class Cuda(Siblings):
             a, round_a = rounding(given_a, dtype, 1.0)
             for one in filter(None, (round_a, round_b)):
                 self.native.round_adapter(**one, **place)
-            flags = self._flags(x.device, place["stream"], self.native.fused_xa_workspace(M=M))
+            flags = self.zeroed(x.device, place["stream"], self.native.fused_xa_workspace(M=M))
             fused_xa = {
                 "a": a.data_ptr(), "stride_a": a.stride(0), "workspace": flags.data_ptr(),
                 "xa_in_tiles": config.xa_in_tiles,
@@ -192,7 +193,7 @@ class Cuda(Siblings):
             if xa is not None and need_db:
                 everything |= {"xa": xa.data_ptr(), "stride_xa": padded(R), "db": address(db), "db_type": b_type}
             partials = scratch(self.native.fused_backward_partials(**everything), dy.device)
-            flags = self._flags(dy.device, place["stream"], self.native.fused_backward_workspace(M=M, N=N, K=K))
+            flags = self.zeroed(dy.device, place["stream"], self.native.fused_backward_workspace(M=M, N=N, K=K))
             everything |= {"partials": partials.data_ptr(), "workspace": flags.data_ptr()}
             self.native.fused_backward(**everything, **place)
             return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype), None
@@ -257,7 +258,7 @@ class Cuda(Siblings):
         )  # fmt: skip
         return y
 
-    def _flags(self, device: torch.device, stream: int, words: int) -> Tensor:
+    def zeroed(self, device: torch.device, stream: int, words: int) -> Tensor:
         """Zeros through which the blocks of one launch draw work and signal that rows of xa or dyb are there."""
         if self.is_capturing():
             # a graph has flags of its own, which it zeroes at every replay: the stream's may be in use by then

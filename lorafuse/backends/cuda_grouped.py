@@ -9,7 +9,7 @@ from lorafuse.backends.aten_grouped import GroupedMM
 from lorafuse.operands import Rows
 from lorafuse.plan import KernelConfig, configs_cuda
 
-__all__ = ["INSTEAD", "TYPES", "GroupedLinear", "tiling"]
+__all__ = ["INSTEAD", "TYPES", "GroupedLinear", "is_stored_by_columns", "tiling"]
 
 # the numbers of Type in api.hpp
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -22,6 +22,19 @@ def tiling(config: KernelConfig) -> tuple[int, int, int, int, int]:
     return config.block_n, config.stages, config.cluster, config.group_m, 0
 
 
+def is_stored_by_columns(w: Tensor, name: str) -> bool:
+    """Whether a stack `[G, K, N]` is contiguous, and not by rows of `[G, N, K]`; `name` is the backend's.
+
+    Raises ValueError for one with gaps, of which a copy would cost more than the kernel gains.
+    """
+    if not (is_contiguous := w.is_contiguous()) and not w.mT.is_contiguous():
+        raise ValueError(
+            f"backend={name!r}: its kernels read stacks of matrices without gaps; the strides of weights "
+            f"{list(w.shape)} are {w.stride()}: {INSTEAD}"
+        )
+    return is_contiguous
+
+
 class GroupedLinear(GroupedMM):
     """grouped_mm, with a base product and its low-rank one in one kernel: the second adds to the reduction."""
 
@@ -30,13 +43,7 @@ class GroupedLinear(GroupedMM):
 
     def accumulated(self, x: Tensor, w: Tensor, xa: Tensor, b: Tensor, rows: Rows) -> Tensor:
         run, (G, K, N) = self.run, w.shape
-        is_transposed = w.is_contiguous()
-        if not (is_transposed or w.mT.is_contiguous()):
-            # a copy of the stack would cost more than the kernel gains
-            raise ValueError(
-                f"backend={run.name!r}: its kernels read stacks of matrices without gaps; the strides of weights "
-                f"{list(w.shape)} are {w.stride()}: {INSTEAD}"
-            )
+        is_transposed = is_stored_by_columns(w, run.name)
         if "int64" not in rows.cache:
             rows.cache["int64"] = rows.offsets.long()
         # both with columns and rows exchanged, or neither

@@ -4,6 +4,7 @@
     matmul          y = epilogue(x wᵀ + bias + scale · xa bᵀ)        the one main loop: y, dx, (u, h), (du, h)
     outer           scale · Σ_s narrow[s]ᵀ (row_scale[s] · wide[s])  sums over rows in a fixed order: da, db
     project_outer   dyb, db and dbias from one read of dy           default: project and outer
+    project_outer_rows                                              the same of ragged rows, without dbias
     matmuls         y_i = x w_iᵀ + bias_i + low_i                    of layers of one x; default: matmul for each
     matmul_gated    gate and up as of matmuls, h = act(gate) · up    default: matmuls, and the activation
     gated_backward  dgate, dup, h of dh = x wᵀ + low                 default: matmul, and the activation's backward
@@ -89,8 +90,8 @@ class Backend:
         """`t [rows, K]` with the strides that the primitives read; copies only where they cannot read t's."""
         return t
 
-    def in_order(self, x: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
-        """x `[T, …]` and the rows by which the primitives read it: gathered here unless the kernels do that."""
+    def in_order(self, x: Tensor, rows: Rows, plan: Plan | None) -> tuple[Tensor, Rows]:
+        """x `[T, …]` and the rows by which the primitives read it: gathered here unless the plan's kernels do that."""
         return x.index_select(0, rows.token), rows
 
     def route(self, index: Tensor, groups: int) -> Rows:
@@ -231,6 +232,20 @@ class Backend:
         db = None if xa is None else self.outer(xa, dy, None, plan, like=b, is_transposed=True, scale=scale)
         dyb = self.project(dy, b, None, plan, is_transposed=True, scale=scale, dtype=dtype) if need_dyb else None
         return dyb, db, dy.sum(0) if need_dbias else None
+
+    def project_outer_rows(
+        self, dy: Tensor, b: Tensor, xa: Tensor | None, rows: Rows, plan: Plan | None, *, scale: float,
+        row_scale: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """`(dyb = dy b [S, R], db = scale · Σ (row_scale[s] · dy[s])ᵀ xa[s])` of ragged rows, db None without `xa`.
+
+        b is `[G, N, R]`, and db like it; `rows` may gather dy.
+        """
+        # next to each other: both read dy
+        db = None
+        if xa is not None:
+            db = self.outer(xa, dy, rows, plan, like=b, is_transposed=True, scale=scale, row_scale=row_scale)
+        return self.project(dy, b, rows, plan, is_transposed=True), db
 
     def combine(self, y: Tensor, rows: Rows, weight: Tensor | None) -> Tensor:
         """`Σ_j weight[t, j] · y`, `[T, H]`, over the rows of y `[S, H]` that belong to a group, in a fixed order.

@@ -54,7 +54,7 @@ _DTYPES = ("bfloat16", "float16", "float32")
 # one launch, and its main loop that decodes, have run on no GPU.
 _MEASURED_FIRST = (
     "cuda fused_xa", "cuda xa_in_tiles", "cuda split_k", "cuda fused_forward", "cuda concurrent_backward",
-    "cuda fused_backward", "cuda siblings", "cuda ragged", "siblings", "packed",
+    "cuda fused_backward", "cuda siblings", "cuda ragged", "cuda gathered", "siblings", "packed",
 )  # fmt: skip
 # torch starts a thread for each group of grouped_mm, in one block
 _MOST_GROUPS = 1023

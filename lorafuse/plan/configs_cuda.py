@@ -14,6 +14,7 @@ The matmuls run on sm_90a alone, in tiles of 128 rows. The memory-bound kernels 
                           dyb, db, dbias; every a rounded; one dx; da of all. Of down of a gated MLP the last four, with
                           dgate, dup and h in place of dx
     ragged                y or dx of ragged rows; ATen computes everything else
+    gathered              xa; y, or u and h; or dyb and db; dx, or du and h; da: of rows where they lie
 """
 
 from collections.abc import Iterator, Sequence
@@ -155,7 +156,9 @@ def operator_candidates(operator: Sequence[Problem], device: DeviceSpec, tiles: 
     p = operator[0]
     if p.is_ragged:
         matmuls = [RAGGED] * len(operator)
-        yield Candidate("cuda", "ragged", tuple((c,) for c in matmuls), cost.ragged(operator, matmuls, device))
+        for kernel in ("ragged", "gathered"):
+            parts = cost.ragged(operator, matmuls, device, kernel == "gathered")
+            yield Candidate("cuda", kernel, tuple((c,) for c in matmuls), parts)
     elif p.gradients:
         yield from _backward(p, device, tiles)
     else:

@@ -350,19 +350,27 @@ def aten(problems: Sequence[Problem], kernel: str, device: DeviceSpec) -> tuple[
     return in_a_row(parts)
 
 
-def ragged(problems: Sequence[Problem], matmuls: Sequence[KernelConfig], device: DeviceSpec) -> tuple[Part, ...]:
+def ragged(
+    problems: Sequence[Problem], matmuls: Sequence[KernelConfig], device: DeviceSpec, gathered: bool = False
+) -> tuple[Part, ...]:
     """Base and low-rank product in one kernel of ours for each projection.
 
-    Triton's kernels gather and activate too; with those of CUDA, ATen runs the rest.
+    Triton's kernels gather and activate too. So do those of CUDA where `gathered`; they compute dyb and db together;
+    around the others ATen runs the rest.
     """
-    in_cuda = matmuls[0].form == "wgmma"
+    in_cuda = matmuls[0].form == "wgmma" and not gathered
     parts = _around(problems, device) if in_cuda or len(problems) == 1 else []
     for p, of, config in zip(problems, _NAMES[len(problems)], matmuls, strict=True):
         parts += [_cast(p, device, 2, of)] if in_cuda else []
         name = (f"dx of {of}" if p.gradients else of) + (", activation" if p.epilogue and not in_cuda else "")
-        parts.append(_rows(f"{'dyb' if p.gradients else 'xa'} of {of}", p.M * p.read, p, device, efficiency=_SKINNY))
+        both = gathered and p.gradients
+        narrow = ("dyb, db" if both else "dyb") if p.gradients else "xa"
+        parts.append(_rows(f"{narrow} of {of}", p.M * p.read, p, device, efficiency=_SKINNY))
         parts.append(Part(name, kernel_seconds(config, p, device)))
-        parts += [_rows(f"da, db of {of}", p.M * (p.K + p.N), p, device, 2, _SKINNY)] if p.gradients else []
+        if both:
+            parts.append(_rows(f"da of {of}", p.M * p.K, p, device, efficiency=_SKINNY))
+        elif p.gradients:
+            parts.append(_rows(f"da, db of {of}", p.M * (p.K + p.N), p, device, 2, _SKINNY))
     if len(problems) == 2 and not in_cuda:
         S, H, choices = problems[0].M, problems[0].K, problems[0].choices
         parts.append(_rows("sum over k", S * H + S // choices * H, problems[0], device))

@@ -48,7 +48,7 @@ _ONE_LAUNCH = (
     "fused_backward",
     "siblings",
 )
-_CUDA = tuple(f"cuda {name}" for name in (*_STEPS, *_ONE_LAUNCH))
+_CUDA = tuple(f"cuda {name}" for name in (*_STEPS, *_ONE_LAUNCH, "gathered"))
 KERNELS = ("aten_beta1", "aten_addmm", "grouped_mm", "loop", *_STEPS, "siblings", "packed", *_CUDA)
 # names in older files; entries of "", kernels that no longer exist, are left out
 _FORMER_NAMES = {

@@ -14,7 +14,7 @@ import test_emu_skinny
 import torch
 from emu_launches import gated, masked
 from gathered_reference import Case as GatheredCase
-from gathered_reference import Gated, GatedCase, Operands
+from gathered_reference import Gated, GatedCase, Gradients, Operands, Ranks
 from group_reference import Case, linears, make
 from group_reference import results as group_results
 from native_build import EMULATOR as emu
@@ -46,6 +46,8 @@ SCENARIOS = {
     "grouped": ("grouped", None, 0),
     "gathered": ("gathered", (256, 3, 1, 16, 0, 128), 0),
     "gathered_gated": ("gathered_gated", (256, 3, 1, 16, 0, 128), 0),
+    "ragged_ranks": ("ragged_ranks", None, 0),
+    "gathered_gradients": ("gathered_gradients", (256, 3, 1, 16, 0, 128), 0),
 }
 SEEN_BY = {bug.name: bug.seen_by for bug in planted.BUGS}
 
@@ -69,6 +71,14 @@ def run(kind, tiling):
     if kind == "gathered_gated":
         # a row block and a part of one in two groups
         o = Gated(GatedCase(ends=(150, 290), rows=292, N=2 * 72, K=72, R=8))
+        return [o.launch(emu, tiling)[:290], o.word]
+    if kind == "ragged_ranks":
+        o = Ranks(GatheredCase(ends=(60, 60, 250), rows=260, K=264, R=16))
+        projected, outer = o.launch(emu)
+        return [projected[:250], outer]
+    if kind == "gathered_gradients":
+        # two tiles a block, of which some end with a part of a row block; more stages of gates than the ring has
+        o = Gradients(GatedCase(ends=(150, 290), rows=292, N=264, K=72, R=8, bias=False))
         return [o.launch(emu, tiling)[:290], o.word]
     if kind == "gathered":
         # tiles that go around the ring, and more of them than blocks
