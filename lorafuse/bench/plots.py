@@ -54,6 +54,7 @@ _STYLES = {
     "lorafuse-cuda-forward": Style("#8e4585", "<", "O|"),
     "lorafuse-cuda-concurrent": Style("#7a1f3d", "H", "oo"),
     "lorafuse-cuda-backward": Style("#54162b", "v", "o."),
+    "lorafuse-cuda-gathered": Style("#3a0d1c", "s", "o|"),
     "unsloth": Style("#cc79a7", "X", "///"),
     "axolotl": Style("#6a3d9a", "*", "\\\\\\"),
     "axolotl-scattermoe": Style("#b15928", "1", "xxx"),

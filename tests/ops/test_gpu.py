@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from gathered_reference import Gated, GatedCase, Operands, same
+from experts_reference import check as check_experts
+from gathered_reference import Gated, GatedCase, Gradients, Operands, Ranks, same
 from group_reference import Case, linears, make, mlp
 from group_reference import results as group_results
 from torch.utils.checkpoint import checkpoint
@@ -160,6 +161,40 @@ def test_gathered_rows_by_ticket_in_the_cuda_kernel(ends, transposed):
     for _ in range(100):
         assert same(plain.through_order(native), y)
         assert same(gated.through_order(native), both)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("ends", [(0, 700, 700, 701, 3000, 4096), tuple(range(64, 8193, 64))])
+def test_gathered_gradients_in_the_cuda_kernels(ends, transposed):
+    """du, h and the router's gradient of dh, dyb and db as in fp64, and the same bits each time."""
+    able("cuda")
+    native = base.load("cuda").native
+    case = GatedCase(
+        ends=ends, rows=ends[-1] + 8, choices=8, N=776, K=1032, R=24, transposed=transposed, bias=False
+    )  # fmt: skip
+    gates, ranks = Gradients(case, "cuda"), Ranks(case, "cuda")
+    launched, (projected, outer) = gates.through_order(native), ranks.launch(native)
+    exact, exact_outer = ranks.expected()
+    pairs = *zip(gates.results(launched), gates.expected_results(), strict=True), (outer, exact_outer)
+    for actual, expected in (*pairs, (projected[: ends[-1]], exact[: ends[-1]])):
+        assert relative_l2(actual, expected) < tolerance(torch.bfloat16)
+    for _ in range(100):
+        assert same(gates.through_order(native), launched)
+        again, again_outer = ranks.launch(native)
+        assert same(again[: ends[-1]], projected[: ends[-1]])
+        assert torch.equal(again_outer, outer)
+
+
+@pytest.mark.parametrize("activation", ["silu", "clamped_swiglu"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_in_the_gathered_cuda_kernels(activation, transposed):
+    able("cuda")
+    sizes = {"T": 40, "E": 6, "k": 3, "H": 136, "I": 264, "R": 12, "transposed": transposed, "bias": "levels"}
+    with override(force_kernel="cuda gathered"):
+        check_experts(
+            "cuda", dtype=torch.bfloat16, activation=activation, adapter_dtype=torch.float32, size=0.1, device="cuda",
+            **sizes,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("M", [1, 512, 1000, 8192])
