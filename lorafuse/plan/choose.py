@@ -50,8 +50,8 @@ _OLDEST_ARCH = 80
 _DTYPES = ("bfloat16", "float16", "float32")
 # chosen only where a measurement says so, or forced. xa in the matmul's launch was never the fastest on an H200. xa in
 # its tiles, K divided by clusters, sums concurrent with dx, one launch each way and siblings in one have run on no GPU,
-# and the grouped CUDA kernel took 5.6 ms where Triton's took 3.2. Those that read rows where they lie, Triton's siblings
-# in one launch, and its main loop that decodes, have run on no GPU.
+# and the grouped CUDA kernel took 5.6 ms where Triton's took 3.2. The one of rows where they lie, Triton's siblings in
+# one launch, and its main loop that decodes, have run on no GPU.
 _MEASURED_FIRST = (
     "cuda fused_xa", "cuda xa_in_tiles", "cuda split_k", "cuda fused_forward", "cuda concurrent_backward",
     "cuda fused_backward", "cuda siblings", "cuda ragged", "cuda gathered", "siblings", "packed",
