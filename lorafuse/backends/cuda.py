@@ -123,7 +123,7 @@ class Cuda(Gathered):
                 )  # fmt: skip
             else:
                 (a, round_a), (b, round_b) = rounding(given_a, dtype, 1.0), rounding(given_b, dtype, scale)
-                flags = self.zeroed(x.device, place["stream"], self.native.fused_forward_workspace(M=M))
+                flags = self._flags(x.device, place["stream"], self.native.fused_forward_workspace(M=M))
                 self.native.fused_forward(
                     **operands, a=a.data_ptr(), stride_a=a.stride(0), rounded_a=round_a, b=b.data_ptr(),
                     stride_b=b.stride(0), rounded_b=round_b, workspace=flags.data_ptr(),
@@ -135,7 +135,7 @@ class Cuda(Gathered):
             a, round_a = rounding(given_a, dtype, 1.0)
             for one in filter(None, (round_a, round_b)):
                 self.native.round_adapter(**one, **place)
-            flags = self.zeroed(x.device, place["stream"], self.native.fused_xa_workspace(M=M))
+            flags = self._flags(x.device, place["stream"], self.native.fused_xa_workspace(M=M))
             fused_xa = {
                 "a": a.data_ptr(), "stride_a": a.stride(0), "workspace": flags.data_ptr(),
                 "xa_in_tiles": config.xa_in_tiles,
@@ -193,7 +193,7 @@ class Cuda(Gathered):
             if xa is not None and need_db:
                 everything |= {"xa": xa.data_ptr(), "stride_xa": padded(R), "db": address(db), "db_type": b_type}
             partials = scratch(self.native.fused_backward_partials(**everything), dy.device)
-            flags = self.zeroed(dy.device, place["stream"], self.native.fused_backward_workspace(M=M, N=N, K=K))
+            flags = self._flags(dy.device, place["stream"], self.native.fused_backward_workspace(M=M, N=N, K=K))
             everything |= {"partials": partials.data_ptr(), "workspace": flags.data_ptr()}
             self.native.fused_backward(**everything, **place)
             return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype), None
@@ -258,7 +258,7 @@ class Cuda(Gathered):
         )  # fmt: skip
         return y
 
-    def zeroed(self, device: torch.device, stream: int, words: int) -> Tensor:
+    def _flags(self, device: torch.device, stream: int, words: int) -> Tensor:
         """Zeros through which the blocks of one launch draw work and signal that rows of xa or dyb are there."""
         if self.is_capturing():
             # a graph has flags of its own, which it zeroes at every replay: the stream's may be in use by then

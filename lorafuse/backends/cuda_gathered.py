@@ -31,9 +31,9 @@ _TILE_N = 256
 
 
 class Gathered(Siblings):
-    """See the module; `zeroed` is that of `lorafuse.backends.cuda.Cuda`."""
+    """See the module; `_flags` is that of `lorafuse.backends.cuda.Cuda`."""
 
-    def zeroed(self, device: torch.device, stream: int, words: int) -> Tensor:
+    def _flags(self, device: torch.device, stream: int, words: int) -> Tensor:
         """Words of 0 that a launch leaves zeroed."""
         raise NotImplementedError
 
@@ -118,7 +118,7 @@ class Gathered(Siblings):
         self.native.gathered_linear(
             type=TYPES[x.dtype], rows=S, groups=G, K=K, transposed=is_transposed, x=x.data_ptr(), stride_x=x.stride(0),
             w=w.data_ptr(), y=y.data_ptr(), stride_y=y.shape[1], tiling=tiling(plan.config("matmul")),
-            workspace=self.zeroed(x.device, place["stream"], 1).data_ptr(), **_places(rows), **given, **place,
+            workspace=self._flags(x.device, place["stream"], 1).data_ptr(), **_places(rows), **given, **place,
         )  # fmt: skip
         if act is None:
             return finish(y, epilogue)
