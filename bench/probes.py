@@ -96,6 +96,7 @@ class _Probes:
         x, dy, w = self.normal(M, K), self.normal(M, N), self.normal(N, K, scale=K**-0.5)
         a, xa, dyb = (self.normal(rows, columns) for rows, columns in ((_RANK, K), (M, _RANK), (M, _RANK)))
         dx, da, db = x.new_empty(M, K), x.new_empty(_RANK, K), x.new_empty(N, _RANK)
+        word = torch.zeros(1, dtype=torch.int32, device=self.device)
         right = dy.double() @ w.double() + dyb.double() @ a.double(), dyb.double().t() @ x.double()
         right_db = dy.double().t() @ xa.double()
 
@@ -108,7 +109,8 @@ class _Probes:
             self.native.linear(
                 type=_BF16, M=M, N=K, K=N, R=_RANK, transposed=True, x=dy.data_ptr(), stride_x=N, w=w.data_ptr(),
                 stride_w=K, xa=dyb.data_ptr(), stride_xa=_RANK, b=a.data_ptr(), stride_b=K, y=dx.data_ptr(),
-                stride_y=K, tiling=(256, 3, 1, 16, self.sizes.sms), stream=self.stream, **(summed if blocks else {}),
+                stride_y=K, tiling=(256, 3, 1, 16, self.sizes.sms), workspace=word.data_ptr(), stream=self.stream,
+                **(summed if blocks else {}),
             )  # fmt: skip
 
         both = (dx, right[0]), (da, right[1]), (db, right_db)
@@ -136,14 +138,14 @@ class _Probes:
         for rows, E, n, k in self.sizes.experts:
             x, w = self.normal(rows, k), self.normal(E, n, k, scale=k**-0.5)
             ends = torch.arange(1, E + 1, device=self.device) * (rows // E)
-            y = x.new_empty(rows, n)
+            y, word = x.new_empty(rows, n), torch.zeros(1, dtype=torch.int32, device=self.device)
             right = torch.bmm(x.view(E, -1, k).float(), w.float().mT).view(rows, n)
 
-            def run(x: Tensor = x, w: Tensor = w, ends: Tensor = ends, y: Tensor = y) -> None:
+            def run(x: Tensor = x, w: Tensor = w, ends: Tensor = ends, y: Tensor = y, word: Tensor = word) -> None:
                 self.native.grouped_linear(
                     type=_BF16, rows=x.shape[0], groups=w.shape[0], N=w.shape[1], K=w.shape[2], offsets=ends.data_ptr(),
                     x=x.data_ptr(), stride_x=w.shape[2], w=w.data_ptr(), y=y.data_ptr(), stride_y=w.shape[1],
-                    tiling=(256, 3, 1, 16, self.sizes.sms), stream=self.stream,
+                    tiling=(256, 3, 1, 16, self.sizes.sms), workspace=word.data_ptr(), stream=self.stream,
                 )  # fmt: skip
 
             calls[f"{E} experts, N {n}, K {k}"] = Call(run, ((y, right),))
@@ -161,24 +163,22 @@ class _Probes:
             right = torch.bmm(together.view(E, -1, k).float(), w.float().mT).view(rows, n)
 
             def run(
-                x: Tensor, order: Tensor | None = None, by_ticket: bool = True, w: Tensor = w, ends: Tensor = ends,
-                y: Tensor = y, word: Tensor = word, **more: int,
+                x: Tensor, order: Tensor | None = None, w: Tensor = w, ends: Tensor = ends, y: Tensor = y,
+                word: Tensor = word, **more: int,
             ) -> None:  # fmt: skip
-                if by_ticket:
-                    more["workspace"] = word.data_ptr()
                 if order is not None:
                     more |= {"order": order.data_ptr(), "choices": _CHOICES}
-                launch = self.native.gathered_linear if by_ticket else self.native.grouped_linear
-                launch(
+                self.native.gathered_linear(
                     type=_BF16, rows=y.shape[0], groups=w.shape[0], K=w.shape[2], offsets=ends.data_ptr(),
                     x=x.data_ptr(), stride_x=w.shape[2], w=w.data_ptr(), y=y.data_ptr(), stride_y=w.shape[1],
-                    tiling=(256, 3, 1, 16, self.sizes.sms), stream=self.stream, **{"N": w.shape[1]} | more,
+                    tiling=(256, 3, 1, 16, self.sizes.sms), workspace=word.data_ptr(), stream=self.stream,
+                    **{"N": w.shape[1]} | more,
                 )  # fmt: skip
 
             forms: dict[str, Callable[[], None]] = {
-                "by ticket": partial(run, together),
+                "in order": partial(run, together),
                 "through the order": partial(run, x, order),
-                "copied before": lambda run=run, x=x, token=token: run(x.index_select(0, token), by_ticket=False),
+                "copied before": lambda run=run, x=x, token=token: run(x.index_select(0, token)),
             }
             name, inner = f"{E} experts, N {n}, K {k}", n // 2
             calls |= {f"{name}, {form}": Call(one, ((y, right),)) for form, one in forms.items()}

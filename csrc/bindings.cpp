@@ -203,7 +203,7 @@ PYBIND11_MODULE(LORAFUSE_MODULE, m) {
   m.doc() = "The kernels of csrc/include/lorafuse/api.hpp, whose structs say what the keywords are.";
   m.def("build_info", &build_info, "{compiler, architectures, kernels, sources}: what this module was built with, and of.");
   // called, since a module that lacks units can leave a call open but no address
-  m.def("fused_xa_workspace", [](int64_t M) { return fused_xa_workspace(M); }, py::kw_only(), py::arg("M"));
+  m.def("xa_in_tiles_workspace", [](int64_t M) { return xa_in_tiles_workspace(M); }, py::kw_only(), py::arg("M"));
   m.def("linear", &Bound<linear>::call);
   m.def(
       "fused_backward_workspace", [](int64_t M, int64_t N, int64_t K) { return fused_backward_workspace(M, N, K); },

@@ -9,7 +9,7 @@ struct Fields<Linear> {
       REQUIRED(type), REQUIRED(M), REQUIRED(N), REQUIRED(K), OPTIONAL(R), OPTIONAL(transposed), REQUIRED(x),
       REQUIRED(stride_x), REQUIRED(w), REQUIRED(stride_w), OPTIONAL(bias), OPTIONAL(xa), OPTIONAL(stride_xa),
       OPTIONAL(b), OPTIONAL(stride_b), REQUIRED(y), REQUIRED(stride_y), OPTIONAL(overlap_previous),
-      OPTIONAL(tiling), OPTIONAL(a), OPTIONAL(stride_a), OPTIONAL(workspace), OPTIONAL(xa_in_tiles), OPTIONAL(seed),
+      OPTIONAL(tiling), REQUIRED(workspace), OPTIONAL(a), OPTIONAL(stride_a), OPTIONAL(seed),
       OPTIONAL(drop_below), OPTIONAL(sum_blocks), OPTIONAL(layer_x), OPTIONAL(stride_layer_x), OPTIONAL(da),
       OPTIONAL(da_type), OPTIONAL(layer_xa), OPTIONAL(stride_layer_xa), OPTIONAL(db), OPTIONAL(db_type),
       OPTIONAL(scale)};
@@ -86,7 +86,7 @@ struct Fields<GroupedLinear> {
       REQUIRED(type), REQUIRED(rows), REQUIRED(groups), REQUIRED(N), REQUIRED(K), OPTIONAL(R),
       OPTIONAL(transposed), REQUIRED(offsets), REQUIRED(x), REQUIRED(stride_x), REQUIRED(w), OPTIONAL(bias),
       OPTIONAL(xa), OPTIONAL(stride_xa), OPTIONAL(b), REQUIRED(y), REQUIRED(stride_y),
-      OPTIONAL(overlap_previous), OPTIONAL(tiling)};
+      OPTIONAL(overlap_previous), OPTIONAL(tiling), REQUIRED(workspace)};
 };
 template <>
 struct Fields<GatheredLinear> {

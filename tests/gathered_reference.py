@@ -105,9 +105,10 @@ class Operands:
         assert self.word.item() == 0
         return y
 
-    def fixed_tiles(self, native, tiling=TILINGS[0]):
+    def grouped(self, native, tiling=TILINGS[0]):
         y, arguments = self.arguments(self.gathered, tiling)
-        native.grouped_linear(**arguments)
+        native.grouped_linear(**arguments, workspace=self.word.data_ptr())
+        assert self.word.item() == 0
         return y
 
 

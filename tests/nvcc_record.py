@@ -29,10 +29,19 @@ __all__ = ["BUDGET", "INSTRUCTIONS", "Kernels", "digest", "sample", "without_com
 CSRC = ROOT / "csrc"
 BUDGET = Path(__file__).parent / "cuda" / "cuda_budget.json"
 # what a kernel of the name's beginning must be made of, by architecture
+WGMMA = ("HGMMA", "UTMALDG", "USETMAXREG")
+# a number that is drawn, and passed on in shared memory
+TICKETS = ("ATOMG", "STAS")
 TMA_AND_WGMMA = ("HGMMA", "UTMALDG", "UTMALDG.2D.MULTICAST", "UTMASTG", "STSM", "USETMAXREG")
 INSTRUCTIONS = {
-    "lorafuse::sm90::linear_kernel": TMA_AND_WGMMA,
-    "lorafuse::sm90::grouped_kernel": ("HGMMA", "UTMALDG", "USETMAXREG"),
+    "lorafuse::sm90::linear_kernel": (*TMA_AND_WGMMA, *TICKETS),
+    "lorafuse::sm90::siblings_kernel": TMA_AND_WGMMA,
+    "lorafuse::sm90::gated_kernel": TMA_AND_WGMMA,
+    "lorafuse::sm90::one_launch_kernel": (*WGMMA, *TICKETS),
+    "lorafuse::sm90::xa_tiles_kernel": (*WGMMA, *TICKETS),
+    "lorafuse::sm90::split_kernel": WGMMA,
+    "lorafuse::sm90::grouped_kernel": (*WGMMA, *TICKETS),
+    "lorafuse::sm90::gathered_kernel": (*WGMMA, *TICKETS),
     "lorafuse::skinny::project_kernel": ("HMMA", "LDGSTS"),
     "lorafuse::skinny::reduce_kernel": ("HMMA", "LDGSTS"),
     "lorafuse::decode::decode_kernel": ("LDG.E.EF.128", "STG.E.128"),

@@ -19,7 +19,6 @@ FORMS = {
     "addmm": {"backend": "eager", "kernel": "aten_addmm"},
     "triton": {"backend": "triton"},
     "cuda": {"backend": "cuda"},
-    "cuda-single": {"backend": "cuda", "kernel": "cuda fused_xa"},
     "cuda-tiles": {"backend": "cuda", "kernel": "cuda xa_in_tiles"},
     "cuda-split": {"backend": "cuda", "kernel": "cuda split_k"},
     "cuda-forward": {"backend": "cuda", "kernel": "cuda fused_forward"},

@@ -48,7 +48,7 @@ void global_read(const void* p, size_t bytes, size_t alignment);
 void global_write(void* p, size_t bytes, size_t alignment);
 void shared_read(const void* p, size_t bytes, size_t alignment);
 void shared_write(void* p, size_t bytes, size_t alignment);
-void store_cluster(uint32_t* word, uint32_t rank, uint32_t value);
+void store_async(uint32_t* word, uint32_t rank, uint32_t value, uint64_t* barrier);
 enum class Order { kRelaxed, kRelease, kAcquireRelease };
 uint32_t fetch_add(uint32_t* counter, uint32_t value, Order order);
 void store_relaxed(uint32_t* counter, uint32_t value);

@@ -16,28 +16,6 @@ struct alignas(16) Piece {
 };
 constexpr int kPieceBytes = sizeof(Piece);
 
-// Consumer: its accumulators, rounded, into the boxes of 64 columns from `boxes` on.
-template <class T, int N_TILE>
-LF_DEVICE void write_boxes(const float (&d)[N_TILE / 2], uint8_t* boxes, int thread) {
-  // as in store_tile
-  const int lane = thread % 32;
-  const int box_row = thread / 32 * 16 + lane % 16;
-  LF_UNROLL
-  for (int i = 0; i < N_TILE / 2; i += 8) {
-    const int n = i * 2;
-    const uint32_t offset = box_offset(box_row, n % kBoxElements + lane / 16 * 8);
-    uint8_t* box = boxes + n / kBoxElements * kBoxBytes;
-    ptx::stmatrix(box + offset, ptx::pack<T>(d[i], d[i + 1]), ptx::pack<T>(d[i + 2], d[i + 3]),
-                  ptx::pack<T>(d[i + 4], d[i + 5]), ptx::pack<T>(d[i + 6], d[i + 7]));
-  }
-}
-
-// One thread: stores `count` boxes of 64 columns as a group of its own.
-LF_DEVICE void store_boxes(const TensorMap* map, const uint8_t* boxes, int count, int row, int column) {
-  for (int i = 0; i < count; ++i) ptx::tma_store(map, boxes + i * kBoxBytes, column + i * kBoxElements, row);
-  ptx::tma_store_commit();
-}
-
 // h over up, `bytes` of each.
 template <class T>
 LF_DEVICE void activate_boxes(Activation activation, const uint8_t* gates, uint8_t* ups, int bytes, int thread) {

@@ -11,7 +11,7 @@ namespace lorafuse::sm90 {
 template <class T, int BLOCK_M, int BLOCK_N, bool kTransposed, bool kGathered, bool kGated = false>
 void launch_gathered_kernel(const GatheredLinear& p, Stream stream) {
   constexpr Major kMajor = kTransposed ? Major::MN : Major::K;
-  using Plan = GatheredPlan<BLOCK_M, BLOCK_N>;
+  using Plan = TicketPlan<BLOCK_M, BLOCK_N>;
   check_tiling(p.tiling, Plan::Plan::kStageBytes, Plan::bytes(p.tiling.stages));
 
   // of gate and up, where there are both

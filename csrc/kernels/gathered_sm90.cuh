@@ -63,14 +63,6 @@ struct GatheredArguments {
   int64_t stride_h;
 };
 
-// Behind the shared memory of SharedPlan: the tickets.
-template <int BLOCK_M, int BLOCK_N>
-struct GatheredPlan {
-  using Plan = SharedPlan<BLOCK_M, BLOCK_N>;
-  LF_HOST_DEVICE static constexpr int tickets(int stages) { return Plan::bytes(stages) - 1024; }
-  LF_HOST_DEVICE static constexpr int bytes(int stages) { return 1024 + tickets(stages) + Tickets::kBytes; }
-};
-
 // Rows of a tile that a copying thread has a part of: thread / 8, and every 16th further one.
 template <int BLOCK_M>
 constexpr int kRowsOfCopier = BLOCK_M * 8 / kCopiers;
@@ -175,24 +167,14 @@ gathered_kernel(LF_GRID_CONSTANT GatheredMaps maps, LF_GRID_CONSTANT GatheredArg
 
   LF_DYNAMIC_SHARED(shared);
   Pipeline<BLOCK_M, BLOCK_N> pipeline(shared, p.stages, 1);
-  Tickets tickets(pipeline.base + GatheredPlan<BLOCK_M, BLOCK_N>::tickets(p.stages));
-  const int warp = ptx::shuffle(static_cast<int>(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < p.stages; ++s) {
-      // the thread of TMA, and those that copy
-      ptx::mbarrier_init(pipeline.full() + s, kGathered ? 1 + kCopiers : 1);
-      ptx::mbarrier_init(pipeline.empty() + s, 8);
-    }
-    for (int s = 0; s < Tickets::kSlots; ++s) {
-      ptx::mbarrier_init(tickets.barriers + s, 1);
-      // the consumers, and the warps that copy
-      ptx::mbarrier_init(tickets.barriers + Tickets::kSlots + s, kGathered ? 12 : 8);
-    }
-    ptx::mbarrier_init_fence();
-    ptx::tma_prefetch(&maps.w);
-  }
-  // the barriers are there
-  ptx::block_sync();
+  Tickets tickets(pipeline.base + TicketPlan<BLOCK_M, BLOCK_N>::tickets(p.stages));
+  const int lane = threadIdx.x % 32;
+  const int warp = start_block(maps.w, maps.y, [&] {
+    // the thread of TMA, and those that copy
+    pipeline.initialize(kGathered ? 1 + kCopiers : 1);
+    // the consumers, and the warps that copy
+    tickets.initialize(kGathered ? 12 : 8);
+  });
 
   const auto load_end = [&](int group) { return static_cast<int>(ptx::load_global(p.offsets + group)); };
   RaggedWalk walk(p.groups, ceil_div(p.N, kWidth), BLOCK_M);
@@ -200,7 +182,7 @@ gathered_kernel(LF_GRID_CONSTANT GatheredMaps maps, LF_GRID_CONSTANT GatheredArg
   const auto draw = [&] { return static_cast<int>(ptx::fetch_add_relaxed(p.tickets, 1)); };
   // behind the walk, which has reached the number of tiles
   const auto reset_behind = [&](int ticket) {
-    if (ticket + 1 == walk.last + static_cast<int>(gridDim.x)) ptx::store_relaxed(p.tickets, 0);
+    if (is_last_number(ticket, walk.last, gridDim.x)) ptx::store_relaxed(p.tickets, 0);
   };
 
   if (warp < 4) {

@@ -16,7 +16,7 @@ bool check_ragged(const P& p, int64_t columns) {
   check_size("R", p.R);
   if (p.rows == 0 || p.groups == 0 || p.N == 0) return false;
   require(p.K > 0, "K of 0 has nothing to multiply");
-  require(p.N % 8 == 0, "N of ", p.N, " is not a multiple of 8");
+  check_features("N", p.N);
   require(p.tiling.cluster == 1, "clusters of ", p.tiling.cluster, " blocks; grouped kernels have none (1)");
   require(p.tiling.block_m == 128 || p.tiling.block_m == 64, "block_m of ", p.tiling.block_m,
           "; tiles have 64 or 128 rows");

@@ -41,10 +41,11 @@ class GroupedLinear(GroupedMM):
             rows.cache["int64"] = rows.offsets.long()
         # both with columns and rows exchanged, or neither
         b, y = b.contiguous() if is_transposed else b.mT.contiguous(), x.new_empty((x.shape[0], N))
+        place = run.place(x.device)
         run.native.grouped_linear(
             type=TYPES[x.dtype], rows=x.shape[0], groups=G, N=N, K=K, R=xa.shape[1], transposed=is_transposed,
             offsets=rows.cache["int64"].data_ptr(), x=x.data_ptr(), stride_x=x.stride(0), w=w.data_ptr(),
             xa=xa.data_ptr(), stride_xa=xa.stride(0), b=b.data_ptr(), y=y.data_ptr(), stride_y=N,
-            tiling=tiling(configs_cuda.RAGGED), **run.place(x.device),
+            tiling=tiling(configs_cuda.RAGGED), workspace=run.ticket(x.device, place["stream"]).data_ptr(), **place,
         )  # fmt: skip
         return y

@@ -48,7 +48,6 @@ _STYLES = {
     "lorafuse-addmm": Style("#f0c75e", "8", "--"),
     "lorafuse-triton": Style("#8c1c13", ">", "++"),
     "lorafuse-cuda": Style("#b5476b", "h", "**"),
-    "lorafuse-cuda-single": Style("#e8a0bf", "d", "OO"),
     "lorafuse-cuda-tiles": Style("#c25b8a", "p", "O."),
     "lorafuse-cuda-split": Style("#a34e74", "^", "O-"),
     "lorafuse-cuda-forward": Style("#8e4585", "<", "O|"),

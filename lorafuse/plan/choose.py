@@ -48,12 +48,12 @@ class Plan:
 # what the kernels of every backend but eager need
 _OLDEST_ARCH = 80
 _DTYPES = ("bfloat16", "float16", "float32")
-# chosen only where a measurement says so, or forced. xa in the matmul's launch was never the fastest on an H200. xa in
-# its tiles, K divided by clusters, sums concurrent with dx, one launch each way and siblings in one have run on no GPU,
-# and the grouped CUDA kernel took 5.6 ms where Triton's took 3.2; faster experts are built on it. Triton's siblings in
-# one launch, and its main loop that decodes, have run on no GPU.
+# chosen only where a measurement says so, or forced. xa in the tiles of y, K divided by clusters, sums concurrent with
+# dx, one launch each way and siblings in one have run on no GPU, and the grouped CUDA kernel took 5.6 ms where Triton's
+# took 3.2; faster experts are built on it. Triton's siblings in one launch, and its main loop that decodes, have run on
+# no GPU.
 _MEASURED_FIRST = (
-    "cuda fused_xa", "cuda xa_in_tiles", "cuda split_k", "cuda fused_forward", "cuda concurrent_backward",
+    "cuda xa_in_tiles", "cuda split_k", "cuda fused_forward", "cuda concurrent_backward",
     "cuda fused_backward", "cuda siblings", "cuda ragged", "siblings", "packed",
 )  # fmt: skip
 # torch starts a thread for each group of grouped_mm, in one block

@@ -131,8 +131,6 @@ def kernel_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -
             return _split(c, problem, device)
         if c.xa_in_tiles:
             return seconds + _xa_in_tiles(c, problem, device)
-        if c.fused_xa:
-            return seconds + _xa_items(c, problem, device)
         if c.fused_forward or c.fused_backward:
             return seconds + _one_launch(c, seconds, problem, device)
         if c.sum_blocks:
@@ -198,19 +196,6 @@ def _one_launch(config: KernelConfig, seconds: float, problem: Problem, device: 
     read = problem.read + sum(size for name, size in passes.items() if name in problem.gradients)
     streamed = problem.M * read * problem.itemsize / _SIDE_BANDWIDTH
     return max(0.0, streamed - free) * _UNEVEN / device.sms + _FLAG
-
-
-def _xa_items(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
-    """What the xa items of a matmul add, on the SMs that the last wave leaves free, before the first tiles.
-
-    At half of what an SM streams: 38 us for two items each (H200, 2026-11-26). That the others compute meanwhile does
-    not help, since every tile waits for its rows of xa.
-    """
-    items = math.ceil(problem.M / config.block_m)
-    tiles = items * math.ceil(problem.N / config.block_n)
-    programs = min(device.sms, tiles)
-    item = config.block_m * problem.K * problem.itemsize / (_SM_BANDWIDTH / 2)
-    return math.ceil(items / (-tiles % programs or programs)) * item
 
 
 _ONE_LAUNCH = ("project", "matmul", "packed")

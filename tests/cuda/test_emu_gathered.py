@@ -31,14 +31,14 @@ def check(emu, case, tiling=TILINGS[0]):
 def test_every_layout(emu, transposed, dtype):
     """Columns behind those of a tile, several of them, ranks that end in a short block, and without bias."""
     o, y = check(emu, Case(transposed=transposed, dtype=dtype, N=264, bias=not transposed))
-    assert same(y, o.fixed_tiles(emu))
+    assert same(y, o.grouped(emu))
 
 
 @pytest.mark.parametrize("tiling", TILINGS[1:])
 def test_every_tiling(emu, tiling):
     """No bit depends on it, since each tile sums in the same order."""
     o = Operands(Case(N=264, K=72, R=8))
-    assert same(o.through_order(emu, tiling), o.fixed_tiles(emu))
+    assert same(o.through_order(emu, tiling), o.grouped(emu))
 
 
 @pytest.mark.parametrize("R", [0, 8, 16, 64, 80])
@@ -128,7 +128,7 @@ def test_what_is_refused(emu):
         "order at .* is not on a 8-byte boundary": {"order": o.order.data_ptr() + 4},
         "workspace is null": {"workspace": 0},
         "offsets is null": {"offsets": 0},
-        "N of 12 is not a multiple of 8": {"N": 12},
+        "N of 12 is not a positive multiple of 8": {"N": 12},
         "stride 128 of x is below its 136 columns": {"stride_x": 128},
         "clusters of 2 blocks; grouped kernels have none": {"tiling": (256, 3, 2)},
         "block_m of 32; tiles have 64 or 128 rows": {"tiling": (256, 3, 1, 16, 0, 32)},

@@ -30,14 +30,14 @@ from lorafuse.testing.check_linear import LinearCase, make_operands
 # by what the table names as seeing a bug: (launch, (block_n, stages, cluster), blocks that run at a time)
 SCENARIOS = {
     "two_kernel": ("two_kernel", (256, 3, 2), 0),
-    "fused_xa": ("fused_xa", (256, 3, 1), 0),
-    # blocks take their turns by number, and those with the first turns may not have started
-    "fused_xa, one block at a time": ("fused_xa", (128, 4, 1), 1),
+    "two_kernel, one cluster at a time": ("two_kernel", (128, 4, 2), 2),
     "xa_in_tiles": ("xa_in_tiles", (256, 3, 1), 0),
     "xa_in_tiles, one block at a time": ("xa_in_tiles", (128, 4, 1), 1),
     "split_k": ("split_k", (128, 4, 1), 0),
     "concurrent_backward": ("concurrent_backward", (256, 3, 1), 0),
     "concurrent_backward, four stages": ("concurrent_backward", (128, 4, 1), 0),
+    # the blocks that sum are the first and compute the tiles too, of which the ring holds one
+    "concurrent_backward, one block at a time": ("concurrent_backward", (128, 6, 1), 1),
     "fused_backward": ("fused_backward", (256, 3, 1), 0),
     "fused_forward": ("fused_forward", (256, 3, 1), 0),
     "siblings": ("siblings", (256, 3, 2), 0),
@@ -65,10 +65,11 @@ def _built():
 def run(kind, tiling):
     """What a scenario computes, as tensors; a launch that computes xa too leaves flags for a second one."""
     if kind == "grouped":
+        base.load("emu").flags.clear()
         return list(results(*grouped([60, 60, 190], 200, torch.bfloat16), "emu").values())
     if kind == "gathered_gated":
-        # a row block and a part of one in two groups
-        o = Gated(GatedCase(ends=(150, 290), rows=292, N=2 * 72, K=72, R=8))
+        # a row block and a part of one in two groups, and memory for what a bug writes behind them
+        o = Gated(GatedCase(ends=(150, 290), rows=384, N=2 * 72, K=72, R=8))
         return [o.launch(emu, tiling)[:290], o.word]
     if kind == "gathered":
         # tiles that go around the ring, and more of them than blocks
@@ -88,11 +89,13 @@ def run(kind, tiling):
     # sums over few rows, so that the ring holds an item and one consumer can be an item ahead
     rows = 100 if kind == "concurrent_backward" else 300
     # tiles of two stages of a ring of four, so that a producer can be two tiles ahead
-    K = 64 if (kind, tiling) == ("xa_in_tiles", (128, 4, 1)) else 200
+    K = 64 if kind in ("two_kernel", "xa_in_tiles") and tiling[1] == 4 else 200
     if kind == "split_k":
         # one tile, whose cluster of four the multiprocessors hold; parts of K that go around the ring
         rows, K = 40, 64 * 22
-    o = make_operands(LinearCase(leading=(rows,), N=120 if kind == "split_k" else 264, K=K, R=24, dtype=torch.bfloat16))
+    # ranks whose sums lie where the other consumer's rows go out
+    R = 40 if tiling == (128, 6, 1) else 24
+    o = make_operands(LinearCase(leading=(rows,), N=120 if kind == "split_k" else 264, K=K, R=R, dtype=torch.bfloat16))
     if kind in ("concurrent_backward", "fused_backward"):
         _, xa = operator.forward(o.x, o.w, None, o.a, o.b, None, 1.7, 0.0)
         given = o.dy, o.x, xa, o.w, o.a, o.b, None, 1.7, 0.0, True, True, True, False
@@ -105,7 +108,7 @@ def run(kind, tiling):
         first = make_operands(LinearCase(leading=(rows,), N=K, K=64, R=24, dtype=torch.bfloat16))
         with override(force_kernel="cuda two_kernel"):
             o.x = operator.forward(first.x, first.w, None, first.a, first.b, None, 1.7, 0.0)[0]
-    launches = range(2 if kind in ("fused_xa", "xa_in_tiles", "fused_forward") else 1)
+    launches = range(2 if kind in ("two_kernel", "xa_in_tiles", "fused_forward") else 1)
     with override(force_kernel=f"cuda {kind}", cuda_tiles=[tiling]):
         actual = [operator.forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0) for _ in launches]
     return [tensor for pair in actual for tensor in pair]
@@ -144,7 +147,7 @@ def test_a_flag_that_never_comes_is_named():
     """Every block ends or waits: the emulator says for what, and does not hang."""
     emu.configure(seed=3, multiprocessors=4, planted="flag_never_set")
     with pytest.raises(emu.EmulationError, match=r"deadlock(.|\n)*waiting until the counter at .* is 2; it is 0"):
-        run("fused_xa", (256, 3, 1))
+        run("xa_in_tiles", (256, 3, 1))
 
 
 def test_every_bug_is_run():

@@ -87,7 +87,7 @@ def test_every_rank_of_the_cuda_kernels(leading, R):
 @pytest.mark.parametrize("M", [1, 1000, 8192])
 @pytest.mark.parametrize(
     ("kernel", "N"),
-    [("cuda fused_xa", 4096), ("cuda xa_in_tiles", 1024), ("cuda split_k", 1024), ("cuda fused_forward", 4096)],
+    [("cuda xa_in_tiles", 1024), ("cuda split_k", 1024), ("cuda fused_forward", 4096)],
 )
 def test_xa_and_y_in_one_cuda_launch(kernel, N, M):
     able("cuda")
@@ -156,7 +156,7 @@ def test_gathered_rows_by_ticket_in_the_cuda_kernel(ends, transposed):
     assert relative_l2(both[: ends[-1], case.N :], gate_forward("silu", gate, up)) < tolerance(torch.bfloat16)
     assert same(both[:, : case.N], y)
     assert same(plain.in_order(native), y)
-    assert same(plain.fixed_tiles(native), y)
+    assert same(plain.grouped(native), y)
     for _ in range(100):
         assert same(plain.through_order(native), y)
         assert same(gated.through_order(native), both)

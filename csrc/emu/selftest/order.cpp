@@ -123,13 +123,22 @@ std::string run_ticket() {
 // Block 0 of a cluster tells the others a number.
 LF_KERNEL(32) cluster_kernel(uint32_t* out) {
   LF_DYNAMIC_SHARED(raw);
-  uint32_t* word = reinterpret_cast<uint32_t*>(raw);
-  if (!LF_PLANTED("cluster: no sync before the store")) ptx::cluster_sync();
-  if (ptx::cluster_rank() == 0 && threadIdx.x < 4) {
-    ptx::store_cluster(word, threadIdx.x, 100 + blockIdx.x);
+  uint64_t* barrier = reinterpret_cast<uint64_t*>(raw);
+  uint32_t* word = reinterpret_cast<uint32_t*>(barrier + 1);
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(barrier, 1);
+    ptx::mbarrier_init_fence();
   }
-  LF_PLANTED("cluster: block_sync for cluster_sync") ? ptx::block_sync() : ptx::cluster_sync();
-  if (threadIdx.x == 0) ptx::store_global(out + blockIdx.x, ptx::load_shared<uint32_t>(word));
+  if (!LF_PLANTED("cluster: no sync before the store")) ptx::cluster_sync();
+  if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(barrier, LF_PLANTED("cluster: half expected") ? 2 : 4);
+  if (ptx::cluster_rank() == 0 && threadIdx.x < 4) {
+    ptx::store_async(word, threadIdx.x, 100 + blockIdx.x, barrier);
+  }
+  if (threadIdx.x == 0) {
+    if (!LF_PLANTED("cluster: no wait for the word")) ptx::mbarrier_wait(barrier, 0);
+    ptx::store_global(out + blockIdx.x, ptx::load_shared<uint32_t>(word));
+  }
+  ptx::cluster_sync();
 }
 
 std::string run_cluster() {
@@ -192,7 +201,8 @@ std::vector<Case> order_cases() {
         {"ticket: no barrier before it", "race: read of"},
         {"ticket: no barrier after it", "shared memory"}}},
       {"words of a cluster", run_cluster,
-       {{"cluster: block_sync for cluster_sync", "shared memory", 90},
+       {{"cluster: no wait for the word", "shared memory", 90},
+        {"cluster: half expected", "deadlock"},
         {"cluster: no sync before the store", "may not have started"}}},
       {"launches that overlap", run_overlap,
        {{"overlap: no wait", "the launch before"},
