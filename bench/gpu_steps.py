@@ -129,6 +129,7 @@ def steps(out: Path, built: bool = False) -> list[Step]:
         bench.script("decode", 45, "decode"),
         bench.multi(32, 16, _LLAMA[0]),
         bench.script("dora", 60, "dora", "--device", "cuda"),
+        bench.script("host", 45, "host"),
         *(bench.quantized(m, _LLAMA[0]) for m in (8192, 512, 16)),
         *(layer(2048, 16, case) for case in _LLAMA),
         experts(8192, "qwen3-30b-a3b", "zipf"),

@@ -50,8 +50,8 @@ class Layer:
         self.y, self.dx = torch.empty_like(self.dy), torch.empty_like(self.x)
         self.xa = self.x.new_empty(M, R)
         self.dyb = (self.dy.float() @ self.b.float()).bfloat16()
-        words = native.fused_xa_workspace(M=M)
-        self.flags = torch.zeros(words, dtype=torch.int32, device=device)
+        # from which blocks draw their tiles
+        self.word = torch.zeros(1, dtype=torch.int32, device=device)
 
     def _linear(self, x: Tensor, y: Tensor, tile: tuple[int, int, int], transposed: bool = False, **low: Any) -> Tensor:
         """y by the main loop, with the low-rank part that `low` names."""
@@ -59,7 +59,7 @@ class Layer:
         self.native.linear(
             type=BF16, M=self.M, N=N, K=K, R=self.R if low else 0, transposed=transposed, x=x.data_ptr(),
             stride_x=x.stride(0), w=self.w.data_ptr(), stride_w=self.w.stride(0), y=y.data_ptr(), stride_y=y.stride(0),
-            tiling=(*tile, GROUP_M, 0), stream=self.stream, **low,
+            tiling=(*tile, GROUP_M, 0), workspace=self.word.data_ptr(), stream=self.stream, **low,
         )  # fmt: skip
         return y
 
@@ -77,10 +77,6 @@ class Layer:
         )  # fmt: skip
         return self._linear(x, self.y, tile, overlap_previous=overlap, **self._low())
 
-    def one_kernel(self, tile: tuple[int, int, int]) -> Tensor:
-        whole = {"a": self.a.data_ptr(), "stride_a": self.a.stride(0), "workspace": self.flags.data_ptr()}
-        return self._linear(self.x, self.y, tile, **self._low(), **whole)
-
     def input_gradient(self, tile: tuple[int, int, int], adapted: bool) -> Tensor:
         low = {"xa": self.dyb.data_ptr(), "stride_xa": self.R, "b": self.a.data_ptr(), "stride_b": self.a.stride(0)}
         return self._linear(self.dy, self.dx, tile, transposed=True, **(low if adapted else {}))
@@ -96,9 +92,6 @@ class Layer:
             "forward, two kernels": (lambda: self.two_kernels(best, False), "adapted y"),
             "forward, two kernels, overlapped": (lambda: self.two_kernels(best, True), "adapted y"),
         }
-        if self.R <= 64:
-            calls["forward, one kernel"] = (lambda: self.one_kernel(best)), "adapted y"
-            calls["forward, one kernel, cluster 1"] = (lambda: self.one_kernel((*best[:2], 1))), "adapted y"
         return calls | {
             "cuBLAS input gradient": (lambda: torch.mm(self.dy, self.w, out=self.dx), "dx"),
             "input gradient, frozen": (lambda: self.input_gradient(best, False), "dx"),

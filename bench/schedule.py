@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = [
-    *("Work", "backward", "column_zero_first", "forward", "handed_out", "owned", "proportional", "tickets", "walked"),
+    *("Work", "backward", "column_zero_first", "forward", "handed_out", "owned", "product", "proportional", "tickets"),
+    "walked",
 ]
 
 # microseconds of a tile of 128 x 256 at K 4096 (model: 128 of 132 SMs take eight waves in 360)
@@ -105,6 +106,11 @@ def handed_out(works: Sequence[Work], free: Sequence[float]) -> list[float]:
 
 def _tile(reduction: int, block_n: int) -> float:
     return reduction / 64 * _BLOCK[block_n] + _EPILOGUE
+
+
+def product(M: int, N: int, K: int, block_n: int = 256) -> list[Work]:
+    """The tiles of a product alone (`csrc/kernels/linear_sm90.cuh`)."""
+    return [Work(_tile(K, block_n))] * (-(-M // 128) * -(-N // block_n))
 
 
 def column_zero_first(M: int, N: int, K: int) -> list[Work]:

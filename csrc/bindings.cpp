@@ -15,6 +15,7 @@
 #include <lorafuse/api_gated.hpp>
 #include <lorafuse/api_gathered.hpp>
 #include <lorafuse/api_probes.hpp>
+#include <lorafuse/api_reduce.hpp>
 #include <lorafuse/api_siblings.hpp>
 #include <lorafuse/api_split.hpp>
 
@@ -203,7 +204,7 @@ PYBIND11_MODULE(LORAFUSE_MODULE, m) {
   m.doc() = "The kernels of csrc/include/lorafuse/api.hpp, whose structs say what the keywords are.";
   m.def("build_info", &build_info, "{compiler, architectures, kernels, sources}: what this module was built with, and of.");
   // called, since a module that lacks units can leave a call open but no address
-  m.def("fused_xa_workspace", [](int64_t M) { return fused_xa_workspace(M); }, py::kw_only(), py::arg("M"));
+  m.def("xa_in_tiles_workspace", [](int64_t M) { return xa_in_tiles_workspace(M); }, py::kw_only(), py::arg("M"));
   m.def("linear", &Bound<linear>::call);
   m.def(
       "fused_backward_workspace", [](int64_t M, int64_t N, int64_t K) { return fused_backward_workspace(M, N, K); },
@@ -219,10 +220,14 @@ PYBIND11_MODULE(LORAFUSE_MODULE, m) {
   m.def("gated_backward", &Bound<gated_backward>::call);
   m.def("grouped_linear", &Bound<grouped_linear>::call);
   m.def("gathered_linear", &Bound<gathered_linear>::call);
+  m.def("ragged_ranks_workspace", &Bound<ragged_ranks_workspace>::call);
+  m.def("ragged_ranks", &Bound<ragged_ranks>::call);
   m.def("round_adapter", &Bound<round_adapter>::call);
   m.def("project_x", &Bound<project_x>::call);
   m.def("reduce_dy_workspace", &Bound<reduce_dy_workspace>::call);
   m.def("reduce_dy", &Bound<reduce_dy>::call);
+  m.def("reduce_each_workspace", &Bound<reduce_each_workspace>::call);
+  m.def("reduce_each", &Bound<reduce_each>::call);
   m.def("reduce_x_workspace", &Bound<reduce_x_workspace>::call);
   m.def("reduce_x", &Bound<reduce_x>::call);
   m.def("decode_codebook", &Bound<decode_codebook>::call);

@@ -12,13 +12,14 @@ namespace py = pybind11;
 using Pointer = uintptr_t;
 
 inline void configure(uint64_t seed, int resident, bool checks, int multiprocessors, int shared_memory,
-                      const std::string& planted) {
+                      bool runs, const std::string& planted) {
   emu::Config config;
   config.seed = seed;
   config.resident = resident;
   config.checks = checks;
   config.multiprocessors = multiprocessors;
   config.shared_memory = shared_memory;
+  config.runs = runs;
   config.planted = planted;
   emu::configure(config);
 }
@@ -51,7 +52,7 @@ inline void bind_emulator(py::module_& m) {
   m.def("configure", &configure, "How the next launches run; emulator.hpp says what each setting means.", py::kw_only(),
         arg("seed") = standard.seed, arg("resident") = standard.resident, arg("checks") = standard.checks,
         arg("multiprocessors") = standard.multiprocessors, arg("shared_memory") = standard.shared_memory,
-        arg("planted") = standard.planted);
+        arg("runs") = standard.runs, arg("planted") = standard.planted);
   m.def("statistics", &statistics, "What the last launch did.");
   m.def("declare_memory", &declare_memory, py::kw_only(), arg("begin"), arg("bytes"), arg("name"),
         arg("unwritten") = false);

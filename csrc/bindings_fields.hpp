@@ -9,7 +9,7 @@ struct Fields<Linear> {
       REQUIRED(type), REQUIRED(M), REQUIRED(N), REQUIRED(K), OPTIONAL(R), OPTIONAL(transposed), REQUIRED(x),
       REQUIRED(stride_x), REQUIRED(w), REQUIRED(stride_w), OPTIONAL(bias), OPTIONAL(xa), OPTIONAL(stride_xa),
       OPTIONAL(b), OPTIONAL(stride_b), REQUIRED(y), REQUIRED(stride_y), OPTIONAL(overlap_previous),
-      OPTIONAL(tiling), OPTIONAL(a), OPTIONAL(stride_a), OPTIONAL(workspace), OPTIONAL(xa_in_tiles), OPTIONAL(seed),
+      OPTIONAL(tiling), REQUIRED(workspace), OPTIONAL(a), OPTIONAL(stride_a), OPTIONAL(seed),
       OPTIONAL(drop_below), OPTIONAL(sum_blocks), OPTIONAL(layer_x), OPTIONAL(stride_layer_x), OPTIONAL(da),
       OPTIONAL(da_type), OPTIONAL(layer_xa), OPTIONAL(stride_layer_xa), OPTIONAL(db), OPTIONAL(db_type),
       OPTIONAL(scale)};
@@ -77,7 +77,7 @@ struct Fields<GatedBackward> {
       REQUIRED(stride_dy), REQUIRED(w), REQUIRED(stride_w), REQUIRED(dyb), REQUIRED(stride_dyb), REQUIRED(a),
       REQUIRED(stride_a), REQUIRED(gate), REQUIRED(stride_gate), REQUIRED(up), REQUIRED(stride_up),
       REQUIRED(dgate), REQUIRED(stride_dgate), REQUIRED(dup), REQUIRED(stride_dup), REQUIRED(h), REQUIRED(stride_h),
-      OPTIONAL(rounded), OPTIONAL(tiling)};
+      OPTIONAL(seed), OPTIONAL(drop_below), OPTIONAL(rounded), OPTIONAL(tiling)};
 };
 template <>
 struct Fields<GroupedLinear> {
@@ -86,7 +86,7 @@ struct Fields<GroupedLinear> {
       REQUIRED(type), REQUIRED(rows), REQUIRED(groups), REQUIRED(N), REQUIRED(K), OPTIONAL(R),
       OPTIONAL(transposed), REQUIRED(offsets), REQUIRED(x), REQUIRED(stride_x), REQUIRED(w), OPTIONAL(bias),
       OPTIONAL(xa), OPTIONAL(stride_xa), OPTIONAL(b), REQUIRED(y), REQUIRED(stride_y),
-      OPTIONAL(overlap_previous), OPTIONAL(tiling)};
+      OPTIONAL(overlap_previous), OPTIONAL(tiling), REQUIRED(workspace)};
 };
 template <>
 struct Fields<GatheredLinear> {
@@ -95,7 +95,17 @@ struct Fields<GatheredLinear> {
       REQUIRED(type), REQUIRED(rows), REQUIRED(groups), REQUIRED(N), REQUIRED(K), OPTIONAL(R),
       OPTIONAL(transposed), REQUIRED(offsets), OPTIONAL(order), OPTIONAL(choices), REQUIRED(x), REQUIRED(stride_x),
       REQUIRED(w), OPTIONAL(bias), OPTIONAL(xa), OPTIONAL(stride_xa), OPTIONAL(b), REQUIRED(y), REQUIRED(stride_y),
-      REQUIRED(workspace), OPTIONAL(activation), OPTIONAL(h), OPTIONAL(stride_h), OPTIONAL(tiling)};
+      REQUIRED(workspace), OPTIONAL(activation), OPTIONAL(h), OPTIONAL(stride_h), OPTIONAL(u), OPTIONAL(stride_u),
+      OPTIONAL(row_scale), OPTIONAL(products), OPTIONAL(tiling)};
+};
+template <>
+struct Fields<RaggedRanks> {
+  using P = RaggedRanks;
+  static constexpr Field fields[] = {
+      REQUIRED(type), REQUIRED(rows), REQUIRED(groups), REQUIRED(C), REQUIRED(R), REQUIRED(offsets), OPTIONAL(order),
+      OPTIONAL(choices), REQUIRED(wide), REQUIRED(stride_wide), OPTIONAL(b), OPTIONAL(projected),
+      OPTIONAL(stride_projected), OPTIONAL(narrow), OPTIONAL(stride_narrow), OPTIONAL(outer), OPTIONAL(outer_type),
+      OPTIONAL(transposed), OPTIONAL(scale), OPTIONAL(workspace)};
 };
 template <>
 struct Fields<Round> {
@@ -120,6 +130,15 @@ struct Fields<ReduceDy> {
       REQUIRED(stride_dy), OPTIONAL(b), OPTIONAL(stride_b), OPTIONAL(xa), OPTIONAL(stride_xa), OPTIONAL(scale),
       OPTIONAL(dyb), OPTIONAL(stride_dyb), OPTIONAL(db), OPTIONAL(dbias), OPTIONAL(workspace), OPTIONAL(dyb_bytes),
       OPTIONAL(sms), OPTIONAL(rounded)};
+};
+template <>
+struct Fields<ReduceEach> {
+  using P = ReduceEach;
+  static constexpr Field fields[] = {
+      REQUIRED(type), REQUIRED(count), REQUIRED(M), REQUIRED(b_type), REQUIRED(N), REQUIRED(R), REQUIRED(dy),
+      REQUIRED(stride_dy), OPTIONAL(b), OPTIONAL(stride_b), OPTIONAL(xa), OPTIONAL(stride_xa), REQUIRED(scale),
+      OPTIONAL(dyb), OPTIONAL(stride_dyb), OPTIONAL(db), OPTIONAL(dbias), OPTIONAL(workspace), OPTIONAL(dyb_bytes),
+      OPTIONAL(sms)};
 };
 template <>
 struct Fields<ReduceX> {

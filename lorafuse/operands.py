@@ -180,7 +180,10 @@ def refuse_negative(index: Tensor, groups: int, valid: Tensor | None = None) -> 
 
 def matrix(t: Tensor) -> Tensor:
     """`t [..., K]` as `[rows, K]`; K may be 0. Copies only where the strides of `t` allow no view."""
-    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+    dims = t.dim()
+    if dims == 2:
+        return t
+    return t.flatten(0, -2) if dims > 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def contiguous_rows(t: Tensor) -> Tensor:
@@ -197,4 +200,8 @@ def shaped_like(result: Tensor, t: Tensor) -> Tensor:
 
     The result is no view to autograd, which forbids in-place operations on views made inside a custom Function.
     """
-    return result if t.dim() == 2 else _unsafe_view(result, (*t.shape[:-1], result.shape[1]))
+    if t.dim() == 2:
+        return result
+    sizes = *t.shape[:-1], result.shape[1]
+    # the same number of elements: nothing moves, and it takes half the time of the operator
+    return result.resize_(sizes) if result.is_contiguous() else _unsafe_view(result, sizes)

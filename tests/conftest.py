@@ -50,6 +50,13 @@ _device_constructors()
 _POISONED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _frozen():
+    """A full collection, which some tests ask for, visits nothing that earlier files imported or left in caches."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     random.seed(0)

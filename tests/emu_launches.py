@@ -9,7 +9,7 @@ from lorafuse.plan import Plan, configs_cuda
 from lorafuse.plan.devices import find
 from lorafuse.plan.problem import Problem
 
-__all__ = ["gated", "masked"]
+__all__ = ["gated", "gated_masked", "masked"]
 
 
 def _plan(tiling):
@@ -32,6 +32,17 @@ def gated(tiling):
         o.dys[0], Weight(of_down.weight).t, _plan(tiling), low=low, gate=gate, up=up, activation="silu"
     )
     return [gate, up, h, *back]
+
+
+def gated_masked(tiling):
+    """Down's backward through gate and up with dropout on h, ranks of one step: of six tiles one program has two."""
+    case = Case(N=(264, 264, 72), R=(16, 16, 16), K=72, leading=(150,), dtype=torch.bfloat16)
+    o, generator = make(case, of_mlp=True), torch.Generator().manual_seed(1)
+    of_down = o.projections[2]
+    gate, up = (torch.randn(150, 264, generator=generator).bfloat16() for _ in range(2))
+    low = LowRank(o.x[:, :16], of_down.a, 1.3, is_transposed=True, dropout=Dropout(torch.tensor([9]), 0.4))
+    given = o.dys[0], Weight(of_down.weight).t, _plan(tiling)
+    return list(base.load("emu").gated_backward(*given, low=low, gate=gate, up=up, activation="silu"))
 
 
 def masked(tiling):

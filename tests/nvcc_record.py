@@ -29,10 +29,19 @@ __all__ = ["BUDGET", "INSTRUCTIONS", "Kernels", "digest", "sample", "without_com
 CSRC = ROOT / "csrc"
 BUDGET = Path(__file__).parent / "cuda" / "cuda_budget.json"
 # what a kernel of the name's beginning must be made of, by architecture
+WGMMA = ("HGMMA", "UTMALDG", "USETMAXREG")
+# a number that is drawn, and passed on in shared memory
+TICKETS = ("ATOMG", "STAS")
 TMA_AND_WGMMA = ("HGMMA", "UTMALDG", "UTMALDG.2D.MULTICAST", "UTMASTG", "STSM", "USETMAXREG")
 INSTRUCTIONS = {
-    "lorafuse::sm90::linear_kernel": TMA_AND_WGMMA,
-    "lorafuse::sm90::grouped_kernel": ("HGMMA", "UTMALDG", "USETMAXREG"),
+    "lorafuse::sm90::linear_kernel": (*TMA_AND_WGMMA, *TICKETS),
+    "lorafuse::sm90::siblings_kernel": TMA_AND_WGMMA,
+    "lorafuse::sm90::gated_kernel": TMA_AND_WGMMA,
+    "lorafuse::sm90::one_launch_kernel": (*WGMMA, *TICKETS),
+    "lorafuse::sm90::xa_tiles_kernel": (*WGMMA, *TICKETS),
+    "lorafuse::sm90::split_kernel": WGMMA,
+    "lorafuse::sm90::grouped_kernel": (*WGMMA, *TICKETS),
+    "lorafuse::sm90::gathered_kernel": (*WGMMA, *TICKETS),
     "lorafuse::skinny::project_kernel": ("HMMA", "LDGSTS"),
     "lorafuse::skinny::reduce_kernel": ("HMMA", "LDGSTS"),
     "lorafuse::decode::decode_kernel": ("LDG.E.EF.128", "STG.E.128"),
@@ -41,7 +50,9 @@ INSTRUCTIONS = {
 CALLED = "lorafuse::round_adapter("
 
 
+@cache
 def script():
+    """The names of csrc/build.py, which every digest asks for its options."""
     return runpy.run_path(str(CSRC / "build.py"))
 
 
@@ -107,14 +118,22 @@ def defines(file):
 
 
 READERS = (short, resources, warnings, instructions, defines)
+source_of = cache(inspect.getsource)
 
 
+@cache
 def without_comments(source):
     """A C++ source without comments, trailing blanks and empty lines."""
     assert not re.search(r'\b(u8|[uUL])?R"[^"()]*\(', source), "raw strings are not read here"
     token = r'"(?:\\.|[^"\\\n])*"|' + r"'(?:\\.|[^'\\\n])'" + r"|//[^\n]*|/\*.*?\*/"
     source = re.sub(token, lambda m: " " if m[0].startswith("/") else m[0], source, flags=re.DOTALL)
     return "\n".join(line.rstrip() for line in source.splitlines() if line.strip())
+
+
+@cache
+def included(source):
+    """Names of the files that a source includes."""
+    return re.findall(r'^\s*#\s*include\s+["<]([^">]+)[">]', source, re.MULTILINE)
 
 
 def reached(unit, csrc):
@@ -125,7 +144,7 @@ def reached(unit, csrc):
         if path in found:
             continue
         found.add(path)
-        for name in re.findall(r'^\s*#\s*include\s+["<]([^">]+)[">]', path.read_text(), re.MULTILINE):
+        for name in included(path.read_text()):
             places = (path.parent / name, csrc / "include" / name)
             todo += [place for place in places if place.is_file()][:1]
     return sorted(found)
@@ -141,7 +160,7 @@ def digest(name, csrc=CSRC, nvcc=None, flags=None, targets=None):
     parts = [nvcc or build_py["find_nvcc"]()[1], flags or build_py["NVCC_FLAGS"]]
     parts += targets or build_py["TARGETS"][ending]
     parts += [f"{key}={os.environ.get(key, '')}" for key in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")]
-    parts += [inspect.getsource(reader) for reader in READERS] + [repr(INSTRUCTIONS)]
+    parts += [source_of(reader) for reader in READERS] + [repr(INSTRUCTIONS)]
     for path in reached(csrc / "kernels" / name, csrc.resolve()):
         parts += [path.relative_to(csrc.resolve()).as_posix(), without_comments(path.read_text())]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]

@@ -34,8 +34,10 @@ _PIPELINE, _EPILOGUE, _LINEAR, _SUMS = (
     "adapter_grads_sm90.cuh",
 )
 _TILES, _TICKETS, _BACKWARD = "xa_tiles_sm90.cuh", "tickets_sm90.cuh", "one_launch_sm90.cuh"
+_ITEMS = "xa_items_sm90.cuh"
 _SPLIT, _SIBLINGS, _GATHERED = "split_sm90.cuh", "siblings_sm90.cuh", "gathered_sm90.cuh"
 _GROUPED, _SKINNY, _PROJECT, _REDUCE = "grouped_sm90.cuh", "skinny_sm80.cuh", "project_sm80.cuh", "reduce_sm80.cuh"
+_REDUCE_EACH = "reduce_each_sm80.cu"
 _DECODE, _GATED, _ACTIVATED = "decode_sm80.cuh", "gated_sm90.cuh", "gated_epilogue_sm90.cuh"
 _NESTED = (
     "ptx::multiply_rounded(nested, ptx::load_global(p.nested_absmax + block / 256)) + ptx::load_global(p.nested_offset)"
@@ -44,8 +46,14 @@ _CONSUMED = "ptx::wgmma_wait<0>(); pipeline.release_previous(lane);"
 _STORED = "ptx::fence_proxy_async_shared(); consumer_sync(consumer);"
 _FLAG = "ptx::wait_at_least(flag, kPublishers); ptx::fence_proxy_async();"
 _MULTIPLY = "multiply<T, N, kMajorB, kSteps>(d, pipeline.a() + part.row * kBoxRowBytes, pipeline.b() + part.column * kBoxRowBytes, {});"
+_STARTED = "ptx::warp_sync(); ptx::cluster_sync(); return ptx::shuffle(static_cast<int>(threadIdx.x) / 32, 0);"
+_DRAWN = "static_cast<int>(ptx::fetch_add_relaxed(p.workspace, 1))"
+_TAKEN = "ptx::warp_sync(); if (lane == 0) ptx::mbarrier_arrive_cluster(empty(), 0);"
 _LAUNCH_WAIT = "{ ptx::wait_for_previous_launch(); ptx::fence_proxy_async(); }"
 _GROUP_B = "load_group_b<kMajorB>(pipeline, map_b, block * BLOCK_K, tile.column * BLOCK_N, {});"
+_RANKS = "ragged_ranks_sm80.cuh"
+_NARROW = "S::Narrow::copy(stage + S::Wide::kBytes, static_cast<const T*>(of.right), of.stride_right, begin + step * S::BLOCK_M, {}, rank, of.R);"
+_ADD_RANKS = "add_parts<S::kParts, S::BLOCK_M, RANKS>(sums, wide, part, part_row);"
 _ADD_PARTS = "add_parts<S::kParts, BLOCK_M, RANKS>(sums, left, part, part_row);"
 _GATE_STORED = "store_boxes(gate, boxes, kBoxes, row, column);"
 _BOTH_STORED = (
@@ -63,10 +71,12 @@ _GRADIENTS = (
 _LAST_GRADIENTS = (
     "if (thread == 0) ptx::tma_store_wait_read<0>(); consumer_sync(consumer); pipeline.release_previous(lane);"
 )
+_LOAD_GATES = "load_blocks(BLOCK_N / kBoxElements, 2 * Plan::kTileABytes, load_gates, [](int) {});"
 _MASKED = (
     "finish_blocks(pipeline, lane); "
     "drop<kBoxElements>(low, p.seeds[mask], p.drop_below[mask], row, column + n, p.N[0], thread);"
 )
+_MASKED_DH = "finish_blocks(pipeline, lane); drop<BLOCK_N>(d, p.seed, p.drop_below, row, column, p.N, thread);"
 _FIRST, _LAST = "p.shares.owner(j * p.row_blocks)", "p.shares.owner(last)"
 
 # fmt: off
@@ -93,34 +103,40 @@ BUGS = tuple(Bug(*row) for row in (
     ("no_store_sync", _EPILOGUE, "two_kernel", _STORED, "ptx::fence_proxy_async_shared();"),
     ("no_store_wait", _LINEAR, "two_kernel", "if (thread == 0) ptx::tma_store_wait<0>();", ""),
     # the linear kernel
-    ("no_init_sync", _LINEAR, "two_kernel", "// the barriers of both blocks are there ptx::cluster_sync();", ""),
-    ("no_exit_sync", _LINEAR, "two_kernel", "// the other block of a cluster may still arrive at this one's barriers ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync();"),
-    ("no_launch_wait", _LINEAR, "two_kernel", "if (p.overlap_previous && wave == 0) " + _LAUNCH_WAIT, "if (p.overlap_previous && wave == 0) ptx::fence_proxy_async();"),
-    # xa in the launch of y: tickets and flags
-    ("no_ticket_reset", _LINEAR, "fused_xa", "ticket == last", "false"),
-    ("no_program_ticket", _LINEAR, "fused_xa, one block at a time", "program = draw_ticket(p.workspace + kProgramTickets, walk.programs - 1, pipeline.mailbox(), turn, p.cluster, rank);", ""),
-    ("early_flag_read", _LINEAR, "fused_xa", _FLAG, "ptx::fence_proxy_async();"),
-    ("half_flag", _LINEAR, "fused_xa", _FLAG, "ptx::wait_at_least(flag, 1); ptx::fence_proxy_async();"),
-    ("no_proxy_fence", _LINEAR, "fused_xa", _FLAG, "ptx::wait_at_least(flag, kPublishers);"),
-    ("no_flag_reset", _LINEAR, "fused_xa", "before + 1 == static_cast<uint32_t>(p.order.columns)", "false"),
-    ("no_publish_sync", _LINEAR, "fused_xa", "consumer_sync(consumer);", ""),
-    ("relaxed_flag", _LINEAR, "fused_xa", "ptx::add_release(flag, 1);", "ptx::add_relaxed(flag, 1);"),
-    ("flag_never_set", _LINEAR, "fused_xa", "ptx::add_release(flag, 1);", ""),
+    ("no_init_sync", _PIPELINE, "two_kernel", _STARTED, _STARTED.replace("ptx::cluster_sync();", "")),
+    ("no_exit_sync", _LINEAR, "two_kernel", "end_block();", ""),
+    ("no_launch_wait", _LINEAR, "two_kernel", "if (overlaps) " + _LAUNCH_WAIT, "if (overlaps) ptx::fence_proxy_async();"),
+    # its tiles by ticket, one for both blocks of a cluster
+    ("ticket_not_reset", _LINEAR, "two_kernel", "ptx::store_relaxed(p.workspace, 0);", ""),
+    ("ticket_reset_early", _LINEAR, "two_kernel", "is_last_number(next, tiles, programs)", "next == tiles"),
+    ("ticket_of_every_warp", _LINEAR, "two_kernel", "warp == 0 && ptx::elect_one()", "ptx::elect_one()"),
+    ("ticket_of_every_block", _LINEAR, "two_kernel", f"rank == 0 ? {_DRAWN} : 0", _DRAWN),
+    ("ticket_read_before_written", _TICKETS, "two_kernel", "ptx::mbarrier_wait(full(), parity);", ""),
+    ("ticket_not_expected", _TICKETS, "two_kernel", "ptx::mbarrier_arrive_expect(full(), sizeof(uint32_t));", "ptx::mbarrier_arrive(full());"),
+    ("ticket_to_one_block", _TICKETS, "two_kernel", "block < cluster", "block < 1"),
+    ("ticket_freed_by_one_block", _TICKETS, "two_kernel, one cluster at a time", "warps * cluster + cluster - 1", "warps + cluster - 1"),
+    ("ticket_freed_before_the_other_producer", _TICKETS, "two_kernel, one cluster at a time", "warps * cluster + cluster - 1", "warps * cluster"),
+    ("ticket_freed_in_its_own_block", _TICKETS, "two_kernel", _TAKEN, _TAKEN.replace("arrive_cluster(empty(), 0)", "arrive(empty())")),
+    ("ticket_freed_before_read", _TICKETS, "xa_in_tiles, one block at a time", _TAKEN, _TAKEN.replace("ptx::warp_sync();", "")),
+    ("ticket_over_the_one_before", _TICKETS, "xa_in_tiles, one block at a time", "if (rank == 0) ptx::mbarrier_wait_cluster(empty(), parity ^ 1);", ""),
+    # xa in the launch of y: flags
+    ("early_flag_read", _ITEMS, "xa_in_tiles", _FLAG, "ptx::fence_proxy_async();"),
+    ("half_flag", _ITEMS, "xa_in_tiles", _FLAG, "ptx::wait_at_least(flag, 1); ptx::fence_proxy_async();"),
+    ("no_proxy_fence", _ITEMS, "xa_in_tiles", _FLAG, "ptx::wait_at_least(flag, kPublishers);"),
+    ("no_flag_reset", _ITEMS, "xa_in_tiles", "before + 1 == static_cast<uint32_t>(p.order.columns)", "false"),
+    ("no_publish_sync", _ITEMS, "xa_in_tiles", "consumer_sync(consumer);", ""),
+    ("relaxed_flag", _ITEMS, "xa_in_tiles", "ptx::add_release(flag, 1);", "ptx::add_relaxed(flag, 1);"),
+    ("flag_never_set", _ITEMS, "xa_in_tiles", "ptx::add_release(flag, 1);", ""),
     # two K-blocks of an item in a stage
-    ("item_half_expected", _LINEAR, "fused_xa", "pipeline.acquire(Item::kBytes);", "pipeline.acquire(Item::kBytes / 2);"),
-    ("item_blocks_overlap", _LINEAR, "fused_xa", "pipeline.a() + i * Plan::kTileABytes", "pipeline.a()"),
-    ("item_a_in_x", _LINEAR, "fused_xa", "pipeline.a() + kBlocks * Plan::kTileABytes + i * kABytes", "pipeline.a() + Plan::kTileABytes + i * kABytes"),
-    ("item_same_block_twice", _LINEAR, "fused_xa", "(block + i) * BLOCK_K", "block * BLOCK_K"),
-    ("item_second_block_first", _LINEAR, "fused_xa", "block + i > 0", "block > 0"),
-    ("item_released_early", _LINEAR, "fused_xa", "end_stage(pipeline, lane, block > 0);", "ptx::wgmma_commit(); pipeline.advance(); pipeline.release_previous(lane);"),
+    ("item_half_expected", _ITEMS, "fused_forward", "pipeline.acquire(Item::kBytes);", "pipeline.acquire(Item::kBytes / 2);"),
+    ("item_blocks_overlap", _ITEMS, "fused_forward", "pipeline.a() + i * Plan::kTileABytes", "pipeline.a()"),
+    ("item_a_in_x", _ITEMS, "fused_forward", "pipeline.a() + kBlocks * Plan::kTileABytes + i * kABytes", "pipeline.a() + Plan::kTileABytes + i * kABytes"),
+    ("item_same_block_twice", _ITEMS, "fused_forward", "(block + i) * BLOCK_K", "block * BLOCK_K"),
+    ("item_second_block_first", _ITEMS, "fused_forward", "block + i > 0", "block > 0"),
+    ("item_released_early", _ITEMS, "fused_forward", "end_stage(pipeline, lane, block > 0);", "ptx::wgmma_commit(); pipeline.advance(); pipeline.release_previous(lane);"),
     # xa in the tiles of the first columns, which are handed out by ticket
-    ("tile_ticket_no_reset", _TILES, "xa_in_tiles", "ptx::store_relaxed(counter, 0);", ""),
-    ("tile_column_last", _TILES, "xa_in_tiles, one block at a time", "return static_cast<int>(ticket);", "return static_cast<int>(ticket) < p.order.tiles() ? p.order.tiles() - 1 - static_cast<int>(ticket) : static_cast<int>(ticket);"),
-    ("tile_no_full_wait", _TICKETS, "xa_in_tiles", "ptx::mbarrier_wait(full(), parity);", ""),
-    ("tile_no_empty_wait", _TICKETS, "xa_in_tiles, one block at a time", "ptx::mbarrier_wait(empty(), parity ^ 1);", ""),
-    ("tile_passed_before_written", _TICKETS, "xa_in_tiles", "ptx::store_shared(word(), static_cast<uint32_t>(tile)); ptx::mbarrier_arrive(full());", "ptx::mbarrier_arrive(full()); ptx::store_shared(word(), static_cast<uint32_t>(tile));"),
-    ("tile_taken_before_read", _TICKETS, "xa_in_tiles, one block at a time", "ptx::warp_sync(); if (lane == 0) ptx::mbarrier_arrive(empty());", "if (lane == 0) ptx::mbarrier_arrive(empty());"),
-    ("tile_no_init_sync", _TILES, "xa_in_tiles", "// the barriers are there ptx::block_sync();", ""),
+    ("tile_ticket_no_reset", _TILES, "xa_in_tiles", "ptx::store_relaxed(p.workspace, 0);", ""),
+    ("tile_column_last", _TILES, "xa_in_tiles, one block at a time", _DRAWN, f"[&](int ticket) {{ return ticket < tiles ? tiles - 1 - ticket : ticket; }}({_DRAWN})"),
     ("tile_a_not_announced", _TILES, "xa_in_tiles", "pipeline.acquire(Plan::kStageBytes + (tile.column == 0 ? More::kABytes : 0));", "pipeline.acquire(Plan::kStageBytes);"),
     ("tile_a_of_one_stage", _TILES, "xa_in_tiles", "pipeline.base + More::a(p.stages) + pipeline.stage * More::kABytes", "pipeline.base + More::a(p.stages)"),
     ("tile_xa_read_in_flight", _TILES, "xa_in_tiles", "finish_blocks(pipeline, lane); publish_xa<T, kRanks>(xa, p, tile.row, consumer, thread);", "publish_xa<T, kRanks>(xa, p, tile.row, consumer, thread); finish_blocks(pipeline, lane);"),
@@ -128,12 +144,12 @@ BUGS = tuple(Bug(*row) for row in (
     ("tile_no_store_wait", _TILES, "xa_in_tiles", "if (thread == 0) ptx::tma_store_wait<0>();", ""),
     # K divided by a cluster
     ("split_a_not_awaited", _SPLIT, "split_k", "ptx::mbarrier_init(pipeline.full() + s, 2);", "ptx::mbarrier_init(pipeline.full() + s, 1);"),
+    ("split_no_init_sync", _SPLIT, "split_k", "// the barriers are there, and so are the other blocks ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync();"),
     ("split_no_empty_wait", _SPLIT, "split_k", "ptx::mbarrier_wait(pipeline.empty(), pipeline.parity ^ 1);", ""),
     ("split_released_early", _SPLIT, "split_k", "ptx::wgmma_wait<1>();", ""),
     ("split_released_to_rank_0", _SPLIT, "split_k", "ptx::mbarrier_arrive(pipeline.empty() - pipeline.stage + previous);", "ptx::mbarrier_arrive_cluster(pipeline.empty() - pipeline.stage + previous, 0);"),
     ("split_no_proxy_fence", _SPLIT, "split_k", "ptx::fence_proxy_async_shared(); ptx::warp_sync(); if (lane == 0) ptx::mbarrier_arrive(pipeline.full());", "ptx::warp_sync(); if (lane == 0) ptx::mbarrier_arrive(pipeline.full());"),
     ("split_a_published_early", _SPLIT, "split_k", "ptx::fence_proxy_async_shared(); ptx::warp_sync(); if (lane == 0) ptx::mbarrier_arrive(pipeline.full());", "ptx::fence_proxy_async_shared(); if (lane == 0) ptx::mbarrier_arrive(pipeline.full());"),
-    ("split_no_init_sync", _SPLIT, "split_k", "// the barriers are there, and so are the other blocks ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync();"),
     ("split_parts_over_the_ring", _SPLIT, "split_k", "// the ring is read by nobody now consumers_sync();", ""),
     ("split_parts_read_early", _SPLIT, "split_k", "// for the parts of all blocks, and until nobody reads this one's; each role on its own, which has its own registers ptx::warp_sync(); ptx::cluster_sync(); ptx::cluster_sync();", "ptx::warp_sync(); ptx::cluster_sync();"),
     ("split_parts_read_early", _SPLIT, "split_k", "// the parts of all blocks are there ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync(); consumers_sync();"),
@@ -154,10 +170,14 @@ BUGS = tuple(Bug(*row) for row in (
     ("sibling_y_of_the_first", _SIBLINGS, "siblings", "&maps.y[tile.output]", "&maps.y[0]"),
     ("sibling_rows_of_its_neighbour", _SIBLINGS, "siblings", "(tile.row * p.cluster + rank) * BLOCK_M", "tile.row * p.cluster * BLOCK_M"),
     ("sibling_no_launch_wait", _SIBLINGS, "siblings", _LAUNCH_WAIT, "{ ptx::fence_proxy_async(); }"),
-    ("sibling_no_init_sync", _SIBLINGS, "siblings", "// the barriers of both blocks are there ptx::cluster_sync();", ""),
-    ("sibling_no_exit_sync", _SIBLINGS, "siblings", "// the other block of a cluster may still arrive at this one's barriers ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync();"),
+    ("sibling_no_exit_sync", _SIBLINGS, "siblings", "end_block();", ""),
     ("sibling_no_store_wait", _SIBLINGS, "siblings", "if (thread == 0) ptx::tma_store_wait<0>();", ""),
     ("sibling_rounds_the_first", "round_each_sm80.cu", "siblings", "round_chunk<T>(p.each[which], block * kThreads + static_cast<int64_t>(threadIdx.x));", "round_chunk<T>(p.each[0], block * kThreads + static_cast<int64_t>(threadIdx.x));"),
+    ("sibling_reduces_dy_of_the_first", _REDUCE_EACH, "siblings", "reduce_block<T, BLOCK_M, BLOCK_N, RANKS>(p.each[layer], block, shared);", "reduce_block<T, BLOCK_M, BLOCK_N, RANKS>(p.each[0], block, shared);"),
+    ("sibling_sums_of_the_first", _REDUCE_EACH, "siblings", "sum_block<T>(p.each[layer], block);", "sum_block<T>(p.each[0], block);"),
+    ("sibling_block_of_the_grid", _REDUCE_EACH, "siblings", "sum_block<T>(p.each[layer], block);", "sum_block<T>(p.each[layer], blockIdx.x);"),
+    ("sibling_partial_sums_overlap", _REDUCE_EACH, "siblings", "workspace = static_cast<uint8_t*>(workspace) + round_up<int64_t>(p.plans[i].bytes(), 16);", ""),
+    ("sibling_dyb_over_its_neighbour", _REDUCE, "siblings", "store_result<T>(p.rows_out, m * p.stride_rows_out + r, p.scale * sum, false);", "store_result<T>(p.rows_out, i, p.scale * sum, false);"),
     # and with masks of their own
     ("masked_seed_of_the_first", _SIBLINGS, "siblings with masks", _MASKED, _MASKED.replace("seeds[mask]", "seeds[0]")),
     ("masked_other_columns", _SIBLINGS, "siblings with masks", _MASKED, _MASKED.replace("column + n", "column")),
@@ -175,9 +195,14 @@ BUGS = tuple(Bug(*row) for row in (
     ("gated_bytes_of_one", _GATED, "gated", "pipeline.acquire(2 * Plan::kTileABytes);", "pipeline.acquire(Plan::kTileABytes);"),
     ("gated_bias_of_its_neighbour", _GATED, "gated", "column + fragment_column(thread, i) - half * (N_TILE / 2)", "column + fragment_column(thread, i)"),
     ("gated_rows_of_its_neighbour", _GATED, "gated", "(tile.row * p.cluster + rank) * BLOCK_M", "tile.row * p.cluster * BLOCK_M"),
-    ("gated_no_init_sync", _GATED, "gated", "// the barriers of both blocks are there ptx::cluster_sync();", ""),
-    ("gated_no_exit_sync", _GATED, "gated", "// the other block of a cluster may still arrive at this one's barriers ptx::warp_sync(); ptx::cluster_sync();", "ptx::warp_sync();"),
+    ("gated_no_exit_sync", _GATED, "gated", "end_block();", ""),
     ("gated_no_store_wait", _GATED, "gated", "if (thread == 0) ptx::tma_store_wait<0>();", ""),
+    # and with a mask on h
+    ("gated_mask_no_launch_wait", _GATED, "gated with a mask", _LAUNCH_WAIT, "{ ptx::fence_proxy_async(); }"),
+    ("gated_mask_unfinished", _GATED, "gated with a mask", _MASKED_DH, _MASKED_DH.replace("finish_blocks(pipeline, lane);", "pipeline.release_previous(lane);")),
+    ("gated_mask_other_columns", _GATED, "gated with a mask", _MASKED_DH, _MASKED_DH.replace("column", "0")),
+    ("gated_mask_over_the_ranks", _GATED, "gated with a mask", "multiply_block<T, BLOCK_N, kMajorB, kStepsOfBlock>(d, pipeline, part, lane, block > 0, true);", "multiply_block<T, BLOCK_N, kMajorB, kStepsOfBlock>(d, pipeline, part, lane, block > 0, block > 0);"),
+    ("gated_mask_over_nothing", _GATED, "gated with a mask", "!kMasked || p.whole_blocks > 0", "true"),
     ("gated_over_the_tile_before", _ACTIVATED, "gated", "// the boxes may still be read for the tile before if (thread == 0) ptx::tma_store_wait_read<0>();", ""),
     ("gated_boxes_half_written", _ACTIVATED, "gated", _BOTH_STORED, _BOTH_STORED.replace("consumer_sync(consumer);", "")),
     ("gated_no_proxy_fence", _ACTIVATED, "gated", _BOTH_STORED, _BOTH_STORED.replace("ptx::fence_proxy_async_shared();", "")),
@@ -195,7 +220,8 @@ BUGS = tuple(Bug(*row) for row in (
     ("gated_last_stage_freed_unread", _ACTIVATED, "gated", _LAST_GRADIENTS, "consumer_sync(consumer); pipeline.release_previous(lane);"),
     ("gated_last_stage_freed_early", _ACTIVATED, "gated", _LAST_GRADIENTS, "if (thread == 0) ptx::tma_store_wait_read<0>(); pipeline.release_previous(lane);"),
     # da and db in the launch of dx
-    ("sum_no_launch_wait", _LINEAR, "concurrent_backward", "if (p.overlap_previous) " + _LAUNCH_WAIT, "if (p.overlap_previous) ptx::fence_proxy_async();"),
+    ("sum_no_launch_wait", _LINEAR, "concurrent_backward", "if (overlaps) " + _LAUNCH_WAIT, "if (overlaps) ptx::fence_proxy_async();"),
+    ("sum_no_read_sync", _LINEAR, "concurrent_backward, one block at a time", "// what consumer 1 has summed was read, where its first tile goes out consumers_sync();", ""),
     ("sum_no_wait_read", _SUMS, "concurrent_backward, four stages", "// the sums of the item before have been read consumers_sync();", ""),
     ("sum_no_wait_read", _SUMS, "concurrent_backward, four stages", "// consumer 1 may write consumers_sync();", ""),
     ("sum_no_sync", _SUMS, "concurrent_backward", "consumers_sync(); return;", "return;"),
@@ -219,7 +245,6 @@ BUGS = tuple(Bug(*row) for row in (
     ("backward_first_arrives_as_last", _BACKWARD, "fused_backward", "ptx::load_shared<uint32_t>(mailbox) + 1 != static_cast<uint32_t>(chunks)", "ptx::load_shared<uint32_t>(mailbox) != 0"),
     ("backward_left_early", _BACKWARD, "fused_backward", "before + 1 != kLeaversOfBlock * gridDim.x", "before + 2 != kLeaversOfBlock * gridDim.x"),
     ("backward_workspace_not_zeroed", _BACKWARD, "fused_backward", "ptx::store_relaxed(p.workspace + i, 0);", ""),
-    ("backward_no_init_sync", _BACKWARD, "fused_backward", "// the barriers are there ptx::block_sync();", ""),
     ("backward_no_store_wait", _BACKWARD, "fused_backward", "leave(p); ptx::tma_store_wait<0>();", "leave(p);"),
     ("backward_sum_over_a_tile", _SUMS, "fused_backward", "if (thread == 0) ptx::tma_store_wait_read<0>();", ""),
     ("one_launch_no_launch_wait", _BACKWARD, "fused_backward", "ptx::wait_for_previous_launch();", ""),
@@ -230,6 +255,8 @@ BUGS = tuple(Bug(*row) for row in (
     ("forward_ticket_of_every_lane", _BACKWARD, "fused_forward", "ptx::shuffle(ticket, 0)", "ticket"),
     ("forward_without_bias", _BACKWARD, "fused_forward", "!kBackward && p.bias != nullptr", "false"),
     # ragged rows
+    ("group_ticket_not_reset", _GROUPED, "grouped", "ptx::store_relaxed(p.tickets, 0);", ""),
+    ("group_ticket_reset_early", _GROUPED, "grouped", "is_last_number(next, walk.last, gridDim.x)", "next == walk.last"),
     ("wrong_group", _GROUPED, "grouped", _GROUP_B.format("tile.group"), _GROUP_B.format("0")),
     ("group_overrun", _GROUPED, "grouped", "row + kWarpgroupRows <= tile.row_end || tile.row_end == p.rows", "true"),
     # ragged rows that lie anywhere, copied by threads; tiles by ticket
@@ -239,10 +266,8 @@ BUGS = tuple(Bug(*row) for row in (
     ("gathered_thread_arrives_itself", _GATHERED, "gathered", "ptx::copy_async_arrive(pipeline.full());", "ptx::mbarrier_arrive(pipeline.full());"),
     ("gathered_half_of_the_copies_awaited", _GATHERED, "gathered", "kGathered ? 1 + kCopiers : 1", "kGathered ? 1 + kCopiers / 2 : 1"),
     ("gathered_tickets_of_consumers_alone", _GATHERED, "gathered", "kGathered ? 12 : 8", "8"),
-    ("gathered_no_init_fence", _GATHERED, "gathered", "ptx::mbarrier_init_fence();", ""),
-    ("gathered_no_init_sync", _GATHERED, "gathered", "// the barriers are there ptx::block_sync();", ""),
     ("gathered_ticket_not_reset", _GATHERED, "gathered", "ptx::store_relaxed(p.tickets, 0);", ""),
-    ("gathered_ticket_reset_early", _GATHERED, "gathered", "ticket + 1 == walk.last + static_cast<int>(gridDim.x)", "ticket == walk.last"),
+    ("gathered_ticket_reset_early", _GATHERED, "gathered", "is_last_number(ticket, walk.last, gridDim.x)", "ticket == walk.last"),
     ("gathered_not_swizzled", _GATHERED, "gathered", "box_offset(thread / 8, piece)", "static_cast<uint32_t>(thread / 8 * kBoxRowBytes + piece * 2)"),
     ("gathered_columns_behind_the_last", _GATHERED, "gathered", "left <= 0 ? 0 : left < 8 ? left * 2 : 16", "16"),
     ("gathered_row_of_another_token", _GATHERED, "gathered", "static_cast<int>(ptx::load_global(p.order + row)) / p.choices", "static_cast<int>(ptx::load_global(p.order + row)) / (p.choices + 1)"),
@@ -253,7 +278,30 @@ BUGS = tuple(Bug(*row) for row in (
     ("gathered_h_over_up", _GATHERED, "gathered_gated", "// and have been read, before h takes the place of up consumer_sync(consumer);", ""),
     ("gathered_h_before_it_is_there", _GATHERED, "gathered_gated", "// h is there consumer_sync(consumer);", ""),
     ("gathered_h_overrun", _GATHERED, "gathered_gated", "m >= row_end || n >= N", "n >= N"),
+    ("gathered_gates_half_announced", _GATHERED, "gathered_gradients", _LOAD_GATES, _LOAD_GATES.replace("2 * ", "")),
+    ("gathered_gates_over_copies", _GATHERED, "gathered_gradients", "// over what threads have copied: ordinary writes, before those of the async proxy\n ptx::fence_proxy_async_shared();", ""),
+    ("gathered_up_for_gate", _GATHERED, "gathered_gradients", "&maps.read[1]", "&maps.read[0]"),
+    ("gathered_row_not_scaled", _GATHERED, "gathered_gradients", "row + r < row_end ? ptx::load_global(scale + row + r) : 0.0f", "1.0f"),
+    ("gathered_product_of_other_rows", _GATHERED, "gathered_gradients", "thread % 8 == r / 16", "thread % 8 == 0"),
+    ("gathered_product_of_one_thread", _GATHERED, "gathered_gradients", "part += ptx::shuffle_xor(part, mask);", ""),
+    ("gathered_product_overrun", _GATHERED, "gathered_gradients", "thread % 8 < 4 && mine < row_end", "thread % 8 < 4"),
+    ("gathered_dh_not_whole", _ACTIVATED, "gathered_gradients", "write_boxes<T, BLOCK_N>(d, hs, thread); consumer_sync(consumer);", "write_boxes<T, BLOCK_N>(d, hs, thread);"),
+    ("gathered_gates_not_awaited", _ACTIVATED, "gathered_gradients", "ptx::mbarrier_wait(pipeline.full(), pipeline.parity);", ""),
+    ("gathered_gradients_no_proxy_fence", _ACTIVATED, "gathered_gradients", _GRADIENTS, _GRADIENTS.replace("ptx::fence_proxy_async_shared();", "")),
+    ("gathered_gradients_not_whole", _ACTIVATED, "gathered_gradients", _GRADIENTS, _GRADIENTS.replace("consumer_sync(consumer);", "")),
+    ("gathered_gradients_freed_unread", _ACTIVATED, "gathered_gradients", _LAST_GRADIENTS, "if (thread == 0) ptx::tma_store_wait_read<0>(); pipeline.release_previous(lane);"),
     ("gathered_no_store_wait", _GATHERED, "gathered", "if (thread == 0) ptx::tma_store_wait<0>();", ""),
+    # their products with the rank, in one read
+    ("ranks_copy_not_awaited", _RANKS, "ragged_ranks", "ptx::copy_async_wait<0>();", ""),
+    ("ranks_stage_refilled_early", _RANKS, "ragged_ranks", "ptx::block_sync(); fetch(step + 1);", "fetch(step + 1); ptx::block_sync();"),
+    ("ranks_parts_over_rows_that_are_read", _RANKS, "ragged_ranks", "ptx::block_sync(); " + _ADD_RANKS, _ADD_RANKS),
+    ("ranks_source_of_the_step_before", _RANKS, "ragged_ranks", "next = source(step + 1);", ""),
+    ("ranks_rows_of_lane_0", _RANKS, "ragged_ranks", "ptx::shuffle(next, i)", "ptx::shuffle(next, 0)"),
+    ("ranks_row_of_another_token", _RANKS, "ragged_ranks", "static_cast<int>(ptx::load_global(p.order + row)) / p.choices", "static_cast<int>(ptx::load_global(p.order + row)) / (p.choices + 1)"),
+    ("ranks_group_overrun", _RANKS, "ragged_ranks", "part > 0 || m >= end || c >= of.R", "part > 0 || m >= of.M || c >= of.R"),
+    ("ranks_rows_of_the_next_group", _RANKS, "ragged_ranks", _NARROW.format("end"), _NARROW.format("of.M")),
+    ("ranks_b_of_the_first_group", _RANKS, "ragged_ranks", "static_cast<const T*>(of.b) + group * of.C * of.stride_b", "static_cast<const T*>(of.b)"),
+    ("ranks_columns_behind_the_last", _RANKS, "ragged_ranks", "left <= 0 ? 0 : left < 8 ? static_cast<int>(left) * 2 : kChunkBytes", "kChunkBytes"),
     # the memory-bound passes
     ("project copy not awaited", _PROJECT, "project_x", "ptx::copy_async_wait<S::kStages - 2>();", ""),
     ("project stage refilled before the barrier", _PROJECT, "project_x", "ptx::block_sync(); fetch(step + S::kStages - 1);", "fetch(step + S::kStages - 1); ptx::block_sync();"),

@@ -3,6 +3,8 @@
 The suffix names the backend of linear layers; experts run by the planned one.
 """
 
+from functools import cache
+
 import torch
 
 from lorafuse import functional
@@ -46,6 +48,12 @@ def _problem(M, w, gradients):
     return Problem(M, *w.shape, _RANK, str(w.dtype).removeprefix("torch."), "float32", gradients=gradients)
 
 
+@cache
+def _word(device):
+    """From which blocks draw their tiles; launches are one after the other."""
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
 def _cuda(native, spec, x, w, gradients):
     from lorafuse.backends.cuda import TYPES
 
@@ -57,7 +65,8 @@ def _cuda(native, spec, x, w, gradients):
     native.linear(
         type=TYPES[x.dtype], M=x.shape[0], N=out, K=inner, R=0, transposed=bool(gradients), x=x.data_ptr(),
         stride_x=x.stride(0), w=w.data_ptr(), stride_w=w.stride(0), y=y.data_ptr(), stride_y=out,
-        tiling=(tile.block_n, tile.stages, tile.cluster, tile.group_m, 0), stream=stream,
+        tiling=(tile.block_n, tile.stages, tile.cluster, tile.group_m, 0), workspace=_word(x.device).data_ptr(),
+        stream=stream,
     )  # fmt: skip
     return y
 

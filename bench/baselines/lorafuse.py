@@ -9,6 +9,8 @@ from lorafuse.backends import base
 from lorafuse.bench.layers import peft_experts, peft_linear
 
 LABEL = "lorafuse"
+# of experts alone
+_GATHERED = "cuda gathered"
 # candidates of plans on GPUs; those with a kernel are chosen only where measured as fastest
 FORMS = {
     "": {},
@@ -19,12 +21,12 @@ FORMS = {
     "addmm": {"backend": "eager", "kernel": "aten_addmm"},
     "triton": {"backend": "triton"},
     "cuda": {"backend": "cuda"},
-    "cuda-single": {"backend": "cuda", "kernel": "cuda fused_xa"},
     "cuda-tiles": {"backend": "cuda", "kernel": "cuda xa_in_tiles"},
     "cuda-split": {"backend": "cuda", "kernel": "cuda split_k"},
     "cuda-forward": {"backend": "cuda", "kernel": "cuda fused_forward"},
     "cuda-concurrent": {"backend": "cuda", "kernel": "cuda concurrent_backward"},
     "cuda-backward": {"backend": "cuda", "kernel": "cuda fused_backward"},
+    "cuda-gathered": {"backend": "cuda", "kernel": _GATHERED},
 }
 
 
@@ -35,8 +37,10 @@ def unavailable(kind, device, backend="auto", kernel="", half=False, autocast=Fa
         return "its layers are the same under autocast"
     if backend == "auto":
         return ""
-    if kind == "moe" and kernel not in ("", FORMS["eager"]["kernel"]):
+    if kind == "moe" and kernel not in ("", FORMS["eager"]["kernel"], _GATHERED):
         return "experts have no such form"
+    if kind != "moe" and kernel == _GATHERED:
+        return "dense layers have no such form"
     # on other devices plans have one candidate
     return "needs a GPU" if device.type != "cuda" else base.availability(backend).reason
 

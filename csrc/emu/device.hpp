@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <functional>
 
+#include "swizzle.hpp"
+
 namespace lorafuse::emu {
 
 struct Index {
@@ -48,7 +50,7 @@ void global_read(const void* p, size_t bytes, size_t alignment);
 void global_write(void* p, size_t bytes, size_t alignment);
 void shared_read(const void* p, size_t bytes, size_t alignment);
 void shared_write(void* p, size_t bytes, size_t alignment);
-void store_cluster(uint32_t* word, uint32_t rank, uint32_t value);
+void store_async(uint32_t* word, uint32_t rank, uint32_t value, uint64_t* barrier);
 enum class Order { kRelaxed, kRelease, kAcquireRelease };
 uint32_t fetch_add(uint32_t* counter, uint32_t value, Order order);
 void store_relaxed(uint32_t* counter, uint32_t value);
@@ -71,7 +73,8 @@ struct alignas(64) TensorMap {
   int64_t sizes[3];
   int64_t strides[2];
   int32_t box[3];
-  uint8_t unused[128 - 16 - 8 * 5 - 4 * 3 - 4];
+  Swizzle swizzle;
+  uint8_t unused[128 - 16 - 8 * 5 - 4 * 4];
 };
 void tma_load(void* shared, const TensorMap& map, int x, int y, int z, uint64_t* barrier, uint32_t blocks);
 void tma_load(void* shared, const TensorMap& map, int x, int y, int z, uint64_t* barrier);
@@ -84,7 +87,30 @@ void fence_proxy_async(bool shared_only);
 void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int pending);
+// One of the four registers that hold a thread's part of a: a plain word on the device, here a class, which sees every
+// access of ordinary code.
+class OperandRegister {
+ public:
+  OperandRegister() = default;
+  ~OperandRegister() noexcept(false);
+  OperandRegister(const OperandRegister& other) { *this = other; }
+  OperandRegister& operator=(const OperandRegister& other) { return *this = static_cast<uint32_t>(other); }
+  OperandRegister& operator=(uint32_t bits);
+  operator uint32_t() const;
+  // By the thread's product of this number, counted from 0.
+  uint32_t read_by(uint64_t product);
+
+ private:
+  void check_idle(const char* what) const;
+
+  uint32_t bits_ = 0;
+  // The thread's fences before the last write, and the products up to the last that reads it.
+  uint64_t fences_ = 0, products_ = 0;
+  bool written_ = false;
+};
 void wgmma(Element element, int columns, bool a_is_mn_major, bool b_is_mn_major, float* d, uint64_t a, uint64_t b,
+           bool accumulate);
+void wgmma(Element element, int columns, bool b_is_mn_major, float* d, OperandRegister (&a)[4], uint64_t b,
            bool accumulate);
 
 // emulator.cpp

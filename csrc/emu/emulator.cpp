@@ -70,6 +70,7 @@ void run_launch(int grid, int threads, int shared_bytes, int cluster, bool overl
   last_statistics = {};
   last_statistics.launches = before.launches + 1;
   last_statistics.planted_reached = before.planted_reached;
+  if (!config().runs) return;
   global_shadow.new_launch(overlap_previous, last_launch_did_not_wait);
   if (!overlap_previous) previous_counters.clear();
 

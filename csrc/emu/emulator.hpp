@@ -27,6 +27,8 @@ struct Config {
   int multiprocessors = 4;
   // What shared_memory_limit() does: bytes that a block can have, of sm_90 unless told otherwise.
   int shared_memory = 232448;
+  // Whether launches run; those that do not are counted, for whoever measures what the host does.
+  bool runs = true;
   // The bug of this name, an LF_PLANTED, is on.
   std::string planted;
   // Steps of the scheduler after which a launch counts as hung.

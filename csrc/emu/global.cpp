@@ -71,7 +71,7 @@ bool has_heard_of(const Thread& thread, const Block& block) {
 
 }  // namespace
 
-void store_cluster(uint32_t* word, uint32_t rank, uint32_t value) {
+void store_async(uint32_t* word, uint32_t rank, uint32_t value, uint64_t* barrier) {
   maybe_yield();
   Thread& thread = *current;
   const auto& blocks = thread.block->cluster->blocks;
@@ -81,9 +81,16 @@ void store_cluster(uint32_t* word, uint32_t rank, uint32_t value) {
   if (checks() && &block != thread.block && !has_heard_of(thread, block)) {
     fail("store to the shared memory of block ", block.number, ", which may not have started: cluster_sync is missing");
   }
-  const uint32_t address = checked_shared(word, 4, 4, "write");
-  block.shadow->write(thread, address, 4, access_of(thread));
+  const uint32_t address = checked_shared(word, 4, 4, "write"), counted = shared_address(barrier);
+  check_mbarrier_for_tma(thread, block, counted);
+  // whoever has waited for the mbarrier knows of the word, and of nothing else that this thread has done
+  Mbarrier& counting = mbarrier_at(block, counted);
+  Access access;
+  access.time = ++counting.copies;
+  access.agent = counting.agent;
+  block.shadow->write(thread, address, 4, access);
   std::memcpy(block.window + address, &value, 4);
+  complete_bytes(counting, access.time, 4);
 }
 
 float load_cluster(const float* p, uint32_t rank) {

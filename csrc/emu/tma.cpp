@@ -8,14 +8,13 @@
 namespace lorafuse::emu {
 namespace {
 
-// The 128-byte swizzle: bits 4 to 6 of a shared address are those and bits 7 to 9, exclusive or.
-uint32_t swizzle(uint32_t address) { return address ^ (address >> 3 & 0x70); }
-
 void check_place(const Block& block, uint32_t shared, const Box& box, const char* what) {
   if (box.map.magic != TensorMap::kMagic) fail(what, " with a tensor map that is none");
-  if (shared % 1024 != 0) {
-    fail(what, " at shared address ", hex(shared),
-         ": the 128-byte swizzle repeats every 1024 bytes and must start there");
+  const Swizzle swizzle = box.map.swizzle;
+  if (shared % swizzle_period(swizzle) != 0) {
+    if (swizzle == Swizzle::kNone) fail(what, " at shared address ", hex(shared), ", off the 128-byte boundary of TMA");
+    fail(what, " at shared address ", hex(shared), ": the ", static_cast<uint32_t>(swizzle),
+         "-byte swizzle repeats every ", swizzle_period(swizzle), " bytes and must start there");
   }
   if (shared < block.begin || shared + box.bytes() > block.end) {
     fail(what, " of ", box.bytes(), " bytes at shared address ", hex(shared), " leaves the block's memory, ",
@@ -54,14 +53,15 @@ void TmaQueue::run_load(size_t i) {
   loads_[i] = std::move(loads_.back());
   loads_.pop_back();
   Block& block = *load.block;
+  const uint32_t row_bytes = load.box.row_bytes(), mask = swizzle_mask(load.box.map.swizzle);
   for (int row = 0; row < load.box.rows(); ++row) {
     uint8_t values[128] = {};
     const uint8_t* address;
     uint32_t bytes, skip;
     if (load.box.row(row, address, bytes, skip)) std::memcpy(values + skip, address, bytes);
-    const uint32_t place = load.shared + static_cast<uint32_t>(row) * 128;
-    for (uint32_t chunk = 0; chunk < 128; chunk += 16) {
-      std::memcpy(block.window + swizzle(place + chunk), values + chunk, 16);
+    const uint32_t place = load.shared + static_cast<uint32_t>(row) * row_bytes;
+    for (uint32_t chunk = 0; chunk < row_bytes; chunk += 16) {
+      std::memcpy(block.window + swizzled(place + chunk, mask), values + chunk, 16);
     }
   }
   Mbarrier& barrier = mbarrier_at(block, load.barrier);
@@ -78,10 +78,11 @@ void TmaQueue::run_store(size_t i) {
   const Store store = stores_[i];
   StoreOperation& operation = *store.operation;
   const int rows = operation.box.rows();
+  const uint32_t mask = swizzle_mask(operation.box.map.swizzle);
   if (!operation.read) {
     operation.staged.resize(operation.box.bytes());
     for (uint32_t at = 0; at < operation.box.bytes(); at += 16) {
-      std::memcpy(&operation.staged[at], operation.block->window + swizzle(operation.shared + at), 16);
+      std::memcpy(&operation.staged[at], operation.block->window + swizzled(operation.shared + at, mask), 16);
     }
     operation.read = true;
   } else {
@@ -89,7 +90,8 @@ void TmaQueue::run_store(size_t i) {
       const uint8_t* address;
       uint32_t bytes, skip;
       if (!operation.box.row(row, address, bytes, skip)) continue;
-      std::memcpy(const_cast<uint8_t*>(address), &operation.staged[static_cast<size_t>(row) * 128 + skip], bytes);
+      const uint32_t from = static_cast<uint32_t>(row) * operation.box.row_bytes() + skip;
+      std::memcpy(const_cast<uint8_t*>(address), &operation.staged[from], bytes);
     }
     operation.written = true;
     operation.staged = {};

@@ -18,7 +18,8 @@ struct Box {
   int64_t at[3];
 
   int rows() const { return map.box[1] * map.box[2]; }
-  uint32_t bytes() const { return static_cast<uint32_t>(rows()) * 128; }
+  uint32_t row_bytes() const { return static_cast<uint32_t>(map.box[0]) * 2; }
+  uint32_t bytes() const { return static_cast<uint32_t>(rows()) * row_bytes(); }
   // The part of row `row` that is inside the tensor: its address and bytes, and the bytes of the row before it. False
   // where nothing is.
   bool row(int row, const uint8_t*& address, uint32_t& bytes, uint32_t& skip) const;

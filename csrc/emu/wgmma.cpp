@@ -13,36 +13,40 @@ namespace {
 constexpr uint32_t kPoison = 0x7fa0dead;
 
 // A matrix in shared memory as a descriptor gives it, PTX ISA 9.7.15.5.1.2. Bits 0-13: start address / 16; 16-29: the
-// leading dimension's byte offset / 16; 32-45: the stride dimension's / 16; 49-51: base offset; 62-63: swizzle, of
-// which 1 is that of 128 bytes.
+// leading dimension's byte offset / 16; 32-45: the stride dimension's / 16; 49-51: base offset; 62-63: swizzle.
 struct Matrix {
   uint32_t start, leading, stride;
   bool mn_major;
+  // Of a row's bytes the binary logarithm: those of the swizzle, or 16.
+  uint32_t row_shift, mask;
 
-  // Of 8 elements that are contiguous: the shared address. With T = 8 elements of 16 bytes, the canonical layouts are
-  //   K-major   ((8, m), (T, 2k)) : ((8T, SBO), (1, T))       rows of 128 bytes, SBO from 8 of them to the next 8
-  //   MN-major  ((T, 8, m), (8, k)) : ((1, T, LBO), (8T, SBO))  rows of 64 columns, LBO from 64 columns to the next 64,
-  //                                                            SBO from 8 reduction indices to the next 8
-  // and bits 4 to 6 of the address are swizzled by bits 7 to 9.
+  // Of 8 elements that are contiguous: the shared address. With T = 8 elements of 16 bytes and rows of S T, the
+  // canonical layouts are
+  //   K-major   ((8, m), (T, 2k)) : ((S T, SBO), (1, T))         SBO from 8 rows to the next 8
+  //   MN-major  ((T, S, m), (8, k)) : ((1, T, LBO), (S T, SBO))  LBO from a row's columns to the next, SBO from 8
+  //                                                              reduction indices to the next 8
+  // Without a swizzle S is 1, K-major has LBO from 8 reduction indices to the next 8, and MN-major's two change places.
   uint32_t chunk(uint32_t mn, uint32_t k) const {
-    const uint32_t address = mn_major ? start + mn / 64 * leading + mn % 64 * 2 + k / 8 * stride + k % 8 * 128
-                                      : start + mn / 8 * stride + mn % 8 * 128 + k * 2;
-    return address ^ (address >> 3 & 0x70);
+    if (!mn_major) return swizzled(start + (mn >> 3) * stride + (k >> 3) * leading + ((mn & 7) << row_shift), mask);
+    const uint32_t in_row = mn * 2 & ((1u << row_shift) - 1), row = (k >> 3) * stride + ((k & 7) << row_shift);
+    return swizzled(start + (mn >> (row_shift - 1)) * leading + row + in_row, mask);
   }
 };
 
 Matrix decode(uint64_t descriptor, bool mn_major, const char* operand) {
-  const uint32_t swizzle = static_cast<uint32_t>(descriptor >> 62), base = descriptor >> 49 & 7;
+  constexpr Swizzle kModes[] = {Swizzle::kNone, Swizzle::k128, Swizzle::k64, Swizzle::k32};
+  constexpr uint32_t kRowShifts[] = {4, 7, 6, 5};
+  const uint32_t mode = static_cast<uint32_t>(descriptor >> 62), base = descriptor >> 49 & 7;
   Matrix matrix{static_cast<uint32_t>(descriptor & 0x3fff) << 4, static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4,
-                static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4, mn_major};
-  if (swizzle != 1) {
-    fail("wgmma: the descriptor of ", operand, " asks for swizzle mode ", swizzle,
-         ", and only 1, 128 bytes, is modelled");
-  }
+                static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4, mn_major, kRowShifts[mode],
+                swizzle_mask(kModes[mode])};
   if (base != 0) fail("wgmma: the descriptor of ", operand, " has base offset ", base, "; only 0 is modelled");
-  if (matrix.start & 0x380) {
-    fail("wgmma: ", operand, " starts at ", hex(matrix.start), ", inside the 1024 bytes of the swizzle's pattern");
+  if (matrix.start & matrix.mask << 3) {
+    fail("wgmma: ", operand, " starts at ", hex(matrix.start), ", inside the ", swizzle_period(kModes[mode]),
+         " bytes of the swizzle's pattern");
   }
+  if (mode == 0 && mn_major) std::swap(matrix.leading, matrix.stride);
+  if (mode != 0 && !mn_major) matrix.leading = 16;
   return matrix;
 }
 
@@ -184,8 +188,10 @@ void begin_reads(Thread& thread, Warpgroup& warpgroup, WgmmaOperation& operation
     collect_lines(*warpgroup.block, decode(operation.b, operation.b_is_mn_major, "b"), 0,
                   static_cast<uint32_t>(operation.columns), "b", operation.b_lines);
   }
-  collect_lines(*warpgroup.block, decode(operation.a, operation.a_is_mn_major, "a"), warp * 16, warp * 16 + 16, "a",
-                operation.a_lines[warp]);
+  if (!operation.a_values) {
+    collect_lines(*warpgroup.block, decode(operation.a, operation.a_is_mn_major, "a"), warp * 16, warp * 16 + 16, "a",
+                  operation.a_lines[warp]);
+  }
   for (const auto* lines : {&operation.a_lines[warp], &operation.b_lines}) {
     for (const uint32_t line : *lines) warpgroup.block->shadow->begin_async_read(thread, line, "wgmma");
   }
@@ -207,24 +213,26 @@ void execute(Warpgroup& warpgroup) {
   const WgmmaOperation& operation = operation_at(warpgroup, warpgroup.executed);
   const Block& block = *warpgroup.block;
   static float a[64 * 16], b[16 * 256];
-  const Matrix a_matrix = decode(operation.a, operation.a_is_mn_major, "a");
   const Matrix b_matrix = decode(operation.b, operation.b_is_mn_major, "b");
   const auto fetch = [&](const Matrix& matrix, uint32_t mn, uint32_t k, const char* operand, float* to) {
     const uint32_t address = matrix.chunk(mn, k);
     check_chunk(block, address, operand);
     convert(operation.element, block.window + address, to);
   };
-  if (operation.a_is_mn_major) {
+  const float* a_values = a;
+  if (operation.a_values) {
+    a_values = operation.a_values->data();
+  } else if (const Matrix matrix = decode(operation.a, operation.a_is_mn_major, "a"); matrix.mn_major) {
     for (uint32_t k = 0; k < 16; ++k) {
       for (uint32_t m = 0; m < 64; m += 8) {
         float values[8];
-        fetch(a_matrix, m, k, "a", values);
+        fetch(matrix, m, k, "a", values);
         for (uint32_t i = 0; i < 8; ++i) a[(m + i) * 16 + k] = values[i];
       }
     }
   } else {
     for (uint32_t m = 0; m < 64; ++m) {
-      for (uint32_t k = 0; k < 16; k += 8) fetch(a_matrix, m, k, "a", a + m * 16 + k);
+      for (uint32_t k = 0; k < 16; k += 8) fetch(matrix, m, k, "a", a + m * 16 + k);
     }
   }
   const uint32_t columns = static_cast<uint32_t>(operation.columns);
@@ -241,7 +249,7 @@ void execute(Warpgroup& warpgroup) {
       }
     }
   }
-  multiply(a, b, operation.accumulator->values.data(), operation.columns, operation.accumulate);
+  multiply(a_values, b, operation.accumulator->values.data(), operation.columns, operation.accumulate);
   ++warpgroup.executed;
   ++mutable_statistics().wgmmas;
   engine->wake(warpgroup.waiting);
@@ -252,13 +260,15 @@ bool executable(const Warpgroup& warpgroup) {
   return next < warpgroup.operations.size() && warpgroup.operations[next].issued == 128;
 }
 
-void wgmma_fence() { current->wgmma.needs_fence = false; }
+void wgmma_fence() {
+  current->wgmma.needs_fence = false;
+  ++current->wgmma.fences;
+}
 
 void wgmma_commit() { current->wgmma.commits.push_back(current->wgmma.issued); }
 
-void wgmma(Element element, int columns, bool a_is_mn_major, bool b_is_mn_major, float* d, uint64_t a, uint64_t b,
-           bool accumulate) {
-  maybe_yield();
+void issue_product(Element element, int columns, bool a_is_mn_major, bool b_is_mn_major, float* d, uint64_t a,
+                   const uint32_t* registers, uint64_t b, bool accumulate) {
   Thread& thread = *current;
   const size_t group = static_cast<size_t>(thread.number / 128);
   if (group >= thread.block->warpgroups.size()) fail("wgmma by a thread of no whole warpgroup");
@@ -288,12 +298,13 @@ void wgmma(Element element, int columns, bool a_is_mn_major, bool b_is_mn_major,
     operation.b = b;
     operation.accumulate = accumulate;
     operation.accumulator = mine;
+    if (registers) operation.a_values = std::make_unique<std::array<float, 64 * 16>>();
     warpgroup.operations.push_back(std::move(operation));
   }
   WgmmaOperation& operation = operation_at(warpgroup, number);
   if (operation.a != a || operation.b != b || operation.columns != columns || operation.accumulate != accumulate ||
       operation.element != element || operation.a_is_mn_major != a_is_mn_major ||
-      operation.b_is_mn_major != b_is_mn_major) {
+      operation.b_is_mn_major != b_is_mn_major || (operation.a_values != nullptr) != (registers != nullptr)) {
     fail("the operands of a wgmma differ between the threads of the warpgroup: descriptors ", hex(operation.a), " and ",
          hex(a), ", ", hex(operation.b), " and ", hex(b), ", accumulate ", operation.accumulate, " and ", accumulate);
   }
@@ -304,12 +315,24 @@ void wgmma(Element element, int columns, bool a_is_mn_major, bool b_is_mn_major,
   }
   if (!accumulator.registers[t]) take_registers(accumulator, t, d);
   accumulator.last[t] = number;
+  // PTX ISA, figure of the fragment of a: as that of a d of 16 columns, two elements a register
+  for (int i = 0; i < 8 && registers; ++i) {
+    const Place at = place(t, i);
+    const uint16_t bits = static_cast<uint16_t>(registers[i / 2] >> i % 2 * 16);
+    (*operation.a_values)[static_cast<size_t>(at.row * 16 + at.column)] = to_float(element, bits);
+  }
   begin_reads(thread, warpgroup, operation, static_cast<uint32_t>(t / 32));
   ++operation.issued;
   if (!warpgroup.queued && executable(warpgroup)) {
     warpgroup.queued = true;
     engine->ready_warpgroups.push_back(&warpgroup);
   }
+}
+
+void wgmma(Element element, int columns, bool a_is_mn_major, bool b_is_mn_major, float* d, uint64_t a, uint64_t b,
+           bool accumulate) {
+  maybe_yield();
+  issue_product(element, columns, a_is_mn_major, b_is_mn_major, d, a, nullptr, b, accumulate);
 }
 
 void wgmma_wait(int pending) {

@@ -1,6 +1,7 @@
 // Matrix products of warpgroups that have been issued and not waited for.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -31,6 +32,8 @@ struct WgmmaOperation {
   uint64_t a, b;
   bool accumulate;
   Accumulator* accumulator;
+  // [64][16], where a comes from registers: filled as the threads issue the product.
+  std::unique_ptr<std::array<float, 64 * 16>> a_values;
   int issued = 0;
   // Warps whose reads are recorded, and whose wait has ended them.
   uint32_t checked_warps = 0, retired_warps = 0;
@@ -55,16 +58,20 @@ struct WgmmaIssuer {
   uint64_t retired = 0;
   // The number of products at each commit that has not been waited for.
   std::vector<uint64_t> commits;
-  // Registers may have been written by ordinary code since the last fence.
+  // An accumulator's registers may have been written by ordinary code since the last fence.
   bool needs_fence = true;
+  uint64_t fences = 0;
 
   void reset() {
-    issued = retired = 0;
+    issued = retired = fences = 0;
     commits.clear();
     needs_fence = true;
   }
 };
 
+// A thread's part of a product. With `registers`, they are its part of a, and the descriptor of a means nothing.
+void issue_product(Element element, int columns, bool a_is_mn_major, bool b_is_mn_major, float* d, uint64_t a,
+                   const uint32_t* registers, uint64_t b, bool accumulate);
 // The next product of the warpgroup happens.
 void execute(Warpgroup& warpgroup);
 // The first product that has not happened has been issued by all threads.

@@ -50,13 +50,9 @@ LF_DEVICE void drop(float (&d)[N_TILE / 2], const int64_t* seed, uint32_t drop_b
   }
 }
 
-// Stores the warpgroup's 64 rows from `row` on; `boxes` is its part of the output tile (Pipeline::output).
+// The warpgroup's accumulators, rounded, into the boxes of 64 columns from `boxes` on.
 template <class T, int N_TILE>
-LF_DEVICE void store_tile(const float (&d)[N_TILE / 2], const TensorMap* map, uint8_t* boxes, int row, int column,
-                          int consumer, int thread) {
-  // the boxes may still be read for the tile before
-  if (thread == 0) ptx::tma_store_wait_read<0>();
-  consumer_sync(consumer);
+LF_DEVICE void write_boxes(const float (&d)[N_TILE / 2], uint8_t* boxes, int thread) {
   // lane l addresses row l % 8 of matrix l / 8: two matrices of rows for each of two of columns
   const int lane = thread % 32;
   const int box_row = thread / 32 * 16 + lane % 16;
@@ -68,15 +64,25 @@ LF_DEVICE void store_tile(const float (&d)[N_TILE / 2], const TensorMap* map, ui
     ptx::stmatrix(box + offset, ptx::pack<T>(d[i], d[i + 1]), ptx::pack<T>(d[i + 2], d[i + 3]),
                   ptx::pack<T>(d[i + 4], d[i + 5]), ptx::pack<T>(d[i + 6], d[i + 7]));
   }
+}
+
+// One thread: stores `count` boxes of 64 columns as a group of its own.
+LF_DEVICE void store_boxes(const TensorMap* map, const uint8_t* boxes, int count, int row, int column) {
+  for (int i = 0; i < count; ++i) ptx::tma_store(map, boxes + i * kBoxBytes, column + i * kBoxElements, row);
+  ptx::tma_store_commit();
+}
+
+// Stores the warpgroup's 64 rows from `row` on; `boxes` is its part of the output tile (Pipeline::output).
+template <class T, int N_TILE>
+LF_DEVICE void store_tile(const float (&d)[N_TILE / 2], const TensorMap* map, uint8_t* boxes, int row, int column,
+                          int consumer, int thread) {
+  // the boxes may still be read for the tile before
+  if (thread == 0) ptx::tma_store_wait_read<0>();
+  consumer_sync(consumer);
+  write_boxes<T, N_TILE>(d, boxes, thread);
   ptx::fence_proxy_async_shared();
   consumer_sync(consumer);
-  if (thread == 0) {
-    LF_UNROLL
-    for (int n = 0; n < N_TILE; n += kBoxElements) {
-      ptx::tma_store(map, boxes + n / kBoxElements * kBoxBytes, column + n, row);
-    }
-    ptx::tma_store_commit();
-  }
+  if (thread == 0) store_boxes(map, boxes, N_TILE / kBoxElements, row, column);
 }
 
 // The same rows by ordinary stores, for a tile whose rows from row_end on are another's: `y` is [rows, N].

@@ -56,8 +56,8 @@ void fused_backward(const FusedBackward& p, void* stream) {
   check_size("N", p.N);
   check_size("K", p.K);
   if (p.M == 0 || p.K == 0) return;
-  require(p.N > 0, "N of 0 has nothing to multiply");
-  require(p.K % 8 == 0 && p.N % 8 == 0, "N of ", p.N, " and K of ", p.K, " are not multiples of 8");
+  check_features("N", p.N);
+  check_features("K", p.K);
   check_matrix("dy", p.dy, p.N, p.stride_dy);
   check_matrix("w", p.w, p.K, p.stride_w);
   check_matrix("a", p.a, p.K, p.stride_a);

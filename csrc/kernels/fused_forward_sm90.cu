@@ -41,8 +41,8 @@ void fused_forward(const FusedForward& p, void* stream) {
   check_size("N", p.N);
   check_size("K", p.K);
   if (p.M == 0 || p.N == 0) return;
-  require(p.K > 0, "K of 0 has nothing to multiply");
-  require(p.N % 8 == 0 && p.K % 8 == 0, "N of ", p.N, " and K of ", p.K, " are not multiples of 8");
+  check_features("N", p.N);
+  check_features("K", p.K);
   check_matrix("x", p.x, p.K, p.stride_x);
   check_matrix("w", p.w, p.K, p.stride_w);
   if (p.bias != nullptr) check_address("bias", p.bias, 4);

@@ -16,28 +16,6 @@ struct alignas(16) Piece {
 };
 constexpr int kPieceBytes = sizeof(Piece);
 
-// Consumer: its accumulators, rounded, into the boxes of 64 columns from `boxes` on.
-template <class T, int N_TILE>
-LF_DEVICE void write_boxes(const float (&d)[N_TILE / 2], uint8_t* boxes, int thread) {
-  // as in store_tile
-  const int lane = thread % 32;
-  const int box_row = thread / 32 * 16 + lane % 16;
-  LF_UNROLL
-  for (int i = 0; i < N_TILE / 2; i += 8) {
-    const int n = i * 2;
-    const uint32_t offset = box_offset(box_row, n % kBoxElements + lane / 16 * 8);
-    uint8_t* box = boxes + n / kBoxElements * kBoxBytes;
-    ptx::stmatrix(box + offset, ptx::pack<T>(d[i], d[i + 1]), ptx::pack<T>(d[i + 2], d[i + 3]),
-                  ptx::pack<T>(d[i + 4], d[i + 5]), ptx::pack<T>(d[i + 6], d[i + 7]));
-  }
-}
-
-// One thread: stores `count` boxes of 64 columns as a group of its own.
-LF_DEVICE void store_boxes(const TensorMap* map, const uint8_t* boxes, int count, int row, int column) {
-  for (int i = 0; i < count; ++i) ptx::tma_store(map, boxes + i * kBoxBytes, column + i * kBoxElements, row);
-  ptx::tma_store_commit();
-}
-
 // h over up, `bytes` of each.
 template <class T>
 LF_DEVICE void activate_boxes(Activation activation, const uint8_t* gates, uint8_t* ups, int bytes, int thread) {
@@ -58,21 +36,34 @@ LF_DEVICE void activate_boxes(Activation activation, const uint8_t* gates, uint8
   }
 }
 
-// Of a box each: h over dh, and the gradients of gate and up over those.
-template <class T>
-LF_DEVICE void activate_backward(Activation activation, uint8_t* dhs, uint8_t* gates, uint8_t* ups, int thread) {
+// Rows of a dense layer: dh is the gradient of h.
+struct DenseRows {
+  LF_DEVICE float factor(int) const { return 1.0f; }
+  LF_DEVICE void add(int, float) const {}
+};
+
+// Of a box each: h over dh, and the gradients of gate and up over those, for dh times rows.factor(r) in row r. rows.add
+// gets the part of a row's ⟨dh, h⟩ that a thread has: eight neighbours have a row of a box.
+template <class T, class Rows>
+LF_DEVICE void activate_backward(Activation activation, uint8_t* dhs, uint8_t* gates, uint8_t* ups, Rows& rows,
+                                 int thread) {
   LF_NO_UNROLL
   for (int i = thread * kPieceBytes; i < kBoxBytes; i += 128 * kPieceBytes) {
     Piece dh = ptx::load_shared<Piece>(dhs + i), gate = ptx::load_shared<Piece>(gates + i);
     Piece up = ptx::load_shared<Piece>(ups + i);
+    const float factor = rows.factor(i / kBoxRowBytes);
+    float product = 0.0f;
     choose_activation(activation, [&](auto known) {
       LF_UNROLL
       for (int j = 0; j < 4; ++j) {
         const auto of_half = [&](int bits) {
           return activate<known>(ptx::unpack<T>(gate.words[j] >> bits), ptx::unpack<T>(up.words[j] >> bits));
         };
-        const float d_low = ptx::unpack<T>(dh.words[j]), d_high = ptx::unpack<T>(dh.words[j] >> 16);
+        float d_low = ptx::unpack<T>(dh.words[j]), d_high = ptx::unpack<T>(dh.words[j] >> 16);
         const Gated low = of_half(0), high = of_half(16);
+        product += d_low * low.h + d_high * high.h;
+        d_low *= factor;
+        d_high *= factor;
         dh.words[j] = ptx::pack<T>(low.h, high.h);
         gate.words[j] = ptx::pack<T>(d_low * low.of_gate, d_high * high.of_gate);
         up.words[j] = ptx::pack<T>(d_low * low.of_up, d_high * high.of_up);
@@ -81,6 +72,7 @@ LF_DEVICE void activate_backward(Activation activation, uint8_t* dhs, uint8_t* g
     ptx::store_shared(dhs + i, dh);
     ptx::store_shared(gates + i, gate);
     ptx::store_shared(ups + i, up);
+    rows.add(i / kBoxRowBytes, product);
   }
 }
 
@@ -111,12 +103,11 @@ LF_DEVICE void store_activated(const float (&d)[N_TILE / 2], const TensorMap* ga
   if (thread == 0) store_boxes(h, ups, kBoxes, row, column);
 }
 
-// Stores the warpgroup's rows of dgate, dup and h for dh in d. The ring's next stages hold gate and up, 64 columns each;
-// the gradients take their place, and h that of dh.
-template <class T, int BLOCK_M, int BLOCK_N>
+// The warpgroup's rows of dgate, dup and h for dh in d, 64 columns at a time. The ring's next stages hold gate and up; the
+// gradients take their place, and h that of dh. store(n, dgate, dup, h), by all threads, stores the columns from n on.
+template <class T, int BLOCK_M, int BLOCK_N, class Rows, class Store>
 LF_DEVICE void store_gradients(const float (&d)[BLOCK_N / 2], Pipeline<BLOCK_M, BLOCK_N>& pipeline,
-                               const TensorMap* dgate, const TensorMap* dup, const TensorMap* h, Activation activation,
-                               int row, int column, int consumer, int thread) {
+                               Activation activation, Rows& rows, const Store& store, int consumer, int thread) {
   static_assert(ConsumerPart<BLOCK_M, BLOCK_N>::kColumns == BLOCK_N, "a warpgroup has rows of its own");
   const int lane = thread % 32;
   uint8_t* hs = pipeline.output(consumer);
@@ -127,17 +118,13 @@ LF_DEVICE void store_gradients(const float (&d)[BLOCK_N / 2], Pipeline<BLOCK_M, 
   for (int n = 0; n < BLOCK_N; n += kBoxElements, hs += kBoxBytes) {
     ptx::mbarrier_wait(pipeline.full(), pipeline.parity);
     uint8_t *gates = pipeline.a() + consumer * kBoxBytes, *ups = pipeline.b() + consumer * kBoxBytes;
-    activate_backward<T>(activation, hs, gates, ups, thread);
+    activate_backward<T>(activation, hs, gates, ups, rows, thread);
     ptx::fence_proxy_async_shared();
     // what was stored before has been read, and its stage is free
     if (thread == 0) ptx::tma_store_wait_read<0>();
     consumer_sync(consumer);
     if (n > 0) pipeline.release_previous(lane);
-    if (thread == 0) {
-      store_boxes(dgate, gates, 1, row, column + n);
-      store_boxes(dup, ups, 1, row, column + n);
-      store_boxes(h, hs, 1, row, column + n);
-    }
+    store(n, gates, ups, hs);
     pipeline.advance();
   }
   if (thread == 0) ptx::tma_store_wait_read<0>();

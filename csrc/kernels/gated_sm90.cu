@@ -130,8 +130,13 @@ void gated_backward(const GatedBackward& p, void* stream) {
     maps.written[1] = matrix_map<T>(p.dup, p.M, p.N, p.stride_dup, kWarpgroupRows);
     maps.h = matrix_map<T>(p.h, p.M, p.N, p.stride_h, kWarpgroupRows);
     of.activation = p.activation;
-    of.overlap_previous = round_each({{p.rounded}}, p.type, static_cast<Stream>(stream));
-    run<Pass::kBackward, T, BLOCK_N>(maps, of, p.tiling, static_cast<Stream>(stream));
+    of.seed = p.seed;
+    of.drop_below = p.drop_below;
+    const auto to = static_cast<Stream>(stream);
+    of.overlap_previous = round_each({{p.rounded}}, p.type, to);
+    if (p.seed == nullptr) return run<Pass::kBackward, T, BLOCK_N>(maps, of, p.tiling, to);
+    of.whole_blocks -= of.k_blocks;
+    run<Pass::kMaskedBackward, T, BLOCK_N>(maps, of, p.tiling, to);
   });
 }
 

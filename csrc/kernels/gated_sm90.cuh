@@ -1,12 +1,13 @@
-// gate = x w_0ᵀ + bias_0 + xa_0 b_0ᵀ, up the same of w_1, h = act(gate) · up; and dgate, dup, h of dh = dy w + dyb a (sm_90a).
+// gate = x w_0ᵀ + bias_0 + xa_0 b_0ᵀ, up the same of w_1, h = act(gate) · up; and dgate, dup, h of dh (sm_90a).
 //
 // Shapes as in api_gated.hpp. The walk, the ring and the accumulators are those of linear_sm90.cuh; a tile of forward has
-// BLOCK_N / 2 columns of gate and the same of up.
+// BLOCK_N / 2 columns of gate and the same of up. dh = dy w + mask ⊙ (dyb a).
 //
 //   forward    B of a K-block is half w_0, half w_1: one product computes both. xa and b of both layers are K-blocks of
 //              one product too, [xa_0 | xa_1] [b_0 0; 0 b_1]ᵀ, whose zeros are what TMA reads outside of b_0 and of b_1.
 //   backward   after the K-blocks of dy and of dyb the ring holds gate and up of the tile, which come while it is still
-//              multiplied; dh goes to shared memory alone.
+//              multiplied; dh goes to shared memory alone. With dropout on h, the K-blocks of dyb come first, and their
+//              product is masked in the accumulators, to which dy w is added.
 //
 // Fused: the activation and its backward (gated_epilogue_sm90.cuh), chosen when the kernel runs. Against the products
 // and a pass over their results: forward reads gate and up once less, backward does not write dh and reads it, gate and
@@ -20,7 +21,7 @@
 
 namespace lorafuse::sm90 {
 
-enum class Pass { kForward, kBackward };
+enum class Pass { kForward, kBackward, kMaskedBackward };
 
 // Of pairs, [0] is gate's and [1] up's; backward has one w and one b, which is a.
 struct GatedMaps {
@@ -33,13 +34,16 @@ struct GatedArguments {
   TileOrder order;
   int stages, cluster;
   int k_blocks, rank_blocks;
-  int whole_blocks;  // of both, those of all four steps
+  int whole_blocks;  // of both, those of all four steps; of the ranks alone with a mask
   int last_steps;    // of the block that follows them: 1, 2, or 0 of none
   int first_rank[2];  // forward: columns of xa before those of the layer
   int N;
   const void* bias[2];
   Activation activation;
   bool keep_up;
+  // kMaskedBackward
+  const int64_t* seed;
+  uint32_t drop_below;
   // adapters were written by the launch before, which this one may overlap
   bool overlap_previous;
 };
@@ -86,7 +90,7 @@ LF_DEVICE void add_biases(float (&d)[N_TILE / 2], const void* const (&biases)[2]
 template <class T, int BLOCK_N, Pass kPass>
 LF_KERNEL(kThreads)
 gated_kernel(LF_GRID_CONSTANT GatedMaps maps, LF_GRID_CONSTANT GatedArguments p) {
-  constexpr bool kForward = kPass == Pass::kForward;
+  constexpr bool kForward = kPass == Pass::kForward, kMasked = kPass == Pass::kMaskedBackward;
   constexpr Major kMajorB = kForward ? Major::K : Major::MN;
   // columns of a tile, of each matrix
   constexpr int kColumns = kForward ? BLOCK_N / 2 : BLOCK_N;
@@ -95,15 +99,7 @@ gated_kernel(LF_GRID_CONSTANT GatedMaps maps, LF_GRID_CONSTANT GatedArguments p)
   LF_DYNAMIC_SHARED(shared);
   Pipeline<BLOCK_M, BLOCK_N> pipeline(shared, p.stages, p.cluster);
   const int rank = p.cluster == 1 ? 0 : static_cast<int>(ptx::cluster_rank());
-  const int warp = ptx::shuffle(static_cast<int>(threadIdx.x) / 32, 0);
-  if (threadIdx.x == 0) {
-    pipeline.initialize();
-    ptx::tma_prefetch(&maps.x);
-    ptx::tma_prefetch(&maps.w[0]);
-  }
-  ptx::warp_sync();
-  // the barriers of both blocks are there
-  ptx::cluster_sync();
+  const int warp = start_block(maps.x, maps.w[0], [&] { pipeline.initialize(); });
 
   const Walk walk{p.order.tiles(), static_cast<int>(gridDim.x) / p.cluster};
   const int program = static_cast<int>(blockIdx.x) / p.cluster;
@@ -131,12 +127,13 @@ gated_kernel(LF_GRID_CONSTANT GatedMaps maps, LF_GRID_CONSTANT GatedArguments p)
             pipeline.advance();
           }
         };
-        load_blocks(maps.x, maps.w, p.k_blocks, 0, 0);
+        if constexpr (!kMasked) load_blocks(maps.x, maps.w, p.k_blocks, 0, 0);
         if (p.overlap_previous && wave == 0) {
           ptx::wait_for_previous_launch();
           ptx::fence_proxy_async();
         }
         load_blocks(maps.xa, maps.b, p.rank_blocks, p.first_rank[0], p.first_rank[1]);
+        if constexpr (kMasked) load_blocks(maps.x, maps.w, p.k_blocks, 0, 0);
         if constexpr (!kForward) {
           LF_NO_UNROLL
           for (int n = 0; n < BLOCK_N; n += kBoxElements) {
@@ -162,8 +159,17 @@ gated_kernel(LF_GRID_CONSTANT GatedMaps maps, LF_GRID_CONSTANT GatedArguments p)
       for (int block = 0; block < p.whole_blocks; ++block) {
         multiply_block<T, BLOCK_N, kMajorB, kStepsOfBlock>(d, pipeline, part, lane, block > 0, block > 0);
       }
-      if (p.last_steps == 1) multiply_block<T, BLOCK_N, kMajorB, 1>(d, pipeline, part, lane, true, true);
-      if (p.last_steps == 2) multiply_block<T, BLOCK_N, kMajorB, 2>(d, pipeline, part, lane, true, true);
+      const bool more = !kMasked || p.whole_blocks > 0;
+      if (p.last_steps == 1) multiply_block<T, BLOCK_N, kMajorB, 1>(d, pipeline, part, lane, more, more);
+      if (p.last_steps == 2) multiply_block<T, BLOCK_N, kMajorB, 2>(d, pipeline, part, lane, more, more);
+      if constexpr (kMasked) {
+        finish_blocks(pipeline, lane);
+        drop<BLOCK_N>(d, p.seed, p.drop_below, row, column, p.N, thread);
+        LF_NO_UNROLL
+        for (int block = 0; block < p.k_blocks; ++block) {
+          multiply_block<T, BLOCK_N, kMajorB, kStepsOfBlock>(d, pipeline, part, lane, block > 0, true);
+        }
+      }
       finish_blocks(pipeline, lane);
 
       if constexpr (kForward) {
@@ -171,15 +177,20 @@ gated_kernel(LF_GRID_CONSTANT GatedMaps maps, LF_GRID_CONSTANT GatedArguments p)
         store_activated<T, BLOCK_N>(d, &maps.written[0], &maps.written[1], p.keep_up, &maps.h, p.activation,
                                     pipeline.output(consumer), row, column, consumer, thread);
       } else {
-        store_gradients<T>(d, pipeline, &maps.written[0], &maps.written[1], &maps.h, p.activation, row, column,
-                           consumer, thread);
+        const auto store = [&](int n, const uint8_t* gates, const uint8_t* ups, const uint8_t* hs) {
+          if (thread == 0) {
+            store_boxes(&maps.written[0], gates, 1, row, column + n);
+            store_boxes(&maps.written[1], ups, 1, row, column + n);
+            store_boxes(&maps.h, hs, 1, row, column + n);
+          }
+        };
+        DenseRows rows;
+        store_gradients<T>(d, pipeline, p.activation, rows, store, consumer, thread);
       }
     }
     if (thread == 0) ptx::tma_store_wait<0>();
   }
-  // the other block of a cluster may still arrive at this one's barriers
-  ptx::warp_sync();
-  ptx::cluster_sync();
+  end_block();
 }
 
 }  // namespace lorafuse::sm90

@@ -6,9 +6,9 @@ namespace lorafuse::sm90 {
 void launch_gathered_gated(const GatheredLinear& p, Stream stream) {
   choose_type(p.type, [&]<class T>(T) {
     if (p.transposed) {
-      launch_gathered_kernel<T, 128, 256, true, true, true>(p, stream);
+      launch_gathered_kernel<T, 128, 256, true, true, Gates::kForward>(p, stream);
     } else {
-      launch_gathered_kernel<T, 128, 256, false, true, true>(p, stream);
+      launch_gathered_kernel<T, 128, 256, false, true, Gates::kForward>(p, stream);
     }
   });
 }

@@ -8,14 +8,14 @@
 
 namespace lorafuse::sm90 {
 
-template <class T, int BLOCK_M, int BLOCK_N, bool kTransposed, bool kGathered, bool kGated = false>
+template <class T, int BLOCK_M, int BLOCK_N, bool kTransposed, bool kGathered, Gates kGates = Gates::kNone>
 void launch_gathered_kernel(const GatheredLinear& p, Stream stream) {
   constexpr Major kMajor = kTransposed ? Major::MN : Major::K;
-  using Plan = GatheredPlan<BLOCK_M, BLOCK_N>;
+  using Plan = TicketPlan<BLOCK_M, BLOCK_N>;
   check_tiling(p.tiling, Plan::Plan::kStageBytes, Plan::bytes(p.tiling.stages));
 
-  // of gate and up, where there are both
-  constexpr int kParts = kGated ? 2 : 1, kWidth = BLOCK_N / kParts;
+  // gate and up, where w has both
+  constexpr int kParts = kGates == Gates::kForward ? 2 : 1, kWidth = BLOCK_N / kParts;
   GatheredMaps maps{};
   maps.w = group_b_map<T, kMajor, kWidth>(p.w, p.groups, p.N * kParts, p.K);
   maps.y = matrix_map<T>(p.y, p.rows, p.N, p.stride_y, kWarpgroupRows);
@@ -24,9 +24,14 @@ void launch_gathered_kernel(const GatheredLinear& p, Stream stream) {
     if (!kGathered) maps.xa = matrix_map<T>(p.xa, p.rows, p.R, p.stride_xa, BLOCK_M);
     maps.b = group_b_map<T, kMajor, kWidth>(p.b, p.groups, p.N * kParts, p.R);
   }
-  if (kGated) {
+  if (kGates != Gates::kNone) {
     maps.up = matrix_map<T>(static_cast<T*>(p.y) + p.N, p.rows, p.N, p.stride_y, kWarpgroupRows);
     maps.h = matrix_map<T>(p.h, p.rows, p.N, p.stride_h, kWarpgroupRows);
+  }
+  if (kGates == Gates::kBackward) {
+    const T* const u = static_cast<const T*>(p.u);
+    maps.read[0] = matrix_map<T>(u, p.rows, p.N, p.stride_u, BLOCK_M);
+    maps.read[1] = matrix_map<T>(u + p.N, p.rows, p.N, p.stride_u, BLOCK_M);
   }
 
   GatheredArguments arguments{};
@@ -54,13 +59,15 @@ void launch_gathered_kernel(const GatheredLinear& p, Stream stream) {
   arguments.activation = p.activation;
   arguments.h = p.h;
   arguments.stride_h = p.stride_h;
+  arguments.row_scale = p.row_scale;
+  arguments.products = p.products;
 
   // no more tiles than these: each group may end in a tile of its own
   const int64_t tiles = (p.rows / BLOCK_M + std::min(p.rows, p.groups)) * ceil_div<int64_t>(p.N, kWidth);
   LaunchConfig config{clusters_launched(p.tiling, tiles), kThreads};
   require(tiles + config.grid < int64_t{1} << 31, tiles, " tiles are more than there are tickets");
   config.shared_bytes = Plan::bytes(p.tiling.stages);
-  launch(gathered_kernel<T, BLOCK_M, BLOCK_N, kTransposed, kGathered, kGated>, config, stream, maps, arguments);
+  launch(gathered_kernel<T, BLOCK_M, BLOCK_N, kTransposed, kGathered, kGates>, config, stream, maps, arguments);
 }
 
 template <bool kTransposed>
@@ -82,6 +89,8 @@ void launch_gathered(const GatheredLinear& p, Stream stream) {
 
 // Gate, up and h in tiles of 128 x 256, rows through the order.
 void launch_gathered_gated(const GatheredLinear& p, Stream stream);
+// The gradients of gate and up, in the same tiles of dh.
+void launch_gathered_gradients(const GatheredLinear& p, Stream stream);
 
 extern template void launch_gathered<false>(const GatheredLinear&, Stream);
 extern template void launch_gathered<true>(const GatheredLinear&, Stream);

@@ -15,9 +15,14 @@
 // block draws one that is no tile, and has walked to the number of tiles by then. The sum of a tile is the same whoever
 // computes it, so that results are bit for bit those of any other schedule.
 //
-// Gated (kGated). With `h`, w has the columns of gate and then as many of up. A tile has BLOCK_N / 2 columns of each, so
-// that a K-block of B is two boxes of one stack, and h = act(gate) · up is computed where the tile is stored
+// Gates. With `h`, w has the columns of gate and then as many of up. A tile has BLOCK_N / 2 columns of each, so that a
+// K-block of B is two boxes of one stack, and h = act(gate) · up is computed where the tile is stored
 // (gated_epilogue_sm90.cuh), of the numbers that u = y holds: neither is read again for it.
+//
+// With `u` too the product is dh, that of the layer behind the activation. After its K-blocks the ring holds gate and up
+// of the tile, BLOCK_N columns of each, which come while dh is still multiplied; the gradients of both for row_scale · dh
+// leave from where these lay, and h from where dh was rounded. ⟨dh, h⟩ of a row over the tile's columns is the part that
+// the tile has of the gradient of the row's router weight: 8 threads add it in a fixed order.
 //
 // Roles: pipeline_sm90.cuh; of four producer warps, all copy where rows are gathered. Host: gathered_launch_sm90.cuh.
 #pragma once
@@ -35,10 +40,14 @@ constexpr int kCopierRegisters = 88;
 constexpr int kGatheredConsumerRegisters = 208;
 constexpr int kCopiers = 128;
 
+// What a launch does of the activation between gate and up and the layer behind it.
+enum class Gates { kNone, kForward, kBackward };
+
 struct GatheredMaps {
   TensorMap x, w, xa, b, y;
-  // gated: y is gate's columns
+  // with gates: y is gate's columns, or its gradient's
   TensorMap up, h;
+  TensorMap read[2];  // backward: gate and up
 };
 
 struct GatheredArguments {
@@ -61,14 +70,8 @@ struct GatheredArguments {
   Activation activation;
   void* h;
   int64_t stride_h;
-};
-
-// Behind the shared memory of SharedPlan: the tickets.
-template <int BLOCK_M, int BLOCK_N>
-struct GatheredPlan {
-  using Plan = SharedPlan<BLOCK_M, BLOCK_N>;
-  LF_HOST_DEVICE static constexpr int tickets(int stages) { return Plan::bytes(stages) - 1024; }
-  LF_HOST_DEVICE static constexpr int bytes(int stages) { return 1024 + tickets(stages) + Tickets::kBytes; }
+  const float* row_scale;
+  float* products;
 };
 
 // Rows of a tile that a copying thread has a part of: thread / 8, and every 16th further one.
@@ -105,10 +108,10 @@ LF_DEVICE void multiply_gathered(float (&d)[N / 2], Pipeline<BLOCK_M, BLOCK_N>& 
 }
 
 // Producer: load_group_b of grouped_sm90.cuh; of two halves of columns, where gate and up lie in one stack.
-template <Major kMajorB, bool kGated, int BLOCK_M, int BLOCK_N>
+template <Major kMajorB, bool kHalves, int BLOCK_M, int BLOCK_N>
 LF_DEVICE void load_columns(Pipeline<BLOCK_M, BLOCK_N>& pipeline, const TensorMap* map, int reduction,
                             const RaggedTile& tile, int N) {
-  if constexpr (!kGated) {
+  if constexpr (!kHalves) {
     load_group_b<kMajorB>(pipeline, map, reduction, tile.column * BLOCK_N, tile.group);
   } else {
     constexpr int kHalf = BLOCK_N / 2, kWidth = kMajorB == Major::K ? kHalf : kBoxElements;
@@ -163,36 +166,49 @@ LF_DEVICE void store_activated_rows(const float (&d)[N_TILE / 2], const Gathered
   store_box_rows(ups, kBoxes, static_cast<T*>(p.h), p.stride_h, row, row_end, column, p.N, thread);
 }
 
-template <class T, int BLOCK_M, int BLOCK_N, bool kTransposed, bool kGathered, bool kGated>
+// Rows of a warpgroup's part of a tile as store_gradients of gated_epilogue_sm90.cuh reads them.
+struct ScaledRows {
+  const float* scale;  // null: 1
+  int row, row_end, thread;
+  float product = 0.0f;  // of row `mine`
+
+  LF_DEVICE float factor(int r) const {
+    if (scale == nullptr) return 1.0f;
+    return row + r < row_end ? ptx::load_global(scale + row + r) : 0.0f;
+  }
+  // The first four of eight neighbours keep the sums of the rows that they read, 16 apart.
+  LF_DEVICE void add(int r, float part) {
+    LF_UNROLL
+    for (int mask = 1; mask < 8; mask *= 2) part += ptx::shuffle_xor(part, mask);
+    if (thread % 8 == r / 16) product += part;
+  }
+  LF_DEVICE void store(float* products) const {
+    const int mine = row + thread / 8 + thread % 8 * 16;
+    if (thread % 8 < 4 && mine < row_end) ptx::store_global(products + mine, product);
+  }
+};
+
+template <class T, int BLOCK_M, int BLOCK_N, bool kTransposed, bool kGathered, Gates kGates>
 LF_KERNEL(kThreads)
 gathered_kernel(LF_GRID_CONSTANT GatheredMaps maps, LF_GRID_CONSTANT GatheredArguments p) {
   constexpr Major kMajorB = kTransposed ? Major::MN : Major::K;
   constexpr int kColumns = ConsumerPart<BLOCK_M, BLOCK_N>::kColumns;
+  constexpr bool kHalves = kGates == Gates::kForward;
   // columns of a tile, of gate and of up where there are both
-  constexpr int kWidth = kGated ? BLOCK_N / 2 : BLOCK_N;
-  static_assert(!kGated || kColumns == BLOCK_N, "a warpgroup has gate and up of its rows");
+  constexpr int kWidth = kHalves ? BLOCK_N / 2 : BLOCK_N;
+  static_assert(kGates == Gates::kNone || (kGathered && kColumns == BLOCK_N), "a warpgroup has both of its rows");
   using Plan = SharedPlan<BLOCK_M, BLOCK_N>;
 
   LF_DYNAMIC_SHARED(shared);
   Pipeline<BLOCK_M, BLOCK_N> pipeline(shared, p.stages, 1);
-  Tickets tickets(pipeline.base + GatheredPlan<BLOCK_M, BLOCK_N>::tickets(p.stages));
-  const int warp = ptx::shuffle(static_cast<int>(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < p.stages; ++s) {
-      // the thread of TMA, and those that copy
-      ptx::mbarrier_init(pipeline.full() + s, kGathered ? 1 + kCopiers : 1);
-      ptx::mbarrier_init(pipeline.empty() + s, 8);
-    }
-    for (int s = 0; s < Tickets::kSlots; ++s) {
-      ptx::mbarrier_init(tickets.barriers + s, 1);
-      // the consumers, and the warps that copy
-      ptx::mbarrier_init(tickets.barriers + Tickets::kSlots + s, kGathered ? 12 : 8);
-    }
-    ptx::mbarrier_init_fence();
-    ptx::tma_prefetch(&maps.w);
-  }
-  // the barriers are there
-  ptx::block_sync();
+  Tickets tickets(pipeline.base + TicketPlan<BLOCK_M, BLOCK_N>::tickets(p.stages));
+  const int lane = threadIdx.x % 32;
+  const int warp = start_block(maps.w, maps.y, [&] {
+    // the thread of TMA, and those that copy
+    pipeline.initialize(kGathered ? 1 + kCopiers : 1);
+    // the consumers, and the warps that copy
+    tickets.initialize(kGathered ? 12 : 8);
+  });
 
   const auto load_end = [&](int group) { return static_cast<int>(ptx::load_global(p.offsets + group)); };
   RaggedWalk walk(p.groups, ceil_div(p.N, kWidth), BLOCK_M);
@@ -200,7 +216,7 @@ gathered_kernel(LF_GRID_CONSTANT GatheredMaps maps, LF_GRID_CONSTANT GatheredArg
   const auto draw = [&] { return static_cast<int>(ptx::fetch_add_relaxed(p.tickets, 1)); };
   // behind the walk, which has reached the number of tiles
   const auto reset_behind = [&](int ticket) {
-    if (ticket + 1 == walk.last + static_cast<int>(gridDim.x)) ptx::store_relaxed(p.tickets, 0);
+    if (is_last_number(ticket, walk.last, gridDim.x)) ptx::store_relaxed(p.tickets, 0);
   };
 
   if (warp < 4) {
@@ -226,26 +242,41 @@ gathered_kernel(LF_GRID_CONSTANT GatheredMaps maps, LF_GRID_CONSTANT GatheredArg
           const int row = row_of(i);
           sources[i] = row < 0 ? -1 : static_cast<int>(ptx::load_global(p.order + row)) / p.choices;
         }
-        const auto load_blocks = [&](const TensorMap* map_b, int blocks, const auto& copy) {
+        // `load` by the thread of TMA, which announces `bytes`, and `copy` by all
+        const auto load_blocks = [&](int blocks, int bytes, const auto& load, const auto& copy) {
           LF_NO_UNROLL
           for (int block = 0; block < blocks; ++block) {
             ptx::mbarrier_wait_cluster(pipeline.empty(), pipeline.parity ^ 1);
             if (leads) {
-              ptx::mbarrier_arrive_expect(pipeline.full(), Plan::kStageBytes - Plan::kTileABytes);
-              load_columns<kMajorB, kGated>(pipeline, map_b, block * BLOCK_K, tile, p.N);
+              ptx::mbarrier_arrive_expect(pipeline.full(), bytes);
+              load(block * BLOCK_K);
             }
             copy(block * BLOCK_K);
             ptx::copy_async_arrive(pipeline.full());
             pipeline.advance();
           }
         };
-        load_blocks(&maps.w, p.k_blocks, [&](int k) {
+        const auto columns_of = [&](const TensorMap* map) {
+          return [&, map](int k) { load_columns<kMajorB, kHalves>(pipeline, map, k, tile, p.N); };
+        };
+        constexpr int kBytesOfB = Plan::kStageBytes - Plan::kTileABytes;
+        load_blocks(p.k_blocks, kBytesOfB, columns_of(&maps.w), [&](int k) {
           const auto source = [&](int i) { return sources[i]; };
           copy_rows<BLOCK_M>(pipeline.a(), static_cast<const T*>(p.x), p.stride_x, k, p.K, thread, source);
         });
-        load_blocks(&maps.b, p.rank_blocks, [&](int k) {
+        load_blocks(p.rank_blocks, kBytesOfB, columns_of(&maps.b), [&](int k) {
           copy_rows<BLOCK_M>(pipeline.a(), static_cast<const T*>(p.xa), p.stride_xa, k, p.R, thread, row_of);
         });
+        if constexpr (kGates == Gates::kBackward) {
+          static_assert(2 * Plan::kTileABytes <= Plan::kStageBytes);
+          const auto load_gates = [&](int n) {
+            // over what threads have copied: ordinary writes, before those of the async proxy
+            ptx::fence_proxy_async_shared();
+            ptx::tma_load(pipeline.a(), &maps.read[0], tile.column * BLOCK_N + n, tile.row, pipeline.full());
+            ptx::tma_load(pipeline.b(), &maps.read[1], tile.column * BLOCK_N + n, tile.row, pipeline.full());
+          };
+          load_blocks(BLOCK_N / kBoxElements, 2 * Plan::kTileABytes, load_gates, [](int) {});
+        }
         if (leads) passed.pass(draw());
       }
       if (leads) reset_behind(index);
@@ -259,7 +290,7 @@ gathered_kernel(LF_GRID_CONSTANT GatheredMaps maps, LF_GRID_CONSTANT GatheredArg
           for (int block = 0; block < blocks; ++block) {
             pipeline.acquire(Plan::kStageBytes);
             ptx::tma_load(pipeline.a(), map_a, block * BLOCK_K, tile.row, pipeline.full());
-            load_columns<kMajorB, kGated>(pipeline, map_b, block * BLOCK_K, tile, p.N);
+            load_columns<kMajorB, kHalves>(pipeline, map_b, block * BLOCK_K, tile, p.N);
             pipeline.advance();
           }
         };
@@ -286,8 +317,8 @@ gathered_kernel(LF_GRID_CONSTANT GatheredMaps maps, LF_GRID_CONSTANT GatheredArg
       finish_blocks(pipeline, lane);
 
       if (p.bias != nullptr) {
-        const T* bias = static_cast<const T*>(p.bias) + static_cast<int64_t>(tile.group) * p.N * (kGated ? 2 : 1);
-        if constexpr (kGated) {
+        const T* bias = static_cast<const T*>(p.bias) + static_cast<int64_t>(tile.group) * p.N * (kHalves ? 2 : 1);
+        if constexpr (kHalves) {
           const void* const biases[] = {bias, bias + p.N};
           add_biases<T, kColumns>(d, biases, column, p.N, thread);
         } else {
@@ -297,7 +328,23 @@ gathered_kernel(LF_GRID_CONSTANT GatheredMaps maps, LF_GRID_CONSTANT GatheredArg
       // TMA clips at the end of y, and knows of no other end
       const bool whole = row + kWarpgroupRows <= tile.row_end || tile.row_end == p.rows;
       uint8_t* const boxes = pipeline.output(consumer);
-      if constexpr (kGated) {
+      if constexpr (kGates == Gates::kBackward) {
+        const auto store = [&](int n, const uint8_t* gates, const uint8_t* ups, const uint8_t* hs) {
+          if (!whole) {
+            T* const y = static_cast<T*>(p.y);
+            store_box_rows(gates, 1, y, p.stride_y, row, tile.row_end, column + n, p.N, thread);
+            store_box_rows(ups, 1, y + p.N, p.stride_y, row, tile.row_end, column + n, p.N, thread);
+            store_box_rows(hs, 1, static_cast<T*>(p.h), p.stride_h, row, tile.row_end, column + n, p.N, thread);
+          } else if (thread == 0) {
+            store_boxes(&maps.y, gates, 1, row, column + n);
+            store_boxes(&maps.up, ups, 1, row, column + n);
+            store_boxes(&maps.h, hs, 1, row, column + n);
+          }
+        };
+        ScaledRows rows{p.row_scale, row, tile.row_end, thread};
+        store_gradients<T>(d, pipeline, p.activation, rows, store, consumer, thread);
+        if (p.products != nullptr) rows.store(p.products + static_cast<int64_t>(tile.column) * p.rows);
+      } else if constexpr (kGates == Gates::kForward) {
         if (whole) {
           store_activated<T, kColumns>(d, &maps.y, &maps.up, true, &maps.h, p.activation, boxes, row, column, consumer,
                                        thread);

@@ -8,11 +8,6 @@
 
 namespace lorafuse {
 
-inline void check_features(const char* name, int64_t features) {
-  check_size(name, features);
-  require(features >= 8 && features % 8 == 0, name, " of ", features, " is not a positive multiple of 8");
-}
-
 struct RoundEach {
   Round each[kMostSiblings];
 };

@@ -20,8 +20,8 @@ TensorMap group_b_map(const void* base, int64_t groups, int64_t columns, int64_t
 template <class T, int BLOCK_M, int BLOCK_N, int kRankSteps, bool kTransposed>
 void launch_grouped_kernel(const GroupedLinear& p, Stream stream) {
   constexpr Major kMajor = kTransposed ? Major::MN : Major::K;
-  using Plan = SharedPlan<BLOCK_M, BLOCK_N>;
-  check_tiling(p.tiling, Plan::kStageBytes, Plan::bytes(p.tiling.stages));
+  using Plan = TicketPlan<BLOCK_M, BLOCK_N>;
+  check_tiling(p.tiling, Plan::Plan::kStageBytes, Plan::bytes(p.tiling.stages));
 
   GroupedMaps maps{};
   maps.x = matrix_map<T>(p.x, p.rows, p.K, p.stride_x, BLOCK_M);
@@ -44,10 +44,12 @@ void launch_grouped_kernel(const GroupedLinear& p, Stream stream) {
   arguments.y = p.y;
   arguments.stride_y = p.stride_y;
   arguments.overlap_previous = p.overlap_previous;
+  arguments.tickets = p.workspace;
 
   // no more tiles than these: each group may end in a tile of its own
   const int64_t tiles = (p.rows / BLOCK_M + std::min(p.rows, p.groups)) * ceil_div<int64_t>(p.N, BLOCK_N);
   LaunchConfig config{clusters_launched(p.tiling, tiles), kThreads};
+  require(tiles + config.grid < int64_t{1} << 31, tiles, " tiles are more than there are tickets");
   config.shared_bytes = Plan::bytes(p.tiling.stages);
   // without ranks nothing in the kernel waits
   config.overlap_previous = p.overlap_previous && kRankSteps > 0;

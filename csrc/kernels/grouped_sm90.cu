@@ -6,7 +6,8 @@ namespace lorafuse {
 
 void grouped_linear(const GroupedLinear& p, void* stream) {
   using namespace sm90;
-  if (!check_ragged(p, p.N)) return;
+  if (!check_ragged(p, p.N, p.N)) return;
+  check_address("workspace", p.workspace, 4);
   if (p.transposed) {
     launch_grouped<true>(p, static_cast<Stream>(stream));
   } else {

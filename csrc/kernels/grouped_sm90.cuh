@@ -9,7 +9,8 @@
 // A tile's rows are those of one group, from its beginning in steps of BLOCK_M, wherever that lies in x. What it reads
 // behind the group's end is multiplied and not stored. The groups of w are a dimension of its tensor map, so that what
 // lies behind the last column of a group reads as zero and not as the next group. No host knows how many tiles there
-// are: every program walks the offsets.
+// are: producer and consumers of each block walk the offsets, forward only, to the tiles that the block draws by ticket
+// (tickets_sm90.cuh).
 //
 // Roles: pipeline_sm90.cuh. The way out: epilogue_sm90.cuh. Host: grouped_launch_sm90.cuh.
 #pragma once
@@ -17,6 +18,7 @@
 #include <lorafuse/schedule.cuh>
 
 #include "epilogue_sm90.cuh"
+#include "tickets_sm90.cuh"
 
 namespace lorafuse::sm90 {
 
@@ -33,6 +35,7 @@ struct GroupedArguments {
   void* y;
   int64_t stride_y;
   bool overlap_previous;
+  uint32_t* tickets;
 };
 
 // Producer: load_b of pipeline_sm90.cuh, of group `group`.
@@ -57,26 +60,24 @@ grouped_kernel(LF_GRID_CONSTANT GroupedMaps maps, LF_GRID_CONSTANT GroupedArgume
 
   LF_DYNAMIC_SHARED(shared);
   Pipeline<BLOCK_M, BLOCK_N> pipeline(shared, p.stages, 1);
-  // the same in all lanes, which the shuffle tells the compiler
-  const int warp = ptx::shuffle(static_cast<int>(threadIdx.x) / 32, 0);
-  if (threadIdx.x == 0) {
+  Tickets tickets(pipeline.base + TicketPlan<BLOCK_M, BLOCK_N>::tickets(p.stages));
+  const int warp = start_block(maps.x, maps.w, [&] {
     pipeline.initialize();
-    ptx::tma_prefetch(&maps.x);
-    ptx::tma_prefetch(&maps.w);
-  }
-  ptx::block_sync();
+    tickets.initialize();
+  });
 
   const auto load_end = [&](int group) { return static_cast<int>(ptx::load_global(p.offsets + group)); };
   RaggedWalk walk(p.groups, ceil_div(p.N, BLOCK_N), BLOCK_M);
   RaggedTile tile;
-  const int programs = static_cast<int>(gridDim.x);
 
   if (warp < 4) {
     // ---- producer
     ptx::registers_decrease<kProducerRegisters>();
     if (warp == 0 && ptx::elect_one()) {
+      const auto draw = [&] { return static_cast<int>(ptx::fetch_add_relaxed(p.tickets, 1)); };
       bool first = true;
-      for (int64_t index = blockIdx.x; walk.seek(index, load_end, tile); index += programs) {
+      int next = draw();
+      for (int index = tickets.pass(next); walk.seek(index, load_end, tile); index = tickets.pass(next)) {
         const auto load_blocks = [&](const TensorMap* map_a, const TensorMap* map_b, int blocks) {
           for (int block = 0; block < blocks; ++block) {
             pipeline.acquire(Plan::kStageBytes);
@@ -86,6 +87,8 @@ grouped_kernel(LF_GRID_CONSTANT GroupedMaps maps, LF_GRID_CONSTANT GroupedArgume
           }
         };
         load_blocks(&maps.x, &maps.w, p.k_blocks);
+        // comes while the ring is still full
+        next = draw();
         if constexpr (kRankSteps > 0) {
           if (p.overlap_previous && first) {
             ptx::wait_for_previous_launch();
@@ -95,13 +98,15 @@ grouped_kernel(LF_GRID_CONSTANT GroupedMaps maps, LF_GRID_CONSTANT GroupedArgume
         }
         first = false;
       }
+      // behind the walk, which has reached the number of tiles
+      if (is_last_number(next, walk.last, gridDim.x)) ptx::store_relaxed(p.tickets, 0);
     }
   } else {
     // ---- consumers
     ptx::registers_increase<kConsumerRegisters>();
     const int consumer = warp / 4 - 1, thread = threadIdx.x % 128, lane = thread % 32;
     const ConsumerPart<BLOCK_M, BLOCK_N> part(consumer);
-    for (int64_t index = blockIdx.x; walk.seek(index, load_end, tile); index += programs) {
+    for (int index = tickets.take(lane); walk.seek(index, load_end, tile); index = tickets.take(lane)) {
       const int row = tile.row + part.row, column = tile.column * BLOCK_N + part.column;
       float d[kColumns / 2];
       // the last K-block of the ranks is apart: linear_sm90.cuh

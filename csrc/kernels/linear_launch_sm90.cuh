@@ -5,15 +5,17 @@
 
 #include <lorafuse/tensor_maps.cuh>
 
+#include "checks.hpp"
 #include "dispatch.hpp"
 #include "linear_sm90.cuh"
 
 namespace lorafuse::sm90 {
 
-// Items of xa that a program computes while others compute one tile: an item reads 128 rows of x, which L2 gives at 64
-// bytes a clock, in half the clocks that the tensor cores need for 128x256 (model: 9 to 20 of 43 µs at K 4096).
-template <int BLOCK_N>
-constexpr int kItemsInSlack = BLOCK_N / 128;
+// Of matrices whose rows TMA reads one after the other.
+inline void check_features(const char* name, int64_t features) {
+  check_size(name, features);
+  require(features >= 8 && features % 8 == 0, name, " of ", features, " is not a positive multiple of 8");
+}
 
 inline void check_tiling(const Tiling& tiling, int stage_bytes, int shared_bytes) {
   require(tiling.stages >= 2, "a ring of ", tiling.stages, " stages; it needs 2");
@@ -56,9 +58,9 @@ void set_sum(LinearMaps& maps, LinearArguments& arguments, int i, void* out, Typ
 template <class T, int BLOCK_N, int kRankSteps, Form kForm>
 void launch_linear_kernel(const Linear& p, Stream stream) {
   constexpr Major kMajor = kMajorOfB<kForm>;
-  using Plan = SharedPlan<BLOCK_M, BLOCK_N>;
+  using Plan = TicketPlan<BLOCK_M, BLOCK_N>;
   const int cluster = p.tiling.cluster;
-  check_tiling(p.tiling, Plan::kStageBytes, Plan::bytes(p.tiling.stages));
+  check_tiling(p.tiling, Plan::Plan::kStageBytes, Plan::bytes(p.tiling.stages));
   require(p.tiling.block_m == BLOCK_M, "block_m of ", p.tiling.block_m, "; dense tiles have ", BLOCK_M, " rows");
 
   LinearMaps maps{};
@@ -81,37 +83,24 @@ void launch_linear_kernel(const Linear& p, Stream stream) {
   arguments.stages = p.tiling.stages;
   arguments.cluster = cluster;
   arguments.bias = p.bias;
+  arguments.workspace = p.workspace;
   arguments.overlap_previous = p.overlap_previous;
   arguments.seed = p.seed;
   arguments.drop_below = p.drop_below;
 
-  const int64_t tiles_wide = int64_t{rows} * arguments.order.columns;
-  require(tiles_wide < int64_t{1} << 31, tiles_wide, " tiles are more than 2^31 - 1");
-  const int tiles = static_cast<int>(tiles_wide);
-  int clusters = clusters_launched(p.tiling, tiles);
-  if (kForm == Form::kFusedXa) {
-    maps.a = matrix_map<T>(p.a, p.R, p.K, p.stride_a, XaItem<BLOCK_N, kRankSteps>::kColumns);
-    // programs without a tile may compute xa
-    clusters = clusters_launched(p.tiling, int64_t{tiles} + rows);
-    arguments.xa = const_cast<void*>(p.xa);
-    arguments.stride_xa = p.stride_xa;
-    arguments.workspace = p.workspace;
-    arguments.row_items = rows;
-    arguments.item_programs = item_programs({tiles, clusters}, rows, kItemsInSlack<BLOCK_N>);
-  }
-
+  const int64_t tiles = int64_t{rows} * arguments.order.columns;
+  require(tiles < int64_t{1} << 30, tiles, " tiles are more than 2^30");
   if constexpr (kForm == Form::kDxAdapterGrads) {
     require(cluster == 1, "clusters of ", cluster, " blocks in a launch that computes da or db; they have 1");
     set_sum<T, BLOCK_N>(maps, arguments, 0, p.db, p.db_type, p.K, p.x, p.stride_x, p.layer_xa, p.stride_layer_xa,
                         p.scale);
     set_sum<T, BLOCK_N>(maps, arguments, 1, p.da, p.da_type, p.N, p.layer_x, p.stride_layer_x, p.xa, p.stride_xa, 1.0f);
-    // as many blocks as there are work items at most
-    arguments.sum_blocks = std::min(p.sum_blocks, arguments.sums[0].column_blocks + arguments.sums[1].column_blocks);
-    const int sms = clusters_launched(p.tiling, int64_t{1} << 31);
-    clusters = std::min(tiles, std::max(1, sms - arguments.sum_blocks)) + arguments.sum_blocks;
+    // a block for each item at most
+    const int items = arguments.sums[0].column_blocks + arguments.sums[1].column_blocks;
+    arguments.sum_blocks = clusters_launched(p.tiling, std::min(p.sum_blocks, items));
   }
 
-  LaunchConfig config{clusters * cluster, kThreads};
+  LaunchConfig config{clusters_launched(p.tiling, tiles + arguments.sum_blocks) * cluster, kThreads};
   config.shared_bytes = Plan::bytes(p.tiling.stages);
   config.cluster = cluster;
   // without ranks nothing in the kernel waits
@@ -133,7 +122,7 @@ void launch_linear(const Linear& p, Stream stream) {
       if constexpr (kForm == Form::kDxDropout) {
         // 1 or 4, of which the last multiply zeros: drawing the mask costs more, and compiling a kernel takes long
         choose<1, 4>(last == 1 ? 1 : 4, "rank steps", launch_steps);
-      } else if constexpr (kForm == Form::kFusedXa || kForm == Form::kDxAdapterGrads) {
+      } else if constexpr (kForm == Form::kDxAdapterGrads) {
         choose<1, 2, 3, 4>(last, "rank steps", launch_steps);
       } else {
         choose<0, 1, 2, 3, 4>(last, "rank steps", launch_steps);
@@ -146,7 +135,6 @@ void launch_linear(const Linear& p, Stream stream) {
 void launch_xa_tiles(const Linear& p, Stream stream);
 
 extern template void launch_linear<Form::kForward>(const Linear&, Stream);
-extern template void launch_linear<Form::kFusedXa>(const Linear&, Stream);
 extern template void launch_linear<Form::kDx>(const Linear&, Stream);
 extern template void launch_linear<Form::kDxAdapterGrads>(const Linear&, Stream);
 extern template void launch_linear<Form::kDxDropout>(const Linear&, Stream);

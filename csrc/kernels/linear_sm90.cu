@@ -1,25 +1,25 @@
 // linear of api.hpp: what the sm_90 kernels can run, and which form runs it.
 #include "checks.hpp"
 #include "linear_launch_sm90.cuh"
+#include "xa_items_sm90.cuh"
 
 namespace lorafuse {
 
 namespace {
 
+using sm90::check_features;
 using sm90::Form;
 
-// Ranks whose xa, or whose part of da and db, is computed in the accumulators of one work item.
+// Ranks whose part of da and db is computed in the accumulators of one work item.
 constexpr int64_t kMaxItemRank = 64;
 // Ranks that tiles compute beside their columns of y: the registers of a thread hold both accumulators.
 constexpr int64_t kMaxTileRank = 32;
 
-void check_fused_xa(const Linear& p) {
-  const int64_t most = p.xa_in_tiles ? kMaxTileRank : kMaxItemRank;
-  require(p.R >= 1 && p.R <= most, "R of ", p.R, ": one launch computes xa of 1 to ", most, " ranks",
-          p.xa_in_tiles ? " in its tiles" : "");
+void check_xa_in_tiles(const Linear& p) {
+  require(p.R >= 1 && p.R <= kMaxTileRank, "R of ", p.R, ": one launch computes xa of 1 to ", kMaxTileRank,
+          " ranks in its tiles");
   require(!p.transposed, "a launch that computes xa reads w [N, K], not transposed");
   require(!p.overlap_previous, "a launch that computes xa waits for nothing and cannot overlap the one before");
-  require(p.workspace != nullptr, "workspace is null");
   check_matrix("a", p.a, p.K, p.stride_a);
 }
 
@@ -36,10 +36,9 @@ void check_adapter_grads(const Linear& p) {
 
 }  // namespace
 
-int64_t fused_xa_workspace(int64_t M) {
+int64_t xa_in_tiles_workspace(int64_t M) {
   check_size("M", M);
-  // a cluster of two has two flags where M ends in its first row block
-  return sm90::kFlags + sm90::kWordsOfFlag * round_up<int64_t>(ceil_div<int64_t>(M, sm90::BLOCK_M), 2);
+  return sm90::kFlags + sm90::kWordsOfFlag * ceil_div<int64_t>(M, sm90::BLOCK_M);
 }
 
 void linear(const Linear& p, void* stream) {
@@ -49,7 +48,7 @@ void linear(const Linear& p, void* stream) {
   check_size("R", p.R);
   if (p.M == 0 || p.N == 0) return;
   require(p.K > 0, "K of 0 has nothing to multiply");
-  require(p.N % 8 == 0, "N of ", p.N, " is not a multiple of 8");
+  check_features("N", p.N);
   check_matrix("x", p.x, p.K, p.stride_x);
   check_matrix("w", p.w, p.transposed ? p.N : p.K, p.stride_w);
   check_matrix("y", p.y, p.N, p.stride_y);
@@ -58,16 +57,12 @@ void linear(const Linear& p, void* stream) {
     check_matrix("xa", p.xa, p.R, p.stride_xa);
     check_matrix("b", p.b, p.transposed ? p.N : p.R, p.stride_b);
   }
+  check_address("workspace", p.workspace, 4);
   require(p.seed == nullptr || p.transposed, "the mask is that of dx, which is transposed; project_x masks x");
   const auto launch = [&](void (*launch_form)(const Linear&, Stream)) { launch_form(p, static_cast<Stream>(stream)); };
   if (p.a != nullptr) {
-    check_fused_xa(p);
-    // two calls: a module that lacks a unit loads where nothing takes the address of its function
-    if (p.xa_in_tiles) {
-      launch(sm90::launch_xa_tiles);
-    } else {
-      launch(sm90::launch_linear<Form::kFusedXa>);
-    }
+    check_xa_in_tiles(p);
+    launch(sm90::launch_xa_tiles);
   } else if (p.da != nullptr || p.db != nullptr) {
     check_adapter_grads(p);
     launch(sm90::launch_linear<Form::kDxAdapterGrads>);

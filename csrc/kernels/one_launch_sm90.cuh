@@ -6,7 +6,7 @@
 // In the layer's names: x and dx [M, K], w [N, K], a [R, K], b [N, R], y and dy [M, N], xa and dyb [M, R].
 // BackwardOrder (schedule.cuh) numbers the work, and blocks draw numbers until none is left:
 //
-//   rows      xa or dyb of 128 rows, in the accumulators of an item of xa (linear_sm90.cuh), published by a flag
+//   rows      xa or dyb of 128 rows, in the accumulators of an item of xa (xa_items_sm90.cuh), published by a flag
 //   a tile    of y or dx: the main loop of linear_kernel; its last K-block, the low-rank product, waits for that flag
 //   columns   backward: of da or db over a chunk of the rows (adapter_grads_sm90.cuh); da waits until all dyb of the chunk
 //             is there. Of several chunks each writes partial sums, and the last to arrive adds them in the order of the
@@ -26,9 +26,8 @@
 // or dy twice and x once, from L2 where it still holds them.
 #pragma once
 
-#include "linear_sm90.cuh"
 #include "round_sm80.cuh"
-#include "tickets_sm90.cuh"
+#include "xa_items_sm90.cuh"
 
 namespace lorafuse::sm90 {
 
@@ -55,13 +54,6 @@ LF_HOST_DEVICE constexpr int item_word(const BackwardOrder& work, int item) {
 LF_HOST_DEVICE constexpr int one_launch_words(const BackwardOrder& work) { return item_word(work, work.items); }
 // The producer, three warps and two consumers.
 constexpr uint32_t kLeaversOfBlock = 6;
-
-template <int BLOCK_N>
-struct OneLaunchPlan {
-  using Plan = SharedPlan<BLOCK_M, BLOCK_N>;
-  LF_HOST_DEVICE static constexpr int tickets(int stages) { return Plan::bytes(stages) - 1024; }
-  LF_HOST_DEVICE static constexpr int bytes(int stages) { return 1024 + tickets(stages) + Tickets::kBytes; }
-};
 
 // One thread of whoever touches the workspace no more.
 LF_DEVICE void leave(const OneLaunchArguments& p) {
@@ -166,17 +158,13 @@ one_launch_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT OneLaunchAr
 
   LF_DYNAMIC_SHARED(shared);
   Pipeline<BLOCK_M, BLOCK_N> pipeline(shared, p.stages, 1);
-  Tickets tickets(pipeline.base + OneLaunchPlan<BLOCK_N>::tickets(p.stages));
-  const int warp = ptx::shuffle(static_cast<int>(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) {
-    tickets.initialize();
+  Tickets tickets(pipeline.base + TicketPlan<BLOCK_M, BLOCK_N>::tickets(p.stages));
+  const int warp = start_block(maps.x, maps.w, [&] {
     pipeline.initialize();
-    ptx::tma_prefetch(&maps.x);
-    ptx::tma_prefetch(&maps.w);
-  }
+    tickets.initialize();
+  });
+  const int lane = threadIdx.x % 32;
   ptx::wait_for_previous_launch();
-  // the barriers are there
-  ptx::block_sync();
 
   const int count = p.work.count();
   if (warp < 4) {
@@ -196,8 +184,7 @@ one_launch_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT OneLaunchAr
       };
       int next = draw();
       LF_NO_UNROLL
-      for (int index = next; index < count; index = next) {
-        tickets.pass(index);
+      for (int index = tickets.pass(next); index < count; index = tickets.pass(next)) {
         const Work work = p.work.at(index);
         if (work.kind == Work::kRows) {
           wait_for_adapters();
@@ -226,7 +213,6 @@ one_launch_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT OneLaunchAr
           load_block(&maps.xa, &maps.b, 0);
         }
       }
-      tickets.pass(next);
       ptx::let_next_launch_start();
       leave(p);
     }

@@ -32,7 +32,7 @@ void set_work(OneLaunchArguments& arguments, const Tiling& tiling, int64_t M, in
 
 template <class T, int BLOCK_N, int kRankSteps, Major kMajorB>
 void launch_one(const LinearMaps& maps, OneLaunchArguments& arguments, const Tiling& tiling, Stream stream) {
-  const int shared_bytes = OneLaunchPlan<BLOCK_N>::bytes(tiling.stages);
+  const int shared_bytes = TicketPlan<BLOCK_M, BLOCK_N>::bytes(tiling.stages);
   check_tiling(tiling, SharedPlan<BLOCK_M, BLOCK_N>::kStageBytes, shared_bytes);
   const BackwardOrder& work = arguments.work;
   const int64_t count = int64_t{work.tiles.rows} * (work.tiles.columns + 1) + int64_t{work.chunks()} * work.items;

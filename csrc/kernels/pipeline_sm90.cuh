@@ -44,7 +44,7 @@ struct ConsumerPart {
       : row(BLOCK_M == 128 ? consumer * kWarpgroupRows : 0), column(BLOCK_M == 128 ? 0 : consumer * kColumns) {}
 };
 
-// Shared memory, in this order from a 1024-byte boundary: stages, the tile on its way out, barriers, two words.
+// Shared memory, in this order from a 1024-byte boundary: stages, the tile on its way out, barriers, a word.
 template <int BLOCK_M, int BLOCK_N>
 struct SharedPlan {
   static constexpr int kTileABytes = BLOCK_M * kBoxRowBytes;
@@ -76,16 +76,16 @@ struct Pipeline {
     return reinterpret_cast<uint64_t*>(base + stages * Plan::kStageBytes + Plan::kOutputBytes) + stage;
   }
   LF_DEVICE uint64_t* empty() const { return full() + stages; }
-  // Two words for numbers that one thread draws for the cluster.
+  // A word for a number that one thread draws for others.
   LF_DEVICE uint32_t* mailbox() const { return reinterpret_cast<uint32_t*>(empty() + stages - stage); }
 
-  // One thread, before anything else; a cluster_sync must follow.
-  LF_DEVICE void initialize() {
+  // One thread, in start_block. `writers` threads arrive at a stage before it is full: the one that announces TMA's
+  // bytes, and any that copy.
+  LF_DEVICE void initialize(int writers = 1) {
     for (int s = 0; s < stages; ++s) {
-      ptx::mbarrier_init(full() + s, 1);
+      ptx::mbarrier_init(full() + s, writers);
       ptx::mbarrier_init(empty() + s, 8 * cluster);
     }
-    ptx::mbarrier_init_fence();
   }
 
   LF_DEVICE void advance() {
@@ -107,6 +107,27 @@ struct Pipeline {
     if (lane < cluster) ptx::mbarrier_arrive_cluster(empty() - stage + previous, lane);
   }
 };
+
+// How every kernel starts: one thread sets up the block's mbarriers and prefetches two tensor maps, and then those of
+// all blocks of the cluster are there. Returns the warp, which is the same in all lanes; the shuffle tells the compiler.
+template <class SetUp>
+LF_DEVICE int start_block(const TensorMap& first, const TensorMap& second, SetUp set_up) {
+  if (threadIdx.x == 0) {
+    set_up();
+    ptx::mbarrier_init_fence();
+    ptx::tma_prefetch(&first);
+    ptx::tma_prefetch(&second);
+  }
+  ptx::warp_sync();
+  ptx::cluster_sync();
+  return ptx::shuffle(static_cast<int>(threadIdx.x) / 32, 0);
+}
+// And how those of clusters end.
+LF_DEVICE void end_block() {
+  // the other block may still arrive at this one's barriers
+  ptx::warp_sync();
+  ptx::cluster_sync();
+}
 
 // The descriptor of an operand with 64 reduction elements, and what its next 16 add to it.
 template <Major kMajor>

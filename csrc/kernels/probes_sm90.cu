@@ -31,10 +31,7 @@ probe_columns_kernel(LF_GRID_CONSTANT ProbeMaps maps, LF_GRID_CONSTANT ProbeArgu
   LF_DYNAMIC_SHARED(shared);
   Pipeline<BLOCK_M, BLOCK_N> pipeline(shared, kStages, 1);
   uint8_t* const extra = pipeline.base + kExtraOffset;
-  const int warp = ptx::shuffle(static_cast<int>(threadIdx.x) / 32, 0);
-  if (threadIdx.x == 0) pipeline.initialize();
-  ptx::warp_sync();
-  ptx::cluster_sync();
+  const int warp = start_block(maps.x, maps.w, [&] { pipeline.initialize(); });
 
   if (warp < 4) {
     ptx::registers_decrease<kProducerRegisters>();

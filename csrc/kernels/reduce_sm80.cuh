@@ -11,7 +11,8 @@
 // The items of work, BLOCK_M rows of BLOCK_N columns, are listed column block by column block; block p of `blocks`
 // takes one contiguous share of the list and keeps the column sums of its column block in registers. Per item it writes
 // fp32 partial sums of rows, per column block it meets those of columns and bias. A second kernel adds them in the
-// order of the list, scales once and rounds; and concurrently an adapter, for the product that follows.
+// order of the list, scales once and rounds; and concurrently an adapter, for the product that follows. Reductions of
+// several layers run in one launch of each (reduce_each_sm80.cu), block by block the same, so that no bit differs.
 //
 // Bytes: 2 M C of left once, and partials, written and read, mostly within L2:
 //     8 R (M C / BLOCK_N + blocks · BLOCK_N + C), least where C / BLOCK_N = √(blocks C / M).
@@ -66,8 +67,8 @@ struct Reduce {
   bool is_first = true, is_last = true;
 
   float scale;
-  void* rows_out;  // [M, R], zeros up to its stride
-  int64_t stride_rows_out;
+  void* rows_out;  // [M, R], zeros up to column row_columns
+  int64_t stride_rows_out, row_columns;
   void* columns_out;  // [C, R], transposed [R, C]
   bool columns_fp32, transposed;
   void* bias_out;
@@ -111,16 +112,15 @@ LF_DEVICE uint32_t ones() {
   return ptx::pack<T>(1.0f, 1.0f);
 }
 
+// What block `number` of a reduction's does.
 template <class T, int BLOCK_M, int BLOCK_N, int RANKS>
-LF_KERNEL_SHARED(kThreads, 1) reduce_kernel(const Reduce p) {
+LF_DEVICE void reduce_block(const Reduce& p, int number, uint8_t* shared) {
   using S = ReduceShape<T, BLOCK_M, BLOCK_N, RANKS>;
-  LF_DYNAMIC_SHARED(shared);
   uint8_t* b_tile = shared + S::kStages * S::kStageBytes;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int part = warp % S::kParts, part_row = warp / S::kParts * 16;
   // blocks of one share and several rank tiles run side by side, so that all but one find `left` in L2
-  const int block = static_cast<int>(blockIdx.x) / p.rank_tiles;
-  const int rank = static_cast<int>(blockIdx.x) % p.rank_tiles * RANKS;
+  const int block = number / p.rank_tiles, rank = number % p.rank_tiles * RANKS;
   const int first = p.shares.begin(block), last = p.shares.begin(block + 1);
   const bool wants_bias = p.bias && rank == 0;
   const uint64_t seed = p.seed ? static_cast<uint64_t>(ptx::load_global(p.seed)) : 0;
@@ -238,6 +238,12 @@ LF_KERNEL_SHARED(kThreads, 1) reduce_kernel(const Reduce p) {
   }
 }
 
+template <class T, int BLOCK_M, int BLOCK_N, int RANKS>
+LF_KERNEL_SHARED(kThreads, 1) reduce_kernel(const Reduce p) {
+  LF_DYNAMIC_SHARED(shared);
+  reduce_block<T, BLOCK_M, BLOCK_N, RANKS>(p, static_cast<int>(blockIdx.x), shared);
+}
+
 // In that order, eight loads at a time in flight.
 LF_DEVICE float sum_in_order(const float* p, int count, int64_t step) {
   float sum = 0.0f;
@@ -268,10 +274,10 @@ LF_DEVICE bool carry(const Reduce& p, float* carried, int64_t i, float& sum) {
   return p.is_last;
 }
 
-// The partials' sums, one result a thread: blocks of rows first, then of columns, of bias, of the adapter.
+// The partials' sums, one result a thread, in block `block` of a reduction's: blocks of rows first, then of columns, of
+// bias, of the adapter.
 template <class T>
-LF_KERNEL_SHARED(kThreads, 4) sum_kernel(const Reduce p) {
-  int64_t block = static_cast<int64_t>(blockIdx.x);
+LF_DEVICE void sum_block(const Reduce& p, int64_t block) {
   // takes the block's number from the list of a result of `size` elements
   const auto element = [&](int64_t size, int64_t& index) {
     index = block * kThreads + static_cast<int64_t>(threadIdx.x);
@@ -289,11 +295,11 @@ LF_KERNEL_SHARED(kThreads, 4) sum_kernel(const Reduce p) {
   };
 
   int64_t i;
-  if (element(p.rows_out ? p.M * p.stride_rows_out : 0, i)) {
-    const int64_t m = i / p.stride_rows_out, r = i % p.stride_rows_out;
+  if (element(p.rows_out ? p.M * p.row_columns : 0, i)) {
+    const int64_t m = i / p.row_columns, r = i % p.row_columns;
     if (m >= p.M) return;
     const float sum = r < p.R ? sum_in_order(p.rows + m * p.pitch + r, p.column_blocks, p.M * p.pitch) : 0.0f;
-    store_result<T>(p.rows_out, i, p.scale * sum, false);
+    store_result<T>(p.rows_out, m * p.stride_rows_out + r, p.scale * sum, false);
   } else if (element(p.columns_out ? p.C * p.R : 0, i)) {
     if (i >= p.C * p.R) return;
     const int64_t c = p.transposed ? i % p.C : i / p.R, r = p.transposed ? i / p.C : i % p.R, n = c % p.block_n;
@@ -309,6 +315,11 @@ LF_KERNEL_SHARED(kThreads, 4) sum_kernel(const Reduce p) {
   } else if (element(round_chunks(p.rounded), i)) {
     round_chunk<T>(p.rounded, i);
   }
+}
+
+template <class T>
+LF_KERNEL_SHARED(kThreads, 4) sum_kernel(const Reduce p) {
+  sum_block<T>(p, static_cast<int64_t>(blockIdx.x));
 }
 
 }  // namespace lorafuse::skinny

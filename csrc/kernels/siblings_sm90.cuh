@@ -81,15 +81,7 @@ siblings_kernel(LF_GRID_CONSTANT SiblingsMaps maps, LF_GRID_CONSTANT SiblingsArg
   LF_DYNAMIC_SHARED(shared);
   Pipeline<BLOCK_M, BLOCK_N> pipeline(shared, p.stages, p.cluster);
   const int rank = p.cluster == 1 ? 0 : static_cast<int>(ptx::cluster_rank());
-  const int warp = ptx::shuffle(static_cast<int>(threadIdx.x) / 32, 0);
-  if (threadIdx.x == 0) {
-    pipeline.initialize();
-    ptx::tma_prefetch(&maps.base[0].a);
-    ptx::tma_prefetch(&maps.base[0].b);
-  }
-  ptx::warp_sync();
-  // the barriers of both blocks are there
-  ptx::cluster_sync();
+  const int warp = start_block(maps.base[0].a, maps.base[0].b, [&] { pipeline.initialize(); });
 
   const Walk walk{p.tiles.order.tiles(), static_cast<int>(gridDim.x) / p.cluster};
   const int program = static_cast<int>(blockIdx.x) / p.cluster;
@@ -170,9 +162,7 @@ siblings_kernel(LF_GRID_CONSTANT SiblingsMaps maps, LF_GRID_CONSTANT SiblingsArg
     }
     if (thread == 0) ptx::tma_store_wait<0>();
   }
-  // the other block of a cluster may still arrive at this one's barriers
-  ptx::warp_sync();
-  ptx::cluster_sync();
+  end_block();
 }
 
 }  // namespace lorafuse::sm90

@@ -3,27 +3,13 @@
 
 #include <lorafuse/ptx/launch.cuh>
 
-#include "checks.hpp"
-#include "dispatch.hpp"
 #include "project_sm80.cuh"
-#include "reduce_sm80.cuh"
-#include "round_checks.hpp"
+#include "reduce_launch.hpp"
 
 namespace lorafuse {
 namespace {
 
 using namespace skinny;
-
-// GPUs give a block 163 KB of shared memory or more (sm_80, sm_87, sm_90, sm_100), or 99 KB (sm_86, sm_89, sm_120).
-bool has_large_blocks() { return shared_memory_limit() >= 163 * 1024; }
-// Ranks that a block takes at a time.
-int rank_tile(int64_t R, bool large) { return R <= 16 ? 16 : R <= 32 || !large ? 32 : 64; }
-
-void check_sizes(int64_t M, int64_t columns, int64_t R) {
-  require(M >= 1 && columns >= 1 && R >= 1, "sizes ", M, ", ", columns, " and rank ", R, " must be positive");
-  require(M < int64_t{1} << 31 && columns < int64_t{1} << 31 && R < int64_t{1} << 31, "sizes ", M, ", ", columns,
-          " and rank ", R, " must be below 2^31");
-}
 
 template <class T, class A, int BLOCK_M, int RANKS>
 void launch_project(const ProjectX& p, Stream stream) {
@@ -41,62 +27,6 @@ double project_cost(const ProjectX& p, int ranks, int block_m, int sms) {
   return (block_m + a_rows) * (blocks > sms ? blocks / sms : 1.0);
 }
 
-// Columns of a block of the reduction. 512 in 32 rows, with fewer partial sums, made a backward of 8192 x 4096, R 16,
-// 20 us longer (H200, 2026-11-26).
-constexpr int kReduceN = 256;
-
-// What a launch of the reduction is made of. Partials lie in the workspace in the order rows, columns, bias.
-struct ReducePlan {
-  int ranks, block_m;
-  int64_t row_floats, column_floats, bias_floats;
-
-  int64_t bytes() const { return 4 * (row_floats + column_floats + bias_floats); }
-};
-
-// Fills in of `r` what follows from the sizes and from what is requested, for one shape of block.
-ReducePlan plan_shape(Reduce& r, int ranks, int block_m, int sms) {
-  ReducePlan plan{ranks, block_m, 0, 0, 0};
-  const int64_t row_blocks = ceil_div<int64_t>(r.M, block_m), column_blocks = ceil_div<int64_t>(r.C, kReduceN);
-  require(row_blocks * column_blocks < int64_t{1} << 31, "a matrix of ", r.M, " rows and ", r.C,
-          " columns has too many blocks");
-  const int items = static_cast<int>(row_blocks * column_blocks);
-  r.block_n = kReduceN;
-  r.row_blocks = static_cast<int>(row_blocks);
-  r.column_blocks = static_cast<int>(column_blocks);
-  r.rank_tiles = static_cast<int>(ceil_div<int64_t>(r.R, plan.ranks));
-  // two items a block at least, so that small problems have few partials
-  const int resident = sms / r.rank_tiles > 1 ? sms / r.rank_tiles : 1, enough = ceil_div(items, 2);
-  r.shares = {items, resident < enough ? resident : enough};
-  r.pitch = round_up<int64_t>(r.R, 2);
-  const int64_t slots = r.shares.blocks + column_blocks - 1;
-  if (r.rows_out) plan.row_floats = column_blocks * r.M * r.pitch;
-  if (r.columns_out) plan.column_floats = slots * kReduceN * r.pitch;
-  if (r.bias_out) plan.bias_floats = slots * kReduceN;
-  return plan;
-}
-
-// 64 × 256 blocks; 32 × 256 where shared memory is small.
-ReducePlan plan_reduce(Reduce& r, int sms) {
-  require(sms >= 0, "number of multiprocessors ", sms, " is negative");
-  if (sms == 0) sms = multiprocessors();
-  const bool large = has_large_blocks();
-  return plan_shape(r, rank_tile(r.R, large), large ? 64 : 32, sms);
-}
-
-// Rows of dy that one launch takes: all, or a chunk of which dyb's partial sums take `most` bytes at most, or are of 64
-// rows. Chunks are about alike.
-int64_t chunk_rows(const Reduce& r, int64_t most) {
-  constexpr int64_t kRows = 64;
-  const int64_t bytes = 4 * kRows * ceil_div<int64_t>(r.C, kReduceN) * round_up<int64_t>(r.R, 2);
-  const int64_t blocks = ceil_div(r.M, kRows), chunks = ceil_div(blocks, std::max<int64_t>(1, most / bytes));
-  return r.rows_out && chunks > 1 ? ceil_div(blocks, chunks) * kRows : r.M;
-}
-
-// Floats behind the partial sums of a launch, where chunks carry on what they have summed.
-int64_t carried_floats(const Reduce& r, int64_t rows) {
-  return rows == r.M ? 0 : (r.columns_out ? r.C * r.R : 0) + (r.bias_out ? r.C : 0);
-}
-
 template <class T, int BLOCK_M, int RANKS>
 void launch_reduce(const Reduce& r, Stream stream) {
   using S = ReduceShape<T, BLOCK_M, kReduceN, RANKS>;
@@ -106,23 +36,16 @@ void launch_reduce(const Reduce& r, Stream stream) {
 
 template <class T>
 void run_reduce(Reduce& r, const ReducePlan& plan, void* workspace, Stream stream) {
-  check_address("workspace", workspace, 16);
-  r.rows = static_cast<float*>(workspace);
-  r.columns = r.rows + plan.row_floats;
-  r.bias = r.bias_out ? r.columns + plan.column_floats : nullptr;
+  place(r, plan, workspace);
   choose<16, 32, 64>(plan.ranks, "rank tile", [&](auto ranks) {
     if constexpr (ranks <= 32) {
       if (plan.block_m == 32) return launch_reduce<T, 32, ranks>(r, stream);
     }
     launch_reduce<T, 64, ranks>(r, stream);
   });
-  const auto blocks = [](int64_t size) { return ceil_div<int64_t>(size, kThreads); };
-  const int64_t sums = (r.rows_out ? blocks(r.M * r.stride_rows_out) : 0) + (r.columns_out ? blocks(r.C * r.R) : 0) +
-                       (r.bias_out ? blocks(r.C) : 0) + blocks(round_chunks(r.rounded));
-  launch(sum_kernel<T>, LaunchConfig{grid_size(sums), kThreads}, stream, r);
+  launch(sum_kernel<T>, LaunchConfig{grid_size(sum_blocks(r)), kThreads}, stream, r);
 }
 
-// A launch over `rows` rows after the other.
 template <class T>
 void run_chunks(const Reduce& all, int64_t rows, int sms, void* workspace, Stream stream) {
   const auto at = [](const void* matrix, int64_t element) -> const void* {
@@ -148,29 +71,6 @@ void run_chunks(const Reduce& all, int64_t rows, int sms, void* workspace, Strea
   }
 }
 
-Reduce reduce_of(const ReduceDy& p) {
-  check_sizes(p.M, p.N, p.R);
-  Reduce r{};
-  r.M = p.M;
-  r.C = p.N;
-  r.R = p.R;
-  r.left = p.dy;
-  r.stride_left = p.stride_dy;
-  r.right = p.db ? p.xa : nullptr;
-  r.stride_right = p.stride_xa;
-  r.b = p.dyb ? p.b : nullptr;
-  r.stride_b = p.stride_b;
-  r.b_fp32 = p.b_type == Type::FP32;
-  r.scale = p.scale;
-  r.rows_out = p.dyb;
-  r.stride_rows_out = p.stride_dyb;
-  r.columns_out = p.db;
-  r.columns_fp32 = r.b_fp32;
-  r.bias_out = p.dbias;
-  r.rounded = p.rounded;
-  return r;
-}
-
 Reduce reduce_of(const ReduceX& p) {
   check_sizes(p.M, p.K, p.R);
   Reduce r{};
@@ -191,6 +91,14 @@ Reduce reduce_of(const ReduceX& p) {
 }
 
 }  // namespace
+
+namespace skinny {
+
+void run_reduction(const Reduce& all, Type type, int64_t rows, int sms, void* workspace, Stream stream) {
+  choose_type(type, [&]<class T>(T) { run_chunks<T>(all, rows, sms, workspace, stream); });
+}
+
+}  // namespace skinny
 
 void project_x(const ProjectX& p, void* stream) {
   check_sizes(p.M, p.K, p.R);
@@ -222,18 +130,9 @@ int64_t reduce_dy_workspace(const ReduceDy& p) {
 void reduce_dy(const ReduceDy& p, void* stream) {
   const Reduce r = reduce_of(p);
   if (!p.dyb && !p.db && !p.dbias) return;
-  check_matrix("dy", p.dy, p.N, p.stride_dy);
-  if (p.dyb) {
-    check_matrix("dyb", p.dyb, p.R, p.stride_dyb);
-    require(p.b != nullptr, "b is null, and dyb needs it");
-    check_stride("b", p.R, p.stride_b);
-  }
-  if (p.db) check_matrix("xa", p.xa, p.R, p.stride_xa);
-  check_round(p.rounded, p.type);
-  check_adapter_type(p.b_type, p.type);
+  check_operands(p);
   const int64_t rows = chunk_rows(r, p.dyb_bytes);
-  choose_type(p.type,
-              [&]<class T>(T) { run_chunks<T>(r, rows, p.sms, p.workspace, static_cast<Stream>(stream)); });
+  run_reduction(r, p.type, rows, p.sms, p.workspace, static_cast<Stream>(stream));
 }
 
 int64_t reduce_x_workspace(const ReduceX& p) {

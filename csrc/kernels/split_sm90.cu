@@ -67,8 +67,8 @@ void split_linear(const SplitLinear& p, void* stream) {
   check_size("N", p.N);
   check_size("K", p.K);
   if (p.M == 0 || p.N == 0) return;
-  require(p.K > 0, "K of 0 has nothing to multiply");
-  require(p.N % 8 == 0 && p.K % 8 == 0, "N of ", p.N, " and K of ", p.K, " are not multiples of 8");
+  check_features("N", p.N);
+  check_features("K", p.K);
   require(p.R >= 1 && p.R <= kMaxRank, "R of ", p.R, ": tiles compute xa of 1 to ", kMaxRank, " ranks");
   require(p.splits == 2 || p.splits == 4, "splits of ", p.splits, ": 2 or 4 blocks divide K");
   check_matrix("x", p.x, p.K, p.stride_x);

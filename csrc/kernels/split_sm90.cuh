@@ -130,6 +130,7 @@ split_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT SplitArguments p
   uint8_t* const boxes = pipeline.base + Parts::a(p.stages);
   const int rank = static_cast<int>(ptx::cluster_rank());
   const int warp = ptx::shuffle(static_cast<int>(threadIdx.x) / 32, 0), lane = threadIdx.x % 32;
+  // not start_block, with which ptxas keeps four bytes in local memory (nvcc 13.0)
   if (threadIdx.x == 0) {
     for (int s = 0; s < p.stages; ++s) {
       // TMA's thread, and the warp that writes a

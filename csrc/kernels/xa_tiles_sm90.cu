@@ -32,9 +32,9 @@ void launch_kernel(const Linear& p, Stream stream) {
   arguments.stages = p.tiling.stages;
   arguments.cluster = 1;
   arguments.bias = p.bias;
+  arguments.workspace = p.workspace;
   arguments.xa = const_cast<void*>(p.xa);
   arguments.stride_xa = p.stride_xa;
-  arguments.workspace = p.workspace;
   const int64_t tiles = int64_t{arguments.order.rows} * arguments.order.columns;
   require(tiles < int64_t{1} << 30, tiles, " tiles are more than 2^30");
 

@@ -6,15 +6,13 @@
 // one of ceil(N / BLOCK_N) columns of tiles (at R 16; a model says 6 to 16 % of such a tile, not measured).
 //
 // Tiles are handed out by ticket, those of column 0 first (ColumnZeroFirst): a tile that waits has a later ticket than
-// the one it waits for, which waits for no other tile. So no launch depends on how many of its blocks run at a time.
-//
-// The ticket that nobody follows, and the last reader of a flag, set theirs to zero again.
+// the one it waits for, which waits for no other tile. So no launch depends on how many of its blocks run at a time. The
+// last reader of a flag sets it to zero again.
 //
 // FLOPs 2 M N (K + R) + 2 M K R. Bytes: x, w, y, xa once from memory where L2 holds what tiles share.
 #pragma once
 
-#include "linear_sm90.cuh"
-#include "tickets_sm90.cuh"
+#include "xa_items_sm90.cuh"
 
 namespace lorafuse::sm90 {
 
@@ -29,14 +27,6 @@ struct XaTilesPlan {
   LF_HOST_DEVICE static constexpr int bytes(int stages) { return 1024 + tickets(stages) + Tickets::kBytes; }
 };
 
-// Producer: the next tile, or a number behind the last. Each program draws one of those, and the last of all resets.
-LF_DEVICE int draw_tile(const LinearArguments& p) {
-  uint32_t* counter = p.workspace + kItemTickets;
-  const uint32_t ticket = ptx::fetch_add_relaxed(counter, 1);
-  if (ticket + 1 == static_cast<uint32_t>(p.order.tiles()) + gridDim.x) ptx::store_relaxed(counter, 0);
-  return static_cast<int>(ticket);
-}
-
 template <class T, int BLOCK_N, int kRankSteps>
 LF_KERNEL(kThreads)
 xa_tiles_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArguments p) {
@@ -48,15 +38,10 @@ xa_tiles_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArgumen
   Pipeline<BLOCK_M, BLOCK_N> pipeline(shared, p.stages, 1);
   Tickets tickets(pipeline.base + More::tickets(p.stages));
   const auto stage_of_a = [&] { return pipeline.base + More::a(p.stages) + pipeline.stage * More::kABytes; };
-  const int warp = ptx::shuffle(static_cast<int>(threadIdx.x) / 32, 0);
-  if (threadIdx.x == 0) {
-    tickets.initialize();
+  const int warp = start_block(maps.x, maps.w, [&] {
     pipeline.initialize();
-    ptx::tma_prefetch(&maps.x);
-    ptx::tma_prefetch(&maps.w);
-  }
-  // the barriers are there
-  ptx::block_sync();
+    tickets.initialize();
+  });
 
   const ColumnZeroFirst order{p.order};
   const int tiles = p.order.tiles();
@@ -64,9 +49,9 @@ xa_tiles_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArgumen
     // ---- producer
     ptx::registers_decrease<kProducerRegisters>();
     if (warp == 0 && ptx::elect_one()) {
-      int next = draw_tile(p);
-      for (int index = next; index < tiles; index = next) {
-        tickets.pass(index);
+      const auto draw = [&] { return static_cast<int>(ptx::fetch_add_relaxed(p.workspace, 1)); };
+      int next = draw();
+      for (int index = tickets.pass(next); index < tiles; index = tickets.pass(next)) {
         const Tile tile = order.at(index);
         const int row = tile.row * BLOCK_M, column = tile.column * BLOCK_N;
         for (int block = 0; block < p.k_blocks; ++block) {
@@ -76,14 +61,14 @@ xa_tiles_kernel(LF_GRID_CONSTANT LinearMaps maps, LF_GRID_CONSTANT LinearArgumen
           if (tile.column == 0) ptx::tma_load(stage_of_a(), &maps.a, block * BLOCK_K, 0, pipeline.full());
           pipeline.advance();
         }
-        next = draw_tile(p);
+        next = draw();
         wait_for_xa(p, tile.row);
         pipeline.acquire(Plan::kStageBytes);
         ptx::tma_load(pipeline.a(), &maps.xa, 0, row, pipeline.full());
         ptx::tma_load(pipeline.b(), &maps.b, 0, column, pipeline.full());
         pipeline.advance();
       }
-      tickets.pass(next);
+      if (is_last_number(next, tiles, gridDim.x)) ptx::store_relaxed(p.workspace, 0);
     }
   } else {
     // ---- consumers

@@ -4,7 +4,8 @@ Fused: nothing full-size is scaled, cast or added outside a GEMM: of each pair o
 the first (beta = 1). Dropout, and fp32 adapters over an fp16 base, work in row chunks, so that neither a mask nor a
 copy of x exists at full size. Sums over rows run in a fixed order. Ragged rows are multiplied by torch's grouped_mm
 where the plan says so (`aten_grouped`), else one group after the other (`aten_loop`). On a CPU a dense layer's products
-by the rank are csrc/cpu's where those are faster (`aten_rank`).
+by the rank are csrc/cpu's where those are faster (`aten_rank`), and those by weights, in blocks whose low-rank product
+is added, and whose quantized weight is decoded, in a core's caches (`aten_blocks`).
 
 Cost of a dense layer forward: 2MNK + 2MR(N + K) FLOPs; beyond the base product one read of x, and of y a write and a
 read. Backward: 2MNK + 4MR(N + K) FLOPs; beyond the base product two reads of dy, one of x, and of dx a write and a
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafuse.backends import aten_loop, aten_multi, aten_rank, aten_wide, base, problems
+from lorafuse.backends import aten_blocks, aten_loop, aten_multi, aten_rank, aten_wide, base, problems
 from lorafuse.backends.aten_grouped import GroupedMM
 from lorafuse.backends.protocol import Backend, Problems, finish
 from lorafuse.operands import Dropout, Epilogue, LowRank, Rows, Weight
@@ -66,11 +67,12 @@ class Aten(Backend):
     ) -> Tensor:  # fmt: skip
         if rows is not None:
             return self._ragged(plan).project(x, a, rows, is_transposed, scale)
-        dtype = x.dtype if dtype is None else dtype
+        of_x = x.dtype
+        dtype = dtype or of_x
         if a.dtype is not dtype:
             a = a.to(dtype)
-        if dropout is None and dtype is x.dtype:
-            own = aten_rank.project(x, a, is_transposed, scale)
+        if dropout is None and dtype is of_x:
+            own = aten_rank.project(x, a, is_transposed, scale) if x.numel() >= aten_rank.MANY else None
             if own is not None:
                 return own
             xa = torch.mm(x, a) if is_transposed else F.linear(x, a)
@@ -87,6 +89,9 @@ class Aten(Backend):
     ) -> Any:  # fmt: skip
         if rows is not None:
             return finish(self._ragged(plan).matmul(self, x, w, rows, low, bias), epilogue)
+        own = aten_blocks.product(x, w, bias, low) if x.shape[0] >= aten_blocks.LEAST_ROWS else None
+        if own is not None:
+            return own
         if w.format != "dense":
             with self.dense(w, x.dtype) as dense:
                 return self.matmul(x, dense, None, plan, low=low, bias=bias)
@@ -107,17 +112,18 @@ class Aten(Backend):
             for chunk in row_chunks(x.shape[0], max(w.sizes), x.device):
                 y[chunk] = torch.addmm(y[chunk].to(xa.dtype), xa[chunk], right)
             return y
-        if aten_rank.adds(xa, b, low.is_transposed, x.shape[0], w.sizes[0]):
+        M, N = x.shape[0], w.data.shape[1 if w.is_transposed else 0]
+        if M * N >= aten_rank.SOME and aten_rank.adds(xa, b, low.is_transposed, M, N):
             return aten_rank.add(F.linear(x, w.left(), bias), xa, b, low.is_transposed, scale)
         # on a CPU forward adds 0.62 ms to a base of 4.1 ms in the first order, 0.70 ms in the other (M 1024, K = N
         # 2048, R 16, bf16, Xeon with AMX, 2 threads, 2026-11-24), and at M = 1 it is one operator less
         if not low.is_transposed if plan is None else plan.kernel == "aten_addmm":
-            return F.linear(x, w.left(), bias).addmm_(xa, right, alpha=scale)
+            return F.linear(x, w.data.mT if w.is_transposed else w.data, bias).addmm_(xa, right, alpha=scale)
         # accumulating the base product onto the low-rank one hides the read of y behind the large GEMM
         if scale != 1.0:
             xa = xa * scale
         y = torch.mm(xa, right) if bias is None else torch.addmm(bias, xa, right)
-        return y.addmm_(x, w.right())
+        return y.addmm_(x, w.data if w.is_transposed else w.data.mT)
 
     def outer(
         self, narrow: Tensor, wide: Tensor, rows: Rows | None, plan: Plan | None, *, like: Tensor,
@@ -131,13 +137,14 @@ class Aten(Backend):
         if dropout is not None or narrow.dtype is not wide.dtype:
             product = _chunked_outer(narrow, wide, dropout, like).mul_(scale)
             return (product.t() if is_transposed else product).to(like.dtype)
-        own = aten_rank.outer(narrow, wide, like, is_transposed, scale)
+        own = aten_rank.outer(narrow, wide, like, is_transposed, scale) if wide.numel() >= aten_rank.MANY else None
         if own is not None:
             return own
-        if is_transposed and not wide.is_cuda and _takes_transposed(wide):
+        takes_transposed = _takes_transposed(wide)
+        if is_transposed and takes_transposed and not wide.is_cuda:
             product = _product(wide.t(), narrow, scale)
         else:
-            product = _product(_transposed(narrow), wide, scale)
+            product = _product(narrow.t() if takes_transposed else narrow.t().contiguous(), wide, scale)
             if is_transposed:
                 # (narrowᵀ wide)ᵀ: with the long side last it took 0.26 ms where wideᵀ narrow took 0.34 ms (M 1024,
                 # N 2048, R 16, bf16, Xeon with AMX, 2 threads, 2026-11-24)
@@ -149,9 +156,10 @@ class Aten(Backend):
         self, dy: Tensor, b: Tensor, xa: Tensor | None, plan: Plan | None, *, scale: float, need_dyb: bool,
         need_dbias: bool, dtype: torch.dtype | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-        own = aten_rank.project_outer(dy, b, xa, scale) if need_dyb and xa is not None else None
-        if own is not None:
-            return *own, dy.sum(0) if need_dbias else None
+        if need_dyb and xa is not None and dy.numel() >= aten_rank.SOME:
+            own = aten_rank.project_outer(dy, b, xa, scale)
+            if own is not None:
+                return *own, dy.sum(0) if need_dbias else None
         return super().project_outer(
             dy, b, xa, plan, scale=scale, need_dyb=need_dyb, need_dbias=need_dbias, dtype=dtype
         )
@@ -167,23 +175,12 @@ class Aten(Backend):
         self, terms: Sequence[tuple[Tensor, Weight]], lows: Sequence[LowRank], plan: Plan | None, *,
         wide: Tensor | None = None, likes: Sequence[Tensor] = (),
     ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-        dtype, total = terms[0][0].dtype, None
         # dx of masked low-rank products, and of fp32 ones over 16 bits, is added in row chunks
-        apart = [low.dropout is not None or low.xa.dtype is not dtype for low in lows]
-        sizes = terms[0][0].shape[0], terms[0][1].sizes[0]
-        late = [
-            not is_apart and aten_rank.adds(low.xa, low.b, low.is_transposed, *sizes)
-            for low, is_apart in zip(lows, apart, strict=True)
-        ]
-        # the low-rank products first, where torch computes them: the large GEMMs accumulate onto them, and no full-size
-        # sum has a pass of its own
-        for j, low in enumerate(lows):
-            if not (apart[j] or late[j]):
-                total = _accumulated(total, low.xa, _right(low), low.scale)
-        for x, w in terms:
-            with self.dense(w, x.dtype) as dense:
-                total = _accumulated(total, x, dense.right())
-        assert total is not None
+        apart = [low.dropout is not None or low.xa.dtype is not terms[0][0].dtype for low in lows]
+        plain = [low for low, is_apart in zip(lows, apart, strict=True) if not is_apart]
+        total = aten_blocks.sum_of_products(terms, plain)
+        if total is None:
+            total = self._sum(terms, plain)
         outers = []
         if likes:
             assert wide is not None
@@ -193,11 +190,25 @@ class Aten(Backend):
                 for low, like in zip(lows, likes, strict=True)
             ]
         for j, low in enumerate(lows):
-            if late[j]:
-                aten_rank.add(total, low.xa, low.b, low.is_transposed, low.scale)
-            elif apart[j]:
+            if apart[j]:
                 _add_low_rank(total, low, wide, outers[j] if outers else None)
         return total, [outer.to(like.dtype) for outer, like in zip(outers, likes, strict=True)]
+
+    def _sum(self, terms: Sequence[tuple[Tensor, Weight]], lows: Sequence[LowRank]) -> Tensor:
+        total, sizes = None, (terms[0][0].shape[0], terms[0][1].sizes[0])
+        late = [low for low in lows if aten_rank.adds(low.xa, low.b, low.is_transposed, *sizes)]
+        # the low-rank products first, where torch computes them: the large GEMMs accumulate onto them, and no full-size
+        # sum has a pass of its own
+        for low in lows:
+            if low not in late:
+                total = _accumulated(total, low.xa, _right(low), low.scale)
+        for x, w in terms:
+            with self.dense(w, x.dtype) as dense:
+                total = _accumulated(total, x, dense.right())
+        assert total is not None
+        for low in late:
+            aten_rank.add(total, low.xa, low.b, low.is_transposed, low.scale)
+        return total
 
     def combine(self, y: Tensor, rows: Rows, weight: Tensor | None) -> Tensor:
         assert rows.order is not None
@@ -240,7 +251,10 @@ def _masked_matmul(x: Tensor, w: Weight, low: LowRank, wide: Tensor | None, oute
             y[chunk] *= keep
         if outer is not None and wide is not None:
             outer += torch.mm(xa[chunk].t(), wide[chunk].to(xa.dtype) * keep)
-    return y.to(x.dtype) if is_fp32 else y.addmm_(x, w.right())
+    if is_fp32:
+        return y.to(x.dtype)
+    total = aten_blocks.product(x, w, total=y)
+    return y.addmm_(x, w.right()) if total is None else total
 
 
 def _accumulated(total: Tensor | None, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
@@ -287,8 +301,10 @@ def _masked(x: Tensor, dropout: Dropout | None, rows: slice) -> Tensor:
 
 def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """`scale · left right`."""
-    if scale == 1.0 or not left.is_cpu:
-        return _scaled(torch.mm(left, right), scale)
+    if scale == 1.0:
+        return torch.mm(left, right)
+    if not left.is_cpu:
+        return torch.mm(left, right).mul_(scale)
     # one operator less, 4.8 instead of 8.1 us for db of one row, and in 16 bits one rounding less (N 64, R 16, fp32,
     # EPYC, torch 2.13, 2026-11-29); beta = 0 reads no term
     return torch.addmm(_NO_TERM[left.dtype], left, right, beta=0, alpha=scale)
@@ -301,11 +317,6 @@ def _scaled(t: Tensor, scale: float) -> Tensor:
 def _takes_transposed(t: Tensor) -> bool:
     """Whether products read `tᵀ` as fast as a contiguous copy: cuBLAS does and MKL, but not oneDNN's of 16 bits."""
     return t.is_cuda or t.dtype.itemsize >= 4
-
-
-def _transposed(t: Tensor) -> Tensor:
-    """`tᵀ` of an `[M, R]` tensor as a left operand."""
-    return t.t() if _takes_transposed(t) else t.t().contiguous()
 
 
 BACKEND = Aten()

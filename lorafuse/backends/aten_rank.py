@@ -13,7 +13,19 @@ from torch import Tensor
 
 from lorafuse.formats import cpu
 
-__all__ = ["MANY", "OF_THREAD", "SOME", "add", "adds", "functions", "outer", "project", "project_outer", "why_not"]
+__all__ = [
+    "MANY",
+    "OF_THREAD",
+    "SOME",
+    "add",
+    "adds",
+    "factor_of",
+    "functions",
+    "outer",
+    "project",
+    "project_outer",
+    "why_not",
+]
 
 _STEP, _LARGEST = 8, 64
 # elements of wide, from which on the call pays: of `project` and `outer`, and of `add` and `project_outer`
@@ -48,7 +60,7 @@ def project(x: Tensor, a: Tensor, is_transposed: bool, scale: float) -> Tensor |
     """`scale · x aᵀ`, as the primitive of the protocol."""
     (M, C), R = x.shape, a.shape[1 if is_transposed else 0]
     calls = _here() if _pays(M * C, R, MANY) and _is_rows(x) else None
-    if calls is None or (factor := _factor(a, is_transposed, R, C)) is None:
+    if calls is None or (factor := factor_of(a, is_transposed, R, C)) is None:
         return None
     xa = x.new_empty((M, R))
     _read(calls, x, R, (*factor, scale, xa.data_ptr(), R), _NO_SUMS)
@@ -59,13 +71,13 @@ def adds(xa: Tensor, b: Tensor, is_transposed: bool, M: int, C: int) -> bool:
     """Whether `add` runs for a y `[M, C]` that torch makes."""
     R = xa.shape[1]
     calls = _here() if _pays(M * C, R, SOME) and xa.shape[0] == M and _is_rows(xa) else None
-    return calls is not None and _factor(b, not is_transposed, R, C) is not None
+    return calls is not None and factor_of(b, not is_transposed, R, C) is not None
 
 
 def add(y: Tensor, xa: Tensor, b: Tensor, is_transposed: bool, scale: float) -> Tensor:
     """y, to which `scale · xa bᵀ` was added, for operands that `adds`."""
     (M, C), R, calls = y.shape, xa.shape[1], functions()
-    factor = _factor(b, not is_transposed, R, C)
+    factor = factor_of(b, not is_transposed, R, C)
     assert calls is not None
     assert factor is not None
     assert y.stride(1) == 1
@@ -91,7 +103,7 @@ def project_outer(dy: Tensor, b: Tensor, xa: Tensor, scale: float) -> tuple[Tens
     """`(scale · dy b, scale · dyᵀ xa)` from one read of dy."""
     (M, C), R = dy.shape, b.shape[1]
     calls = _here() if _pays(M * C, R, SOME) and xa.shape == (M, R) and _is_rows(dy) and _is_rows(xa) else None
-    if calls is None or (factor := _factor(b, True, R, C)) is None:
+    if calls is None or (factor := factor_of(b, True, R, C)) is None:
         return None
     dyb, db = dy.new_empty((M, R)), dy.new_empty((C, R))
     sums = xa.data_ptr(), xa.stride(0), scale, db.data_ptr(), R, 1
@@ -110,7 +122,7 @@ def _read(calls: tuple[Any, Any], wide: Tensor, R: int, projection: tuple[Any, .
     calls[0](wide.data_ptr(), wide.stride(0), M, C, R, *projection, *sums, threads)
 
 
-def _factor(f: Tensor, is_tall: bool, R: int, C: int) -> tuple[int, int, int] | None:
+def factor_of(f: Tensor, is_tall: bool, R: int, C: int) -> tuple[int, int, int] | None:
     """Address and strides, of C and of R, of a factor `[C, R]` where it `is_tall`, else `[R, C]`. None for other sizes,
     where neither stride is 1, and for what has no address.
     """

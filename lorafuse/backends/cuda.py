@@ -2,8 +2,7 @@
 
     plan kernel           launches, in order
     two_kernel            project_x: xa = drop(x) aᵀ, and scale · b rounded; linear: y
-    fused_xa              round_adapter: a; round_adapter: scale · b; linear: xa and y
-    xa_in_tiles           the same; tiles of y compute xa
+    xa_in_tiles           round_adapter: a; round_adapter: scale · b; linear: xa and y
     split_k               split_linear: y and xa, a and scale · b rounded
     fused_forward         fused_forward: the same, where nothing divides K
     one_pass_backward     reduce_dy: dyb, db, dbias from one read of dy, and a rounded; linear: dx; reduce_x: da
@@ -13,6 +12,7 @@
     fused_backward        fused_backward: dx, da and db; dyb, and a and scale · bᵀ rounded
     siblings              layers of one x together: `lorafuse.backends.cuda_siblings`
     ragged                grouped_linear: y or dx; ATen computes everything else
+    gathered              ragged rows where they lie: `lorafuse.backends.cuda_gathered`
 
 A quantized weight is decoded by a launch of its own (decode_codebook, decode_fp8; both run from sm_80 on) before the
 first one of a pass: linear may overlap the launch right before it, and reads w without waiting.
@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from lorafuse.backends import native, problems
+from lorafuse.backends.cuda_gathered import Gathered
 from lorafuse.backends.cuda_grouped import INSTEAD, TYPES, GroupedLinear, tiling
 from lorafuse.backends.cuda_operands import (
     adapter_of,
@@ -45,21 +46,24 @@ from lorafuse.backends.cuda_operands import (
     rounding,
     scratch,
 )
-from lorafuse.backends.cuda_siblings import Siblings
 from lorafuse.backends.protocol import Problems, device_guard
 from lorafuse.operands import Dropout, Weight, contiguous_rows
 from lorafuse.plan import DeviceSpec, KernelConfig, Plan, configs_cuda, select
 
-__all__ = ["TYPES", "Cuda", "backend", "padded_rows"]
+__all__ = ["CAPTURED", "TYPES", "Cuda", "backend", "padded_rows"]
 
+# launches in graphs that have a word of their own, 256 KiB a device: some hundred graphs of a large model's layers
+CAPTURED = 2**16
 # the numbers of types of scales in api_decode.hpp
 _SCALES, _EXPONENT = {torch.bfloat16: 0, torch.float32: 2}, 3
 
 
-class Cuda(Siblings):
+class Cuda(Gathered):
     """See the module. `module` is what csrc was compiled to; the functions after it are about a device."""
 
     multi = None  # type: ignore[assignment]
+    # one launch of dx or h draws a mask, that of da again
+    matmul_outer = None  # type: ignore[assignment]
 
     def __init__(
         self, name: str, module: ModuleType, spec: Callable[[torch.device], DeviceSpec | None],
@@ -68,6 +72,8 @@ class Cuda(Siblings):
         self.name, self.native, self.spec, self.stream, self.is_capturing = name, module, spec, stream, is_capturing
         # zeros that every launch leaves zeroed, by device and stream: launches of one stream run one after the other
         self.flags: dict[tuple[torch.device, int], Tensor] = {}
+        # the same for launches in graphs, by device: a word for each, and how many of the words are given away
+        self.captured: dict[torch.device, tuple[Tensor, int]] = {}
         self.grouped_mm = GroupedLinear(self)
 
     def plan(self, operator: Problems, device: torch.device) -> Plan:
@@ -129,25 +135,20 @@ class Cuda(Siblings):
                 )  # fmt: skip
             return y, xa if xa.shape[1] == R else xa[:, :R]
         b, round_b = rounding(given_b, dtype, scale)
-        fused_xa: dict[str, int] = {}
-        if config.fused_xa:
+        more: dict[str, Any] = {"overlap_previous": True}
+        if config.xa_in_tiles:
             a, round_a = rounding(given_a, dtype, 1.0)
             for one in filter(None, (round_a, round_b)):
                 self.native.round_adapter(**one, **place)
-            flags = self._flags(x.device, place["stream"], self.native.fused_xa_workspace(M=M))
-            fused_xa = {
-                "a": a.data_ptr(), "stride_a": a.stride(0), "workspace": flags.data_ptr(),
-                "xa_in_tiles": config.xa_in_tiles,
-            }  # fmt: skip
+            flags = self._flags(x.device, place["stream"], self.native.xa_in_tiles_workspace(M=M))
+            more = {"a": a.data_ptr(), "stride_a": a.stride(0), "workspace": flags.data_ptr()}
         else:
             self.native.project_x(
                 type=TYPES[dtype], a_type=a_type, M=M, K=K, R=R, x=x.data_ptr(), stride_x=x.stride(0),
                 a=given_a.data_ptr(), stride_a=K, xa=xa.data_ptr(), stride_xa=xa.shape[1], **mask(dropout),
                 rounded=round_b, **place,
             )  # fmt: skip
-        y = self._linear(
-            x, w, False, xa, b, config, place, R=R, bias=address(bias), overlap_previous=not config.fused_xa, **fused_xa
-        )
+        y = self._linear(x, w, False, xa, b, config, place, R=R, bias=address(bias), **more)
         return y, xa if xa.shape[1] == R else xa[:, :R]
 
     def linear_backward(  # type: ignore[override]
@@ -249,6 +250,8 @@ class Cuda(Siblings):
         data = contiguous_rows(w.data)
         N, K = reversed(data.shape) if is_transposed else data.shape
         y = x.new_empty((x.shape[0], N))
+        if "workspace" not in more:
+            more["workspace"] = self.ticket(x.device, place["stream"]).data_ptr()
         self.native.linear(
             type=TYPES[x.dtype], M=x.shape[0], N=N, K=K, transposed=is_transposed, x=x.data_ptr(),
             stride_x=x.stride(0), w=data.data_ptr(), stride_w=data.stride(0), xa=xa.data_ptr(), stride_xa=xa.shape[1],
@@ -256,6 +259,17 @@ class Cuda(Siblings):
             **more,
         )  # fmt: skip
         return y
+
+    def ticket(self, device: torch.device, stream: int) -> Tensor:
+        """A zero word from which the blocks of one launch draw their tiles, and which they leave zero."""
+        if not self.is_capturing():
+            if device not in self.captured:
+                self.captured[device] = torch.zeros(CAPTURED, dtype=torch.int32, device=device), 0
+        elif device in self.captured and (given := self.captured[device])[1] < CAPTURED:
+            # of this launch alone, in every replay: to zero one there would be a launch in front of it
+            self.captured[device] = given[0], given[1] + 1
+            return given[0][given[1] :]
+        return self._flags(device, stream, 1)
 
     def _flags(self, device: torch.device, stream: int, words: int) -> Tensor:
         """Zeros through which the blocks of one launch draw work and signal that rows of xa or dyb are there."""

@@ -85,8 +85,8 @@ def padded_rows(xa: Tensor) -> Tensor:
 
 def aligned_rows(t: Tensor) -> Tensor:
     """`t [M, C]` where its rows are contiguous and start on 16-byte boundaries, else a copy of which they do."""
-    M, C = t.shape
-    if t.data_ptr() % 16 == 0 and t.stride(1) == 1 and t.stride(0) % _ALIGN == 0 and t.stride(0) >= C:
+    (M, C), (step, along) = t.shape, t.stride()
+    if along == 1 and step % _ALIGN == 0 and step >= C and t.data_ptr() % 16 == 0:
         return t
     out = t.new_zeros((M, padded(C)))
     return out[:, :C].copy_(t)

@@ -2,11 +2,11 @@
 
     project         project_x: xa of all layers from one read of x
     matmuls         siblings_forward: every y in one launch, after one that rounds every scale · b
-    project_outer   reduce_dy: dyb, db and dbias of one layer from one read of its dy
+    project_outers  reduce_each: dyb, db and dbias of all layers, in two launches, from one read of each dy
     matmul_sum      siblings_dx: dx in one launch, after one that rounds the a of all layers
     outer           reduce_x: da of all layers from one read of x
     matmul_gated    gated_forward: gate, up and h of a gated MLP in one launch, after one that rounds both scale · b
-    gated_backward  gated_backward: dgate, dup and h in one launch, after one that rounds a of the down projection
+    gated_backward  gated_backward: dgate, dup and h in one launch, masked or not, after one that rounds a of down
 
 Ranks that are no multiples of 8 cost copies of xa and dyb. Under any other plan one layer after the other runs in
 composites, and these primitives are ATen's.
@@ -14,6 +14,7 @@ composites, and these primitives are ATen's.
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,11 +31,22 @@ from lorafuse.backends.cuda_operands import (
     rounding,
     scratch,
 )
+from lorafuse.backends.protocol import side_by_side
 from lorafuse.operands import Dropout, LowRank, Rows, Weight, contiguous_rows
 from lorafuse.plan import Plan
 
 __all__ = ["ACTIVATIONS", "Siblings"]
 
+# fields of the structs of api_siblings.hpp and api_reduce.hpp, in the order in which launches list those of a layer
+_LOW = "R", "{0}", "stride_{0}", "{1}", "stride_{1}", "rounded"
+_FORWARD = ("N", "w", "stride_w", "bias", "y", "stride_y", *(name.format("xa", "b") for name in _LOW))
+_TERMS = "N", "dy", "stride_dy", "w", "stride_w"
+_LOWS = (*(name.format("dyb", "a") for name in _LOW), "seed", "drop_below")
+_NO_LOW = 0, 0, 0, 0, 0, None
+_REDUCED = (
+    *("N", "R", "b_type", "dy", "stride_dy", "b", "stride_b", "scale", "dyb", "stride_dyb"),
+    *("xa", "stride_xa", "db", "dbias"),
+)
 # the numbers of activations in api_gated.hpp
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "clamped_swiglu": 5}
 
@@ -75,16 +87,22 @@ class Siblings(Aten):
         if not self.runs_siblings(plan):
             return super().matmuls(x, weights, plan, lows=lows, biases=biases)
         assert plan is not None
-        (M, K), dtype, data = x.shape, x.dtype, [contiguous_rows(w.data) for w in weights]
-        y = [x.new_empty((M, len(w))) for w in data]
-        of_bias = [None if bias is None else aligned(bias) for bias in biases]
-        xa = [None if low is None else aligned_rows(low.xa) for low in lows]
-        _given, b, rounded = _rounded_b(lows, dtype)
+        (M, K), dtype, y = x.shape, x.dtype, []
+        given, kept = [], []
+        for w, low, bias in zip(weights, lows, biases, strict=True):
+            data, of_low = contiguous_rows(w.data), _NO_LOW
+            N = data.shape[0]
+            mine = x.new_empty((M, N))
+            y.append(mine)
+            if bias is not None:
+                bias = aligned(bias)
+            if low is not None:
+                of_low, operands = _low_of(low, dtype)
+                kept.append(operands)
+            kept.append((data, bias))
+            given.append((N, data.data_ptr(), data.stride(0), address(bias), mine.data_ptr(), N, *of_low))
         self.native.siblings_forward(
-            type=TYPES[dtype], count=len(data), M=M, K=K, N=tuple(map(len, data)),
-            R=tuple(0 if t is None else t.shape[1] for t in xa), x=x.data_ptr(), stride_x=x.stride(0), w=_places(data),
-            stride_w=_strides(data), bias=_places(of_bias), xa=_places(xa), stride_xa=_strides(xa), b=_places(b),
-            stride_b=_strides(b), y=_places(y), stride_y=_strides(y), rounded=rounded,
+            type=TYPES[dtype], count=len(y), M=M, K=K, x=x.data_ptr(), stride_x=x.stride(0), **_fields(_FORWARD, given),
             tiling=tiling(plan.config("matmul")), **self.place(x.device),
         )  # fmt: skip
         return y
@@ -103,7 +121,13 @@ class Siblings(Aten):
         up = torch.empty_like(gate) if need_up else None
         of_bias = [None if bias is None else aligned(bias) for bias in biases]
         xa = _side_by_side([low.xa for low in lows if low is not None])
-        _given, b, rounded = _rounded_b(lows, dtype)
+        # what is rounded must live until then
+        adapters = [None if low is None else adapter_of(low.b, dtype)[0] for low in lows]
+        made = [
+            (None, None) if low is None or t is None else rounding(t, dtype, low.scale)
+            for low, t in zip(lows, adapters, strict=True)
+        ]
+        b, rounded = zip(*made, strict=True)
         self.native.gated_forward(
             type=TYPES[dtype], activation=ACTIVATIONS[activation], M=M, N=gate.shape[1], K=K,
             R=tuple(0 if low is None else low.xa.shape[1] for low in lows), x=x.data_ptr(), stride_x=x.stride(0),
@@ -120,7 +144,6 @@ class Siblings(Aten):
         if not self.runs_siblings(plan):
             return super().gated_backward(dy, w, plan, low=low, gate=gate, up=up, activation=activation)
         assert plan is not None
-        assert low.dropout is None
         dy, dyb, gate, up = map(aligned_rows, (dy, low.xa, gate, up))
         data, dtype, (given, _) = contiguous_rows(w.data), dy.dtype, adapter_of(low.b, dy.dtype)
         a, rounded = rounding(given, dtype, low.scale)
@@ -131,7 +154,7 @@ class Siblings(Aten):
             stride_dyb=dyb.stride(0), a=a.data_ptr(), stride_a=a.stride(0), gate=gate.data_ptr(),
             stride_gate=gate.stride(0), up=up.data_ptr(), stride_up=up.stride(0), dgate=dgate.data_ptr(),
             stride_dgate=N, dup=dup.data_ptr(), stride_dup=N, h=h.data_ptr(), stride_h=N, rounded=rounded,
-            tiling=tiling(plan.config("matmul")), **self.place(dy.device),
+            tiling=tiling(plan.config("matmul")), **mask(low.dropout), **self.place(dy.device),
         )  # fmt: skip
         return dgate, dup, h
 
@@ -143,20 +166,64 @@ class Siblings(Aten):
             return super().project_outer(
                 dy, b, xa, plan, scale=scale, need_dyb=need_dyb, need_dbias=need_dbias, dtype=dtype
             )
-        dy, (given, b_type) = aligned_rows(dy), adapter_of(b, dy.dtype)
-        (M, N), R, xa = dy.shape, b.shape[1], None if xa is None else aligned_rows(xa)
-        dyb = dy.new_empty((M, padded(R))) if need_dyb else None
-        db = None if xa is None else given.new_empty(b.shape)
-        dbias = dy.new_empty((N,)) if need_dbias else None
-        reduced = {
-            "type": TYPES[dy.dtype], "b_type": b_type, "M": M, "N": N, "R": R, "dy": dy.data_ptr(),
-            "stride_dy": dy.stride(0), "b": given.data_ptr(), "stride_b": R, "xa": address(xa),
-            "stride_xa": 0 if xa is None else xa.stride(0), "scale": scale, "dyb": address(dyb),
-            "stride_dyb": padded(R), "db": address(db), "dbias": address(dbias),
-        }  # fmt: skip
-        work = scratch(self.native.reduce_dy_workspace(**reduced), dy.device)
-        self.native.reduce_dy(**reduced, workspace=work.data_ptr(), **self.place(dy.device))
-        return None if dyb is None else dyb[:, :R], None if db is None else db.to(b.dtype), dbias
+        dyb, (db,), (dbias,) = self.project_outers(
+            [dy], [b], [xa], plan, scales=[scale], need_dbias=[need_dbias], parts=[[0]] if need_dyb else []
+        )
+        return dyb[0] if dyb else None, db, dbias
+
+    def project_outers(
+        self, dys: Sequence[Tensor], bs: Sequence[Tensor], xas: Sequence[Tensor | None], plan: Plan | None, *,
+        scales: Sequence[float], need_dbias: Sequence[bool], parts: Sequence[Sequence[int]],
+        dtype: torch.dtype | None = None,
+    ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:  # fmt: skip
+        if not (dys and self.runs_siblings(plan)):
+            return super().project_outers(
+                dys, bs, xas, plan, scales=scales, need_dbias=need_dbias, parts=parts, dtype=dtype
+            )
+        M, of, device, ranks = dys[0].shape[0], dys[0].dtype, dys[0].device, [b.shape[1] for b in bs]
+        # of each layer the buffer of its part, and where it begins there
+        buffers: list[Tensor] = []
+        places: dict[int, tuple[int, int]] = {}
+        for part in parts:
+            first = 0
+            for i in part:
+                places[i] = len(buffers), first
+                first += padded(ranks[i])
+            buffers.append(dys[0].new_empty((M, first)))
+        dbs: list[Tensor | None] = []
+        dbiases: list[Tensor | None] = []
+        # what the launch is given of each layer; operands that were copied for it
+        given, kept = [], []
+        for i, (dy, b, xa, scale) in enumerate(zip(dys, bs, xas, scales, strict=True)):
+            N, R = b.shape
+            (b, b_type), dyb, stride_dyb, db = adapter_of(b, of), 0, 0, None
+            dbias = dy.new_empty(N) if need_dbias[i] else None
+            if i in places:
+                at, first = places[i]
+                dyb, stride_dyb = buffers[at].data_ptr() + first * of.itemsize, buffers[at].shape[1]
+            if xa is not None:
+                xa, db = aligned_rows(xa), b.new_empty((N, R))
+            dbs.append(db)
+            dbiases.append(dbias)
+            if dyb or db is not None or dbias is not None:
+                dy = aligned_rows(dy)
+                kept.append((dy, b, xa))
+                operands = N, R, b_type, dy.data_ptr(), dy.stride(0), b.data_ptr(), R, scale, dyb, stride_dyb
+                of_xa = (0, 0, 0) if xa is None or db is None else (xa.data_ptr(), xa.stride(0), db.data_ptr())
+                given.append((*operands, *of_xa, address(dbias)))
+        if given:
+            reduced: dict[str, Any] = {"type": TYPES[of], "count": len(given), "M": M, **_fields(_REDUCED, given)}
+            work = scratch(self.native.reduce_each_workspace(**reduced), device)
+            self.native.reduce_each(**reduced, workspace=work.data_ptr(), **self.place(device))
+        dybs = []
+        for part, buffer in zip(parts, buffers, strict=True):
+            total = sum(ranks[i] for i in part)
+            if any(ranks[i] != padded(ranks[i]) for i in part[:-1]):
+                columns = [(places[i][1], ranks[i]) for i in part]
+                buffer = side_by_side([buffer[:, first : first + R] for first, R in columns])
+            dybs.append(buffer if buffer.shape[1] == total else buffer[:, :total])
+        likes = zip(dbs, bs, strict=True)
+        return dybs, [db if db is None or db.dtype is b.dtype else db.to(b.dtype) for db, b in likes], dbiases
 
     def matmul_sum(
         self, terms: Sequence[tuple[Tensor, Weight]], lows: Sequence[LowRank], plan: Plan | None, *,
@@ -165,17 +232,22 @@ class Siblings(Aten):
         if not self.runs_siblings(plan):
             return super().matmul_sum(terms, lows, plan, wide=wide, likes=likes)
         assert plan is not None
-        dys, data = [aligned_rows(dy) for dy, _ in terms], [contiguous_rows(w.data) for _, w in terms]
-        dtype, dx = dys[0].dtype, dys[0].new_empty((dys[0].shape[0], data[0].shape[1]))
-        dyb, masks = [aligned_rows(low.xa) for low in lows], [mask(low.dropout) for low in lows]
-        _given, a, rounded = _rounded_b(lows, dtype)
+        given, of_lows, kept = [], [], []
+        for dy, w in terms:
+            dy, data = aligned_rows(dy), contiguous_rows(w.data)
+            kept.append((dy, data))
+            given.append((dy.shape[1], dy.data_ptr(), dy.stride(0), data.data_ptr(), data.stride(0)))
+        for low in lows:
+            of_low, operands = _low_of(low, dy.dtype)
+            drawn = mask(low.dropout)
+            kept.append(operands)
+            of_lows.append((*of_low, drawn.get("seed", 0), drawn.get("drop_below", 0)))
+        (M, _), K = dy.shape, data.shape[1]
+        dx = dy.new_empty((M, K))
         self.native.siblings_dx(
-            type=TYPES[dtype], count=len(dys), M=dx.shape[0], K=dx.shape[1], N=tuple(map(len, data)), dy=_places(dys),
-            stride_dy=_strides(dys), w=_places(data), stride_w=_strides(data), lows=len(lows),
-            R=tuple(t.shape[1] for t in dyb), dyb=_places(dyb), stride_dyb=_strides(dyb), a=_places(a),
-            stride_a=_strides(a), seed=tuple(one.get("seed", 0) for one in masks),
-            drop_below=tuple(one.get("drop_below", 0) for one in masks), rounded=rounded, dx=dx.data_ptr(),
-            stride_dx=dx.stride(0), tiling=tiling(plan.config("matmul")), **self.place(dx.device),
+            type=TYPES[dx.dtype], count=len(given), M=M, K=K, **_fields(_TERMS, given), lows=len(of_lows),
+            **_fields(_LOWS, of_lows), dx=dx.data_ptr(), stride_dx=K, tiling=tiling(plan.config("matmul")),
+            **self.place(dx.device),
         )  # fmt: skip
         return dx, self.outers(lows, wide, plan, likes)
 
@@ -205,18 +277,17 @@ class Siblings(Aten):
         return da.to(like.dtype)
 
 
-def _rounded_b(
-    lows: Sequence[LowRank | None], dtype: torch.dtype
-) -> tuple[list[Tensor | None], list[Tensor | None], tuple[dict[str, int | float] | None, ...]]:
-    """Of each b, or a of dx: the one given, which must live until it is rounded, the one that a product reads, and that
-    rounding.
-    """
-    given = [None if low is None else adapter_of(low.b, dtype)[0] for low in lows]
-    made = [
-        (None, None) if low is None or t is None else rounding(t, dtype, low.scale)
-        for low, t in zip(lows, given, strict=True)
-    ]
-    return given, [b for b, _ in made], tuple(rounded for _, rounded in made)
+def _fields(names: Sequence[str], of_layers: Sequence[tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    """A launch's fields of all layers, from the fields of each."""
+    return dict(zip(names, zip(*of_layers, strict=True), strict=True)) if of_layers else {}
+
+
+def _low_of(low: LowRank, dtype: torch.dtype) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+    """The fields `_LOW`, and tensors that must live until their launch: the b that is rounded until then too."""
+    xa, (given, _) = aligned_rows(low.xa), adapter_of(low.b, dtype)
+    b, rounded = rounding(given, dtype, low.scale)
+    fields = xa.shape[1], xa.data_ptr(), xa.stride(0), b.data_ptr(), b.stride(0), rounded
+    return fields, (xa, given, b)
 
 
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor | None:

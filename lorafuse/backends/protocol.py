@@ -4,6 +4,8 @@
     matmul          y = epilogue(x wᵀ + bias + scale · xa bᵀ)        the one main loop: y, dx, (u, h), (du, h)
     outer           scale · Σ_s narrow[s]ᵀ (row_scale[s] · wide[s])  sums over rows in a fixed order: da, db
     project_outer   dyb, db and dbias from one read of dy           default: project and outer
+    project_outers  the same of several layers                      default: project_outer for each
+    project_outer_rows                                              the same of ragged rows, without dbias
     matmuls         y_i = x w_iᵀ + bias_i + low_i                    of layers of one x; default: matmul for each
     matmul_gated    gate and up as of matmuls, h = act(gate) · up    default: matmuls, and the activation
     gated_backward  dgate, dup, h of dh = x wᵀ + low                 default: matmul, and the activation's backward
@@ -37,7 +39,7 @@ from lorafuse.backends.multi import Multi
 from lorafuse.operands import ActivateBackward, Dropout, Epilogue, LowRank, Rows, Weight, route
 from lorafuse.plan import Plan, Problem
 
-__all__ = ["NO_GUARD", "Backend", "Problems", "device_guard", "finish"]
+__all__ = ["NO_GUARD", "Backend", "Problems", "device_guard", "finish", "side_by_side"]
 
 # of an operator, made only where somebody plans
 Problems = Callable[[], Problem | tuple[Problem, ...]]
@@ -89,8 +91,8 @@ class Backend:
         """`t [rows, K]` with the strides that the primitives read; copies only where they cannot read t's."""
         return t
 
-    def in_order(self, x: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
-        """x `[T, …]` and the rows by which the primitives read it: gathered here unless the kernels do that."""
+    def in_order(self, x: Tensor, rows: Rows, plan: Plan | None) -> tuple[Tensor, Rows]:
+        """x `[T, …]` and the rows by which the primitives read it: gathered here unless the plan's kernels do that."""
         return x.index_select(0, rows.token), rows
 
     def route(self, index: Tensor, groups: int) -> Rows:
@@ -232,6 +234,41 @@ class Backend:
         dyb = self.project(dy, b, None, plan, is_transposed=True, scale=scale, dtype=dtype) if need_dyb else None
         return dyb, db, dy.sum(0) if need_dbias else None
 
+    def project_outers(
+        self, dys: Sequence[Tensor], bs: Sequence[Tensor], xas: Sequence[Tensor | None], plan: Plan | None, *,
+        scales: Sequence[float], need_dbias: Sequence[bool], parts: Sequence[Sequence[int]],
+        dtype: torch.dtype | None = None,
+    ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:  # fmt: skip
+        """`project_outer` of layers with as many rows: `(dybs, dbs, dbiases)`, a dyb `[M, ΣR]` for each of `parts`.
+
+        A part lists layers whose dyb lie side by side in it; no dyb is needed of layers in none.
+        """
+        dyb: dict[int, Tensor] = {}
+        dbs, dbiases, needed = [], [], {i for part in parts for i in part}
+        for i, (dy, b, xa) in enumerate(zip(dys, bs, xas, strict=True)):
+            own, db, dbias = self.project_outer(
+                dy, b, xa, plan, scale=scales[i], need_dyb=i in needed, need_dbias=need_dbias[i], dtype=dtype
+            )
+            if own is not None:
+                dyb[i] = own
+            dbs.append(db)
+            dbiases.append(dbias)
+        return [side_by_side([dyb[i] for i in part]) for part in parts], dbs, dbiases
+
+    def project_outer_rows(
+        self, dy: Tensor, b: Tensor, xa: Tensor | None, rows: Rows, plan: Plan | None, *, scale: float,
+        row_scale: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """`(dyb = dy b [S, R], db = scale · Σ (row_scale[s] · dy[s])ᵀ xa[s])` of ragged rows, db None without `xa`.
+
+        b is `[G, N, R]`, and db like it; `rows` may gather dy.
+        """
+        # next to each other: both read dy
+        db = None
+        if xa is not None:
+            db = self.outer(xa, dy, rows, plan, like=b, is_transposed=True, scale=scale, row_scale=row_scale)
+        return self.project(dy, b, rows, plan, is_transposed=True), db
+
     def combine(self, y: Tensor, rows: Rows, weight: Tensor | None) -> Tensor:
         """`Σ_j weight[t, j] · y`, `[T, H]`, over the rows of y `[S, H]` that belong to a group, in a fixed order.
 
@@ -253,6 +290,11 @@ class Backend:
         None unless needed, dfactor without z.
         """
         return columns.columns_backward(dy, z, factor, need_dz)
+
+
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """`[M, ΣR]` of one or several `[M, R]`."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
 
 
 def finish(product: Tensor, epilogue: Epilogue | None) -> Any:

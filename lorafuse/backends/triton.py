@@ -65,7 +65,7 @@ class Triton(Backend):
     def matrix(self, t: Tensor) -> Tensor:
         return contiguous_rows(t)
 
-    def in_order(self, x: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
+    def in_order(self, x: Tensor, rows: Rows, plan: Plan | None) -> tuple[Tensor, Rows]:
         return x, rows.gathered
 
     def route(self, index: Tensor, groups: int) -> Rows:

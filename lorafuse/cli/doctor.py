@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from lorafuse import env, functional
-from lorafuse.backends import aten_rank, base, native
+from lorafuse.backends import aten_blocks, aten_rank, base, native
 from lorafuse.cli import _common
 from lorafuse.errors import MissingDependency
 from lorafuse.formats import cpu as cpu_decoding
@@ -152,6 +152,9 @@ def _compilers() -> Iterator[Finding]:
     else:
         reason = aten_rank.why_not()
         value = f"; torch multiplies by the rank: {reason}" if reason else ", multiplies by the rank in fp32"
+        if not reason:
+            reason = aten_blocks.why_not()
+            value += f"; torch multiplies by weights: {reason}" if reason else " and by weights, block by block"
         yield Finding("compilers", shown, f"decodes quantized weights on CPUs{value}")
 
 

@@ -34,7 +34,7 @@ from lorafuse.formats.codec import decode_flat, decode_in_rows, held, is_of, par
 from lorafuse.formats.sizes import NESTED_BLOCK
 from lorafuse.formats.weight import Weight
 
-__all__ = ["adopt", "decode", "kernel", "parameters_of", "select", "shape"]
+__all__ = ["adopt", "codes", "decode", "kernel", "parameters_of", "select", "shape"]
 
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # products with the smallest value of a code, 0.0052, are normal fp32 and bf16 from here on
@@ -70,16 +70,20 @@ def decode(
     """The dense weight in `dtype`, in chunks: temporaries are those of one chunk."""
     sizes, block, rounded, first = parameters_of(parameters)
     out = target(out, sizes, dtype, data.device)
-    if cpu.reads(data):
-        absmax, code, outer, scale_table, offset = (*statistics, None, None, None)[:5]
-        codes = cpu.Codes("nibbles", data, block, absmax, code, scale_table, outer, offset)
-        if cpu.decode(codes, rounded, first, out):
-            return out
+    if cpu.reads(data) and cpu.decode(codes(data, statistics, parameters), out):
+        return out
     run = _library_kernel(data, statistics[1], block, first, out)
     scales = None if run is None else _scales_for_library(statistics, first + out.numel(), block)
     if run is not None and scales is not None:
         return _decode_by_library(run, data, scales, block, rounded, first, out)
     return decode_flat(data, statistics[1], lambda *blocks: _absmax(statistics, *blocks), block, rounded, first, out)
+
+
+def codes(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> cpu.Codes:
+    """What a CPU decodes."""
+    _, block, rounded, first = parameters_of(parameters)
+    absmax, code, outer, scale_table, offset = (*statistics, None, None, None)[:5]
+    return cpu.Codes("nibbles", data, block, absmax, code, scale_table, outer, offset, rounded=rounded, first=first)
 
 
 def _library_kernel(data: Tensor, code: Tensor, block: int, first: int, out: Tensor) -> Callable[..., object] | None:

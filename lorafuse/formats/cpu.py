@@ -1,8 +1,9 @@
 """`lorafuse._cpu`: decoding on a CPU in one pass, compiled from csrc/cpu where g++ is when lorafuse is installed.
 
 ctypes calls it by address, without the interpreter's lock. Where it is absent bitsandbytes' kernel or torch decodes. It
-also multiplies by the rank (`lorafuse.backends.aten_rank`), and by a factor for each column (`columns`, there). Its
-threads are those of the OpenMP runtime that torch loads for all modules, which it must load before.
+also multiplies: by a whole weight (`lorafuse.backends.aten_blocks`), by the rank (`aten_rank`, there), and by a factor
+for each column (`columns`). Its threads are those of the OpenMP runtime that torch loads for all modules, which it must
+load before.
 """
 
 import ctypes
@@ -17,15 +18,16 @@ from lorafuse.formats.codec import decode_in_rows
 from lorafuse.formats.sizes import NESTED_BLOCK
 
 __all__ = [
-    *("ARGUMENTS", "Codes", "decode", "has_addresses", "is_plain_fp32", "library", "opened", "reads", "threads_for"),
-    "why_not",
+    *("ARGUMENTS", "Codes", "Matmul", "Stored", "decode", "has_addresses", "is_plain_fp32", "library", "opened"),
+    *("reads", "stored", "threads_for", "why_not"),
 ]
 
 # of the functions in csrc/cpu
-_VERSION = 4
+_VERSION = 5
 _P, _N, _F, _I = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_float, ctypes.c_int
 ARGUMENTS: dict[str, Any] = {
-    "lorafuse_decode": [_I, _P, _P, _F, *[_P] * 5, *[_N] * 3, _I, _P],
+    "lorafuse_decode": [_P, _N, _N, _I, _P],
+    "lorafuse_matmul": [_P, _I],
     "lorafuse_rank_read": [_P, *[_N] * 4, _P, _N, _N, _F, _P, _N, _P, _N, _F, _P, _N, _N, _I],
     "lorafuse_rank_add": [_P, *[_N] * 4, _P, _N, _P, _N, _N, _F, _I],
     "lorafuse_columns_backward": [_P, _N, _P, *[_N] * 3, _P, _P, _P, _I],
@@ -34,6 +36,26 @@ ARGUMENTS: dict[str, Any] = {
 _PLAIN = (Tensor, torch.nn.Parameter)
 # kinds of codes: how many elements a byte holds, and values their table has
 _KINDS = {"nibbles": (0, 2, 16), "low nibbles": (1, 2, 16), "bytes": (2, 1, 256), "integers": (3, 1, 0)}
+
+
+class Stored(ctypes.Structure):
+    """`lorafuse::Stored` of csrc/cpu/stored.hpp."""
+
+    _fields_ = (
+        *(("kind", _I), ("step", _F), ("code", _P), ("table", _P), ("plain", _P), ("coded", _P), ("scale_table", _P)),
+        *(("outer", _P), ("offset", _P), ("block", _N)),
+    )
+
+
+class Matmul(ctypes.Structure):
+    """`LorafuseMatmul` of csrc/cpu/matmul.cpp."""
+
+    _fields_ = (
+        *(("gemm", _P), ("x", _P), ("x_row", _N), ("M", _N), ("K", _N), ("N", _N), ("w", _P), ("stored", _P)),
+        *(("w_row", _N), ("first", _N), ("y", _P), ("y_row", _N), ("bias", _P), ("narrow", _P), ("narrow_row", _N)),
+        *(("R", _N), ("factor", _P), ("factor_column", _N), ("factor_rank", _N), ("alpha", _F), ("is_transposed", _I)),
+        *(("adds", _I), ("rounds", _I)),
+    )
 
 
 class Codes(NamedTuple):
@@ -48,6 +70,8 @@ class Codes(NamedTuple):
         scale_table: fp32 `[256]`, what the bytes of a scale stand for.
         outer, offset: fp32 `[⌈blocks / 256⌉]` and `[]` of nested statistics: `scale_table[byte] · outer + offset`.
         step: of integers alone.
+        rounded: what a decoded element is rounded to, before it takes its own dtype.
+        first: the element with which the weight begins.
     """
 
     kind: str
@@ -59,6 +83,8 @@ class Codes(NamedTuple):
     outer: Tensor | None = None
     offset: Tensor | None = None
     step: float = 1.0
+    rounded: torch.dtype = torch.float32
+    first: int = 0
 
 
 def opened(file: str | None) -> tuple[Any, str]:
@@ -113,34 +139,44 @@ def threads_for(work: int, of_thread: int) -> int:
     return max(1, min(torch.get_num_threads(), work // of_thread))
 
 
-def decode(codes: Codes, rounded: torch.dtype, first: int, out: Tensor) -> bool:
-    """Decode elements of the flat weight, from `first` on, into `out`: each rounded to `rounded`, then to its dtype.
-
-    False, with `out` as it was, for what cannot be read by address: it is checked here.
+def stored(codes: Codes | None, stop: int) -> Stored | None:
+    """The operand of csrc/cpu, for elements below `stop` of the flat weight; None for what cannot be read by address:
+    it is checked here. Its tensors must outlive it.
     """
-    if not _fits(codes, first + out.numel(), out):
-        return False
-    kind, data, block, scale, table, scale_table, outer, offset, step = codes
+    if codes is None or not _fits(codes, stop):
+        return None
+    kind, data, block, scale, table, scale_table, outer, offset, step, *_ = codes
     scales = (None, scale, scale_table) if scale.dtype is torch.uint8 else (scale, None, None)
-    addresses = [None if t is None else t.data_ptr() for t in (*scales, outer, offset)]
-    given = _KINDS[kind][0], data.data_ptr(), None if table is None else table.data_ptr(), step, *addresses, block
-    call, threads = library().lorafuse_decode, torch.get_num_threads()
+    addresses = [None if t is None else t.data_ptr() for t in (table, *scales, outer, offset)]
+    return Stored(_KINDS[kind][0], step, data.data_ptr(), *addresses, block)
+
+
+def decode(codes: Codes | None, out: Tensor) -> bool:
+    """Decode the weight's elements, as many as `out` has, into `out`, contiguous on a CPU.
+
+    False, with `out` as it was, where `stored` is None.
+    """
+    if not (type(out) in _PLAIN and out.is_cpu and out.is_contiguous()):
+        return False
+    if codes is None or (given := stored(codes, codes.first + out.numel())) is None:
+        return False
+    call, threads, address = library().lorafuse_decode, torch.get_num_threads(), ctypes.byref(given)
 
     def run(start: int, values: Tensor) -> None:
-        call(*given, start, values.numel(), threads, values.data_ptr())
+        call(address, start, values.numel(), threads, values.data_ptr())
 
-    decode_in_rows(run, rounded, first, out)
+    decode_in_rows(run, codes.rounded, codes.first, out)
     return True
 
 
-def _fits(codes: Codes, stop: int, out: Tensor) -> bool:
-    kind, data, block, scale, table, scale_table, outer, offset, _ = codes
+def _fits(codes: Codes, stop: int) -> bool:
+    kind, data, block, scale, table, scale_table, outer, offset, *_ = codes
     _, per_byte, values = _KINDS[kind]
     blocks = -(-stop // block)
     counts = (scale, blocks), (table, values), (scale_table, 256), (outer, -(-blocks // NESTED_BLOCK)), (offset, 1)
     given = [(t, n) for t, n in counts if t is not None]
     return (
-        all(type(t) in _PLAIN and t.is_cpu and t.is_contiguous() for t in (data, out, *(t for t, _ in given)))
+        all(type(t) in _PLAIN and t.is_cpu and t.is_contiguous() for t in (data, *(t for t, _ in given)))
         and data.element_size() == 1
         and per_byte * data.numel() >= stop
         and all(t.numel() >= n and (t.dtype is torch.float32 or t is scale) for t, n in given)

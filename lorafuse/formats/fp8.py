@@ -21,7 +21,7 @@ from lorafuse.formats import cpu
 from lorafuse.formats.codec import expanded_rows, held, is_of, parse, row_chunks, scale_blocks, spell, target
 from lorafuse.formats.weight import Weight
 
-__all__ = ["adopt", "decode", "kernel", "select", "shape"]
+__all__ = ["adopt", "codes", "decode", "kernel", "select", "shape"]
 
 _DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -35,22 +35,10 @@ def decode(
     data: Tensor, statistics: tuple[Tensor, ...], parameters: str, dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
     """The dense weight in `dtype`; in chunks of rows, and in transformers' order without temporaries of its size."""
-    _, fields = parse(parameters)
-    rows, columns = map(int, fields["block"].split("x"))
-    is_rounded = fields.get("scale") == "rounded"
     out = target(out, tuple(data.shape), dtype, data.device)
-    (scale,) = statistics
-    scale = scale.to(dtype) if is_rounded else scale.float()
-    if scale.numel() == 1:
-        scale = scale.reshape(1, 1).expand(data.shape[:-1].numel(), 1)
-    else:
-        scale = expanded_rows(scale, data.shape[-2], rows)
-    width = data.shape[-1]
-    # blocks of the flat weight, but where the last of a row is short; an order in fp64 is left to torch
-    if cpu.reads(data) and (columns >= width or width % columns == 0) and scale.element_size() <= 4:
-        codes = cpu.Codes("bytes", data, max(1, min(columns, width)), scale.float().contiguous(), _table(data.dtype))
-        if cpu.decode(codes, torch.float32, 0, out):
-            return out
+    if cpu.reads(data) and cpu.decode(codes(data, statistics, parameters, dtype), out):
+        return out
+    scale, columns, is_rounded = _scale(data, statistics, parameters, dtype)
     stored, to = data.flatten(0, -2), out.flatten(0, -2)
     for start, stop in row_chunks(out):
         part = to[start:stop]
@@ -59,6 +47,30 @@ def decode(
         else:
             part.copy_(scale_blocks(stored[start:stop].float(), scale[start:stop], columns))
     return out
+
+
+def codes(
+    data: Tensor, statistics: tuple[Tensor, ...], parameters: str, dtype: torch.dtype = torch.float32
+) -> cpu.Codes | None:
+    """What a CPU decodes for weights in `dtype`; None where the last block of a row is short, and in fp64."""
+    scale, columns, _ = _scale(data, statistics, parameters, dtype)
+    width = data.shape[-1]
+    if (columns < width and width % columns) or scale.element_size() > 4:
+        return None
+    return cpu.Codes("bytes", data, max(1, min(columns, width)), scale.float().contiguous(), _table(data.dtype))
+
+
+def _scale(
+    data: Tensor, statistics: tuple[Tensor, ...], parameters: str, dtype: torch.dtype
+) -> tuple[Tensor, int, bool]:
+    """`([rows, blocks of a row], columns of a block, whether it is rounded to dtype)`."""
+    _, fields = parse(parameters)
+    rows, columns = map(int, fields["block"].split("x"))
+    is_rounded, (scale,) = fields.get("scale") == "rounded", statistics
+    scale = scale.to(dtype) if is_rounded else scale.float()
+    if scale.numel() == 1:
+        return scale.reshape(1, 1).expand(data.shape[:-1].numel(), 1), columns, is_rounded
+    return expanded_rows(scale, data.shape[-2], rows), columns, is_rounded
 
 
 @cache

@@ -17,7 +17,7 @@ from lorafuse.formats import cpu
 from lorafuse.formats.codec import held, is_of, row_chunks, target
 from lorafuse.formats.weight import Weight
 
-__all__ = ["adopt", "decode", "kernel", "select", "shape"]
+__all__ = ["adopt", "codes", "decode", "kernel", "select", "shape"]
 
 # of 1 / 127 in fp32, as bitsandbytes writes it
 _STEP = 7.874015718698502e-3
@@ -34,16 +34,22 @@ def decode(
     """The dense weight in `dtype`, in chunks of rows. Raises ValueError for a scale that is not one per output row."""
     per_row, step = _scale(data, statistics)
     out = target(out, tuple(data.shape), dtype, data.device)
-    # numbers of 16 bits enter a product in fp32
-    if cpu.reads(data) and data.dtype is torch.int8 and per_row.element_size() <= 4:
-        codes = cpu.Codes("integers", data, max(1, data.shape[-1]), per_row.float(), step=1.0 if step is None else step)
-        if cpu.decode(codes, torch.float32, 0, out):
-            return out
+    if cpu.reads(data) and cpu.decode(codes(data, statistics, parameters), out):
+        return out
     rows, to = data.flatten(0, -2), out.flatten(0, -2)
     for start, stop in row_chunks(out):
         wide = rows[start:stop].float().mul_(per_row[start:stop])
         to[start:stop] = wide if step is None else wide.mul_(step)
     return out
+
+
+def codes(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> cpu.Codes | None:
+    """What a CPU decodes; None for other integers, and for scales in fp64."""
+    per_row, step = _scale(data, statistics)
+    # numbers of 16 bits enter a product in fp32
+    if data.dtype is not torch.int8 or per_row.element_size() > 4:
+        return None
+    return cpu.Codes("integers", data, max(1, data.shape[-1]), per_row.float(), step=1.0 if step is None else step)
 
 
 def _scale(data: Tensor, statistics: tuple[Tensor, ...]) -> tuple[Tensor, float | None]:

@@ -21,7 +21,7 @@ from lorafuse.formats.codec import e2m1, is_of, row_chunks, target, unpacked
 from lorafuse.formats.sizes import MXFP4_BLOCK
 from lorafuse.formats.weight import Weight
 
-__all__ = ["adopt", "decode", "kernel", "select", "shape", "weight"]
+__all__ = ["adopt", "codes", "decode", "kernel", "select", "shape", "weight"]
 
 _BIAS = 127
 
@@ -36,12 +36,8 @@ def decode(
 ) -> Tensor:
     """The dense weight in `dtype`, in chunks of rows."""
     out = target(out, shape(data, statistics, parameters), dtype, data.device)
-    if cpu.reads(data):
-        (factor,), (doubled, halves) = statistics, _tables()
-        tables = (e2m1(data.device), None) if factor.is_floating_point() else (doubled, halves)
-        codes = cpu.Codes("low nibbles", data, MXFP4_BLOCK, factor, *tables)
-        if cpu.decode(codes, torch.float32, 0, out):
-            return out
+    if cpu.reads(data) and cpu.decode(codes(data, statistics, parameters), out):
+        return out
     code = e2m1(data.device)
     stored, scale, to = data.flatten(0, -2), statistics[0].flatten(0, -2), out.flatten(0, -2)
     for start, stop in row_chunks(out):
@@ -50,6 +46,13 @@ def decode(
         values = values.mul_(part) if part.is_floating_point() else torch.ldexp(values, part.int() - _BIAS)
         to[start:stop] = values.flatten(1)
     return out
+
+
+def codes(data: Tensor, statistics: tuple[Tensor, ...], parameters: str) -> cpu.Codes:
+    """What a CPU decodes."""
+    (factor,), (doubled, halves) = statistics, _tables()
+    tables = (e2m1(data.device), None) if factor.is_floating_point() else (doubled, halves)
+    return cpu.Codes("low nibbles", data, MXFP4_BLOCK, factor, *tables)
 
 
 @cache

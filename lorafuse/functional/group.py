@@ -1,7 +1,7 @@
 """Layers that read one x as one operator each: siblings, and the gated MLP of a transformer."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from lorafuse.ops import group as _group
 from lorafuse.ops.autocast import autocast_is_on
 from lorafuse.ops.checks import check_gate, check_scale, check_statistics, seed_tensor
 from lorafuse.ops.choose import for_masks, requested_backend
+from lorafuse.ops.layers import Layer
 from lorafuse.ops.transforms import is_transformed
 
 __all__ = ["Projection", "lora_gated_mlp", "lora_linears", "lora_qkv", "run_gated_mlp", "run_linears"]
@@ -133,7 +134,7 @@ def lora_gated_mlp(
     """
     check_gate("lora_gated_mlp", activation)
     x, arguments = _arguments("lora_gated_mlp", x, {"gate": gate, "up": up, "down": down}, backend)
-    run = _gated_mlp.plain_lora_gated_mlp if is_transformed(x) else _gated_mlp.lora_gated_mlp
+    run: Any = _gated_mlp.plain_lora_gated_mlp if is_transformed(x) else _gated_mlp.lora_gated_mlp
     return run(x, *arguments, activation, recompute_up)
 
 
@@ -141,7 +142,7 @@ def _siblings(
     operator: str, x: Tensor, named: Mapping[str, Projection], backend: str | None
 ) -> tuple[Tensor, ...]:  # fmt: skip
     x, arguments = _arguments(operator, x, named, backend)
-    run = _group.plain_lora_linears if is_transformed(x) else _group.lora_linears
+    run: Any = _group.plain_lora_linears if is_transformed(x) else _group.lora_linears
     return tuple(run(x, *arguments))
 
 
@@ -180,40 +181,26 @@ def _prepared(
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         every = [_cast(one, dtype) for one in every]
-    # the lists of `ops.layers.SCHEMA`, filled in one loop, which every call of a group runs
-    lists: tuple[list, ...] = ([], [], [], [], [], [], [], [], [], [])
-    weights, biases, of_a, of_b, seeds, statistics, scales, dropout_ps, formats, counts = lists
-    for i, one in enumerate(every):
-        weight, a, b, scale, bias, dropout_p, _ = one
-        _check_dtypes(operator, x, f"projection {i}" if names is None else names[i], one)
-        if isinstance(weight, Weight):
+    layers, backend, is_floating = [], requested_backend(backend), x.is_floating_point()
+    weight: Any
+    # every call of a group runs this loop
+    for i, (weight, a, b, scale, bias, dropout_p, seed) in enumerate(every):
+        is_stored = isinstance(weight, Weight)
+        of_weight, of_bias = dtype if is_stored else weight.dtype, dtype if bias is None else bias.dtype
+        if of_weight is not dtype or of_bias is not dtype or not is_floating:
+            raise _misfit(operator, f"projection {i}" if names is None else names[i], dtype, of_weight, of_bias)
+        if is_stored:
             check_statistics(operator, x, weight)
-            weights.append(weight.data)
-            statistics += weight.statistics
-            formats.append(weight.format)
-            counts.append(len(weight.statistics))
-        else:
-            weights.append(weight)
-            formats.append("dense")
-            counts.append(0)
-        biases.append(bias)
-        of_a.append(a)
-        of_b.append(b)
-        seeds.append(_seed(one, x) if dropout_p else None)
-        scales.append(float(scale))
-        dropout_ps.append(float(dropout_p))
+        mask = None
+        if dropout_p and a is not None:
+            mask = seed_tensor(seed, x.device, (*x.shape[:-1], a.shape[1]) if isinstance(seed, Tensor) else ())
+            backend = for_masks(backend, [mask])
+        w = weight if is_stored else Weight(weight)
+        layers.append(Layer(w, bias, a, b, mask, float(scale), float(dropout_p)))
         # PEFT computes the low-rank path in the adapters' dtype; of those only fp16 is short of range
         if dtype is torch.float16 and not autocast and a is not None and b is not None:
             wide |= a.dtype is not dtype or b.dtype is not dtype
-    return x, (*lists, for_masks(requested_backend(backend), seeds), wide)
-
-
-def _seed(one: Projection, x: Tensor) -> Tensor | None:
-    """The seed of a layer's mask, or the mask; None without dropout."""
-    if not one.dropout_p or one.a is None:
-        return None
-    sizes = (*x.shape[:-1], one.a.shape[1]) if isinstance(one.seed, Tensor) else ()
-    return seed_tensor(one.seed, x.device, sizes)
+    return x, (layers, backend, wide)
 
 
 def _check(operator: str, x: Tensor, name: str, one: Projection) -> None:
@@ -284,14 +271,12 @@ def _cast(one: Projection, dtype: torch.dtype) -> Projection:
     return one._replace(weight=weight, bias=None if one.bias is None else one.bias.to(dtype))
 
 
-def _check_dtypes(operator: str, x: Tensor, name: str, one: Projection) -> None:
-    weight, bias, dtype = one.weight, one.bias, x.dtype
-    of_weight = weight.dtype if isinstance(weight, Tensor) else dtype
-    of_bias = dtype if bias is None else bias.dtype
-    if of_weight is dtype and of_bias is dtype and x.is_floating_point():
-        return
-    key, other = ("weight", of_weight) if of_weight is not dtype or bias is None else ("bias", of_bias)
-    raise TypeError(
+def _misfit(
+    operator: str, name: str, dtype: torch.dtype, of_weight: torch.dtype, of_bias: torch.dtype
+) -> TypeError:  # fmt: skip
+    """The error for dtypes of a projection that are not x's, or for an x that is not floating."""
+    key, other = ("weight", of_weight) if of_weight is not dtype or of_bias is dtype else ("bias", of_bias)
+    return TypeError(
         f"{operator} got x {dtype} and {other} for {name}'s {key}; they must have one floating dtype: cast "
         f"{'x' if key == 'weight' else 'the bias'}, or run under torch.autocast"
     )

@@ -90,7 +90,10 @@ def lora_linear(
     check_numerics(numerics)
     if backend is not None:
         base.require(backend)
-    return run_linear(x, stored, a, b, scale, bias, dropout_p, seed, backend, is_transformed(x), numerics=numerics)
+    transformed = is_transformed(x)
+    if not transformed:
+        _linear.check_shapes(x, stored if isinstance(stored, Weight) else Weight(stored), bias, a, b)
+    return run_linear(x, stored, a, b, scale, bias, dropout_p, seed, backend, transformed, numerics=numerics)
 
 
 def run_linear(
@@ -99,6 +102,8 @@ def run_linear(
     numerics: str = "fused",
 ) -> Tensor:  # fmt: skip
     """`lora_linear` for callers that already know that the parameters fit each other and the backend can run here.
+
+    What depends on x is checked; torch's products refuse other sizes, and the message is that of `lora_linear`.
 
     `transformed` is the result of `is_transformed(x)`. `wide` computes the low-rank path in fp32, over bf16 too, but
     for the numerics of servers.
@@ -109,26 +114,19 @@ def run_linear(
         if weight.is_transposed:
             raise ValueError("lora_linear got a transposed weight; it reads [N, K], as nn.Linear stores it")
         format, statistics, weight = weight.format, list(weight.statistics) or None, weight.data
-    autocast, is_dense = autocast_is_on(x), format == "dense"
-    if (
-        autocast
-        and x.dtype is not torch.float64
-        and x.is_floating_point()
-        and (weight.is_floating_point() or not is_dense)
-    ):
+    autocast, is_dense, dtype = autocast_is_on(x), format == "dense", x.dtype
+    is_cast = autocast and dtype is not torch.float64 and x.is_floating_point()
+    if is_cast and (weight.is_floating_point() or not is_dense):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, bias, weight = (
-            x.to(dtype),
-            None if bias is None else bias.to(dtype),
-            weight.to(dtype) if is_dense else weight,
-        )
-    if not x.is_floating_point() or (is_dense and x.dtype is not weight.dtype):
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        weight = weight.to(dtype) if is_dense else weight
+    if not x.is_floating_point() or (is_dense and dtype is not weight.dtype):
         raise TypeError(
-            f"lora_linear got x {x.dtype} and weight {weight.dtype}; they must have one floating dtype: cast x, or run "
+            f"lora_linear got x {dtype} and weight {weight.dtype}; they must have one floating dtype: cast x, or run "
             "under torch.autocast"
         )
-    if bias is not None and bias.dtype is not x.dtype:
-        raise TypeError(f"lora_linear got x {x.dtype} and bias {bias.dtype}; they must have one dtype: cast the bias")
+    if bias is not None and bias.dtype is not dtype:
+        raise TypeError(f"lora_linear got x {dtype} and bias {bias.dtype}; they must have one dtype: cast the bias")
     if backend is None:
         backend = current_backend()
     if dropout_p:
@@ -137,7 +135,8 @@ def run_linear(
     else:
         seed = None
     # PEFT computes the low-rank path in the adapters' dtype; of those only fp16 is short of range
-    wide |= x.dtype is torch.float16 and not autocast and (a.dtype is not x.dtype or b.dtype is not x.dtype)
+    if dtype is torch.float16 and not autocast:
+        wide |= a.dtype is not dtype or b.dtype is not dtype
     if numerics != "fused":
         if dropout_p:
             raise ValueError(f"numerics={numerics!r} is what a server computes, without dropout; got {dropout_p}")

@@ -11,11 +11,11 @@ from torch import compiler, nn
 
 from lorafuse.ops import choose
 
-__all__ = ["OFF", "Calls", "begin", "end", "fell_back", "ran", "ran_grouped"]
+__all__ = ["OFF", "Calls", "begin", "end", "fell_back", "is_tracing", "ran", "ran_grouped"]
 
 OFF = "its adapters are disabled, merged, elsewhere or given for each row: the path that it shipped with"
 
-_is_tracing = compiler.is_dynamo_compiling
+is_tracing = compiler.is_dynamo_compiling
 
 
 class Calls:
@@ -43,7 +43,7 @@ def end(layer: nn.Module) -> None:
 
 def ran(layer: Any) -> None:
     """Count a call that ran fused, by the backend that this thread ran last."""
-    if _is_tracing():
+    if is_tracing():
         _note(layer, "")
     else:
         layer._lorafuse_calls.fused[choose.latest.name] += 1
@@ -51,7 +51,7 @@ def ran(layer: Any) -> None:
 
 def ran_grouped(layer: Any) -> None:
     """Count a call whose output one operator computed for several layers."""
-    if _is_tracing():
+    if is_tracing():
         _note(layer, "")
     else:
         calls = layer._lorafuse_calls
@@ -61,7 +61,7 @@ def ran_grouped(layer: Any) -> None:
 
 def fell_back(layer: Any, reason: str) -> None:
     """Count a call that runs as the layer ships it."""
-    if _is_tracing():
+    if is_tracing():
         _note(layer, reason)
     else:
         layer._lorafuse_calls.fallbacks[reason] += 1

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from lorafuse.functional import MultiProjection, Projection, lora_gated_mlp_multi, run_gated_mlp
 from lorafuse.integrations import calls
 from lorafuse.integrations.groups import fits, is_small, why_not_alike
-from lorafuse.integrations.hf_common import altered, interception, is_called_otherwise, original
+from lorafuse.integrations.hf_common import altered, interception, is_called_otherwise
 from lorafuse.integrations.hf_mixed import Mixed, batch_of, run_batch
 from lorafuse.integrations.hf_peft import Member, operands_of
+from lorafuse.integrations.hf_plain import LINEAR_FORWARD
 from lorafuse.integrations.hf_quantized import dtypes_of, stored
 from lorafuse.integrations.report import Group, Skipped
 from lorafuse.nn.roles import attributes_of, gated_roles, has_attributes, has_gated_sizes
@@ -32,8 +33,6 @@ from lorafuse.operands import Weight
 from lorafuse.ops.checks import seed_tensor
 
 __all__ = ["dissolve", "form", "formed", "is_ours"]
-
-_LINEAR_FORWARD = original(nn.Linear, "forward")
 
 
 @functools.cache
@@ -168,7 +167,7 @@ def _operands(member: Any, x: Tensor, batch: Any) -> tuple | None:
     if is_member:
         return operands_of(member) if batch is None else operands_of(member, x, *batch)
     weight = member._parameters.get("weight")
-    if kind.forward is not _LINEAR_FORWARD or type(weight) is not nn.Parameter or weight.requires_grad:
+    if kind.forward is not LINEAR_FORWARD or type(weight) is not nn.Parameter or weight.requires_grad:
         return None
     return weight, None, None, 1.0, member._parameters["bias"], 0.0
 

@@ -101,10 +101,9 @@ class Siblings:
     ) -> Tensor | None:
         """y of a member called with x, whose present `operands` are given; None where it runs alone.
 
-        `read` gives the operands of another member, or None where it cannot run fused.
+        `read` gives the operands of another member, or None where it cannot run fused. Layers of an x that `is_small`
+        run alone and are not given here.
         """
-        if is_small(x):
-            return None
         slot, is_compiling = self.slot, torch.compiler.is_compiling()
         # what a group saves is in backward; and no trace shows a change of x in place, which autograd forbids
         if not torch.is_grad_enabled():
@@ -172,7 +171,7 @@ class Siblings:
                 every[i] = theirs
         if len(every) == 1 or not fits(operands, operands, x, features):
             return None
-        layers = [Projection(w, a, b, scale, bias, p) for w, a, b, scale, bias, p in every.values()]
+        layers = [Projection(*one) for one in every.values()]
         if dtypes is None:
             results = run_linears(x, layers, member._lorafuse_backend)
         else:

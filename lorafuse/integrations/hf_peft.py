@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lorafuse.functional import run_linear
 from lorafuse.integrations import calls
-from lorafuse.integrations.groups import join
+from lorafuse.integrations.groups import is_small, join
 from lorafuse.integrations.hf_common import (
     CALL,
     CALL_IMPL,
@@ -36,6 +36,7 @@ from lorafuse.integrations.hf_common import (
 )
 from lorafuse.integrations.hf_experts import why_not_wrapped
 from lorafuse.integrations.hf_mixed import Mixed, end_mixed, mixed_parts, run_mixed
+from lorafuse.integrations.hf_plain import LINEAR_FORWARD, dropout_p, plain_operands
 from lorafuse.integrations.hf_quantized import PACKED, is_quantized, multiplies_packed, run_quantized, stored
 from lorafuse.integrations.hf_tensor_parallel import TWO_MESHES, Sharded, run_sharded, sharded_parts
 from lorafuse.integrations.hf_variants import Dora, Masked, column_factor, magnitude_of, run_dora_layer, variant_of
@@ -68,10 +69,6 @@ class _Unfolded(NamedTuple):
     dropout_p: float
 
 
-_LINEAR_FORWARD = original(nn.Linear, "forward")
-_DROPOUT_FORWARD = original(nn.Dropout, "forward")
-_IDENTITY_FORWARD = original(nn.Identity, "forward")
-_DROPOUT = original(nn.functional, "dropout")
 _APART = {"alora": "aLoRA", "dora": "DoRA"}
 # PEFT's class: the forward that it shipped, None where that was replaced before lorafuse came
 _forwards: dict[type, Any] = {}
@@ -80,15 +77,17 @@ _forwards: dict[type, Any] = {}
 def fused(shipped: type) -> Any:
     """The forward of the subclass of one of PEFT's classes: one lorafuse operator, or what PEFT `shipped`."""
     own = _forwards[shipped] = original(shipped, "forward")
+    is_wrapper = shipped is ParamWrapper
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # who kept this method (accelerate's hooks) calls it after unpatch too
         if type(self) is shipped:
             return shipped.forward(self, x, *args, **kwargs)  # type: ignore[attr-defined]
         parts: Any = None
+        state = self.__dict__
         # disabled and merged adapters cost no more in PEFT's own paths; aLoRA's models give all layers its offsets
         is_plain = not kwargs or kwargs.keys() == {"alora_offsets"}
-        if is_plain and "_lorafuse_mixed" in self.__dict__:
+        if is_plain and "_lorafuse_mixed" in state:
             end_mixed(self)
         if is_plain and not (args or self._disable_adapters or self.merged_adapters):
             parts = interception(x)
@@ -96,23 +95,30 @@ def fused(shipped: type) -> Any:
                 if multiplies_packed(self._modules["base_layer"], x):
                     calls.fell_back(self, PACKED)
                     return shipped.forward(self, x, **kwargs)  # type: ignore[attr-defined]
-                parts = _parts(self) if shipped.forward is own else _replaced(shipped)  # type: ignore[attr-defined]
+                if shipped.forward is not own:  # type: ignore[attr-defined]
+                    parts = _replaced(shipped)
+                else:
+                    parts = _parts(self) if is_wrapper else _present(self)
             # absent from layers with the numerics of lorafuse's kernels
-            numerics = self.__dict__.get("_lorafuse_numerics")
+            numerics = state.get("_lorafuse_numerics")
             if numerics is not None:
                 parts = as_served(parts, numerics)
             if type(parts) is _Unfolded:
                 parts = _folded(*parts)
             mask = None
             if type(parts) is tuple:
-                mask = _mask(self, x, parts)
+                mask = _mask(self, x, parts) if parts[5] else None
                 # (group, index); absent from layers in no group
-                group = self.__dict__.get("_lorafuse_siblings") if mask is None else None
-                if group is not None:
+                group = state.get("_lorafuse_siblings") if mask is None else None
+                if group is not None and not is_small(x):
                     y = group[0].output(group[1], self, x, parts, operands_of)
                     if y is not None:
                         calls.ran_grouped(self)
                         return y
+                if numerics is None and type(parts[0]) is not Weight and x.dim() <= 4:
+                    y = run_linear(x, *parts, mask, self._lorafuse_backend)  # type: ignore[call-arg]
+                    calls.ran(self)
+                    return y
             if type(parts) is Masked:
                 names = [name for name in self.active_adapters if name in self.lora_A] * len(x)
                 parts = run_mixed(self, x, names, _parts, kwargs.get("alora_offsets"))
@@ -251,7 +257,7 @@ def _parts(
             return None
     base = modules["base_layer"]
     kind = type(base)
-    is_linear = kind.forward is _LINEAR_FORWARD
+    is_linear = kind.forward is LINEAR_FORWARD
     is_known = is_linear or (is_quantized(kind) and not is_wrapper)
     if not is_known or kind.__call__ is not CALL or kind._call_impl is not CALL_IMPL:
         return _why_not_linear(base)
@@ -286,7 +292,7 @@ def _parts(
             return _why_not_plain(base, a, b)
         if a._parameters["bias"] is not None:
             return "its lora_A has a bias"
-        drawn = _dropout_p(dropout)
+        drawn = dropout_p(dropout)
         if isinstance(drawn, str):
             return drawn
         p = drawn
@@ -311,27 +317,20 @@ def _parts(
     return _Unfolded(weight, base._parameters["bias"], factors, p)
 
 
-def _dropout_p(dropout: nn.Module) -> float | str:
-    """The probability that a layer's dropout has now, or why lorafuse cannot draw its mask."""
-    kind = type(dropout)
-    if kind is nn.Identity and kind.forward is _IDENTITY_FORWARD:
-        return 0.0
-    if kind is nn.Dropout and kind.forward is _DROPOUT_FORWARD and nn.functional.dropout is _DROPOUT:
-        return dropout.p if dropout.training else 0.0  # type: ignore[return-value]
-    if kind in (nn.Identity, nn.Dropout):
-        return f"the forward of {kind.__name__} was replaced"
-    return f"its dropout is a {kind.__name__}, not nn.Dropout"
-
-
 def _sharded(layer: Any, names: list[str]) -> Sharded | str:
     """The operands of a layer whose weight is a DTensor in its forward: tensor parallelism."""
     if len(names) > 1 or names[0] in layer.lora_variant:
         return "tensor parallelism with several active adapters, or with a variant of LoRA"
     dropout = layer.lora_dropout[names[0]]
-    p = "its dropout has hooks or a replaced forward" if altered(dropout) else _dropout_p(dropout)
+    p = "its dropout has hooks or a replaced forward" if altered(dropout) else dropout_p(dropout)
     if p and "_lorafuse_dropout_rng" in layer.__dict__:
         return 'tensor parallelism with dropout_rng="torch"'
     return p if isinstance(p, str) else sharded_parts(layer, names[0], p)
+
+
+def _present(layer: Any) -> Any:
+    """`_parts` of a layer that is no `ParamWrapper`."""
+    return (None if calls.is_tracing() else plain_operands(layer)) or _parts(layer)
 
 
 def operands_of(layer: Any, *batch: Any) -> _Operands | Mixed | None:
@@ -341,7 +340,7 @@ def operands_of(layer: Any, *batch: Any) -> _Operands | Mixed | None:
     kind = layer._lorafuse_kind
     if layer._disable_adapters or layer.merged_adapters or kind.forward is not _forwards[kind]:
         return None
-    parts: Any = mixed_parts(layer, _parts, *batch) if batch else _parts(layer)
+    parts: Any = mixed_parts(layer, _parts, *batch) if batch else _present(layer)
     # torch's masks are drawn when PEFT would draw them, in the call of each layer
     is_drawn_apart = type(parts) is tuple and parts[5] and "_lorafuse_dropout_rng" in layer.__dict__
     return parts if type(parts) in (tuple, Mixed) and not is_drawn_apart else None

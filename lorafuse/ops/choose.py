@@ -49,10 +49,10 @@ def choose(backend: str, x: Tensor, operator: Problems, *weights: Tensor) -> tup
     for has checked x.
     """
     latest.name = ATEN.name
-    name = base.resolve(backend)
+    name, is_cpu = base.current() if backend == "current" else backend, x.is_cpu
     if name == "auto":
-        name = SOLE_BACKEND.get("cpu" if x.is_cpu else x.device.type, name)
-    if name == "eager" and x.is_cpu:
+        name = SOLE_BACKEND.get("cpu" if is_cpu else x.device.type, name)
+    if is_cpu and name == "eager":
         return ATEN, None
     is_empty = not x.numel() or not all(w.numel() for w in weights)
     if name == "auto" and not is_empty:

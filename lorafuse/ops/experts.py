@@ -28,7 +28,7 @@ from lorafuse.ops._define import LIBRARY, implement, no_gradients
 from lorafuse.ops.autocast import outside_autocast
 from lorafuse.ops.checks import check_gathered
 from lorafuse.ops.choose import choose
-from lorafuse.ops.grouped import kept, low_rank, rank, rank_gradients
+from lorafuse.ops.grouped import kept, low_rank, rank
 from lorafuse.ops.transforms import is_transformed, needs_plain_backward
 from lorafuse.plan import Plan
 
@@ -85,7 +85,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, LowRank | None, LowRank | None]:  # fmt: skip
     """`(out [T, H], u [S, U], what each adapter adds)`; `rows` are the choices of tokens."""
     first, second = _plans(plan)
-    x, gathered = run.in_order(x, rows)
+    x, gathered = run.in_order(x, rows, first)
     of_up = low_rank(run, first, x, up_a, up_b, up_scale, gathered)
     u, h = run.matmul(x, up, gathered, first, low=of_up, bias=up_bias, epilogue=Activate(act))
     del x
@@ -106,8 +106,11 @@ def backward(
     row_scale = weight.reshape(-1)[rows.order]
     dx = dweight = du = None
     d_up = d_down = (None, None)
-    g, gathered = run.in_order(dout, rows)
-    gb = None if down_b is None else run.project(g, down_b, gathered, second, is_transposed=True)
+    g, gathered = run.in_order(dout, rows, second)
+    gb = dyb = db = None
+    if down_b is not None:
+        of_ha = ha if need_down else None
+        gb, db = run.project_outer_rows(g, down_b, of_ha, gathered, second, scale=down_scale, row_scale=row_scale)
     if need_dx or need_dweight or need_up:
         low = None if gb is None else LowRank(gb, down_a, down_scale, is_transposed=True)
         epilogue = ActivateBackward(act, u, row_scale, need_dweight)
@@ -122,15 +125,16 @@ def backward(
     else:
         h = act.forward(u)
     if need_down:
-        h = run.matrix(h)
-        d_down = rank_gradients(run, second, g, gathered, h, rows, gb, ha, down_a, down_b, down_scale, row_scale)
+        h, of_a = run.matrix(h), {"like": down_a, "scale": down_scale, "row_scale": row_scale}
+        d_down = run.outer(gb, h, rows, second, **of_a), db
     del g, h
     if need_dx or need_up:
         du = run.matrix(du)
-        dyb = None if up_b is None else run.project(du, up_b, rows, first, is_transposed=True)
+        if up_b is not None:
+            dyb, db = run.project_outer_rows(du, up_b, xa if need_up else None, rows, first, scale=up_scale)
         if need_up:
-            x, gathered = run.in_order(x, rows)
-            d_up = rank_gradients(run, first, du, rows, x, gathered, dyb, xa, up_a, up_b, up_scale)
+            x, gathered = run.in_order(x, rows, first)
+            d_up = run.outer(dyb, x, gathered, first, like=up_a, scale=up_scale), db
         if need_dx:
             low = None if dyb is None else LowRank(dyb, up_a, up_scale, is_transposed=True)
             dx = run.combine(run.matmul(du, up.t, rows, first, low=low), rows, None)

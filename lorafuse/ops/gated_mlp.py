@@ -90,7 +90,8 @@ def backward(
     if up is None and (need_dh or of_da[2]):
         up = up_again(run, x, xa, siblings, wide)
     needs_of_down = need_dh, of_da[2], of_db[2], of_dbias[2]
-    fuses, planned = need_dh and of_da[2] and down.seed is None, None
+    # a backend that draws a mask once for dx and da reads h beforehand
+    fuses, planned = need_dh and of_da[2] and (down.seed is None or run.matmul_outer is None), None
     if fuses:
         planned = plan_of(run, dy, down, needs_of_down, wide, "gated")
         fuses = run.runs_siblings(planned)
@@ -98,7 +99,7 @@ def backward(
         du: tuple[Tensor, Tensor] | None
         du, *of_down = _down_backward(run, planned, dy, gate, up, ha, down, needs_of_down, activation, wide)
     else:
-        # a backend's own backward of a layer, and a mask that dx and da share, read h beforehand
+        # a backend's own backward of a layer reads h beforehand too
         h = gate_forward(activation, gate, up) if of_da[2] else None
         dh, *of_down = layer_backward(run, dy, h, ha, down, needs_of_down, wide)
         del h
@@ -118,9 +119,9 @@ def _down_backward(run, plan, dy, gate, up, ha, down, needs, activation, wide):
         dy, down.b, ha if needs[2] else None, plan, scale=down.factor, need_dyb=True, need_dbias=needs[3],
         dtype=torch.float32 if wide else dy.dtype,
     )  # fmt: skip
-    low = LowRank(dyb, down.a, is_transposed=True)
+    low = LowRank(dyb, down.a, is_transposed=True, dropout=down.dropout)
     *du, h = run.gated_backward(dy, down.weight.t, plan, low=low, gate=gate, up=up, activation=activation)
-    return du, run.outer(dyb, h, None, plan, like=down.a), db, dbias
+    return du, run.outer(dyb, h, None, plan, like=down.a, dropout=down.dropout), db, dbias
 
 
 def up_again(run: Backend, x: Tensor, xa: Tensor | None, siblings: Sequence[Layer], wide: bool) -> Tensor:
@@ -263,13 +264,16 @@ def _plain_gradients(dy, x, layers, needs, others):
 _apply = super(torch.autograd.Function, _LoRAGatedMLP).apply
 
 
-def _autograd(x, *arguments):
-    settings, tensors = Settings.of(arguments[:10])
-    layers = settings.layers(tensors)
+def _run(x, layers, settings, tensors, *others):
     if not torch.is_grad_enabled() and can_bypass_dispatcher(x, *tensors):
         # nothing is recorded
-        return _run_forward(x, layers, *arguments[10:])
-    return _apply(x, layers, settings, arguments[10:], *tensors)
+        return _run_forward(x, layers, *others)
+    return _apply(x, layers, settings, others, *tensors)
+
+
+def _autograd(x, *arguments):
+    settings, tensors = Settings.of(arguments[:10])
+    return _run(x, settings.layers(tensors), settings, tensors, *arguments[10:])
 
 
 implement("lora_gated_mlp", _forward, _fake_forward)
@@ -277,15 +281,15 @@ implement("lora_gated_mlp_backward", _backward, _fake_backward)
 LIBRARY.impl("lora_gated_mlp", _autograd, "Autograd")
 
 
-def lora_gated_mlp(x, *arguments):
-    """y of the operator; see `lorafuse.functional.lora_gated_mlp` for the meaning."""
-    run = _op if torch.compiler.is_compiling() else _autograd
-    return run(x, *arguments)[0]
+def lora_gated_mlp(x, layers, *others):
+    """y of the operator; see `lorafuse.functional.lora_gated_mlp` for the meaning. `others` end its schema."""
+    settings, tensors = Settings.of_layers(layers)
+    if torch.compiler.is_compiling():
+        return _op(x, *settings.arguments(tensors), *others)[0]
+    return _run(x, layers, settings, tensors, *others)[0]
 
 
-def plain_lora_gated_mlp(x, *arguments):
+def plain_lora_gated_mlp(x, layers, backend, wide, activation, recompute_up):
     """`lora_gated_mlp` for a call that `is_transformed`: in plain torch, whatever the backend."""
-    *of_layers, _, wide, activation, _ = arguments
-    layers = layers_of(*of_layers)
     refuse_masks_of_nested("lora_gated_mlp", x, layers)
     return _plain(x, layers, activation, wide)

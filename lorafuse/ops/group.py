@@ -70,16 +70,24 @@ def low_rank(
     run: Backend, plan: Plan | None, x: Tensor, layers: Sequence[Layer], wide: bool
 ) -> tuple[Tensor, list[LowRank | None]]:
     """`(xa [M, ΣR], [what it adds to each y])` of x `[M, K]`."""
-    low = torch.float32 if wide else x.dtype
-    adapted = [(layer.a, layer.dropout) for layer in layers if layer.a is not None]
-    if all(dropout is None for _, dropout in adapted):
-        adapted = [(_stacked([a for a, _ in adapted]), None)] if adapted else []
-    each = [run.project(x, a, None, plan, dropout=dropout, dtype=low) for a, dropout in adapted]
-    xa = _side_by_side(each, x, low)
-    lows = [
-        None if mine is None or layer.b is None else LowRank(mine, layer.b, layer.factor)
-        for layer, mine in zip(layers, columns(xa, layers), strict=True)
-    ]
+    low, adapters, has_mask = torch.float32 if wide else x.dtype, [], False
+    for layer in layers:
+        if layer.a is not None:
+            adapters.append(layer.a)
+            has_mask = has_mask or layer.seed is not None
+    if has_mask:
+        each = [run.project(x, g.a, None, plan, dropout=g.dropout, dtype=low) for g in layers if g.a is not None]
+        xa = _side_by_side(each, x, low)
+    elif adapters:
+        xa = run.project(x, _stacked(adapters), None, plan, dropout=None, dtype=low)
+    else:
+        xa = _side_by_side([], x, low)
+    lows: list[LowRank | None] = []
+    for layer, mine in zip(layers, columns(xa, layers), strict=True):
+        if mine is None or layer.b is None:
+            lows.append(None)
+        else:
+            lows.append(LowRank(mine, layer.b, layer.scale if layer.seed is None else layer.factor))
     return xa, lows
 
 
@@ -100,24 +108,29 @@ def backward(
             dx = own if dx is None or own is None else dx.add_(own)
         return [dx, *da, *db, *dbias]
     # by the mask: dyb of layers without one are side by side in one low-rank product and one sum over rows
-    parts: dict[int, list[tuple[int, Tensor]]] = {}
+    by_mask: dict[int, list[int]] = {}
+    adapted: list[tuple[int, Tensor, Tensor, Tensor | None]] = []
     for i, dy, layer, mine in given:
         need_da, need_db, need_dbias = need[i]
         if layer.b is None:
             dbias[i] = dy.sum(0) if need_dbias else None
             continue
-        dyb, db[i], dbias[i] = run.project_outer(
-            dy, layer.b, mine if need_db else None, plan, scale=layer.factor, need_dyb=need_dx or need_da,
-            need_dbias=need_dbias, dtype=torch.float32 if wide else dy.dtype,
-        )  # fmt: skip
-        if dyb is not None:
-            parts.setdefault(G if layer.seed is None else i, []).append((i, dyb))
+        if need_dx or need_da:
+            by_mask.setdefault(G if layer.seed is None else i, []).append(len(adapted))
+        adapted.append((i, dy, layer.b, mine if need_db else None))
+    places = [i for i, *_ in adapted]
+    dybs, *of_columns = run.project_outers(
+        [dy for _, dy, _, _ in adapted], [b for _, _, b, _ in adapted], [mine for *_, mine in adapted], plan,
+        scales=[layers[i].factor for i in places], need_dbias=[need[i][2] for i in places],
+        parts=list(by_mask.values()), dtype=torch.float32 if wide else None,
+    )  # fmt: skip
+    for i, *of_layer in zip(places, *of_columns, strict=True):
+        db[i], dbias[i] = of_layer
+    members = [[places[j] for j in part] for part in by_mask.values()]
     lows = []
-    for part in parts.values():
-        dyb = _side_by_side([dyb for _, dyb in part], part[0][1], part[0][1].dtype)
-        a = _stacked([a for i, _ in part if (a := layers[i].a) is not None])
-        lows.append(LowRank(dyb, a, is_transposed=True, dropout=layers[part[0][0]].dropout))
-    members = [[i for i, _ in part] for part in parts.values()]
+    for dyb, part in zip(dybs, members, strict=True):
+        a = _stacked([a for i in part if (a := layers[i].a) is not None])
+        lows.append(LowRank(dyb, a, is_transposed=True, dropout=layers[part[0]].dropout))
     summed = [j for j, part in enumerate(members) if any(need[i][0] for i in part)]
     sums: list[Tensor] = []
     if need_dx:
@@ -290,14 +303,17 @@ class _LoRALinears(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _LoRALinears).apply
 
 
-def _autograd(x, *arguments):
-    settings, tensors = Settings.of(arguments[:10])
-    layers = settings.layers(tensors)
+def _run(x, layers, settings, tensors, backend, wide):
     if not torch.is_grad_enabled() and can_bypass_dispatcher(x, *tensors):
         # nothing is recorded
-        return _run_forward(x, layers, *arguments[10:])
-    xa, *ys = _apply(x, layers, settings, *arguments[10:], *tensors)
+        return _run_forward(x, layers, backend, wide)
+    xa, *ys = _apply(x, layers, settings, backend, wide, *tensors)
     return xa, ys
+
+
+def _autograd(x, *arguments):
+    settings, tensors = Settings.of(arguments[:10])
+    return _run(x, settings.layers(tensors), settings, tensors, *arguments[10:])
 
 
 implement("lora_linears", _forward, _fake_forward)
@@ -305,15 +321,15 @@ implement("lora_linears_backward", _backward, _fake_backward)
 LIBRARY.impl("lora_linears", _autograd, "Autograd")
 
 
-def lora_linears(x, *arguments):
+def lora_linears(x, layers, backend, wide):
     """`[y_0, y_1, …]` of the operator; see `lorafuse.functional.lora_linears` for the meaning."""
-    run = _op if torch.compiler.is_compiling() else _autograd
-    return run(x, *arguments)[1]
+    settings, tensors = Settings.of_layers(layers)
+    if torch.compiler.is_compiling():
+        return _op(x, *settings.arguments(tensors), backend, wide)[1]
+    return _run(x, layers, settings, tensors, backend, wide)[1]
 
 
-def plain_lora_linears(x, *arguments):
+def plain_lora_linears(x, layers, backend, wide):
     """`lora_linears` for a call that `is_transformed`: in plain torch, whatever the backend."""
-    *of_layers, _, wide = arguments
-    layers = layers_of(*of_layers)
     refuse_masks_of_nested("lora_linears", x, layers)
     return [plain_layer(x, None if layer.a is None else plain_xa(x, layer, wide), layer) for layer in layers]

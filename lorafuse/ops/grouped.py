@@ -24,7 +24,7 @@ from lorafuse.ops.choose import choose
 from lorafuse.ops.transforms import is_transformed, needs_plain_backward
 from lorafuse.plan import Plan
 
-__all__ = ["kept", "lora_grouped_linear", "low_rank", "rank", "rank_gradients"]
+__all__ = ["kept", "lora_grouped_linear", "low_rank", "rank"]
 
 LIBRARY.define(
     "lora_grouped_linear(Tensor x, Tensor offsets, Tensor w, Tensor? bias, Tensor? a, Tensor? b, float scale,"
@@ -52,19 +52,6 @@ def low_rank(
 ) -> LowRank | None:
     """What the adapter of a projection adds to its product; None without one."""
     return None if a is None or b is None else LowRank(run.project(x, a, rows, plan), b, scale)
-
-
-def rank_gradients(
-    run: Backend, plan: Plan | None, dy: Tensor, dy_rows: Rows, x: Tensor | None, x_rows: Rows, dyb: Tensor | None,
-    xa: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float, row_scale: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """`(da, db)` of a projection, each row times `row_scale`; None where x is None or xa is."""
-    da = db = None
-    if xa is not None and b is not None:
-        db = run.outer(xa, dy, dy_rows, plan, like=b, is_transposed=True, scale=scale, row_scale=row_scale)
-    if x is not None and dyb is not None and a is not None:
-        da = run.outer(dyb, x, x_rows, plan, like=a, scale=scale, row_scale=row_scale)
-    return da, db
 
 
 def _forward(x, offsets, w, bias, a, b, scale, transposed, backend, format="dense", statistics=None):
@@ -97,13 +84,17 @@ def _backward(dy, x, xa, offsets, w, a, b, scale, transposed, needs, backend, fo
     run, plan = choose(backend, dy, lambda: problems.grouped_problem(dy, weight, a, True), w)
     with outside_autocast(dy), run.guard(dy.device):
         dy, dx = run.matrix(dy), None
-        dyb = run.project(dy, b, rows, plan, is_transposed=True) if b is not None and (need_dx or need_da) else None
+        dyb = da = db = None
+        if b is not None and (need_dx or need_da):
+            dyb, db = run.project_outer_rows(dy, b, xa if need_db else None, rows, plan, scale=scale)
+        elif need_db:
+            db = run.outer(xa, dy, rows, plan, like=b, is_transposed=True, scale=scale)
         if need_dx:
             low = None if dyb is None else LowRank(dyb, a, scale, is_transposed=True)
             dx = rows.zero_rest(run.matmul(dy, weight.t, rows, plan, low=low))
-        x = run.matrix(x) if need_da else None
-        grads = rank_gradients(run, plan, dy, rows, x, rows, dyb, xa if need_db else None, a, b, scale)
-        return kept((dx, *grads), dy)
+        if need_da:
+            da = run.outer(dyb, run.matrix(x), rows, plan, like=a, scale=scale)
+        return kept((dx, da, db), dy)
 
 
 def _fake_backward(dy, x, xa, offsets, w, a, b, scale, transposed, needs, backend, format="dense", statistics=None):

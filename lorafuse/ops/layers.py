@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -89,7 +90,23 @@ class Settings:
     def of(cls, arguments: Sequence) -> "tuple[Settings, tuple[Tensor | None, ...]]":
         """The settings, and the tensors of `arguments`, those that `SCHEMA` names."""
         *lists, statistics, scales, dropout_ps, formats, counts = arguments
-        return cls(scales, dropout_ps, formats, counts), (*(t for some in lists for t in some), *statistics)
+        return cls(scales, dropout_ps, formats, counts), (*chain(*lists), *statistics)
+
+    @classmethod
+    def of_layers(cls, layers: Sequence[Layer]) -> "tuple[Settings, tuple[Tensor | None, ...]]":
+        """The same of layers."""
+        scales, dropout_ps, formats, counts = [], [], [], []
+        statistics: list[Tensor] = []
+        each = []
+        for layer in layers:
+            w = layer.weight
+            each.append((w.data, layer.bias, layer.a, layer.b, layer.seed))
+            scales.append(layer.scale)
+            dropout_ps.append(layer.dropout_p)
+            formats.append(w.format)
+            counts.append(len(w.statistics))
+            statistics += w.statistics
+        return cls(scales, dropout_ps, formats, counts), (*chain(*zip(*each, strict=True)), *statistics)
 
     def arguments(self, tensors: Sequence[Tensor | None]) -> tuple:
         """All of `SCHEMA`; `tensors` are weights, biases, a, b and seeds, then statistics."""
@@ -99,13 +116,12 @@ class Settings:
 
     def layers(self, tensors: Sequence[Tensor | None]) -> list[Layer]:
         """The layers of the same `tensors`."""
-        G, layers, first = len(self.scales), [], 5 * len(self.scales)
-        for i, (format, count) in enumerate(zip(self.formats, self.counts, strict=True)):
-            weight: Any = tensors[i]
-            statistics: Any = tensors[first : first + count]
-            bias, a, b, seed = tensors[i + G : 5 * G : G]
-            w = Weight(weight, statistics=tuple(statistics), format=format)
-            layers.append(Layer(w, bias, a, b, seed, self.scales[i], self.dropout_ps[i]))
+        G, layers, first, given = len(self.scales), [], 5 * len(self.scales), tuple(tensors)
+        numbers = zip(self.formats, self.counts, self.scales, self.dropout_ps, strict=True)
+        for i, (format, count, scale, dropout_p) in enumerate(numbers):
+            weight, bias, a, b, seed = given[i : 5 * G : G]
+            statistics: Any = given[first : first + count]
+            layers.append(Layer(Weight(weight, False, statistics, format), bias, a, b, seed, scale, dropout_p))  # type: ignore[arg-type]
             first += count
         return layers
 

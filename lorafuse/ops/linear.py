@@ -98,8 +98,8 @@ def backward(
     )  # fmt: skip
     if dyb is None:
         return dx, da, db, dbias
-    low = LowRank(dyb, a, is_transposed=True, dropout=dropout)
-    if need_dx and need_da and dropout is not None and run.matmul_outer is not None:
+    low = LowRank(dyb, a, 1.0, True, dropout)
+    if dropout is not None and need_dx and need_da and run.matmul_outer is not None:
         dx, da = run.matmul_outer(dy, w.t, plan, low, x, a)
         return dx, da, db, dbias
     if need_dx:
@@ -115,23 +115,31 @@ def _weight(weight, format, statistics):
 
 
 def _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False, format="dense", statistics=None):
-    w = _weight(weight, format, statistics)
-    check_shapes(x, w, bias, a, b)
-    flat = matrix(x)
-    run, plan = choose(
-        backend, x, lambda: linear_problem(flat, w, a, bias is not None, seed is not None, wide=wide), weight
-    )  # fmt: skip
-    dropout = None
-    if seed is not None:
-        scale, dropout = rescaled(scale, dropout_p), Dropout(seed, dropout_p)
-    with NO_GUARD if x.is_cpu else run.guard(x.device):
-        y, xa = forward(run, plan, run.matrix(flat), w, bias, a, b, scale, dropout, wide)
-    return shaped_like(y, x), xa
+    w = Weight(weight) if format == "dense" else Weight(weight, False, tuple(statistics or ()), format)
+
+    def problem():
+        # kernels read by address what torch's products refuse
+        check_shapes(x, w, bias, a, b)
+        return linear_problem(flat, w, a, bias is not None, seed is not None, wide=wide)
+
+    try:
+        flat = x if x.dim() == 2 else matrix(x)
+        run, plan = choose(backend, x, problem, weight)
+        dropout = None
+        if seed is not None:
+            scale, dropout = rescaled(scale, dropout_p), Dropout(seed, dropout_p)
+        with NO_GUARD if x.is_cpu else run.guard(x.device):
+            y, xa = forward(run, plan, run.matrix(flat), w, bias, a, b, scale, dropout, wide)
+    except (RuntimeError, IndexError):
+        check_shapes(x, w, bias, a, b)
+        raise
+    return y if flat is x else shaped_like(y, x), xa
 
 
-def _op_forward(*args):
+def _op_forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False, format="dense", statistics=None):
+    check_shapes(x, _weight(weight, format, statistics), bias, a, b)
+    y, xa = _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics)
     # a backend may leave a pitch between the rows of xa; a graph is compiled for the strides of the fake kernel
-    y, xa = _forward(*args)
     return y, xa.contiguous()
 
 
@@ -146,23 +154,25 @@ def _gradients(
     dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backend, wide=False, format="dense", statistics=None
 ):
     """`(dx, da, db, dbias)`, None where not needed."""
-    w = _weight(weight, format, statistics)
-    flat = matrix(dy)
+    w = Weight(weight) if format == "dense" else Weight(weight, False, tuple(statistics or ()), format)
+    flat = dy if dy.dim() == 2 else matrix(dy)
 
     def problem():
         needed = tuple(name for name, need in zip(_GRADIENTS, needs, strict=True) if need)
         return linear_problem(flat, w, a, False, seed is not None, needed, wide)
 
     run, plan = choose(backend, dy, problem, weight)
-    if not (needs[0] or needs[1] or needs[2] or needs[3]):
+    if True not in needs:
         return None, None, None, None
     dropout = None
     if seed is not None:
         scale, dropout = rescaled(scale, dropout_p), Dropout(seed, dropout_p)
+    if x is not None and x.dim() != 2:
+        x = matrix(x)
     with NO_GUARD if dy.is_cpu else run.guard(dy.device):
-        flat_x = None if x is None else run.matrix(matrix(x))
+        flat_x = None if x is None else run.matrix(x)
         dx, da, db, dbias = backward(run, plan, run.matrix(flat), flat_x, xa, w, a, b, scale, dropout, needs, wide)
-    return None if dx is None else shaped_like(dx, dy), da, db, dbias
+    return dx if dx is None or flat is dy else shaped_like(dx, dy), da, db, dbias
 
 
 def _backward(dy, *rest):
@@ -248,12 +258,11 @@ def can_bypass_dispatcher(*tensors):
 
 def _run_forward(ctx, x, weight, bias, a, b, seed, settings, *statistics):
     scale, dropout_p, backend, wide, format = settings
-    args = x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics or None
     if can_bypass_dispatcher(x, weight, bias, a, b):
-        y, xa = _forward(*args)
+        y, xa = _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics)
     else:
         with _BelowAutograd():
-            y, xa = op(*args)
+            y, xa = op(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics or None)
     needs = ctx.needs_input_grad
     ctx.save_for_backward(x if needs[3] else None, xa if needs[4] else None, weight, a, b, seed, *statistics)
     ctx.settings = settings

@@ -73,7 +73,7 @@ def _forward(x, offsets, index, weight, *arguments):
     with running(layers, x) as run:
         x = run.matrix(x)
         tokens, rows = rows_by_adapter(offsets, x.shape[0]), _routed(run, index, offsets, up.weight.stored[0])
-        given, gathered = run.in_order(x, rows)
+        given, gathered = run.in_order(x, rows, None)
         xa = up.xa(x, tokens) if _is_shared(up.a) else up.xa(given, gathered)
         u = up.y(given, xa.index_select(0, rows.token) if _is_shared(up.a) else xa, gathered)
         h = up.multi.activate(activation, *_parts(u, layout), rows, up.adapters)
@@ -107,7 +107,7 @@ def _backward(dout, x, weight, u, xa, ha, order, ends, offsets, *arguments):
         tokens = rows_by_adapter(offsets, x.shape[0])
         rows = Rows(order.shape[0], ends, order, weight.shape[1])
         row_scale = weight.reshape(-1)[order]
-        g, gathered = run.in_order(dout, rows)
+        g, gathered = run.in_order(dout, rows, None)
         gb = _of_outputs(down, dout, g, tokens, gathered)
         need_du = need_dx or need_up_a or need_up_b
         if need_du or need_dweight:
@@ -142,7 +142,7 @@ def _backward(dout, x, weight, u, xa, ha, order, ends, offsets, *arguments):
             if need_up_a and _is_shared(up.a):
                 up.add_da(run.combine(dyb, rows, None), x, tokens, da[0])
             elif need_up_a:
-                up.add_da(dyb, *run.in_order(x, rows), da[0])
+                up.add_da(dyb, *run.in_order(x, rows, None), da[0])
     return dout.new_empty(0) if dx is None else dx, dout.new_empty(0) if dweight is None else dweight
 
 

@@ -31,8 +31,7 @@ class KernelConfig:
     warps           warps of a program
     group_m         tiles of rows that are walked together, for the L2
     splits          parts of the rows whose sums are reduced afterwards; of a forward matmul in CUDA, parts of K
-    fused_xa        matmul computes xa too
-    xa_in_tiles     its tiles of the first columns of y do, rather than programs with nothing else to do
+    xa_in_tiles     a forward matmul computes xa too, in its tiles of the first columns of y
     max_registers   of a thread; 0 leaves it to the compiler
     cluster         blocks that share the tiles of w
     sum_blocks      blocks of a backward matmul that sum da and db concurrently
@@ -51,7 +50,6 @@ class KernelConfig:
     warps: int
     group_m: int = 8
     splits: int = 1
-    fused_xa: bool = False
     max_registers: int = 0
     cluster: int = 1
     sum_blocks: int = 0

@@ -48,13 +48,13 @@ class Plan:
 # what the kernels of every backend but eager need
 _OLDEST_ARCH = 80
 _DTYPES = ("bfloat16", "float16", "float32")
-# chosen only where a measurement says so, or forced. xa in the matmul's launch was never the fastest on an H200. xa in
-# its tiles, K divided by clusters, sums concurrent with dx, one launch each way and siblings in one have run on no GPU,
-# and the grouped CUDA kernel took 5.6 ms where Triton's took 3.2; faster experts are built on it. Triton's siblings in
-# one launch, and its main loop that decodes, have run on no GPU.
+# chosen only where a measurement says so, or forced. xa in the tiles of y, K divided by clusters, sums concurrent with
+# dx, one launch each way and siblings in one have run on no GPU, and the grouped CUDA kernel took 5.6 ms where Triton's
+# took 3.2. The one of rows where they lie, Triton's siblings in one launch, and its main loop that decodes, have run on
+# no GPU.
 _MEASURED_FIRST = (
-    "cuda fused_xa", "cuda xa_in_tiles", "cuda split_k", "cuda fused_forward", "cuda concurrent_backward",
-    "cuda fused_backward", "cuda siblings", "cuda ragged", "siblings", "packed",
+    "cuda xa_in_tiles", "cuda split_k", "cuda fused_forward", "cuda concurrent_backward", "cuda fused_backward",
+    "cuda siblings", "cuda ragged", "cuda gathered", "siblings", "packed",
 )  # fmt: skip
 # torch starts a thread for each group of grouped_mm, in one block
 _MOST_GROUPS = 1023
@@ -136,7 +136,8 @@ def modelled(candidates: Sequence[Candidate]) -> Candidate:
     """The one of a plan's candidates that the model takes where there is no measurement."""
     # a loop over groups waits until the host has read where they end
     able = [c for c in candidates if c.name not in _MEASURED_FIRST and c.kernel != "loop"]
-    return min(able or candidates, key=lambda c: c.step_seconds)
+    # without one, the first of what waits for a measurement: of a backend that was requested by name
+    return min(able, key=lambda c: c.step_seconds) if able else candidates[0]
 
 
 @lru_cache(maxsize=4096)

@@ -3,17 +3,17 @@
 The matmuls run on sm_90a alone, in tiles of 128 rows. The memory-bound kernels choose their own tiles.
 
     two_kernel            xa and b rounded; y
-    fused_xa              a rounded; b rounded; xa and y
-    xa_in_tiles           the same, where N has few columns of tiles: those of the first compute xa
+    xa_in_tiles           a rounded; b rounded; xa and y, where N has few columns of tiles: the first ones' compute xa
     split_k               y and xa by clusters that divide K, where tiles are fewer than half of the SMs
     fused_forward         everything, in one launch
     one_pass_backward     dyb, db, dbias and a rounded; dx; da
     concurrent_backward   dyb, db, dbias and a rounded; dx and da; or b rounded; dyb and a rounded; dx, da and db
     fused_backward        everything, in one launch
-    siblings              layers of one x: xa of all; every b rounded; every y, of gate and up with h; or of each layer
-                          dyb, db, dbias; every a rounded; one dx; da of all. Of down of a gated MLP the last four, with
+    siblings              layers of one x: xa of all; every b rounded; every y, of gate and up with h; or every dyb,
+                          db and dbias; every a rounded; one dx; da of all. Of down of a gated MLP the last four, with
                           dgate, dup and h in place of dx
     ragged                y or dx of ragged rows; ATen computes everything else
+    gathered              xa; y, or u and h; or dyb and db; dx, or du and h; da: of rows where they lie
 """
 
 from collections.abc import Iterator, Sequence
@@ -99,12 +99,8 @@ def illegal(config: KernelConfig, problem: Problem, device: DeviceSpec) -> str:
         return f"tiles are 128 x 128 or 128 x 256, in steps of {_BLOCK_K} by {_WARPS} warps"
     if c.cluster not in (1, 2):
         return f"a cluster of {c.cluster} blocks: they have 1 or 2"
-    if c.fused_xa and (problem.gradients or problem.R > _MAX_FUSED_R):
-        return f"one launch computes xa and y of up to {_MAX_FUSED_R} ranks"
-    if c.fused_xa and problem.dropout:
-        return "a launch that computes xa and y draws no mask"
-    if c.xa_in_tiles and (c.cluster != 1 or problem.R > _MAX_TILE_R):
-        return f"tiles compute xa of up to {_MAX_TILE_R} ranks, in clusters of 1"
+    if c.xa_in_tiles and (problem.gradients or problem.dropout or c.cluster != 1 or problem.R > _MAX_TILE_R):
+        return f"tiles of y compute xa of up to {_MAX_TILE_R} ranks, in clusters of 1 and without a mask"
     if c.fused_forward and (problem.gradients or problem.dropout or c.cluster != 1 or problem.R > _MAX_FUSED_R):
         return f"one launch computes y of up to {_MAX_FUSED_R} ranks, in clusters of 1 and without a mask"
     if c.sum_blocks and (not problem.gradients or c.cluster != 1 or problem.R > _MAX_FUSED_R):
@@ -139,7 +135,7 @@ def matmuls(
 
 def _matmul(tile: tuple[int, int, int], **form: Any) -> KernelConfig:
     block_n, stages, cluster = tile
-    waits = any(form.get(name) for name in ("fused_xa", "fused_forward", "fused_backward"))
+    waits = any(form.get(name) for name in ("xa_in_tiles", "fused_forward", "fused_backward"))
     return KernelConfig(
         "matmul", "wgmma", _BLOCK_M, block_n, _BLOCK_K, _BLOCK_K, stages, _WARPS, _FUSED_GROUP_M if waits else _GROUP_M,
         cluster=cluster, **form,
@@ -155,7 +151,9 @@ def operator_candidates(operator: Sequence[Problem], device: DeviceSpec, tiles: 
     p = operator[0]
     if p.is_ragged:
         matmuls = [RAGGED] * len(operator)
-        yield Candidate("cuda", "ragged", tuple((c,) for c in matmuls), cost.ragged(operator, matmuls, device))
+        for kernel in ("ragged", "gathered"):
+            parts = cost.ragged(operator, matmuls, device, kernel == "gathered")
+            yield Candidate("cuda", kernel, tuple((c,) for c in matmuls), parts)
     elif p.gradients:
         yield from _backward(p, device, tiles)
     else:
@@ -165,16 +163,13 @@ def operator_candidates(operator: Sequence[Problem], device: DeviceSpec, tiles: 
 def _forward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Candidate]:
     round_a, round_b = _roundings(problem, device)
     xa = _skinny("project", problem, device)
-    two, one = (_best(problem, device, tiles, {"fused_xa": fused_xa}) for fused_xa in (False, True))
+    two = _best(problem, device, tiles)
     assert two is not None
     parts = [_with(cost.step(xa, problem, device), round_b), cost.step(two, problem, device)]
     yield _candidate("two_kernel", (xa, two), parts)
     if _are_siblings(problem):
         yield _candidate("siblings", (xa, two), [cost.step(xa, problem, device), round_b, parts[-1]])
-    if one is not None:
-        yield _candidate("fused_xa", (one,), [round_a, round_b, cost.step(one, problem, device)])
-    form = {"fused_xa": True, "xa_in_tiles": True}
-    if problem.N <= _MAX_TILE_N and (one := _best(problem, device, tiles, form)):
+    if problem.N <= _MAX_TILE_N and (one := _best(problem, device, tiles, {"xa_in_tiles": True})):
         yield _candidate("xa_in_tiles", (one,), [round_a, round_b, cost.step(one, problem, device)])
     if one := _best(problem, device, tiles, {"fused_forward": True}):
         product = cost.step(one, problem, device)
@@ -199,8 +194,7 @@ def _backward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[C
         parts.append(cost.step(configs[-1], problem, device))
     yield _candidate("one_pass_backward", configs, parts)
     if "dx" in problem.gradients and (_are_siblings(problem) or _is_down(problem)):
-        of_each = replace(first, launches=first.launches * problem.siblings)
-        yield _candidate("siblings", configs, [of_each, round_a, *parts[1:]])
+        yield _candidate("siblings", configs, [first, round_a, *parts[1:]])
     yield from sorted(_concurrent(problem, device, tiles), key=lambda candidate: candidate.seconds)[:1]
     sums = [name for name in ("da", "db") if name in problem.gradients]
     if sums and (one := _best(problem, device, tiles, {"fused_backward": True, "splits": splits(problem)})):
@@ -216,7 +210,7 @@ def _are_siblings(problem: Problem) -> bool:
 
 def _is_down(problem: Problem) -> bool:
     """Whether a launch of dx can go on to the activation's backward, which da needs too."""
-    is_one = problem.siblings == 1 and problem.format == "dense" and not problem.dropout
+    is_one = problem.siblings == 1 and problem.format == "dense"
     return is_one and problem.epilogue == "gated" and "da" in problem.gradients
 
 

@@ -131,8 +131,6 @@ def kernel_seconds(config: KernelConfig, problem: Problem, device: DeviceSpec) -
             return _split(c, problem, device)
         if c.xa_in_tiles:
             return seconds + _xa_in_tiles(c, problem, device)
-        if c.fused_xa:
-            return seconds + _xa_items(c, problem, device)
         if c.fused_forward or c.fused_backward:
             return seconds + _one_launch(c, seconds, problem, device)
         if c.sum_blocks:
@@ -198,19 +196,6 @@ def _one_launch(config: KernelConfig, seconds: float, problem: Problem, device: 
     read = problem.read + sum(size for name, size in passes.items() if name in problem.gradients)
     streamed = problem.M * read * problem.itemsize / _SIDE_BANDWIDTH
     return max(0.0, streamed - free) * _UNEVEN / device.sms + _FLAG
-
-
-def _xa_items(config: KernelConfig, problem: Problem, device: DeviceSpec) -> float:
-    """What the xa items of a matmul add, on the SMs that the last wave leaves free, before the first tiles.
-
-    At half of what an SM streams: 38 us for two items each (H200, 2026-11-26). That the others compute meanwhile does
-    not help, since every tile waits for its rows of xa.
-    """
-    items = math.ceil(problem.M / config.block_m)
-    tiles = items * math.ceil(problem.N / config.block_n)
-    programs = min(device.sms, tiles)
-    item = config.block_m * problem.K * problem.itemsize / (_SM_BANDWIDTH / 2)
-    return math.ceil(items / (-tiles % programs or programs)) * item
 
 
 _ONE_LAUNCH = ("project", "matmul", "packed")
@@ -350,19 +335,27 @@ def aten(problems: Sequence[Problem], kernel: str, device: DeviceSpec) -> tuple[
     return in_a_row(parts)
 
 
-def ragged(problems: Sequence[Problem], matmuls: Sequence[KernelConfig], device: DeviceSpec) -> tuple[Part, ...]:
+def ragged(
+    problems: Sequence[Problem], matmuls: Sequence[KernelConfig], device: DeviceSpec, gathered: bool = False
+) -> tuple[Part, ...]:
     """Base and low-rank product in one kernel of ours for each projection.
 
-    Triton's kernels gather and activate too; with those of CUDA, ATen runs the rest.
+    Triton's kernels gather and activate too. So do those of CUDA where `gathered`; they compute dyb and db together;
+    around the others ATen runs the rest.
     """
-    in_cuda = matmuls[0].form == "wgmma"
+    in_cuda = matmuls[0].form == "wgmma" and not gathered
     parts = _around(problems, device) if in_cuda or len(problems) == 1 else []
     for p, of, config in zip(problems, _NAMES[len(problems)], matmuls, strict=True):
         parts += [_cast(p, device, 2, of)] if in_cuda else []
         name = (f"dx of {of}" if p.gradients else of) + (", activation" if p.epilogue and not in_cuda else "")
-        parts.append(_rows(f"{'dyb' if p.gradients else 'xa'} of {of}", p.M * p.read, p, device, efficiency=_SKINNY))
+        both = gathered and p.gradients
+        narrow = ("dyb, db" if both else "dyb") if p.gradients else "xa"
+        parts.append(_rows(f"{narrow} of {of}", p.M * p.read, p, device, efficiency=_SKINNY))
         parts.append(Part(name, kernel_seconds(config, p, device)))
-        parts += [_rows(f"da, db of {of}", p.M * (p.K + p.N), p, device, 2, _SKINNY)] if p.gradients else []
+        if both:
+            parts.append(_rows(f"da of {of}", p.M * p.K, p, device, efficiency=_SKINNY))
+        elif p.gradients:
+            parts.append(_rows(f"da, db of {of}", p.M * (p.K + p.N), p, device, 2, _SKINNY))
     if len(problems) == 2 and not in_cuda:
         S, H, choices = problems[0].M, problems[0].K, problems[0].choices
         parts.append(_rows("sum over k", S * H + S // choices * H, problems[0], device))

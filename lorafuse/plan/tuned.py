@@ -37,10 +37,9 @@ from lorafuse.plan.problem import Problem
 __all__ = ["KERNELS", "Tuned", "file_name", "load", "match", "own_file", "read", "text_of", "write"]
 
 _STEPS = ("two_kernel", "one_pass_backward", "ragged")
-# the CUDA kernels do the same steps as Triton's, or xa in y's launch in four forms, or in dx's da and db, or dyb too;
+# the CUDA kernels do the same steps as Triton's, or xa in y's launch in three forms, or in dx's da and db, or dyb too;
 # or layers of one x together
 _ONE_LAUNCH = (
-    "fused_xa",
     "xa_in_tiles",
     "split_k",
     "fused_forward",
@@ -48,12 +47,13 @@ _ONE_LAUNCH = (
     "fused_backward",
     "siblings",
 )
-_CUDA = tuple(f"cuda {name}" for name in (*_STEPS, *_ONE_LAUNCH))
+_CUDA = tuple(f"cuda {name}" for name in (*_STEPS, *_ONE_LAUNCH, "gathered"))
 KERNELS = ("aten_beta1", "aten_addmm", "grouped_mm", "loop", *_STEPS, "siblings", "packed", *_CUDA)
 # names in older files; entries of "", kernels that no longer exist, are left out
 _FORMER_NAMES = {
-    "cuda single_kernel": "cuda fused_xa",
     "cuda one_launch_backward": "cuda concurrent_backward",
+    "cuda single_kernel": "",
+    "cuda fused_xa": "",
     "single_kernel": "",
     "fused_xa": "",
 }

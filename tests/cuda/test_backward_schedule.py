@@ -33,6 +33,21 @@ def test_sixteen_sms_held_by_another_kernel_cost_their_share(M, layer, rate):
             assert least <= end <= 1.15 * least
 
 
+@pytest.mark.parametrize("sums", [0.0, 400.0], ids=["tiles", "four blocks sum first"])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("M", [8192, 16384, 32768])
+def test_tiles_alone_beside_another_kernel(M, layer, sums):
+    """Of linear_kernel. A fixed walk ends after the other kernel has, by a late block's whole part."""
+    N, K = LAYERS[layer]
+    works = schedule.product(M, N, K)
+    for microseconds in (100, 300, 1000, 10000):
+        held = [microseconds] * 16 + [sums] * 4 + IDLE[20:]
+        end, least = seconds(works, held)
+        assert least <= end <= 1.15 * least
+    tile = works[0].microseconds
+    assert schedule.owned(len(works), 132, [300 / tile] * 16 + IDLE[16:]) * tile > 299 + len(works) // 132 * tile
+
+
 @pytest.mark.parametrize("microseconds", [100, 300, 1000, 10000])
 def test_xa_in_tiles_beside_another_kernel(microseconds):
     """k at 32768 rows; a launch of two waves cannot be divided so finely."""

@@ -148,11 +148,10 @@ SCHEDULE_BUGS = [Bug(name, header, check, *change) for name, header, check, chan
         ("program >= slack()", "program < tiles % programs"),
     ),
     (
-        "where there is slack", "schedule.cuh", "items: free where there is slack",
-        (
-            "walk.slack() * items_in_slack >= items ? walk.slack() : walk.programs",
-            "walk.slack() * items_in_slack >= items ? walk.programs : walk.slack()",
-        ),
+        "last number but one", "schedule.cuh",
+        "tickets: one last number; "
+        "ragged tickets: every row of every column once under any order of arrival, one last ticket",
+        ("number + 1 == works + programs", "number + 2 == works + programs"),
     ),
     (
         "tiles before a group", "schedule.cuh",

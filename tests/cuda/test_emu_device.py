@@ -60,5 +60,7 @@ def test_every_launch_of_the_backend_names_the_device_of_its_tensors():
 
 def test_tiles_that_wait_for_flags_walk_fewer_row_blocks():
     problem, gpu = Problem(8192, 4096, 4096, 16, "bfloat16", "float32"), find("H200")
-    groups = {fused: {c.group_m for c in configs_cuda.matmuls(problem, gpu, fused_xa=fused)} for fused in (False, True)}
+    groups = {
+        fused: {c.group_m for c in configs_cuda.matmuls(problem, gpu, fused_forward=fused)} for fused in (False, True)
+    }
     assert groups == {False: {16}, True: {8}}

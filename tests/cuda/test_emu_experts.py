@@ -5,10 +5,12 @@ Emulated, not run on hardware. The kernels' dtypes are bf16 and fp16; what holds
 
 import pytest
 import torch
-from experts_reference import block, check, fused
+from experts_reference import block, check, differentiated, fused
 from native_build import emulator
 
 from lorafuse.functional import lora_grouped_linear
+from lorafuse.operands import Rows
+from lorafuse.plan import override
 from lorafuse.testing.numerics import relative_l2, tolerance
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -98,6 +100,57 @@ def test_many_schedules(emu, request):
     for seed in range(request.config.getoption("--seeds")):
         emu.configure(seed=seed, resident=1 + seed % 3, multiprocessors=1 + seed % 5)
         for name, tensor in results(*given, "emu").items():
+            assert torch.equal(tensor, first[name]), (name, seed)
+
+
+@pytest.fixture
+def gathered(monkeypatch):
+    """Everything by kernels that read rows where they lie: nothing asks where to copy them from."""
+    monkeypatch.setattr(Rows, "token", property(lambda rows: pytest.fail("rows were copied")))
+    with override(force_kernel="cuda gathered"):
+        yield
+
+
+GATHERED = {
+    "w by rows": {"dtype": torch.float16, "bias": True, "adapter_dtype": torch.float32},
+    "w by columns": {"activation": "gelu", "transposed": True, "R": 8},
+    "a clamp": {"activation": "clamped_swiglu", "bias": "levels", "size": 0.1, "R": 1},
+    "no gate": {"gate": False},
+    "gate and up in turn": {"concatenated": False, "bias": True},
+    "a function, one adapter": {"activation": torch.tanh, "gate": False, "adapters": ("down",)},
+    "no adapter": {"adapters": (), "bias": True, "transposed": True},
+    "the other adapter, two tiles of ranks": {"adapters": ("gate_up",), "R": 40},
+    "one token": {"T": 1, "E": 4},
+    "empty experts": {"E": 12, "k": 3, "dtype": torch.float16},
+    "sentinels": {"T": 4, "index": torch.tensor([[0, 5], [5, 5], [2, 0], [5, 3]])},
+}
+
+
+@pytest.mark.usefixtures("gathered")
+@pytest.mark.parametrize("name", GATHERED)
+def test_rows_where_they_lie(name):
+    """By the plan's "gathered" kernels, what each of them has an epilogue for and what not."""
+    check("emu", **{"dtype": torch.bfloat16, "T": 5, "H": 16} | GATHERED[name])
+
+
+@pytest.mark.usefixtures("gathered")
+def test_a_grouped_layer_by_the_same_kernels():
+    given = grouped([20, 20, 90], 92)
+    expected = results(*given, "eager")
+    for name, tensor in results(*given, "emu").items():
+        assert relative_l2(tensor, expected[name]) < tolerance(torch.float16), name
+        assert tensor.count_nonzero() > 0, name
+
+
+@pytest.mark.usefixtures("gathered")
+def test_the_same_bits_under_every_schedule(emu):
+    o, settings = block(T=9, H=16, dtype=torch.bfloat16)
+    first = None
+    for seed in range(3):
+        emu.configure(seed=seed, resident=1 + seed, multiprocessors=1 + 2 * seed)
+        again = differentiated(lambda o, s: fused(o, s, "emu"), o, settings)
+        first = first or again
+        for name, tensor in again.items():
             assert torch.equal(tensor, first[name]), (name, seed)
 
 

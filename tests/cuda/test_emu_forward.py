@@ -71,7 +71,7 @@ def test_what_is_refused(emu):
         "clusters of 2 blocks in one launch for forward; they have 1": {},
         "bias at .* is not on a 4-byte boundary": {"bias": 66},
         "stride 12 of xa is not a multiple of 8": {"stride_xa": 12},
-        "N of 60 and K of 8 are not multiples of 8": {"N": 60},
+        "N of 60 is not a positive multiple of 8": {"N": 60},
         "workspace is null": {"workspace": 0, "tiling": (256, 3, 1, 8, 0, 128)},
     }.items():
         with pytest.raises(ValueError, match=message):

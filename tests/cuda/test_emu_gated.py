@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from emu_launches import gated, masked
+from emu_launches import gated, gated_masked, masked
 from group_reference import Case, check, make, mlp, plain_mlp
 from test_emu_linear import TILINGS
 
@@ -52,9 +52,8 @@ def test_every_gradient(name, launched):
     check(run, plain_mlp, make(CASES[name], of_mlp=True))
     # y of down is a product by itself
     launches = {"gated_forward": 1, "linear": 1, "gated_backward": 1, "siblings_dx": 1, "reduce_x": 2}
-    adapters = sum(r > 0 for r in CASES[name].R)
     actual = counted(launched)
-    assert {key: n for key, n in actual.items() if not key.endswith("_workspace")} == launches | {"reduce_dy": adapters}
+    assert {key: n for key, n in actual.items() if not key.endswith("_workspace")} == launches | {"reduce_each": 2}
 
 
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, *GATES])
@@ -93,12 +92,26 @@ def test_up_is_not_stored(launched):
 
 
 def test_masks(launched):
-    """Those of gate and up are drawn before the launch; with a mask on down the activation has a pass of its own."""
+    """Those of gate and up are drawn before the launch, that of down in its backward too."""
     check(run, plain_mlp, make(replace(PLAIN, p=(0.3, 0.5, 0.0)), of_mlp=True))
     assert counted(launched)["gated_forward"] == counted(launched)["gated_backward"] == 1
-    launched.clear()
-    check(run, plain_mlp, make(replace(PLAIN, p=(0.0, 0.0, 0.4)), of_mlp=True))
-    assert (counted(launched)["gated_forward"], counted(launched)["gated_backward"]) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(PLAIN, p=(0.0, 0.0, 0.4)),
+        # several tiles, of one step of ranks, of two and of more than a block
+        replace(CASES["several tiles"], p=(0.0, 0.3, 0.5), R=(8, 8, 16)),
+        replace(CASES["fp32 adapters"], p=(0.5, 0.0, 0.9)),
+        replace(CASES["many ranks"], p=(0.0, 0.0, 0.2)),
+    ],
+)
+def test_mask_of_down(case, launched):
+    check(run, plain_mlp, make(case, of_mlp=True))
+    assert counted(launched)["gated_backward"] == 1
+    (one,) = (arguments for name, arguments in launched if name == "gated_backward")
+    assert one["seed"] != 0
 
 
 @pytest.mark.parametrize(("names", "backward"), [(("x", "a 2"), 1), (("a 0", "a 2", "b 2"), 1), (("x", "b 2"), 0)])
@@ -113,7 +126,7 @@ def test_down_without_an_adapter(launched):
     assert (counted(launched)["gated_forward"], counted(launched)["gated_backward"]) == (1, 0)
 
 
-@pytest.mark.parametrize("launch", [gated, masked])
+@pytest.mark.parametrize("launch", [gated, gated_masked, masked])
 def test_every_tiling(launch, launched):
     """No bit depends on it, since each tile sums in the same order."""
     first, *others = [launch(config) for config in TILINGS]
@@ -122,7 +135,7 @@ def test_every_tiling(launch, launched):
     assert {one["tiling"][:3] for _, one in launched if "tiling" in one} == set(TILINGS)
 
 
-@pytest.mark.parametrize("launch", [gated, masked])
+@pytest.mark.parametrize("launch", [gated, gated_masked, masked])
 def test_many_schedules(launch, emu, request):
     """No bit depends on the order in which blocks run, or on how many do at a time."""
     emu.configure()

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gathered_reference import ACTIVATIONS, TILINGS, TYPES, Case, Gated, GatedCase, Operands, same
+from gathered_reference import ACTIVATIONS, TILINGS, TYPES, Case, Gated, GatedCase, Gradients, Operands, same
 
 from lorafuse.activation import gate_forward
 from lorafuse.testing.numerics import relative_l2, tolerance
@@ -31,14 +31,14 @@ def check(emu, case, tiling=TILINGS[0]):
 def test_every_layout(emu, transposed, dtype):
     """Columns behind those of a tile, several of them, ranks that end in a short block, and without bias."""
     o, y = check(emu, Case(transposed=transposed, dtype=dtype, N=264, bias=not transposed))
-    assert same(y, o.fixed_tiles(emu))
+    assert same(y, o.grouped(emu))
 
 
 @pytest.mark.parametrize("tiling", TILINGS[1:])
 def test_every_tiling(emu, tiling):
     """No bit depends on it, since each tile sums in the same order."""
     o = Operands(Case(N=264, K=72, R=8))
-    assert same(o.through_order(emu, tiling), o.fixed_tiles(emu))
+    assert same(o.through_order(emu, tiling), o.grouped(emu))
 
 
 @pytest.mark.parametrize("R", [0, 8, 16, 64, 80])
@@ -83,13 +83,14 @@ def test_integers_are_exact(emu):
 FEW = GatedCase(ends=(20, 20, 90), rows=92, N=2 * 72, K=72, R=8)
 
 
-@pytest.mark.parametrize("kind", [Operands, Gated])
+@pytest.mark.parametrize("kind", [Operands, Gated, Gradients])
 def test_many_schedules(emu, request, kind):
     """No bit depends on who computes a tile, or when; w by rows and by columns in turn."""
-    forms, first = [kind(FEW), kind(replace(FEW, transposed=True))], {}
-    for i in range(max(50, request.config.getoption("--seeds") // 4)):
+    few = replace(FEW, bias=kind is not Gradients)
+    forms, first = [kind(few), kind(replace(few, transposed=True))], {}
+    for i in range(max(20 if kind is Gradients else 50, request.config.getoption("--seeds") // 4)):
         emu.configure(seed=i, resident=1 + i % 3, multiprocessors=1 + i // 2 % 5)
-        y = forms[i % 2].through_order(emu, TILINGS[0 if kind is Gated else i % 3])
+        y = forms[i % 2].through_order(emu, TILINGS[i % 3 if kind is Operands else 0])
         assert same(y, first.setdefault(i % 2, y)), i
 
 
@@ -118,6 +119,44 @@ def test_an_activation(emu, activation):
     assert h[end:].isnan().all(), "a row of no group was written"
 
 
+def check_gradients(emu, case):
+    o = Gradients(case)
+    launched = o.through_order(emu)
+    for name, actual, exact in zip(("du", "h", "⟨dh, h⟩"), o.results(launched), o.expected_results(), strict=True):
+        assert relative_l2(actual, exact) < tolerance(case.dtype), name
+        assert actual.count_nonzero() > 0, name
+    assert launched[case.ends[-1] :].isnan().all(), "a row of no group was written"
+    return o, launched
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_activation_s_backward(emu, activation):
+    """The gradients of gate and up, h and the parts of a router's gradient, of the dh that is nowhere stored."""
+    index = ACTIVATIONS.index(activation)
+    check_gradients(
+        emu,
+        GatedCase(
+            ends=(20, 20, 150, 152), N=(136, 264)[index // 5], K=72, R=(8, 0, 24)[index % 3], activation=activation,
+            transposed=index % 2 == 0, bias=False, dtype=(torch.bfloat16, torch.float16)[index // 3],
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["some have none", "whole tiles", "a row each"])
+def test_gradients_in_groups_of_every_kind(emu, name):
+    """The last one's rows end where the matrix does, or before."""
+    ends, rows, choices = GROUPS[name]
+    check_gradients(emu, GatedCase(ends=ends, rows=rows, choices=choices, N=72, K=72, R=8, bias=False))
+
+
+def test_gradients_of_rows_that_are_alike(emu):
+    """Without factors of rows, and without the router's gradient."""
+    o, launched = check_gradients(emu, replace(FEW, bias=False))
+    o.row_scale.fill_(1)
+    assert same(o.launch(emu, row_scale=0, products=0)[:, :-1], o.launch(emu)[:, :-1])
+    assert not same(o.launch(emu), launched)
+
+
 def test_what_is_refused(emu):
     o = Operands(Case())
     _, given = o.arguments(o.x, TILINGS[0])
@@ -128,7 +167,7 @@ def test_what_is_refused(emu):
         "order at .* is not on a 8-byte boundary": {"order": o.order.data_ptr() + 4},
         "workspace is null": {"workspace": 0},
         "offsets is null": {"offsets": 0},
-        "N of 12 is not a multiple of 8": {"N": 12},
+        "N of 12 is not a positive multiple of 8": {"N": 12},
         "stride 128 of x is below its 136 columns": {"stride_x": 128},
         "clusters of 2 blocks; grouped kernels have none": {"tiling": (256, 3, 2)},
         "block_m of 32; tiles have 64 or 128 rows": {"tiling": (256, 3, 1, 16, 0, 32)},
@@ -148,6 +187,16 @@ def test_what_is_refused(emu):
     }.items():
         with pytest.raises(ValueError, match=message):
             emu.gathered_linear(**given | change)
+    backward = given | {"h": o.x.data_ptr(), "stride_h": 136, "stride_y": 272, "u": o.x.data_ptr(), "stride_u": 272}
+    for message, change in {
+        "u without h": {"h": 0, "stride_y": 136},
+        "stride 136 of u is below its 272 columns": {"stride_u": 136},
+        "a bias of dh": {},
+        "row_scale at .* is not on a 4-byte boundary": {"bias": 0, "row_scale": o.order.data_ptr() + 2},
+        "products at .* is not on a 4-byte boundary": {"bias": 0, "products": o.order.data_ptr() + 2},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            emu.gathered_linear(**backward | change)
     with pytest.raises(TypeError, match="missing keyword workspace"):
         emu.gathered_linear(**{key: value for key, value in given.items() if key != "workspace"})
     emu.gathered_linear(**given | {"rows": 0, "workspace": 0})

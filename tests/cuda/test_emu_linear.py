@@ -70,49 +70,51 @@ def test_several_tiles(R, dtype):
     check(LinearCase(leading=(257,), N=264, K=72, R=R, dtype=dtype))
 
 
-@pytest.mark.parametrize("direction", ["dropout", "plain", "fused_xa"])
+@pytest.mark.parametrize("direction", ["dropout", "plain"])
 @pytest.mark.parametrize("config", TILINGS)
 def test_every_tiling(config, direction, tiles, launched):
     tiles(config)
     dropout_p = 0.2 if direction == "dropout" else 0.0
     case = LinearCase(leading=(300,), N=264, K=200, R=24, dtype=torch.bfloat16, dropout_p=dropout_p)
-    with override(force_kernel="cuda fused_xa" if direction == "fused_xa" else "cuda two_kernel"):
+    with override(force_kernel="cuda two_kernel"):
         check(case)
     products = [arguments for name, arguments in launched if name == "linear"]
     assert {arguments.get("transposed", False) for arguments in products} == {False, True}
     assert {arguments["tiling"][:3] for arguments in products} == {config}
-    assert {
-        "a" in arguments and "workspace" in arguments for arguments in products if not arguments.get("transposed")
-    } == {direction == "fused_xa"}
 
 
-@pytest.mark.parametrize("R", [r for r in UGLY_R if r <= 64])
-@pytest.mark.parametrize("M", [1, 63, 128, 257])
-def test_fused_xa(M, R, launched):
-    N, K = ALIGNED_NK[(M + R) % len(ALIGNED_NK)]
-    with override(force_kernel="cuda fused_xa"):
-        check(LinearCase(leading=(M,), N=N, K=K, R=R, dtype=DTYPES[R % 2]))
-    assert "project_x" not in {name for name, _ in launched}
-    assert {"linear", "reduce_dy", "reduce_x"} <= {name for name, _ in launched}
-    products = [arguments for name, arguments in launched if name == "linear"]
-    assert ["a" in arguments for arguments in products] == [not arguments.get("transposed") for arguments in products]
-    assert any(arguments.get("transposed") for arguments in products)
-
-
-def test_the_flags_of_fused_xa_are_left_as_they_were(operator):
+def test_a_launch_leaves_its_word_of_tickets_zero(operator):
+    """And the next one draws every tile again."""
     o = make_operands(LinearCase(leading=(300,), N=264, K=72, R=16, dtype=torch.float16))
-    with override(force_kernel="cuda fused_xa"):
-        first = [operator.forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0)[0] for _ in range(3)]
-        flags = list(base.load("emu").flags.values())
-        assert flags
-        assert not any(actual.any() for actual in flags)
-        # more rows need more flags, fewer take those that are there
-        more, fewer = torch.cat([o.x] * 3), o.x[:5]
-        for x in (more, fewer):
-            y, _ = operator.forward(x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0)
-            assert torch.equal(y[:5], first[0][:5])
-    assert torch.equal(first[1], first[0])
-    assert torch.equal(first[2], first[0])
+    y, xa = operator.forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0)
+    dx = backwards(operator, o, xa, None, True, False, False, False)[0]
+    flags = list(base.load("emu").flags.values())
+    assert flags
+    assert not any(actual.any() for actual in flags)
+    assert torch.equal(operator.forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0)[0], y)
+    assert torch.equal(backwards(operator, o, xa, None, True, False, False, False)[0], dx)
+
+
+def test_a_captured_launch_has_a_word_of_its_own(monkeypatch):
+    """No launch zeroes it, in whichever graph, and none of the stream's own draws from it."""
+    backend, cpu = base.load("emu"), torch.device("cpu")
+    monkeypatch.setattr(backend, "captured", {})
+    monkeypatch.setattr(backend, "is_capturing", lambda: True)
+    # nobody has made any before: zeroed in the graph
+    zeroed = [backend.ticket(cpu, 0) for _ in range(2)]
+    monkeypatch.setattr(backend, "is_capturing", lambda: False)
+    own = {backend.ticket(cpu, stream).data_ptr() for stream in (0, 1, 0)}
+    monkeypatch.setattr(backend, "is_capturing", lambda: True)
+    given = [backend.ticket(cpu, 0) for _ in range(3)]
+    words = {word.data_ptr() for word in given}
+    assert len(own) == 2
+    assert len(words) == 3
+    assert not own & words
+    assert not any(word[0] for word in (*zeroed, *given))
+    backend.captured[cpu] = backend.captured[cpu][0], cuda.CAPTURED - 1
+    assert backend.ticket(cpu, 0).data_ptr() == backend.captured[cpu][0][-1:].data_ptr()
+    # all are given away
+    assert backend.ticket(cpu, 0).data_ptr() not in range(given[0].data_ptr(), given[0].data_ptr() + 4 * cuda.CAPTURED)
 
 
 @by_dtype
@@ -232,12 +234,12 @@ def test_fp16_outside_autocast_is_refused_with_adapters_of_a_larger_range():
 def test_runs_are_bitwise_equal_under_every_schedule(emu, request):
     """The schedule moves, the result does not: no sum depends on who comes first."""
     case = LinearCase(leading=(257,), N=96, K=136, R=16, dtype=torch.float16, dropout_p=0.2)
-    fused_xa = replace(case, dropout_p=0.0)
+    plain = replace(case, dropout_p=0.0)
     emu.configure(seed=1)
-    first = check(case), check(fused_xa)
+    first = check(case), check(plain)
     for seed in range(2, 2 + max(4, request.config.getoption("--seeds") // 50)):
         emu.configure(seed=seed, resident=1 + seed % 4, multiprocessors=4)
-        for one, other in zip(first, (check(case), check(fused_xa)), strict=True):
+        for one, other in zip(first, (check(case), check(plain)), strict=True):
             for name, tensor in one.items():
                 assert torch.equal(tensor, other[name]), (name, seed)
 
@@ -245,7 +247,6 @@ def test_runs_are_bitwise_equal_under_every_schedule(emu, request):
 # of each kernel a launch over two row blocks, two columns of tiles and three steps, the last one ragged
 SCHEDULED = {
     "forward": ("linear", lambda op, o, xa, seed: op.forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)),
-    "fused_xa": ("linear", lambda op, o, xa, seed: op.forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0)),
     "dx": ("linear", lambda op, o, xa, seed: backwards(op, o, xa, None, True, False, False, False)),
     "dx, dropout": ("linear", lambda op, o, xa, seed: backwards(op, o, xa, seed, True, False, False, False)),
     "da, db, dbias": ("reduce_x", lambda op, o, xa, seed: backwards(op, o, xa, seed, False, True, True, True)),
@@ -264,10 +265,9 @@ def test_many_schedules(kernel, emu, operator, launched, request):
     seed = torch.tensor([5])
     _, xa = operator.forward(o.x, o.w, o.bias, o.a, o.b, seed, 1.7, 0.2)
     first = None
-    forced = "cuda fused_xa" if kernel == "fused_xa" else "cuda two_kernel"
     for i in range(request.config.getoption("--seeds")):
         emu.configure(seed=i, resident=2 + i % 3, multiprocessors=4)
-        with override(force_kernel=forced, cuda_tiles=TILINGS[i % len(TILINGS) :][:1]):
+        with override(force_kernel="cuda two_kernel", cuda_tiles=TILINGS[i % len(TILINGS) :][:1]):
             actual = run(operator, o, xa, seed)
         first = first or actual
         for one, other in zip(actual, first, strict=True):

@@ -12,9 +12,9 @@ import pytest
 import test_emu_decode
 import test_emu_skinny
 import torch
-from emu_launches import gated, masked
+from emu_launches import gated, gated_masked, masked
 from gathered_reference import Case as GatheredCase
-from gathered_reference import Gated, GatedCase, Operands
+from gathered_reference import Gated, GatedCase, Gradients, Operands, Ranks
 from group_reference import Case, linears, make
 from group_reference import results as group_results
 from native_build import EMULATOR as emu
@@ -30,22 +30,25 @@ from lorafuse.testing.check_linear import LinearCase, make_operands
 # by what the table names as seeing a bug: (launch, (block_n, stages, cluster), blocks that run at a time)
 SCENARIOS = {
     "two_kernel": ("two_kernel", (256, 3, 2), 0),
-    "fused_xa": ("fused_xa", (256, 3, 1), 0),
-    # blocks take their turns by number, and those with the first turns may not have started
-    "fused_xa, one block at a time": ("fused_xa", (128, 4, 1), 1),
+    "two_kernel, one cluster at a time": ("two_kernel", (128, 4, 2), 2),
     "xa_in_tiles": ("xa_in_tiles", (256, 3, 1), 0),
     "xa_in_tiles, one block at a time": ("xa_in_tiles", (128, 4, 1), 1),
     "split_k": ("split_k", (128, 4, 1), 0),
     "concurrent_backward": ("concurrent_backward", (256, 3, 1), 0),
     "concurrent_backward, four stages": ("concurrent_backward", (128, 4, 1), 0),
+    # the blocks that sum are the first and compute the tiles too, of which the ring holds one
+    "concurrent_backward, one block at a time": ("concurrent_backward", (128, 6, 1), 1),
     "fused_backward": ("fused_backward", (256, 3, 1), 0),
     "fused_forward": ("fused_forward", (256, 3, 1), 0),
     "siblings": ("siblings", (256, 3, 2), 0),
     "siblings with masks": ("siblings with masks", (128, 4, 2), 0),
     "gated": ("gated", (128, 4, 2), 0),
+    "gated with a mask": ("gated with a mask", (128, 4, 2), 0),
     "grouped": ("grouped", None, 0),
     "gathered": ("gathered", (256, 3, 1, 16, 0, 128), 0),
     "gathered_gated": ("gathered_gated", (256, 3, 1, 16, 0, 128), 0),
+    "ragged_ranks": ("ragged_ranks", None, 0),
+    "gathered_gradients": ("gathered_gradients", (256, 3, 1, 16, 0, 128), 0),
 }
 SEEN_BY = {bug.name: bug.seen_by for bug in planted.BUGS}
 
@@ -65,10 +68,19 @@ def _built():
 def run(kind, tiling):
     """What a scenario computes, as tensors; a launch that computes xa too leaves flags for a second one."""
     if kind == "grouped":
+        base.load("emu").flags.clear()
         return list(results(*grouped([60, 60, 190], 200, torch.bfloat16), "emu").values())
     if kind == "gathered_gated":
-        # a row block and a part of one in two groups
-        o = Gated(GatedCase(ends=(150, 290), rows=292, N=2 * 72, K=72, R=8))
+        # a row block and a part of one in two groups, and memory for what a bug writes behind them
+        o = Gated(GatedCase(ends=(150, 290), rows=384, N=2 * 72, K=72, R=8))
+        return [o.launch(emu, tiling)[:290], o.word]
+    if kind == "ragged_ranks":
+        o = Ranks(GatheredCase(ends=(60, 60, 250), rows=260, K=264, R=16))
+        projected, outer = o.launch(emu)
+        return [projected[:250], outer]
+    if kind == "gathered_gradients":
+        # two tiles a block, of which some end with a part of a row block; more stages of gates than the ring has
+        o = Gradients(GatedCase(ends=(150, 290), rows=292, N=264, K=72, R=8, bias=False))
         return [o.launch(emu, tiling)[:290], o.word]
     if kind == "gathered":
         # tiles that go around the ring, and more of them than blocks
@@ -80,19 +92,22 @@ def run(kind, tiling):
                 Case(N=(72, 40, 264), R=(40, 0, 80), K=200, leading=(150,), dtype=torch.bfloat16, bias=(True,) * 3)
             )
             return list(group_results(lambda o: linears(o, backend="emu"), o).values())
-    if kind in ("gated", "siblings with masks"):
-        return (gated if kind == "gated" else masked)(tiling)
+    of_groups = {"gated": gated, "gated with a mask": gated_masked, "siblings with masks": masked}
+    if kind in of_groups:
+        return of_groups[kind](tiling)
     operator = Linear("emu")
     # flags that a bug left set are not those of the next run
     base.load("emu").flags.clear()
     # sums over few rows, so that the ring holds an item and one consumer can be an item ahead
     rows = 100 if kind == "concurrent_backward" else 300
     # tiles of two stages of a ring of four, so that a producer can be two tiles ahead
-    K = 64 if (kind, tiling) == ("xa_in_tiles", (128, 4, 1)) else 200
+    K = 64 if kind in ("two_kernel", "xa_in_tiles") and tiling[1] == 4 else 200
     if kind == "split_k":
         # one tile, whose cluster of four the multiprocessors hold; parts of K that go around the ring
         rows, K = 40, 64 * 22
-    o = make_operands(LinearCase(leading=(rows,), N=120 if kind == "split_k" else 264, K=K, R=24, dtype=torch.bfloat16))
+    # ranks whose sums lie where the other consumer's rows go out
+    R = 40 if tiling == (128, 6, 1) else 24
+    o = make_operands(LinearCase(leading=(rows,), N=120 if kind == "split_k" else 264, K=K, R=R, dtype=torch.bfloat16))
     if kind in ("concurrent_backward", "fused_backward"):
         _, xa = operator.forward(o.x, o.w, None, o.a, o.b, None, 1.7, 0.0)
         given = o.dy, o.x, xa, o.w, o.a, o.b, None, 1.7, 0.0, True, True, True, False
@@ -105,7 +120,7 @@ def run(kind, tiling):
         first = make_operands(LinearCase(leading=(rows,), N=K, K=64, R=24, dtype=torch.bfloat16))
         with override(force_kernel="cuda two_kernel"):
             o.x = operator.forward(first.x, first.w, None, first.a, first.b, None, 1.7, 0.0)[0]
-    launches = range(2 if kind in ("fused_xa", "xa_in_tiles", "fused_forward") else 1)
+    launches = range(2 if kind in ("two_kernel", "xa_in_tiles", "fused_forward") else 1)
     with override(force_kernel=f"cuda {kind}", cuda_tiles=[tiling]):
         actual = [operator.forward(o.x, o.w, o.bias, o.a, o.b, None, 1.7, 0.0) for _ in launches]
     return [tensor for pair in actual for tensor in pair]
@@ -144,7 +159,7 @@ def test_a_flag_that_never_comes_is_named():
     """Every block ends or waits: the emulator says for what, and does not hang."""
     emu.configure(seed=3, multiprocessors=4, planted="flag_never_set")
     with pytest.raises(emu.EmulationError, match=r"deadlock(.|\n)*waiting until the counter at .* is 2; it is 0"):
-        run("fused_xa", (256, 3, 1))
+        run("xa_in_tiles", (256, 3, 1))
 
 
 def test_every_bug_is_run():

@@ -1,6 +1,6 @@
 """xa computed by the tiles of the first columns of y (csrc/kernels/xa_tiles_sm90.cuh), emulated (T5).
 
-Against fp64 in every size, and bit for bit under every schedule, as one launch with items of xa computes it.
+Against fp64 in every size, and bit for bit under every schedule, as a launch with items of xa computes it.
 """
 
 import pytest
@@ -35,7 +35,7 @@ def products(launched):
 def test_sizes_and_ranks(M, R, launched):
     N, K = ALIGNED_NK[(M + R) % len(ALIGNED_NK)]
     check(LinearCase(leading=(M,), N=N, K=K, R=R, dtype=DTYPES[R % 2], bias=R % 3 == 0))
-    assert all(arguments["xa_in_tiles"] for arguments in products(launched))
+    assert all("a" in arguments for arguments in products(launched))
     assert "project_x" not in {name for name, _ in launched}
 
 
@@ -43,7 +43,7 @@ def test_sizes_and_ranks(M, R, launched):
 def test_tilings(config, tiles, launched):
     tiles(config)
     check(LinearCase(leading=(300,), N=520, K=200, R=24, dtype=torch.bfloat16))
-    assert {(a["xa_in_tiles"], a["tiling"][:3]) for a in products(launched)} == {(True, config)}
+    assert {("a" in given, given["tiling"][:3]) for given in products(launched)} == {(True, config)}
 
 
 def test_more_ranks_than_registers_hold_are_refused(emu):
@@ -60,16 +60,16 @@ def test_more_ranks_than_registers_hold_are_refused(emu):
     }
     given |= dict.fromkeys(("x", "w", "xa", "b", "y", "a", "workspace"), 64) | {"stride_y": 8, "stride_a": 64}
     with pytest.raises(ValueError, match="R of 40: one launch computes xa of 1 to 32 ranks in its tiles"):
-        emu.linear(**given, xa_in_tiles=True)
+        emu.linear(**given)
     with pytest.raises(ValueError, match="clusters of 2 blocks in a launch whose tiles compute xa; they have 1"):
-        emu.linear(**given | {"R": 8, "stride_xa": 8, "stride_b": 8}, xa_in_tiles=True)
+        emu.linear(**given | {"R": 8, "stride_xa": 8, "stride_b": 8})
 
 
 def test_many_schedules(emu, operator, tiles, request):
     """Flags and tickets are left zero, and no bit depends on who computes a tile, or where xa was computed."""
     o = make_operands(LinearCase(leading=(200,), N=264, K=136, R=24, dtype=torch.bfloat16))
     tiles(*ALONE)
-    with override(force_kernel="cuda fused_xa"):
+    with override(force_kernel="cuda fused_forward"):
         expected = forward(operator, o)
     for i in range(max(50, request.config.getoption("--seeds") // 2)):
         emu.configure(seed=i, resident=1 + i % 4, multiprocessors=1 + i % 5)

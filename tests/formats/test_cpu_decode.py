@@ -161,7 +161,7 @@ def test_what_it_cannot_read_is_left_to_torch(built, monkeypatch):
     codes = cpu.Codes("nibbles", w.data, 64, absmax, table, scale_table, outer, offset)
 
     def reads(out=out, first=0, **changes):
-        return cpu.decode(codes._replace(**changes), torch.float32, first, out)
+        return cpu.decode(codes._replace(first=first, **changes), out)
 
     assert reads()
     out.zero_()

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.no_poison, pytest.mark.first]
 
 # a sample of each kernel, and what becomes of their digests; nothing is compiled
 DIGESTS = """
-import json, sys
+import ast, functools, json, sys
 from dataclasses import replace
 import triton
 from triton.runtime.jit import JITCallable
@@ -20,6 +20,8 @@ import lorafuse.kernels.combine
 from lorafuse.testing import compile_only
 from lorafuse.testing.compile_only import Resources, compile_variants, sample, variants
 
+# Triton parses all sources for each of the digests, and changes no tree
+ast.parse = functools.cache(ast.parse)
 every = variants("sm_90", False)
 names = sample(every)
 codebook = next(variant.name for variant in every if variant.name.startswith("decode codebook "))

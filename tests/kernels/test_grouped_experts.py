@@ -206,9 +206,9 @@ def test_nothing_is_read_on_the_host(bias, monkeypatch):
     of_up = grouped_layer.low_rank(aten.BACKEND, GROUPED_MM, x, *low[:2], 1.3, rows)
     y = rows.zero_rest(aten.BACKEND.matmul(x, up, rows, GROUPED_MM, low=of_up, bias=up_bias))
     assert (y.shape, rows.zero_rest(of_up.xa).shape) == ((23, 16), (23, 3))
-    dyb = aten.BACKEND.project(y, low[1], rows, GROUPED_MM, is_transposed=True)
-    grads = grouped_layer.rank_gradients(aten.BACKEND, GROUPED_MM, y, rows, x, rows, dyb, of_up.xa, *low[:2], 1.3)
-    assert [g.shape for g in grads] == [t.shape for t in low[:2]]
+    dyb, db = aten.BACKEND.project_outer_rows(y, low[1], of_up.xa, rows, GROUPED_MM, scale=1.3)
+    da = aten.BACKEND.outer(dyb, x, rows, GROUPED_MM, like=low[0], scale=1.3)
+    assert [g.shape for g in (da, db)] == [t.shape for t in low[:2]]
 
 
 def test_no_temporary_of_a_weights_size(grouped, monkeypatch):

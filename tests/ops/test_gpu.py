@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from gathered_reference import Gated, GatedCase, Operands, same
+from experts_reference import check as check_experts
+from gathered_reference import Gated, GatedCase, Gradients, Operands, Ranks, same
 from group_reference import Case, linears, make, mlp
 from group_reference import results as group_results
 from torch.utils.checkpoint import checkpoint
@@ -87,7 +88,7 @@ def test_every_rank_of_the_cuda_kernels(leading, R):
 @pytest.mark.parametrize("M", [1, 1000, 8192])
 @pytest.mark.parametrize(
     ("kernel", "N"),
-    [("cuda fused_xa", 4096), ("cuda xa_in_tiles", 1024), ("cuda split_k", 1024), ("cuda fused_forward", 4096)],
+    [("cuda xa_in_tiles", 1024), ("cuda split_k", 1024), ("cuda fused_forward", 4096)],
 )
 def test_xa_and_y_in_one_cuda_launch(kernel, N, M):
     able("cuda")
@@ -123,13 +124,17 @@ def test_siblings_in_one_cuda_launch(N, p, M):
 
 
 @pytest.mark.parametrize(
-    ("activation", "M"), [*((name, 1000) for name in (*ACTIVATIONS, *GATES)), ("silu", 1), ("silu", 8192)]
+    ("activation", "M", "p"),
+    [
+        *((name, 1000, 0.0) for name in (*ACTIVATIONS, *GATES)),
+        *(("silu", M, p) for M, p in ((1, 0.0), (8192, 0.0), (1, 0.3), (1000, 0.3), (8192, 0.1))),
+    ],
 )
-def test_gated_mlp_in_one_cuda_launch_each_way(activation, M):
+def test_gated_mlp_in_one_cuda_launch_each_way(activation, M, p):
     """Gate, up and h; dgate, dup and h: as eager has them, and the same bits each time."""
     able("cuda")
     N, R, bias = (1032, 1032, 264), (16, 24, 40), (True, False, True)
-    o = make(Case(N, R, (0.0,) * 3, bias, (M,), 1024, torch.bfloat16, torch.float32), of_mlp=True)
+    o = make(Case(N, R, (p,) * 3, bias, (M,), 1024, torch.bfloat16, torch.float32), of_mlp=True)
     o = o.with_leaves({name: t.cuda() for name, t in o.leaves().items()})
     o.projections = [one._replace(weight=one.weight.cuda()) for one in o.projections]
     o.dys = [dy.cuda() for dy in o.dys]
@@ -156,10 +161,44 @@ def test_gathered_rows_by_ticket_in_the_cuda_kernel(ends, transposed):
     assert relative_l2(both[: ends[-1], case.N :], gate_forward("silu", gate, up)) < tolerance(torch.bfloat16)
     assert same(both[:, : case.N], y)
     assert same(plain.in_order(native), y)
-    assert same(plain.fixed_tiles(native), y)
+    assert same(plain.grouped(native), y)
     for _ in range(100):
         assert same(plain.through_order(native), y)
         assert same(gated.through_order(native), both)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("ends", [(0, 700, 700, 701, 3000, 4096), tuple(range(64, 8193, 64))])
+def test_gathered_gradients_in_the_cuda_kernels(ends, transposed):
+    """du, h and the router's gradient of dh, dyb and db as in fp64, and the same bits each time."""
+    able("cuda")
+    native = base.load("cuda").native
+    case = GatedCase(
+        ends=ends, rows=ends[-1] + 8, choices=8, N=776, K=1032, R=24, transposed=transposed, bias=False
+    )  # fmt: skip
+    gates, ranks = Gradients(case, "cuda"), Ranks(case, "cuda")
+    launched, (projected, outer) = gates.through_order(native), ranks.launch(native)
+    exact, exact_outer = ranks.expected()
+    pairs = *zip(gates.results(launched), gates.expected_results(), strict=True), (outer, exact_outer)
+    for actual, expected in (*pairs, (projected[: ends[-1]], exact[: ends[-1]])):
+        assert relative_l2(actual, expected) < tolerance(torch.bfloat16)
+    for _ in range(100):
+        assert same(gates.through_order(native), launched)
+        again, again_outer = ranks.launch(native)
+        assert same(again[: ends[-1]], projected[: ends[-1]])
+        assert torch.equal(again_outer, outer)
+
+
+@pytest.mark.parametrize("activation", ["silu", "clamped_swiglu"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_in_the_gathered_cuda_kernels(activation, transposed):
+    able("cuda")
+    sizes = {"T": 40, "E": 6, "k": 3, "H": 136, "I": 264, "R": 12, "transposed": transposed, "bias": "levels"}
+    with override(force_kernel="cuda gathered"):
+        check_experts(
+            "cuda", dtype=torch.bfloat16, activation=activation, adapter_dtype=torch.float32, size=0.1, device="cuda",
+            **sizes,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("M", [1, 512, 1000, 8192])

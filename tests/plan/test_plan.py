@@ -198,12 +198,12 @@ class TestSelect:
     def test_a_constraint_holds_where_it_can(self):
         device = find("H200")
         able = (*ALL[:2], ("cuda", ""))
-        with override(force_kernel="cuda fused_xa"):
+        with override(force_kernel="cuda fused_forward"):
             plan = select(HEADLINE, device, able)
-            assert plan.kernel == "fused_xa"
-            assert [(c.kernel, c.fused_xa) for c in plan.configs] == [("matmul", True)]
-            assert "cuda fused_xa is forced" in plan.reasons[-1]
-            assert select(replace(HEADLINE, R=128), device, able).kernel != "fused_xa"
+            assert plan.kernel == "fused_forward"
+            assert [(c.kernel, c.fused_forward) for c in plan.configs] == [("matmul", True)]
+            assert "cuda fused_forward is forced" in plan.reasons[-1]
+            assert select(replace(HEADLINE, R=128), device, able).kernel != "fused_forward"
             with override(force_kernel="aten_beta1"):
                 assert select(HEADLINE, device, ALL).backend == "eager"
         assert select(HEADLINE, device, ALL).kernel == "two_kernel"

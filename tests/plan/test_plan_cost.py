@@ -157,17 +157,6 @@ class TestCost:
         more = cost.kernel_seconds(config, replace(HEADLINE, M=128 * 133, N=256), device)
         assert more == pytest.approx(2 * full)
 
-    def test_xa_beside_the_tiles_costs_its_items(self):
-        """1024 tiles leave 32 of 132 SMs one short: two items each. 8 x 132 tiles leave none: all take one."""
-        device = find("H200")
-        config = KernelConfig("matmul", "tma", 128, 256, 64, 16, 3, 8)
-        item = 128 * 4096 * 2 / 55e9
-        for problem, items in ((HEADLINE, 2), (replace(HEADLINE, M=128 * 66, N=256 * 16), 1)):
-            one, two = (
-                cost.kernel_seconds(replace(config, fused_xa=fused_xa), problem, device) for fused_xa in (True, False)
-            )
-            assert one - two == pytest.approx(items * item)
-
     @pytest.mark.parametrize(
         ("gradients", "decoded"), [((), True), (("dx", "da"), True), (("da", "db"), False)], ids=["y", "dx", "da"]
     )

@@ -139,7 +139,14 @@ class TestChoice:
             plan = select(problems, H200, EVERY)
             assert (plan.backend, plan.kernel) == ("cuda", "ragged")
             assert plan.of(1).config("matmul").form == "wgmma"
-        assert select(problems, H200, EVERY[2:]).backend == "cuda"
+        named = select(problems, H200, EVERY[2:])
+        assert (named.backend, named.kernel) == ("cuda", "ragged")
+        with override(force_kernel="cuda gathered"):
+            plan = select(problems, H200, EVERY)
+            assert (plan.backend, plan.kernel) == ("cuda", "gathered")
+            # by the model neither copies of rows nor passes of the activation are left
+            assert plan.chosen.seconds < named.chosen.seconds
+            assert not [part.name for part in plan.chosen.parts if "gather" in part.name.replace("gate_up", "")]
         plan = select(experts(I=772, backward=backward), H200, EVERY)
         assert "cuda: TMA needs N 2048 and K 772 to be multiples of 8" in plan.reasons
 

@@ -118,13 +118,7 @@ class TestFile:
         assert json.loads(path.read_text())["version"] == 3
         assert tuned.read(path) == before
 
-    @pytest.mark.parametrize(
-        ("former", "name"),
-        [
-            ("cuda single_kernel", "cuda fused_xa"),
-            ("cuda one_launch_backward", "cuda concurrent_backward"),
-        ],
-    )
+    @pytest.mark.parametrize(("former", "name"), [("cuda one_launch_backward", "cuda concurrent_backward")])
     def test_version_2_is_read_with_its_names(self, folders, former, name):
         path = folders / "h200.json"
         tuned.write(path, (replace(ENTRY, kernel=name),))
@@ -135,7 +129,7 @@ class TestFile:
         path.write_text(json.dumps(content | {"version": 2}))
         assert tuned.read(path) == (replace(ENTRY, kernel=name),)
 
-    @pytest.mark.parametrize("kernel", ["single_kernel", "fused_xa"])
+    @pytest.mark.parametrize("kernel", ["single_kernel", "fused_xa", "cuda single_kernel", "cuda fused_xa"])
     def test_what_was_measured_of_a_removed_kernel_is_left_out(self, folders, kernel):
         path = folders / "h200.json"
         tuned.write(path, (replace(ENTRY, kernel=kernel), ENTRY))

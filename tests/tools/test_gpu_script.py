@@ -82,7 +82,7 @@ def test_benchmarks_take_their_options(step, monkeypatch):
 
 def test_scripts_take_their_options():
     scripts = [step for step in STEPS if step.command[1].startswith("bench/")]
-    assert {step.name for step in scripts} == {"probes", "hopper", "decode", "dora"}
+    assert {step.name for step in scripts} == {"probes", "hopper", "decode", "dora", "host"}
     for step in scripts:
         options = step.command[2:]
         assert (ROOT / step.command[1]).exists()

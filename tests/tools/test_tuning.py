@@ -226,7 +226,7 @@ class TestWithoutGpu:
         assert cli.main(argv) == 0
         out = capsys.readouterr().out
         assert out.count("4096 × 4096") == 1
-        assert "cuda fused_xa" in " ".join(out.split())
+        assert "cuda fused_forward" in " ".join(out.split())
         assert "6 passes" in out
         for line in out.splitlines():
             assert "us" not in line.split() or "model" in line, line

@@ -35,6 +35,8 @@ std::vector<Case> ring_cases();
 std::vector<Case> store_cases();
 std::vector<Case> warp_cases();
 std::vector<Case> copies_cases();
+std::vector<Case> registers_cases();
+std::vector<Case> boxes_cases();
 std::vector<Case> order_cases();
 std::vector<Case> report_cases();
 
@@ -53,6 +55,21 @@ std::vector<T> numbers(size_t count, uint32_t seed) {
 template <class T>
 float value_of(T element) {
   return emu::to_float(std::is_same_v<T, BF16> ? emu::Element::kBF16 : emu::Element::kFP16, element.bits);
+}
+
+// a b, with a [m, k] and b [n, k] or, transposed, [k, n].
+template <class T>
+std::vector<double> product(const std::vector<T>& a, const std::vector<T>& b, int m, int n, int k, bool transposed) {
+  std::vector<double> d(m * n);
+  for (int i = 0; i < m; ++i) {
+    for (int j = 0; j < n; ++j) {
+      for (int l = 0; l < k; ++l) {
+        const T other = transposed ? b[l * n + j] : b[j * k + l];
+        d[i * n + j] += static_cast<double>(value_of(a[i * k + l])) * value_of(other);
+      }
+    }
+  }
+  return d;
 }
 
 // "" or where and by how much `found` is off.

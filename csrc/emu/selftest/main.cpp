@@ -67,7 +67,8 @@ int main(int count, char** arguments) {
   using namespace lorafuse::selftest;
   std::vector<Case> cases;
   for (const auto& some :
-       {ring_cases(), store_cases(), warp_cases(), copies_cases(), order_cases(), report_cases()}) {
+       {ring_cases(), store_cases(), warp_cases(), copies_cases(), registers_cases(), boxes_cases(), order_cases(),
+        report_cases()}) {
     cases.insert(cases.end(), some.begin(), some.end());
   }
   const std::string wanted = count > 1 ? arguments[1] : "";

@@ -1,4 +1,5 @@
-// What blocks and launches tell each other: flags, tickets, words of a cluster, launches that overlap.
+// What blocks and launches tell each other: flags, tickets, words and sums of a cluster, launches that overlap.
+#include <lorafuse/ptx/cluster.cuh>
 #include <lorafuse/ptx/launch.cuh>
 #include <lorafuse/ptx/memory.cuh>
 
@@ -123,13 +124,22 @@ std::string run_ticket() {
 // Block 0 of a cluster tells the others a number.
 LF_KERNEL(32) cluster_kernel(uint32_t* out) {
   LF_DYNAMIC_SHARED(raw);
-  uint32_t* word = reinterpret_cast<uint32_t*>(raw);
-  if (!LF_PLANTED("cluster: no sync before the store")) ptx::cluster_sync();
-  if (ptx::cluster_rank() == 0 && threadIdx.x < 4) {
-    ptx::store_cluster(word, threadIdx.x, 100 + blockIdx.x);
+  uint64_t* barrier = reinterpret_cast<uint64_t*>(raw);
+  uint32_t* word = reinterpret_cast<uint32_t*>(barrier + 1);
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(barrier, 1);
+    ptx::mbarrier_init_fence();
   }
-  LF_PLANTED("cluster: block_sync for cluster_sync") ? ptx::block_sync() : ptx::cluster_sync();
-  if (threadIdx.x == 0) ptx::store_global(out + blockIdx.x, ptx::load_shared<uint32_t>(word));
+  if (!LF_PLANTED("cluster: no sync before the store")) ptx::cluster_sync();
+  if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(barrier, LF_PLANTED("cluster: half expected") ? 2 : 4);
+  if (ptx::cluster_rank() == 0 && threadIdx.x < 4) {
+    ptx::store_async(word, threadIdx.x, 100 + blockIdx.x, barrier);
+  }
+  if (threadIdx.x == 0) {
+    if (!LF_PLANTED("cluster: no wait for the word")) ptx::mbarrier_wait(barrier, 0);
+    ptx::store_global(out + blockIdx.x, ptx::load_shared<uint32_t>(word));
+  }
+  ptx::cluster_sync();
 }
 
 std::string run_cluster() {
@@ -140,6 +150,30 @@ std::string run_cluster() {
     if (out[i] != 100 + i / 4 * 4) return "wrong value at " + std::to_string(i);
   }
   return "";
+}
+
+// Every block of a cluster adds up the numbers of all of them.
+LF_KERNEL(32) cluster_sum_kernel(float* out) {
+  LF_DYNAMIC_SHARED(raw);
+  float* number = reinterpret_cast<float*>(raw);
+  if (threadIdx.x == 0) ptx::store_shared(number, static_cast<float>(blockIdx.x + 1));
+  if (!LF_PLANTED("cluster sum: no sync before the loads")) ptx::cluster_sync();
+  float sum = 0;
+  const uint32_t blocks = LF_PLANTED("cluster sum: one block too many") ? 5 : 4;
+  for (uint32_t rank = 0; rank < blocks && threadIdx.x == 0; ++rank) {
+    const bool own = LF_PLANTED("cluster sum: its own number");
+    sum += own ? ptx::load_shared<float>(number) : ptx::load_cluster(number, rank);
+  }
+  if (LF_PLANTED("cluster sum: changed while it is read") && threadIdx.x == 0) ptx::store_shared(number, 0.0f);
+  if (!LF_PLANTED("cluster sum: ends while it is read")) ptx::cluster_sync();
+  if (threadIdx.x == 0) ptx::store_global(out + blockIdx.x, sum);
+}
+
+std::string run_cluster_sum() {
+  std::vector<float> out(8);
+  emu::forget_memory();
+  launch(cluster_sum_kernel, {8, 32, 16, 4}, nullptr, out.data());
+  return compare(out, {10, 10, 10, 10, 26, 26, 26, 26}, 0);
 }
 
 LF_KERNEL(32) first_kernel(float* between, uint32_t* counter) {
@@ -192,8 +226,15 @@ std::vector<Case> order_cases() {
         {"ticket: no barrier before it", "race: read of"},
         {"ticket: no barrier after it", "shared memory"}}},
       {"words of a cluster", run_cluster,
-       {{"cluster: block_sync for cluster_sync", "shared memory", 90},
+       {{"cluster: no wait for the word", "shared memory", 90},
+        {"cluster: half expected", "deadlock"},
         {"cluster: no sync before the store", "may not have started"}}},
+      {"loads from a cluster", run_cluster_sum,
+       {{"cluster sum: no sync before the loads", "shared memory"},
+        {"cluster sum: one block too many", "of a cluster of 4"},
+        {"cluster sum: its own number", "wrong value"},
+        {"cluster sum: changed while it is read", "shared memory"},
+        {"cluster sum: ends while it is read", "has ended", 50}}},
       {"launches that overlap", run_overlap,
        {{"overlap: no wait", "the launch before"},
         {"overlap: no barrier after the wait", "the launch before"},

@@ -44,23 +44,22 @@ struct Linear {
   // xa was written by the launch before this one, which it may overlap
   bool overlap_previous = false;
   Tiling tiling;
+  // a word, zero before the launch and after it, from which blocks draw their tiles; of no other launch that may run at
+  // the same time
+  uint32_t* workspace;
 
-  // Fused xa, not transposed: with `a` [R, K] the launch computes xa too and writes it. `workspace` holds
-  // fused_xa_workspace(M) zeroed words, which the launch leaves zeroed. No plan chooses it: it took 430 µs where two
-  // launches take 418 (H200, 8192 x 4096 x 4096); computing xa on spare SMs builds on it (docs/hopper.md, step 8).
+  // xa in tiles, not transposed: with `a` [R, K] the launch computes xa too and writes it, by the tiles of the first
+  // columns of y, where they pass over x in any case. R at most 32, clusters of 1, and xa_in_tiles_workspace(M) words of
+  // workspace. For few columns of tiles (N 1024); not yet measured on a GPU.
   const void* a = nullptr;
   int64_t stride_a = 0;
-  uint32_t* workspace = nullptr;
-  // by the tiles of the first columns of y, where they pass over x in any case: R at most 32, clusters of 1. For few
-  // columns of tiles (N 1024); not yet measured on a GPU.
-  bool xa_in_tiles = false;
 
   // Dropout, transposed. `seed` not null: the mask is that of lorafuse.philox for y [M, N], and keeps an element where
   // its draw is at least drop_below.
   const int64_t* seed = nullptr;
   uint32_t drop_below = 0;
 
-  // Gradients of the adapters, transposed: with `da` or `db`, `sum_blocks` blocks of the launch compute
+  // Gradients of the adapters, transposed: with `da` or `db`, `sum_blocks` blocks of the launch first compute
   // da [R, N] = xaᵀ layer_x and db [K, R] = scale · xᵀ layer_xa, layer_x [M, N] and layer_xa [M, R] being those of the
   // layer's forward. R at most 64, clusters of 1, no mask. Not yet measured on a GPU; `lorafuse tune` can choose it.
   int sum_blocks = 0;
@@ -74,7 +73,7 @@ struct Linear {
   Type db_type = Type::FP32;
   float scale = 1.0f;
 };
-int64_t fused_xa_workspace(int64_t M);
+int64_t xa_in_tiles_workspace(int64_t M);
 void linear(const Linear& p, void* stream);
 
 // Linear for groups of ragged rows: group g has rows offsets[g - 1] … offsets[g]. w [G, N, K], b [G, N, R], bias [G, N],
@@ -98,6 +97,7 @@ struct GroupedLinear {
   int64_t stride_y;
   bool overlap_previous = false;
   Tiling tiling;
+  uint32_t* workspace;  // as in Linear
 };
 void grouped_linear(const GroupedLinear& p, void* stream);
 

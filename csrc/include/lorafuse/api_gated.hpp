@@ -39,8 +39,9 @@ struct GatedForward {
 };
 void gated_forward(const GatedForward& p, void* stream);
 
-// dgate, dup and h [M, N] for dh = dy w + dyb a, rounded and not stored: dy [M, K], w [K, N] and a [R, N] those of the
-// down projection, dyb [M, R], gate and up [M, N]. `rounded` is that of a.
+// dgate, dup and h [M, N] for dh = dy w + mask ⊙ (dyb a), rounded and not stored: dy [M, K], w [K, N] and a [R, N] those
+// of the down projection, dyb [M, R], gate and up [M, N]. The mask as in Linear, that of dropout on h. `rounded` is that of
+// a.
 struct GatedBackward {
   Type type;
   Activation activation;
@@ -63,6 +64,8 @@ struct GatedBackward {
   int64_t stride_dup;
   void* h;
   int64_t stride_h;
+  const int64_t* seed = nullptr;
+  uint32_t drop_below = 0;
   Round rounded = {};
   Tiling tiling;
 };

@@ -1,6 +1,6 @@
 // In which order tiles are walked, and by whom: arithmetic that a host can run and tests enumerate.
 //
-// A program is a cluster of blocks that lives as long as the launch and walks the tiles that are its own. Rows of tiles
+// A program is a cluster of blocks that lives as long as the launch and draws tiles, or walks its own. Rows of tiles
 // are counted in clusters: with two blocks, row 0 is row blocks 0 and 1.
 #pragma once
 
@@ -37,6 +37,12 @@ struct ColumnZeroFirst {
     return {tile.row, tile.column + 1};
   }
 };
+
+// Where work is handed out by number, each program draws until its number is that of no work: whether it has drawn the
+// last of all.
+LF_HOST_DEVICE constexpr bool is_last_number(int64_t number, int64_t works, int programs) {
+  return number + 1 == works + programs;
+}
 
 // What a backward launch hands out, by number: rows of dyb, tiles of dx, and columns of da and db over a chunk of rows.
 struct Work {
@@ -82,14 +88,6 @@ struct Walk {
     return wave * programs + (wave < full_waves() ? program : program - slack());
   }
 };
-
-// How many programs, those of the first tickets, compute the `items` rows of xa before their tiles, item by item as
-// they come: those with slack, where an item takes no longer than 1 / `items_in_slack` of a tile and they suffice;
-// else as many as can have one item each.
-LF_HOST_DEVICE constexpr int item_programs(const Walk& walk, int items, int items_in_slack) {
-  const int enough = walk.slack() * items_in_slack >= items ? walk.slack() : walk.programs;
-  return enough < items ? enough : items;
-}
 
 struct RaggedTile {
   int group;

@@ -221,47 +221,32 @@ void check_walk() {
   report("walk: slack in the first programs", late);
 }
 
-// Time in tiles until all are done, and until the last item is, when each item takes 1 / items_in_slack of a tile and
-// the item programs draw items as they come.
-struct Makespan {
-  double end, items_end;
-};
-Makespan makespan(const Walk& walk, int items, int holders, int items_in_slack) {
-  std::vector<double> free(static_cast<size_t>(walk.programs));
-  for (int item = 0; item < items; ++item) {
-    *std::min_element(free.begin(), free.begin() + holders) += 1.0 / items_in_slack;
-  }
-  const double items_end = *std::max_element(free.begin(), free.end());
-  double end = 0;
-  for (int p = 0; p < walk.programs; ++p) end = std::max(end, free[static_cast<size_t>(p)] + walk.count(p));
-  return {end, items_end};
-}
-
-void check_items() {
-  int range = 0, free = 0, layer = 0;
+// Programs that draw tiles in a random order, each until its number is that of none.
+void check_tickets() {
+  int once = 0, last = 0;
   for (int tiles = 1; tiles <= 60; ++tiles) {
     for (int programs = 1; programs <= 20; ++programs) {
-      for (int items = 1; items <= 24; ++items) {
-        for (const int in_slack : {1, 2}) {
-          const Walk walk{tiles, programs};
-          const int holders = item_programs(walk, items, in_slack);
-          range += holders < 1 || holders > programs || holders > items;
-          const auto [end, items_end] = makespan(walk, items, holders, in_slack);
-          const int waves = ceil_div(tiles, programs);
-          if (walk.slack() * in_slack >= items) free += end > waves || items_end > 1;
-          // without enough slack nobody computes more items than must be
-          else free += end > waves + ceil_div(items, std::min(programs, items)) / static_cast<double>(in_slack) + 1e-9;
+      std::vector<int> seen(static_cast<size_t>(tiles));
+      std::vector<bool> ended(static_cast<size_t>(programs));
+      auto seed = static_cast<uint32_t>(tiles * 100 + programs);
+      int number = 0, left = programs;
+      while (left > 0) {
+        seed = seed * 1664525u + 1013904223u;
+        const auto p = static_cast<size_t>((seed >> 8) % static_cast<uint32_t>(programs));
+        if (ended[p]) continue;
+        if (number < tiles) {
+          ++seen[static_cast<size_t>(number)];
+        } else {
+          ended[p] = true;
+          --left;
         }
+        last += is_last_number(number++, tiles, programs) != (left == 0);
       }
+      once += std::count(seen.begin(), seen.end(), 1) != tiles;
     }
   }
-  // 8192 x 4096 in tiles of 128x256 on 132 multiprocessors: 32 blocks are a tile short and take two row blocks each
-  layer += Walk{1024, 132}.slack() != 32 || item_programs({1024, 132}, 64, 2) != 32;
-  layer += makespan({1024, 132}, 64, 32, 2).end != 8;
-  layer += Walk{512, 66}.slack() != 16 || item_programs({512, 66}, 32, 2) != 16;
-  report("items: programs in range", range);
-  report("items: free where there is slack", free);
-  report("items: 8192 x 4096 on 132 multiprocessors", layer);
+  report("tickets: every tile once under any order of arrival", once);
+  report("tickets: one last number", last);
 }
 
 // Programs that draw the tiles of ragged groups by ticket, in a random order: `tile(tile)` is called for each. Returns how
@@ -284,8 +269,9 @@ int drawn_last(const std::vector<int>& ends, int columns, int block_m, int progr
     }
     ended[p] = true;
     --left;
-    last += ticket + 1 == walks[p].last + programs;
-    if (left == 0) last += ticket + 1 != walks[p].last + programs;
+    const bool is_last = is_last_number(ticket, walks[p].last, programs);
+    last += is_last;
+    if (left == 0) last += !is_last;
   }
   return last;
 }
@@ -375,7 +361,7 @@ int main(int count, char** arguments) {
   check_side_by_side();
   check_backward();
   check_walk();
-  check_items();
+  check_tickets();
   check_ragged();
   check_philox();
   check_division();

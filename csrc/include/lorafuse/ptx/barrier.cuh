@@ -108,13 +108,15 @@ LF_DEVICE uint32_t cluster_rank() {
 LF_DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// Writes a word of another block's shared memory; a cluster_sync must follow before it is read there.
-LF_DEVICE void store_cluster(uint32_t* word, uint32_t rank, uint32_t value) {
+// Writes a word of block `rank` of the cluster and takes its 4 bytes from what the same block's barrier expects: who
+// waits for that phase reads the word.
+LF_DEVICE void store_async(uint32_t* word, uint32_t rank, uint32_t value, uint64_t* barrier) {
   asm volatile(
-      "{.reg .b32 remote;\n"
-      " mapa.shared::cluster.u32 remote, %0, %1;\n"
-      " st.shared::cluster.u32 [remote], %2;}" ::"r"(shared_address(word)),
-      "r"(rank), "r"(value)
+      "{.reg .b32 place, counted;\n"
+      " mapa.shared::cluster.u32 place, %0, %2;\n"
+      " mapa.shared::cluster.u32 counted, %1, %2;\n"
+      " st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [place], %3, [counted];}" ::"r"(shared_address(word)),
+      "r"(shared_address(barrier)), "r"(rank), "r"(value)
       : "memory");
 }
 

@@ -47,7 +47,9 @@ inline T shuffle_xor(T value, int mask) {
 
 inline uint32_t cluster_rank() { return emu::cluster_rank(); }
 inline void cluster_sync() { emu::cluster_sync(); }
-inline void store_cluster(uint32_t* word, uint32_t rank, uint32_t value) { emu::store_cluster(word, rank, value); }
+inline void store_async(uint32_t* word, uint32_t rank, uint32_t value, uint64_t* barrier) {
+  emu::store_async(word, rank, value, barrier);
+}
 
 // ptxas' report says what these are worth.
 template <int kRegisters>

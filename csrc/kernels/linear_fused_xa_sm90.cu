@@ -1,8 +1,0 @@
-// The kernels of Form::kFusedXa, in a file of their own so that builds run in parallel.
-#include "linear_launch_sm90.cuh"
-
-namespace lorafuse::sm90 {
-
-template void launch_linear<Form::kFusedXa>(const Linear&, Stream);
-
-}  // namespace lorafuse::sm90
