@@ -92,7 +92,9 @@ def lora_linear(
         base.require(backend)
     transformed = is_transformed(x)
     if not transformed:
-        _linear.check_shapes(x, stored if isinstance(stored, Weight) else Weight(stored), bias, a, b)
+        w = stored if isinstance(stored, Weight) else Weight(stored)
+        _refuse_transposed(w)
+        _linear.check_shapes(x, w, bias, a, b)
     return run_linear(x, stored, a, b, scale, bias, dropout_p, seed, backend, transformed, numerics=numerics)
 
 
@@ -111,8 +113,7 @@ def run_linear(
     format, statistics = "dense", None
     if isinstance(weight, Weight):
         check_statistics("lora_linear", x, weight)
-        if weight.is_transposed:
-            raise ValueError("lora_linear got a transposed weight; it reads [N, K], as nn.Linear stores it")
+        _refuse_transposed(weight)
         format, statistics, weight = weight.format, list(weight.statistics) or None, weight.data
     autocast, is_dense, dtype = autocast_is_on(x), format == "dense", x.dtype
     is_cast = autocast and dtype is not torch.float64 and x.is_floating_point()
@@ -143,6 +144,11 @@ def run_linear(
         return served_lora_linear(x, weight, bias, a, b, scale, backend, wide, numerics, format, statistics)
     run = _linear.plain_lora_linear if transformed else _linear.lora_linear
     return run(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics)
+
+
+def _refuse_transposed(weight: Weight) -> None:
+    if weight.is_transposed:
+        raise ValueError("lora_linear got a transposed weight; it reads [N, K], as nn.Linear stores it")
 
 
 def plan_linear(
