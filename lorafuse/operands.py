@@ -180,10 +180,7 @@ def refuse_negative(index: Tensor, groups: int, valid: Tensor | None = None) -> 
 
 def matrix(t: Tensor) -> Tensor:
     """`t [..., K]` as `[rows, K]`; K may be 0. Copies only where the strides of `t` allow no view."""
-    dims = t.dim()
-    if dims == 2:
-        return t
-    return t.flatten(0, -2) if dims > 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def contiguous_rows(t: Tensor) -> Tensor:

@@ -183,7 +183,9 @@ def arguments(name, o, names=None, **more):
         run = getattr(module, function)
         patch.setattr(module, function, lambda *args: seen.append(args) or run(*args))
         OPERATORS[name][0](o.fresh(names), backend="eager", **more)
-    return seen[0]
+    x, layers, *others = seen[0]
+    settings, tensors = Settings.of_layers(layers)
+    return x, *settings.arguments(tensors), *others
 
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
