@@ -178,7 +178,8 @@ class Aten(Backend):
         # dx of masked low-rank products, and of fp32 ones over 16 bits, is added in row chunks
         apart = [low.dropout is not None or low.xa.dtype is not terms[0][0].dtype for low in lows]
         plain = [low for low, is_apart in zip(lows, apart, strict=True) if not is_apart]
-        total = aten_blocks.sum_of_products(terms, plain)
+        has_rows = terms[0][0].shape[0] >= aten_blocks.LEAST_ROWS
+        total = aten_blocks.sum_of_products(terms, plain) if has_rows else None
         if total is None:
             total = self._sum(terms, plain)
         outers = []
