@@ -3,7 +3,7 @@
 Each thread multiplies blocks of columns by the sgemm that torch was built with, adds the low-rank product while a block
 is in its caches, and decodes a quantized weight block by block: it is nowhere whole. None where torch is to multiply:
 for other dtypes and devices, tensors without an address, sizes that do not fit (torch raises), CPUs with AVX-512, more
-threads than were measured, few rows, and a torch whose sgemm has no name. Sums have another order than torch's, the
+threads than were measured, few rows, and a torch without MKL. Sums have another order than torch's, the
 same for the same sizes and number of threads.
 """
 
@@ -33,13 +33,14 @@ _INT32 = 2**31
 def functions() -> tuple[Any, int] | None:
     """`lorafuse_matmul`, and the address of torch's sgemm; None where they do not run."""
     library = cpu.library()
-    if library is None or not library.lorafuse_rank_runs():
+    # another library's sgemm may have threads of its own, which were not measured
+    if library is None or not library.lorafuse_rank_runs() or not torch.backends.mkl.is_available():
         return None
     try:
         torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         gemm = ctypes.cast(torch_cpu.sgemm_, ctypes.c_void_p).value
     except (OSError, AttributeError):
-        # a torch built with another library, or of another system
+        # a torch of another system
         return None
     return None if gemm is None else (library.lorafuse_matmul, gemm)
 
@@ -49,7 +50,7 @@ def why_not() -> str:
     if reason := aten_rank.why_not():
         return reason
     if functions() is None:
-        return "torch's sgemm cannot be called by name"
+        return "torch was built without MKL, or its sgemm cannot be called by name"
     if torch.get_num_threads() > MOST_THREADS:
         return f"it was measured with {MOST_THREADS} threads at most"
     return ""
