@@ -1,4 +1,4 @@
-"""One source of csrc/cpu compiled alone, and torch's threads, for tests of its functions."""
+"""One source of csrc/cpu compiled alone, torch's threads, and layers that run its functions, for tests of them."""
 
 import contextlib
 import ctypes
@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from lorafuse.formats import cpu
+from lorafuse.functional import Projection, lora_linear, lora_linears
+from lorafuse.testing.numerics import relative_l2, tolerance
 
-__all__ = ["SOURCES", "compiled", "torch_threads"]
+__all__ = ["SOURCES", "compiled", "run_a_layer", "run_layers_of_one_x", "torch_threads"]
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cpu"
 
@@ -39,3 +41,40 @@ def torch_threads(count):
         yield count
     finally:
         torch.set_num_threads(former)
+
+
+def _grads(formula, inputs, dys):
+    """`[*outputs, *gradients]` of a formula of leaves."""
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    outputs = formula(*leaves)
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, dys)]
+
+
+def _agree(formula, exact, inputs, dys):
+    """Outputs and gradients of a formula, against those of its exact twin in fp64."""
+    expected = _grads(exact, [t.double() for t in inputs], [dy.double() for dy in dys])
+    for i, (result, right) in enumerate(zip(_grads(formula, inputs, dys), expected, strict=True)):
+        assert relative_l2(result, right) <= tolerance(torch.float32), i
+
+
+def run_a_layer():
+    """Forward and backward of one layer, whose sizes no block divides, against fp64."""
+    x, w, bias, a, b = (torch.randn(sizes) for sizes in ((70, 90), (61, 90), (61,), (16, 90), (61, 16)))
+    _agree(
+        lambda x, a, b: [lora_linear(x, w, a, b, scale=2.0, bias=bias)],
+        lambda x, a, b: [x @ w.double().T + bias.double() + 2.0 * (x @ a.T @ b.T)],
+        (x, a, b), [torch.randn(70, 61)],
+    )  # fmt: skip
+
+
+def run_layers_of_one_x():
+    """The same of three layers of one x."""
+    x, sizes = torch.randn(70, 90), (61, 32, 33)
+    ws, (q, k, v) = [torch.randn(n, 90) for n in sizes], [(torch.randn(8, 90), torch.randn(n, 8)) for n in sizes]
+    _agree(
+        lambda x, *f: lora_linears(x, [Projection(w, a, b, 2.0) for w, a, b in zip(ws, f[::2], f[1::2], strict=True)]),
+        lambda x, *f: [
+            x @ w.double().T + 2.0 * (x @ a.T @ b.T) for w, a, b in zip(ws, f[::2], f[1::2], strict=True)
+        ],
+        (x, *q, *k, *v), [torch.randn(70, n) for n in sizes],
+    )  # fmt: skip

@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lorafuse.backends.protocol import NO_GUARD, Backend
+from lorafuse.backends.protocol import NO_GUARD, Backend, side_by_side
 from lorafuse.operands import LowRank, matrix, shaped_like
 from lorafuse.ops import plain
 from lorafuse.ops._define import LIBRARY, implement
@@ -159,7 +159,7 @@ def _side_by_side(parts: list[Tensor], like: Tensor, dtype: torch.dtype) -> Tens
     """`[M, ΣR]` of parts `[M, R]`; of none, with the rows of `like`."""
     if not parts:
         return like.new_empty((like.shape[0], 0), dtype=dtype)
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return side_by_side(parts)
 
 
 def _forward(x, *arguments):

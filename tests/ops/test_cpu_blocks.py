@@ -5,15 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpu_source import SOURCES, compiled, torch_threads
+from cpu_source import SOURCES, compiled, run_a_layer, run_layers_of_one_x, torch_threads
 from quantized_weights import FP4, four_bits
 from torch._subclasses import FakeTensorMode
 
 from lorafuse.backends import aten_blocks, workspace
 from lorafuse.formats import cpu
-from lorafuse.functional import Projection, lora_linear, lora_linears
 from lorafuse.operands import Dropout, LowRank, Weight
-from lorafuse.testing.numerics import relative_l2, tolerance
+from lorafuse.testing.numerics import relative_l2
 
 SOURCE = (SOURCES / "matmul.cpp").read_text()
 # M, N, K, R: tails of rows and columns, several blocks of columns and of a reduction, one column, no low rank
@@ -288,41 +287,14 @@ def counted(built, use):
     return calls
 
 
-def grads(formula, inputs, dys):
-    """`[*outputs, *gradients]` of a formula of leaves."""
-    leaves = [t.clone().requires_grad_() for t in inputs]
-    outputs = formula(*leaves)
-    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, dys)]
-
-
-def agree(formula, right, inputs, dys):
-    """Outputs and gradients of a formula, against those of its exact twin in fp64."""
-    expected = grads(right, [t.double() for t in inputs], [dy.double() for dy in dys])
-    for i, (result, other) in enumerate(zip(grads(formula, inputs, dys), expected, strict=True)):
-        assert relative_l2(result, other) <= tolerance(torch.float32), i
-
-
 def test_a_layer_runs_them(counted):
-    x, w, bias, a, b = (torch.randn(sizes) for sizes in ((70, 90), (61, 90), (61,), (16, 90), (61, 16)))
-    agree(
-        lambda x, a, b: [lora_linear(x, w, a, b, scale=2.0, bias=bias)],
-        lambda x, a, b: [x @ w.double().T + bias.double() + 2.0 * (x @ a.T @ b.T)],
-        (x, a, b), [torch.randn(70, 61)],
-    )  # fmt: skip
+    run_a_layer()
     # y and dx
     assert len(counted) == 2
 
 
 def test_layers_of_one_x_run_them(counted):
-    x, sizes = torch.randn(70, 90), (61, 32, 33)
-    ws, (q, k, v) = [torch.randn(n, 90) for n in sizes], [(torch.randn(8, 90), torch.randn(n, 8)) for n in sizes]
-    agree(
-        lambda x, *f: lora_linears(x, [Projection(w, a, b, 2.0) for w, a, b in zip(ws, f[::2], f[1::2], strict=True)]),
-        lambda x, *f: [
-            x @ w.double().T + 2.0 * (x @ a.T @ b.T) for w, a, b in zip(ws, f[::2], f[1::2], strict=True)
-        ],
-        (x, *q, *k, *v), [torch.randn(70, n) for n in sizes],
-    )  # fmt: skip
+    run_layers_of_one_x()
     # each y; dx of each reduction
     assert len(counted) == 6
 
