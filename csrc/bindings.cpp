@@ -19,6 +19,7 @@
 #include <lorafuse/api_siblings.hpp>
 #include <lorafuse/api_split.hpp>
 
+#include "bindings_launches.hpp"
 #ifdef LORAFUSE_EMULATED
 #include "bindings_emulator.hpp"
 #endif
@@ -59,6 +60,7 @@ void convert(PyObject* value, T& place) {
 template <class T>
 void convert(PyObject* value, T*& place) {
   place = static_cast<T*>(PyLong_AsVoidPtr(value));
+  if (recorded != nullptr && place != nullptr) recorded->add_pointer(&place);
 }
 // The entries of a tuple, `most` of them or fewer.
 template <class Store>
@@ -117,19 +119,12 @@ size_t find(PyObject* keyword, size_t from) {
   return kCount;
 }
 
-// Where a launch goes: the stream, and the index of its device; -1: the one that is current.
-struct Place {
-  void* stream = nullptr;
-  int device = -1;
-};
-
-// Raises TypeError for a keyword that is no field, a value of another type, and a required field that is missing.
+// Fills p. Raises TypeError for a keyword that is no field, a value of another type, and a required field that is missing.
 template <class P>
-P read(const py::handle& arguments, Place* launch = nullptr) {
+void read(P& p, const py::handle& arguments, Place* launch = nullptr) {
   static PyObject* const stream_name = PyUnicode_InternFromString("stream");
   static PyObject* const device_name = PyUnicode_InternFromString("device");
   constexpr auto& fields = Fields<P>::fields;
-  P p{};
   uint64_t found = 0;
   size_t next = 0;
   PyObject *keyword, *value;
@@ -154,7 +149,6 @@ P read(const py::handle& arguments, Place* launch = nullptr) {
   for (size_t i = 0; i < std::size(fields); ++i) {
     if (fields[i].required && !(found >> i & 1)) throw py::type_error(std::string("missing keyword ") + fields[i].name);
   }
-  return p;
 }
 void convert(PyObject* value, Round& place) {
   if (value == Py_None) return;
@@ -162,38 +156,32 @@ void convert(PyObject* value, Round& place) {
     PyErr_SetString(PyExc_TypeError, "an adapter to round is a dict of the fields of Round, or None");
     return;
   }
-  place = read<Round>(value);
+  read(place, value);
 }
-
-// The device of a launch is current as long as this lives.
-class Current {
- public:
-  explicit Current(int device) : former_(device < 0 ? -1 : swap_device(device)), device_(device) {}
-  ~Current() {
-    // it was current a moment ago
-    if (former_ != -1 && former_ != device_) swap_device(former_);
-  }
-  Current(const Current&) = delete;
-
- private:
-  int former_, device_;
-};
 
 template <auto kFunction>
 struct Bound;
 template <class P, void (*kFunction)(const P&, void*)>
 struct Bound<kFunction> {
   static void call(const py::kwargs& arguments) {
+    P p{};
     Place place;
-    const P p = read<P>(arguments, &place);
+    if (recorded != nullptr) recorded->forget_pointers();
+    read(p, arguments, &place);
+    if (recorded != nullptr) recorded->add_launch(p, &launch);
     py::gil_scoped_release release;
     const Current current(place.device);
     kFunction(p, place.stream);
   }
+  static void launch(const void* p, void* stream) { kFunction(*static_cast<const P*>(p), stream); }
 };
 template <class P, int64_t (*kFunction)(const P&)>
 struct Bound<kFunction> {
-  static int64_t call(const py::kwargs& arguments) { return kFunction(read<P>(arguments)); }
+  static int64_t call(const py::kwargs& arguments) {
+    P p{};
+    read(p, arguments);
+    return kFunction(p);
+  }
 };
 
 py::object build_info() { return py::module_::import("json").attr("loads")(lorafuse_build_info); }
@@ -235,6 +223,7 @@ PYBIND11_MODULE(LORAFUSE_MODULE, m) {
   m.def("swap_device", &swap_device, py::arg("device"));
   m.def("probe_columns", &Bound<probe_columns>::call);
   m.def("probe_flags", &Bound<probe_flags>::call);
+  bind_launches(m);
 #ifdef LORAFUSE_EMULATED
   lorafuse::bind_emulator(m);
 #endif

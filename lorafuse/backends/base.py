@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorafuse import env
+from lorafuse import env, plan
 from lorafuse.backends import native
 from lorafuse.errors import BackendUnavailable
 from lorafuse.versions import MINIMUM, is_older
@@ -120,6 +120,7 @@ def probe(name: str) -> Availability:
 
 def clear_cache() -> None:
     """Look into every backend again: for whoever built one meanwhile."""
+    plan.clear_cache()
     native.info.cache_clear()
     native.stale.cache_clear()
     _AVAILABILITY.clear()

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafuse.backends import native, problems
+from lorafuse.backends import native, problems, recorder
 from lorafuse.backends.cuda_gathered import Gathered
 from lorafuse.backends.cuda_grouped import INSTEAD, TYPES, GroupedLinear, tiling
 from lorafuse.backends.cuda_operands import (
@@ -61,6 +61,7 @@ _SCALES, _EXPONENT = {torch.bfloat16: 0, torch.float32: 2}, 3
 class Cuda(Gathered):
     """See the module. `module` is what csrc was compiled to; the functions after it are about a device."""
 
+    repeats = True
     multi = None  # type: ignore[assignment]
     # one launch of dx or h draws a mask, that of da again
     matmul_outer = None  # type: ignore[assignment]
@@ -260,8 +261,15 @@ class Cuda(Gathered):
         )  # fmt: skip
         return y
 
+    def zeros(self, device: torch.device, stream: int, words: int) -> Tensor:
+        """So many zero words that one launch of `stream` after the other uses and leaves zero."""
+        return self.ticket(device, stream) if words == 1 else self._flags(device, stream, words)
+
     def ticket(self, device: torch.device, stream: int) -> Tensor:
         """A zero word from which the blocks of one launch draw their tiles, and which they leave zero."""
+        return recorder.zeros(self._word(device, stream), 1)
+
+    def _word(self, device: torch.device, stream: int) -> Tensor:
         if not self.is_capturing():
             if device not in self.captured:
                 self.captured[device] = torch.zeros(CAPTURED, dtype=torch.int32, device=device), 0
@@ -269,10 +277,13 @@ class Cuda(Gathered):
             # of this launch alone, in every replay: to zero one there would be a launch in front of it
             self.captured[device] = given[0], given[1] + 1
             return given[0][given[1] :]
-        return self._flags(device, stream, 1)
+        return self._words(device, stream, 1)
 
     def _flags(self, device: torch.device, stream: int, words: int) -> Tensor:
         """Zeros through which the blocks of one launch draw work and signal that rows of xa or dyb are there."""
+        return recorder.zeros(self._words(device, stream, words), words)
+
+    def _words(self, device: torch.device, stream: int, words: int) -> Tensor:
         if self.is_capturing():
             # a graph has flags of its own, which it zeroes at every replay: the stream's may be in use by then
             return torch.zeros(words, dtype=torch.int32, device=device)

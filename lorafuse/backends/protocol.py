@@ -57,6 +57,8 @@ class Backend:
     """What the backends have in common; each overrides the primitives. `name` is that of `lorafuse.use_backend`."""
 
     name: str
+    # whether passes are recorded and repeated (`lorafuse.backends.recorder`)
+    repeats = False
 
     # (x [M, K], w, bias, a, b, plan, scale, dropout) → (y [M, N], xa [M, R]) of a dense layer
     linear_forward: Callable[..., tuple[Tensor, Tensor]] | None = None

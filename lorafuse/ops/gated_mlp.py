@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lorafuse.activation import gate_backward, gate_differentiable, gate_forward
+from lorafuse.backends.base import EMULATOR
 from lorafuse.backends.protocol import NO_GUARD, Backend
 from lorafuse.operands import LowRank, matrix, shaped_like
 from lorafuse.ops import group, plain
@@ -40,6 +41,7 @@ from lorafuse.ops.layers import (
     refuse_masks_of_nested,
 )
 from lorafuse.ops.linear import can_bypass_dispatcher
+from lorafuse.ops.repeat import repeated
 from lorafuse.ops.transforms import needs_plain_backward
 from lorafuse.plan import Plan
 
@@ -135,11 +137,18 @@ def up_again(run: Backend, x: Tensor, xa: Tensor | None, siblings: Sequence[Laye
 
 
 def _forward(x, *arguments):
-    *of_layers, backend, wide, activation, recompute_up = arguments
-    return _run_forward(x, layers_of(*of_layers), backend, wide, activation, recompute_up)
+    settings, tensors = Settings.of(arguments[:10])
+    run = _run_forward if x.is_cpu and arguments[10] != EMULATOR else _repeated_forward
+    return tuple(run(x, settings.layers(tensors), settings, tensors, *arguments[10:]))
 
 
-def _run_forward(x, layers, backend, wide, activation, recompute_up):
+def _repeated_forward(x, layers, settings, tensors, *others):
+    kind = settings.key, others[1:]
+    return repeated(_run_forward, others[0], kind, (x, *tensors), x, layers, settings, tensors, *others)
+
+
+def _run_forward(x, layers, settings, tensors, backend, wide, activation, recompute_up):
+    """`(y, gate, up, xa, ha)`."""
     flat = matrix(x)
     run, plan = choose_for(backend, flat, layers[:2], wide, also=layers[2:])
     with NO_GUARD if x.is_cpu else run.guard(x.device):
@@ -161,11 +170,19 @@ def _fake_forward(x, *arguments):
 
 def _gradients(dy, x, gate, up, xa, ha, *arguments):
     """`[dx, *da, *db, *dbias]`, None where not needed."""
-    *of_layers, needs, backend, wide, activation, _ = arguments
-    return _run_backward(dy, x, gate, up, xa, ha, layers_of(*of_layers), needs, backend, wide, activation)
+    settings, tensors = Settings.of(arguments[:10])
+    run = _run_backward if dy.is_cpu and arguments[11] != EMULATOR else _repeated_backward
+    return run((dy, x, gate, up, xa, ha), settings, tensors, *arguments[10:-1])
 
 
-def _run_backward(dy, x, gate, up, xa, ha, layers, needs, backend, wide, activation):
+def _repeated_backward(saved, settings, tensors, needs, *others):
+    kind = settings.key, tuple(needs), others[1:]
+    return repeated(_run_backward, others[0], kind, (*saved, *tensors), saved, settings, tensors, needs, *others)
+
+
+def _run_backward(saved, settings, tensors, needs, backend, wide, activation):
+    """`saved` are dy, x, gate, up, xa and ha."""
+    (dy, x, gate, up, xa, ha), layers = saved, settings.layers(tensors)
     flat = matrix(x)
     # du has gate's shape and strides
     planned = flat if gate is None else gate
@@ -208,7 +225,8 @@ class _LoRAGatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layers, settings, others, *tensors):
         if can_bypass_dispatcher(x, *tensors):
-            y, *made = _run_forward(x, layers, *others)
+            run = _run_forward if x.is_cpu and others[0] != EMULATOR else _repeated_forward
+            y, *made = run(x, layers, settings, tensors, *others)
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 y, *made = _op(x, *settings.arguments(tensors), *others)
@@ -238,7 +256,8 @@ class _LoRAGatedMLP(torch.autograd.Function):
             else:
                 saved = dy, x, gate, up, xa, ha
                 if can_bypass_dispatcher(dy, x, *tensors):
-                    grads = _run_backward(*saved, settings.layers(tensors), needs, *others[:-1])
+                    run = _run_backward if dy.is_cpu and others[0] != EMULATOR else _repeated_backward
+                    grads = run(saved, settings, tensors, needs, *others[:-1])
                 else:
                     grads = _op_backward(*saved, *settings.arguments(tensors), needs, *others)
                     grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
@@ -267,7 +286,8 @@ _apply = super(torch.autograd.Function, _LoRAGatedMLP).apply
 def _run(x, layers, settings, tensors, *others):
     if not torch.is_grad_enabled() and can_bypass_dispatcher(x, *tensors):
         # nothing is recorded
-        return _run_forward(x, layers, *others)
+        run = _run_forward if x.is_cpu and others[0] != EMULATOR else _repeated_forward
+        return run(x, layers, settings, tensors, *others)
     return _apply(x, layers, settings, others, *tensors)
 
 

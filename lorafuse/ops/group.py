@@ -21,6 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lorafuse.backends.base import EMULATOR
 from lorafuse.backends.protocol import NO_GUARD, Backend, side_by_side
 from lorafuse.operands import LowRank, matrix, shaped_like
 from lorafuse.ops import plain
@@ -41,6 +42,7 @@ from lorafuse.ops.layers import (
     refuse_masks_of_nested,
 )
 from lorafuse.ops.linear import can_bypass_dispatcher
+from lorafuse.ops.repeat import repeated
 from lorafuse.ops.transforms import needs_plain_backward
 from lorafuse.plan import Plan
 
@@ -163,16 +165,24 @@ def _side_by_side(parts: list[Tensor], like: Tensor, dtype: torch.dtype) -> Tens
 
 
 def _forward(x, *arguments):
-    *of_layers, backend, wide = arguments
-    return _run_forward(x, layers_of(*of_layers), backend, wide)
+    settings, tensors = Settings.of(arguments[:10])
+    run = _run_forward if x.is_cpu and arguments[10] != EMULATOR else _repeated_forward
+    xa, *ys = run(x, settings.layers(tensors), settings, tensors, *arguments[10:])
+    return xa, ys
 
 
-def _run_forward(x, layers, backend, wide):
+def _repeated_forward(x, layers, settings, tensors, backend, wide):
+    kind, arguments = (settings.key, wide), (x, layers, settings, tensors, backend, wide)
+    return repeated(_run_forward, backend, kind, (x, *tensors), *arguments)
+
+
+def _run_forward(x, layers, settings, tensors, backend, wide):
+    """`[xa, *ys]`."""
     flat = matrix(x)
     run, plan = choose_for(backend, flat, layers, wide)
     with NO_GUARD if x.is_cpu else run.guard(x.device):
         xa, ys = forward(run, plan, run.matrix(flat), layers, wide)
-    return xa, [shaped_like(y, x) for y in ys]
+    return [xa, *[shaped_like(y, x) for y in ys]]
 
 
 def _fake_forward(x, *arguments):
@@ -185,11 +195,19 @@ def _fake_forward(x, *arguments):
 
 def _gradients(dys, x, xa, *arguments):
     """`[dx, *da, *db, *dbias]`, None where not needed; some dy is there."""
-    *of_layers, needs, backend, wide = arguments
-    return _run_backward(dys, x, xa, layers_of(*of_layers), needs, backend, wide)
+    settings, tensors = Settings.of(arguments[:10])
+    is_cpu = next(dy.is_cpu for dy in dys if dy is not None)
+    run = _run_backward if is_cpu and arguments[11] != EMULATOR else _repeated_backward
+    return run(dys, x, xa, settings, tensors, *arguments[10:])
 
 
-def _run_backward(dys, x, xa, layers, needs, backend, wide):
+def _repeated_backward(dys, x, xa, settings, tensors, needs, backend, wide):
+    operands, kind = (*dys, x, xa, *tensors), (settings.key, tuple(needs), wide)
+    return repeated(_run_backward, backend, kind, operands, dys, x, xa, settings, tensors, needs, backend, wide)
+
+
+def _run_backward(dys, x, xa, settings, tensors, needs, backend, wide):
+    layers = settings.layers(tensors)
     given = next(dy for dy in dys if dy is not None)
     run, plan = choose_for(backend, matrix(given), layers, wide, needs)
     if not any(needs):
@@ -256,7 +274,8 @@ class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layers, settings, backend, wide, *tensors):
         if can_bypass_dispatcher(x, *tensors):
-            xa, ys = _run_forward(x, layers, backend, wide)
+            run = _run_forward if x.is_cpu and backend != EMULATOR else _repeated_forward
+            xa, *ys = run(x, layers, settings, tensors, backend, wide)
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 xa, ys = _op(x, *settings.arguments(tensors), backend, wide)
@@ -292,7 +311,8 @@ class _LoRALinears(torch.autograd.Function):
                 reached = [True, *[dy is not None for dy in dys] * 3]
                 needs = [need and here for need, here in zip(ctx.needs, reached, strict=True)]
                 if can_bypass_dispatcher(*dys, x, *tensors):
-                    grads = _run_backward(dys, x, xa, settings.layers(tensors), needs, ctx.backend, wide)
+                    run = _run_backward if given.is_cpu and ctx.backend != EMULATOR else _repeated_backward
+                    grads = run(dys, x, xa, settings, tensors, needs, ctx.backend, wide)
                 else:
                     grads = _op_backward(list(dys), x, xa, *settings.arguments(tensors), needs, ctx.backend, wide)
                     grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
@@ -306,7 +326,9 @@ _apply = super(torch.autograd.Function, _LoRALinears).apply
 def _run(x, layers, settings, tensors, backend, wide):
     if not torch.is_grad_enabled() and can_bypass_dispatcher(x, *tensors):
         # nothing is recorded
-        return _run_forward(x, layers, backend, wide)
+        run = _run_forward if x.is_cpu and backend != EMULATOR else _repeated_forward
+        xa, *ys = run(x, layers, settings, tensors, backend, wide)
+        return xa, ys
     xa, *ys = _apply(x, layers, settings, backend, wide, *tensors)
     return xa, ys
 

@@ -81,10 +81,15 @@ def layers_of(*arguments: Any) -> list[Layer]:
 class Settings:
     """The arguments that `SCHEMA` names and that are no tensors, for autograd, which gets tensors one by one."""
 
-    scales: list[float]
-    dropout_ps: list[float]
-    formats: list[str]
-    counts: list[int]
+    scales: Sequence[float]
+    dropout_ps: Sequence[float]
+    formats: Sequence[str]
+    counts: Sequence[int]
+
+    @property
+    def key(self) -> tuple[tuple, ...]:
+        """The same to be looked up."""
+        return tuple(self.scales), tuple(self.dropout_ps), tuple(self.formats), tuple(self.counts)
 
     @classmethod
     def of(cls, arguments: Sequence) -> "tuple[Settings, tuple[Tensor | None, ...]]":

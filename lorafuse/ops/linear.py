@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lorafuse.backends.base import EMULATOR
 from lorafuse.backends.problems import linear_problem
 from lorafuse.backends.protocol import NO_GUARD, Backend
 from lorafuse.operands import Dropout, LowRank, Weight, matrix, shaped_like
@@ -26,6 +27,7 @@ from lorafuse.ops._define import LIBRARY, implement
 from lorafuse.ops.autocast import autocast_is_on, outside_autocast
 from lorafuse.ops.checks import check_gathered
 from lorafuse.ops.choose import choose
+from lorafuse.ops.repeat import repeated
 from lorafuse.ops.transforms import needs_plain_backward
 from lorafuse.philox import keep_mask, rescaled
 from lorafuse.plan import Plan
@@ -136,9 +138,18 @@ def _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False,
     return y if flat is x else shaped_like(y, x), xa
 
 
+def _repeated_forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics):
+    operands, settings = (x, weight, bias, a, b, seed), (scale, dropout_p, wide, format)
+    return repeated(
+        _forward, backend, settings, (*operands, *(statistics or ())), *operands, scale, dropout_p, backend, wide,
+        format, statistics,
+    )  # fmt: skip
+
+
 def _op_forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide=False, format="dense", statistics=None):
     check_shapes(x, _weight(weight, format, statistics), bias, a, b)
-    y, xa = _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics)
+    run = _forward if x.is_cpu and backend != EMULATOR else _repeated_forward
+    y, xa = run(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics)
     # a backend may leave a pitch between the rows of xa; a graph is compiled for the strides of the fake kernel
     return y, xa.contiguous()
 
@@ -175,9 +186,20 @@ def _gradients(
     return dx if dx is None or flat is dy else shaped_like(dx, dy), da, db, dbias
 
 
+def _repeated_gradients(
+    dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backend, wide=False, format="dense", statistics=None
+):
+    operands, settings = (dy, x, xa, weight, a, b, seed), (scale, dropout_p, tuple(needs), wide, format)
+    return repeated(
+        _gradients, backend, settings, (*operands, *(statistics or ())), *operands, scale, dropout_p, needs, backend,
+        wide, format, statistics,
+    )  # fmt: skip
+
+
 def _backward(dy, *rest):
+    run = _gradients if dy.is_cpu and rest[9] != EMULATOR else _repeated_gradients
     # None is no tensor, which the schema needs
-    return tuple(dy.new_empty(0) if g is None else g for g in _gradients(dy, *rest))
+    return tuple(dy.new_empty(0) if g is None else g for g in run(dy, *rest))
 
 
 def _fake_backward(
@@ -259,7 +281,8 @@ def can_bypass_dispatcher(*tensors):
 def _run_forward(ctx, x, weight, bias, a, b, seed, settings, *statistics):
     scale, dropout_p, backend, wide, format = settings
     if can_bypass_dispatcher(x, weight, bias, a, b):
-        y, xa = _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics)
+        run = _forward if x.is_cpu and backend != EMULATOR else _repeated_forward
+        y, xa = run(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics)
     else:
         with _BelowAutograd():
             y, xa = op(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics or None)
@@ -290,7 +313,7 @@ def run_backward(ctx, dy, dxa, leading):
     else:
         args = dy, x, xa, weight, a, b, seed, scale, dropout_p, needs, backend, wide, format, statistics or None
         if can_bypass_dispatcher(dy, x, weight, a, b):
-            grads = _gradients(*args)
+            grads = (_gradients if given.is_cpu and backend != EMULATOR else _repeated_gradients)(*args)
         else:
             grads = (g if need else None for g, need in zip(_op_backward(*args), needs, strict=True))
     dx, da, db, dbias = grads
@@ -354,7 +377,8 @@ def lora_linear(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, fo
         return op(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics)[0]
     if not torch.is_grad_enabled() and can_bypass_dispatcher(x, weight, bias, a, b):
         # nothing is recorded: autograd.Function.apply would take 7 us for that (torch 2.13, Xeon, 2026-11-29)
-        return _forward(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics)[0]
+        run = _forward if x.is_cpu and backend != EMULATOR else _repeated_forward
+        return run(x, weight, bias, a, b, seed, scale, dropout_p, backend, wide, format, statistics)[0]
     # x is not kept for a frozen a, so that the gradient of b depends on x through xa only
     settings = scale, dropout_p, backend, wide, format
     if b.requires_grad and not a.requires_grad and x.requires_grad:

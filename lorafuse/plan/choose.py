@@ -1,6 +1,6 @@
 """The choice of backend, kernels and configurations for an operator, with its reasons."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -11,7 +11,7 @@ from lorafuse.plan.candidate import Candidate, KernelConfig
 from lorafuse.plan.devices import DeviceSpec, features, find
 from lorafuse.plan.problem import Problem
 
-__all__ = ["Plan", "clear_cache", "interpreted_as", "modelled", "no_grouped_mm", "override", "select"]
+__all__ = ["Plan", "clear_cache", "interpreted_as", "modelled", "no_grouped_mm", "override", "select", "state"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ class _Override:
 _NOTHING = _Override()
 # None where nothing is overridden: every call of a layer hashes it
 _override: _Override | None = None
+# how often measurements were read anew
+_generation = 0
 
 
 @contextmanager
@@ -121,6 +123,11 @@ def select(
     return _select(problems, device, available, _override)
 
 
+def state() -> Hashable:
+    """What plans depend on besides their problem and what is available."""
+    return _override, _generation
+
+
 def interpreted_as() -> DeviceSpec:
     """The GPU whose plans kernels follow that run on a CPU, in Triton's interpreter or in the emulator."""
     return (_override or _NOTHING).interpreted_as
@@ -128,8 +135,10 @@ def interpreted_as() -> DeviceSpec:
 
 def clear_cache() -> None:
     """Read measurements again for the next plan: for whoever wrote them, or changed LORAFUSE_CACHE_DIR, meanwhile."""
+    global _generation
     tuned.load.cache_clear()
     _select.cache_clear()
+    _generation += 1
 
 
 def modelled(candidates: Sequence[Candidate]) -> Candidate:
