@@ -63,8 +63,8 @@ class Net(nn.Module):
         return x
 
 
-def net(kind=Block, calls=None, reentrant=None, **settings):
-    torch.manual_seed(3)
+def net(kind=Block, calls=None, reentrant=None, seed=3, **settings):
+    torch.manual_seed(seed)
     settings = {"r": 4, "lora_alpha": 6, "target_modules": list(kind.names)} | settings
     model = peft.get_peft_model(Net(kind, calls, reentrant), peft.LoraConfig(**settings)).eval()
     return train_away_from_zero(model)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+from statistics import geometric_mean
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 
 import lorafuse
 from lorafuse.integrations import groups
+from lorafuse.testing.numerics import relative_l2
 
 pytestmark = pytest.mark.usefixtures("small_groups")
 
@@ -158,6 +160,25 @@ def test_a_state_that_changes_between_two_siblings(between):
         {k: t.float() for k, t in expected.items()},
         1e-2 if between == "autocast" else None,
     )
+
+
+def test_bfloat16_is_no_worse_than_peft():
+    """Of one network either may be nearer to the exact results by chance: the ratios of the errors of twelve."""
+    ratios = []
+    for seed in range(12):
+        stock, patched = pair(seed=seed)
+        for model in (stock, patched):
+            model.to(torch.bfloat16)
+        x = x_of(200).to(torch.bfloat16)
+        exact = step(copy.deepcopy(stock).double(), x.double())
+        with counting_groups() as calls:
+            actual, expected = step(patched, x), step(stock, x)
+        assert calls.call_count == 2
+        errors = [{name: relative_l2(one[name], t) for name, t in exact.items()} for one in (actual, expected)]
+        ours, theirs = ({"y": e["y"], "dx": e["dx"], "all": sum(e.values())} for e in errors)
+        ratios.append({name: float(ours[name] / theirs[name]) for name in ours})
+    means = {name: geometric_mean(one[name] for one in ratios) for name in ratios[0]}
+    assert {name: mean for name, mean in means.items() if mean > 1} == {}
 
 
 def test_an_adapter_that_is_changed_in_place_between_two_siblings():

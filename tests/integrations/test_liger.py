@@ -4,7 +4,6 @@ functions stand for them; and a LoRA on lm_head with a chunked cross entropy.
 
 import copy
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,7 +95,7 @@ class TestLiger:
     @pytest.mark.parametrize("order", ["liger first", "lorafuse first"])
     @pytest.mark.parametrize("swiglu", [True, False])
     def test_all_of_it(self, liger, order, swiglu):
-        """As `use_liger_kernel=True` of the Trainer: norms, rotary embedding and the loss too; logits are never made."""
+        """As `use_liger_kernel=True` of the Trainer: norms, rotary embedding and the loss too, without logits."""
         stock = adapted().train()
         expected = loss_and_gradients(stock)
         patched = copy.deepcopy(stock)
