@@ -1,7 +1,7 @@
 """What the CUDA kernels cost the host: the seven linear layers of a decoder layer, in microseconds of CPU time.
 
-    python bench/host.py        on a Hopper GPU, launches included
-    python bench/host.py emu    on any machine with g++: launches are counted and do not run
+    python bench/host.py [--json FILE]    on a Hopper GPU, launches included
+    python bench/host.py emu              on any machine with g++: launches are counted and do not run
 
 q, k and v, o, and the gated MLP are one operator each, in bfloat16 with fp32 adapters of rank 16, as PEFT has them, by
 the plan "cuda siblings" and, for o and down, the planner's. Matrices are small: a GPU never makes the host wait. What
@@ -20,7 +20,9 @@ import torch
 
 from lorafuse import functional as LF
 from lorafuse.backends import base
+from lorafuse.files import write_text
 from lorafuse.plan import override
+from lorafuse.testing.conditions import conditions
 
 CALLS, ROUNDS = 10, 41
 RANK = 16
@@ -108,12 +110,12 @@ def measure_all(backend, rows=16):
             module.configure()
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("backend", nargs="?", choices=("cuda", "emu"), default="cuda")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     measured, total = measure_all(args.backend, args.rows), 0.0
     for name, passes in measured.items():
@@ -123,7 +125,10 @@ def main():
             print(f"{name:>10} {which:>8}  {us:6.0f} us, {within:4.0f} in csrc: {shown}")
     print(f"all seven, forward and backward: {total:.0f} us")
     if args.json:
-        args.json.write_text(json.dumps({"backend": args.backend, "us": total, "parts": measured}, indent=1))
+        setting = conditions(torch.device("cuda" if args.backend == "cuda" else "cpu"))
+        results = [{"name": name, "rows": args.rows, "passes": passes} for name, passes in measured.items()]
+        content = {"kind": "host", "conditions": setting, "us": total, "results": results}
+        write_text(args.json, json.dumps(content, indent=1) + "\n")
     return 0
 
 
