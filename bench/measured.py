@@ -1,4 +1,4 @@
-"""The measured tables that ship: lorafuse/plan/measured/<gpu>.json, from the layers in bench/results/.
+"""The measured tables that ship: lorafuse/plan/measured/<gpu>.json, from the layers and groups in bench/results/.
 
 A plan follows them before its model. Of each layer and pass the fastest of lorafuse's own candidates is kept, over the
 ranges of M and R that `lorafuse.tune.ranges` derives from the measured points. Candidates whose spreads overlap count
@@ -19,17 +19,36 @@ __all__ = ["FOLDER", "device_of", "tables"]
 FOLDER = Path("lorafuse") / "plan" / "measured"
 _AVAILABLE = (("eager", ""), ("triton", ""), ("cuda", ""))
 _CONDITIONS = ("commit", "torch", "triton", "cuda", "driver", "power limit")
-# what the variants of `bench/baselines/lorafuse.py` run, by pass. The baseline "addmm" is other work than "aten_addmm":
-# its adapters need no cast, and its backward computes xa again
-_KERNELS = {
-    "lorafuse-eager": ("aten_beta1", "aten_beta1"),
-    "lorafuse-addmm": ("aten_addmm", "aten_addmm"),
-    "lorafuse-triton": ("two_kernel", "one_pass_backward"),
-    "lorafuse-cuda": ("cuda two_kernel", "cuda one_pass_backward"),
+# backend and forced kernel of the variants of `bench/baselines/lorafuse.py` and `lorafuse_group.py` that are candidates
+# by name. The baseline "addmm" is other work than "aten_addmm": its adapters need no cast, and its backward computes xa
+# again
+_FORMS = {
+    "eager": ("eager", "aten_beta1"),
+    "addmm": ("eager", "aten_addmm"),
+    "triton": ("triton", ""),
+    "cuda": ("cuda", ""),
+    "cuda-tiles": ("cuda", "cuda xa_in_tiles"),
+    "cuda-split": ("cuda", "cuda split_k"),
+    "cuda-forward": ("cuda", "cuda fused_forward"),
+    "cuda-concurrent": ("cuda", "cuda concurrent_backward"),
+    "cuda-backward": ("cuda", "cuda fused_backward"),
+}
+_GROUP_FORMS = {
+    "eager": ("eager", ""),
+    "triton": ("triton", ""),
+    "siblings": ("triton", "siblings"),
+    "cuda": ("cuda", ""),
+    "cuda-siblings": ("cuda", "cuda siblings"),
+}
+_VARIANTS = {
+    "linear": {f"lorafuse-{form}": what for form, what in _FORMS.items()},
+    **dict.fromkeys(("group", "mlp"), {f"lorafuse-group-{form}": what for form, what in _GROUP_FORMS.items()}),
 }
 # commits whose "lorafuse" (backend "auto") ran the CUDA kernels in every pass of their files: the plan of that commit
 # says so for each of these problems
 _AUTO_WAS_CUDA = {"42a016e4784e"}
+# of result files; a file of groups may hold gated MLPs, and one of them groups
+_KINDS = ("linear", "group", "mlp")
 
 
 def tables(contents: list[dict[str, Any]]) -> dict[str, tuple[tuned.Tuned, ...]]:
@@ -39,7 +58,7 @@ def tables(contents: list[dict[str, Any]]) -> dict[str, tuple[tuned.Tuned, ...]]
     for content in contents:
         conditions = content["conditions"]
         device = device_of(conditions["device"])
-        if content["kind"] == "linear" and device is not None:
+        if content["kind"] in _KINDS and device is not None:
             kept = {name: conditions[name] for name in _CONDITIONS if name in conditions}
             kept["date"] = conditions["date"].split()[0]
             entries[device.model] = record(entries.get(device.model, ()), list(_outcomes(content, device)), kept)
@@ -51,23 +70,46 @@ def device_of(name: str) -> DeviceSpec | None:
     return next((spec for spec in DEVICES.values() if re.search(rf"\b{re.escape(spec.model)}\b", name)), None)
 
 
+def _problems(result: Mapping[str, Any], kind: str, name: str) -> list[Problem]:
+    """The problems whose plans a pass of a result follows: of a gated MLP gate and up, and down's backward."""
+    M, R, dtype, gradients = result["M"], result["R"], result["dtype"], PASSES[name]
+    if kind == "linear":
+        return [Problem(M, result["N"], result["K"], R, dtype, "float32", gradients=gradients)]
+    if kind == "group":
+        many = len(result["N"])
+        sizes = M, sum(result["N"]), result["K"], many * R
+        return [Problem(*sizes, dtype, "float32", gradients=gradients, siblings=many)]
+    H, inner = result["H"], result["I"]
+    epilogue = "" if gradients else "gated"
+    both = Problem(M, 2 * inner, H, 2 * R, dtype, "float32", gradients=gradients, siblings=2, epilogue=epilogue)
+    down = Problem(M, H, inner, R, dtype, "float32", gradients=gradients, epilogue="gated")
+    return [both, down] if gradients else [both]
+
+
 def _outcomes(content: dict[str, Any], device: DeviceSpec) -> Iterator[Outcome]:
-    """The candidates of each layer and pass that has several."""
+    """The candidates of each result and pass that has several."""
     for result in content["results"]:
-        for i, (name, gradients) in enumerate(PASSES.items()):
-            times = _times(result["variants"], i, name, content["conditions"]["commit"])
-            if len(times) < 2:
-                continue
-            sizes = (result[size] for size in "MNKR")
-            problem = Problem(*sizes, result["dtype"], "float32", gradients=gradients)
-            # five values with the percentiles and the median of the file, which has no others
-            seconds = {k: [t["p20"], t["p20"], t["median"], t["p80"], t["p80"]] for k, t in times.items()}
-            yield Outcome(problem, modelled(select(problem, device, _AVAILABLE).candidates).name, seconds)
+        kind = result.get("kind") or content["kind"]
+        for name in PASSES:
+            for problem in _problems(result, kind, name):
+                times = _times(result["variants"], problem, kind, name, device, content["conditions"]["commit"])
+                if len(times) < 2:
+                    continue
+                # five values with the percentiles and the median of the file, which has no others
+                seconds = {k: [t["p20"], t["p20"], t["median"], t["p80"], t["p80"]] for k, t in times.items()}
+                yield Outcome(problem, modelled(select(problem, device, _AVAILABLE).candidates).name, seconds)
 
 
-def _times(variants: Mapping[str, Any], i: int, name: str, commit: str) -> dict[str, dict[str, float]]:
-    """The spread of each candidate's time, by kernel."""
-    times = {kernels[i]: variants[variant][name] for variant, kernels in _KERNELS.items() if variant in variants}
+def _times(
+    variants: Mapping[str, Any], problem: Problem, kind: str, name: str, device: DeviceSpec, commit: str
+) -> dict[str, dict[str, float]]:
+    """The spread of each candidate's time, by kernel: of a variant whose kernel is no candidate there is none."""
+    times = {}
+    for variant, (backend, kernel) in _VARIANTS[kind].items():
+        candidates = {one.name: one for one in select(problem, device, ((backend, ""),)).candidates}
+        ran = kernel or modelled(list(candidates.values())).name
+        if variant in variants and ran in candidates:
+            times[ran] = variants[variant][name]
     if commit in _AUTO_WAS_CUDA and "lorafuse" in variants:
-        times[_KERNELS["lorafuse-cuda"][i]] = variants["lorafuse"][name]
+        times["cuda one_pass_backward" if problem.gradients else "cuda two_kernel"] = variants["lorafuse"][name]
     return times

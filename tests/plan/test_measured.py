@@ -7,8 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from lorafuse.plan import DEVICES, Problem, find, select, tuned
+from lorafuse import functional as LF
+from lorafuse.bench import plugins
+from lorafuse.ops import layers
+from lorafuse.plan import DEVICES, Problem, find, override, select, tuned
+from lorafuse.tune.measure import PASSES
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -89,3 +94,97 @@ def test_what_names_no_known_gpu_or_kernel_gives_nothing(rows):
     for result in alone["results"]:
         result["variants"] = {"lorafuse-triton": result["variants"]["lorafuse-triton"]}
     assert measured.tables([alone]) == {"H200": ()}
+
+
+def spread(microseconds):
+    return {"median": microseconds * 1e-6, "p20": microseconds * 0.99e-6, "p80": microseconds * 1.01e-6}
+
+
+def content(rows, kind, variants, **sizes):
+    """A result file of one result whose variants take so many microseconds forward and backward."""
+    times = {name: {"forward": spread(f), "backward": spread(b)} for name, (f, b) in variants.items()}
+    return rows | {"kind": kind, "results": [{"R": 16, "M": 8192, "dtype": "bfloat16"} | sizes | {"variants": times}]}
+
+
+def chosen(tables, *problems):
+    with override(measured=tables["H200"]):
+        return [kernel(problem)[0] for problem in problems]
+
+
+def test_forms_that_wait_for_a_measurement_are_learned_by_pass(rows):
+    """The fastest of those that are candidates: a form of another pass or size ran as the plan's own choice."""
+    variants = {
+        "lorafuse-cuda": (400, 440), "lorafuse-triton": (410, 450), "lorafuse-cuda-tiles": (10, 10),
+        "lorafuse-cuda-forward": (360, 1), "lorafuse-cuda-backward": (1, 370), "lorafuse-cuda-concurrent": (2, 380),
+    }  # fmt: skip
+    written = content(rows, "linear", variants, N=4096, K=4096)
+    tables = measured.tables([written | {"conditions": rows["conditions"] | {"commit": "of the day"}}])
+    assert chosen(tables, replace(Q, M=8192, gradients=()), replace(Q, M=8192)) == [
+        "cuda fused_forward", "cuda fused_backward",
+    ]  # fmt: skip
+
+
+def test_groups_are_learned(rows):
+    qkv = Problem(8192, 6144, 4096, 48, "bfloat16", "float32", siblings=3)
+    alone, back = replace(qkv, siblings=1), replace(qkv, gradients=("dx", "da", "db"))
+    assert chosen({"H200": ()}, qkv, back) == ["cuda two_kernel", "cuda one_pass_backward"]
+    variants = {
+        "lorafuse-group-cuda": (600, 700),
+        "lorafuse-group-triton": (620, 760),
+        "lorafuse-group-siblings": (640, 780),
+    }
+    variants["lorafuse-group-cuda-siblings"] = (560, 650)
+    tables = measured.tables([content(rows, "group", variants, N=[4096, 1024, 1024], K=4096)])
+    assert chosen(tables, qkv, back) == ["cuda siblings"] * 2
+    assert chosen(tables, alone) == ["cuda two_kernel"]
+    variants["lorafuse-group-siblings"] = (500, 780)
+    tables = measured.tables([content(rows, "group", variants, N=[4096, 1024, 1024], K=4096)])
+    assert chosen(tables, qkv, back) == ["siblings", "cuda siblings"]
+
+
+def test_gated_mlps_are_learned(rows):
+    """Gate and up in forward, and in backward down with the activation too; down alone keeps its own entry."""
+    gradients = ("dx", "da", "db")
+    both = Problem(8192, 28672, 4096, 32, "bfloat16", "float32", siblings=2, epilogue="gated")
+    down = Problem(8192, 4096, 14336, 16, "bfloat16", "float32", gradients=gradients)
+    problems = both, replace(both, gradients=gradients, epilogue=""), replace(down, epilogue="gated"), down
+    shipped = tuned.read(tuned.FOLDER / "h200.json")
+    before = chosen({"H200": shipped}, *problems)
+    assert before == ["cuda two_kernel"] + ["cuda one_pass_backward"] * 3
+    variants = {"lorafuse-group-cuda": (3000, 4000), "lorafuse-group-cuda-siblings": (2700, 3300)}
+    tables = measured.tables([content(rows, "mlp", variants, H=4096, I=14336)])
+    learned = {"H200": (*shipped, *tables["H200"])}
+    assert chosen(learned, *problems) == ["cuda siblings"] * 3 + ["cuda one_pass_backward"]
+
+
+def test_problems_are_those_of_calls(monkeypatch):
+    seen, made = set(), layers.siblings_problem
+
+    def noted(*args, **more):
+        seen.add(problem := made(*args, **more))
+        return problem
+
+    monkeypatch.setattr(layers, "siblings_problem", noted)
+    sizes = {"M": 16, "R": 8, "dtype": "float32"}
+    x = torch.randn(16, 32, requires_grad=True)
+
+    def layer(N, K):
+        a, b = torch.randn(8, K, requires_grad=True), torch.randn(N, 8, requires_grad=True)
+        return LF.Projection(torch.randn(N, K), a, b, 2.0)
+
+    LF.lora_gated_mlp(x, layer(64, 32), layer(64, 32), layer(32, 64), backend="triton").sum().backward()
+    sum(y.sum() for y in LF.lora_linears(x, [layer(32, 32), layer(16, 32)], backend="triton")).backward()
+    cases = (("mlp", {"H": 32, "I": 64}), ("group", {"N": [32, 16], "K": 32}))
+    for kind, more in cases:
+        for name in PASSES:
+            assert seen >= set(measured._problems(sizes | more, kind, name)), (kind, name, seen)
+
+
+@pytest.mark.parametrize(("kind", "file"), [("linear", "lorafuse.py"), ("group", "lorafuse_group.py")])
+def test_variants_are_those_of_the_baselines(kind, file):
+    built = {one.name: one.options for one in plugins.load_file(plugins.folder() / file, kind, torch.device("cuda"))}
+    for name, (backend, kernel) in measured._VARIANTS[kind].items():
+        assert (built[name]["backend"], built[name].get("kernel", "")) == (backend, kernel), name
+    named = {name for name, options in built.items() if "backend" in options}
+    # experts' own
+    assert named - set(measured._VARIANTS[kind]) <= {"lorafuse-cuda-gathered"}
