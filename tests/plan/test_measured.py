@@ -11,6 +11,7 @@ import torch
 
 from lorafuse import functional as LF
 from lorafuse.bench import plugins
+from lorafuse.bench.problem import Variant
 from lorafuse.ops import layers
 from lorafuse.plan import DEVICES, Problem, find, override, select, tuned
 from lorafuse.tune.measure import PASSES
@@ -188,3 +189,28 @@ def test_variants_are_those_of_the_baselines(kind, file):
     named = {name for name, options in built.items() if "backend" in options}
     # experts' own
     assert named - set(measured._VARIANTS[kind]) <= {"lorafuse-cuda-gathered"}
+
+
+@pytest.mark.parametrize(
+    ("options", "choice"),
+    [
+        ({}, "one_pass_backward"),
+        ({"backend": "cuda"}, "cuda one_pass_backward"),
+        ({"kernel": "aten_beta1"}, "aten_beta1"),
+    ],
+)
+def test_variants_that_are_named_follow_no_table(options, choice):
+    """Their times are what tables are made from."""
+    leaf, seen = torch.ones(1, requires_grad=True), []
+
+    class Noting:
+        def variant(self, name, baseline, given, **_):
+            def call():
+                seen.append(kernel(Q)[0])
+                return (2 * leaf,)
+
+            return Variant(name, call, ("y",), (torch.ones(1),), {"dx": leaf})
+
+    plugins.Baseline("one", "one", "adapters", ROOT, plugins, options).variant(Noting(), None).results()
+    assert kernel(Q)[0] == "one_pass_backward"
+    assert seen == [choice]
