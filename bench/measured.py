@@ -1,12 +1,15 @@
-"""The measured tables that ship: lorafuse/plan/measured/<gpu>.json, from the layers and groups in bench/results/.
+"""The measured tables that ship: lorafuse/plan/measured/<gpu>.json, from the layers, groups and experts in
+bench/results/.
 
 A plan follows them before its model. Of each layer and pass the fastest of lorafuse's own candidates is kept, over the
 ranges of M and R that `lorafuse.tune.ranges` derives from the measured points. Candidates whose spreads overlap count
 as equal, and the one that the model would choose stays. `make numbers` writes the files, a test holds them in step.
 """
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +43,20 @@ _GROUP_FORMS = {
     "cuda": ("cuda", ""),
     "cuda-siblings": ("cuda", "cuda siblings"),
 }
+_EXPERTS_FORMS = {
+    "eager": ("eager", ""),
+    "triton": ("triton", ""),
+    "cuda": ("cuda", ""),
+    "cuda-gathered": ("cuda", "cuda gathered"),
+}
 _VARIANTS = {
+    "moe": {f"lorafuse-{form}": what for form, what in _EXPERTS_FORMS.items()},
     "linear": {f"lorafuse-{form}": what for form, what in _FORMS.items()},
     **dict.fromkeys(("group", "mlp"), {f"lorafuse-group-{form}": what for form, what in _GROUP_FORMS.items()}),
 }
 # commits whose "lorafuse" (backend "auto") ran the CUDA kernels in every pass of their files: the plan of that commit
 # says so for each of these problems
 _AUTO_WAS_CUDA = {"42a016e4784e"}
-# of result files; a file of groups may hold gated MLPs, and one of them groups
-_KINDS = ("linear", "group", "mlp")
 
 
 def tables(contents: list[dict[str, Any]]) -> dict[str, tuple[tuned.Tuned, ...]]:
@@ -58,7 +66,7 @@ def tables(contents: list[dict[str, Any]]) -> dict[str, tuple[tuned.Tuned, ...]]
     for content in contents:
         conditions = content["conditions"]
         device = device_of(conditions["device"])
-        if content["kind"] in _KINDS and device is not None:
+        if content["kind"] in _VARIANTS and device is not None:
             kept = {name: conditions[name] for name in _CONDITIONS if name in conditions}
             kept["date"] = conditions["date"].split()[0]
             entries[device.model] = record(entries.get(device.model, ()), list(_outcomes(content, device)), kept)
@@ -70,46 +78,53 @@ def device_of(name: str) -> DeviceSpec | None:
     return next((spec for spec in DEVICES.values() if re.search(rf"\b{re.escape(spec.model)}\b", name)), None)
 
 
-def _problems(result: Mapping[str, Any], kind: str, name: str) -> list[Problem]:
-    """The problems whose plans a pass of a result follows: of a gated MLP gate and up, and down's backward."""
+def _operators(result: Mapping[str, Any], kind: str, name: str) -> list[tuple[Problem, ...]]:
+    """The problems of each plan that a pass of a result follows; of a gated MLP those of gate and up, and in backward
+    of down."""
     M, R, dtype, gradients = result["M"], result["R"], result["dtype"], PASSES[name]
+    of = partial(Problem, dtype=dtype, adapter_dtype="float32", gradients=gradients)
     if kind == "linear":
-        return [Problem(M, result["N"], result["K"], R, dtype, "float32", gradients=gradients)]
+        return [(of(M, result["N"], result["K"], R),)]
     if kind == "group":
         many = len(result["N"])
-        sizes = M, sum(result["N"]), result["K"], many * R
-        return [Problem(*sizes, dtype, "float32", gradients=gradients, siblings=many)]
+        return [(of(M, sum(result["N"]), result["K"], many * R, siblings=many),)]
     H, inner = result["H"], result["I"]
-    epilogue = "" if gradients else "gated"
-    both = Problem(M, 2 * inner, H, 2 * R, dtype, "float32", gradients=gradients, siblings=2, epilogue=epilogue)
-    down = Problem(M, H, inner, R, dtype, "float32", gradients=gradients, epilogue="gated")
-    return [both, down] if gradients else [both]
+    first, last = ("", "gated") if gradients else ("gated", "")
+    if kind == "moe":
+        block = partial(of, M * result["k"], groups=result["E"], is_ragged=True, choices=result["k"], R=R)
+        return [(block(N=2 * inner, K=H, epilogue=first), block(N=H, K=inner, epilogue=last))]
+    both = (of(M, 2 * inner, H, 2 * R, siblings=2, epilogue=first),)
+    return [both, (of(M, H, inner, R, epilogue=last),)] if gradients else [both]
 
 
 def _outcomes(content: dict[str, Any], device: DeviceSpec) -> Iterator[Outcome]:
     """The candidates of each result and pass that has several."""
-    for result in content["results"]:
+    # experts' routings share their sizes: the usual one
+    results = [one for one in content["results"] if one.get("routing", "balanced") == "balanced"]
+    for result, name in itertools.product(results, PASSES):
         kind = result.get("kind") or content["kind"]
-        for name in PASSES:
-            for problem in _problems(result, kind, name):
-                times = _times(result["variants"], problem, kind, name, device, content["conditions"]["commit"])
-                if len(times) < 2:
-                    continue
-                # five values with the percentiles and the median of the file, which has no others
-                seconds = {k: [t["p20"], t["p20"], t["median"], t["p80"], t["p80"]] for k, t in times.items()}
-                yield Outcome(problem, modelled(select(problem, device, _AVAILABLE).candidates).name, seconds)
+        for operator in _operators(result, kind, name):
+            problems = operator if len(operator) > 1 else operator[0]
+            times = _times(result["variants"], problems, kind, name, device, content["conditions"]["commit"])
+            if len(times) < 2:
+                continue
+            # five values with the percentiles and the median of the file, which has no others
+            seconds = {k: [t["p20"], t["p20"], t["median"], t["p80"], t["p80"]] for k, t in times.items()}
+            before = modelled(select(problems, device, _AVAILABLE).candidates).name
+            yield from (Outcome(problem, before, seconds) for problem in operator)
 
 
 def _times(
-    variants: Mapping[str, Any], problem: Problem, kind: str, name: str, device: DeviceSpec, commit: str
-) -> dict[str, dict[str, float]]:
+    variants: Mapping[str, Any], problems: Problem | tuple[Problem, ...], kind: str, name: str, device: DeviceSpec,
+    commit: str,
+) -> dict[str, dict[str, float]]:  # fmt: skip
     """The spread of each candidate's time, by kernel: of a variant whose kernel is no candidate there is none."""
     times = {}
     for variant, (backend, kernel) in _VARIANTS[kind].items():
-        candidates = {one.name: one for one in select(problem, device, ((backend, ""),)).candidates}
+        candidates = {one.name: one for one in select(problems, device, ((backend, ""),)).candidates}
         ran = kernel or modelled(list(candidates.values())).name
         if variant in variants and ran in candidates:
             times[ran] = variants[variant][name]
-    if commit in _AUTO_WAS_CUDA and "lorafuse" in variants:
-        times["cuda one_pass_backward" if problem.gradients else "cuda two_kernel"] = variants["lorafuse"][name]
+    if kind == "linear" and commit in _AUTO_WAS_CUDA and "lorafuse" in variants:
+        times["cuda one_pass_backward" if PASSES[name] else "cuda two_kernel"] = variants["lorafuse"][name]
     return times

@@ -4,12 +4,14 @@ import copy
 import json
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 
 from lorafuse import functional as LF
+from lorafuse.backends import problems
 from lorafuse.bench import plugins
 from lorafuse.bench.problem import Variant
 from lorafuse.ops import layers
@@ -90,7 +92,7 @@ def test_a_later_file_replaces_the_point_of_an_earlier_one(rows):
 def test_what_names_no_known_gpu_or_kernel_gives_nothing(rows):
     other = copy.deepcopy(rows)
     other["conditions"]["device"] = "NVIDIA GeForce 9000"
-    assert measured.tables([other, rows | {"kind": "moe"}]) == {}
+    assert measured.tables([other, rows | {"kind": "memory"}]) == {}
     alone = copy.deepcopy(rows)
     for result in alone["results"]:
         result["variants"] = {"lorafuse-triton": result["variants"]["lorafuse-triton"]}
@@ -158,14 +160,37 @@ def test_gated_mlps_are_learned(rows):
     assert chosen(learned, *problems) == ["cuda siblings"] * 3 + ["cuda one_pass_backward"]
 
 
+def test_experts_are_learned(rows):
+    """Of both projections together; another routing of the same sizes says nothing."""
+    gradients = ("dx", "da", "db")
+    up = Problem(65536, 1536, 2048, 16, "bfloat16", "float32", groups=128, is_ragged=True, choices=8)
+    down = replace(up, N=2048, K=768)
+    forward = replace(up, epilogue="gated"), down
+    backward = replace(up, gradients=gradients), replace(down, gradients=gradients, epilogue="gated")
+    assert chosen({"H200": ()}, forward, backward) == ["ragged"] * 2
+    variants = {"lorafuse-triton": (1400, 1800), "lorafuse-cuda": (2500, 3000), "lorafuse-cuda-gathered": (1200, 1300)}
+    sizes = {"E": 128, "k": 8, "H": 2048, "I": 768}
+    tables = measured.tables([content(rows, "moe", variants, **sizes, routing="balanced")])
+    assert chosen(tables, forward, backward) == ["cuda gathered"] * 2
+    assert chosen({"H200": tables["H200"][:1]}, forward) == ["ragged"]
+    assert measured.tables([content(rows, "moe", variants, **sizes, routing="zipf")]) == {"H200": ()}
+
+
 def test_problems_are_those_of_calls(monkeypatch):
-    seen, made = set(), layers.siblings_problem
+    seen = set()
 
-    def noted(*args, **more):
-        seen.add(problem := made(*args, **more))
-        return problem
+    def note(module, name, many):
+        made = getattr(module, name)
 
-    monkeypatch.setattr(layers, "siblings_problem", noted)
+        def noted(*args, **more):
+            result = made(*args, **more)
+            seen.update(result if many else (result,))
+            return result
+
+        monkeypatch.setattr(module, name, noted)
+
+    note(layers, "siblings_problem", False)
+    note(problems, "experts_problems", True)
     sizes = {"M": 16, "R": 8, "dtype": "float32"}
     x = torch.randn(16, 32, requires_grad=True)
 
@@ -173,22 +198,36 @@ def test_problems_are_those_of_calls(monkeypatch):
         a, b = torch.randn(8, K, requires_grad=True), torch.randn(N, 8, requires_grad=True)
         return LF.Projection(torch.randn(N, K), a, b, 2.0)
 
+    up, down = torch.randn(4, 64, 32), torch.randn(4, 32, 32)
+    shapes = {"gate_up_a": (4, 8, 32), "gate_up_b": (4, 64, 8), "down_a": (4, 8, 32), "down_b": (4, 32, 8)}
+    factors = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
     LF.lora_gated_mlp(x, layer(64, 32), layer(64, 32), layer(32, 64), backend="triton").sum().backward()
+    index = torch.tensor([[0, 1], [3, 2], [1, 0], [2, 3]])
+    LF.lora_experts(x[:4], index, torch.rand(4, 2), up, down, **factors, backend="triton").sum().backward()
     sum(y.sum() for y in LF.lora_linears(x, [layer(32, 32), layer(16, 32)], backend="triton")).backward()
-    cases = (("mlp", {"H": 32, "I": 64}), ("group", {"N": [32, 16], "K": 32}))
-    for kind, more in cases:
+    cases = {
+        "mlp": {"H": 32, "I": 64},
+        "group": {"N": [32, 16], "K": 32},
+        "moe": {"M": 4, "E": 4, "k": 2, "H": 32, "I": 32},
+    }
+    for kind, more in cases.items():
         for name in PASSES:
-            assert seen >= set(measured._problems(sizes | more, kind, name)), (kind, name, seen)
+            assert seen >= set(chain(*measured._operators(sizes | more, kind, name))), (kind, name, seen)
 
 
-@pytest.mark.parametrize(("kind", "file"), [("linear", "lorafuse.py"), ("group", "lorafuse_group.py")])
+@pytest.mark.parametrize(
+    ("kind", "file"), [("linear", "lorafuse.py"), ("group", "lorafuse_group.py"), ("moe", "lorafuse.py")]
+)
 def test_variants_are_those_of_the_baselines(kind, file):
     built = {one.name: one.options for one in plugins.load_file(plugins.folder() / file, kind, torch.device("cuda"))}
     for name, (backend, kernel) in measured._VARIANTS[kind].items():
-        assert (built[name]["backend"], built[name].get("kernel", "")) == (backend, kernel), name
+        # experts have no order of base and low-rank product
+        forced = "" if (kind, name) == ("moe", "lorafuse-eager") else built[name].get("kernel", "")
+        assert (built[name]["backend"], forced) == (backend, kernel), name
+    # what is a candidate of the other kind alone
+    others = {"linear": {"lorafuse-cuda-gathered"}, "moe": set(measured._VARIANTS["linear"])}
     named = {name for name, options in built.items() if "backend" in options}
-    # experts' own
-    assert named - set(measured._VARIANTS[kind]) <= {"lorafuse-cuda-gathered"}
+    assert named - set(measured._VARIANTS[kind]) <= others.get(kind, set())
 
 
 @pytest.mark.parametrize(
