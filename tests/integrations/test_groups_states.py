@@ -19,6 +19,7 @@ from tiny_models import (
     train_away_from_zero,
 )
 from torch import nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 import lorafuse
 from lorafuse.integrations import groups
@@ -191,6 +192,20 @@ def test_an_adapter_that_is_changed_in_place_between_two_siblings():
             block.k_proj.lora_A["default"].weight.mul_(1.5)
         ys.append(block.k_proj(x).detach())
     assert_close({"y": ys[1]}, {"y": ys[0]})
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_checkpoints_that_do_not_stop_early(dropout):
+    _, patched = pair(reentrant=False, lora_dropout=dropout)
+    alone = copy.deepcopy(patched)
+    lorafuse.patch(alone, groups=False)
+    results = []
+    for model in (patched, alone):
+        torch.manual_seed(7)
+        with set_checkpoint_early_stop(False), counting_groups() as calls:
+            results.append(step(model.train()))
+        assert calls.call_count == (4 if model is patched else 0)
+    assert_close(*results)
 
 
 def test_a_sibling_called_after_the_backward_of_the_first():
