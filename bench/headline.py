@@ -26,8 +26,8 @@ PEFT_SETTINGS = {
 def ours(result: Result) -> dict[str, Any]:
     """The figures of what `lorafuse.patch` runs: groups where there are some; {} where lorafuse was not measured."""
     variants = result["variants"]
-    found: dict[str, Any] = variants.get("lorafuse-group", variants.get("lorafuse", {}))
-    return found
+    own: dict[str, Any] = variants.get("lorafuse-group", variants.get("lorafuse", {}))
+    return own
 
 
 def factors(result: Result) -> dict[str, float]:
