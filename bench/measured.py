@@ -8,12 +8,12 @@ as equal, and the one that the model would choose stays. `make numbers` writes t
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorafuse.plan import DEVICES, DeviceSpec, Problem, modelled, select, tuned
+from lorafuse.plan import DEVICES, Candidate, DeviceSpec, Problem, modelled, select, tuned
 from lorafuse.tune.measure import PASSES, Outcome
 from lorafuse.tune.record import record
 
@@ -105,26 +105,24 @@ def _outcomes(content: dict[str, Any], device: DeviceSpec) -> Iterator[Outcome]:
         kind = result.get("kind") or content["kind"]
         for operator in _operators(result, kind, name):
             problems = operator if len(operator) > 1 else operator[0]
-            times = _times(result["variants"], problems, kind, name, device, content["conditions"]["commit"])
+            candidates = select(problems, device, _AVAILABLE).candidates
+            times = _times(result["variants"], candidates, kind, name, content["conditions"]["commit"])
             if len(times) < 2:
                 continue
             # five values with the percentiles and the median of the file, which has no others
             seconds = {k: [t["p20"], t["p20"], t["median"], t["p80"], t["p80"]] for k, t in times.items()}
-            before = modelled(select(problems, device, _AVAILABLE).candidates).name
-            yield from (Outcome(problem, before, seconds) for problem in operator)
+            yield from (Outcome(problem, modelled(candidates).name, seconds) for problem in operator)
 
 
 def _times(
-    variants: Mapping[str, Any], problems: Problem | tuple[Problem, ...], kind: str, name: str, device: DeviceSpec,
-    commit: str,
-) -> dict[str, dict[str, float]]:  # fmt: skip
+    variants: Mapping[str, Any], candidates: Sequence[Candidate], kind: str, name: str, commit: str
+) -> dict[str, dict[str, float]]:
     """The spread of each candidate's time, by kernel: of a variant whose kernel is no candidate there is none."""
     times = {}
     for variant, (backend, kernel) in _VARIANTS[kind].items():
-        candidates = {one.name: one for one in select(problems, device, ((backend, ""),)).candidates}
-        ran = kernel or modelled(list(candidates.values())).name
-        if variant in variants and ran in candidates:
-            times[ran] = variants[variant][name]
+        able = [one for one in candidates if one.backend == backend and kernel in ("", one.name)]
+        if variant in variants and able:
+            times[modelled(able).name] = variants[variant][name]
     if kind == "linear" and commit in _AUTO_WAS_CUDA and "lorafuse" in variants:
         times["cuda one_pass_backward" if PASSES[name] else "cuda two_kernel"] = variants["lorafuse"][name]
     return times

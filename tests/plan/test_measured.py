@@ -127,6 +127,13 @@ def test_forms_that_wait_for_a_measurement_are_learned_by_pass(rows):
     ]  # fmt: skip
 
 
+def test_a_backend_that_cannot_run_a_dtype_is_passed_over(rows):
+    variants = {"lorafuse-triton": (400, 440), "lorafuse-cuda": (10, 10), "lorafuse-eager": (500, 500)}
+    sizes = {"N": 4096, "K": 4096, "dtype": "float32"}
+    entries = measured.tables([content(rows, "linear", variants, **sizes)])["H200"]
+    assert {entry.kernel for entry in entries} == {"two_kernel", "one_pass_backward"}
+
+
 def test_groups_are_learned(rows):
     qkv = Problem(8192, 6144, 4096, 48, "bfloat16", "float32", siblings=3)
     alone, back = replace(qkv, siblings=1), replace(qkv, gradients=("dx", "da", "db"))
