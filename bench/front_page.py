@@ -3,7 +3,7 @@
 from typing import Any
 
 import result_tables as tables
-from headline import PEFT_SETTINGS, case_name, factors
+from headline import PEFT_SETTINGS, case_name, factors, ours
 from result_tables import Content, Result, table
 
 from lorafuse.bench import plots
@@ -12,7 +12,12 @@ __all__ = ["Sort", "claim", "conditions", "figure", "sorts", "summary"]
 
 # what a row of README's table and a panel of its graph are about: device, kind, its results
 Sort = tuple[str, str, list[Result]]
-_KINDS = {"linear": "one layer", "moe": "the experts of a block", "model": "a training step"}
+_KINDS = {
+    "layer": "a decoder layer",
+    "linear": "one layer",
+    "moe": "the experts of a block",
+    "model": "a training step",
+}
 _FASTEST = "fastest of the others measured"
 
 
@@ -72,7 +77,9 @@ def summary(given: list[Sort], absent: str) -> str:
 
 
 def claim(given: list[Sort], absent: str) -> str:
-    """The sentence below README's title: the range of each kind on GPUs and on CPUs, its weakest factor in bold."""
+    """The sentence below README's title: the range of each kind on GPUs and on CPUs, its weakest factor in bold, and
+    the LoRA tax of decoder layers.
+    """
     machines: dict[str, dict[str, list[Result]]] = {}
     for device, kind, results in given:
         place = f"an {device}" if device.startswith("NVIDIA") else "CPUs"
@@ -83,9 +90,17 @@ def claim(given: list[Sort], absent: str) -> str:
         for kind, results in kinds.items():
             low, _, high = _range(_fastest(results), absent).partition(" to ")
             alone = " against PEFT's default alone" * ({name for one in results for name in factors(one)} == {"peft"})
-            texts.append(f"{_KINDS[kind]} **{low}**" + f" to {high}" * bool(high) + alone)
+            texts.append(f"{_KINDS[kind]} **{low}**" + f" to {high}" * bool(high) + alone + _taxes(kind, results))
         parts.append(f"on {place} {', '.join(texts)}")
     return f"Speed over the fastest alternative measured in each case: {'; '.join(parts) or absent}."
+
+
+def _taxes(kind: str, results: list[Result]) -> str:
+    """The least and the largest LoRA tax of decoder layers, in words."""
+    if kind != "layer":
+        return ""
+    least, most = (tables.tax_text(end(map(ours, results), key=lambda one: one["tax"])) for end in (min, max))
+    return f" (LoRA tax {least}" + f" to {most}" * (most != least) + ")"
 
 
 def conditions(contents: list[Content]) -> str:

@@ -114,5 +114,5 @@ def _merge(merged: dict[str, Content], kind: str, part: Content, file: Path) -> 
 
 
 def _size(result: Content) -> tuple[Any, ...]:
-    """What tells the results of one kind apart."""
-    return tuple(result.get(key) for key in ("case", "name", "M", "N", "K", "R", "routing", "storage"))
+    """What tells the results of one kind apart; N of groups and R of many adapters are lists."""
+    return tuple(str(result.get(key)) for key in ("case", "name", "M", "N", "K", "R", "routing", "storage"))

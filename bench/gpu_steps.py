@@ -182,6 +182,7 @@ def grid(out: Path, done: list[dict[str, Any]], built: bool = False) -> list[Ste
         for name in LAYERS
         if missing(kind="model", model=name, accumulate=accumulate, checkpointing=on)
     ]
+    decoders = [bench.decoder(goals.DECODER["M"], goals.DECODER["case"])] if missing(**goals.DECODER) else []
     groups = [name for name in ("llama-3.1-8b.qkv", "llama-3.1-8b.mlp") if missing(case=name, M=8192, R=16)]
     square = CASES[_LLAMA[0]]
     q = {"kind": "linear", "M": 8192, "N": square.N, "K": square.K}
@@ -189,6 +190,7 @@ def grid(out: Path, done: list[dict[str, Any]], built: bool = False) -> list[Ste
     return [
         *([] if built else [Step("cuda-build", _BUILD, 150)]),
         *(step for m in rows for step in layers(m)),
+        *decoders,
         *models[:1],
         *blocks(first=True),
         *(bench.group(8192, name) for name in groups),

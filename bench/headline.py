@@ -7,7 +7,10 @@ from result_tables import Result, label_of, milliseconds, table
 
 from lorafuse.bench.result import with_adapters
 
-__all__ = ["PEFT_SETTINGS", "behind", "case_name", "factors", "headline", "losers", "slower_than_full", "unmeasured"]
+__all__ = [
+    *("PEFT_SETTINGS", "behind", "case_name", "factors", "headline", "losers", "ours", "slower_than_full"),
+    "unmeasured",
+]
 
 # a case above this share of a peer's time is behind it
 _BEHIND = 1.02
@@ -20,14 +23,20 @@ PEFT_SETTINGS = {
 }
 
 
+def ours(result: Result) -> dict[str, Any]:
+    """The figures of what `lorafuse.patch` runs: groups where there are some; {} where lorafuse was not measured."""
+    variants = result["variants"]
+    own: dict[str, Any] = variants.get("lorafuse-group", variants.get("lorafuse", {}))
+    return own
+
+
 def factors(result: Result) -> dict[str, float]:
     """Time of each other variant that trains adapters / lorafuse's, the smallest first; below 1 it is ahead."""
-    variants = result["variants"]
-    if "lorafuse" not in variants:
+    variants, own = result["variants"], ours(result)
+    if not own:
         return {}
-    own = _seconds(variants["lorafuse"])
     adapted = with_adapters(result, "step" if result["kind"] == "model" else "total")
-    ratios = {name: _seconds(variants[name]) / own for name in adapted if not name.startswith("lorafuse")}
+    ratios = {name: _seconds(variants[name]) / _seconds(own) for name in adapted if not name.startswith("lorafuse")}
     return dict(sorted(ratios.items(), key=lambda one: one[1]))
 
 
@@ -45,7 +54,7 @@ def headline(results: list[Result], absent: str) -> str:
     for result, times in pairs:
         first = next(iter(times))
         cells = [f"{times[name]:.2f}×" if name in times else absent for name in shown]
-        own = milliseconds(_seconds(result["variants"]["lorafuse"]))
+        own = milliseconds(_seconds(ours(result)))
         rows.append([case_name(result), own, f"{times[first]:.2f}× {label_of(result, first)}", *cells])
     head = ["forward and backward", "lorafuse", "fastest of the others measured"]
     return table([*head, *(PEFT_SETTINGS[name] for name in shown)], rows)
@@ -58,7 +67,8 @@ def case_name(result: Result) -> str:
         return f"{result['model']}, a training step, {layers}, {result['tokens_per_step']} tokens"
     if result["kind"] == "moe":
         return f"{result['case']}, the experts of a block, {result['M']} tokens, {result['routing']}"
-    return f"{result['case']}, one layer, {result['M']} tokens"
+    what = "a decoder layer" if result["kind"] == "layer" else "one layer"
+    return f"{result['case']}, {what}, {result['M']} tokens"
 
 
 def unmeasured(results: list[Result]) -> str:
@@ -66,7 +76,9 @@ def unmeasured(results: list[Result]) -> str:
     settings = {"peft-half": "bf16 adapters", "peft-autocast": "autocast", "peft": "its default"}
     missing: dict[str, list[str]] = {}
     for result in results:
-        named = missing.setdefault({"model": "steps", "moe": "experts"}.get(result["kind"], "layers"), [])
+        named = missing.setdefault(
+            {"model": "steps", "moe": "experts", "layer": "decoder layers"}.get(result["kind"], "layers"), []
+        )
         named += [text for one, text in settings.items() if one not in factors(result) and text not in named]
     lines = [f"{sort} against PEFT with {' or '.join(named)}" for sort, named in missing.items() if named]
     return "; ".join(lines) or "nothing"
@@ -89,7 +101,7 @@ def losers(results: list[Result]) -> list[str]:
 
 def slower_than_full(results: list[Result]) -> list[str]:
     """Each case where lorafuse takes longer than full fine-tuning, and how many times its time."""
-    ratios = [(one, one["variants"].get("lorafuse", {}).get("ratio_to_full", 0.0)) for one in results]
+    ratios = [(one, ours(one).get("ratio_to_full", 0.0)) for one in results]
     return [f"{_sized(result)}: {ratio:.2f}" for result, ratio in ratios if ratio > 1]
 
 

@@ -31,9 +31,11 @@ import model_tables  # noqa: E402
 import result_tables as tables  # noqa: E402
 from published import (  # noqa: E402
     ALL_LAYERS,
+    CPU_DECODER,
     CPU_MODEL,
     DEMO,
     EXPERTS,
+    GPU_DECODER,
     GPU_EXPERTS,
     GPU_LAYERS,
     GPU_MODEL,
@@ -54,9 +56,9 @@ from lorafuse.bench.result import VERSION, read  # noqa: E402
 from lorafuse.plan import tuned  # noqa: E402
 
 # rows of docs/benchmarks.md's table of factors, all cases of these files; README's graph shows them
-HEADLINE = (GPU_ROWS, GPU_LAYERS, GPU_EXPERTS, GPU_MODEL)
+HEADLINE = (GPU_DECODER, GPU_ROWS, GPU_LAYERS, GPU_EXPERTS, GPU_MODEL)
 # README's rows likewise
-FRONT = (*HEADLINE, LAYERS, EXPERTS, ALL_LAYERS, NEWER_LAYERS, CPU_MODEL)
+FRONT = (*HEADLINE, CPU_DECODER, LAYERS, EXPERTS, ALL_LAYERS, NEWER_LAYERS, CPU_MODEL)
 SPEED = "speed"
 # docs/benchmarks.md's tables by placeholder
 DETAILS = {"gpu_model": (GPU_MODEL, tables.training_steps), "gpu_experts": (GPU_EXPERTS, tables.experts)}
@@ -183,7 +185,7 @@ def _headline(root: Path) -> dict[str, str]:
     on_gpu = [result for file in on_gpus(root) for result in load(file)["results"] if result["kind"] != "memory"]
     on_cpu = [
         (load(file), named(root, file))
-        for one in (LAYERS, ALL_LAYERS, EXPERTS)
+        for one in (CPU_DECODER, LAYERS, ALL_LAYERS, EXPERTS)
         if (file := source_of(root, one)) is not None
     ]
     ahead = headline.losers(on_gpu)

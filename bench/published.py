@@ -23,6 +23,7 @@ class Published:
     pattern: str
 
 
+GPU_DECODER = Published("A decoder layer, H200", "h200-*-layer.json")
 GPU_MODEL = Published("A training step, H200", "h200-*-model.json")
 GPU_LAYERS = Published("Linear layers, H200", "h200-*-linear.json")
 GPU_PEERS = Published("One linear layer beside other fused kernels, H200", "h200-*-peers.json")
@@ -31,6 +32,7 @@ GPU_EXPERTS = Published("Experts, H200", "h200-*-moe.json")
 # by bench/hopper.py, whose files have other forms
 GPU_STEPS = Published("The CUDA kernels step by step, H200", "h200-*-hopper.json")
 GPU_PROBES = Published("What columns, sums, flags and experts' loops cost, H200", "h200-*-probes.json")
+CPU_DECODER = Published("A decoder layer, float32", "cpu-epyc-*-layer.json")
 LAYERS = Published("One linear layer", "cpu-xeon-amx-2026-11-24.json")
 EXPERTS = Published("Experts", "cpu-xeon-amx-2026-11-24-moe.json")
 CACHE = Published("Experts, a larger cache of oneDNN's kernels", "cpu-xeon-amx-2026-11-24-moe-zipf-cache.json")
@@ -47,8 +49,9 @@ DEMO = {
     "bfloat16": Published("make demo, bfloat16", "cpu-xeon-amx-2026-11-24-demo-bfloat16.json"),
 }
 # in the order of bench/README.md; other files of version 2 with CUDA in their conditions follow
-GPUS = (GPU_MODEL, GPU_LAYERS, GPU_PEERS, GPU_ROWS, GPU_EXPERTS)
-PUBLISHED = (*GPUS, GPU_STEPS, GPU_PROBES, LAYERS, EXPERTS, CACHE, NEWER_LAYERS, ALL_LAYERS, CPU_MODEL, *REPEATED)
+GPUS = (GPU_DECODER, GPU_MODEL, GPU_LAYERS, GPU_PEERS, GPU_ROWS, GPU_EXPERTS)
+_ON_CPUS = (CPU_DECODER, LAYERS, EXPERTS, CACHE, NEWER_LAYERS, ALL_LAYERS, CPU_MODEL, *REPEATED)
+PUBLISHED = (*GPUS, GPU_STEPS, GPU_PROBES, *_ON_CPUS)
 
 
 def source_of(root: Path, one: Published) -> Path | None:

@@ -195,9 +195,9 @@ def _utilization(one: dict[str, Any], _: Result) -> str:
     return f"{one['mfu']:.0%}" + (f", {one['of_sheet']:.0%}" if "of_sheet" in one else "")
 
 
-def tax_text(one: dict[str, Any]) -> str:
+def tax_text(one: dict[str, Any], figure: str = "tax") -> str:
     """A tax; one that is negative within its interval is no advantage."""
-    return "≈ 0" if is_noise(one) else f"{one['tax']:.0%}"
+    return "≈ 0" if is_noise(one, figure) else f"{one[figure]:.0%}"
 
 
 def _model(result: Result) -> str:

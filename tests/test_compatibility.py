@@ -103,11 +103,20 @@ def test_the_example_of_a_policy_runs():
     code = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
     names = {}
     exec(code, names)
-    from lorafuse.nn import LoRALinear
+    from lorafuse.nn import LoRAGatedMLP, LoRALinear, LoRAQKV
 
-    layer, x = LoRALinear(8, 6, 2), torch.randn(3, 8, requires_grad=True)
-    torch.nn.init.normal_(layer.lora_B.weight)
-    (expected,) = torch.autograd.grad(layer(x).sum(), x)
+    linears = [torch.nn.Linear(k, n) for n, k in ((8, 8), (4, 8), (4, 8), (12, 8), (12, 8), (8, 12))]
+    layers = LoRALinear(16, 8, 2), LoRAQKV.from_linears(*linears[:3], 2), LoRAGatedMLP.from_linears(*linears[3:], 2)
+    for name, parameter in torch.nn.ModuleList(layers).named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    o, qkv, mlp = layers
+
+    def block(x):
+        return mlp(o(torch.cat(qkv(x), 1)).tanh())
+
+    x = torch.randn(3, 8, requires_grad=True)
+    (expected,) = torch.autograd.grad(block(x).sum(), x)
     calls = []
 
     class Counting(torch.utils._python_dispatch.TorchDispatchMode):
@@ -116,6 +125,10 @@ def test_the_example_of_a_policy_runs():
             return func(*args, **(kwargs or {}))
 
     with Counting():
-        (dx,) = torch.autograd.grad(names["run"](layer, x).sum(), x)
+        (dx,) = torch.autograd.grad(names["run"](block, x).sum(), x)
     assert torch.equal(dx, expected)
-    assert calls.count(torch.ops.lorafuse.lora_linear.default) == 1
+    # of experts: tests/ops/test_flops.py
+    experts = torch.ops.lorafuse.lora_experts.default
+    assert {name: calls.count(name) for name in names["SAVED"] - {experts}} == dict.fromkeys(
+        names["SAVED"] - {experts}, 1
+    )

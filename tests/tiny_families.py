@@ -69,6 +69,7 @@ SETTINGS = {
     "Lfm2MoeConfig": {"layer_types": ["full_attention", "conv"]},
     "LongcatFlashConfig": {"expert_ffn_hidden_size": 8, "zero_expert_num": 2},
     "MiMoV2FlashConfig": {"num_key_value_heads": 1},
+    "Qwen3NextConfig": {"layer_types": ["linear_attention", "full_attention"]},
     "SwinConfig": {"num_heads": [2, 2], "depths": [1, 1], "embed_dim": HIDDEN, "window_size": 2, "patch_size": 4},
     "SwitchTransformersConfig": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
     "Wav2Vec2Config": _WAVE,

@@ -57,10 +57,10 @@ def interval(one: dict[str, Any], figure: str = "tax") -> tuple[float, float] | 
     return None
 
 
-def is_noise(one: dict[str, Any]) -> bool:
+def is_noise(one: dict[str, Any], figure: str = "tax") -> bool:
     """Whether a tax is negative and cannot be told from zero: it is no advantage."""
-    ends = interval(one)
-    return one["tax"] < 0 and ends is not None and ends[1] >= 0
+    ends = interval(one, figure)
+    return one[figure] < 0 and ends is not None and ends[1] >= 0
 
 
 def merge(results: list[Result]) -> Result:

@@ -10,7 +10,8 @@ with inside its functions. A file may define:
     ISOLATED    True: run it in a process of its own, because of its licence, imports or patches, or because it writes
                 into its inputs, which all variants of a process share
     FORMS       {suffix: options}: several variants of one file; the options go to its functions ({"": {}}), but for
-                "kernel", which is a candidate of plans that both passes take
+                "kernel", a candidate that plans take in the passes which have it; with "backend" or that, plans
+                follow no measured table
     DTYPES      of bases that it can run on (all)
     unavailable(kind, device, **options) -> str   why it cannot run there, "" when it can
     linear(given, **options), quantized(given, **options), group(given, **options), mlp(given, **options),
@@ -70,7 +71,8 @@ class Baseline:
     def variant(self, problem: Problem, given: Any) -> Variant:
         """The variant that its file builds for the inputs of a problem."""
         options = {name: value for name, value in self.options.items() if name != "kernel"}
-        return replace(problem.variant(self.name, self.module, given, **options), kernel=self.options.get("kernel", ""))
+        kernel = self.options.get("kernel", "" if "backend" in options else None)
+        return replace(problem.variant(self.name, self.module, given, **options), kernel=kernel)
 
 
 def folder() -> Path:

@@ -5,7 +5,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -60,7 +60,8 @@ class Work:
 class Variant:
     """A layer or block as one baseline runs it; `leaves` are x and trained tensors by the names of their gradients.
 
-    `kernel` is what `lorafuse.plan.override` forces in both passes, "" for none.
+    `kernel` is what `lorafuse.plan.override` forces in the passes that have it; "" forces none, and plans follow the
+    model alone, as of what is named by its backend; None leaves plans as they are.
     """
 
     name: str
@@ -68,15 +69,19 @@ class Variant:
     outputs: tuple[str, ...]
     douts: tuple[Tensor, ...]
     leaves: dict[str, Tensor]
-    kernel: str = ""
+    kernel: str | None = None
 
     def forward(self) -> tuple[Tensor, ...]:
-        with override(force_kernel=self.kernel) if self.kernel else nullcontext():
+        with self._planned():
             return self.call()
 
     def backward(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        with override(force_kernel=self.kernel) if self.kernel else nullcontext():
+        with self._planned():
             return torch.autograd.grad(outputs, tuple(self.leaves.values()), self.douts)
+
+    def _planned(self) -> AbstractContextManager[None]:
+        # measured tables say what is fastest, and this is what they are made from
+        return nullcontext() if self.kernel is None else override(force_kernel=self.kernel or None, measured=())
 
     def results(self) -> dict[str, Tensor]:
         """Outputs and gradients of one call by name."""

@@ -1,4 +1,4 @@
-"""Adapted layers that another library's LoRA kernels bypass: these read the weights and never call the layers."""
+"""Adapted layers that another library's kernels bypass: these read the weights and never call the layers."""
 
 from torch import nn
 
@@ -22,8 +22,15 @@ _ADVICE = {
 }
 
 
+_FUSED_LOSS = (
+    "liger_kernel's fused cross entropy reads its weight and never calls it in training, so that its adapter learns "
+    'nothing, in PEFT too: liger_kernel_config={"fused_linear_cross_entropy": False}, or no adapter on lm_head'
+)
+
+
 def bypassed(module: nn.Module) -> dict[nn.Module, str]:
-    """The children of an attention or MLP that another library's kernel reads, with the reason; empty for most."""
+    """The children of an attention, MLP or language model that another library's kernel reads, with the reason; empty
+    for most."""
     reasons: dict[nn.Module, str] = {}
     for attribute, children in _READS.items():
         function = getattr(module.__dict__.get(attribute), "__func__", None)
@@ -32,4 +39,14 @@ def bypassed(module: nn.Module) -> dict[nn.Module, str]:
         if library in _ADVICE and (name.startswith("apply_lora") or attribute in _LINEAR_ATTENTION):
             reason = f"{library}'s {name} reads its weights and never calls it: {_ADVICE[library]}"
             reasons |= {module._modules[child]: reason for child in children if child in module._modules}
+    head = module._modules.get("lm_head")
+    if head is not None and _has_fused_loss(module):
+        reasons[head] = _FUSED_LOSS
     return reasons
+
+
+def _has_fused_loss(module: nn.Module) -> bool:
+    """Whether the forward of a language model is one of Liger's, on the object or on its class."""
+    function = getattr(module.forward, "__func__", None)
+    is_its = getattr(function, "__module__", "").startswith("liger_kernel.")
+    return is_its and getattr(function, "__name__", "").startswith("lce_forward")

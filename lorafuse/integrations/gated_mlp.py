@@ -254,6 +254,8 @@ def _roles(parent: Any, children: dict[str, nn.Linear], fused: set[Any]) -> _Rol
             return f"{name} is quantized and has no adapter"
         if child is not base and child not in fused:
             return f"{name} is left to PEFT"
+        if child is not base and not isinstance(child, Member):
+            return f"{name} is adapted by its weight (target_parameters)"
     others = {name: child for name, child in parent._modules.items() if name not in children and child is not None}
     for name, module in others.items():
         if altered(module) or module._modules or module._parameters or module._buffers:

@@ -171,7 +171,7 @@ def regroup(model: nn.Module, layers: list[Any], report: PatchReport, has_groups
             groups.leave(layer)
         return
     report.groups, report.apart = groups.form(model, linear)
-    mlps, apart = gated_mlp.form(model, linear)
+    mlps, apart = gated_mlp.form(model, layers)
     # gate and up of an MLP are siblings where its layers have to be called
     whole = {(mlp.name, name) for mlp in mlps for name in mlp.members}
     report.groups = [one for one in report.groups if not whole.issuperset((one.name, m) for m in one.members)] + mlps

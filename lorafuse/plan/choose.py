@@ -255,9 +255,10 @@ def _choose(
     forced = by_name.get(given.kernel) or next((one for one in candidates if one.kernel == given.kernel), None)
     if forced:
         return forced, f"{given.kernel} is forced"
-    if device and len(operator) == 1:
-        entry = tuned.match(operator[0], device, by_name, entries=given.measured)
-        if entry:
+    if device:
+        entries = [tuned.match(problem, device, by_name, entries=given.measured) for problem in operator]
+        # experts were measured as a block: of both projections, or of none
+        if (entry := entries[0]) and {one and one.kernel for one in entries} == {entry.kernel}:
             return by_name[entry.kernel], f"{entry.kernel} was {entry.reason(operator[0], device.name)}"
     chosen = modelled(candidates)
     why = chosen.kernel

@@ -3,18 +3,19 @@
 `lorafuse tune` writes `tuned/<gpu>.json` in the folder of LORAFUSE_CACHE_DIR; `plan/measured/<gpu>.json` ships, made
 from bench/results/ by bench/measured.py. Both are
 
-    {"version": 3, "entries": [{"N": 4096, "K": 4096, "R": [1, 16], "M": [1024, 16384], "dtype": "bfloat16",
+    {"version": 4, "entries": [{"N": 4096, "K": 4096, "R": [1, 16], "M": [1024, 16384], "dtype": "bfloat16",
       "dropout": false, "gradients": [], "kernel": "two_kernel", "seconds": 0.00037, "commit": "…", "date": "…",
       "points": [[1024, 1, 0.00005], [16384, 16, 0.00037]], "conditions": {"torch": "…", "triton": "…"},
-      "format": "dense", "groups": 1}]}
+      "format": "dense", "groups": 1, "siblings": 1, "epilogue": ""}]}
 
-An entry applies to problems with the same N, K, dtype, dropout, gradients (none is a forward pass), format and groups
-whose M and R lie in its ranges, ends included, whose rows are aligned and whose xa is not fp32 over fp16; adapter dtype
-and bias do not matter. One of dense weights applies to quantized ones too: whatever runs decodes them first, at the
-same cost. `kernel` was fastest there, or as fast as any within noise. `points` are what was measured,
-`[M, R, seconds]`, and `seconds` those of the last. Version 2 has neither format nor groups, which are dense and 1 then,
-version 1 neither points nor conditions. A file that cannot be read or breaks the format counts for nothing: one
-warning, and plans follow the model.
+An entry applies to problems with the same N, K, dtype, dropout, gradients (none is a forward pass), format, groups,
+siblings and epilogue whose M and R lie in its ranges, ends included, whose rows are aligned and whose xa is not fp32
+over fp16; adapter dtype and bias do not matter. N and R of siblings are sums. One of a layer without an epilogue
+applies to the same layer with one too, where none of it was measured. One of dense weights applies to quantized ones
+too: whatever runs decodes them first, at the same cost. `kernel` was fastest there, or as fast as any within noise.
+`points` are what was measured, `[M, R, seconds]`, and `seconds` those of the last. Version 3 has neither siblings (1
+then) nor epilogue, version 2 neither format nor groups, which are dense and 1 then, version 1 neither points nor
+conditions. A file that cannot be read or breaks the format counts for nothing: one warning, and plans follow the model.
 """
 
 import json
@@ -58,7 +59,7 @@ _FORMER_NAMES = {
     "fused_xa": "",
 }
 FOLDER = Path(__file__).parent / "measured"
-_VERSION = 3
+_VERSION = 4
 # an entry takes some 500 bytes: thousands of layers
 _MOST_BYTES = 2**24
 # M, R, seconds
@@ -115,7 +116,8 @@ _SINCE_2 = {
     "points": (_are(_is_point), "a list of [M, R, seconds], all above 0"),
     "conditions": (_are_conditions, "texts by name"),
 }
-_FIELDS_OF = {1: _FIELDS, 2: _FIELDS | _SINCE_2, 3: _FIELDS | _SINCE_2 | {"format": _TEXT, "groups": _SIZE}}
+_SINCE_3 = _FIELDS | _SINCE_2 | {"format": _TEXT, "groups": _SIZE}
+_FIELDS_OF = {1: _FIELDS, 2: _FIELDS | _SINCE_2, 3: _SINCE_3, 4: _SINCE_3 | {"siblings": _SIZE, "epilogue": _TEXT}}
 
 
 @dataclass(frozen=True)
@@ -137,18 +139,24 @@ class Tuned:
     conditions: dict[str, str] = field(default_factory=dict)
     format: str = "dense"
     groups: int = 1
+    siblings: int = 1
+    epilogue: str = ""
     own: bool = False
 
     def is_of(self, problem: Problem) -> bool:
         """Whether it is of the problem's layer and pass, whatever their M and R."""
         p = problem
         kind = self.N, self.K, self.dtype, self.dropout, self.gradients, self.format, self.groups
-        return kind == (p.N, p.K, p.dtype, p.dropout, p.gradients, p.format, p.groups)
+        of_group = self.siblings, self.epilogue
+        return kind == (p.N, p.K, p.dtype, p.dropout, p.gradients, p.format, p.groups) and of_group == (
+            p.siblings, p.epilogue
+        )  # fmt: skip
 
     def covers(self, problem: Problem) -> bool:
         """Whether it applies to the problem."""
         ranges = self.M[0] <= problem.M <= self.M[1] and self.R[0] <= problem.R <= self.R[1]
-        is_of = self.is_of(problem) or self.is_of(replace(problem, format="dense"))
+        plain = problem if problem.siblings > 1 else replace(problem, epilogue="")
+        is_of = any(self.is_of(one) for one in (problem, plain, replace(plain, format="dense")))
         return ranges and is_of and problem.aligned and not problem.wide
 
     def reason(self, problem: Problem, device: str) -> str:
@@ -262,5 +270,7 @@ def match(
     """
     known = (entry for entry in (load(device.model) if entries is None else entries) if own or not entry.own)
     covering = (entry for entry in known if entry.covers(problem) and entry.kernel in kernels)
-    # one of the format itself before those of dense weights; min returns the first of several
-    return min(covering, key=lambda entry: entry.format != problem.format, default=None)
+    # one of the format and epilogue themselves before the others; min returns the first of several
+    return min(
+        covering, key=lambda e: (e.format != problem.format) + (e.epilogue != problem.epilogue), default=None
+    )  # fmt: skip

@@ -52,6 +52,7 @@ def record(
             points[M, R] = tuned.Tuned(
                 kind.N, kind.K, (R, R), (M, M), kind.dtype, kind.dropout, kind.gradients, winner, seconds, commit,
                 conditions["date"], ((M, R, seconds),), kept, kind.format, kind.groups,
+                kind.siblings, kind.epilogue,
             )  # fmt: skip
         for of_m, of_r, _ in rectangles({size: entry.kernel for size, entry in points.items()}):
             inside = [points[M, R] for M, R in sorted(points) if of_m[0] <= M <= of_m[1] and of_r[0] <= R <= of_r[1]]

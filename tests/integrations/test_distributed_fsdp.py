@@ -13,8 +13,9 @@ from two_processes import STEPS, WORLD, alone, base, joined, measure, model, spa
 import lorafuse
 
 pytestmark = pytest.mark.no_poison
-# layers and experts of each model that have an adapter
+# layers and experts of each model that have an adapter, and those of them that are siblings or a gated MLP
 LAYERS = {"llama": 14, "qwen3_moe": 10}
+GROUPED = {"llama": 12, "qwen3_moe": 6}
 BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 
 
@@ -149,6 +150,7 @@ def test_data_parallel_models_run_fused_and_equal(results, case):
         # a checkpoint computes each layer twice, and calls in a graph are not counted
         factor = {"checkpointed": 2, "compiled": 0}.get(how, 1)
         assert counted["calls"] == factor * STEPS * LAYERS[name]
+        assert counted["grouped"] == factor * STEPS * GROUPED[name]
         assert counted["compiled"] == (LAYERS[name] if how == "compiled" else 0)
         expected = [step[rank] for step in of_rank["alone", name]]
         assert counted["losses"] == pytest.approx(expected, rel=1e-2 if how == "bfloat16" else 1e-6)

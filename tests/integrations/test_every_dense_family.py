@@ -21,23 +21,28 @@ pytestmark = pytest.mark.filterwarnings(
 DECODERS = {
     "bloom": "BloomForCausalLM",
     "cohere": "CohereForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
     "ernie4_5": "Ernie4_5ForCausalLM",
     "exaone4": "Exaone4ForCausalLM",
     "falcon": "FalconForCausalLM",
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
+    "glm": "GlmForCausalLM",
+    "glm4": "Glm4ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
     "granite": "GraniteForCausalLM",
     "helium": "HeliumForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "olmo": "OlmoForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "opt": "OPTForCausalLM",
     "phi": "PhiForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
     "seed_oss": "SeedOssForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "stablelm": "StableLmForCausalLM",
@@ -81,12 +86,15 @@ AUDIO = {
 LEFT = {"falcon": "its base is a FalconLinear, not an nn.Linear"}
 # attention of these families hands weights to torch's function and calls no layer: in PEFT too, adapters do nothing
 NOT_CALLED = {"siglip", "wavlm"}
+# of families with experts the attention alone: tests/integrations/test_every_experts_family.py has the rest
+ATTENTION = {"deepseek_v3", "qwen3_next"}
 FAMILIES = DECODERS | ENCODERS | ENCODER_DECODERS | VISION | AUDIO
 
 
 def adapted(family):
     (model_class,) = [one for one in set(tiny_families.model_classes(family)) if one.__name__ == FAMILIES[family]]
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    targets = r".*\.(self_attn|linear_attn)\.\w*proj\w*" if family in ATTENTION else "all-linear"
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
     model = peft.get_peft_model(tiny_families.tiny_model(model_class), config).eval()
     if model.get_base_model().main_input_name == "input_ids":
         model.get_input_embeddings().weight.requires_grad_()
@@ -118,9 +126,10 @@ def test_a_family(family):
 # one layer computes q, k and v, and one gate and up where there is a gate
 NO_SIBLINGS = {"bloom", "gpt_neox", "modernbert", "phi3"}
 GATED = {"cohere", "gemma", "gemma2", "gemma3", "granite", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3"}
-GATED |= {"ernie4_5", "exaone4", "helium", "stablelm"}
+GATED |= {"ernie4_5", "exaone4", "helium", "olmo", "stablelm"}
 # parents that look gated and are no operator
-WITHOUT = {"phi3": "gate and up are one layer (gate_up_proj)", "mt5": "between its layers lies more than"}
+ONE_LAYER = "gate and up are one layer (gate_up_proj)"
+WITHOUT = {"phi3": ONE_LAYER, "glm": ONE_LAYER, "glm4": ONE_LAYER, "mt5": "between its layers lies more than"}
 # in training its y goes through dropout
 WITHOUT |= {"seed_oss": "its forward is not down(act(gate(x))"}
 

@@ -1,10 +1,12 @@
-"""Liger's modules and lorafuse in one model, in both orders (T1): Liger's own kernels need a GPU, so that here a torch
-function stands for its SwiGLU; and a LoRA on lm_head with a chunked cross entropy.
+"""Liger's modules and lorafuse in one model, in both orders (T1): Liger's own kernels need a GPU, so that here torch
+functions stand for them; and a LoRA on lm_head with a chunked cross entropy.
 """
 
 import copy
+import re
 
 import pytest
+import torch
 from tiny_models import adapted, assert_close, counting_fused, counting_groups, counting_mlps, run, token_ids
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -15,21 +17,109 @@ import lorafuse
 pytestmark = pytest.mark.usefixtures("small_groups")
 
 
+def loss_and_gradients(model, has_logits=True):
+    model.zero_grad()
+    output = model(input_ids=token_ids(), labels=token_ids())
+    assert (output.logits is not None) == has_logits
+    output.loss.backward()
+    gradients = {f"d {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": output.loss.detach()} | gradients
+
+
+class Norm(torch.autograd.Function):
+    """Liger's RMSNorm, which writes dx into dy."""
+
+    @staticmethod
+    def forward(ctx, x, weight, epsilon, *_):
+        ctx.save_for_backward(x, weight)
+        ctx.epsilon = epsilon
+        return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        r = torch.rsqrt(x.square().mean(-1, keepdim=True) + ctx.epsilon)
+        dn = dy * weight
+        dy.copy_(r * (dn - x * r.square() * (dn * x).mean(-1, keepdim=True)))
+        return (dy, *[None] * 6)
+
+
+class Swiglu(torch.autograd.Function):
+    """Liger's product, which writes the gradients of gate and up into these."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, dh):
+        gate, up = (saved.detach() for saved in ctx.saved_tensors)
+        of_gate, of_up = torch.ops.aten.silu_backward(dh * up, gate), dh * F.silu(gate)
+        return gate.copy_(of_gate), up.copy_(of_up)
+
+
+# what transformers ships, which Liger replaces
+rotated = modeling_llama.apply_rotary_pos_emb
+
+
+class FusedLoss:
+    """Liger's cross entropy of the product of x and a weight."""
+
+    @staticmethod
+    def apply(x, weight, target, bias, ce_weight, ignore_index, *_):
+        return F.cross_entropy(x @ weight.t(), target, ignore_index=ignore_index), None, None, None
+
+
 class TestLiger:
     @pytest.fixture(autouse=True)
     def liger(self, monkeypatch):
         monkeypatch_of_liger = pytest.importorskip("liger_kernel.transformers.monkey_patch")
-        swiglu = pytest.importorskip("liger_kernel.transformers.swiglu")
-        monkeypatch.setattr(swiglu, "_swiglu_dispatch", lambda gate, up: F.silu(gate) * up)
+        from liger_kernel.transformers import functional, rms_norm, rope, swiglu
+
+        monkeypatch.setattr(swiglu, "_swiglu_dispatch", Swiglu.apply)
+        monkeypatch.setattr(rms_norm, "LigerRMSNormFunction", Norm)
+        monkeypatch.setattr(rope, "dispatch", lambda _, q, k, cos, sin, *more: rotated(q, k, cos, sin))
+        monkeypatch.setattr(functional, "LigerFusedLinearCrossEntropyFunction", FusedLoss)
         # restored after the test
         for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):
             monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
+        monkeypatch.setattr(modeling_llama.LlamaForCausalLM, "forward", modeling_llama.LlamaForCausalLM.forward)
 
-        def apply(**settings):
-            others = {"rope": False, "rms_norm": False, "fused_linear_cross_entropy": False}
-            monkeypatch_of_liger.apply_liger_kernel_to_llama(**others, **settings)
+        def apply(others=False, **settings):
+            names = ("rope", "rms_norm", "fused_linear_cross_entropy")
+            monkeypatch_of_liger.apply_liger_kernel_to_llama(**dict.fromkeys(names, others), **settings)
 
         return apply
+
+    @pytest.mark.parametrize("order", ["liger first", "lorafuse first"])
+    @pytest.mark.parametrize("swiglu", [True, False])
+    def test_all_of_it(self, liger, order, swiglu):
+        """As `use_liger_kernel=True` of the Trainer: norms, rotary embedding and the loss too, without logits."""
+        stock = adapted().train()
+        expected = loss_and_gradients(stock)
+        patched = copy.deepcopy(stock)
+        if order == "lorafuse first":
+            assert lorafuse.patch(patched).skipped == []
+        liger(True, model=patched.base_model.model, swiglu=swiglu)
+        if order == "liger first":
+            assert lorafuse.patch(patched).skipped == []
+        for _ in range(2):
+            with counting_mlps() as mlps, counting_groups() as siblings:
+                assert_close(loss_and_gradients(patched, has_logits=False), expected)
+            assert (mlps.call_count, siblings.call_count) == ((0, 4) if swiglu else (2, 2))
+
+    @pytest.mark.parametrize("of_class", [False, True])
+    def test_an_adapter_on_lm_head_is_not_trained_by_its_loss(self, liger, of_class):
+        """By PEFT's own layers neither; the report says so."""
+        model = adapted(target_modules=["q_proj", "lm_head"]).train()
+        liger(True, model=None if of_class else model.base_model.model)
+        gradients = loss_and_gradients(model, has_logits=False)
+        assert gradients["d base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"].any()
+        assert not any("lm_head" in name for name in gradients)
+        (skipped,) = lorafuse.patch(model).skipped
+        assert skipped.name == "base_model.model.lm_head"
+        assert re.search("fused cross entropy reads its weight and never calls it.*in PEFT too", skipped.reason)
 
     @pytest.mark.parametrize("order", ["liger first", "lorafuse first"])
     def test_an_instance(self, liger, order):

@@ -263,6 +263,8 @@ def test_no_layer_of_deepseek_is_left_to_peft():
     weights = [m for m in patched.modules() if isinstance(m, hf_peft.FusedWeight)]
     assert len(weights) == 6
     assert {p.kind for p in report.patched} == {"linear", "experts"}
+    (reason,) = {one.reason for one in report.apart}
+    assert reason.startswith("gate_proj is adapted by its weight (target_parameters)")
     actual = []
     for one in (model, patched):
         one(input_ids=ids, labels=ids).loss.backward()

@@ -27,7 +27,7 @@ GOOD = {name: value for name, value in asdict(ENTRY).items() if name != "own"}
 
 
 def text(**fields):
-    return json.dumps({"version": 3, "entries": [GOOD | fields]})
+    return json.dumps({"version": 4, "entries": [GOOD | fields]})
 
 
 def make(path, kind):
@@ -62,7 +62,7 @@ BAD = {
     "UTF-16": text().encode("utf-16"),
     "deep": "[" * 200_000,
     "deep in an entry": text(conditions="X").replace('"X"', "[" * 100_000 + "]" * 100_000),
-    "later version": '{"version": 4, "entries": []}',
+    "later version": '{"version": 5, "entries": []}',
     "version true": '{"version": true, "entries": []}',
     "version 2.0": '{"version": 2.0, "entries": []}',
     "NaN": text(seconds=float("nan")),
@@ -83,7 +83,7 @@ BAD = {
     "kernel list": text(kernel=["two_kernel"]),
     "kernel unknown": text(kernel="\x1b[31mevil"),
     "control characters": text(commit="\x1b]0;evil\x07"),
-    "control in a name": json.dumps({"version": 3, "entries": [GOOD | {"\x1b[2J": 1}]}),
+    "control in a name": json.dumps({"version": 4, "entries": [GOOD | {"\x1b[2J": 1}]}),
     "control in a condition": text(conditions={"torch": "\x1b[31m"}),
     "surrogate": text(date="\udcff"),
     "number of 5000 digits": '{"version": 2, "entries": [' + "9" * 5000 + "]}",

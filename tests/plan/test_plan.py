@@ -276,6 +276,6 @@ class TestTuned:
         assert "when measured on" not in plan.reasons[-1]
 
     def test_another_version_is_refused(self, file):
-        file({"version": 4, "entries": []})
-        with pytest.warns(UserWarning, match='"version": 3'):
+        file({"version": 5, "entries": []})
+        with pytest.warns(UserWarning, match='"version": 4'):
             select(HEADLINE, find("H200"), ALL)

@@ -115,18 +115,20 @@ class TestFile:
         before = tuned.read(path)
         assert (before[0].seconds, before[0].points, before[0].conditions) == (0.00035, (), {})
         tuned.write(path, before)
-        assert json.loads(path.read_text())["version"] == 3
+        assert json.loads(path.read_text())["version"] == 4
         assert tuned.read(path) == before
 
     @pytest.mark.parametrize(("former", "name"), [("cuda one_launch_backward", "cuda concurrent_backward")])
-    def test_version_2_is_read_with_its_names(self, folders, former, name):
+    @pytest.mark.parametrize("version", [2, 3])
+    def test_older_versions_are_read_with_their_names(self, folders, former, name, version):
         path = folders / "h200.json"
         tuned.write(path, (replace(ENTRY, kernel=name),))
         content = json.loads(path.read_text())
         (entry,) = content["entries"]
-        del entry["format"], entry["groups"]
+        for missing in ("siblings", "epilogue", *(("format", "groups") if version == 2 else ())):
+            del entry[missing]
         entry["kernel"] = former
-        path.write_text(json.dumps(content | {"version": 2}))
+        path.write_text(json.dumps(content | {"version": version}))
         assert tuned.read(path) == (replace(ENTRY, kernel=name),)
 
     @pytest.mark.parametrize("kernel", ["single_kernel", "fused_xa", "cuda single_kernel", "cuda fused_xa"])
@@ -139,9 +141,9 @@ class TestFile:
         ("text", "message"),
         [
             ("{", "Expecting"),
-            ("[]", '"version": 3'),
-            ('{"version": 4, "entries": []}', '"version": 3'),
-            ('{"version": [], "entries": []}', '"version": 3'),
+            ("[]", '"version": 4'),
+            ('{"version": 5, "entries": []}', '"version": 4'),
+            ('{"version": [], "entries": []}', '"version": 4'),
             ('{"version": 2, "entries": [5]}', "entry 0: it is 5"),
             ('{"version": 2, "entries": [{}]}', "entry 0: it has the fields"),
         ],

@@ -105,6 +105,10 @@ def test_the_interval_is_over_processes():
 )
 def test_a_negative_tax_that_straddles_zero_is_noise(one, noise):
     assert figures.is_noise(one) == noise
+    assert (
+        figures.is_noise({key.replace("tax", "tax_over_frozen"): t for key, t in one.items()}, "tax_over_frozen")
+        == noise
+    )
 
 
 def test_results_of_several_processes_are_one():

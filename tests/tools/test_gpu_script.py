@@ -100,7 +100,7 @@ def test_models_fit_a_gpu_of_80_gb():
 
 def test_the_grid_is_what_is_not_measured_yet():
     """What one machine has measured fills its own cells and no other's."""
-    assert len({step.name for step in GRID}) == len(GRID) == 4 * 5 + 2 + 4 + 12 + 12
+    assert len({step.name for step in GRID}) == len(GRID) == 4 * 5 + 1 + 2 + 4 + 12 + 12
     here = gpu.measured("NVIDIA H200")
     # what was measured from cuBLAS alone fills no cell
     assert gpu.grid(OUT, here, built=True) == GRID
@@ -249,6 +249,21 @@ def test_results_of_several_leases_become_published_files(measured, tmp_path):
     # once more changes nothing
     before = {file: file.read_bytes() for file in files}
     assert {file: file.read_bytes() for file in gpu_results.collect(measured, tree)} == before
+
+
+def test_groups_are_collected_in_one_file(measured, tmp_path):
+    """Of layers of one x, whose out features are a list, and gated MLPs; of one size the last file's result stays."""
+    one = json.loads((measured[1] / "layers-m8192-r16-q.json").read_text())
+    (result,) = one["results"]
+    sizes = ({"case": "llama-3.1-8b.qkv", "N": [4096, 1024, 1024]}, {"case": "llama-3.1-8b.mlp", "H": 4096, "I": 14336})
+    for i, (name, more) in enumerate((("qkv", sizes[0]), ("mlp", sizes[1]), ("again", sizes[0]))):
+        content = one | {"kind": "group", "results": [result | {"floors": {"tax": i}} | more]}
+        (measured[0] / f"groups-m8192-{name}.json").write_text(json.dumps(content))
+    (file,) = [file for file in gpu_results.collect(measured[:1], tmp_path) if file.name.endswith("-group.json")]
+    collected = json.loads(file.read_text())["results"]
+    assert [(one["case"], one["floors"]["tax"]) for one in collected] == [
+        ("llama-3.1-8b.mlp", 1), ("llama-3.1-8b.qkv", 0),
+    ]  # fmt: skip
 
 
 def test_conditions_are_not_mixed_in_one_file(measured, tmp_path):

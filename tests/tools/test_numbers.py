@@ -210,7 +210,7 @@ def test_whole_models_are_tabled(tree):
 def test_goals_and_the_grid_say_what_is_not_measured(tree):
     """Layers of one shape share a figure; another GPU's says nothing; a peer that is ahead is named."""
     goals, grid = (block(tree, "bench/README.md", name) for name in ("goals", "grid"))
-    assert goals.count("| not yet measured |") == 9
+    assert goals.count("| not yet measured |") == 13
     assert "| llama-3.1-8b.q |" + 5 * " not yet measured |" in grid
     written = content(ms=(8192,), cuda="13.0", device="NVIDIA H200")
     written["results"][0] |= {"case": "llama-3.1-8b.k", "N": 1024, "K": 4096}
@@ -227,6 +227,36 @@ def test_goals_and_the_grid_say_what_is_not_measured(tree):
     behind = f"{ratio - 1:.0%} behind GEMM + addmm_, {second - 1:.0%} behind PEFT as shipped"
     assert f"| none | llama-3.1-8b.k, M 8192, R 16: {behind} |" in goals
     assert f"| {shown}, of 2 of 35 cases |" in goals
+
+
+def layers(**conditions):
+    """A file of one decoder layer, whose tax is higher layer by layer than in groups."""
+    written = content(ms=(8192,), kind="layer", **conditions)
+    (result,) = written["results"]
+    result |= {"kind": "layer", "case": "llama-3.1-8b.layer"}
+    alone = result["variants"]["lorafuse"] | {"tax_over_frozen": 0.3}
+    result["variants"] |= {"lorafuse": alone, "lorafuse-group": result["variants"]["peft"] | {"tax_over_frozen": -0.1}}
+    return written
+
+
+def test_a_decoder_layer_is_the_headline(tree):
+    """By groups, which `patch` runs: the first of the claim and of the goals."""
+    put(tree, "bench/results/cpu-epyc-2026-12-01-layer.json", layers(device="AMD EPYC"))
+    assert publish.main([], tree) == 0
+    claim, front = block(tree, marker="claim"), block(tree)
+    ours, least = (tax(name, 8192, 16) for name in ("peft", "addmm"))
+    text = f"on CPUs a decoder layer **{(1 + least) / (1 + ours):.2f}×** (LoRA tax {ours:.0%}), one layer"
+    assert text in " ".join(claim.split())
+    assert "| AMD EPYC: a decoder layer (llama-3.1-8b; 8192 tokens, bfloat16) | 1 |" in front
+    goals = block(tree, "bench/README.md", "goals")
+    assert "| the same, over the frozen layer as transformers runs it | ≤ 0% | not yet measured |" in goals
+    put(tree, "bench/results/h200-2026-12-01-layer.json", layers(device="NVIDIA H200", cuda="13.0"))
+    assert publish.main([], tree) == 0
+    goals = block(tree, "bench/README.md", "goals").splitlines()
+    assert goals[2] == f"| LoRA tax of a decoder layer of llama-3.1-8b, 8192 tokens, r 16 | ≤ 4% | {ours:.0%} |"
+    assert goals[3] == "| the same, over the frozen layer as transformers runs it | ≤ 0% | -10% |"
+    assert "an NVIDIA H200 a decoder layer" in " ".join(block(tree, marker="claim").split())
+    assert "| llama-3.1-8b.layer, a decoder layer, 8192 tokens |" in block(tree, PAGE)
 
 
 def test_memory_is_tabled(tree):

@@ -372,8 +372,8 @@ class TestInput:
         assert {entry.N for entry in entries()} == {32}
 
 
-def test_the_written_file_is_json_of_version_3(target, times):
+def test_the_written_file_is_json_of_version_4(target, times):
     assert cli.main(SMALL) == 0
     written = json.loads(tuned.own_file("H200").read_text())
-    assert written["version"] == 3
+    assert written["version"] == 4
     assert written["entries"][0]["points"][0] == [16, 4, 3e-6]
