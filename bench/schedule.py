@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 __all__ = [
-    *("ACTIVATION", "Work", "backward", "column_zero_first", "forward", "handed_out", "indivisible", "owned"),
-    *("product", "proportional", "tickets", "walked"),
+    *("ACTIVATION", "Work", "arguments", "backward", "column_zero_first", "forward", "handed_out", "indivisible"),
+    *("owned", "product", "proportional", "tickets", "walked"),
 ]
 
 # microseconds of a tile of 128 x 256 at K 4096 (model: 128 of 132 SMs take eight waves in 360)
@@ -197,8 +197,7 @@ def _print_layer(M: int, N: int, K: int, args: argparse.Namespace) -> int:
     return 0
 
 
-def main() -> int:
-    """Print all of them."""
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiles", type=int, default=1024, help="of the launch (1024: 8192 x 4096)")
     parser.add_argument("--tile", type=float, default=_TILE, help=f"microseconds of one ({_TILE:.0f}: 4096 features)")
@@ -207,7 +206,12 @@ def main() -> int:
     parser.add_argument("--microseconds", type=float, default=300.0, help="for so long (300)")
     parser.add_argument("--shape", type=lambda text: [int(size) for size in text.split(",")], help="M,N,K of a layer")
     parser.add_argument("--rate", type=float, default=75.0, help="GB/s that an SM streams while others run tiles (75)")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Print all four."""
+    args = arguments().parse_args()
     if args.shape:
         return _print_layer(*args.shape, args)
     free = [args.microseconds / args.tile] * args.held + [0.0] * (args.sms - args.held)
