@@ -49,7 +49,8 @@ struct Fields<SiblingsForward> {
   static constexpr Field fields[] = {
       REQUIRED(type), REQUIRED(count), REQUIRED(M), REQUIRED(K), REQUIRED(N), OPTIONAL(R), REQUIRED(x),
       REQUIRED(stride_x), REQUIRED(w), REQUIRED(stride_w), OPTIONAL(bias), OPTIONAL(xa), OPTIONAL(stride_xa),
-      OPTIONAL(b), OPTIONAL(stride_b), REQUIRED(y), REQUIRED(stride_y), OPTIONAL(rounded), OPTIONAL(tiling)};
+      OPTIONAL(b), OPTIONAL(stride_b), REQUIRED(y), REQUIRED(stride_y), OPTIONAL(rounded), OPTIONAL(tiling),
+      REQUIRED(workspace)};
 };
 template <>
 struct Fields<SiblingsDx> {
@@ -58,7 +59,7 @@ struct Fields<SiblingsDx> {
       REQUIRED(type), REQUIRED(count), REQUIRED(M), REQUIRED(K), REQUIRED(N), REQUIRED(dy), REQUIRED(stride_dy),
       REQUIRED(w), REQUIRED(stride_w), OPTIONAL(lows), OPTIONAL(R), OPTIONAL(dyb), OPTIONAL(stride_dyb), OPTIONAL(a),
       OPTIONAL(stride_a), OPTIONAL(seed), OPTIONAL(drop_below), OPTIONAL(rounded), REQUIRED(dx), REQUIRED(stride_dx),
-      OPTIONAL(tiling)};
+      OPTIONAL(tiling), REQUIRED(workspace)};
 };
 template <>
 struct Fields<GatedForward> {
@@ -67,7 +68,7 @@ struct Fields<GatedForward> {
       REQUIRED(type), REQUIRED(activation), REQUIRED(M), REQUIRED(N), REQUIRED(K), OPTIONAL(R), REQUIRED(x),
       REQUIRED(stride_x), REQUIRED(w), REQUIRED(stride_w), OPTIONAL(bias), OPTIONAL(xa), OPTIONAL(stride_xa),
       OPTIONAL(b), OPTIONAL(stride_b), REQUIRED(gate), REQUIRED(stride_gate), OPTIONAL(up), OPTIONAL(stride_up),
-      REQUIRED(h), REQUIRED(stride_h), OPTIONAL(rounded), OPTIONAL(tiling)};
+      REQUIRED(h), REQUIRED(stride_h), OPTIONAL(rounded), OPTIONAL(tiling), REQUIRED(workspace)};
 };
 template <>
 struct Fields<GatedBackward> {
@@ -77,7 +78,7 @@ struct Fields<GatedBackward> {
       REQUIRED(stride_dy), REQUIRED(w), REQUIRED(stride_w), REQUIRED(dyb), REQUIRED(stride_dyb), REQUIRED(a),
       REQUIRED(stride_a), REQUIRED(gate), REQUIRED(stride_gate), REQUIRED(up), REQUIRED(stride_up),
       REQUIRED(dgate), REQUIRED(stride_dgate), REQUIRED(dup), REQUIRED(stride_dup), REQUIRED(h), REQUIRED(stride_h),
-      OPTIONAL(seed), OPTIONAL(drop_below), OPTIONAL(rounded), OPTIONAL(tiling)};
+      OPTIONAL(seed), OPTIONAL(drop_below), OPTIONAL(rounded), OPTIONAL(tiling), REQUIRED(workspace)};
 };
 template <>
 struct Fields<GroupedLinear> {

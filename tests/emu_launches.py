@@ -9,13 +9,19 @@ from lorafuse.plan import Plan, configs_cuda
 from lorafuse.plan.devices import find
 from lorafuse.plan.problem import Problem
 
-__all__ = ["gated", "gated_masked", "masked"]
+__all__ = ["gated", "gated_masked", "masked", "words_are_zero"]
 
 
 def _plan(tiling):
     """That of a (block_n, stages, cluster), whatever the sizes."""
     problem = Problem(300, 200, 200, 8, "bfloat16", "bfloat16")
     return Plan("cuda", "siblings", configs_cuda.matmuls(problem, find("H200"), [tiling]))
+
+
+def words_are_zero():
+    """Whether launches had words, from which blocks draw work or by which they signal, and left them zero."""
+    words = list(base.load("emu").flags.values())
+    return bool(words) and not any(one.any() for one in words)
 
 
 def gated(tiling):

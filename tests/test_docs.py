@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import gpu  # noqa: E402
 import hopper  # noqa: E402
+import schedule  # noqa: E402
 
 pytestmark = pytest.mark.no_poison
 
@@ -141,7 +142,7 @@ def missing_targets(markdown, makefile):
 
 def flags_by_command():
     """`{command: its flags}` from the argparse parsers themselves, those of bench/ and csrc/build.py among them."""
-    actual = {"gpu": flags_of(gpu.arguments()), "hopper": flags_of(hopper.arguments())}
+    actual = {one.__name__: flags_of(one.arguments()) for one in (gpu, hopper, schedule)}
     actual["build.py"] = flags_of(runpy.run_path(str(ROOT / "csrc" / "build.py"))["arguments"]())
     for name in cli.COMMANDS:
         parser = argparse.ArgumentParser()

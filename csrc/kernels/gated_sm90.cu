@@ -20,20 +20,23 @@ void check_sizes(int64_t M, int64_t N, int64_t K) {
   check_features("K", K);
 }
 
-// Of both passes: the walk of M x N, `columns` a tile, and K-blocks of K and R.
-template <int BLOCK_N>
-GatedArguments arguments(int64_t M, int64_t N, int64_t K, int64_t R, int columns, const Tiling& tiling) {
-  using Plan = SharedPlan<BLOCK_M, BLOCK_N>;
-  check_tiling(tiling, Plan::kStageBytes, Plan::bytes(tiling.stages));
+// Of both passes: the tiles of M x N, `columns` each, and K-blocks of K and R.
+template <int BLOCK_N, class Launch>
+GatedArguments arguments(const Launch& of, int64_t R, int columns) {
+  using Plan = TicketPlan<BLOCK_M, BLOCK_N>;
+  const Tiling& tiling = of.tiling;
+  check_tiling(tiling, Plan::Plan::kStageBytes, Plan::bytes(tiling.stages));
   require(tiling.block_m == BLOCK_M, "block_m of ", tiling.block_m, "; dense tiles have ", BLOCK_M, " rows");
-  const int64_t rows = ceil_div<int64_t>(M, BLOCK_M * tiling.cluster), tiles = rows * ceil_div<int64_t>(N, columns);
-  require(tiles < int64_t{1} << 31, tiles, " tiles are more than 2^31 - 1");
+  const int64_t rows = ceil_div<int64_t>(of.M, BLOCK_M * tiling.cluster);
+  const int64_t tiles = rows * ceil_div<int64_t>(of.N, columns);
+  require(tiles < int64_t{1} << 30, tiles, " tiles are more than 2^30");
   GatedArguments p{};
   p.order = {static_cast<int>(rows), static_cast<int>(tiles / rows), std::max(1, tiling.group_m / tiling.cluster)};
   p.stages = tiling.stages;
   p.cluster = tiling.cluster;
-  p.N = static_cast<int>(N);
-  p.k_blocks = static_cast<int>(ceil_div<int64_t>(K, BLOCK_K));
+  p.workspace = of.workspace;
+  p.N = static_cast<int>(of.N);
+  p.k_blocks = static_cast<int>(ceil_div<int64_t>(of.K, BLOCK_K));
   p.rank_blocks = static_cast<int>(ceil_div<int64_t>(R, BLOCK_K));
   const int steps = last_rank_steps(R);
   p.last_steps = steps > 2 ? 0 : steps;
@@ -44,7 +47,7 @@ GatedArguments arguments(int64_t M, int64_t N, int64_t K, int64_t R, int columns
 template <Pass kPass, class T, int BLOCK_N>
 void run(const GatedMaps& maps, const GatedArguments& p, const Tiling& tiling, Stream stream) {
   LaunchConfig config{clusters_launched(tiling, p.order.tiles()) * tiling.cluster, kThreads};
-  config.shared_bytes = SharedPlan<BLOCK_M, BLOCK_N>::bytes(tiling.stages);
+  config.shared_bytes = TicketPlan<BLOCK_M, BLOCK_N>::bytes(tiling.stages);
   config.cluster = tiling.cluster;
   config.overlap_previous = p.overlap_previous;
   launch(gated_kernel<T, BLOCK_N, kPass>, config, stream, maps, p);
@@ -77,10 +80,11 @@ void gated_forward(const GatedForward& p, void* stream) {
   }
   const int64_t R = p.R[0] + p.R[1];
   if (R > 0) check_matrix("xa", p.xa, R, p.stride_xa);
+  check_address("workspace", p.workspace, 4);
   if (p.M == 0) return;
   choose_tile(p.type, p.tiling, [&]<class T, int BLOCK_N>(T, std::integral_constant<int, BLOCK_N>) {
     constexpr int kHalf = BLOCK_N / 2;
-    GatedArguments of = arguments<BLOCK_N>(p.M, p.N, p.K, R, kHalf, p.tiling);
+    GatedArguments of = arguments<BLOCK_N>(p, R, kHalf);
     GatedMaps maps{};
     maps.x = matrix_map<T>(p.x, p.M, p.K, p.stride_x, BLOCK_M);
     if (R > 0) maps.xa = matrix_map<T>(p.xa, p.M, R, p.stride_xa, BLOCK_M);
@@ -116,9 +120,10 @@ void gated_backward(const GatedBackward& p, void* stream) {
   check_matrix("dgate", p.dgate, p.N, p.stride_dgate);
   check_matrix("dup", p.dup, p.N, p.stride_dup);
   check_matrix("h", p.h, p.N, p.stride_h);
+  check_address("workspace", p.workspace, 4);
   if (p.M == 0) return;
   choose_tile(p.type, p.tiling, [&]<class T, int BLOCK_N>(T, std::integral_constant<int, BLOCK_N>) {
-    GatedArguments of = arguments<BLOCK_N>(p.M, p.N, p.K, p.R, BLOCK_N, p.tiling);
+    GatedArguments of = arguments<BLOCK_N>(p, p.R, BLOCK_N);
     GatedMaps maps{};
     maps.x = matrix_map<T>(p.dy, p.M, p.K, p.stride_dy, BLOCK_M);
     maps.w[0] = operand_b_map<T, Major::MN, BLOCK_N>(p.w, p.N, p.K, p.stride_w, p.tiling.cluster);

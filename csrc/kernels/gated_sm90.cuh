@@ -1,7 +1,7 @@
 // gate = x w_0ᵀ + bias_0 + xa_0 b_0ᵀ, up the same of w_1, h = act(gate) · up; and dgate, dup, h of dh (sm_90a).
 //
-// Shapes as in api_gated.hpp. The walk, the ring and the accumulators are those of linear_sm90.cuh; a tile of forward has
-// BLOCK_N / 2 columns of gate and the same of up. dh = dy w + mask ⊙ (dyb a).
+// Shapes as in api_gated.hpp. Tickets, ring and accumulators are those of linear_sm90.cuh; a tile of forward has BLOCK_N / 2
+// columns of gate and the same of up. dh = dy w + mask ⊙ (dyb a).
 //
 //   forward    B of a K-block is half w_0, half w_1: one product computes both. xa and b of both layers are K-blocks of
 //              one product too, [xa_0 | xa_1] [b_0 0; 0 b_1]ᵀ, whose zeros are what TMA reads outside of b_0 and of b_1.
@@ -33,6 +33,7 @@ struct GatedMaps {
 struct GatedArguments {
   TileOrder order;
   int stages, cluster;
+  uint32_t* workspace;  // counts the tiles that were drawn
   int k_blocks, rank_blocks;
   int whole_blocks;  // of both, those of all four steps; of the ranks alone with a mask
   int last_steps;    // of the block that follows them: 1, 2, or 0 of none
@@ -98,20 +99,25 @@ gated_kernel(LF_GRID_CONSTANT GatedMaps maps, LF_GRID_CONSTANT GatedArguments p)
 
   LF_DYNAMIC_SHARED(shared);
   Pipeline<BLOCK_M, BLOCK_N> pipeline(shared, p.stages, p.cluster);
+  Tickets tickets(pipeline.base + TicketPlan<BLOCK_M, BLOCK_N>::tickets(p.stages), p.cluster);
   const int rank = p.cluster == 1 ? 0 : static_cast<int>(ptx::cluster_rank());
-  const int warp = start_block(maps.x, maps.w[0], [&] { pipeline.initialize(); });
+  const int warp = start_block(maps.x, maps.w[0], [&] {
+    pipeline.initialize();
+    tickets.initialize();
+  });
 
-  const Walk walk{p.order.tiles(), static_cast<int>(gridDim.x) / p.cluster};
-  const int program = static_cast<int>(blockIdx.x) / p.cluster;
-  const int waves = walk.count(program);
+  const int tiles = p.order.tiles(), programs = static_cast<int>(gridDim.x) / p.cluster;
   const auto first_row = [&](const Tile& tile) { return (tile.row * p.cluster + rank) * BLOCK_M; };
 
   if (warp < 4) {
     // ---- producer
     ptx::registers_decrease<kProducerRegisters>();
     if (warp == 0 && ptx::elect_one()) {
-      for (int wave = 0; wave < waves; ++wave) {
-        const Tile tile = p.order.at(walk.tile(program, wave));
+      bool overlaps = p.overlap_previous;
+      const auto draw = [&] { return rank == 0 ? static_cast<int>(ptx::fetch_add_relaxed(p.workspace, 1)) : 0; };
+      int next = draw();
+      for (int index = tickets.pass(next, rank); index < tiles; index = tickets.pass(next, rank)) {
+        const Tile tile = p.order.at(index);
         const int row = first_row(tile), column = tile.column * kColumns;
         const auto load_blocks = [&](const TensorMap& a, const TensorMap (&b)[2], int blocks, int first0, int first1) {
           LF_NO_UNROLL
@@ -127,13 +133,19 @@ gated_kernel(LF_GRID_CONSTANT GatedMaps maps, LF_GRID_CONSTANT GatedArguments p)
             pipeline.advance();
           }
         };
-        if constexpr (!kMasked) load_blocks(maps.x, maps.w, p.k_blocks, 0, 0);
-        if (p.overlap_previous && wave == 0) {
-          ptx::wait_for_previous_launch();
-          ptx::fence_proxy_async();
-        }
-        load_blocks(maps.xa, maps.b, p.rank_blocks, p.first_rank[0], p.first_rank[1]);
-        if constexpr (kMasked) load_blocks(maps.x, maps.w, p.k_blocks, 0, 0);
+        const auto load_ranks = [&] {
+          if (overlaps) {
+            ptx::wait_for_previous_launch();
+            ptx::fence_proxy_async();
+          }
+          overlaps = false;
+          load_blocks(maps.xa, maps.b, p.rank_blocks, p.first_rank[0], p.first_rank[1]);
+        };
+        if constexpr (kMasked) load_ranks();
+        load_blocks(maps.x, maps.w, p.k_blocks, 0, 0);
+        // comes while the ring is still full
+        next = draw();
+        if constexpr (!kMasked) load_ranks();
         if constexpr (!kForward) {
           LF_NO_UNROLL
           for (int n = 0; n < BLOCK_N; n += kBoxElements) {
@@ -145,14 +157,15 @@ gated_kernel(LF_GRID_CONSTANT GatedMaps maps, LF_GRID_CONSTANT GatedArguments p)
           }
         }
       }
+      if (rank == 0 && is_last_number(next, tiles, programs)) ptx::store_relaxed(p.workspace, 0);
     }
   } else {
     // ---- consumers
     ptx::registers_increase<kConsumerRegisters>();
     const int consumer = warp / 4 - 1, thread = threadIdx.x % 128, lane = thread % 32;
     const ConsumerPart<BLOCK_M, BLOCK_N> part(consumer);
-    for (int wave = 0; wave < waves; ++wave) {
-      const Tile tile = p.order.at(walk.tile(program, wave));
+    for (int index = tickets.take(lane); index < tiles; index = tickets.take(lane)) {
+      const Tile tile = p.order.at(index);
       const int row = first_row(tile) + part.row, column = tile.column * kColumns;
       float d[BLOCK_N / 2];
       LF_NO_UNROLL

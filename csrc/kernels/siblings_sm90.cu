@@ -14,11 +14,12 @@ using namespace sm90;
 template <class T, int BLOCK_N, Major kMajor>
 class Product {
  public:
-  Product(int64_t M, const Tiling& tiling) : M_(M), tiling_(tiling) {
-    check_tiling(tiling, Plan::kStageBytes, Plan::bytes(tiling.stages));
+  Product(int64_t M, const Tiling& tiling, uint32_t* workspace) : M_(M), tiling_(tiling) {
+    check_tiling(tiling, Plan::Plan::kStageBytes, Plan::bytes(tiling.stages));
     require(tiling.block_m == BLOCK_M, "block_m of ", tiling.block_m, "; dense tiles have ", BLOCK_M, " rows");
     p_.stages = tiling.stages;
     p_.cluster = tiling.cluster;
+    p_.workspace = workspace;
   }
 
   void add_base(int i, const void* a, int64_t stride_a, const void* b, int64_t stride_b, int64_t N, int64_t K) {
@@ -52,7 +53,7 @@ class Product {
   void run(bool overlap_previous, Stream stream) {
     const int cluster = tiling_.cluster;
     const int rows = static_cast<int>(ceil_div<int64_t>(M_, BLOCK_M * cluster));
-    require(rows * columns_ < int64_t{1} << 31, rows * columns_, " tiles are more than 2^31 - 1");
+    require(rows * columns_ < int64_t{1} << 30, rows * columns_, " tiles are more than 2^30");
     p_.tiles.order = {rows, static_cast<int>(columns_), std::max(1, tiling_.group_m / cluster)};
     p_.overlap_previous = overlap_previous;
     LaunchConfig config{clusters_launched(tiling_, rows * columns_) * cluster, kThreads};
@@ -66,7 +67,7 @@ class Product {
   }
 
  private:
-  using Plan = SharedPlan<BLOCK_M, BLOCK_N>;
+  using Plan = TicketPlan<BLOCK_M, BLOCK_N>;
 
   static int blocks_of(int64_t K) { return static_cast<int>(ceil_div<int64_t>(K, BLOCK_K)); }
   ProductMaps maps(const void* a, int64_t stride_a, const void* b, int64_t stride_b, int64_t N, int64_t K) const {
@@ -80,11 +81,11 @@ class Product {
   SiblingsArguments p_{};
 };
 
-template <Major kMajor, class F>
-void choose_product(Type type, int64_t M, const Tiling& tiling, F&& run) {
-  choose_type(type, [&]<class T>(T) {
-    choose<128, 256>(tiling.block_n, "block_n", [&](auto block_n) {
-      Product<T, block_n, kMajor> product(M, tiling);
+template <Major kMajor, class Launch, class F>
+void choose_product(const Launch& p, F&& run) {
+  choose_type(p.type, [&]<class T>(T) {
+    choose<128, 256>(p.tiling.block_n, "block_n", [&](auto block_n) {
+      Product<T, block_n, kMajor> product(p.M, p.tiling, p.workspace);
       run(product);
     });
   });
@@ -101,6 +102,7 @@ void siblings_forward(const SiblingsForward& p, void* stream) {
   check_size("M", p.M);
   check_features("K", p.K);
   check_matrix("x", p.x, p.K, p.stride_x);
+  check_address("workspace", p.workspace, 4);
   RoundEach rounded{};
   for (int i = 0; i < p.count; ++i) {
     check_features("N", p.N[i]);
@@ -116,7 +118,7 @@ void siblings_forward(const SiblingsForward& p, void* stream) {
   if (p.M == 0) return;
   const auto to = static_cast<Stream>(stream);
   const bool overlap = round_each(rounded, p.type, to);
-  choose_product<Major::K>(p.type, p.M, p.tiling, [&](auto& product) {
+  choose_product<Major::K>(p, [&](auto& product) {
     for (int i = 0; i < p.count; ++i) {
       product.add_base(i, p.x, p.stride_x, p.w[i], p.stride_w[i], p.N[i], p.K);
       product.add_output(i, 1, p.bias[i], p.y[i], p.stride_y[i], p.N[i], p.xa[i], p.stride_xa[i], p.b[i],
@@ -136,6 +138,7 @@ void siblings_dx(const SiblingsDx& p, void* stream) {
     check_matrix("w", p.w[i], p.K, p.stride_w[i]);
   }
   check_matrix("dx", p.dx, p.K, p.stride_dx);
+  check_address("workspace", p.workspace, 4);
   require(p.lows >= 0 && p.lows <= p.count, p.lows, " low-rank products of ", p.count, " layers");
   RoundEach rounded{};
   // that without a mask
@@ -153,7 +156,7 @@ void siblings_dx(const SiblingsDx& p, void* stream) {
   if (p.M == 0) return;
   const auto to = static_cast<Stream>(stream);
   const bool overlap = round_each(rounded, p.type, to);
-  choose_product<Major::MN>(p.type, p.M, p.tiling, [&](auto& product) {
+  choose_product<Major::MN>(p, [&](auto& product) {
     for (int i = 0; i < p.count; ++i) {
       product.add_base(i, p.dy[i], p.stride_dy[i], p.w[i], p.stride_w[i], p.K, p.N[i]);
     }

@@ -4,14 +4,15 @@
 // looks up which it reads and where it goes. A tile is the sum of base products, one after the other in the same ring and
 // the same accumulators, and of a low-rank product:
 //
-//   forward   an output for each layer, of one base product; the tiles of all outputs are one walk (SideBySide)
+//   forward   an output for each layer, of one base product; the tiles of all outputs are one order (SideBySide)
 //   dx        one output, of a base product for each layer: the reduction goes on from w_i to w_{i+1}; one low-rank
 //             product of all ranks. dx is written once and never read, where autograd adds a full-size gradient a layer.
 //   dx, kMasked  the low-rank products of layers with dropout come first, each with its mask: 64 columns of one at a
 //             time in accumulators of their own, masked there and added to those of the tile.
 //
-// Blocks walk fixed tiles and share no flag, so that results depend on no order. Adapters are rounded by a launch before
-// the product (round_each), which the first tiles' base products overlap.
+// Clusters draw their tiles by ticket, for the reason that linear_sm90.cuh gives, and share no flag, so that results depend
+// on no order. Adapters are rounded by a launch before the product (round_each), which the first tiles' base products
+// overlap.
 //
 // FLOPs and bytes are those of linear_sm90.cuh for each layer, less reads of x, last waves and passes over dx. The last
 // K-block of the ranks issues one step of 16 where that holds them, else all four, of which TMA's zeros are a part.
@@ -36,6 +37,7 @@ struct SiblingsArguments {
   SideBySide tiles;
   int terms;  // of each output: output i is the sum of the base products from i on
   int stages, cluster;
+  uint32_t* workspace;  // counts the tiles that were drawn
   int k_blocks[kMostSiblings];     // of a base product
   int rank_blocks[kMostSiblings];  // of an output's low-rank product
   int whole_blocks[kMostSiblings];  // of an output, all of four steps; one of a single step follows where
@@ -80,20 +82,25 @@ siblings_kernel(LF_GRID_CONSTANT SiblingsMaps maps, LF_GRID_CONSTANT SiblingsArg
 
   LF_DYNAMIC_SHARED(shared);
   Pipeline<BLOCK_M, BLOCK_N> pipeline(shared, p.stages, p.cluster);
+  Tickets tickets(pipeline.base + TicketPlan<BLOCK_M, BLOCK_N>::tickets(p.stages), p.cluster);
   const int rank = p.cluster == 1 ? 0 : static_cast<int>(ptx::cluster_rank());
-  const int warp = start_block(maps.base[0].a, maps.base[0].b, [&] { pipeline.initialize(); });
+  const int warp = start_block(maps.base[0].a, maps.base[0].b, [&] {
+    pipeline.initialize();
+    tickets.initialize();
+  });
 
-  const Walk walk{p.tiles.order.tiles(), static_cast<int>(gridDim.x) / p.cluster};
-  const int program = static_cast<int>(blockIdx.x) / p.cluster;
-  const int waves = walk.count(program);
+  const int tiles = p.tiles.order.tiles(), programs = static_cast<int>(gridDim.x) / p.cluster;
   const auto first_row = [&](const OutputTile& tile) { return (tile.row * p.cluster + rank) * BLOCK_M; };
 
   if (warp < 4) {
     // ---- producer
     ptx::registers_decrease<kProducerRegisters>();
     if (warp == 0 && ptx::elect_one()) {
-      for (int wave = 0; wave < waves; ++wave) {
-        const OutputTile tile = p.tiles.at(walk.tile(program, wave));
+      bool overlaps = p.overlap_previous;
+      const auto draw = [&] { return rank == 0 ? static_cast<int>(ptx::fetch_add_relaxed(p.workspace, 1)) : 0; };
+      int next = draw();
+      for (int index = tickets.pass(next, rank); index < tiles; index = tickets.pass(next, rank)) {
+        const OutputTile tile = p.tiles.at(index);
         const int row = first_row(tile), column = tile.column * BLOCK_N;
         const auto load_blocks = [&](const ProductMaps& product, int blocks) {
           LF_NO_UNROLL
@@ -105,10 +112,11 @@ siblings_kernel(LF_GRID_CONSTANT SiblingsMaps maps, LF_GRID_CONSTANT SiblingsArg
           }
         };
         const auto wait_for_adapters = [&] {
-          if (p.overlap_previous && wave == 0) {
+          if (overlaps) {
             ptx::wait_for_previous_launch();
             ptx::fence_proxy_async();
           }
+          overlaps = false;
         };
         if constexpr (kMasked) {
           // dyb is the first operand, and a
@@ -130,17 +138,20 @@ siblings_kernel(LF_GRID_CONSTANT SiblingsMaps maps, LF_GRID_CONSTANT SiblingsArg
         const int end = tile.output + p.terms;
         LF_NO_UNROLL
         for (int term = tile.output; term < end; ++term) load_blocks(maps.base[term], p.k_blocks[term]);
+        // comes while the ring is still full
+        next = draw();
         if constexpr (!kMasked) wait_for_adapters();
         load_blocks(maps.low[tile.output], p.rank_blocks[tile.output]);
       }
+      if (rank == 0 && is_last_number(next, tiles, programs)) ptx::store_relaxed(p.workspace, 0);
     }
   } else {
     // ---- consumers
     ptx::registers_increase<kConsumerRegisters>();
     const int consumer = warp / 4 - 1, thread = threadIdx.x % 128, lane = thread % 32;
     const ConsumerPart<BLOCK_M, BLOCK_N> part(consumer);
-    for (int wave = 0; wave < waves; ++wave) {
-      const OutputTile tile = p.tiles.at(walk.tile(program, wave));
+    for (int index = tickets.take(lane); index < tiles; index = tickets.take(lane)) {
+      const OutputTile tile = p.tiles.at(index);
       const int row = first_row(tile) + part.row, column = tile.column * BLOCK_N;
       const int blocks = p.whole_blocks[tile.output];
       float d[BLOCK_N / 2];

@@ -40,9 +40,11 @@ __all__ = ["ACTIVATIONS", "Siblings"]
 # fields of the structs of api_siblings.hpp and api_reduce.hpp, in the order in which launches list those of a layer
 _LOW = "R", "{0}", "stride_{0}", "{1}", "stride_{1}", "rounded"
 _FORWARD = ("N", "w", "stride_w", "bias", "y", "stride_y", *(name.format("xa", "b") for name in _LOW))
+_GATED = "w", "stride_w", "bias", "R", "b", "stride_b", "rounded"
 _TERMS = "N", "dy", "stride_dy", "w", "stride_w"
 _LOWS = (*(name.format("dyb", "a") for name in _LOW), "seed", "drop_below")
-_NO_LOW = 0, 0, 0, 0, 0, None
+_NO_B = 0, 0, None
+_NO_LOW = 0, 0, 0, *_NO_B
 _REDUCED = (
     *("N", "R", "b_type", "dy", "stride_dy", "b", "stride_b", "scale", "dyb", "stride_dyb"),
     *("xa", "stride_xa", "db", "dbias"),
@@ -52,13 +54,22 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "cla
 
 
 class Siblings(Aten):
-    """See the module; `native` and `place` are those of `lorafuse.backends.cuda.Cuda`."""
+    """See the module; `native`, `place` and `ticket` are those of `lorafuse.backends.cuda.Cuda`."""
 
     native: ModuleType
 
     def place(self, device: torch.device) -> dict[str, int]:
         """Where a launch goes."""
         raise NotImplementedError
+
+    def ticket(self, device: torch.device, stream: int) -> Tensor:
+        """The word of a launch whose blocks draw their tiles."""
+        raise NotImplementedError
+
+    def by_ticket(self, device: torch.device) -> dict[str, int]:
+        """Where a launch goes whose blocks draw their tiles, and the word that counts them."""
+        place = self.place(device)
+        return {**place, "workspace": self.ticket(device, place["stream"]).data_ptr()}
 
     def runs_siblings(self, plan: Plan | None) -> bool:
         return plan is not None and plan.kernel == "siblings"
@@ -103,7 +114,7 @@ class Siblings(Aten):
             given.append((N, data.data_ptr(), data.stride(0), address(bias), mine.data_ptr(), N, *of_low))
         self.native.siblings_forward(
             type=TYPES[dtype], count=len(y), M=M, K=K, x=x.data_ptr(), stride_x=x.stride(0), **_fields(_FORWARD, given),
-            tiling=tiling(plan.config("matmul")), **self.place(x.device),
+            tiling=tiling(plan.config("matmul")), **self.by_ticket(x.device),
         )  # fmt: skip
         return y
 
@@ -116,25 +127,25 @@ class Siblings(Aten):
                 x, weights, plan, lows=lows, biases=biases, activation=activation, need_up=need_up
             )
         assert plan is not None
-        (M, K), dtype, data = x.shape, x.dtype, [contiguous_rows(w.data) for w in weights]
-        gate, h = (x.new_empty((M, len(data[0]))) for _ in range(2))
+        (M, K), N, dtype = x.shape, weights[0].data.shape[0], x.dtype
+        gate, h = (x.new_empty((M, N)) for _ in range(2))
         up = torch.empty_like(gate) if need_up else None
-        of_bias = [None if bias is None else aligned(bias) for bias in biases]
         xa = _side_by_side([low.xa for low in lows if low is not None])
-        # what is rounded must live until then
-        adapters = [None if low is None else adapter_of(low.b, dtype)[0] for low in lows]
-        made = [
-            (None, None) if low is None or t is None else rounding(t, dtype, low.scale)
-            for low, t in zip(lows, adapters, strict=True)
-        ]
-        b, rounded = zip(*made, strict=True)
+        given, kept = [], []
+        for w, low, bias in zip(weights, lows, biases, strict=True):
+            data, R, of_b = contiguous_rows(w.data), 0, _NO_B
+            if bias is not None:
+                bias = aligned(bias)
+            if low is not None:
+                R, (of_b, operands) = low.xa.shape[1], _b_of(low, dtype)
+                kept.append(operands)
+            kept.append((data, bias))
+            given.append((data.data_ptr(), data.stride(0), address(bias), R, *of_b))
         self.native.gated_forward(
-            type=TYPES[dtype], activation=ACTIVATIONS[activation], M=M, N=gate.shape[1], K=K,
-            R=tuple(0 if low is None else low.xa.shape[1] for low in lows), x=x.data_ptr(), stride_x=x.stride(0),
-            w=_places(data), stride_w=_strides(data), bias=_places(of_bias), xa=address(xa),
-            stride_xa=0 if xa is None else xa.stride(0), b=_places(b), stride_b=_strides(b), gate=gate.data_ptr(),
-            stride_gate=gate.stride(0), up=address(up), stride_up=gate.stride(0), h=h.data_ptr(), stride_h=h.stride(0),
-            rounded=rounded, tiling=tiling(plan.config("matmul")), **self.place(x.device),
+            type=TYPES[dtype], activation=ACTIVATIONS[activation], M=M, N=N, K=K, x=x.data_ptr(), stride_x=x.stride(0),
+            xa=address(xa), stride_xa=0 if xa is None else xa.stride(0), **_fields(_GATED, given), gate=gate.data_ptr(),
+            stride_gate=N, up=address(up), stride_up=N, h=h.data_ptr(), stride_h=N,
+            tiling=tiling(plan.config("matmul")), **self.by_ticket(x.device),
         )  # fmt: skip
         return gate, up, h
 
@@ -145,16 +156,15 @@ class Siblings(Aten):
             return super().gated_backward(dy, w, plan, low=low, gate=gate, up=up, activation=activation)
         assert plan is not None
         dy, dyb, gate, up = map(aligned_rows, (dy, low.xa, gate, up))
-        data, dtype, (given, _) = contiguous_rows(w.data), dy.dtype, adapter_of(low.b, dy.dtype)
-        a, rounded = rounding(given, dtype, low.scale)
+        data, ((a, stride_a, rounded), _kept) = contiguous_rows(w.data), _b_of(low, dy.dtype)
         (M, N), (dgate, dup, h) = gate.shape, (gate.new_empty(gate.shape) for _ in range(3))
         self.native.gated_backward(
-            type=TYPES[dtype], activation=ACTIVATIONS[activation], M=M, N=N, K=dy.shape[1], R=dyb.shape[1],
+            type=TYPES[dy.dtype], activation=ACTIVATIONS[activation], M=M, N=N, K=dy.shape[1], R=dyb.shape[1],
             dy=dy.data_ptr(), stride_dy=dy.stride(0), w=data.data_ptr(), stride_w=data.stride(0), dyb=dyb.data_ptr(),
-            stride_dyb=dyb.stride(0), a=a.data_ptr(), stride_a=a.stride(0), gate=gate.data_ptr(),
+            stride_dyb=dyb.stride(0), a=a, stride_a=stride_a, gate=gate.data_ptr(),
             stride_gate=gate.stride(0), up=up.data_ptr(), stride_up=up.stride(0), dgate=dgate.data_ptr(),
             stride_dgate=N, dup=dup.data_ptr(), stride_dup=N, h=h.data_ptr(), stride_h=N, rounded=rounded,
-            tiling=tiling(plan.config("matmul")), **mask(low.dropout), **self.place(dy.device),
+            tiling=tiling(plan.config("matmul")), **mask(low.dropout), **self.by_ticket(dy.device),
         )  # fmt: skip
         return dgate, dup, h
 
@@ -247,7 +257,7 @@ class Siblings(Aten):
         self.native.siblings_dx(
             type=TYPES[dx.dtype], count=len(given), M=M, K=K, **_fields(_TERMS, given), lows=len(of_lows),
             **_fields(_LOWS, of_lows), dx=dx.data_ptr(), stride_dx=K, tiling=tiling(plan.config("matmul")),
-            **self.place(dx.device),
+            **self.by_ticket(dx.device),
         )  # fmt: skip
         return dx, self.outers(lows, wide, plan, likes)
 
@@ -284,10 +294,15 @@ def _fields(names: Sequence[str], of_layers: Sequence[tuple[Any, ...]]) -> dict[
 
 def _low_of(low: LowRank, dtype: torch.dtype) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
     """The fields `_LOW`, and tensors that must live until their launch: the b that is rounded until then too."""
-    xa, (given, _) = aligned_rows(low.xa), adapter_of(low.b, dtype)
+    xa, (of_b, operands) = aligned_rows(low.xa), _b_of(low, dtype)
+    return (xa.shape[1], xa.data_ptr(), xa.stride(0), *of_b), (xa, *operands)
+
+
+def _b_of(low: LowRank, dtype: torch.dtype) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+    """Of those the last three, and the tensors they are about."""
+    given, _ = adapter_of(low.b, dtype)
     b, rounded = rounding(given, dtype, low.scale)
-    fields = xa.shape[1], xa.data_ptr(), xa.stride(0), b.data_ptr(), b.stride(0), rounded
-    return fields, (xa, given, b)
+    return (b.data_ptr(), b.stride(0), rounded), (given, b)
 
 
 def _side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
@@ -305,11 +320,3 @@ def _side_by_side(parts: Sequence[Tensor]) -> Tensor | None:
     ):
         return aligned_rows(first.as_strided((M, together), first.stride(), place))
     return aligned_rows(torch.cat(parts, 1))
-
-
-def _places(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
-    return tuple(map(address, tensors))
-
-
-def _strides(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
-    return tuple(0 if t is None else t.stride(0) for t in tensors)

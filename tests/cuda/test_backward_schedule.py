@@ -1,9 +1,10 @@
-"""The order of one launch each way, and xa in tiles by ticket, simulated (bench/schedule.py): how long they take.
+"""One launch each way, xa in tiles, products and groups by ticket, simulated (bench/schedule.py): how long they take.
 
 That each tile and item runs once, in any order of arrival, is enumerated from the kernels' own headers
 (tests/cuda/test_csrc_layouts.py).
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -15,6 +16,17 @@ import schedule  # noqa: E402
 
 IDLE = [0.0] * 132
 LAYERS = {"q": (4096, 4096), "gate": (14336, 4096), "down": (4096, 14336)}
+# (N, K, activation) of the products of Llama-3.1-8B's groups
+GROUPS = {
+    "q, k and v": (6144, 4096),
+    "dx of q, k and v": (4096, 6144),
+    "gate and up": (28672, 4096),
+    "dx of gate and up": (4096, 28672),
+    "gate, up and h": (28672, 4096, schedule.ACTIVATION[0]),
+    "dgate, dup and h": (14336, 4096, schedule.ACTIVATION[1]),
+}
+# how long another kernel holds 16 SMs
+HELD = 100.0, 300.0, 1000.0, 10000.0
 
 
 def seconds(works, free=IDLE):
@@ -26,26 +38,82 @@ def seconds(works, free=IDLE):
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("M", [8192, 16384, 32768])
 def test_sixteen_sms_held_by_another_kernel_cost_their_share(M, layer, rate):
-    for microseconds in (100, 300, 1000, 10000):
+    for microseconds in HELD:
         held = [microseconds] * 16 + IDLE[16:]
         for direction in (schedule.forward, schedule.backward):
             end, least = seconds(direction(M, *LAYERS[layer], rate), held)
             assert least <= end <= 1.15 * least
 
 
+def product(M, name):
+    """Its tiles, of one length."""
+    N, K, *activation = (LAYERS | GROUPS)[name]
+    return schedule.product(M, N, K, 256, *activation)
+
+
 @pytest.mark.parametrize("sums", [0.0, 400.0], ids=["tiles", "four blocks sum first"])
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("name", [*LAYERS, *GROUPS])
 @pytest.mark.parametrize("M", [8192, 16384, 32768])
-def test_tiles_alone_beside_another_kernel(M, layer, sums):
-    """Of linear_kernel. A fixed walk ends after the other kernel has, by a late block's whole part."""
-    N, K = LAYERS[layer]
-    works = schedule.product(M, N, K)
-    for microseconds in (100, 300, 1000, 10000):
+def test_tiles_alone_beside_another_kernel(M, name, sums):
+    """Fixed tiles would end after the other kernel has, by a late block's whole part."""
+    works = product(M, name)
+    for microseconds in HELD:
         held = [microseconds] * 16 + [sums] * 4 + IDLE[20:]
         end, least = seconds(works, held)
         assert least <= end <= 1.15 * least
     tile = works[0].microseconds
     assert schedule.owned(len(works), 132, [300 / tile] * 16 + IDLE[16:]) * tile > 299 + len(works) // 132 * tile
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *GROUPS])
+@pytest.mark.parametrize("M", [512, 1024, 2048, 4096, 8192])
+def test_no_schedule_of_whole_tiles_is_faster(M, name):
+    """Where few waves become one more, that is what tiles cost which nothing divides, and not their order."""
+    works = product(M, name)
+    for microseconds in (0.0, *HELD):
+        held = [microseconds] * 16 + IDLE[16:]
+        end, least = schedule.indivisible(works, held), schedule.proportional(len(works) * works[0].microseconds, held)
+        assert least <= end <= max(schedule.handed_out(works, held)) <= 1.001 * end
+
+
+@pytest.mark.parametrize("free", [[0.0, 0.0, 0.0], [0.0, 15.0, 3.0], [0.0, 25.0, 30.0]])
+def test_the_best_of_whole_tiles_is_that_of_all_schedules(free):
+    for count in range(1, 6):
+        counts = (numbers for numbers in itertools.product(range(count + 1), repeat=3) if sum(numbers) == count)
+        ends = [max(start + 10.0 * n for start, n in zip(free, each, strict=True) if n) for each in counts]
+        assert schedule.indivisible([schedule.Work(10.0)] * count, free) == min(ends)
+
+
+@pytest.mark.parametrize(
+    ("M", "name", "fixed", "tickets", "over"),
+    [
+        (8192, "q, k and v", 795, 585, 0.05),
+        (8192, "dx of q, k and v", 769, 603, 0.08),
+        (8192, "gate, up and h", 2793, 2585, 0.02),
+        (8192, "dgate, dup and h", 1649, 1399, 0.00),
+        (2048, "q", 180, 135, 0.36),
+        (2048, "q, k and v", 270, 180, 0.21),
+        (2048, "dx of q, k and v", 268, 201, 0.36),
+        (2048, "gate, up and h", 900, 692, 0.04),
+        (2048, "dgate, dup and h", 600, 400, 0.06),
+    ],
+)
+def test_groups_beside_another_kernel(M, name, fixed, tickets, over):
+    """The figures of docs/performance.md, for 300 us."""
+    works, held = product(M, name), [300.0] * 16 + IDLE[16:]
+    tile = works[0].microseconds
+    end, least = seconds(works, held)
+    assert schedule.owned(len(works), 132, [start / tile for start in held]) * tile == pytest.approx(fixed, abs=0.6)
+    assert end == pytest.approx(tickets, abs=0.6)
+    assert end / least == pytest.approx(1 + over, abs=0.006)
+
+
+def test_the_last_tiles_in_halves():
+    """The figures of docs/performance.md: q at 2048 rows, of whose 256 tiles the last 24 have 128 columns each."""
+    wholes, halves = (schedule.product(2048, 4096, 4096, block_n) for block_n in (256, 128))
+    works = wholes[:-24] + halves[-48:]
+    for held, free in ((114.8, [300.0] * 16 + IDLE[16:]), (94.7, IDLE)):
+        assert max(schedule.handed_out(works, free)) == pytest.approx(held, abs=0.1)
 
 
 @pytest.mark.parametrize("microseconds", [100, 300, 1000, 10000])

@@ -19,7 +19,7 @@ import pytest
 import torch
 from native_build import build, emulator, loads_alone
 from native_commands import ROOT, command
-from nvcc_record import BUDGET, INSTRUCTIONS, build_kernels
+from nvcc_record import BUDGET, INSTRUCTIONS, TICKETS, build_kernels
 
 from lorafuse.backends import native
 from lorafuse.backends.native_sources import source_hash
@@ -34,8 +34,8 @@ NVCC = "13.0.88"
 STORED_BY_TMA = ("HGMMA", "UTMALDG", "UTMASTG", "STSM", "USETMAXREG")
 REQUIRED = INSTRUCTIONS | {
     "lorafuse::sm90::gathered_kernel": STORED_BY_TMA,
-    "lorafuse::sm90::gated_kernel": (*STORED_BY_TMA, "UTMALDG.2D.MULTICAST"),
-    "lorafuse::sm90::siblings_kernel": (*STORED_BY_TMA, "UTMALDG.2D.MULTICAST"),
+    "lorafuse::sm90::gated_kernel": (*STORED_BY_TMA, "UTMALDG.2D.MULTICAST", *TICKETS),
+    "lorafuse::sm90::siblings_kernel": (*STORED_BY_TMA, "UTMALDG.2D.MULTICAST", *TICKETS),
     "lorafuse::sm90::one_launch_kernel": STORED_BY_TMA,
     "lorafuse::sm90::xa_tiles_kernel": STORED_BY_TMA,
     "lorafuse::sm90::split_kernel": ("HGMMA", "UTMALDG", "USETMAXREG"),

@@ -7,9 +7,9 @@ import itertools
 
 import pytest
 import torch
+from emu_launches import words_are_zero
 from test_emu_linear import ALIGNED_NK, DTYPES, TILINGS, backwards, check
 
-from lorafuse.backends import base
 from lorafuse.plan import clear_cache, configs_cuda, override
 from lorafuse.testing.check_linear import LinearCase, make_operands
 from lorafuse.testing.numerics import relative_l2, tolerance
@@ -130,6 +130,4 @@ def test_many_schedules(emu, operator, parts, tiles, request):
         actual = backwards(operator, o, xa, None, True, True, True, False)[:3]
         first = first or actual
         assert all(torch.equal(*pair) for pair in zip(actual, first, strict=True)), i
-    flags = list(base.load("emu").flags.values())
-    assert flags
-    assert not any(words.any() for words in flags)
+    assert words_are_zero()

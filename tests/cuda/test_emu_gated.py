@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from emu_launches import gated, gated_masked, masked
+from emu_launches import gated, gated_masked, masked, words_are_zero
 from group_reference import Case, check, make, mlp, plain_mlp
 from test_emu_linear import TILINGS
 
@@ -70,11 +70,11 @@ def test_large_and_small_numbers(emu, activation):
     x = torch.cat([torch.linspace(-30, 30, 504), torch.tensor([-6e4, 6e4, -200.0, 200.0, -0.0, 0.0, 1e-7, -1e-7])])
     x, w = x.to(HALF).view(-1, 8).contiguous(), torch.eye(8, dtype=HALF)
     gate, up, h = (torch.empty_like(x) for _ in range(3))
-    flipped = -w
+    flipped, word = -w, torch.zeros(1, dtype=torch.int32)
     emu.gated_forward(
         type=1, activation=cuda_siblings.ACTIVATIONS[activation], M=len(x), N=8, K=8, x=x.data_ptr(), stride_x=8,
         w=(w.data_ptr(), flipped.data_ptr()), stride_w=(8, 8), gate=gate.data_ptr(), stride_gate=8, up=up.data_ptr(),
-        stride_up=8, h=h.data_ptr(), stride_h=8, tiling=(128, 4, 1),
+        stride_up=8, h=h.data_ptr(), stride_h=8, tiling=(128, 4, 1), workspace=word.data_ptr(),
     )  # fmt: skip
     assert torch.equal(gate, x)
     assert torch.equal(up, -x)
@@ -137,19 +137,22 @@ def test_every_tiling(launch, launched):
 
 @pytest.mark.parametrize("launch", [gated, gated_masked, masked])
 def test_many_schedules(launch, emu, request):
-    """No bit depends on the order in which blocks run, or on how many do at a time."""
+    """No bit depends on the order in which blocks run, or on how many do at a time: late ones leave tiles to others."""
     emu.configure()
     first, configs = launch(TILINGS[0]), [config for config in TILINGS if config[0] == 128]
     for i in range(max(6, request.config.getoption("--seeds") // 8)):
         config = configs[i % len(configs)]
         emu.configure(seed=i, resident=config[2] * (1 + i % 3), multiprocessors=config[2] * (1 + i % 4))
         assert all(map(torch.equal, launch(config), first)), i
+        assert words_are_zero()
 
 
 def test_what_is_refused(emu):
     given = {"type": 0, "activation": 0, "M": 1, "N": 8, "K": 64, "x": 64, "stride_x": 64, "w": (64, 64)}
     given |= {"stride_w": (64, 64), "gate": 64, "stride_gate": 8, "h": 64, "stride_h": 8, "tiling": (128, 4, 1)}
+    given["workspace"] = 64
     for message, change in {
+        "workspace is null": {"workspace": 0},
         "activation 6 is not in 0 … 5": {"activation": 6},
         "N of 12 is not a positive multiple of 8": {"N": 12},
         "w is null": {"w": (64,)},
@@ -165,8 +168,9 @@ def test_what_is_refused(emu):
             emu.gated_forward(**given | change)
     names = "dy", "w", "dyb", "a", "gate", "up", "dgate", "dup", "h"
     given = {"type": 0, "activation": 0, "M": 1, "N": 8, "K": 8, "R": 8, **dict.fromkeys(names, 64)}
-    given |= {f"stride_{name}": 8 for name in names} | {"tiling": (128, 4, 1)}
+    given |= {f"stride_{name}": 8 for name in names} | {"tiling": (128, 4, 1), "workspace": 64}
     for message, change in {
+        "workspace at .* is not on a 4-byte boundary": {"workspace": 66},
         "activation -1 is not in 0": {"activation": -1},
         "R of 0: dh has a low-rank product": {"R": 0},
         "K of 4 is not a positive multiple of 8": {"K": 4},

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from emu_launches import words_are_zero
 from group_reference import Case, check, linears, make, mlp, plain_linears, plain_mlp, results
 from test_emu_linear import TILINGS
 
@@ -120,8 +121,9 @@ def test_every_tiling(tiles, launched):
 
 def test_what_is_refused(emu):
     given = {"type": 0, "count": 2, "M": 1, "K": 64, "N": (8, 8), "x": 64, "stride_x": 64, "w": (64, 64)}
-    given |= {"stride_w": (64, 64), "y": (64, 64), "stride_y": (8, 8), "tiling": (128, 4, 1)}
+    given |= {"stride_w": (64, 64), "y": (64, 64), "stride_y": (8, 8), "tiling": (128, 4, 1), "workspace": 64}
     for message, change in {
+        "workspace is null": {"workspace": 0},
         "5 layers in one launch; there are 1 to 4": {"count": 5},
         "N of 12 is not a positive multiple of 8": {"N": (8, 12)},
         "w is null": {"w": (64,)},
@@ -135,8 +137,9 @@ def test_what_is_refused(emu):
     with pytest.raises(TypeError, match="keyword 'N'"):
         emu.siblings_forward(**given | {"N": (8,) * 5})
     given = {"type": 0, "count": 1, "M": 1, "K": 64, "N": (8,), "dy": (64,), "stride_dy": (8,), "w": (64,)}
-    given |= {"stride_w": (64,), "dx": 64, "stride_dx": 64, "tiling": (128, 4, 1)}
+    given |= {"stride_w": (64,), "dx": 64, "stride_dx": 64, "tiling": (128, 4, 1), "workspace": 64}
     for message, change in {
+        "workspace at .* is not on a 4-byte boundary": {"workspace": 66},
         "0 layers in one launch": {"count": 0},
         "K of 60 is not a positive multiple of 8": {"K": 60},
         "dyb is null": {"lows": 1, "R": (8,)},
@@ -153,7 +156,7 @@ def test_what_is_refused(emu):
 
 
 def test_many_schedules(emu, tiles, request):
-    """No bit depends on the order in which blocks run, or on how many do at a time."""
+    """No bit depends on the order in which blocks run, or on how many do at a time: late ones leave tiles to others."""
     case = Case(N=(40, 72), K=72, R=(20, 3), p=(0.0,) * 2, bias=(True, False), leading=(130,), dtype=torch.bfloat16)
     o, first, configs = make(case), None, [config for config in TILINGS if config[0] == 128]
     for i in range(max(50, request.config.getoption("--seeds") // 2)):
@@ -163,3 +166,4 @@ def test_many_schedules(emu, tiles, request):
         actual = results(run, o)
         first = first or actual
         assert all(torch.equal(tensor, first[name]) for name, tensor in actual.items()), i
+        assert words_are_zero()

@@ -5,9 +5,9 @@ Against fp64 in every size, and bit for bit under every schedule, as a launch wi
 
 import pytest
 import torch
+from emu_launches import words_are_zero
 from test_emu_linear import ALIGNED_NK, DTYPES, TILINGS, check
 
-from lorafuse.backends import base
 from lorafuse.plan import override
 from lorafuse.testing.check_linear import LinearCase, make_operands
 
@@ -75,6 +75,4 @@ def test_many_schedules(emu, operator, tiles, request):
         emu.configure(seed=i, resident=1 + i % 4, multiprocessors=1 + i % 5)
         tiles(ALONE[i % len(ALONE)])
         assert all(torch.equal(*pair) for pair in zip(forward(operator, o), expected, strict=True)), i
-    flags = list(base.load("emu").flags.values())
-    assert flags
-    assert not any(words.any() for words in flags)
+    assert words_are_zero()

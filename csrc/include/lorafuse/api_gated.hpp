@@ -36,6 +36,7 @@ struct GatedForward {
   int64_t stride_h;
   Each<Round> rounded = {};
   Tiling tiling;
+  uint32_t* workspace;  // as in Linear
 };
 void gated_forward(const GatedForward& p, void* stream);
 
@@ -68,6 +69,7 @@ struct GatedBackward {
   uint32_t drop_below = 0;
   Round rounded = {};
   Tiling tiling;
+  uint32_t* workspace;  // as in Linear
 };
 void gated_backward(const GatedBackward& p, void* stream);
 

@@ -36,6 +36,7 @@ struct SiblingsForward {
   Each<int64_t> stride_y;
   Each<Round> rounded = {};
   Tiling tiling;
+  uint32_t* workspace;  // as in Linear
 };
 void siblings_forward(const SiblingsForward& p, void* stream);
 
@@ -63,6 +64,7 @@ struct SiblingsDx {
   void* dx;
   int64_t stride_dx;
   Tiling tiling;
+  uint32_t* workspace;  // as in Linear
 };
 void siblings_dx(const SiblingsDx& p, void* stream);
 

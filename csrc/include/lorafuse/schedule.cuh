@@ -1,7 +1,7 @@
-// In which order tiles are walked, and by whom: arithmetic that a host can run and tests enumerate.
+// In which order tiles are handed out: arithmetic that a host can run and tests enumerate.
 //
-// A program is a cluster of blocks that lives as long as the launch and draws tiles, or walks its own. Rows of tiles
-// are counted in clusters: with two blocks, row 0 is row blocks 0 and 1.
+// A program is a cluster of blocks that lives as long as the launch and draws tiles. Rows of tiles are counted in
+// clusters: with two blocks, row 0 is row blocks 0 and 1.
 #pragma once
 
 #include <lorafuse/common.cuh>
@@ -71,21 +71,6 @@ struct BackwardOrder {
     const Tile tile = TileOrder{rows, columns, tiles.group}.at(within);
     if (tile.column == 0) return {Work::kRows, c * chunk + tile.row, 0};
     return {Work::kTile, c * chunk + tile.row, tile.column - 1};
-  }
-};
-
-// Which tiles a program walks: one of each wave. The last wave, when it is not full, belongs to the late programs; the
-// early ones have one tile fewer and are `slack()` many.
-struct Walk {
-  int tiles, programs;
-
-  LF_HOST_DEVICE constexpr int full_waves() const { return tiles / programs; }
-  LF_HOST_DEVICE constexpr int slack() const { return tiles % programs == 0 ? 0 : programs - tiles % programs; }
-  LF_HOST_DEVICE constexpr int count(int program) const {
-    return full_waves() + (tiles % programs != 0 && program >= slack() ? 1 : 0);
-  }
-  LF_HOST_DEVICE constexpr int tile(int program, int wave) const {
-    return wave * programs + (wave < full_waves() ? program : program - slack());
   }
 };
 

@@ -1,4 +1,4 @@
-// The tiles of several outputs of the same rows, walked as those of one: arithmetic that a host can run.
+// The tiles of several outputs of the same rows, in one order: arithmetic that a host can run.
 #pragma once
 
 #include <lorafuse/api_siblings.hpp>

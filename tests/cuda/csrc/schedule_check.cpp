@@ -62,8 +62,29 @@ void check_order() {
   report("order: groups of rows, column by column", distance);
 }
 
+// Programs that draw numbers in a random order, each until its number is that of no work: `work(number)` is called for
+// each of `works`. Returns how many of them are wrong about whether theirs is the last of all.
+template <class F>
+int wrong_about_the_last(int works, int programs, uint32_t seed, F work) {
+  std::vector<bool> ended(static_cast<size_t>(programs));
+  int number = 0, wrong = 0;
+  for (int left = programs; left > 0;) {
+    seed = seed * 1664525u + 1013904223u;
+    const auto p = static_cast<size_t>((seed >> 8) % static_cast<uint32_t>(programs));
+    if (ended[p]) continue;
+    if (number < works) {
+      work(number);
+    } else {
+      ended[p] = true;
+      --left;
+    }
+    wrong += is_last_number(number++, works, programs) != (left == 0);
+  }
+  return wrong;
+}
+
 void check_side_by_side() {
-  int once = 0, order = 0;
+  int once = 0, order = 0, tickets = 0;
   for (int code = 1; code < 256; ++code) {
     // up to four outputs of 1 to 3 columns each
     const int columns[] = {code % 4, code / 4 % 4, code / 16 % 4, code / 64};
@@ -89,9 +110,21 @@ void check_side_by_side() {
           order += tile.row != row || tile.column != place;
         }
         once += std::count(seen.begin(), seen.end(), 1) != rows * all;
+        std::vector<int> drawn(static_cast<size_t>(kMostSiblings * rows * all));
+        for (const int programs : {1, 3, 8}) {
+          const auto seed = static_cast<uint32_t>(code * 100 + rows * 10 + group);
+          tickets += wrong_about_the_last(rows * all, programs, seed, [&](int number) {
+            const auto [output, row, column] = tiles.at(number);
+            const int place = (output * rows + row) * all + column;
+            if (output < outputs && column < columns[output]) ++drawn[static_cast<size_t>(place)];
+          });
+        }
+        // by each launch
+        tickets += std::count(drawn.begin(), drawn.end(), 3) != rows * all;
       }
     }
   }
+  report("side by side tickets: every tile of every output once under any order of arrival, one last number", tickets);
   report("side by side: every tile of every output once", once);
   report("side by side: in the order of one output", order);
 }
@@ -197,52 +230,20 @@ void check_backward() {
   report("tickets: every tile and item once under any order of arrival", arrival);
 }
 
-void check_walk() {
-  int bad = 0, late = 0;
-  for (int tiles = 1; tiles <= 60; ++tiles) {
-    for (int programs = 1; programs <= 20; ++programs) {
-      const Walk walk{tiles, programs};
-      std::vector<int> seen(static_cast<size_t>(tiles));
-      for (int p = 0; p < programs; ++p) {
-        for (int wave = 0; wave < walk.count(p); ++wave) {
-          const int tile = walk.tile(p, wave);
-          bad += tile / programs != wave;
-          if (tile >= 0 && tile < tiles) ++seen[static_cast<size_t>(tile)];
-        }
-        // early programs have one tile fewer, and there are slack() of them
-        const int most = ceil_div(tiles, programs);
-        late += walk.count(p) != (p < walk.slack() ? most - 1 : most);
-      }
-      bad += std::count(seen.begin(), seen.end(), 1) != tiles;
-      late += walk.slack() != ceil_div(tiles, programs) * programs - tiles;
-    }
-  }
-  report("walk: every tile once", bad);
-  report("walk: slack in the first programs", late);
-}
-
-// Programs that draw tiles in a random order, each until its number is that of none.
 void check_tickets() {
   int once = 0, last = 0;
-  for (int tiles = 1; tiles <= 60; ++tiles) {
-    for (int programs = 1; programs <= 20; ++programs) {
-      std::vector<int> seen(static_cast<size_t>(tiles));
-      std::vector<bool> ended(static_cast<size_t>(programs));
-      auto seed = static_cast<uint32_t>(tiles * 100 + programs);
-      int number = 0, left = programs;
-      while (left > 0) {
-        seed = seed * 1664525u + 1013904223u;
-        const auto p = static_cast<size_t>((seed >> 8) % static_cast<uint32_t>(programs));
-        if (ended[p]) continue;
-        if (number < tiles) {
-          ++seen[static_cast<size_t>(number)];
-        } else {
-          ended[p] = true;
-          --left;
-        }
-        last += is_last_number(number++, tiles, programs) != (left == 0);
+  for (int rows = 1; rows <= 9; ++rows) {
+    for (int columns = 1; columns <= 7; ++columns) {
+      for (int programs = 1; programs <= 20; ++programs) {
+        const TileOrder order{rows, columns, 4};
+        std::vector<int> seen(static_cast<size_t>(order.tiles()));
+        const auto seed = static_cast<uint32_t>(rows * 1000 + columns * 100 + programs);
+        last += wrong_about_the_last(order.tiles(), programs, seed, [&](int number) {
+          const auto [row, column] = order.at(number);
+          if (row < rows && column < columns) ++seen[static_cast<size_t>(row * columns + column)];
+        });
+        once += std::count(seen.begin(), seen.end(), 1) != order.tiles();
       }
-      once += std::count(seen.begin(), seen.end(), 1) != tiles;
     }
   }
   report("tickets: every tile once under any order of arrival", once);
@@ -360,7 +361,6 @@ int main(int count, char** arguments) {
   check_order();
   check_side_by_side();
   check_backward();
-  check_walk();
   check_tickets();
   check_ragged();
   check_philox();
