@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lorafuse.functional import MultiProjection, Projection, lora_gated_mlp_multi, run_gated_mlp
 from lorafuse.integrations import calls
 from lorafuse.integrations.groups import fits, is_small, why_not_alike
-from lorafuse.integrations.hf_common import altered, interception, is_called_otherwise
+from lorafuse.integrations.hf_common import altered, interception, is_called_otherwise, is_zero3_leaf
 from lorafuse.integrations.hf_mixed import Mixed, batch_of, run_batch
 from lorafuse.integrations.hf_peft import Member, operands_of
 from lorafuse.integrations.hf_plain import LINEAR_FORWARD
@@ -250,6 +250,8 @@ def _roles(parent: Any, children: dict[str, nn.Linear], fused: set[Any]) -> _Rol
         return reason
     for name, base in children.items():
         child = parent._modules[name]
+        if is_zero3_leaf(child):
+            return f"DeepSpeed's ZeRO-3 gathers {name} by itself"
         if child is base and stored(base) is not None:
             return f"{name} is quantized and has no adapter"
         if child is not base and child not in fused:

@@ -12,13 +12,14 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafuse.functional import Projection, run_linears
+from lorafuse.integrations.hf_common import is_zero3_leaf
 from lorafuse.integrations.hf_quantized import dtypes_of, is_quantized, stored
 from lorafuse.integrations.report import Group, Skipped
 from lorafuse.nn.roles import sibling_orders
@@ -361,13 +362,13 @@ def form(model: nn.Module, layers: Iterable[Any]) -> tuple[list[Group], list[Ski
     return groups, apart
 
 
-def _why_apart(members: Iterable[Any]) -> str:
+def _why_apart(members: Collection[Any]) -> str:
     bases = [member.get_base_layer() for member in members]
     devices = {str(base.weight.device) for base in bases}
-    if reason := why_not_alike(bases):
-        return reason
-    if devices == {"meta"}:
-        return "weights are on the meta device"
+    is_gathered = any(map(is_zero3_leaf, members))
+    reason = "DeepSpeed's ZeRO-3 gathers one of them at a time" if is_gathered else why_not_alike(bases)
+    if reason or devices == {"meta"}:
+        return reason or "weights are on the meta device"
     return f"weights are on {' and '.join(sorted(devices))}" if len(devices) > 1 else ""
 
 

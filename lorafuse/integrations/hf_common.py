@@ -33,6 +33,7 @@ __all__ = [
     "is_fsdp1",
     "is_fsdp2",
     "is_zero3",
+    "is_zero3_leaf",
     "original",
     "trainable",
     "warn_once",
@@ -229,6 +230,11 @@ def is_dtensor(tensor: Any) -> bool:
 def is_zero3(module: nn.Module) -> bool:
     """Whether DeepSpeed's ZeRO-3 has put its hooks on a module."""
     return "pre_bwd_fn" in module.__dict__
+
+
+def is_zero3_leaf(module: nn.Module) -> bool:
+    """Whether ZeRO-3 gathers a module as a whole, around its own forward and backward alone (`prepare_zero3`)."""
+    return bool(module.__dict__.get("_z3_leaf"))
 
 
 def trainable(module: nn.Module, name: str) -> str:

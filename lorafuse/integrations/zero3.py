@@ -4,6 +4,7 @@ from torch import nn
 
 from lorafuse.errors import MissingDependency
 from lorafuse.integrations.patching import patched_layers
+from lorafuse.integrations.report import PatchReport
 
 __all__ = ["prepare_zero3"]
 
@@ -14,7 +15,8 @@ def prepare_zero3(model: nn.Module) -> int:
     Call it after `lorafuse.patch` and before `deepspeed.initialize` (before `Trainer.train`). ZeRO-3 gathers a weight
     for the call of the module that holds it. A fused layer never calls the modules inside it, so without this its
     weights would be empty and it would run as PEFT ships it. DeepSpeed then gathers base, A and B together around the
-    layer's forward and again around its backward, and calls no hook of the modules inside.
+    layer's forward and again around its backward, and calls no hook of the modules inside. Groups are taken apart: one
+    operator would read the weights of all its layers at once.
 
     DeepSpeed sums the gradients of such a layer once those of its inputs are there, and at once where no input has one.
     So the model's embeddings are made to require a gradient (`enable_input_require_grads` of transformers; another
@@ -45,4 +47,8 @@ def prepare_zero3(model: nn.Module) -> int:
         enable()
     for layer in layers:
         set_z3_leaf_module(layer, True)
+    # not at the top: it imports PEFT
+    from lorafuse.integrations.hf_model import regroup
+
+    regroup(model, layers, PatchReport(), False)
     return len(layers)

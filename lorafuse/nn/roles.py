@@ -143,7 +143,8 @@ def _probe(
     kind: Any, parent: Any, layers: Mapping[str, nn.Module], others: Mapping[str, nn.Module], is_training: bool
 ) -> nn.Module:
     """An object of the parent's class and attributes with these layers and copies of the other children."""
-    probe: Any = kind.__new__(kind)
+    # the classes that fully_shard makes would run their __init__ in __new__
+    probe: Any = object.__new__(kind)
     probe.__dict__.update(parent.__dict__)
     # a child may be None
     probe.__dict__["_modules"] = (

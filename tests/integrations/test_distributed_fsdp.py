@@ -25,6 +25,14 @@ def fsdp2(one, **policy):
     return fully_shard(one, **policy)
 
 
+def parts_of_blocks(one):
+    """Attention and MLP in units of their own: fully_shard gives the parents of groups classes of its own."""
+    for block in one.base_model.model.model.layers:
+        fully_shard(block.self_attn)
+        fully_shard(block.mlp)
+    return fsdp2(one)
+
+
 def checkpointed(one):
     one.enable_input_require_grads()
     one.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -44,6 +52,7 @@ def compiled(one):
 WRAPPERS = {
     "DDP": DistributedDataParallel,
     "plain": fsdp2,
+    "parts of blocks": parts_of_blocks,
     "kept after forward": lambda one: fsdp2(one, reshard_after_forward=False),
     "offloaded": lambda one: fsdp2(one, offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "bfloat16": lambda one: fsdp2(one, mp_policy=BFLOAT16),
@@ -51,7 +60,9 @@ WRAPPERS = {
     "compiled": compiled,
 }
 CASES = [
-    *[("llama", order, how) for how in WRAPPERS for order in ("before", "after")],
+    *[("llama", order, how) for how in WRAPPERS for order in ("before", "after") if how != "parts of blocks"],
+    # before, it cannot be unpatched (test_patch_distributed.py::test_sharded_layers)
+    ("llama", "after", "parts of blocks"),
     *[("qwen3_moe", order, how) for how in ("DDP", "plain") for order in ("before", "after")],
     *[(name, "after", "transformers' own") for name in LAYERS],
 ]

@@ -25,6 +25,8 @@ needs_deepspeed = pytest.mark.skipif(
 )
 # layers and experts of each model that have an adapter
 LAYERS = {"llama": 14, "qwen3_moe": 10}
+# of these, siblings and gated MLPs
+GROUPED = {"llama": 12, "qwen3_moe": 6}
 # stage, model, reentrant checkpointing, the call that is missing
 CASES = [
     (1, "llama", False, ""),
@@ -95,7 +97,7 @@ def results(tmp_path_factory):
 @needs_deepspeed
 @pytest.mark.parametrize("case", CASES)
 def test_deepspeed_trains_as_one_process(results, case):
-    _, name, is_checkpointed, missing = case
+    stage, name, is_checkpointed, missing = case
     for rank, of_rank in enumerate(results):
         counted = of_rank[case]
         assert counted["losses"] == pytest.approx([step[rank] for step in of_rank[name]], rel=1e-6)
@@ -106,6 +108,8 @@ def test_deepspeed_trains_as_one_process(results, case):
         else:
             assert counted["warned"] == []
             assert counted["calls"] == STEPS * LAYERS[name] * (2 if is_checkpointed else 1)
+            # stages 1 and 2 hold whole weights
+            assert counted["grouped"] == (STEPS * GROUPED[name] if stage < 3 else 0)
 
 
 @pytest.fixture
@@ -126,6 +130,23 @@ def test_every_patched_layer_is_gathered_as_a_whole(imitated):
     assert len(marked) == 14
     assert all(name.endswith("_proj") for name in marked)
     assert one.get_input_embeddings()(tiny_models.token_ids()).requires_grad
+
+
+def test_groups_are_taken_apart(imitated):
+    """And stay so when a trainer patches again: one operator would read weights that are not there."""
+    one = tiny_models.adapted()
+    assert len(lorafuse.patch(one).groups) == 4
+    prepare_zero3(one)
+    report = lorafuse.patch(one)
+    assert (report.groups, len(report.patched)) == ([], 14)
+    assert {apart.reason for apart in report.apart} == {
+        "DeepSpeed's ZeRO-3 gathers one of them at a time (q_proj, k_proj, v_proj, o_proj)",
+        "DeepSpeed's ZeRO-3 gathers one of them at a time (gate_proj, up_proj)",
+        "DeepSpeed's ZeRO-3 gathers gate_proj by itself (gate_proj, up_proj, down_proj)",
+    }
+    with tiny_models.counting_groups() as siblings, tiny_models.counting_mlps() as mlps:
+        tiny_models.run(one)
+    assert siblings.call_count == mlps.call_count == 0
 
 
 def test_what_it_refuses(imitated, monkeypatch):
