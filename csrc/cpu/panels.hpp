@@ -29,6 +29,9 @@ struct Strided {
   int64_t column, rank;
 };
 
+// of memory that may not be there
+LORAFUSE_FMA inline void prefetch(const float* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0); }
+
 // to[j, i] = alpha * from[i, j] of [rows, columns], both with elements of a row next to each other
 LORAFUSE_FMA inline void transpose(
     const float* from, int64_t from_row, float* to, int64_t to_row, int64_t rows, int64_t columns, float alpha) {
@@ -39,6 +42,8 @@ LORAFUSE_FMA inline void transpose(
     for (; j + kLane <= columns; j += kLane) {
       __m256 row[kLane], half[kLane];
       for (int k = 0; k < kLane; ++k) row[k] = _mm256_loadu_ps(from + (i + k) * from_row + j);
+      // of the rows after these, which no hardware foresees where rows are short
+      for (int k = 0; k < kLane; ++k) prefetch(from + (i + kLane + k) * from_row + j);
       for (int k = 0; k < kLane; k += 2) {
         half[k] = _mm256_unpacklo_ps(row[k], row[k + 1]);
         half[k + 1] = _mm256_unpackhi_ps(row[k], row[k + 1]);
@@ -89,6 +94,7 @@ LORAFUSE_FMA inline void pack(
     float* to = panels + k * kPanel;
     int64_t j = 0;
     for (; j + kPanel <= columns; j += kPanel, to += pitch) {
+      prefetch(row + kLane * from.rank + j);
       for (int i = 0; i < kPanel; i += kLane) {
         _mm256_storeu_ps(to + i, _mm256_mul_ps(_mm256_loadu_ps(row + j + i), factor));
       }
@@ -126,6 +132,9 @@ LORAFUSE_FMA inline void accumulate_panel(
 template <int kCount>
 LORAFUSE_FMA inline void add_panel(
     float* wide, int64_t wide_row, const Left& left, const Left& more, const float* panel, bool first) {
+  // 512 rows of SmolLM2's layers with others at the caches: 1.00 to 1.01 of MKL's speed without, 1.04 to 1.05 so
+#pragma GCC unroll 6
+  for (int i = 0; i < kCount; ++i) prefetch(wide + i * wide_row);
   for (int64_t k = 0; k < left.steps; k += kSummed, first = false) {
     const int64_t stop = std::min(k + kSummed, left.steps);
     __m256 sum[kCount][2] = {};
