@@ -1,18 +1,24 @@
 """The activations between an expert's two projections, forward and backward, without autograd.
 
 A gated activation takes `u [rows, 2I]`, gate and up as `GateLayout` says, and gives `act(gate) · up` or a function of
-both; one without a gate takes `u [rows, I]`.
+both; one without a gate takes `u [rows, I]`. On CPUs with AVX2 and FMA csrc/cpu/activation.cpp computes one of fp32 in
+one pass, each way; for other dtypes and devices, tensors without an address and CPUs with AVX-512 torch does.
 """
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
 from torch.nn import functional as F
+
+from lorafuse.formats import cpu
 
 __all__ = [
     "ACTIVATIONS",
@@ -75,6 +81,41 @@ def _product(name: str) -> _Gate:
     return lambda gate, up: act(gate).mul_(up), gradients
 
 
+# the number of each in csrc/cpu/activation.cpp
+_NUMBERS = {name: number for number, name in enumerate((*ACTIVATIONS, *GATES))}
+# elements of a thread of csrc/cpu, 10 us of its time; and from which on its forward pays (4 rows of 1536: 13.2 us of
+# torch and 15.9 of ours, 16 rows 34.6 and 31.0; one thread of an EPYC, 2026-11-30)
+OF_THREAD, MANY = 1 << 14, 1 << 14
+
+
+@cache
+def function() -> Any:
+    """`lorafuse_gated`; None where it does not run."""
+    library = cpu.library()
+    return library.lorafuse_gated if library is not None and library.lorafuse_rank_runs() else None
+
+
+def _in_one_pass(
+    name: str, gate: Tensor, up: Tensor, h: Tensor | None, dh: Tensor | None = None, dgate: Tensor | None = None,
+    dup: Tensor | None = None,
+) -> bool:  # fmt: skip
+    """Whether csrc/cpu wrote h; with dh the gradients of gate and up too."""
+    call = function() if gate.numel() and cpu.has_addresses() else None
+    if call is None:
+        return False
+    of: list[int | None] = [_NUMBERS[name]]
+    for t in (gate, up, h, dh, dgate, dup):
+        if t is None:
+            of += None, 0
+            continue
+        # rows that are written must not overlap
+        if t.shape != gate.shape or not cpu.is_plain_fp32(t) or t.stride(1) != 1 or t.stride(0) < gate.shape[1]:
+            return False
+        of += t.data_ptr(), t.stride(0)
+    call(ctypes.byref(cpu.Gated(*of, *gate.shape)), cpu.threads_for(gate.numel(), OF_THREAD))
+    return True
+
+
 # elements that a CPU activates at a time: temporaries stay in its caches, where full-size ones cost a page fault for
 # every 4 KiB
 CHUNK = 1 << 16
@@ -88,6 +129,8 @@ def _chunks(gate: Tensor) -> list[slice]:
 
 def gate_forward(name: str, gate: Tensor, up: Tensor) -> Tensor:
     """h `[rows, I]` of gate and up, `[rows, I]` each: `act(gate) · up`, or a function of both."""
+    if gate.is_cpu and gate.numel() >= MANY and _in_one_pass(name, gate, up, h := torch.empty_like(gate)):
+        return h
     forward, _ = GATES.get(name) or _product(name)
     # the one temporary of a product is its result: in chunks it took 0.74 ms, so 0.36 (256 x 1536, fp32, EPYC,
     # 2026-11-30)
@@ -115,7 +158,10 @@ def _silu(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def gate_backward(name: str, dh: Tensor, gate: Tensor, up: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up from that of h `[rows, I]`, which is written into; h too, where one is given."""
-    dup, chunks = torch.empty_like(dh), _chunks(gate)
+    dup = torch.empty_like(dh)
+    if dh.is_cpu and _in_one_pass(name, gate, up, h, dh, dh, dup):
+        return dh, dup
+    chunks = _chunks(gate)
     if len(chunks) < 2:
         dgate = _backward_of_rows(name, dh, gate, up, dup, h)
         return dgate if dgate.dtype is dh.dtype else dgate.to(dh.dtype), dup
@@ -182,10 +228,7 @@ class Activation:
 
     def forward(self, u: Tensor) -> Tensor:
         """`h [rows, I]` of `u`."""
-        if not self.gated:
-            return ACTIVATIONS[self.name][0](u)
-        forward, _ = GATES.get(self.name) or _product(self.name)
-        return forward(*self._parts(u))
+        return gate_forward(self.name, *self._parts(u)) if self.gated else ACTIVATIONS[self.name][0](u)
 
     def differentiable(self, u: Tensor) -> Tensor:
         """`forward` for autograd, which does not let every act's result be changed in place."""
@@ -195,9 +238,11 @@ class Activation:
         """The gradient of `u` from that of `h`."""
         if not self.gated:
             return ACTIVATIONS[self.name][1](dh, u)
+        du, (gate, up) = torch.empty_like(u), self._parts(u)
+        if u.is_cpu and _in_one_pass(self.name, gate, up, None, dh, *self._parts(du)):
+            return du
         _, backward = GATES.get(self.name) or _product(self.name)
-        du = torch.empty_like(u)
-        for part, gradient in zip(self._parts(du), backward(dh, *self._parts(u)), strict=True):
+        for part, gradient in zip(self._parts(du), backward(dh, gate, up), strict=True):
             part.copy_(gradient)
         return du
 

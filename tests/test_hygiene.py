@@ -49,7 +49,7 @@ LAYERS = {
     "files": (set(), set()),
     "versions": (set(), set()),
     "philox": (_LEAVES, {"torch"}),
-    "activation": (_LEAVES, {"torch"}),
+    "activation": (_LEAVES | {"formats"}, {"torch"}),
     "plan": (_LEAVES | {"formats"}, set()),
     "kernels": (_BASE | {"formats", "plan"}, {"torch", "triton"}),
     "formats": (_LEAVES, {"torch"}),

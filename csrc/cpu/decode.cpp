@@ -10,7 +10,7 @@ static constexpr int64_t kChunk = 16384;
 extern "C" {
 
 // of this module's functions, which their caller expects
-__attribute__((visibility("default"))) int lorafuse_cpu_version() { return 5; }
+__attribute__((visibility("default"))) int lorafuse_cpu_version() { return 6; }
 
 // Elements first ... first + count - 1 of the flat weight, to `out`.
 __attribute__((visibility("default"))) void lorafuse_decode(

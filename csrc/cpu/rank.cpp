@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <memory>
 
-#include "rank_add.hpp"
+#include "panels.hpp"
 #include "threads.hpp"
 
 #if defined(__x86_64__)

@@ -221,7 +221,10 @@ def _print_table(console: Any, legs: list[Any], result: dict[str, Any], title: s
     table.add_row("peak memory of a step", *(f"{row['peak_bytes_of_a_step'] / 2**20:.0f} MiB" for row in rows))
     table.add_row("final loss", *(f"{row['final_loss']:.4f}" for row in rows))
     console.print(table)
-    console.print(f"speed-up {result['speedup']:.2f}×")
+    of_steps = result["speedup_of_steps"]
+    console.print(
+        f"speed-up {result['speedup']:.2f}× by the medians, {of_steps:.2f}× by the median of the steps' ratios"
+    )
 
 
 def _judge_losses(console: Any, difference: float, dtype: str) -> bool:

@@ -151,7 +151,7 @@ def _compilers() -> Iterator[Finding]:
         yield Finding("compilers", shown, value, "warn", native.how_to_build("_cpu"))
     else:
         reason = aten_rank.why_not()
-        value = f"; torch multiplies by the rank: {reason}" if reason else ", multiplies by the rank in fp32"
+        value = f"; torch multiplies by the rank: {reason}" if reason else ", activates, multiplies by the rank in fp32"
         if not reason:
             reason = aten_blocks.why_not()
             value += f"; torch multiplies by weights: {reason}" if reason else " and by weights, block by block"

@@ -15,7 +15,8 @@ LOSS_BOUND = 1e-3
 
 
 def figures(legs: list[Leg], tokens_per_step: int) -> dict[str, Any]:
-    """Per leg: median step time, tokens/s, peak memory; between them: the ratio, and the largest loss difference.
+    """Per leg: median step time, tokens/s, peak memory; between them: the ratio of these medians, the median of the
+    steps' ratios, which a machine that slows down for a while changes less, and the largest loss difference.
 
     The first step of each leg warms up and is left out of the times when there are others.
     """
@@ -31,6 +32,8 @@ def figures(legs: list[Leg], tokens_per_step: int) -> dict[str, Any]:
     first, second = legs
     ratio = result[first.name]["step_seconds_median"] / result[second.name]["step_seconds_median"]
     result["speedup"] = ratio
+    ratios = [a / b for a, b in zip(first.seconds, second.seconds, strict=False)]
+    result["speedup_of_steps"] = statistics.median(ratios[1:] or ratios)
     result["largest_loss_difference"] = max(abs(a - b) for a, b in zip(first.losses, second.losses, strict=False))
     return result
 

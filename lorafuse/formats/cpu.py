@@ -2,8 +2,8 @@
 
 ctypes calls it by address, without the interpreter's lock. Where it is absent bitsandbytes' kernel or torch decodes. It
 also multiplies: by a whole weight (`lorafuse.backends.aten_blocks`), by the rank (`aten_rank`, there), and by a factor
-for each column (`columns`). Its threads are those of the OpenMP runtime that torch loads for all modules, which it must
-load before.
+for each column (`columns`); and it computes gated activations (`lorafuse.activation`). Its threads are those of the
+OpenMP runtime that torch loads for all modules, which it must load before.
 """
 
 import ctypes
@@ -18,18 +18,19 @@ from lorafuse.formats.codec import decode_in_rows
 from lorafuse.formats.sizes import NESTED_BLOCK
 
 __all__ = [
-    *("ARGUMENTS", "Codes", "Matmul", "Stored", "decode", "has_addresses", "is_plain_fp32", "library", "opened"),
-    *("reads", "stored", "threads_for", "why_not"),
+    *("ARGUMENTS", "Codes", "Gated", "Matmul", "Stored", "decode", "has_addresses", "is_plain_fp32", "library"),
+    *("opened", "reads", "stored", "threads_for", "why_not"),
 ]
 
 # of the functions in csrc/cpu
-_VERSION = 5
+_VERSION = 6
 _P, _N, _F, _I = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_float, ctypes.c_int
 ARGUMENTS: dict[str, Any] = {
     "lorafuse_decode": [_P, _N, _N, _I, _P],
     "lorafuse_matmul": [_P, _I],
     "lorafuse_rank_read": [_P, *[_N] * 4, _P, _N, _N, _F, _P, _N, _P, _N, _F, _P, _N, _N, _I],
     "lorafuse_rank_add": [_P, *[_N] * 4, _P, _N, _P, _N, _N, _F, _I],
+    "lorafuse_gated": [_P, _I],
     "lorafuse_columns_backward": [_P, _N, _P, *[_N] * 3, _P, _P, _P, _I],
 }
 # a subclass of tensors has no address
@@ -51,10 +52,20 @@ class Matmul(ctypes.Structure):
     """`LorafuseMatmul` of csrc/cpu/matmul.cpp."""
 
     _fields_ = (
-        *(("gemm", _P), ("x", _P), ("x_row", _N), ("M", _N), ("K", _N), ("N", _N), ("w", _P), ("stored", _P)),
+        *(("x", _P), ("x_row", _N), ("M", _N), ("K", _N), ("N", _N), ("w", _P), ("stored", _P)),
         *(("w_row", _N), ("first", _N), ("y", _P), ("y_row", _N), ("bias", _P), ("narrow", _P), ("narrow_row", _N)),
         *(("R", _N), ("factor", _P), ("factor_column", _N), ("factor_rank", _N), ("alpha", _F), ("is_transposed", _I)),
         *(("adds", _I), ("rounds", _I)),
+    )
+
+
+class Gated(ctypes.Structure):
+    """`LorafuseGated` of csrc/cpu/activation.cpp."""
+
+    _fields_ = (
+        *(("act", _I), ("gate", _P), ("gate_row", _N), ("up", _P), ("up_row", _N), ("h", _P), ("h_row", _N)),
+        *(("dh", _P), ("dh_row", _N), ("dgate", _P), ("dgate_row", _N), ("dup", _P), ("dup_row", _N), ("M", _N)),
+        ("C", _N),
     )
 
 
