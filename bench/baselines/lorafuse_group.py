@@ -19,6 +19,7 @@ FORMS = {
     "siblings": {"backend": "triton", "kernel": "siblings"},
     "cuda": {"backend": "cuda"},
     "cuda-siblings": {"backend": "cuda", "kernel": "cuda siblings"},
+    "cuda-siblings-ha": {"backend": "cuda", "kernel": "cuda siblings_ha"},
 }
 
 
