@@ -213,7 +213,7 @@ BUGS = tuple(Bug(*row) for row in (
     ("gated_ha_in_flight", _GATED, "gated with ha", "ptx::wgmma_wait<0>();", ""),
     ("gated_ha_stage_not_freed", _GATED, "gated with ha", "pipeline.release_previous(thread % 32);", ""),
     ("gated_ha_bytes_of_a_box", _GATED, "gated with ha", "pipeline.acquire(kColumns / kBoxElements * box_bytes);", "pipeline.acquire(box_bytes);"),
-    ("gated_ha_rows_of_its_neighbour", _GATED, "gated with ha", "m < M", "true"),
+    ("gated_ha_over_the_first_tile", _GATED, "gated with ha", "static_cast<int64_t>(tile.column) * p.M * p.down_ranks", "0"),
     # and with a mask on h
     ("gated_mask_no_launch_wait", _GATED, "gated with a mask", _LAUNCH_WAIT, "{ ptx::fence_proxy_async(); }"),
     ("gated_mask_unfinished", _GATED, "gated with a mask", _MASKED_DH, _MASKED_DH.replace("finish_blocks(pipeline, lane);", "pipeline.release_previous(lane);")),

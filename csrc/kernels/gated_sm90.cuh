@@ -6,7 +6,7 @@
 //   forward    B of a K-block is half w_0, half w_1: one product computes both. xa and b of both layers are K-blocks of
 //              one product too, [xa_0 | xa_1] [b_0 0; 0 b_1]ᵀ, whose zeros are what TMA reads outside of b_0 and of b_1.
 //              With ha, the ring then holds the tile's columns of a_down, and h, which is in shared memory to be stored,
-//              is multiplied by them: the partial sum of a column of tiles, which add_matrices adds up.
+//              is multiplied by them: a partial sum for each column of tiles, which add_matrices adds up.
 //   backward   after the K-blocks of dy and of dyb the ring holds gate and up of the tile, which come while it is still
 //              multiplied; dh goes to shared memory alone. With dropout on h, the K-blocks of dyb come first, and their
 //              product is masked in the accumulators, to which dy w is added.
