@@ -49,7 +49,7 @@ _MULTIPLY = "multiply<T, N, kMajorB, kSteps>(d, pipeline.a() + part.row * kBoxRo
 _STARTED = "ptx::warp_sync(); ptx::cluster_sync(); return ptx::shuffle(static_cast<int>(threadIdx.x) / 32, 0);"
 _DRAWN = "static_cast<int>(ptx::fetch_add_relaxed(p.workspace, 1))"
 _TAKEN = "ptx::warp_sync(); if (lane == 0) ptx::mbarrier_arrive_cluster(empty(), 0);"
-_LAUNCH_WAIT = "{ ptx::wait_for_previous_launch(); ptx::fence_proxy_async(); }"
+_OVERLAPS = "if (overlaps) { ptx::wait_for_previous_launch(); ptx::fence_proxy_async(); }"
 _GROUP_B = "load_group_b<kMajorB>(pipeline, map_b, block * BLOCK_K, tile.column * BLOCK_N, {});"
 _RANKS = "ragged_ranks_sm80.cuh"
 _NARROW = "S::Narrow::copy(stage + S::Wide::kBytes, static_cast<const T*>(of.right), of.stride_right, begin + step * S::BLOCK_M, {}, rank, of.R);"
@@ -105,7 +105,7 @@ BUGS = tuple(Bug(*row) for row in (
     # the linear kernel
     ("no_init_sync", _PIPELINE, "two_kernel", _STARTED, _STARTED.replace("ptx::cluster_sync();", "")),
     ("no_exit_sync", _LINEAR, "two_kernel", "end_block();", ""),
-    ("no_launch_wait", _LINEAR, "two_kernel", "if (overlaps) " + _LAUNCH_WAIT, "if (overlaps) ptx::fence_proxy_async();"),
+    ("no_launch_wait", _LINEAR, "two_kernel", _OVERLAPS, "if (overlaps) ptx::fence_proxy_async();"),
     # its tiles by ticket, one for both blocks of a cluster
     ("ticket_not_reset", _LINEAR, "two_kernel", "ptx::store_relaxed(p.workspace, 0);", ""),
     ("ticket_reset_early", _LINEAR, "two_kernel", "is_last_number(next, tiles, programs)", "next == tiles"),
@@ -169,7 +169,8 @@ BUGS = tuple(Bug(*row) for row in (
     ("sibling_bias_of_the_first", _SIBLINGS, "siblings", "p.bias[tile.output]", "p.bias[0]"),
     ("sibling_y_of_the_first", _SIBLINGS, "siblings", "&maps.y[tile.output]", "&maps.y[0]"),
     ("sibling_rows_of_its_neighbour", _SIBLINGS, "siblings", "(tile.row * p.cluster + rank) * BLOCK_M", "tile.row * p.cluster * BLOCK_M"),
-    ("sibling_no_launch_wait", _SIBLINGS, "siblings", _LAUNCH_WAIT, "{ ptx::fence_proxy_async(); }"),
+    ("sibling_no_launch_wait", _SIBLINGS, "siblings", _OVERLAPS, "if (overlaps) ptx::fence_proxy_async();"),
+    ("sibling_first_tile_alone_waits", _SIBLINGS, "siblings", _OVERLAPS, _OVERLAPS.replace("overlaps", "index == 0 && overlaps")),
     ("sibling_tickets_not_there", _SIBLINGS, "siblings", "tickets.initialize();", ""),
     ("sibling_tickets_over_the_ring", _SIBLINGS, "siblings", "TicketPlan<BLOCK_M, BLOCK_N>::tickets(p.stages)", "0"),
     ("sibling_ticket_not_reset", _SIBLINGS, "siblings", "ptx::store_relaxed(p.workspace, 0);", ""),
@@ -195,7 +196,8 @@ BUGS = tuple(Bug(*row) for row in (
     ("gated_rounds_the_first", "round_each_sm80.cu", "gated", "round_chunk<T>(p.each[which], block * kThreads + static_cast<int64_t>(threadIdx.x));", "round_chunk<T>(p.each[0], block * kThreads + static_cast<int64_t>(threadIdx.x));"),
     ("gated_w_of_gate", _GATED, "gated", "ptx::tma_load_multicast(place, &maps[half], reduction, column, pipeline.full(), kBoth);", "ptx::tma_load_multicast(place, &maps[0], reduction, column, pipeline.full(), kBoth);"),
     ("gated_ranks_of_gate", _GATED, "gated", "load_halves(pipeline, b, k - first0, k - first1, column, rank);", "load_halves(pipeline, b, k, k, column, rank);"),
-    ("gated_no_launch_wait", _GATED, "gated", _LAUNCH_WAIT, "{ ptx::fence_proxy_async(); }"),
+    ("gated_no_launch_wait", _GATED, "gated", _OVERLAPS, "if (overlaps) ptx::fence_proxy_async();"),
+    ("gated_first_tile_alone_waits", _GATED, "gated", _OVERLAPS, _OVERLAPS.replace("overlaps", "index == 0 && overlaps")),
     ("gated_up_is_gate", _GATED, "gated", "&maps.read[1]", "&maps.read[0]"),
     ("gated_reads_of_the_first", _GATED, "gated", "ptx::tma_load(pipeline.a(), &maps.read[0], column + n, row, pipeline.full());", "ptx::tma_load(pipeline.a(), &maps.read[0], column, row, pipeline.full());"),
     ("gated_bytes_of_one", _GATED, "gated", "pipeline.acquire(2 * Plan::kTileABytes);", "pipeline.acquire(Plan::kTileABytes);"),
@@ -215,7 +217,7 @@ BUGS = tuple(Bug(*row) for row in (
     ("gated_ha_bytes_of_a_box", _GATED, "gated with ha", "pipeline.acquire(kColumns / kBoxElements * box_bytes);", "pipeline.acquire(box_bytes);"),
     ("gated_ha_over_the_first_tile", _GATED, "gated with ha", "static_cast<int64_t>(tile.column) * p.M * p.down_ranks", "0"),
     # and with a mask on h
-    ("gated_mask_no_launch_wait", _GATED, "gated with a mask", _LAUNCH_WAIT, "{ ptx::fence_proxy_async(); }"),
+    ("gated_mask_no_launch_wait", _GATED, "gated with a mask", _OVERLAPS, "if (overlaps) ptx::fence_proxy_async();"),
     ("gated_mask_unfinished", _GATED, "gated with a mask", _MASKED_DH, _MASKED_DH.replace("finish_blocks(pipeline, lane);", "pipeline.release_previous(lane);")),
     ("gated_mask_other_columns", _GATED, "gated with a mask", _MASKED_DH, _MASKED_DH.replace("column", "0")),
     ("gated_mask_over_the_ranks", _GATED, "gated with a mask", "multiply_block<T, BLOCK_N, kMajorB, kStepsOfBlock>(d, pipeline, part, lane, block > 0, true);", "multiply_block<T, BLOCK_N, kMajorB, kStepsOfBlock>(d, pipeline, part, lane, block > 0, block > 0);"),
@@ -237,7 +239,7 @@ BUGS = tuple(Bug(*row) for row in (
     ("gated_last_stage_freed_unread", _ACTIVATED, "gated", _LAST_GRADIENTS, "consumer_sync(consumer); pipeline.release_previous(lane);"),
     ("gated_last_stage_freed_early", _ACTIVATED, "gated", _LAST_GRADIENTS, "if (thread == 0) ptx::tma_store_wait_read<0>(); pipeline.release_previous(lane);"),
     # da and db in the launch of dx
-    ("sum_no_launch_wait", _LINEAR, "concurrent_backward", "if (overlaps) " + _LAUNCH_WAIT, "if (overlaps) ptx::fence_proxy_async();"),
+    ("sum_no_launch_wait", _LINEAR, "concurrent_backward", _OVERLAPS, "if (overlaps) ptx::fence_proxy_async();"),
     ("sum_no_read_sync", _LINEAR, "concurrent_backward, one block at a time", "// what consumer 1 has summed was read, where its first tile goes out consumers_sync();", ""),
     ("sum_no_wait_read", _SUMS, "concurrent_backward, four stages", "// the sums of the item before have been read consumers_sync();", ""),
     ("sum_no_wait_read", _SUMS, "concurrent_backward, four stages", "// consumer 1 may write consumers_sync();", ""),

@@ -318,7 +318,7 @@ def _low_of(low: LowRank, dtype: torch.dtype) -> tuple[tuple[Any, ...], tuple[Te
 
 
 def _b_of(low: LowRank, dtype: torch.dtype) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
-    """The last three of them, and the tensors."""
+    """Of those the last three, and the tensors they are about."""
     given, _ = adapter_of(low.b, dtype)
     b, rounded = rounding(given, dtype, low.scale)
     return (b.data_ptr(), b.stride(0), rounded), (given, b)
