@@ -27,12 +27,8 @@ class Bug(NamedTuple):
     instead: str
 
 
-_PIPELINE, _EPILOGUE, _LINEAR, _SUMS = (
-    "pipeline_sm90.cuh",
-    "epilogue_sm90.cuh",
-    "linear_sm90.cuh",
-    "adapter_grads_sm90.cuh",
-)
+_PIPELINE, _EPILOGUE = "pipeline_sm90.cuh", "epilogue_sm90.cuh"
+_LINEAR, _SUMS = "linear_sm90.cuh", "adapter_grads_sm90.cuh"
 _TILES, _TICKETS, _BACKWARD = "xa_tiles_sm90.cuh", "tickets_sm90.cuh", "one_launch_sm90.cuh"
 _ITEMS = "xa_items_sm90.cuh"
 _SPLIT, _SIBLINGS, _GATHERED = "split_sm90.cuh", "siblings_sm90.cuh", "gathered_sm90.cuh"
