@@ -204,6 +204,7 @@ PYBIND11_MODULE(LORAFUSE_MODULE, m) {
   m.def("split_linear", &Bound<split_linear>::call);
   m.def("siblings_forward", &Bound<siblings_forward>::call);
   m.def("siblings_dx", &Bound<siblings_dx>::call);
+  m.def("gated_forward_partials", &Bound<gated_forward_partials>::call);
   m.def("gated_forward", &Bound<gated_forward>::call);
   m.def("gated_backward", &Bound<gated_backward>::call);
   m.def("grouped_linear", &Bound<grouped_linear>::call);

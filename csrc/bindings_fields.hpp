@@ -68,7 +68,8 @@ struct Fields<GatedForward> {
       REQUIRED(type), REQUIRED(activation), REQUIRED(M), REQUIRED(N), REQUIRED(K), OPTIONAL(R), REQUIRED(x),
       REQUIRED(stride_x), REQUIRED(w), REQUIRED(stride_w), OPTIONAL(bias), OPTIONAL(xa), OPTIONAL(stride_xa),
       OPTIONAL(b), OPTIONAL(stride_b), REQUIRED(gate), REQUIRED(stride_gate), OPTIONAL(up), OPTIONAL(stride_up),
-      REQUIRED(h), REQUIRED(stride_h), OPTIONAL(rounded), OPTIONAL(tiling), REQUIRED(workspace)};
+      REQUIRED(h), REQUIRED(stride_h), OPTIONAL(R_down), OPTIONAL(a_down), OPTIONAL(stride_a_down), OPTIONAL(ha),
+      OPTIONAL(stride_ha), OPTIONAL(partials), OPTIONAL(rounded), OPTIONAL(tiling), REQUIRED(workspace)};
 };
 template <>
 struct Fields<GatedBackward> {

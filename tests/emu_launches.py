@@ -1,5 +1,7 @@
 """Launches for layers of one x in the emulator, by the primitives of its backend: without what an operator adds."""
 
+from dataclasses import replace
+
 import torch
 from group_reference import Case, make
 
@@ -9,13 +11,13 @@ from lorafuse.plan import Plan, configs_cuda
 from lorafuse.plan.devices import find
 from lorafuse.plan.problem import Problem
 
-__all__ = ["gated", "gated_masked", "masked", "words_are_zero"]
+__all__ = ["gated", "gated_ha", "gated_masked", "masked", "words_are_zero"]
 
 
-def _plan(tiling):
+def _plan(tiling, kernel="siblings"):
     """That of a (block_n, stages, cluster), whatever the sizes."""
     problem = Problem(300, 200, 200, 8, "bfloat16", "bfloat16")
-    return Plan("cuda", "siblings", configs_cuda.matmuls(problem, find("H200"), [tiling]))
+    return Plan("cuda", kernel, configs_cuda.matmuls(problem, find("H200"), [tiling]))
 
 
 def words_are_zero():
@@ -32,12 +34,24 @@ def gated(tiling):
     weights, biases = [Weight(one.weight) for one in (of_gate, of_up)], [of_gate.bias, of_up.bias]
     # any numbers are xa and dyb
     lows = [LowRank(o.x[:, :40], of_gate.b, 0.7), LowRank(o.x[:, 40:64], of_up.b, 1.3)]
-    gate, up, h = backend.matmul_gated(o.x, weights, _plan(tiling), lows=lows, biases=biases, activation="silu")
+    gate, up, h, _ = backend.matmul_gated(o.x, weights, _plan(tiling), lows=lows, biases=biases, activation="silu")
     low = LowRank(o.x, of_down.a, is_transposed=True)
     back = backend.gated_backward(
         o.dys[0], Weight(of_down.weight).t, _plan(tiling), low=low, gate=gate, up=up, activation="silu"
     )
     return [gate, up, h, *back]
+
+
+def gated_ha(tiling):
+    """Gate, up, h and ha, whose ranks take two products of sixteen; every adapter is rounded before."""
+    case = Case(N=(264, 264, 72), R=(40, 24, 24), K=72, leading=(150,), dtype=torch.bfloat16)
+    o, backend = make(replace(case, adapter_dtype=torch.float32), of_mlp=True), base.load("emu")
+    of_gate, of_up, of_down = o.projections
+    lows = [LowRank(o.x[:, :40], of_gate.b, 0.7), LowRank(o.x[:, 40:64], of_up.b, 1.3)]
+    given = {"lows": lows, "biases": [None, of_up.bias], "activation": "silu", "a_down": of_down.a}
+    return list(
+        backend.matmul_gated(o.x, [Weight(of_gate.weight), Weight(of_up.weight)], _plan(tiling, "siblings_ha"), **given)
+    )
 
 
 def gated_masked(tiling):

@@ -27,12 +27,8 @@ class Bug(NamedTuple):
     instead: str
 
 
-_PIPELINE, _EPILOGUE, _LINEAR, _SUMS = (
-    "pipeline_sm90.cuh",
-    "epilogue_sm90.cuh",
-    "linear_sm90.cuh",
-    "adapter_grads_sm90.cuh",
-)
+_PIPELINE, _EPILOGUE = "pipeline_sm90.cuh", "epilogue_sm90.cuh"
+_LINEAR, _SUMS = "linear_sm90.cuh", "adapter_grads_sm90.cuh"
 _TILES, _TICKETS, _BACKWARD = "xa_tiles_sm90.cuh", "tickets_sm90.cuh", "one_launch_sm90.cuh"
 _ITEMS = "xa_items_sm90.cuh"
 _SPLIT, _SIBLINGS, _GATHERED = "split_sm90.cuh", "siblings_sm90.cuh", "gathered_sm90.cuh"
@@ -211,6 +207,11 @@ BUGS = tuple(Bug(*row) for row in (
     ("gated_ticket_of_every_block", _GATED, "gated", f"rank == 0 ? {_DRAWN} : 0", _DRAWN),
     ("gated_no_exit_sync", _GATED, "gated", "end_block();", ""),
     ("gated_no_store_wait", _GATED, "gated", "if (thread == 0) ptx::tma_store_wait<0>();", ""),
+    ("gated_ha_not_awaited", _GATED, "gated with ha", "ptx::mbarrier_wait(pipeline.full(), pipeline.parity);", ""),
+    ("gated_ha_in_flight", _GATED, "gated with ha", "ptx::wgmma_wait<0>();", ""),
+    ("gated_ha_stage_not_freed", _GATED, "gated with ha", "pipeline.release_previous(thread % 32);", ""),
+    ("gated_ha_bytes_of_a_box", _GATED, "gated with ha", "pipeline.acquire(kColumns / kBoxElements * box_bytes);", "pipeline.acquire(box_bytes);"),
+    ("gated_ha_over_the_first_tile", _GATED, "gated with ha", "static_cast<int64_t>(tile.column) * p.M * p.down_ranks", "0"),
     # and with a mask on h
     ("gated_mask_no_launch_wait", _GATED, "gated with a mask", _OVERLAPS, "if (overlaps) ptx::fence_proxy_async();"),
     ("gated_mask_unfinished", _GATED, "gated with a mask", _MASKED_DH, _MASKED_DH.replace("finish_blocks(pipeline, lane);", "pipeline.release_previous(lane);")),

@@ -1,6 +1,7 @@
 """Layers of one x as one operator of `lorafuse.functional`, with fp32 adapters, as planned or as the suffix says.
 
-"half": adapters in the base's dtype; the others: a backend, "siblings" its kernels of one launch.
+"half": adapters in the base's dtype; the others: a backend, "siblings" its kernels of one launch, and "ha" with xa of
+down in that of h.
 """
 
 import torch
@@ -19,12 +20,15 @@ FORMS = {
     "siblings": {"backend": "triton", "kernel": "siblings"},
     "cuda": {"backend": "cuda"},
     "cuda-siblings": {"backend": "cuda", "kernel": "cuda siblings"},
+    "cuda-siblings-ha": {"backend": "cuda", "kernel": "cuda siblings_ha"},
 }
 
 
 def unavailable(kind, device, backend="auto", kernel="", recompute_up=False, half=False):
     if recompute_up and kind not in ("mlp", "layer"):
         return "only a gated MLP has an up to compute again"
+    if kernel == "cuda siblings_ha" and kind not in ("mlp", "layer"):
+        return "only a gated MLP has a down whose xa comes with h"
     if backend == "auto":
         return ""
     return "needs a GPU" if device.type != "cuda" else base.availability(backend).reason

@@ -44,6 +44,18 @@ GatedArguments arguments(const Launch& of, int64_t R, int columns) {
   return p;
 }
 
+// Ranks of a_down as the products of h take them.
+int64_t down_ranks(int64_t R) { return round_up<int64_t>(R, kStepElements); }
+// Columns of tiles, each with a partial sum of ha.
+int64_t down_parts(const GatedForward& p) { return ceil_div<int64_t>(p.N, p.tiling.block_n / 2); }
+
+void check_down(const GatedForward& p) {
+  require(p.R_down >= 1 && p.R_down <= kBoxElements, "R_down of ", p.R_down, "; ha has 1 to ", kBoxElements);
+  check_matrix("a_down", p.a_down, p.N, p.stride_a_down);
+  check_matrix("ha", p.ha, p.R_down, p.stride_ha);
+  check_address("partials", p.partials, 16);
+}
+
 template <Pass kPass, class T, int BLOCK_N>
 void run(const GatedMaps& maps, const GatedArguments& p, const Tiling& tiling, Stream stream) {
   LaunchConfig config{clusters_launched(tiling, p.order.tiles()) * tiling.cluster, kThreads};
@@ -61,6 +73,10 @@ void choose_tile(Type type, const Tiling& tiling, F&& f) {
 }
 
 }  // namespace
+
+int64_t gated_forward_partials(const GatedForward& p) {
+  return p.ha == nullptr ? 0 : 4 * down_parts(p) * p.M * down_ranks(p.R_down);
+}
 
 void gated_forward(const GatedForward& p, void* stream) {
   check_activation(p.activation);
@@ -80,6 +96,10 @@ void gated_forward(const GatedForward& p, void* stream) {
   }
   const int64_t R = p.R[0] + p.R[1];
   if (R > 0) check_matrix("xa", p.xa, R, p.stride_xa);
+  if (p.ha != nullptr) {
+    check_down(p);
+    rounded.each[2] = p.rounded[2];
+  }
   check_address("workspace", p.workspace, 4);
   if (p.M == 0) return;
   choose_tile(p.type, p.tiling, [&]<class T, int BLOCK_N>(T, std::integral_constant<int, BLOCK_N>) {
@@ -101,8 +121,17 @@ void gated_forward(const GatedForward& p, void* stream) {
     maps.h = matrix_map<T>(p.h, p.M, p.N, p.stride_h, kWarpgroupRows);
     of.activation = p.activation;
     of.keep_up = p.up != nullptr;
-    of.overlap_previous = round_each(rounded, p.type, static_cast<Stream>(stream));
-    run<Pass::kForward, T, BLOCK_N>(maps, of, p.tiling, static_cast<Stream>(stream));
+    if (p.ha != nullptr) {
+      of.M = static_cast<int>(p.M);
+      of.down_ranks = static_cast<int>(down_ranks(p.R_down));
+      of.partials = static_cast<float*>(p.partials);
+      maps.a_down = matrix_map<T>(p.a_down, p.R_down, p.N, p.stride_a_down, of.down_ranks);
+    }
+    const auto to = static_cast<Stream>(stream);
+    of.overlap_previous = round_each(rounded, p.type, to);
+    run<Pass::kForward, T, BLOCK_N>(maps, of, p.tiling, to);
+    if (p.ha == nullptr) return;
+    add_matrices(of.partials, of.order.columns, p.M, p.R_down, of.down_ranks, p.type, p.ha, p.stride_ha, to);
   });
 }
 

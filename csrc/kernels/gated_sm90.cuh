@@ -5,13 +5,16 @@
 //
 //   forward    B of a K-block is half w_0, half w_1: one product computes both. xa and b of both layers are K-blocks of
 //              one product too, [xa_0 | xa_1] [b_0 0; 0 b_1]ᵀ, whose zeros are what TMA reads outside of b_0 and of b_1.
+//              With ha, the ring then holds the tile's columns of a_down, and h, which is in shared memory to be stored,
+//              is multiplied by them: a partial sum for each column of tiles, which add_matrices adds up.
 //   backward   after the K-blocks of dy and of dyb the ring holds gate and up of the tile, which come while it is still
 //              multiplied; dh goes to shared memory alone. With dropout on h, the K-blocks of dyb come first, and their
 //              product is masked in the accumulators, to which dy w is added.
 //
 // Fused: the activation and its backward (gated_epilogue_sm90.cuh), chosen when the kernel runs. Against the products
 // and a pass over their results: forward reads gate and up once less, backward does not write dh and reads it, gate and
-// up once less. FLOPs are those of the products. Bytes: a tile writes three tiles, and in backward reads two.
+// up once less. FLOPs are those of the products. Bytes: a tile writes three tiles, and in backward reads two. With ha, 4 R
+// bytes for each row of a tile are written and read once; a pass over h reads 256 for it in tiles of 256 columns.
 #pragma once
 
 #include <lorafuse/schedule.cuh>
@@ -28,6 +31,7 @@ struct GatedMaps {
   TensorMap x, w[2], xa, b[2];
   TensorMap read[2];  // backward: gate and up
   TensorMap written[2], h;
+  TensorMap a_down;
 };
 
 struct GatedArguments {
@@ -42,6 +46,9 @@ struct GatedArguments {
   const void* bias[2];
   Activation activation;
   bool keep_up;
+  // forward, where ha is computed: partial sums [columns of tiles, M, down_ranks]
+  int M, down_ranks;
+  float* partials;
   // kMaskedBackward
   const int64_t* seed;
   uint32_t drop_below;
@@ -86,6 +93,41 @@ LF_DEVICE void add_biases(float (&d)[N_TILE / 2], const void* const (&biases)[2]
       }
     }
   }
+}
+
+struct alignas(8) FloatPair {
+  float low, high;
+};
+
+// What the 64 kBoxes columns of h in `boxes` add to ha = h a_downᵀ of the warpgroup's rows, into `sums` [M, ranks], ranks a
+// multiple of 16. The ring's next stage holds the same columns of a_down, a box of `ranks` rows for each 64.
+template <class T, int kBoxes, int BLOCK_M, int BLOCK_N>
+LF_DEVICE void multiply_down(Pipeline<BLOCK_M, BLOCK_N>& pipeline, const uint8_t* boxes, float* sums, int ranks, int row,
+                             int M, int thread) {
+  constexpr int kRanks = 16;
+  // one thread has stored h
+  ptx::warp_sync();
+  ptx::mbarrier_wait(pipeline.full(), pipeline.parity);
+  LF_NO_UNROLL
+  for (int rank = 0; rank < ranks; rank += kRanks) {
+    float d[kRanks / 2];
+    ptx::wgmma_fence();
+    LF_UNROLL
+    for (int box = 0; box < kBoxes; ++box) {
+      const uint8_t* a = pipeline.b() + (box * ranks + rank) * kBoxRowBytes;
+      multiply<T, kRanks, Major::K, kStepsOfBlock>(d, boxes + box * kBoxBytes, a, box > 0);
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    LF_UNROLL
+    for (int i = 0; i < kRanks / 2; i += 2) {
+      const int m = row + fragment_row(thread, i);
+      float* place = sums + static_cast<int64_t>(m) * ranks + rank + fragment_column(thread, i);
+      if (m < M) ptx::store_global(reinterpret_cast<FloatPair*>(place), FloatPair{d[i], d[i + 1]});
+    }
+  }
+  pipeline.advance();
+  pipeline.release_previous(thread % 32);
 }
 
 template <class T, int BLOCK_N, Pass kPass>
@@ -146,7 +188,19 @@ gated_kernel(LF_GRID_CONSTANT GatedMaps maps, LF_GRID_CONSTANT GatedArguments p)
         // comes while the ring is still full
         next = draw();
         if constexpr (!kMasked) load_ranks();
-        if constexpr (!kForward) {
+        if constexpr (kForward) {
+          if (p.down_ranks > 0) {
+            // every block its own: a cluster has loaded what it shares
+            const int box_bytes = p.down_ranks * kBoxRowBytes;
+            pipeline.acquire(kColumns / kBoxElements * box_bytes);
+            LF_UNROLL
+            for (int box = 0; box < kColumns / kBoxElements; ++box) {
+              ptx::tma_load(pipeline.b() + box * box_bytes, &maps.a_down, column + box * kBoxElements, 0,
+                            pipeline.full());
+            }
+            pipeline.advance();
+          }
+        } else {
           LF_NO_UNROLL
           for (int n = 0; n < BLOCK_N; n += kBoxElements) {
             static_assert(2 * Plan::kTileABytes <= Plan::kStageBytes);
@@ -189,6 +243,12 @@ gated_kernel(LF_GRID_CONSTANT GatedMaps maps, LF_GRID_CONSTANT GatedArguments p)
         add_biases<T, BLOCK_N>(d, p.bias, column, p.N, thread);
         store_activated<T, BLOCK_N>(d, &maps.written[0], &maps.written[1], p.keep_up, &maps.h, p.activation,
                                     pipeline.output(consumer), row, column, consumer, thread);
+        if (p.down_ranks > 0) {
+          constexpr int kBoxes = kColumns / kBoxElements;
+          float* sums = p.partials + static_cast<int64_t>(tile.column) * p.M * p.down_ranks;
+          multiply_down<T, kBoxes>(pipeline, pipeline.output(consumer) + kBoxes * kBoxBytes, sums, p.down_ranks, row, p.M,
+                                   thread);
+        }
       } else {
         const auto store = [&](int n, const uint8_t* gates, const uint8_t* ups, const uint8_t* hs) {
           if (thread == 0) {

@@ -26,7 +26,8 @@ inline void check_tiling(const Tiling& tiling, int stage_bytes, int shared_bytes
   require(tiling.sms >= 0, "sms of ", tiling.sms, "; it is at least 0");
 }
 
-// Blocks that are launched: a cluster for each of `work`, as many as there are multiprocessors at most.
+// Clusters that are launched: one for each of `work`, as many as there are multiprocessors for at most. Products draw
+// their work by ticket: where fewer are resident at a time, the others start when those have nothing left to draw.
 inline int clusters_launched(const Tiling& tiling, int64_t work) {
   const int sms = tiling.sms > 0 ? tiling.sms : multiprocessors();
   require(sms >= tiling.cluster, sms, " multiprocessors hold no cluster of ", tiling.cluster);

@@ -3,6 +3,7 @@
 
 #include <lorafuse/ptx/launch.cuh>
 
+#include "group_launch.hpp"
 #include "project_sm80.cuh"
 #include "reduce_launch.hpp"
 
@@ -99,6 +100,22 @@ void run_reduction(const Reduce& all, Type type, int64_t rows, int sms, void* wo
 }
 
 }  // namespace skinny
+
+void add_matrices(const float* matrices, int count, int64_t M, int64_t R, int64_t pitch, Type type, void* out,
+                  int64_t stride, Stream stream) {
+  Reduce r{};
+  r.M = M;
+  r.R = R;
+  r.rows = const_cast<float*>(matrices);
+  r.column_blocks = count;
+  r.pitch = pitch;
+  r.scale = 1.0f;
+  r.rows_out = out;
+  r.stride_rows_out = r.row_columns = stride;
+  choose_type(type, [&]<class T>(T) {
+    launch(sum_kernel<T>, LaunchConfig{grid_size(sum_blocks(r)), kThreads}, stream, r);
+  });
+}
 
 void project_x(const ProjectX& p, void* stream) {
   check_sizes(p.M, p.K, p.R);

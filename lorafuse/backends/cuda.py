@@ -105,14 +105,20 @@ class Cuda(Gathered):
 
     def linear_forward(  # type: ignore[override]
         self, x: Tensor, w: Weight, bias: Tensor | None, a: Tensor, b: Tensor, plan: Plan, scale: float,
-        dropout: Dropout | None,
+        dropout: Dropout | None, xa: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`(y, xa)`, see `Backend`; x and w are not empty. Rows of xa begin on 16-byte boundaries, for any R."""
         (M, K), R, dtype, place = x.shape, a.shape[0], x.dtype, self.place(x.device)
-        config = plan.config("matmul")
+        config, more = plan.config("matmul"), {}
         (given_a, a_type), (given_b, b_type) = adapter_of(a, dtype), adapter_of(b, dtype)
-        xa = x.new_empty((M, padded(R)))
         bias = None if bias is None else aligned(bias)
+        if xa is not None:
+            b, round_b = rounding(given_b, dtype, scale)
+            if round_b:
+                self.native.round_adapter(**round_b, **place)
+            more = {"R": R, "bias": address(bias), "overlap_previous": round_b is not None}
+            return self._linear(x, w, False, padded_rows(xa), b, config, place, **more), xa
+        xa = x.new_empty((M, padded(R)))
         if plan.kernel in ("split_k", "fused_forward"):
             data = contiguous_rows(w.data)
             y = x.new_empty((M, len(data)))
@@ -136,7 +142,7 @@ class Cuda(Gathered):
                 )  # fmt: skip
             return y, xa if xa.shape[1] == R else xa[:, :R]
         b, round_b = rounding(given_b, dtype, scale)
-        more: dict[str, Any] = {"overlap_previous": True}
+        more = {"overlap_previous": True}
         if config.xa_in_tiles:
             a, round_a = rounding(given_a, dtype, 1.0)
             for one in filter(None, (round_a, round_b)):

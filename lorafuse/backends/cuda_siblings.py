@@ -5,7 +5,9 @@
     project_outers  reduce_each: dyb, db and dbias of all layers, in two launches, from one read of each dy
     matmul_sum      siblings_dx: dx in one launch, after one that rounds the a of all layers
     outer           reduce_x: da of all layers from one read of x
-    matmul_gated    gated_forward: gate, up and h of a gated MLP in one launch, after one that rounds both scale · b
+    matmul_gated    gated_forward: gate, up and h of a gated MLP in one launch, after one that rounds both scale · b. By
+                    plans "siblings_ha" partial sums of ha too, which another launch adds; a of down is rounded with
+                    scale · b
     gated_backward  gated_backward: dgate, dup and h in one launch, masked or not, after one that rounds a of down
 
 Ranks that are no multiples of 8 cost copies of xa and dyb. Under any other plan one layer after the other runs in
@@ -33,7 +35,7 @@ from lorafuse.backends.cuda_operands import (
 )
 from lorafuse.backends.protocol import side_by_side
 from lorafuse.operands import Dropout, LowRank, Rows, Weight, contiguous_rows
-from lorafuse.plan import Plan
+from lorafuse.plan import Plan, configs_cuda
 
 __all__ = ["ACTIVATIONS", "Siblings"]
 
@@ -72,7 +74,7 @@ class Siblings(Aten):
         return {**place, "workspace": self.ticket(device, place["stream"]).data_ptr()}
 
     def runs_siblings(self, plan: Plan | None) -> bool:
-        return plan is not None and plan.kernel == "siblings"
+        return plan is not None and plan.kernel in ("siblings", "siblings_ha")
 
     def project(
         self, x: Tensor, a: Tensor, rows: Rows | None, plan: Plan | None, *, is_transposed: bool = False,
@@ -120,11 +122,11 @@ class Siblings(Aten):
 
     def matmul_gated(
         self, x: Tensor, weights: Sequence[Weight], plan: Plan | None, *, lows: Sequence[LowRank | None],
-        biases: Sequence[Tensor | None], activation: str, need_up: bool = True,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+        biases: Sequence[Tensor | None], activation: str, need_up: bool = True, a_down: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
         if not self.runs_siblings(plan):
             return super().matmul_gated(
-                x, weights, plan, lows=lows, biases=biases, activation=activation, need_up=need_up
+                x, weights, plan, lows=lows, biases=biases, activation=activation, need_up=need_up, a_down=a_down
             )
         assert plan is not None
         (M, K), N, dtype = x.shape, weights[0].data.shape[0], x.dtype
@@ -141,13 +143,30 @@ class Siblings(Aten):
                 kept.append(operands)
             kept.append((data, bias))
             given.append((data.data_ptr(), data.stride(0), address(bias), R, *of_b))
-        self.native.gated_forward(
-            type=TYPES[dtype], activation=ACTIVATIONS[activation], M=M, N=N, K=K, x=x.data_ptr(), stride_x=x.stride(0),
-            xa=address(xa), stride_xa=0 if xa is None else xa.stride(0), **_fields(_GATED, given), gate=gate.data_ptr(),
-            stride_gate=N, up=address(up), stride_up=N, h=h.data_ptr(), stride_h=N,
-            tiling=tiling(plan.config("matmul")), **self.by_ticket(x.device),
-        )  # fmt: skip
-        return gate, up, h
+        launch: dict[str, Any] = {
+            "type": TYPES[dtype], "activation": ACTIVATIONS[activation], "M": M, "N": N, "K": K, "x": x.data_ptr(),
+            "stride_x": x.stride(0), "xa": address(xa), "stride_xa": 0 if xa is None else xa.stride(0),
+            **_fields(_GATED, given), "gate": gate.data_ptr(), "stride_gate": N, "up": address(up), "stride_up": N,
+            "h": h.data_ptr(), "stride_h": N, "tiling": tiling(config := plan.config("matmul")), "workspace": 0,
+        }  # fmt: skip
+        ha = None
+        if a_down is not None and plan.kernel == "siblings_ha" and configs_cuda.gives_ha(config, M, *a_down.shape):
+            ha, *of_ha = self._add_ha(launch, x, a_down)
+            kept.append(tuple(of_ha))
+        self.native.gated_forward(**launch | self.by_ticket(x.device))
+        return gate, up, h, ha
+
+    def _add_ha(self, launch: dict[str, Any], x: Tensor, a: Tensor) -> tuple[Tensor, ...]:
+        """ha `[M, R]`, which a launch of gated_forward then gives too, and tensors that must live until it."""
+        ha, (given, _) = x.new_empty((len(x), padded(len(a)))), adapter_of(a, x.dtype)
+        a, rounded = rounding(given, x.dtype, 1.0)
+        launch |= {
+            "R_down": len(a), "a_down": a.data_ptr(), "stride_a_down": a.stride(0), "ha": ha.data_ptr(),
+            "stride_ha": ha.shape[1], "rounded": (*launch["rounded"], rounded),
+        }  # fmt: skip
+        partials = scratch(self.native.gated_forward_partials(**launch), x.device)
+        launch["partials"] = partials.data_ptr()
+        return ha[:, : len(a)], given, a, partials
 
     def gated_backward(
         self, dy: Tensor, w: Weight, plan: Plan | None, *, low: LowRank, gate: Tensor, up: Tensor, activation: str

@@ -60,7 +60,8 @@ class Backend:
     # whether passes are recorded and repeated (`lorafuse.backends.recorder`)
     repeats = False
 
-    # (x [M, K], w, bias, a, b, plan, scale, dropout) → (y [M, N], xa [M, R]) of a dense layer
+    # (x [M, K], w, bias, a, b, plan, scale, dropout) → (y [M, N], xa [M, R]) of a dense layer; xa follows them where
+    # `matmul_gated` gave it
     linear_forward: Callable[..., tuple[Tensor, Tensor]] | None = None
     # (dy [M, N], x or None, xa or None, w, a, b, plan, scale, dropout, needs) → (dx, da, db, dbias), None where not
     # needed
@@ -163,14 +164,15 @@ class Backend:
 
     def matmul_gated(
         self, x: Tensor, weights: Sequence[Weight], plan: Plan | None, *, lows: Sequence[LowRank | None],
-        biases: Sequence[Tensor | None], activation: str, need_up: bool = True,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-        """`(gate, up, h)`, `[S, I]` each: the `matmuls` of two layers, and their activation, by name.
+        biases: Sequence[Tensor | None], activation: str, need_up: bool = True, a_down: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+        """`(gate, up, h, ha)`: the `matmuls` of two layers and their activation, by name, `[S, I]` each, and
+        ha = h a_downᵀ `[S, R]` in x's dtype, for a_down `[R, I]`, where the backend computes it along with h.
 
-        Unless `need_up`, up may be None.
+        Unless `need_up`, up may be None; ha may be None always.
         """
         gate, up = self.matmuls(x, weights, plan, lows=lows, biases=biases)
-        return gate, up, gate_forward(activation, gate, up)
+        return gate, up, gate_forward(activation, gate, up), None
 
     def gated_backward(
         self, dy: Tensor, w: Weight, plan: Plan | None, *, low: LowRank, gate: Tensor, up: Tensor, activation: str

@@ -154,13 +154,13 @@ class Triton(Backend):
 
     def matmul_gated(
         self, x: Tensor, weights: Sequence[Weight], plan: Plan | None, *, lows: Sequence[LowRank | None],
-        biases: Sequence[Tensor | None], activation: str, need_up: bool = True,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+        biases: Sequence[Tensor | None], activation: str, need_up: bool = True, a_down: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
         assert plan is not None
         given = _side_by_side(weights, biases, lows) if plan.kernel == "siblings" else None
         if given is None or len({w.stride(1) == 1 for w in given[0]}) > 1:
             return super().matmul_gated(x, weights, plan, lows=lows, biases=biases, activation=activation)
-        return gated.gated(x, *given, activation, _spec(x.device).sms, plan.config("matmul"))
+        return *gated.gated(x, *given, activation, _spec(x.device).sms, plan.config("matmul")), None
 
     def gated_backward(
         self, dy: Tensor, w: Weight, plan: Plan | None, *, low: LowRank, gate: Tensor, up: Tensor, activation: str

@@ -67,16 +67,18 @@ def forward(
     Unless `need_up`, up may be None.
     """
     *siblings, down = layers
+    ha = None
     if run.runs_siblings(plan):
         xa, lows = group.low_rank(run, plan, x, siblings, wide)
         weights, biases = [layer.weight for layer in siblings], [layer.bias for layer in siblings]
-        gate, up, h = run.matmul_gated(
-            x, weights, plan, lows=lows, biases=biases, activation=activation, need_up=need_up
-        )
+        gate, up, h, ha = run.matmul_gated(
+            x, weights, plan, lows=lows, biases=biases, activation=activation, need_up=need_up,
+            a_down=down.a if down.seed is None else None,
+        )  # fmt: skip
     else:
         xa, (gate, up) = group.forward(run, plan, x, siblings, wide)
         h = gate_forward(activation, gate, up)
-    y, ha = layer_forward(run, h, down, wide)
+    y, ha = layer_forward(run, h, down, wide, ha)
     return y, gate, up, xa, ha
 
 

@@ -181,12 +181,14 @@ def columns(xa: Tensor | None, layers: Sequence[Layer]) -> list[Tensor | None]:
     return parts
 
 
-def layer_forward(run: Backend, x: Tensor, layer: Layer, wide: bool) -> tuple[Tensor, Tensor | None]:
-    """`(y [M, N], xa [M, R])` of one layer and x `[M, K]`; no xa without an adapter."""
+def layer_forward(
+    run: Backend, x: Tensor, layer: Layer, wide: bool, xa: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """`(y [M, N], xa [M, R])` of one layer and x `[M, K]`, and of xa where it is known; no xa without an adapter."""
     plan, w = run.plan(lambda: problem_of(x, [layer], wide), x.device), layer.weight
     if layer.a is None or layer.b is None:
         return run.matmul(x, w, None, plan, bias=layer.bias), None
-    return of_one.forward(run, plan, x, w, layer.bias, layer.a, layer.b, layer.factor, layer.dropout, wide)
+    return of_one.forward(run, plan, x, w, layer.bias, layer.a, layer.b, layer.factor, layer.dropout, wide, xa)
 
 
 def plan_of(

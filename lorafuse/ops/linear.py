@@ -74,13 +74,15 @@ def check_shapes(x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: T
 
 def forward(
     run: Backend, plan: Plan | None, x: Tensor, w: Weight, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
-    dropout: Dropout | None, wide: bool,
+    dropout: Dropout | None, wide: bool, xa: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`(y [M, N], xa [M, R])` of x `[M, K]`; `scale` is that of the masked path."""
+    """`(y [M, N], xa [M, R])` of x `[M, K]`, and of xa where it is known; `scale` is that of the masked path."""
     if run.linear_forward is not None:
+        known = () if xa is None else (xa,)
         with run.dense(w, x.dtype) as dense:
-            return run.linear_forward(x, dense, bias, a, b, plan, scale, dropout)
-    xa = run.project(x, a, None, plan, dropout=dropout, dtype=torch.float32 if wide else x.dtype)
+            return run.linear_forward(x, dense, bias, a, b, plan, scale, dropout, *known)
+    if xa is None:
+        xa = run.project(x, a, None, plan, dropout=dropout, dtype=torch.float32 if wide else x.dtype)
     return run.matmul(x, w, None, plan, low=LowRank(xa, b, scale), bias=bias), xa
 
 

@@ -54,8 +54,10 @@ _DTYPES = ("bfloat16", "float16", "float32")
 # no GPU.
 _MEASURED_FIRST = (
     "cuda xa_in_tiles", "cuda split_k", "cuda fused_forward", "cuda concurrent_backward", "cuda fused_backward",
-    "cuda siblings", "cuda ragged", "cuda gathered", "siblings", "packed",
+    "cuda siblings", "cuda siblings_ha", "cuda ragged", "cuda gathered", "siblings", "packed",
 )  # fmt: skip
+# what is forced in the passes that a forced kernel has no form of
+_FORCED_TOO = {"cuda siblings_ha": "cuda siblings"}
 # torch starts a thread for each group of grouped_mm, in one block
 _MOST_GROUPS = 1023
 
@@ -253,6 +255,7 @@ def _choose(
     by_name = {one.name: one for one in candidates}
     # of several backends with such a kernel the one whose name it is comes first
     forced = by_name.get(given.kernel) or next((one for one in candidates if one.kernel == given.kernel), None)
+    forced = forced or by_name.get(_FORCED_TOO.get(given.kernel, ""))
     if forced:
         return forced, f"{given.kernel} is forced"
     if device:

@@ -12,6 +12,7 @@ The matmuls run on sm_90a alone, in tiles of 128 rows. The memory-bound kernels 
     siblings              layers of one x: xa of all; every b rounded; every y, of gate and up with h; or every dyb,
                           db and dbias; every a rounded; one dx; da of all. Of down of a gated MLP the last four, with
                           dgate, dup and h in place of dx
+    siblings_ha           gate and up as "siblings", with partial sums of down's xa in the launch of h, and their sum
     ragged                y or dx of ragged rows; ATen computes everything else
     gathered              xa; y, or u and h; or dyb and db; dx, or du and h; da: of rows where they lie
 """
@@ -32,6 +33,7 @@ __all__ = [
     "SPLITS",
     "SUM_ROWS",
     "TILES",
+    "gives_ha",
     "illegal",
     "matmuls",
     "operator_candidates",
@@ -64,6 +66,9 @@ _FUSED_GROUP_M = 8
 # rows of a part of da and db: of 512 to 8192 the ones whose uneven ends cost least, 374 us of 8192 x 4096 x 4096 where
 # 4096 rows take 388 (`python bench/schedule.py --shape 8192,4096,4096`, simulated); and bytes of the partial sums
 SUM_ROWS, _PARTIAL_BYTES = 2048, 64 << 20
+# ranks of down whose xa comes with h: of 64 its partial sums are as large as h, and adding them takes longer than the
+# pass over h that they save (model, docs/performance.md)
+_MAX_HA_R = 32
 # columns of a block of the reductions, and rows of one of project
 _REDUCE_N, _PASS_M = 256, 64
 # the kernel before dx, and what is summed in dx's launch then
@@ -168,7 +173,12 @@ def _forward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[Ca
     parts = [_with(cost.step(xa, problem, device), round_b), cost.step(two, problem, device)]
     yield _candidate("two_kernel", (xa, two), parts)
     if _are_siblings(problem):
-        yield _candidate("siblings", (xa, two), [cost.step(xa, problem, device), round_b, parts[-1]])
+        together = [cost.step(xa, problem, device), round_b, parts[-1]]
+        yield _candidate("siblings", (xa, two), together)
+        if problem.epilogue == "gated":
+            # down's ranks are not known here: as many as those of gate or of up
+            sums = cost.down_xa(two, problem.M, -(-problem.R // 2), problem.N // 2, device)
+            yield _candidate("siblings_ha", (xa, two), [*together, sums])
     if problem.N <= _MAX_TILE_N and (one := _best(problem, device, tiles, {"xa_in_tiles": True})):
         yield _candidate("xa_in_tiles", (one,), [round_a, round_b, cost.step(one, problem, device)])
     if one := _best(problem, device, tiles, {"fused_forward": True}):
@@ -201,6 +211,11 @@ def _backward(problem: Problem, device: DeviceSpec, tiles: _Tiles) -> Iterator[C
         product = cost.step(one, problem, device)
         parts = [replace(product, name=f"dyb, {product.name}, {' and '.join(sums)} in one launch")]
         yield _candidate("fused_backward", (one,), parts)
+
+
+def gives_ha(config: KernelConfig, M: int, R: int, inner: int) -> bool:
+    """Whether the tiles of h `[M, inner]` give ha `[M, R]` too."""
+    return R <= _MAX_HA_R and cost.down_partials(config, M, R, inner) <= _PARTIAL_BYTES
 
 
 def _are_siblings(problem: Problem) -> bool:

@@ -14,7 +14,17 @@ from lorafuse.plan.candidate import Candidate, KernelConfig, Part, in_a_row, pad
 from lorafuse.plan.devices import DeviceSpec
 from lorafuse.plan.problem import Problem
 
-__all__ = ["aten", "decoding", "frozen", "kernel_seconds", "ragged", "step", "tile_seconds"]
+__all__ = [
+    "aten",
+    "decoding",
+    "down_partials",
+    "down_xa",
+    "frozen",
+    "kernel_seconds",
+    "ragged",
+    "step",
+    "tile_seconds",
+]
 
 
 # what a tile reaches of the sustained rate, by its area (assumed, after published ablations of Hopper kernels)
@@ -54,6 +64,8 @@ _GROUPED_TILE = 128
 # of a tile's time, sixteen more columns of B (0.0625 by FLOPs, 0.156 by what shared memory gives; between them, not
 # measured), and seconds from the release of a flag to a box that TMA has loaded (assumed)
 _MORE_COLUMNS, _FLAG = 0.1, 1.5e-6
+# what waiting for products of h costs a tile's epilogue, and eight loads in flight of a thread (assumed)
+_EPILOGUE, _LOAD = 0.2e-6, 0.7e-6
 # seconds until the host has read where groups end and the GPU has work again (assumed)
 _READ_ON_HOST = 20e-6
 
@@ -185,6 +197,21 @@ def _xa_in_tiles(config: KernelConfig, problem: Problem, device: DeviceSpec) -> 
     tiles = rows * math.ceil(problem.N / config.block_n)
     tile = tile_seconds(config, problem, device) / math.ceil(tiles / device.sms)
     return math.ceil(rows / device.sms) * (tile * _MORE_COLUMNS * padded_rank(problem.R) / 16 + _FLAG)
+
+
+def down_partials(config: KernelConfig, M: int, R: int, inner: int) -> int:
+    """Bytes of the partial sums of ha `[M, R]`, one for each column of tiles of h `[M, inner]`."""
+    return 4 * math.ceil(inner / (config.block_n // 2)) * M * padded_rank(R)
+
+
+def down_xa(config: KernelConfig, M: int, R: int, inner: int, device: DeviceSpec) -> Part:
+    """ha in the tiles of h, whose operand passes shared memory once for 16 ranks, and its partial sums in a launch."""
+    columns, ranks = config.block_n // 2, padded_rank(R)
+    parts = math.ceil(inner / columns)
+    waves = math.ceil(math.ceil(M / config.block_m) * parts / device.sms)
+    of_tiles = waves * (config.block_m * columns * 2 * ranks / 16 / _SHARED_BANDWIDTH + _EPILOGUE)
+    moved = down_partials(config, M, R, inner) / device.sustained_bandwidth
+    return Part("ha of down", of_tiles + max(moved, math.ceil(parts / 8) * _LOAD))
 
 
 def _one_launch(config: KernelConfig, seconds: float, problem: Problem, device: DeviceSpec) -> float:

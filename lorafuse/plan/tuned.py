@@ -39,7 +39,7 @@ __all__ = ["KERNELS", "Tuned", "file_name", "load", "match", "own_file", "read",
 
 _STEPS = ("two_kernel", "one_pass_backward", "ragged")
 # the CUDA kernels do the same steps as Triton's, or xa in y's launch in three forms, or in dx's da and db, or dyb too;
-# or layers of one x together
+# or layers of one x together, of gate and up with down's xa too
 _ONE_LAUNCH = (
     "xa_in_tiles",
     "split_k",
@@ -47,6 +47,7 @@ _ONE_LAUNCH = (
     "concurrent_backward",
     "fused_backward",
     "siblings",
+    "siblings_ha",
 )
 _CUDA = tuple(f"cuda {name}" for name in (*_STEPS, *_ONE_LAUNCH, "gathered"))
 KERNELS = ("aten_beta1", "aten_addmm", "grouped_mm", "loop", *_STEPS, "siblings", "packed", *_CUDA)

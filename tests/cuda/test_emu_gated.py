@@ -8,13 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from emu_launches import gated, gated_masked, masked, words_are_zero
+from emu_launches import gated, gated_ha, gated_masked, masked, words_are_zero
 from group_reference import Case, check, make, mlp, plain_mlp
 from test_emu_linear import TILINGS
 
 from lorafuse.activation import ACTIVATIONS, GATES, gate_forward
 from lorafuse.backends import cuda_siblings
-from lorafuse.plan import override
+from lorafuse.plan import configs_cuda, override
+from lorafuse.plan.devices import find
+from lorafuse.plan.problem import Problem
 
 pytest_plugins = "emu_fixtures"
 pytestmark = pytest.mark.usefixtures("emu")
@@ -44,16 +46,68 @@ def run(o, activation="silu", **more):
 
 
 def counted(launched):
-    return Counter(name for name, _ in launched if name.startswith(("gated", "siblings", "linear", "reduce")))
+    kinds = "project", "gated", "siblings", "linear", "reduce"
+    return Counter(name for name, _ in launched if name.startswith(kinds) and not name.endswith("_partials"))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_gradient(name, launched):
     check(run, plain_mlp, make(CASES[name], of_mlp=True))
     # y of down is a product by itself
-    launches = {"gated_forward": 1, "linear": 1, "gated_backward": 1, "siblings_dx": 1, "reduce_x": 2}
+    launches = {"project_x": 2, "gated_forward": 1, "linear": 1, "gated_backward": 1, "siblings_dx": 1, "reduce_x": 2}
     actual = counted(launched)
     assert {key: n for key, n in actual.items() if not key.endswith("_workspace")} == launches | {"reduce_each": 2}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_xa_of_down_with_h(name, launched):
+    """Of up to 32 ranks down reads h once: project_x runs for gate and up alone."""
+    with override(force_kernel="cuda siblings_ha"):
+        check(run, plain_mlp, make(CASES[name], of_mlp=True))
+    (one,) = (arguments for key, arguments in launched if key == "gated_forward")
+    gives = CASES[name].R[2] <= 32
+    actual = counted(launched)
+    assert (bool(one.get("ha")), actual["project_x"], actual["linear"]) == (gives, 1 if gives else 2, 1)
+    assert actual["gated_backward"] == actual["siblings_dx"] == 1
+
+
+def test_xa_of_down_is_that_of_h_as_it_is_stored(emu):
+    """Whole numbers add up without rounding: every element of h in ha once, for any ranks, and zeros behind them."""
+    M, I, K = 140, 136, 8
+    x, (gate, h) = torch.eye(K, dtype=HALF).repeat(18, 1)[:M], (torch.empty(M, I, dtype=HALF) for _ in range(2))
+    generator, word = torch.Generator().manual_seed(3), torch.zeros(1, dtype=torch.int32)
+
+    def whole(*sizes):
+        return torch.randint(-2, 3, sizes, generator=generator).to(HALF)
+
+    for block_n, R in ((128, 1), (128, 16), (256, 13), (256, 24), (256, 40), (128, 64)):
+        w, a, ha = (whole(I, K), whole(I, K)), whole(R, I), torch.empty(M, -(-R // 8) * 8, dtype=HALF)
+        given = {"type": 1, "activation": 3, "M": M, "N": I, "K": K, "x": x.data_ptr(), "stride_x": K}
+        given |= {"w": tuple(t.data_ptr() for t in w), "stride_w": (K, K), "gate": gate.data_ptr(), "stride_gate": I}
+        given |= {"h": h.data_ptr(), "stride_h": I, "R_down": R, "a_down": a.data_ptr(), "stride_a_down": I}
+        given |= {"ha": ha.data_ptr(), "stride_ha": ha.shape[1], "tiling": (block_n, 3, 1)}
+        given["workspace"] = word.data_ptr()
+        partials = torch.empty(emu.gated_forward_partials(**given), dtype=torch.uint8)
+        assert partials.numel() == 4 * -(-I // (block_n // 2)) * M * -(-R // 16) * 16
+        emu.gated_forward(**given, partials=partials.data_ptr())
+        expected = torch.relu(x.double() @ w[0].double().T) * (x.double() @ w[1].double().T)
+        assert torch.equal(h.double(), expected)
+        assert torch.equal(ha[:, :R].double(), expected @ a.double().T)
+        assert not ha[:, R:].any()
+
+
+def test_where_xa_of_down_is_a_pass_over_h(launched):
+    """With a mask on h, without an adapter, and where the partial sums would take more than 64 MiB."""
+    with override(force_kernel="cuda siblings_ha"):
+        check(run, plain_mlp, make(replace(PLAIN, p=(0.0, 0.0, 0.4)), of_mlp=True))
+        check(run, plain_mlp, make(replace(PLAIN, R=(8, 8, 0)), of_mlp=True))
+    assert not any(one.get("ha") for name, one in launched if name == "gated_forward")
+    problem = Problem(8192, 28672, 4096, 32, "bfloat16", "float32")
+    for block_n, R, rows in ((256, 16, 8192), (128, 16, 4096), (256, 32, 4096)):
+        (config,) = configs_cuda.matmuls(problem, find("H200"), [(block_n, 3, 1)])
+        assert configs_cuda.gives_ha(config, rows, R, 14336)
+        assert not configs_cuda.gives_ha(config, rows * 5 // 4, R, 14336)
+    assert not configs_cuda.gives_ha(config, 1, 33, 14336)
 
 
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, *GATES])
@@ -135,7 +189,16 @@ def test_every_tiling(launch, launched):
     assert {one["tiling"][:3] for _, one in launched if "tiling" in one} == set(TILINGS)
 
 
-@pytest.mark.parametrize("launch", [gated, gated_masked, masked])
+def test_xa_of_down_in_every_tiling():
+    """Sums end where tiles do: bits are those of tiles of as many columns."""
+    first = {}
+    for config in TILINGS:
+        *rest, ha = gated_ha(config)
+        of_all, of_columns = first.setdefault(0, rest), first.setdefault(config[0], ha)
+        assert all(map(torch.equal, (*rest, ha), (*of_all, of_columns))), config
+
+
+@pytest.mark.parametrize("launch", [gated, gated_ha, gated_masked, masked])
 def test_many_schedules(launch, emu, request):
     """No bit depends on the order in which blocks run, or on how many do at a time: late ones leave tiles to others."""
     emu.configure()
@@ -150,7 +213,7 @@ def test_many_schedules(launch, emu, request):
 def test_what_is_refused(emu):
     given = {"type": 0, "activation": 0, "M": 1, "N": 8, "K": 64, "x": 64, "stride_x": 64, "w": (64, 64)}
     given |= {"stride_w": (64, 64), "gate": 64, "stride_gate": 8, "h": 64, "stride_h": 8, "tiling": (128, 4, 1)}
-    given["workspace"] = 64
+    given["workspace"], down = 64, {"ha": 64, "stride_ha": 8, "a_down": 64, "stride_a_down": 8}
     for message, change in {
         "workspace is null": {"workspace": 0},
         "activation 6 is not in 0 … 5": {"activation": 6},
@@ -161,6 +224,11 @@ def test_what_is_refused(emu):
         "b is null": {"R": (0, 8)},
         "h is null": {"h": 0},
         "stride 4 of up is below": {"up": 64, "stride_up": 4},
+        "R_down of 0; ha has 1 to 64": {"ha": 64},
+        "R_down of 65; ha has 1 to 64": {"ha": 64, "R_down": 65},
+        "a_down is null": {"ha": 64, "R_down": 8},
+        "stride 8 of ha is below its 16": down | {"stride_ha": 8, "R_down": 16},
+        "partials is null": down | {"R_down": 8},
         "clusters of 3 blocks": {"tiling": (128, 4, 3)},
         "block_n of 64 has no kernel": {"tiling": (64, 4, 1)},
     }.items():

@@ -12,7 +12,7 @@ import pytest
 import test_emu_decode
 import test_emu_skinny
 import torch
-from emu_launches import gated, gated_masked, masked
+from emu_launches import gated, gated_ha, gated_masked, masked
 from gathered_reference import Case as GatheredCase
 from gathered_reference import Gated, GatedCase, Gradients, Operands, Ranks
 from group_reference import Case, linears, make
@@ -44,6 +44,7 @@ SCENARIOS = {
     "siblings with masks": ("siblings with masks", (128, 4, 2), 0),
     "gated": ("gated", (128, 4, 2), 0),
     "gated with a mask": ("gated with a mask", (128, 4, 2), 0),
+    "gated with ha": ("gated with ha", (256, 3, 2), 0),
     "grouped": ("grouped", None, 0),
     "gathered": ("gathered", (256, 3, 1, 16, 0, 128), 0),
     "gathered_gated": ("gathered_gated", (256, 3, 1, 16, 0, 128), 0),
@@ -95,7 +96,8 @@ def run(kind, tiling):
                 Case(N=(72, 40, 264), R=(40, 0, 80), K=200, leading=(150,), dtype=torch.bfloat16, bias=(True,) * 3)
             )
             return list(group_results(lambda o: linears(o, backend="emu"), o).values())
-    of_groups = {"gated": gated, "gated with a mask": gated_masked, "siblings with masks": masked}
+    of_groups = {"gated": gated, "gated with ha": gated_ha, "gated with a mask": gated_masked}
+    of_groups |= {"siblings with masks": masked}
     if kind in of_groups:
         return of_groups[kind](tiling)
     operator = Linear("emu")

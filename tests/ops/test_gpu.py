@@ -130,16 +130,17 @@ def test_siblings_in_one_cuda_launch(N, p, M):
         *(("silu", M, p) for M, p in ((1, 0.0), (8192, 0.0), (1, 0.3), (1000, 0.3), (8192, 0.1))),
     ],
 )
-def test_gated_mlp_in_one_cuda_launch_each_way(activation, M, p):
-    """Gate, up and h; dgate, dup and h: as eager has them, and the same bits each time."""
+@pytest.mark.parametrize("kernel", ["cuda siblings", "cuda siblings_ha"])
+def test_gated_mlp_in_one_cuda_launch_each_way(activation, M, p, kernel):
+    """Gate, up and h, with ha too; dgate, dup and h: as eager has them, and the same bits each time."""
     able("cuda")
-    N, R, bias = (1032, 1032, 264), (16, 24, 40), (True, False, True)
+    N, R, bias = (1032, 1032, 264), (16, 24, 24), (True, False, True)
     o = make(Case(N, R, (p,) * 3, bias, (M,), 1024, torch.bfloat16, torch.float32), of_mlp=True)
     o = o.with_leaves({name: t.cuda() for name, t in o.leaves().items()})
     o.projections = [one._replace(weight=one.weight.cuda()) for one in o.projections]
     o.dys = [dy.cuda() for dy in o.dys]
     eager = group_results(lambda o: mlp(o, activation, backend="eager"), o)
-    with override(force_kernel="cuda siblings"):
+    with override(force_kernel=kernel):
         first = group_results(lambda o: mlp(o, activation, backend="cuda"), o)
         assert_near({name: t for name, t in first.items() if name != "differentiable"}, eager)
         for _ in range(20):

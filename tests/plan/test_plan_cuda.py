@@ -202,8 +202,29 @@ class TestCost:
         assert "siblings" in candidates(replace(down, dropout=True), device)
         for change in ({"format": "nf4"}, {"gradients": ("dx", "db")}, {"gradients": ("da", "db")}):
             assert "siblings" not in candidates(replace(down, **change), device)
-        assert select(up, device, EVERY).kernel != "siblings"
+        assert select(up, device, EVERY).kernel not in ("siblings", "siblings_ha")
         assert select(down, device, EVERY).kernel != "siblings"
+
+    def test_xa_of_down_with_h(self):
+        """In forward of gate and up alone; by its name backward runs as siblings do."""
+        device, up = find("H200"), replace(HEADLINE, N=28672, siblings=2, epilogue="gated")
+        down = replace(HEADLINE, K=14336, gradients=BACKWARD, epilogue="gated")
+        both = candidates(up, device)
+        assert [part.launches for part in both["siblings_ha"].parts] == [1, 1, 1, 1, 0]
+        for problem in (replace(up, epilogue=""), replace(up, gradients=BACKWARD), down):
+            assert "siblings_ha" not in candidates(problem, device)
+        with override(force_kernel="cuda siblings_ha"):
+            names = [select(problem, device, EVERY).kernel for problem in (up, replace(up, epilogue=""), down)]
+        assert names == ["siblings_ha", "siblings", "siblings"]
+
+    @pytest.mark.parametrize(("R", "M", "less"), [(16, 8192, 0.5), (16, 2048, 0.8), (32, 2048, 0.9), (64, 8192, None)])
+    def test_what_xa_of_down_costs(self, R, M, less):
+        """Of Llama-3.1-8B, over a pass over h: partial sums of 64 ranks are as large as h."""
+        device, up = find("H200"), replace(HEADLINE, M=M, N=28672, R=2 * R, siblings=2, epilogue="gated")
+        *_, ha, _ = candidates(up, device)["siblings_ha"].parts
+        h = candidates(replace(HEADLINE, M=M, K=14336, R=R), device)["two_kernel"].parts[0]
+        assert ha.name == "ha of down"
+        assert (ha.seconds < less * h.seconds) if less else (ha.seconds > h.seconds)
 
     def test_clusters_where_l2_would_be_the_limit(self):
         """Blocks that share w; not where the second would have no rows."""

@@ -14,6 +14,10 @@ constexpr int kActivations = 6;
 // or null, xa [M, R_0 + R_1] of both side by side, b_i [N, R_i] with the scale inside; gate, up and h [M, N]. `up` null:
 // it is not stored. R_i 0: the product alone. `rounded` as in SiblingsForward. Not yet measured on a GPU; `lorafuse tune`
 // can choose it.
+//
+// Where `ha` is not null, it is h a_downᵀ [M, R_down] too, and zeros up to its stride, from h as it is stored: a_down
+// [R_down, N] in x's type, whose rounding is rounded[2], R_down 1 to 64. `partials`: gated_forward_partials(p) bytes, fp32
+// sums of a column of tiles each, which another launch adds in their order.
 struct GatedForward {
   Type type;
   Activation activation;
@@ -34,10 +38,17 @@ struct GatedForward {
   int64_t stride_up = 0;
   void* h;
   int64_t stride_h;
+  int64_t R_down = 0;
+  const void* a_down = nullptr;
+  int64_t stride_a_down = 0;
+  void* ha = nullptr;
+  int64_t stride_ha = 0;
+  void* partials = nullptr;
   Each<Round> rounded = {};
   Tiling tiling;
   uint32_t* workspace;  // as in Linear
 };
+int64_t gated_forward_partials(const GatedForward& p);
 void gated_forward(const GatedForward& p, void* stream);
 
 // dgate, dup and h [M, N] for dh = dy w + mask ⊙ (dyb a), rounded and not stored: dy [M, K], w [K, N] and a [R, N] those
