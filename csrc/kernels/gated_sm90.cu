@@ -100,6 +100,7 @@ void gated_forward(const GatedForward& p, void* stream) {
   if (p.ha != nullptr) {
     check_down(p);
     rounded.each[2] = p.rounded[2];
+    rounded.each[3] = p.rounded[3];
   }
   check_address("workspace", p.workspace, 4);
   if (p.M == 0) return;

@@ -69,6 +69,9 @@ def test_xa_of_down_with_h(name, launched):
     gives = CASES[name].R[2] <= 32
     actual = counted(launched)
     assert (bool(one.get("ha")), actual["project_x"], actual["linear"]) == (gives, 1 if gives else 2, 1)
+    # b of down, of ranks that fill rows, is rounded with the other adapters
+    rounded = Counter(key for key, _ in launched)["round_adapter"]
+    assert rounded == (1 if gives and CASES[name].R[2] % 8 else 0)
     assert actual["gated_backward"] == actual["siblings_dx"] == 1
 
 
