@@ -43,15 +43,16 @@ def gated(tiling):
 
 
 def gated_ha(tiling):
-    """Gate, up, h and ha, whose ranks take two products of sixteen; every adapter is rounded before."""
+    """Gate, up, h and ha, whose ranks take two products of sixteen, and b of down; every adapter is rounded before."""
     case = Case(N=(264, 264, 72), R=(40, 24, 24), K=72, leading=(150,), dtype=torch.bfloat16)
     o, backend = make(replace(case, adapter_dtype=torch.float32), of_mlp=True), base.load("emu")
     of_gate, of_up, of_down = o.projections
     lows = [LowRank(o.x[:, :40], of_gate.b, 0.7), LowRank(o.x[:, 40:64], of_up.b, 1.3)]
-    given = {"lows": lows, "biases": [None, of_up.bias], "activation": "silu", "a_down": of_down.a}
-    return list(
-        backend.matmul_gated(o.x, [Weight(of_gate.weight), Weight(of_up.weight)], _plan(tiling, "siblings_ha"), **given)
-    )
+    given = {"lows": lows, "biases": [None, of_up.bias], "activation": "silu", "down": (of_down.a, of_down.b, 1.3)}
+    weights = [Weight(of_gate.weight), Weight(of_up.weight)]
+    *results, low = backend.matmul_gated(o.x, weights, _plan(tiling, "siblings_ha"), **given)
+    assert torch.equal(low.b, (1.3 * of_down.b).bfloat16())
+    return [*results, low.xa]
 
 
 def gated_masked(tiling):

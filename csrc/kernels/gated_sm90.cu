@@ -46,8 +46,6 @@ GatedArguments arguments(const Launch& of, int64_t R, int columns) {
 
 // Ranks of a_down as the products of h take them.
 int64_t down_ranks(int64_t R) { return round_up<int64_t>(R, kStepElements); }
-// Columns of tiles, each with a partial sum of ha.
-int64_t down_parts(const GatedForward& p) { return ceil_div<int64_t>(p.N, p.tiling.block_n / 2); }
 
 void check_down(const GatedForward& p) {
   require(p.R_down >= 1 && p.R_down <= kBoxElements, "R_down of ", p.R_down, "; ha has 1 to ", kBoxElements);
@@ -75,7 +73,10 @@ void choose_tile(Type type, const Tiling& tiling, F&& f) {
 }  // namespace
 
 int64_t gated_forward_partials(const GatedForward& p) {
-  return p.ha == nullptr ? 0 : 4 * down_parts(p) * p.M * down_ranks(p.R_down);
+  int64_t columns_of_tiles = 0;
+  choose<128, 256>(p.tiling.block_n, "block_n",
+                   [&](auto block_n) { columns_of_tiles = ceil_div<int64_t>(p.N, block_n / 2); });
+  return p.ha == nullptr ? 0 : 4 * columns_of_tiles * p.M * down_ranks(p.R_down);
 }
 
 void gated_forward(const GatedForward& p, void* stream) {
@@ -99,6 +100,7 @@ void gated_forward(const GatedForward& p, void* stream) {
   if (p.ha != nullptr) {
     check_down(p);
     rounded.each[2] = p.rounded[2];
+    rounded.each[3] = p.rounded[3];
   }
   check_address("workspace", p.workspace, 4);
   if (p.M == 0) return;

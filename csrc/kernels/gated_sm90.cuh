@@ -105,7 +105,7 @@ template <class T, int kBoxes, int BLOCK_M, int BLOCK_N>
 LF_DEVICE void multiply_down(Pipeline<BLOCK_M, BLOCK_N>& pipeline, const uint8_t* boxes, float* sums, int ranks, int row,
                              int M, int thread) {
   constexpr int kRanks = 16;
-  // one thread has stored h
+  // one thread of it has stored h
   ptx::warp_sync();
   ptx::mbarrier_wait(pipeline.full(), pipeline.parity);
   LF_NO_UNROLL

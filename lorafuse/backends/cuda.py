@@ -261,7 +261,7 @@ class Cuda(Gathered):
             more["workspace"] = self.ticket(x.device, place["stream"]).data_ptr()
         self.native.linear(
             type=TYPES[x.dtype], M=x.shape[0], N=N, K=K, transposed=is_transposed, x=x.data_ptr(),
-            stride_x=x.stride(0), w=data.data_ptr(), stride_w=data.stride(0), xa=xa.data_ptr(), stride_xa=xa.shape[1],
+            stride_x=x.stride(0), w=data.data_ptr(), stride_w=data.stride(0), xa=xa.data_ptr(), stride_xa=xa.stride(0),
             b=b.data_ptr(), stride_b=b.stride(0), y=y.data_ptr(), stride_y=N, tiling=tiling(config), **place,
             **more,
         )  # fmt: skip

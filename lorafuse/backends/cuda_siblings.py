@@ -6,8 +6,8 @@
     matmul_sum      siblings_dx: dx in one launch, after one that rounds the a of all layers
     outer           reduce_x: da of all layers from one read of x
     matmul_gated    gated_forward: gate, up and h of a gated MLP in one launch, after one that rounds both scale · b. By
-                    plans "siblings_ha" partial sums of ha too, which another launch adds; a of down is rounded with
-                    scale · b
+                    plans "siblings_ha" partial sums of ha too, which another launch adds; a and scale · b of down are
+                    rounded with the others
     gated_backward  gated_backward: dgate, dup and h in one launch, masked or not, after one that rounds a of down
 
 Ranks that are no multiples of 8 cost copies of xa and dyb. Under any other plan one layer after the other runs in
@@ -122,11 +122,12 @@ class Siblings(Aten):
 
     def matmul_gated(
         self, x: Tensor, weights: Sequence[Weight], plan: Plan | None, *, lows: Sequence[LowRank | None],
-        biases: Sequence[Tensor | None], activation: str, need_up: bool = True, a_down: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+        biases: Sequence[Tensor | None], activation: str, need_up: bool = True,
+        down: tuple[Tensor, Tensor, float] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, LowRank | None]:  # fmt: skip
         if not self.runs_siblings(plan):
             return super().matmul_gated(
-                x, weights, plan, lows=lows, biases=biases, activation=activation, need_up=need_up, a_down=a_down
+                x, weights, plan, lows=lows, biases=biases, activation=activation, need_up=need_up, down=down
             )
         assert plan is not None
         (M, K), N, dtype = x.shape, weights[0].data.shape[0], x.dtype
@@ -149,24 +150,29 @@ class Siblings(Aten):
             **_fields(_GATED, given), "gate": gate.data_ptr(), "stride_gate": N, "up": address(up), "stride_up": N,
             "h": h.data_ptr(), "stride_h": N, "tiling": tiling(config := plan.config("matmul")), "workspace": 0,
         }  # fmt: skip
-        ha = None
-        if a_down is not None and plan.kernel == "siblings_ha" and configs_cuda.gives_ha(config, M, *a_down.shape):
-            ha, *of_ha = self._add_ha(launch, x, a_down)
-            kept.append(tuple(of_ha))
+        low_of_down = None
+        if down is not None and plan.kernel == "siblings_ha" and configs_cuda.gives_ha(config, M, *down[0].shape):
+            low_of_down, of_down = self._add_down(launch, x, *down)
+            kept.append(of_down)
         self.native.gated_forward(**launch | self.by_ticket(x.device))
-        return gate, up, h, ha
+        return gate, up, h, low_of_down
 
-    def _add_ha(self, launch: dict[str, Any], x: Tensor, a: Tensor) -> tuple[Tensor, ...]:
-        """ha `[M, R]`, which a launch of gated_forward then gives too, and tensors that must live until it."""
-        ha, (given, _) = x.new_empty((len(x), padded(len(a)))), adapter_of(a, x.dtype)
-        a, rounded = rounding(given, x.dtype, 1.0)
+    def _add_down(
+        self, launch: dict[str, Any], x: Tensor, a: Tensor, b: Tensor, scale: float
+    ) -> tuple[LowRank, tuple[Tensor, ...]]:
+        """Down's low-rank product, whose xa a launch of gated_forward then gives too, and what must live until it."""
+        R, (given_a, _), (given_b, _), round_b = len(a), adapter_of(a, x.dtype), adapter_of(b, x.dtype), None
+        a, round_a = rounding(given_a, x.dtype, 1.0)
+        if padded(R) == R:
+            (b, round_b), scale = rounding(given_b, x.dtype, scale), 1.0
+        ha = x.new_empty((len(x), padded(R)))
         launch |= {
-            "R_down": len(a), "a_down": a.data_ptr(), "stride_a_down": a.stride(0), "ha": ha.data_ptr(),
-            "stride_ha": ha.shape[1], "rounded": (*launch["rounded"], rounded),
+            "R_down": R, "a_down": a.data_ptr(), "stride_a_down": a.stride(0), "ha": ha.data_ptr(),
+            "stride_ha": ha.shape[1], "rounded": (*launch["rounded"], round_a, round_b),
         }  # fmt: skip
         partials = scratch(self.native.gated_forward_partials(**launch), x.device)
         launch["partials"] = partials.data_ptr()
-        return ha[:, : len(a)], given, a, partials
+        return LowRank(ha[:, :R], b, scale), (given_a, given_b, a, partials)
 
     def gated_backward(
         self, dy: Tensor, w: Weight, plan: Plan | None, *, low: LowRank, gate: Tensor, up: Tensor, activation: str

@@ -164,12 +164,14 @@ class Backend:
 
     def matmul_gated(
         self, x: Tensor, weights: Sequence[Weight], plan: Plan | None, *, lows: Sequence[LowRank | None],
-        biases: Sequence[Tensor | None], activation: str, need_up: bool = True, a_down: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
-        """`(gate, up, h, ha)`: the `matmuls` of two layers and their activation, by name, `[S, I]` each, and
-        ha = h a_downᵀ `[S, R]` in x's dtype, for a_down `[R, I]`, where the backend computes it along with h.
+        biases: Sequence[Tensor | None], activation: str, need_up: bool = True,
+        down: tuple[Tensor, Tensor, float] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, LowRank | None]:  # fmt: skip
+        """`(gate, up, h, low)`: the `matmuls` of two layers and their activation, by name, `[S, I]` each, and the
+        low-rank product of the layer that reads h, `down` = (a `[R, I]`, b `[N, R]`, scale), where the backend computes
+        its xa = h aᵀ along with h; b may be rounded and scaled then.
 
-        Unless `need_up`, up may be None; ha may be None always.
+        Unless `need_up`, up may be None; low may be None always.
         """
         gate, up = self.matmuls(x, weights, plan, lows=lows, biases=biases)
         return gate, up, gate_forward(activation, gate, up), None

@@ -154,8 +154,9 @@ class Triton(Backend):
 
     def matmul_gated(
         self, x: Tensor, weights: Sequence[Weight], plan: Plan | None, *, lows: Sequence[LowRank | None],
-        biases: Sequence[Tensor | None], activation: str, need_up: bool = True, a_down: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+        biases: Sequence[Tensor | None], activation: str, need_up: bool = True,
+        down: tuple[Tensor, Tensor, float] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, LowRank | None]:  # fmt: skip
         assert plan is not None
         given = _side_by_side(weights, biases, lows) if plan.kernel == "siblings" else None
         if given is None or len({w.stride(1) == 1 for w in given[0]}) > 1:

@@ -67,18 +67,19 @@ def forward(
     Unless `need_up`, up may be None.
     """
     *siblings, down = layers
-    ha = None
+    low = None
     if run.runs_siblings(plan):
         xa, lows = group.low_rank(run, plan, x, siblings, wide)
         weights, biases = [layer.weight for layer in siblings], [layer.bias for layer in siblings]
-        gate, up, h, ha = run.matmul_gated(
+        has_xa = down.a is not None and down.b is not None and down.seed is None
+        gate, up, h, low = run.matmul_gated(
             x, weights, plan, lows=lows, biases=biases, activation=activation, need_up=need_up,
-            a_down=down.a if down.seed is None else None,
+            down=(down.a, down.b, down.factor) if has_xa else None,
         )  # fmt: skip
     else:
         xa, (gate, up) = group.forward(run, plan, x, siblings, wide)
         h = gate_forward(activation, gate, up)
-    y, ha = layer_forward(run, h, down, wide, ha)
+    y, ha = layer_forward(run, h, down, wide, low)
     return y, gate, up, xa, ha
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from lorafuse.backends.problems import siblings_problem
 from lorafuse.backends.protocol import Backend
-from lorafuse.operands import Dropout, Weight
+from lorafuse.operands import Dropout, LowRank, Weight
 from lorafuse.ops import linear as of_one
 from lorafuse.ops.choose import choose
 from lorafuse.philox import keep_mask, rescaled
@@ -182,13 +182,14 @@ def columns(xa: Tensor | None, layers: Sequence[Layer]) -> list[Tensor | None]:
 
 
 def layer_forward(
-    run: Backend, x: Tensor, layer: Layer, wide: bool, xa: Tensor | None = None
+    run: Backend, x: Tensor, layer: Layer, wide: bool, low: LowRank | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """`(y [M, N], xa [M, R])` of one layer and x `[M, K]`, and of xa where it is known; no xa without an adapter."""
+    """`(y [M, N], xa [M, R])` of one layer and x `[M, K]`, by `low` where that is known; no xa without an adapter."""
     plan, w = run.plan(lambda: problem_of(x, [layer], wide), x.device), layer.weight
     if layer.a is None or layer.b is None:
         return run.matmul(x, w, None, plan, bias=layer.bias), None
-    return of_one.forward(run, plan, x, w, layer.bias, layer.a, layer.b, layer.factor, layer.dropout, wide, xa)
+    b, scale, xa = (layer.b, layer.factor, None) if low is None else (low.b, low.scale, low.xa)
+    return of_one.forward(run, plan, x, w, layer.bias, layer.a, b, scale, layer.dropout, wide, xa)
 
 
 def plan_of(

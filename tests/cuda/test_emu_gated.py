@@ -29,6 +29,7 @@ CASES = {
     "fp32 adapters": replace(PLAIN, R=(8, 16, 24), dtype=torch.bfloat16, adapter_dtype=torch.float32),
     "many ranks": replace(PLAIN, R=(40, 80, 72), bias=(False, True, False)),
     "one step each": replace(PLAIN, R=(8, 8, 16), dtype=torch.bfloat16, bias=(True,) * 3),
+    "down off eight": replace(PLAIN, R=(8, 16, 13), adapter_dtype=torch.bfloat16, dtype=torch.bfloat16),
     "no adapter of gate": replace(PLAIN, R=(0, 24, 8)),
     "no adapter of up": replace(PLAIN, R=(70, 0, 8)),
     "one row": replace(PLAIN, N=(8, 8, 8), K=8, leading=(1,)),
@@ -68,6 +69,9 @@ def test_xa_of_down_with_h(name, launched):
     gives = CASES[name].R[2] <= 32
     actual = counted(launched)
     assert (bool(one.get("ha")), actual["project_x"], actual["linear"]) == (gives, 1 if gives else 2, 1)
+    # b of down, of ranks that fill rows, is rounded with the other adapters
+    rounded = Counter(key for key, _ in launched)["round_adapter"]
+    assert rounded == (1 if gives and CASES[name].R[2] % 8 else 0)
     assert actual["gated_backward"] == actual["siblings_dx"] == 1
 
 
@@ -234,6 +238,8 @@ def test_what_is_refused(emu):
     }.items():
         with pytest.raises(ValueError, match=message):
             emu.gated_forward(**given | change)
+    with pytest.raises(ValueError, match="block_n of 64 has no kernel"):
+        emu.gated_forward_partials(**given | down | {"tiling": (64, 4, 1)})
     names = "dy", "w", "dyb", "a", "gate", "up", "dgate", "dup", "h"
     given = {"type": 0, "activation": 0, "M": 1, "N": 8, "K": 8, "R": 8, **dict.fromkeys(names, 64)}
     given |= {f"stride_{name}": 8 for name in names} | {"tiling": (128, 4, 1), "workspace": 64}

@@ -16,7 +16,7 @@ constexpr int kActivations = 6;
 // can choose it.
 //
 // Where `ha` is not null, it is h a_downᵀ [M, R_down] too, and zeros up to its stride, from h as it is stored: a_down
-// [R_down, N] in x's type, whose rounding is rounded[2], R_down 1 to 64. `partials`: gated_forward_partials(p) bytes, fp32
+// [R_down, N] in x's type, whose rounding is rounded[2], R_down 1 to 64; rounded[3] may be another adapter. `partials`: gated_forward_partials(p) bytes, fp32
 // sums of a column of tiles each, which another launch adds in their order.
 struct GatedForward {
   Type type;
