@@ -42,9 +42,10 @@ namespace {
 
 #if defined(__x86_64__)
 
-// Columns and steps of what is packed at a time, 288 KiB, and rows that meet it, 144 KiB of them. Medians over MKL of one
-// thread of an EPYC (Zen 3), y and dx of 1536 x 576 at 512 rows: 1.11 and 1.08; of 48 x 768 columns and steps 1.11 and
-// 1.06, 96 x 576 1.09 and 1.06, 96 x 384 1.06 and 1.10; 24 rows 1.11 and 1.06 (2026-11-30, shared, in turn).
+// Columns and steps of what is packed at a time, 288 KiB, and rows that meet it, 144 KiB of them. MKL's time over this,
+// medians of 31 of one thread of an EPYC (Zen 3), y and dx of 1536 x 576 at 512 rows, sums not yet cut: 1.11 and 1.08; of
+// 48 x 768 columns and steps 1.11 and 1.06, 96 x 576 1.09 and 1.06, 144 x 576 1.11 and 1.07; of 24 rows 1.11 and 1.06
+// (2026-11-30, shared, in turn).
 constexpr int64_t kColumns = 96;
 constexpr int64_t kReduced = 768;
 constexpr int64_t kBlockRows = 48;

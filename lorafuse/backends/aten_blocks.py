@@ -18,11 +18,10 @@ from lorafuse.backends import aten_rank
 from lorafuse.formats import cpu, load
 from lorafuse.operands import LowRank, Weight
 
-__all__ = ["LEAST_ROWS", "MANY", "MOST_THREADS", "OF_THREAD", "function", "product", "sum_of_products", "why_not"]
+__all__ = ["LEAST_ROWS", "MOST_THREADS", "OF_THREAD", "function", "product", "sum_of_products", "why_not"]
 
-# rows and products of a thread from which on it pays, and products of a dense weight: 16 x 192 x 576 took 0.11 ms,
-# torch 0.09, three times as many 0.20 and 0.22 (one thread of an EPYC, 2026-11-30)
-LEAST_ROWS, OF_THREAD, MANY = 16, 1 << 20, 1 << 21
+# rows and products of a thread from which on it pays
+LEAST_ROWS, OF_THREAD = 16, 1 << 20
 # with more it was not measured
 MOST_THREADS = 2
 
@@ -53,11 +52,11 @@ def product(
     columns, rows = w.stored if len(w.stored) == 2 else (0, 0)
     N, reduced = (rows, columns) if w.is_transposed else (columns, rows)
     threads = cpu.threads_for(M * N * K, OF_THREAD)
-    if reduced != K or not N or not K or threads > MOST_THREADS:
+    if reduced != K or M * N * K < OF_THREAD or threads > MOST_THREADS:
         return None
     data, stored, codes, row = None, None, None, rows
     if w.format == "dense":
-        if M * N * K < MANY or not _is_rows(w.data):
+        if not _is_rows(w.data):
             return None
         data, row = w.data.data_ptr(), w.data.stride(0)
     else:

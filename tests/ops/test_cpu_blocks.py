@@ -35,7 +35,6 @@ def built(tmp_path_factory):
 def use(monkeypatch):
     """Makes the primitives call this function, whatever the sizes and threads."""
     monkeypatch.setattr(aten_blocks, "LEAST_ROWS", 1)
-    monkeypatch.setattr(aten_blocks, "MANY", 1)
     monkeypatch.setattr(aten_blocks, "MOST_THREADS", 8)
     monkeypatch.setattr(aten_blocks, "OF_THREAD", 1)
     return lambda function: monkeypatch.setattr(aten_blocks, "function", lambda: function)
@@ -264,10 +263,9 @@ def test_what_it_is_not_for_is_torchs(built, use, monkeypatch):
     monkeypatch.setattr(aten_blocks, "LEAST_ROWS", 21)
     assert aten_blocks.product(x, w) is None
     monkeypatch.setattr(aten_blocks, "LEAST_ROWS", 20)
-    monkeypatch.setattr(aten_blocks, "MANY", 20 * 30 * 50 + 1)
+    monkeypatch.setattr(aten_blocks, "OF_THREAD", 20 * 30 * 50 + 1)
     assert aten_blocks.product(x, w) is None
-    assert aten_blocks.product(x, four_bits(50, 30, rounded="float32")) is not None
-    monkeypatch.setattr(aten_blocks, "MANY", 20 * 30 * 50)
+    monkeypatch.setattr(aten_blocks, "OF_THREAD", 20 * 30 * 25)
     assert aten_blocks.product(x, w) is not None
     monkeypatch.setattr(aten_blocks, "MOST_THREADS", 1)
     with torch_threads(2):
