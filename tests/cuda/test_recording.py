@@ -122,25 +122,22 @@ def test_bits_are_those_of_the_pass(name, launched):
     assert len(repeat.KINDS) == 2
 
 
-@pytest.mark.parametrize("kernel", ["cuda two_kernel", "cuda split_k", "cuda fused_forward", "cuda xa_in_tiles"])
-def test_every_kernel_of_a_layer(kernel, launched):
+KERNELS = {
+    "linear": ("two_kernel", "split_k", "fused_forward", "xa_in_tiles"),
+    "linear, no bias": ("one_pass_backward", "concurrent_backward", "fused_backward"),
+    "gated MLP": ("siblings_ha",),
+}
+
+
+@pytest.mark.parametrize(("name", "kernel"), [(name, kernel) for name in KERNELS for kernel in KERNELS[name]])
+def test_every_kernel(name, kernel, launched):
     """Also those that share zeros, and those whose launches overlap."""
-    with override(force_kernel=kernel):
-        expected = [in_python(linear, LINEAR, sample) for sample in range(3)]
+    call, case = PASSES[name]
+    with override(force_kernel=f"cuda {kernel}"):
+        expected = [in_python(call, case, sample) for sample in range(3)]
         for sample in (0, 1, 2):
             launched.clear()
-            assert_same(linear(LINEAR, sample), expected[sample])
-    assert launched == []
-
-
-@pytest.mark.parametrize("kernel", ["cuda one_pass_backward", "cuda concurrent_backward", "cuda fused_backward"])
-def test_every_backward_of_a_layer(kernel, launched):
-    case = replace(LINEAR, bias=False)
-    with override(force_kernel=kernel):
-        expected = [in_python(linear, case, sample) for sample in range(3)]
-        for sample in (0, 1, 2):
-            launched.clear()
-            assert_same(linear(case, sample), expected[sample])
+            assert_same(call(case, sample), expected[sample])
     assert launched == []
 
 
