@@ -81,8 +81,10 @@ def _product(name: str) -> _Gate:
     return lambda gate, up: act(gate).mul_(up), gradients
 
 
-# the number of each in csrc/cpu/activation.cpp
-_NUMBERS = {name: number for number, name in enumerate((*ACTIVATIONS, *GATES))}
+# those of csrc/cpu/activation.cpp, in its order
+_NUMBERS = {
+    name: number for number, name in enumerate(("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu"))
+}
 # elements of a thread of csrc/cpu, 10 us of its time; and from which on its forward pays (4 rows of 1536: 13.2 us of
 # torch and 15.9 of ours, 16 rows 34.6 and 31.0; one thread of an EPYC, 2026-11-30)
 OF_THREAD, MANY = 1 << 14, 1 << 14
@@ -100,7 +102,7 @@ def _in_one_pass(
     dup: Tensor | None = None,
 ) -> bool:  # fmt: skip
     """Whether csrc/cpu wrote h; with dh the gradients of gate and up too."""
-    call = function() if gate.numel() and cpu.has_addresses() else None
+    call = function() if name in _NUMBERS and gate.numel() and cpu.has_addresses() else None
     if call is None:
         return False
     of: list[int | None] = [_NUMBERS[name]]

@@ -19,7 +19,7 @@
 
 namespace {
 
-// in the order of lorafuse/activation.py's `ACTIVATIONS`, and then of its `GATES`
+// in the order of lorafuse/activation.py's `_NUMBERS`
 enum class Act { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kClampedSwiglu };
 // of gpt-oss
 constexpr float kGateLimit = 7.0f, kGateSlope = 1.702f;

@@ -242,6 +242,14 @@ def test_what_has_no_memory_is_torchs(counted):
     assert not counted
 
 
+def test_an_activation_that_was_added_is_torchs(counted, monkeypatch):
+    monkeypatch.setitem(ACTIVATIONS, "cube", (lambda x: x**3, lambda dy, x: 3 * dy * x**2))
+    gate, up, dh = operands(9, 14)
+    torch.testing.assert_close(gate_forward("cube", gate, up), gate**3 * up)
+    torch.testing.assert_close(gate_backward("cube", dh.clone(), gate, up)[0], 3 * dh * up * gate**2)
+    assert not counted
+
+
 def test_few_elements_forward_are_torchs(counted, monkeypatch):
     monkeypatch.setattr(activation, "MANY", 100)
     gate, up, _ = operands(9, 11)
