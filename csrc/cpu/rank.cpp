@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <memory>
 
-#include "panels.hpp"
+#include "rank_add.hpp"
 #include "threads.hpp"
 
 #if defined(__x86_64__)

@@ -52,7 +52,7 @@ class Matmul(ctypes.Structure):
     """`LorafuseMatmul` of csrc/cpu/matmul.cpp."""
 
     _fields_ = (
-        *(("x", _P), ("x_row", _N), ("M", _N), ("K", _N), ("N", _N), ("w", _P), ("stored", _P)),
+        *(("gemm", _P), ("x", _P), ("x_row", _N), ("M", _N), ("K", _N), ("N", _N), ("w", _P), ("stored", _P)),
         *(("w_row", _N), ("first", _N), ("y", _P), ("y_row", _N), ("bias", _P), ("narrow", _P), ("narrow_row", _N)),
         *(("R", _N), ("factor", _P), ("factor_column", _N), ("factor_rank", _N), ("alpha", _F), ("is_transposed", _I)),
         *(("adds", _I), ("rounds", _I)),

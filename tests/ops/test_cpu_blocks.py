@@ -1,5 +1,8 @@
 """Products with a whole weight by csrc/cpu/matmul.cpp, built anew: against fp64, for any sizes, formats and threads."""
 
+import ctypes
+from pathlib import Path
+
 import pytest
 import torch
 from cpu_source import SOURCES, compiled, run_a_layer, run_layers_of_one_x, torch_threads
@@ -15,15 +18,18 @@ SOURCE = (SOURCES / "matmul.cpp").read_text()
 # M, N, K, R: tails of rows and columns, several blocks of columns and of a reduction, one column, no low rank
 SIZES = [
     (128, 576, 576, 16), (17, 577, 385, 8), (63, 33, 1000, 1), (20, 1, 50, 3), (257, 1201, 16, 24), (16, 40, 1, 0),
-    (49, 15, 1700, 70),
 ]  # fmt: skip
 
 
 def made(folder, source, *flags):
-    """`lorafuse_matmul` of `matmul.cpp`, or of what was made of it."""
-    if aten_blocks.function() is None:
-        pytest.skip("csrc/cpu/matmul.cpp is for CPUs with AVX2 and FMA and without AVX-512")
-    return compiled(folder, "matmul.cpp", source, *flags).lorafuse_matmul
+    """`lorafuse_matmul` of `matmul.cpp`, or of what was made of it, and torch's sgemm."""
+    kept = aten_blocks.functions()
+    if kept is None:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        if not hasattr(torch_cpu, "sgemm_"):
+            pytest.skip("torch's sgemm has no name here")
+        kept = None, ctypes.cast(torch_cpu.sgemm_, ctypes.c_void_p).value
+    return compiled(folder, "matmul.cpp", source, *flags).lorafuse_matmul, kept[1]
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +39,11 @@ def built(tmp_path_factory):
 
 @pytest.fixture
 def use(monkeypatch):
-    """Makes the primitives call this function, whatever the sizes and threads."""
+    """Makes the primitives call these functions, whatever the sizes and threads."""
     monkeypatch.setattr(aten_blocks, "LEAST_ROWS", 1)
     monkeypatch.setattr(aten_blocks, "MOST_THREADS", 8)
     monkeypatch.setattr(aten_blocks, "OF_THREAD", 1)
-    return lambda function: monkeypatch.setattr(aten_blocks, "function", lambda: function)
+    return lambda functions: monkeypatch.setattr(aten_blocks, "functions", lambda: functions)
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -191,11 +197,11 @@ def check_what_lines_do():
 @pytest.mark.parametrize(
     ("line", "wrong"),
     [
-        ("k == 0 && !of.adds", "!of.adds"),
-        ("of.x + m * of.x_row + k", "of.x + m * of.x_row"),
-        ("of.is_transposed ? start : k", "of.is_transposed ? 0 : k"),
+        ("kept = 1;\n  };", "};"),
+        ("int(columns), k, count);", "int(columns), 0, count);"),
+        ("k * of.w_row + start", "k * of.w_row"),
         ("(of.adds ? row[j] : 0.0f) + of.bias[start + j]", "of.bias[start + j]"),
-        ("of.factor + start * of.factor_column", "of.factor"),
+        ("start, start + n);", "start, start + 16);"),
         ("if (of.rounds)", "if (false)"),
         ("0x7fff + (bits >> 16 & 1)", "0x8000"),
     ],
@@ -263,10 +269,6 @@ def test_what_it_is_not_for_is_torchs(built, use, monkeypatch):
     monkeypatch.setattr(aten_blocks, "LEAST_ROWS", 21)
     assert aten_blocks.product(x, w) is None
     monkeypatch.setattr(aten_blocks, "LEAST_ROWS", 20)
-    monkeypatch.setattr(aten_blocks, "OF_THREAD", 20 * 30 * 50 + 1)
-    assert aten_blocks.product(x, w) is None
-    monkeypatch.setattr(aten_blocks, "OF_THREAD", 20 * 30 * 25)
-    assert aten_blocks.product(x, w) is not None
     monkeypatch.setattr(aten_blocks, "MOST_THREADS", 1)
     with torch_threads(2):
         assert aten_blocks.product(x, w) is None
@@ -279,9 +281,9 @@ def counted(built, use):
 
     def call(*arguments):
         calls.append(None)
-        built(*arguments)
+        built[0](*arguments)
 
-    use(call)
+    use((call, built[1]))
     return calls
 
 
@@ -297,10 +299,13 @@ def test_layers_of_one_x_run_them(counted):
     assert len(counted) == 6
 
 
-def test_where_it_does_not_run_there_is_a_reason(monkeypatch):
+def test_where_it_does_not_run_there_is_a_reason(monkeypatch, built):
     monkeypatch.setattr(aten_blocks.aten_rank, "why_not", lambda: "no library")
     assert aten_blocks.why_not() == "no library"
     monkeypatch.setattr(aten_blocks.aten_rank, "why_not", lambda: "")
+    monkeypatch.setattr(aten_blocks, "functions", lambda: None)
+    assert "sgemm" in aten_blocks.why_not()
+    monkeypatch.setattr(aten_blocks, "functions", lambda: built)
     with torch_threads(aten_blocks.MOST_THREADS + 1):
         assert "threads" in aten_blocks.why_not()
     with torch_threads(1):

@@ -9,9 +9,9 @@ from lorafuse.backends import aten_blocks, aten_rank
 from lorafuse.formats import cpu
 from lorafuse.testing.numerics import relative_l2
 
-PANELS = '#include "panels.hpp"\n'
+ADD = '#include "rank_add.hpp"\n'
 SOURCE = (
-    (SOURCES / "rank.cpp").read_text().replace(PANELS, (SOURCES / "panels.hpp").read_text().replace("#pragma once", ""))
+    (SOURCES / "rank.cpp").read_text().replace(ADD, (SOURCES / "rank_add.hpp").read_text().replace("#pragma once", ""))
 )
 # M, C, R: tails of rows and of columns, several blocks, one row, one column, every number of vectors
 SIZES = [
@@ -37,7 +37,7 @@ def built(tmp_path_factory):
 def use(monkeypatch):
     """Makes the primitives call these functions, whatever the sizes."""
     # which multiplies by the weight, and adds
-    monkeypatch.setattr(aten_blocks, "function", lambda: None)
+    monkeypatch.setattr(aten_blocks, "functions", lambda: None)
     monkeypatch.setattr(aten_rank, "MANY", 1)
     monkeypatch.setattr(aten_rank, "SOME", 1)
     monkeypatch.setattr(aten_rank, "OF_THREAD", 1)
@@ -123,11 +123,10 @@ def test_what_is_not_finite_reaches_what_it_reaches_in_torch(built, use, place, 
     [
         ("LORAFUSE_TAIL(4);", ""),
         ("packs ? R : of.factor.column, projected", "R, projected"),
-        ("for (int64_t m = 0; columns && m < rows;", "for (int64_t m = 0; false;"),
-        ("for (int64_t i = j; i < columns; ++i) to[i - j]", "for (int64_t i = j; i + 1 < columns; ++i) to[i - j]"),
+        ("j < columns) {\n        copy_rows(part + j", "false) {\n        copy_rows(part + j"),
         ("sum += partial[(i * M + m) * R + r];", "sum = partial[(i * M + m) * R + r];"),
     ],
-    ids=["tail of rows", "pitch", "tail of columns", "tail of a panel", "threads"],
+    ids=["tail of rows", "pitch", "tail of columns", "threads"],
 )
 def test_a_wrong_line_is_seen(built, use, tmp_path, line, wrong):
     assert line in SOURCE
