@@ -43,6 +43,7 @@ _GROUP_FORMS = {
     "cuda": ("cuda", ""),
     "cuda-siblings": ("cuda", "cuda siblings"),
 }
+_MLP_FORMS = {"cuda-siblings-ha": ("cuda", "cuda siblings_ha")}
 _EXPERTS_FORMS = {
     "eager": ("eager", ""),
     "triton": ("triton", ""),
@@ -52,7 +53,8 @@ _EXPERTS_FORMS = {
 _VARIANTS = {
     "moe": {f"lorafuse-{form}": what for form, what in _EXPERTS_FORMS.items()},
     "linear": {f"lorafuse-{form}": what for form, what in _FORMS.items()},
-    **dict.fromkeys(("group", "mlp"), {f"lorafuse-group-{form}": what for form, what in _GROUP_FORMS.items()}),
+    "group": {f"lorafuse-group-{form}": what for form, what in _GROUP_FORMS.items()},
+    "mlp": {f"lorafuse-group-{form}": what for form, what in (_GROUP_FORMS | _MLP_FORMS).items()},
 }
 # commits whose "lorafuse" (backend "auto") ran the CUDA kernels in every pass of their files: the plan of that commit
 # says so for each of these problems

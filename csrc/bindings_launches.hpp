@@ -126,7 +126,9 @@ inline void Launches::stop() {
 }
 
 inline void bind_launches(py::module_& m) {
-  py::class_<Launches>(m, "Launches", "Launches that are recorded from start to stop, and run again with other addresses.")
+  // a process can load both modules
+  py::class_<Launches>(m, "Launches", py::module_local(),
+                       "Launches that are recorded from start to stop, and run again with other addresses.")
       .def(py::init<>())
       .def("start", &Launches::start)
       .def("stop", &Launches::stop)

@@ -161,7 +161,7 @@ def _silu(x: Tensor) -> tuple[Tensor, Tensor]:
 def gate_backward(name: str, dh: Tensor, gate: Tensor, up: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up from that of h `[rows, I]`, which is written into; h too, where one is given."""
     dup = torch.empty_like(dh)
-    if dh.is_cpu and _in_one_pass(name, gate, up, h, dh, dh, dup):
+    if dh.is_cpu and dh.numel() >= MANY and _in_one_pass(name, gate, up, h, dh, dh, dup):
         return dh, dup
     chunks = _chunks(gate)
     if len(chunks) < 2:

@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafuse.backends.recording import Call, Memory, Recording, View, mapped, views
 
-__all__ = ["ALIGN", "MOST_SCRATCH", "NotRecorded", "is_watching", "packed", "record", "zeros"]
+__all__ = ["ALIGN", "MOST_BYTES", "NotRecorded", "is_watching", "packed", "record", "zeros"]
 
 # what CUDA's allocator aligns to
 ALIGN = 256
-# bytes of scratch: it is allocated before the results, where a pass frees it piece by piece; a GPU takes longer for a
-# pass with more than Python does
-MOST_SCRATCH = 1 << 28
+# bytes that a pass allocates: a recording has all of them at once, where a pass frees piece by piece; and a GPU takes
+# longer for one with more than Python does
+MOST_BYTES = 1 << 29
 _aten = torch.ops.aten
 _ALLOCATE = frozenset(
     (
@@ -67,7 +67,7 @@ class _Recorder(TorchDispatchMode):
         self.launches = native.Launches()
         self.calls: list[Call] = []
         self.memories: list[Memory] = []
-        self.words = 0
+        self.words = self.bytes = 0
         self.refusal = ""
         # alive until the end, so that no address is given twice
         self.kept: list[Tensor] = []
@@ -127,6 +127,8 @@ class _Recorder(TorchDispatchMode):
             self.watch(func, args, kwargs, result)
         except NotRecorded as error:
             self.refusal = str(error)
+            self.kept.clear()
+            self.memories.clear()
         return result
 
     def watch(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
@@ -134,6 +136,7 @@ class _Recorder(TorchDispatchMode):
         if not results or not all(isinstance(t, Tensor) for t in results):
             raise NotRecorded(f"{func} returns no tensors")
         if func in _ALLOCATE:
+            self.count(results)
             self.add(result, "allocated")
         elif func._schema.is_mutable:
             written = [
@@ -148,7 +151,13 @@ class _Recorder(TorchDispatchMode):
         elif torch.Tag.nondeterministic_seeded in func.tags:
             raise NotRecorded(f"{func} draws numbers")
         else:
+            self.count(results)
             self.add_call(func, args, kwargs, results)
+
+    def count(self, results: Sequence[Tensor]) -> None:
+        self.bytes += sum(t.nbytes for t in results)
+        if self.bytes > MOST_BYTES:
+            raise NotRecorded(f"more than {MOST_BYTES} bytes are made")
 
     def add_call(self, func: Any, args: Any, kwargs: dict[str, Any], results: Sequence[Tensor]) -> None:
         args, kwargs = mapped(args, Tensor, self.seen), {k: mapped(v, Tensor, self.seen) for k, v in kwargs.items()}
@@ -219,8 +228,6 @@ def _recording(recorder: _Recorder, results: Sequence[Tensor | None]) -> Recordi
             places.append((launch, index, memory, bytes_))
     allocated = [m for m in memories if m.kind == "allocated"]
     scratch = packed([m for m in allocated if not m.is_seen and m.first >= 0])
-    if scratch > MOST_SCRATCH:
-        raise NotRecorded(f"{scratch} bytes of scratch")
     owned = [m for m in allocated if m.is_seen]
     allocations = [(tuple(m.tensor.shape), m.tensor.stride(), m.tensor.dtype) for m in owned]
     # in the order of `Recording.run`

@@ -74,7 +74,7 @@ def forward(
         has_xa = down.a is not None and down.b is not None and down.seed is None
         gate, up, h, low = run.matmul_gated(
             x, weights, plan, lows=lows, biases=biases, activation=activation, need_up=need_up,
-            down=(down.a, down.b, down.factor) if has_xa else None,
+            down=(down.a, down.b, down.scale) if has_xa else None,
         )  # fmt: skip
     else:
         xa, (gate, up) = group.forward(run, plan, x, siblings, wide)

@@ -21,6 +21,7 @@ __all__ = ["KINDS", "MOST_KINDS", "clear", "repeated"]
 
 # kinds that are kept: those of some hundred shapes of a batch
 MOST_KINDS = 4096
+_UNKNOWN: Any = object()
 # by kind the `Backend` that ran it and, from the second time on, the recording; None where none repeats it
 KINDS: dict[Hashable, "tuple[Any, Recording | None] | None"] = {}
 
@@ -54,13 +55,13 @@ def repeated(
     if bits % 16:
         return function(*arguments)
     kind = function, base.resolve(backend), plan.state(), settings, tuple(sizes)
-    if kind not in KINDS:
+    known = KINDS.get(kind, _UNKNOWN)
+    if known is _UNKNOWN:
         results = function(*arguments)
         if len(KINDS) >= MOST_KINDS:
             KINDS.clear()
         KINDS[kind] = (run, None) if (run := base.load(latest.name)).repeats else None
         return results
-    known = KINDS[kind]
     if known is None:
         return function(*arguments)
     run, recording = known

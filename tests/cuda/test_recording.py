@@ -314,9 +314,9 @@ def test_kinds_are_bounded(monkeypatch):
         assert len(repeat.KINDS) <= 3
 
 
-def test_passes_with_much_scratch_are_not_recorded(monkeypatch):
-    """Results and scratch of a recording are there at once."""
-    monkeypatch.setattr(recorder, "MOST_SCRATCH", 2000)
+def test_passes_with_much_memory_are_not_recorded(monkeypatch):
+    """All of a recording's is there at once."""
+    monkeypatch.setattr(recorder, "MOST_BYTES", 20_000)
     expected = in_python(gated, MLP, 0)
     for _ in range(3):
         assert_same(gated(MLP, 0), expected)

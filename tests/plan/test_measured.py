@@ -223,7 +223,8 @@ def test_problems_are_those_of_calls(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "file"), [("linear", "lorafuse.py"), ("group", "lorafuse_group.py"), ("moe", "lorafuse.py")]
+    ("kind", "file"),
+    [("linear", "lorafuse.py"), ("group", "lorafuse_group.py"), ("mlp", "lorafuse_group.py"), ("moe", "lorafuse.py")],
 )
 def test_variants_are_those_of_the_baselines(kind, file):
     built = {one.name: one.options for one in plugins.load_file(plugins.folder() / file, kind, torch.device("cuda"))}
@@ -232,7 +233,11 @@ def test_variants_are_those_of_the_baselines(kind, file):
         forced = "" if (kind, name) == ("moe", "lorafuse-eager") else built[name].get("kernel", "")
         assert (built[name]["backend"], forced) == (backend, kernel), name
     # what is a candidate of the other kind alone
-    others = {"linear": {"lorafuse-cuda-gathered"}, "moe": set(measured._VARIANTS["linear"])}
+    others = {
+        "linear": {"lorafuse-cuda-gathered"},
+        "group": set(measured._VARIANTS["mlp"]),
+        "moe": set(measured._VARIANTS["linear"]),
+    }
     named = {name for name, options in built.items() if "backend" in options}
     assert named - set(measured._VARIANTS[kind]) <= others.get(kind, set())
 
