@@ -101,9 +101,11 @@ class _Recorder(TorchDispatchMode):
 
     def view(self, t: Tensor) -> View:
         """`t` as a tensor of some memory."""
-        for memory in self.memories:
-            if memory.tensor is t:
-                return View(memory, True)
+        same = [m for m in self.memories if m.tensor is t]
+        if len(same) > 1:
+            raise NotRecorded("tensors that share memory")
+        if same:
+            return View(same[0], True)
         owner, bytes_ = self.find(t.data_ptr()) if t.numel() else (None, 0)
         if owner is None or owner.tensor.dtype is not t.dtype:
             raise NotRecorded("an operator of torch reads memory of another dtype, or of nobody")

@@ -63,6 +63,14 @@ def test_what_cannot_be_repeated_is_named(call, reason):
     assert torch.equal(again(recorded(lambda x: [x + 1], x)[0], x)[0], x + 1)
 
 
+def test_a_tensor_that_is_given_twice_is_not_recorded():
+    """Which of the two an operator reads is not known, and next time they may be two."""
+    x = torch.ones(4, 3)
+    refused, (both,) = recorded(lambda x, y: [torch.cat([x, y])], x, x)
+    assert "share memory" in refused
+    assert both.shape == (8, 3)
+
+
 def test_scratch_is_shared_by_what_is_not_in_use_together():
     generator = torch.Generator().manual_seed(3)
 
