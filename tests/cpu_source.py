@@ -12,9 +12,23 @@ from lorafuse.formats import cpu
 from lorafuse.functional import Projection, lora_linear, lora_linears
 from lorafuse.testing.numerics import relative_l2, tolerance
 
-__all__ = ["SOURCES", "compiled", "run_a_layer", "run_layers_of_one_x", "torch_threads"]
+__all__ = ["SOURCES", "UNREADABLE", "compiled", "run_a_layer", "run_layers_of_one_x", "torch_threads"]
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cpu"
+
+
+class _Subclass(torch.Tensor):
+    pass
+
+
+# what makes of a tensor one whose elements are not fp32 numbers at its address on a CPU
+UNREADABLE = {
+    "fp64": lambda t: t.double(),
+    "bf16": lambda t: t.bfloat16(),
+    "meta": lambda t: t.to("meta"),
+    "subclass": lambda t: t.as_subclass(_Subclass),
+    "negated": lambda t: torch.complex(t, t).conj().imag,
+}
 
 
 def compiled(folder, name, source, *flags):
